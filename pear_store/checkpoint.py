@@ -1,0 +1,363 @@
+"""A task, and the task checkpoint: the one file by which tasks are exchanged (docs/design.md, section 5)."""
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pear_store.container import container_chunks, read_container, strict_json
+from pear_store.digest import ITEM_BYTES, Digest, RawTensor, is_digest
+from pear_store.errors import CheckpointError, DiskFullError
+
+FORMAT = "pear-task/1"
+ACTIVATIONS = ("identity", "relu", "gelu")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_FLOATS = ("F32", "F16", "BF16")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_REQUIRED = (
+    "format", "task", "backbone", "activation", "adapters", "positions", "head", "labels", "preprocess",
+    "metrics", "training",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One use of an adapter at a position."""
+
+    adapter: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its record (the checkpoint's JSON) and its tensors under the names that the record uses.
+
+    The names are free in a checkpoint and digests in a store; code that reads a task need not care which.
+    Build one with :func:`make_task`, which checks it.
+    """
+
+    record: Mapping[str, Any]
+    tensors: Mapping[str, RawTensor] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.record["task"])
+
+    @property
+    def backbone_model(self) -> str:
+        return str(self.record["backbone"]["model"])
+
+    @property
+    def backbone_digest(self) -> Digest:
+        return Digest(self.record["backbone"]["digest"])
+
+    @property
+    def activation(self) -> str:
+        return str(self.record["activation"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.record["labels"])
+
+    @property
+    def preprocess(self) -> Mapping[str, Any]:
+        preprocess: Mapping[str, Any] = self.record["preprocess"]
+        return preprocess
+
+    @property
+    def positions(self) -> dict[str, list[Branch]]:
+        return {
+            position: [Branch(adapter, float(scale)) for adapter, scale in branches]
+            for position, branches in self.record["positions"].items()
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        """Tensor bytes, each distinct tensor once."""
+        return sum({tensor.digest: tensor.size_bytes for tensor in self.tensors.values()}.values())
+
+
+def make_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where: str | Path = "task") -> Task:
+    """A task from a record and tensors, checked whole.
+
+    Raises:
+        CheckpointError: naming `where`, the field, what was expected and what was found.
+    """
+    check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
+    for name, tensor in tensors.items():
+        if tensor.dtype in _FLOATS and not _all_finite(tensor):
+            raise CheckpointError(where, f"tensor {name!r}: holds NaN or infinity: expected finite values")
+    return Task(record, tensors)
+
+
+def read_checkpoint(path: str | Path) -> Task:
+    """Reads and checks a task checkpoint.
+
+    Raises:
+        NotFoundError: no such file.
+        CheckpointError: anything in it that is not as docs/design.md, section 5 says.
+    """
+    metadata, tensors = read_container(path)
+    if "pear" not in metadata:
+        raise CheckpointError(path, "metadata key 'pear' is missing: a safetensors file, but no task checkpoint")
+    try:
+        record = strict_json(metadata["pear"])
+    except ValueError as error:
+        raise CheckpointError(path, f"metadata key 'pear' is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise CheckpointError(path, f"metadata key 'pear': expected an object, found {type(record).__name__}")
+    digests = record.pop("digests", None)
+    if digests is not None:
+        if not isinstance(digests, dict) or set(digests) != set(tensors):
+            raise CheckpointError(path, "field 'digests': expected one digest for each tensor")
+        for name, tensor in tensors.items():
+            if tensor.digest != digests[name]:
+                raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
+    return make_task(record, tensors, path)
+
+
+def write_checkpoint(path: str | Path, task: Task) -> int:
+    """Writes a task checkpoint whole or not at all, with digests; returns the file's bytes.
+
+    Raises:
+        DiskFullError: no space left; a file already at `path` is untouched.
+    """
+    path = Path(path)
+    record = {**task.record, "digests": {name: tensor.digest for name, tensor in task.tensors.items()}}
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in container_chunks(task.tensors, {"pear": text}):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise DiskFullError(path) from None
+        raise CheckpointError(path, f"cannot be written: {error.strerror}") from None
+    return size
+
+
+def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The record with every tensor name replaced; nothing else is touched, unknown keys included."""
+    adapters = {}
+    for name, entry in record["adapters"].items():
+        new = {**entry, "down": rename(entry["down"]), "up": rename(entry["up"])}
+        if "quant" in entry:
+            new["quant"] = {
+                **entry["quant"],
+                **{
+                    side: {**entry["quant"][side], "scale": rename(entry["quant"][side]["scale"])}
+                    for side in ("down", "up")
+                },
+            }
+        adapters[name] = new
+    head = record["head"]
+    if head is not None:
+        head = {**head, "weight": rename(head["weight"]), "bias": rename(head["bias"])}
+    return {**record, "adapters": adapters, "head": head}
+
+
+def tensor_names(record: Mapping[str, Any]) -> set[str]:
+    """Every tensor name that a record uses."""
+    names: set[str] = set()
+
+    def collect(name: str) -> str:
+        names.add(name)
+        return name
+
+    map_tensor_names(record, collect)
+    return names
+
+
+def check_record(
+    record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str | Path
+) -> None:
+    """Checks a record against the dtypes and shapes of its tensors.
+
+    Raises:
+        CheckpointError: see :func:`make_task`.
+    """
+    for problem in _problems(record, tensors):
+        raise CheckpointError(where, problem)
+
+
+def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+    """What is wrong with a record, first things first; a caller stops at the first."""
+    if record.get("format") != FORMAT:
+        yield f"field 'format': expected {FORMAT!r}, found {record.get('format')!r}"
+    for key in _REQUIRED:
+        if key not in record:
+            yield f"field {key!r} is missing"
+    if not (isinstance(record["task"], str) and TASK_NAME.fullmatch(record["task"])):
+        yield (
+            f"field 'task': {_short(record['task'])}: expected a letter or digit, then up to 99 letters, digits, "
+            "'.', '_' or '-'"
+        )
+    backbone = record["backbone"]
+    if not (isinstance(backbone, dict) and isinstance(backbone.get("model"), str)) or not is_digest(
+        backbone.get("digest")
+    ):
+        yield "field 'backbone': expected a model name and a digest 'sha256:' + 64 hex digits"
+    if record["activation"] not in ACTIVATIONS:
+        yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {_short(record['activation'])}"
+    for key in ("metrics", "training"):
+        if not isinstance(record[key], dict):
+            yield f"field {key!r}: expected an object"
+    shapes: dict[str, tuple[int, int]] = {}
+    if not isinstance(record["adapters"], dict):
+        yield "field 'adapters': expected an object"
+    for name, entry in record["adapters"].items():
+        try:
+            shapes[name] = _adapter_shape(entry, tensors)
+        except ValueError as error:
+            yield f"field 'adapters', {_short(name)}: {error}"
+    yield from _position_problems(record["positions"], shapes)
+    yield from _head_problems(record["head"], record["labels"], tensors)
+    yield from _preprocess_problems(record["preprocess"])
+    if unnamed := set(tensors) - tensor_names(record):
+        yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
+
+
+def _adapter_shape(entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """(d_in, d_out) of an adapter whose shapes chain; else a ValueError."""
+    if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
+        raise ValueError("expected the tensor names 'down' and 'up'")
+    quant = entry.get("quant")
+    if quant is None:
+        down, up = (_tensor(entry[side], tensors, _FLOATS)[1] for side in ("down", "up"))
+    else:
+        down, up = _quantised_shapes(entry, quant, tensors)
+    if len(down) != 2 or len(up) != 2 or down[1] != up[0] or 0 in (*down, *up):
+        raise ValueError(f"down {list(down)} and up {list(up)} do not chain: expected [d_in, r] and [r, d_out]")
+    return down[0], up[1]
+
+
+def _quantised_shapes(
+    entry: Any, quant: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in (1, 4)):
+        raise ValueError("field 'quant': expected 'bits' 1 or 4")
+    shapes = []
+    for side, rank_axis in (("down", 1), ("up", 0)):
+        one = quant.get(side)
+        if not (isinstance(one, dict) and _is_sizes(one.get("shape"), 2)):
+            raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {side!r}")
+        shape = tuple(one["shape"])
+        packed_bytes = (math.prod(shape) * quant["bits"] + 7) // 8
+        if (found := _tensor(entry[side], tensors, ("U8",))[1]) != (packed_bytes,):
+            raise ValueError(f"{side}: {quant['bits']}-bit {list(shape)} is U8 [{packed_bytes}], found {list(found)}")
+        if (found := _tensor(one.get("scale"), tensors, _FLOATS)[1]) != (shape[rank_axis],):
+            raise ValueError(f"scale of {side}: expected [{shape[rank_axis]}], found {list(found)}")
+        shapes.append(shape)
+    return shapes[0], shapes[1]
+
+
+def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    if not isinstance(positions, dict):
+        yield "field 'positions': expected an object"
+    for position, branches in positions.items():
+        field_name = f"field 'positions', {_short(position)}"
+        if not (isinstance(branches, list) and branches):
+            yield f"{field_name}: names no adapter: expected a list of [adapter, scale]"
+        widths = set()
+        for branch in branches:
+            if not (isinstance(branch, list) and len(branch) == 2 and isinstance(branch[0], str)):
+                yield f"{field_name}: {_short(branch)}: expected [adapter, scale]"
+            if branch[0] not in shapes:
+                yield f"{field_name}: names adapter {_short(branch[0])}, which field 'adapters' lacks"
+            if not _is_number(branch[1]):
+                yield f"{field_name}: scale {_short(branch[1])}: expected a finite number"
+            widths.add(shapes[branch[0]])
+        if len(widths) > 1:
+            yield f"{field_name}: adapters of different widths {sorted(widths)}: expected one d_in and d_out"
+
+
+def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+    if not (isinstance(labels, list) and all(isinstance(x, str) and not _CONTROL.search(x) for x in labels)):
+        yield "field 'labels': expected a list of texts without control characters"
+    if head is None:
+        if labels:
+            yield f"field 'labels': {len(labels)} labels without a head: expected none"
+        return
+    if not (isinstance(head, dict) and {"weight", "bias"} <= set(head)):
+        yield "field 'head': expected null or the tensor names 'weight' and 'bias'"
+    try:
+        weight = _tensor(head["weight"], tensors, _FLOATS)[1]
+        bias = _tensor(head["bias"], tensors, _FLOATS)[1]
+    except ValueError as error:
+        yield f"field 'head': {error}"
+        return
+    if len(weight) != 2 or 0 in weight or bias != weight[:1]:
+        yield f"field 'head': weight {list(weight)} and bias {list(bias)}: expected [classes, d] and [classes]"
+    if len(labels) != weight[0]:
+        yield f"field 'labels': {len(labels)} labels, the head has {weight[0]} rows: expected one label a row"
+
+
+def _preprocess_problems(preprocess: Any) -> Iterator[str]:
+    if not isinstance(preprocess, dict):
+        yield "field 'preprocess': expected an object"
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "input_size": (lambda v: _is_sizes(v, 3) and v[0] == 3 and max(v) <= 16384, "[3, height, width]"),
+        "mean": (lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)), "3 numbers"),
+        "std": (
+            lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and x > 0 for x in v),
+            "3 numbers above 0",
+        ),
+        "interpolation": (lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+        "crop_pct": (lambda v: _is_number(v) and 0 < v <= 4, "a number above 0"),
+        "crop_mode": (lambda v: v in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
+    }
+    for key, (good, expected) in checks.items():
+        if key not in preprocess or not good(preprocess[key]):
+            yield f"field 'preprocess', {key!r}: expected {expected}, found {_short(preprocess.get(key))}"
+
+
+def _tensor(
+    name: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], dtypes: tuple[str, ...]
+) -> tuple[str, tuple[int, ...]]:
+    if not isinstance(name, str) or name not in tensors:
+        raise ValueError(f"names tensor {_short(name)}, which the file lacks")
+    dtype, shape = tensors[name]
+    if dtype not in dtypes:
+        raise ValueError(f"tensor {_short(name)} is {dtype}: expected {' or '.join(dtypes)}")
+    return dtype, shape
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_sizes(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31 for n in value)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _all_finite(tensor: RawTensor) -> bool:
+    """Whether no element is NaN or infinite: those have all exponent bits set."""
+    import numpy as np  # here, so that commands which read no tensors start without it
+
+    assert sys.byteorder == "little", "big-endian machines are not supported"
+    bits = np.frombuffer(tensor.data, f"<u{ITEM_BYTES[tensor.dtype]}")
+    mask = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[tensor.dtype]
+    return not bool(((bits & mask) == mask).any())

@@ -1,0 +1,176 @@
+"""The safetensors container, read strictly and written canonically.
+
+The layout is Hugging Face's: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without
+gaps. Ours is its own reader because a store must know where bytes lie, refuse duplicate keys, and bound what a
+hostile header can cost; every file written here opens with the ``safetensors`` package.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pear_store.digest import ITEM_BYTES, RawTensor
+from pear_store.errors import CheckpointError, NotFoundError
+
+MAX_HEADER_BYTES = 64 * 1024 * 1024
+_MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie in its file; offset in bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: dict[str, str]
+    places: dict[str, Place]
+    file_bytes: int
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parses JSON, refusing duplicate keys, NaN and infinities, and absurd nesting, with a ValueError."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            keys = [key for key, _ in items]
+            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_header(file: BinaryIO, where: str | Path) -> Header:
+    """Reads and checks the header of an open file; leaves the file just behind it.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or its header does not describe its bytes exactly.
+    """
+    file_bytes = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
+    if len(start) < 8:
+        raise CheckpointError(where, f"{file_bytes} bytes: too short for a safetensors file")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(where, f"header of {length} bytes: at most {MAX_HEADER_BYTES} are read; not safetensors?")
+    if 8 + length > file_bytes:
+        raise CheckpointError(where, f"truncated: the header needs {8 + length} bytes, the file has {file_bytes}")
+    text = file.read(length)
+    try:
+        header = strict_json(text.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(where, f"header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(where, f"header: expected a JSON object, found {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(where, "header field '__metadata__': expected an object of strings")
+    places = {name: _place(name, entry, 8 + length, where) for name, entry in header.items()}
+    end = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if place.offset != end:
+            raise CheckpointError(where, f"tensor {name!r}: starts at byte {place.offset}, expected {end}")
+        end += place.length
+    if end > file_bytes:
+        raise CheckpointError(where, f"truncated: the tensors need {end} bytes, the file has {file_bytes}")
+    if end < file_bytes:
+        raise CheckpointError(where, f"{file_bytes - end} bytes after the last tensor: expected none")
+    return Header(metadata, places, file_bytes)
+
+
+def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(where, f"tensor {name!r}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(where, f"tensor {name!r}: dtype {dtype!r}: expected one of {', '.join(ITEM_BYTES)}")
+    if not (isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and all(_is_size(n) for n in shape)):
+        raise CheckpointError(where, f"tensor {name!r}: shape {shape!r}: expected at most 8 sizes")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_size(n) for n in offsets)):
+        raise CheckpointError(where, f"tensor {name!r}: data_offsets {offsets!r}: expected begin and end")
+    length = prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != length:
+        problem = f"{dtype} {shape} is {length} bytes, data_offsets say {offsets[1] - offsets[0]}"
+        raise CheckpointError(where, f"tensor {name!r}: {problem}")
+    return Place(dtype, tuple(shape), data_start + offsets[0], length)
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48
+
+
+def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTensor]]:
+    """The metadata and tensors of one file.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it is not a file that safetensors could have written.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file, path)
+            data = memoryview(file.read())
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(path, "a directory: expected a task checkpoint file") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
+    start = header.file_bytes - len(data)
+    tensors = {
+        name: RawTensor(p.dtype, p.shape, data[p.offset - start : p.offset - start + p.length])
+        for name, p in header.places.items()
+    }
+    return header.metadata, tensors
+
+
+def lay_out(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Place]]:
+    """The header bytes of a file with these tensors, and where each tensor comes to lie.
+
+    Wider dtypes come first and the header is padded to 8 bytes, so that every tensor is aligned for a memory map;
+    within a dtype, tensors are in the order of their names. Equal input gives equal bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.size_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"header of {len(text)} bytes: at most {MAX_HEADER_BYTES}")
+    start = 8 + len(text)
+    places = {
+        name: Place(tensors[name].dtype, tensors[name].shape, start + header[name]["data_offsets"][0],
+                    tensors[name].size_bytes)
+        for name in order
+    }  # fmt: skip
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def container_chunks(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> Iterable[bytes | memoryview]:
+    """The file's bytes, in order: the header, then each tensor."""
+    head, places = lay_out(tensors, metadata)
+    yield head
+    for name in places:
+        yield tensors[name].data

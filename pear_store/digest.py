@@ -1,0 +1,54 @@
+"""Tensors as bytes, and their digests (docs/design.md, section 6)."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NewType
+
+Digest = NewType("Digest", str)
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+"""The dtypes that a store holds, in safetensors' names, with the bytes of one element."""
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def is_digest(text: object) -> bool:
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def to_digest(raw: bytes) -> Digest:
+    """The written form of a 32-byte hash."""
+    return Digest("sha256:" + raw.hex())
+
+
+def from_digest(digest: Digest) -> bytes:
+    """The 32-byte hash of a written digest."""
+    return bytes.fromhex(digest.removeprefix("sha256:"))
+
+
+def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | memoryview) -> Digest:
+    """sha256 over ``"{dtype} {d0},{d1}\\n"`` (ASCII), then the little-endian bytes."""
+    state = hashlib.sha256(f"{dtype} {','.join(map(str, shape))}\n".encode("ascii"))
+    state.update(data)
+    return to_digest(state.digest())
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as bytes: dtype in safetensors' names, shape, and row-major little-endian data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def digest(self) -> Digest:
+        return tensor_digest(self.dtype, self.shape, self.data)

@@ -1,0 +1,35 @@
+"""Manifests: a stored task's JSON, which names tensors by digest (docs/design.md, section 6)."""
+
+import hashlib
+import json
+from typing import Any
+
+from pear_store.checkpoint import Task, map_tensor_names, tensor_names
+from pear_store.digest import RawTensor
+
+
+def to_manifest(task: Task) -> bytes:
+    """The canonical manifest bytes; equal tasks give equal bytes, whatever their tensors are called."""
+    record = map_tensor_names(task.record, lambda name: task.tensors[name].digest)
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def manifest_hash(manifest: bytes) -> bytes:
+    return hashlib.sha256(manifest).digest()
+
+
+def with_plain_names(task: Task) -> Task:
+    """The task with its tensors named after their use (``a3.down``, ``head.weight``) instead of by digest."""
+    names: dict[str, str] = {}
+    record: dict[str, Any] = dict(task.record)
+    for adapter, entry in record["adapters"].items():
+        for side in ("down", "up"):
+            names.setdefault(entry[side], f"{adapter}.{side}")
+            if "quant" in entry:
+                names.setdefault(entry["quant"][side]["scale"], f"{adapter}.{side}.scale")
+    if record["head"] is not None:
+        for side in ("weight", "bias"):
+            names.setdefault(record["head"][side], f"head.{side}")
+    tensors: dict[str, RawTensor] = {names[name]: task.tensors[name] for name in tensor_names(record)}
+    return Task(map_tensor_names(record, names.__getitem__), tensors)
