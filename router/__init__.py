@@ -1,0 +1,35 @@
+"""One frozen backbone, any number of tasks, any mix of them in a batch."""
+
+from router.backbone import AdaptedBackbone, Backbone, choose_positions, load_backbone
+from router.errors import (
+    BackboneError,
+    ImageError,
+    RouterError,
+    SlotBudgetError,
+    TaskError,
+    UnknownTaskError,
+    WrongBackboneError,
+)
+from router.ops import PositionWeights, add_branch
+from router.preprocess import Preprocess, open_image
+from router.router import Predictions, Router
+
+__all__ = [
+    "AdaptedBackbone",
+    "Backbone",
+    "BackboneError",
+    "ImageError",
+    "PositionWeights",
+    "Predictions",
+    "Preprocess",
+    "Router",
+    "RouterError",
+    "SlotBudgetError",
+    "TaskError",
+    "UnknownTaskError",
+    "WrongBackboneError",
+    "add_branch",
+    "choose_positions",
+    "load_backbone",
+    "open_image",
+]

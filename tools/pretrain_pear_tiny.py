@@ -225,7 +225,7 @@ class Painter:
             corners = zip(x + reach * np.cos(angles), y + reach * np.sin(angles), strict=True)
             draw.polygon(list(corners), fill=255)
         elif kind == 2:
-            steps = rng.normal(0, radius, (rng.integers(2, 6), 2)).cumsum(0) + (x, y)
+            steps = rng.normal(0, radius, (rng.integers(2, 6), 2)).cumsum(0) + np.array([x, y])
             draw.line([(float(a), float(b)) for a, b in steps], fill=255, width=int(rng.integers(1, 10)))
         else:
             box = (x - radius, y - radius, x + radius, y + radius)

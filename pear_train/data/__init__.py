@@ -1,0 +1,6 @@
+"""Labelled images in three splits, from the layouts people have."""
+
+from pear_train.data.dataset import Dataset, Pixels, Split
+from pear_train.data.open import open_dataset
+
+__all__ = ["Dataset", "Pixels", "Split", "open_dataset"]

@@ -1,0 +1,52 @@
+"""NumPy archives: x_train, y_train, x_val, y_val, x_test, y_test, classes."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.errors import DataError
+
+
+def open_npz(path: Path) -> Dataset:
+    """Images uint8 [n, h, w] or [n, h, w, 1 or 3] and int labels; `classes` are names, by default the numbers.
+
+    A missing val is a tenth of train; test may be absent.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a NumPy archive: {error}") from None
+    splits = {}
+    for name in ("train", "val", "test"):
+        if f"x_{name}" in arrays or f"y_{name}" in arrays:
+            splits[name] = _split(path, name, arrays)
+    if "train" not in splits:
+        raise DataError(f"{path}: has {', '.join(sorted(arrays)) or 'no arrays'}: expected x_train and y_train")
+    described = f"{path}: a NumPy archive"
+    train = splits["train"]
+    if "val" not in splits:
+        rest, held = hold_out(train.targets, 0.1)
+        splits["val"], train = train.subset(held), train.subset(rest)
+        described += " (a tenth of train held out for val)"
+    if "classes" in arrays:
+        classes = tuple(str(name) for name in arrays["classes"])
+    else:
+        classes = tuple(str(i) for i in range(int(splits["train"].targets.max()) + 1))
+    return Dataset(described, classes, train, splits["val"], splits.get("test"))
+
+
+def _split(path: Path, name: str, arrays: dict[str, Any]) -> Split:
+    try:
+        x, y = arrays[f"x_{name}"], arrays[f"y_{name}"]
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]} is missing: expected x_{name} and y_{name}") from None
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
+        raise DataError(f"{path}: x_{name} is {x.dtype} {list(x.shape)}: expected uint8 [n, h, w] or [n, h, w, 1 or 3]")
+    if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
+        raise DataError(f"{path}: y_{name} is {y.dtype} {list(y.shape)}: expected integers [{x.shape[0]}]")
+    return Split(lambda i: x[i], torch.from_numpy(y.astype(np.int64)))

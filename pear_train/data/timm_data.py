@@ -1,0 +1,77 @@
+"""Data sets that timm.data.create_dataset knows by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from timm.data.dataset_factory import create_dataset
+from torch.utils.data import IterableDataset
+
+from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.errors import DataError
+
+_TEST_SPLITS = ("test", "validation", "val")
+
+
+def open_timm(name: str, root: Path | None) -> Dataset:
+    """A named data set; a tenth of its train split is held out for val, its test (else validation) split is test.
+
+    Args:
+        root: where it lies or is downloaded to; by default below the user's cache directory.
+    Raises:
+        DataError: timm cannot open it.
+    """
+    root = root or user_cache_path("pear") / "datasets"
+    root.mkdir(parents=True, exist_ok=True)
+    train, names = _open(name, root, "train")
+    test = None
+    for split in ("validation",) if name.lower().startswith("torch/") else _TEST_SPLITS:
+        try:
+            test, _ = _open(name, root, split)
+            break
+        except DataError:
+            continue
+    classes = names or tuple(str(i) for i in range(int(train.targets.max()) + 1))
+    rest, held = hold_out(train.targets, 0.1)
+    described = f"{name}: a data set that timm knows (a tenth of train held out for val)"
+    return Dataset(described, classes, train.subset(rest), train.subset(held), test)
+
+
+def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
+    try:
+        found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False)
+        items: Sequence[Any] = list(found) if isinstance(found, IterableDataset) else found
+        targets = torch.tensor(_targets(found, items), dtype=torch.long)
+    except Exception as error:  # whatever torchvision, datasets, tensorflow_datasets or a download can raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: timm could not open its {split} split in {root}: {reason}") from None
+    return Split(lambda i: _image(items[i][0]), targets), _class_names(found)
+
+
+def _targets(found: Any, items: Sequence[Any]) -> list[int]:
+    for owner in (found, getattr(found, "reader", None)):
+        known = getattr(owner, "targets", None)
+        if known is not None:
+            return [int(label) for label in known]
+    samples = getattr(getattr(found, "reader", None), "samples", None)
+    if samples is not None:
+        return [int(label) for _, label in samples]
+    return [int(items[i][1]) for i in range(len(items))]
+
+
+def _class_names(found: Any) -> tuple[str, ...]:
+    for owner in (found, getattr(found, "reader", None)):
+        index = getattr(owner, "class_to_idx", None)
+        if index:
+            return tuple(str(name) for name, _ in sorted(index.items(), key=lambda item: item[1]))
+    return ()
+
+
+def _image(image: Any) -> Any:
+    """A PIL image or uint8 array, whichever the reader gives."""
+    if isinstance(image, torch.Tensor):
+        image = image.permute(1, 2, 0).numpy().astype(np.uint8)
+    return image

@@ -1,0 +1,38 @@
+"""The VTAB-1k layout: lists of images and labels beside the images."""
+
+from pathlib import Path
+
+import torch
+
+from pear_train.data.dataset import Dataset, Split
+from pear_train.errors import DataError
+
+_LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
+
+
+def is_vtab(path: Path) -> bool:
+    return (path / _LISTS["train"]).is_file()
+
+
+def open_vtab(path: Path) -> Dataset:
+    """Lines ``images/train800/000000.jpg 17``, paths relative to the folder; classes are named by their numbers."""
+    splits = {name: _read(path, file) for name, file in _LISTS.items()}
+    count = max(int(split.targets.max()) for split in splits.values() if len(split)) + 1
+    classes = tuple(str(i) for i in range(count))
+    return Dataset(f"{path}: a VTAB-1k folder", classes, splits["train"], splits["val"], splits["test"])
+
+
+def _read(path: Path, name: str) -> Split:
+    file = path / name
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
+    images, labels = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        image, _, label = line.strip().rpartition(" ")
+        if not image or not label.isdecimal():
+            raise DataError(f"{file}, line {number}: {line[:80]!r}: expected an image path, a space, a class number")
+        images.append(str(path / image))
+        labels.append(int(label))
+    return Split(images.__getitem__, torch.tensor(labels, dtype=torch.long))

@@ -1,0 +1,63 @@
+"""What is preserved of pruned adapters: the knowledge checkpoint."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pear_train.adapters import FrozenAdapter
+from router.tensors import dequantise, quantise
+
+
+def lowbit_copy(down: Tensor, up: Tensor, bits: int) -> FrozenAdapter:
+    """A frozen copy as its 1-bit or 4-bit form will be read back; quantising it again gives the same codes."""
+    packed_down, packed_up = quantise(down, bits, rank_axis=1), quantise(up, bits, rank_axis=0)
+    return FrozenAdapter(
+        dequantise(*packed_down, (down.shape[0], down.shape[1]), bits, rank_axis=1),
+        dequantise(*packed_up, (up.shape[0], up.shape[1]), bits, rank_axis=0),
+        bits,
+    )
+
+
+def exact_copy(down: Tensor, up: Tensor) -> FrozenAdapter:
+    """A frozen float16 copy."""
+    return FrozenAdapter(down.detach().half().float(), up.detach().half().float(), None)
+
+
+def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Tensor, Tensor, list[float]]:
+    """One adapter of the first's rank, and a scale for each position, that stand for several adapters best.
+
+        minimise over down, up and s:    Σ_j | down_j · up_j - s_j · down · up |²      (Frobenius)
+
+    by alternating the best rank-r matrix for given scales and the best scales for a given matrix, from s = 1 for the
+    first and 0 for the others (so the first is kept where the others are unlike it). Descends in every step.
+
+    Args:
+        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of those it will stand for.
+    Returns:
+        down and up, their norms balanced, and the scales in the order of `adapters`.
+    """
+    rank = adapters[0][0].shape[1]
+    # every Δ_j lies in the span of all downs and ups: work in bases of those, [n·rank]² instead of [d_in, d_out]
+    left, _ = torch.linalg.qr(torch.cat([down.detach().double() for down, _ in adapters], 1))
+    right, _ = torch.linalg.qr(torch.cat([up.detach().double() for _, up in adapters]).t())
+    cores = [(left.t() @ down.detach().double()) @ (up.detach().double() @ right) for down, up in adapters]
+    scales = [1.0] + [0.0] * (len(adapters) - 1)
+    u, s, v = torch.linalg.svd(cores[0], full_matrices=False)
+    for _ in range(steps):
+        fitted = (u[:, :rank] * s[:rank]) @ v[:rank]
+        norm = float((fitted * fitted).sum())
+        if norm == 0:
+            break
+        scales = [float((core * fitted).sum()) / norm for core in cores]
+        weight = sum(scale * scale for scale in scales)
+        target = torch.stack([scale * core for scale, core in zip(scales, cores, strict=True)]).sum(0) / weight
+        u, s, v = torch.linalg.svd(target, full_matrices=False)
+    fitted = (u[:, :rank] * s[:rank]) @ v[:rank]
+    norm = float((fitted * fitted).sum())
+    if norm > 0:
+        scales = [float((core * fitted).sum()) / norm for core in cores]
+    root = s[:rank].sqrt()
+    down = (left @ (u[:, :rank] * root)).float()
+    up = ((root.unsqueeze(1) * v[:rank]) @ right.t()).float()
+    return down, up, scales

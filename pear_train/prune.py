@@ -1,0 +1,73 @@
+"""Which positions lose their adapter, and whose they borrow."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[int, int]], ratio: float) -> list[str]:
+    """The positions whose adapters are pruned, least important first.
+
+    Within each group of equal (d_in, d_out), the `ratio` least important, rounded down; at least one is kept. Ties
+    go to the earlier position.
+    """
+    groups: dict[tuple[int, int], list[str]] = {}
+    for position in importance:
+        groups.setdefault(widths[position], []).append(position)
+    pruned: list[str] = []
+    for positions in groups.values():
+        ranked = sorted(positions, key=lambda position: importance[position])
+        pruned += ranked[: min(int(ratio * len(ranked) + 1e-9), len(ranked) - 1)]
+    return pruned
+
+
+def choose_sources(
+    rule: str,
+    pruned: Sequence[str],
+    importance: Mapping[str, float],
+    widths: Mapping[str, tuple[int, int]],
+    similarity: Callable[[str, str], float] | None = None,
+) -> dict[str, str]:
+    """For each pruned position, the kept position whose adapter it borrows, of the same (d_in, d_out).
+
+    Args:
+        rule: ``top``: the i-th most important kept serves the i-th least important, round and round; ``nearest``: the
+            kept one nearest in forward order, of the same kind of module (last part of the path) if there is one;
+            ``similar``: the kept one of largest `similarity(pruned, kept)`; ``none``: none.
+        importance: of every position, in forward order.
+    """
+    if rule == "none":
+        return {}
+    order = {position: i for i, position in enumerate(importance)}
+    sources = {}
+    for shape in dict.fromkeys(widths[position] for position in pruned):
+        lost = sorted((p for p in pruned if widths[p] == shape), key=lambda p: (importance[p], order[p]))
+        kept = [p for p in importance if widths[p] == shape and p not in pruned]
+        ranked = sorted(kept, key=lambda p: (-importance[p], order[p]))
+        for i, position in enumerate(lost):
+            if rule == "top":
+                sources[position] = ranked[i % len(ranked)]
+            elif rule == "similar":
+                assert similarity is not None
+                sources[position] = max(kept, key=lambda p, q=position: similarity(q, p))  # type: ignore[misc]
+            else:
+                kind = position.rpartition(".")[2]
+                alike = [p for p in kept if p.rpartition(".")[2] == kind] or kept
+                sources[position] = min(alike, key=lambda p, q=position: (abs(order[p] - order[q]), order[p]))  # type: ignore[misc]
+    return sources
+
+
+def matrix_similarity(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """⟨Δ, Δ'⟩ / |Δ| |Δ'| of two adapters' matrices Δ = down · up, without forming them."""
+
+    def inner(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        return ((a[0].t() @ b[0]) * (a[1] @ b[1].t())).sum()
+
+    norm = (inner(one, one) * inner(other, other)).clamp_min(0).sqrt()
+    return float(inner(one, other) / norm) if norm > 0 else 0.0
+
+
+def output_similarity(one: Tensor, other: Tensor) -> float:
+    """Cosine of two branches' outputs on the same inputs, as one vector each."""
+    return float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))

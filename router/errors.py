@@ -1,0 +1,52 @@
+"""What can go wrong while routing.
+
+RouterError
+├── BackboneError          a backbone, its weights or a position of it that cannot be used
+├── WrongBackboneError     a task made for another backbone
+├── UnknownTaskError       a task or version that is not there
+├── TaskError              a task that does not fit the backbone's positions or widths
+├── ImageError             images of a wrong kind, shape or size
+└── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
+"""
+
+
+class RouterError(Exception):
+    """Base of all errors of router; its text is one line for a person."""
+
+
+class BackboneError(RouterError):
+    pass
+
+
+class WrongBackboneError(RouterError):
+    """A task never runs on another backbone than its own."""
+
+    def __init__(self, task: str, expected: str, expected_digest: str, found: str, found_digest: str) -> None:
+        super().__init__(
+            f"task {task!r} was made for backbone {expected} ({expected_digest[:19]}…), "
+            f"this router runs {found} ({found_digest[:19]}…): train it for this one, or use a router with its own"
+        )
+        self.task, self.expected_digest, self.found_digest = task, expected_digest, found_digest
+
+
+class UnknownTaskError(RouterError, LookupError):
+    pass
+
+
+class TaskError(RouterError):
+    def __init__(self, task: str, problem: str) -> None:
+        super().__init__(f"task {task!r}: {problem}")
+        self.task = task
+
+
+class ImageError(RouterError):
+    pass
+
+
+class SlotBudgetError(RouterError):
+    def __init__(self, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(
+            f"the tasks of this batch need {needed_bytes:,} bytes of slots, slot_bytes is {budget_bytes:,}: "
+            "raise it, or send fewer tasks at once"
+        )
+        self.needed_bytes, self.budget_bytes = needed_bytes, budget_bytes

@@ -1,0 +1,60 @@
+"""The maths of a branch, used by router and trainer alike. Functions on tensors, no state.
+
+Axes: batch, token, dim (d_in or d_out), rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = str | Mapping[str, Bool[Tensor, "batch 1 1"]]
+"""identity, relu or gelu; or, where the rows of a batch differ, the mask of rows of each."""
+
+
+@dataclass(frozen=True)
+class PositionWeights:
+    """All branches at one position, concatenated along the rank, scales multiplied into `up`.
+
+    `down` is [dim, rank] and `up` [rank, dim] where every row of the batch uses the same branches, or
+    [batch, dim, rank] and [batch, rank, dim] where each row has its own.
+    """
+
+    down: Tensor
+    up: Tensor
+    activation: Activation
+
+
+def activate(h: Tensor, activation: Activation) -> Tensor:
+    """φ(h), elementwise; rows by mask where they differ."""
+    if not isinstance(activation, str):
+        out = h
+        for name, rows in activation.items():
+            if name != "identity":
+                out = torch.where(rows, activate(h, name), out)
+        return out
+    if activation == "identity":
+        return h
+    return F.relu(h) if activation == "relu" else F.gelu(h)
+
+
+def add_branch(y: Float[Tensor, "..."], x: Float[Tensor, "..."], weights: PositionWeights) -> Float[Tensor, "..."]:
+    """Adds a position's branches to its module's output.
+
+        y + φ(x · down) · up
+
+    `x` is [batch, ..., d_in] and `y` [batch, ..., d_out], channels last. With weights of each row, the first axis may
+    also be batch * windows, a row's windows together, as Swin's are. Differentiable in all tensors; mutates none.
+
+    Source: LoRA, arXiv:2106.09685, section 4.1; AdaptFormer, arXiv:2205.13535, section 3.2.
+    """
+    down, up = weights.down.to(x.dtype), weights.up.to(x.dtype)
+    if down.ndim == 2:
+        h = activate(x.reshape(-1, x.shape[-1]) @ down, weights.activation)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up).view(y.shape)
+    batch = len(down)
+    h = activate(torch.bmm(x.reshape(batch, -1, x.shape[-1]), down), weights.activation)
+    return torch.baddbmm(y.reshape(batch, -1, y.shape[-1]), h, up).view(y.shape)

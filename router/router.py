@@ -1,0 +1,248 @@
+"""The router: many tasks, one frozen backbone."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pear_store import NotFoundError, Store, Task, read_checkpoint
+from router.backbone import AdaptedBackbone, Backbone, load_backbone
+from router.errors import ImageError, RouterError, TaskError, UnknownTaskError, WrongBackboneError
+from router.preprocess import ImageLike, Preprocess
+from router.slots import Slots
+
+Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What tasks say of a batch of images, in the images' order.
+
+    `logits` is a float32 tensor [batch, classes] where all rows have equally many classes, else a list of [classes];
+    for a task without head, they are its features. `classes` are each row's class names.
+    """
+
+    logits: Tensor | list[Tensor]
+    tasks: list[str]
+    classes: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def probs(self) -> Tensor | list[Tensor]:
+        """Softmax of the logits, in the same form."""
+        if isinstance(self.logits, Tensor):
+            return self.logits.softmax(-1)
+        return [row.softmax(-1) for row in self.logits]
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The likeliest class's name of each image; None for a task without head."""
+        best = [int(row.argmax()) for row in self.logits]
+        return [names[i] if names else None for i, names in zip(best, self.classes, strict=True)]
+
+    def topk(self, k: int) -> list[list[tuple[str, float]]]:
+        """The k likeliest classes of each image with their probabilities, best first."""
+        found = []
+        for row, names in zip(self.probs, self.classes, strict=True):
+            values, indices = row.topk(min(k, len(names)))
+            found.append([(names[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)])
+        return found
+
+
+class Router:
+    """Runs any mix of tasks on one frozen backbone.
+
+    Thread-safe: calls from several threads take turns on the device.
+
+    Args:
+        backbone: a timm name, a timm module at native size in float32, or a loaded Backbone.
+        store: a store's directory or an open Store to look tasks up in.
+        weights: a local safetensors file with the weights of a backbone given by name.
+        device: such as "cpu", "cuda" or "mps"; the backbone's own where a module is given, else the CPU.
+        dtype: compute precision: torch.float32 (default), bfloat16 or float16.
+        slot_bytes: the most bytes that loaded tasks may take on the device, heads included; None for no limit.
+
+    Raises:
+        RouterError: the backbone cannot be loaded.
+        PearStoreError: there is no such store.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module | Backbone,
+        store: str | Path | Store | None = None,
+        *,
+        weights: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        slot_bytes: int | None = None,
+    ) -> None:
+        self.store = Store(store) if isinstance(store, str | Path) else store
+        self.backbone = load_backbone(backbone, weights)
+        if device is None:
+            device = next(self.backbone.module.parameters()).device
+        self.device = torch.device(device)
+        self._adapted = AdaptedBackbone(self.backbone, self.device, dtype or torch.float32)
+        self._slots = Slots(self.device, self._adapted.widths, slot_bytes)
+        self._lock = threading.RLock()
+        self._known: dict[str, Task] = {}
+        self._added: dict[str, Task] = {}
+
+    def add(self, task: Task | str | Path) -> str:
+        """Makes a task known that is in no store, from a checkpoint; returns its name.
+
+        Raises:
+            PearStoreError: the checkpoint is refused.
+            RouterError: it is for another backbone.
+        """
+        if not isinstance(task, Task):
+            task = read_checkpoint(task)
+        self._check(task.name, task)
+        with self._lock:
+            self._added[task.name] = task
+            self._forget(task.name)
+        return task.name
+
+    def refresh(self) -> None:
+        """Looks every task's newest version up again at its next use."""
+        with self._lock:
+            for name in list(self._known):
+                self._forget(name)
+
+    @torch.inference_mode()
+    def run(self, images: Images, task: str | Sequence[str]) -> Predictions:
+        """Predictions of one task for all images, or of one task for each image.
+
+        Args:
+            images: float tensor [batch, 3, h, w], normalised; or a list of PIL images, uint8 arrays [h, w], [h, w, 1]
+                or [h, w, 3], or fsspec paths, to which each task's own preprocessing is applied.
+            task: ``name`` or ``name@version``; or one for each image.
+
+        Raises:
+            UnknownTaskError: a task that neither the store nor `add` knows.
+            WrongBackboneError: a task made for another backbone.
+            ImageError: images of a wrong kind or shape, or normalised ones for tasks of unlike preprocessing.
+            SlotBudgetError: the tasks do not fit into slot_bytes together.
+        """
+        count = len(images)
+        names = [task] * count if isinstance(task, str) else list(task)
+        if len(names) != count:
+            raise ImageError(f"{count} images but {len(names)} tasks: expected one task, or one for each image")
+        if count == 0:
+            raise ImageError("no images: expected at least one")
+        with self._lock:
+            tasks = {name: self._find(name) for name in dict.fromkeys(names)}
+            steps = {name: Preprocess(found.preprocess) for name, found in tasks.items()}
+            logits: list[Tensor | None] = [None] * count
+            for rows, batch in self._batches(images, names, steps):
+                for row, values in zip(rows, self._forward(batch, [names[r] for r in rows], tasks), strict=True):
+                    logits[row] = values
+        done = [values for values in logits if values is not None]
+        assert len(done) == count
+        same = len({len(values) for values in done}) == 1
+        return Predictions(torch.stack(done) if same else done, names, [tasks[name].labels for name in names])
+
+    def run_all(self, images: Images, tasks: Sequence[str]) -> dict[str, Predictions]:
+        """Every image through every task: {task: predictions}. See `run` for arguments and errors."""
+        return {task: self.run(images, task) for task in tasks}
+
+    def _batches(
+        self, images: Images, names: list[str], steps: dict[str, Preprocess]
+    ) -> list[tuple[list[int], Tensor]]:
+        """The images as normalised batches of one preprocessing each, with their row numbers."""
+        if isinstance(images, Tensor):
+            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+                found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+                raise ImageError(f"images {found}: expected a normalised float tensor [batch, 3, h, w]")
+            if len({step.key for step in steps.values()}) > 1:
+                listed = ", ".join(repr(name) for name in steps)
+                raise ImageError(f"tasks {listed} differ in preprocessing: give a list of images, not one tensor")
+            (size,) = {step.size for step in steps.values()}
+            if tuple(images.shape[2:]) != size:
+                found = f"{images.shape[2]} x {images.shape[3]}"
+                raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
+            return [(list(range(len(names))), images)]
+        if isinstance(images, str):
+            raise ImageError(f"images is one path, {images!r}: expected a list of images")
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for row, name in enumerate(names):
+            groups.setdefault(steps[name].key, []).append(row)
+        return [(rows, steps[names[rows[0]]]([images[row] for row in rows])) for rows in groups.values()]
+
+    def _forward(self, images: Tensor, names: list[str], tasks: dict[str, Task]) -> list[Tensor]:
+        """Logits [classes] of each image, on the CPU, float32."""
+        order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        loaded = self._slots.load([(name, tasks[name]) for name in order])
+        row_task = None
+        if len(order) > 1:
+            row_task = torch.tensor([order[name] for name in names], device=self.device)
+        features = self._adapted.features(images, self._slots.weights(loaded, row_task))
+        out: list[Tensor] = [features[0]] * len(names)
+        for name, i in order.items():
+            rows = [row for row, other in enumerate(names) if other == name]
+            weight, bias = loaded[i].weight, loaded[i].bias
+            values = features[rows]
+            if weight is not None:
+                values = F.linear(values, weight, bias)
+            for row, value in zip(rows, values.cpu(), strict=True):
+                out[row] = value
+        return out
+
+    def _find(self, name: str) -> Task:
+        """The task by reference, looked up once and kept until refresh."""
+        task = self._known.get(name)
+        if task is not None:
+            return task
+        task = self._added.get(name)
+        if task is None:
+            if self.store is None:
+                raise UnknownTaskError(f"no task {name!r}: this router has no store, and it was not added")
+            try:
+                task = self.store.get(name)
+            except NotFoundError as error:
+                raise UnknownTaskError(str(error)) from None
+            self._check(name, task)
+        self._known[name] = task
+        return task
+
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        self._slots.evict(name)
+
+    def _check(self, name: str, task: Task) -> None:
+        """That a task runs on this backbone, its positions attached."""
+        if task.backbone_digest != self.backbone.digest:
+            raise WrongBackboneError(
+                name, task.backbone_model, task.backbone_digest, self.backbone.name, self.backbone.digest
+            )
+        with self._lock:
+            try:
+                self._adapted.attach(task.positions)
+            except RouterError as error:
+                raise TaskError(name, str(error)) from None
+            for position, branches in task.positions.items():
+                found = tuple(_widths(task, branches[0].adapter))
+                expected = self._adapted.widths[position]
+                if found != expected:
+                    raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
+        if task.record["head"] is not None:
+            shape = task.tensors[task.record["head"]["weight"]].shape
+            if shape[1] != self._adapted.feature_width:
+                width = self._adapted.feature_width
+                raise TaskError(name, f"its head takes {shape[1]} features, the backbone gives {width}")
+
+
+def _widths(task: Task, adapter: str) -> tuple[int, int]:
+    """(d_in, d_out) of an adapter."""
+    entry = task.record["adapters"][adapter]
+    if "quant" in entry:
+        return entry["quant"]["down"]["shape"][0], entry["quant"]["up"]["shape"][1]
+    return task.tensors[entry["down"]].shape[0], task.tensors[entry["up"]].shape[1]

@@ -1,0 +1,69 @@
+"""Between a store's raw tensors and torch, and the quantised form of adapters."""
+
+import torch
+from torch import Tensor
+
+from pear_store import RawTensor
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def to_torch(raw: RawTensor) -> Tensor:
+    """A CPU tensor with memory of its own."""
+    if raw.size_bytes == 0:
+        return torch.empty(raw.shape, dtype=_DTYPES[raw.dtype])
+    return torch.frombuffer(bytearray(raw.data), dtype=_DTYPES[raw.dtype]).view(raw.shape)
+
+
+def from_torch(tensor: Tensor) -> RawTensor:
+    """The bytes of a tensor, copied off its device."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    data = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
+    """Packs a matrix into codes of 1 or 4 bits with one float16 scale for each index of its rank axis.
+
+        1 bit:   w ≈ scale · (2 code - 1)              scale = mean |w|, the least squares choice
+        4 bits:  w ≈ scale · (2 code - 15) / 15        scale = max |w|
+
+    Codes lie row-major, the first in the lowest bits of its byte; the last byte is padded with zeros.
+
+    Args:
+        matrix: float [d_in, rank] or [rank, d_out].
+        bits: 1 or 4.
+        rank_axis: 1 for `down`, 0 for `up`.
+    Returns:
+        uint8 [ceil(numel * bits / 8)] and float16 [rank].
+    """
+    matrix = matrix.detach().float().cpu()
+    magnitude = matrix.abs()
+    scale = magnitude.mean(1 - rank_axis) if bits == 1 else magnitude.amax(1 - rank_axis)
+    scale = scale.half()
+    unit = matrix / scale.float().clamp_min(1e-12).unsqueeze(1 - rank_axis)
+    if bits == 1:
+        codes = (unit >= 0).to(torch.uint8).reshape(-1)
+    else:
+        codes = ((unit.clamp(-1, 1) * 15 + 15) / 2).round().clamp(0, 15).to(torch.uint8).reshape(-1)
+    per_byte = 8 // bits
+    codes = torch.cat([codes, codes.new_zeros(-len(codes) % per_byte)]).view(-1, per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
+    return (codes << shifts).sum(1, dtype=torch.uint8), scale
+
+
+def dequantise(packed: Tensor, scale: Tensor, shape: tuple[int, int], bits: int, rank_axis: int) -> Tensor:
+    """The float32 matrix that :func:`quantise` packed."""
+    shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
+    codes = (packed.unsqueeze(1) >> shifts) & (2**bits - 1)
+    codes = codes.reshape(-1)[: shape[0] * shape[1]].view(shape).float()
+    levels: Tensor = 2 * codes - 1 if bits == 1 else (2 * codes - 15) / 15
+    return levels * scale.float().unsqueeze(1 - rank_axis)
