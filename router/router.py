@@ -57,6 +57,15 @@ class Predictions:
         return found
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A task as looked up, its key in the slots, and its preprocessing."""
+
+    key: int
+    task: Task
+    preprocess: Preprocess
+
+
 class Router:
     """Runs any mix of tasks on one frozen backbone.
 
@@ -93,8 +102,9 @@ class Router:
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype or torch.float32)
         self._slots = Slots(self.device, self._adapted.widths, slot_bytes)
         self._lock = threading.RLock()
-        self._known: dict[str, Task] = {}
+        self._known: dict[str, _Known] = {}
         self._added: dict[str, Task] = {}
+        self._count = 0
 
     def add(self, task: Task | str | Path) -> str:
         """Makes a task known that is in no store, from a checkpoint; returns its name.
@@ -105,11 +115,16 @@ class Router:
         """
         if not isinstance(task, Task):
             task = read_checkpoint(task)
-        self._check(task.name, task)
         with self._lock:
+            self._check(task.name, task)
             self._added[task.name] = task
             self._forget(task.name)
         return task.name
+
+    def check(self, task: str) -> None:
+        """Raises what `run` would raise for this task, before any image is given."""
+        with self._lock:
+            self._find(task)
 
     def refresh(self) -> None:
         """Looks every task's newest version up again at its next use."""
@@ -140,32 +155,30 @@ class Router:
             raise ImageError("no images: expected at least one")
         with self._lock:
             tasks = {name: self._find(name) for name in dict.fromkeys(names)}
-            steps = {name: Preprocess(found.preprocess) for name, found in tasks.items()}
-            logits: list[Tensor | None] = [None] * count
-            for rows, batch in self._batches(images, names, steps):
-                for row, values in zip(rows, self._forward(batch, [names[r] for r in rows], tasks), strict=True):
-                    logits[row] = values
-        done = [values for values in logits if values is not None]
-        assert len(done) == count
-        same = len({len(values) for values in done}) == 1
-        return Predictions(torch.stack(done) if same else done, names, [tasks[name].labels for name in names])
+        logits: list[Tensor] = [torch.empty(0)] * count
+        for rows, batch in self._batches(images, names, tasks):
+            with self._lock:
+                found = self._forward(batch, [tasks[names[row]] for row in rows])
+            for row, values in zip(rows, found, strict=True):
+                logits[row] = values
+        same = len({len(values) for values in logits}) == 1
+        classes = [tasks[name].task.labels for name in names]
+        return Predictions(torch.stack(logits) if same else logits, names, classes)
 
     def run_all(self, images: Images, tasks: Sequence[str]) -> dict[str, Predictions]:
         """Every image through every task: {task: predictions}. See `run` for arguments and errors."""
         return {task: self.run(images, task) for task in tasks}
 
-    def _batches(
-        self, images: Images, names: list[str], steps: dict[str, Preprocess]
-    ) -> list[tuple[list[int], Tensor]]:
+    def _batches(self, images: Images, names: list[str], tasks: dict[str, _Known]) -> list[tuple[list[int], Tensor]]:
         """The images as normalised batches of one preprocessing each, with their row numbers."""
         if isinstance(images, Tensor):
             if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
                 found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
                 raise ImageError(f"images {found}: expected a normalised float tensor [batch, 3, h, w]")
-            if len({step.key for step in steps.values()}) > 1:
-                listed = ", ".join(repr(name) for name in steps)
+            if len({known.preprocess.key for known in tasks.values()}) > 1:
+                listed = ", ".join(repr(name) for name in tasks)
                 raise ImageError(f"tasks {listed} differ in preprocessing: give a list of images, not one tensor")
-            (size,) = {step.size for step in steps.values()}
+            (size,) = {known.preprocess.size for known in tasks.values()}
             if tuple(images.shape[2:]) != size:
                 found = f"{images.shape[2]} x {images.shape[3]}"
                 raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
@@ -174,33 +187,35 @@ class Router:
             raise ImageError(f"images is one path, {images!r}: expected a list of images")
         groups: dict[tuple[object, ...], list[int]] = {}
         for row, name in enumerate(names):
-            groups.setdefault(steps[name].key, []).append(row)
-        return [(rows, steps[names[rows[0]]]([images[row] for row in rows])) for rows in groups.values()]
+            groups.setdefault(tasks[name].preprocess.key, []).append(row)
+        return [(rows, tasks[names[rows[0]]].preprocess([images[row] for row in rows])) for rows in groups.values()]
 
-    def _forward(self, images: Tensor, names: list[str], tasks: dict[str, Task]) -> list[Tensor]:
+    def _forward(self, images: Tensor, tasks: list[_Known]) -> list[Tensor]:
         """Logits [classes] of each image, on the CPU, float32."""
-        order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        loaded = self._slots.load([(name, tasks[name]) for name in order])
-        row_task = None
-        if len(order) > 1:
-            row_task = torch.tensor([order[name] for name in names], device=self.device)
+        distinct = {known.key: known for known in tasks}
+        loaded = self._slots.load([(key, known.task) for key, known in distinct.items()])
+        order = {key: i for i, key in enumerate(distinct)}
+        task_of_row = torch.tensor([order[known.key] for known in tasks])
+        row_task = task_of_row.to(self.device) if len(distinct) > 1 else None
         features = self._adapted.features(images, self._slots.weights(loaded, row_task))
-        out: list[Tensor] = [features[0]] * len(names)
-        for name, i in order.items():
-            rows = [row for row, other in enumerate(names) if other == name]
-            weight, bias = loaded[i].weight, loaded[i].bias
-            values = features[rows]
-            if weight is not None:
-                values = F.linear(values, weight, bias)
-            for row, value in zip(rows, values.cpu(), strict=True):
+        out: list[Tensor] = [torch.empty(0)] * len(tasks)
+        for i, one in enumerate(loaded):
+            rows = (task_of_row == i).nonzero().flatten()
+            values = features[rows.to(self.device)]
+            if one.weight is not None:
+                values = F.linear(values, one.weight, one.bias)
+            for row, value in zip(rows.tolist(), values.cpu(), strict=True):
                 out[row] = value
+        living = {known.key for known in self._known.values()}
+        for key in distinct.keys() - living:  # refreshed away while this call was under way
+            self._slots.evict(key)
         return out
 
-    def _find(self, name: str) -> Task:
+    def _find(self, name: str) -> _Known:
         """The task by reference, looked up once and kept until refresh."""
-        task = self._known.get(name)
-        if task is not None:
-            return task
+        known = self._known.get(name)
+        if known is not None:
+            return known
         task = self._added.get(name)
         if task is None:
             if self.store is None:
@@ -210,12 +225,14 @@ class Router:
             except NotFoundError as error:
                 raise UnknownTaskError(str(error)) from None
             self._check(name, task)
-        self._known[name] = task
-        return task
+        self._count += 1
+        self._known[name] = _Known(self._count, task, Preprocess(task.preprocess))
+        return self._known[name]
 
     def _forget(self, name: str) -> None:
-        self._known.pop(name, None)
-        self._slots.evict(name)
+        known = self._known.pop(name, None)
+        if known is not None:
+            self._slots.evict(known.key)
 
     def _check(self, name: str, task: Task) -> None:
         """That a task runs on this backbone, its positions attached."""
@@ -223,16 +240,15 @@ class Router:
             raise WrongBackboneError(
                 name, task.backbone_model, task.backbone_digest, self.backbone.name, self.backbone.digest
             )
-        with self._lock:
-            try:
-                self._adapted.attach(task.positions)
-            except RouterError as error:
-                raise TaskError(name, str(error)) from None
-            for position, branches in task.positions.items():
-                found = tuple(_widths(task, branches[0].adapter))
-                expected = self._adapted.widths[position]
-                if found != expected:
-                    raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
+        try:
+            self._adapted.attach(task.positions)
+        except RouterError as error:
+            raise TaskError(name, str(error)) from None
+        for position, branches in task.positions.items():
+            found = _widths(task, branches[0].adapter)
+            expected = self._adapted.widths[position]
+            if found != expected:
+                raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
         if task.record["head"] is not None:
             shape = task.tensors[task.record["head"]["weight"]].shape
             if shape[1] != self._adapted.feature_width:

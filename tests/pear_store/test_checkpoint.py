@@ -1,0 +1,247 @@
+"""The task checkpoint: what is written comes back, and everything else is refused by name."""
+
+import copy
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pear_store import CheckpointError, NotFoundError, RawTensor, make_task, read_checkpoint, write_checkpoint
+from pear_store.container import read_container
+from pear_store.digest import tensor_digest
+from tests.conftest import container, floats, record, small_task, tensors
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    task = small_task()
+    size = write_checkpoint(tmp_path / "t.safetensors", task)
+    back = read_checkpoint(tmp_path / "t.safetensors")
+    assert back.record == task.record
+    assert {n: (t.dtype, t.shape, bytes(t.data)) for n, t in back.tensors.items()} == {
+        n: (t.dtype, t.shape, t.data) for n, t in task.tensors.items()
+    }
+    assert size == (tmp_path / "t.safetensors").stat().st_size
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.safetensors"]
+
+
+def test_the_safetensors_package_reads_it(tmp_path: Path) -> None:
+    task = small_task()
+    write_checkpoint(tmp_path / "t.safetensors", task)
+    loaded = safetensors.numpy.load_file(tmp_path / "t.safetensors")
+    assert {n: a.tobytes() for n, a in loaded.items()} == {n: t.data for n, t in task.tensors.items()}
+
+
+def test_equal_tasks_give_equal_files(tmp_path: Path) -> None:
+    shuffled = dict(reversed(tensors().items()))
+    write_checkpoint(tmp_path / "a", make_task(record(), tensors()))
+    write_checkpoint(tmp_path / "b", make_task(dict(reversed(record().items())), shuffled))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_tensor_digest_is_as_defined() -> None:
+    import hashlib
+
+    data = np.arange(4, dtype="<f4").tobytes()
+    expected = "sha256:" + hashlib.sha256(b"F32 2,2\n" + data).hexdigest()
+    assert tensor_digest("F32", (2, 2), data) == expected
+    assert tensor_digest("F32", (), data[:4]) == "sha256:" + hashlib.sha256(b"F32 \n" + data[:4]).hexdigest()
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """The valid record with the field at a slash-separated path replaced, or removed if value is Ellipsis."""
+    changed = copy.deepcopy(record())
+    *parents, last = path.split("/")
+    node: Any = changed
+    for part in parents:
+        node = node[part]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return changed
+
+
+BAD_RECORDS = [
+    ("format", "pear-task/9", "field 'format': expected 'pear-task/1'"),
+    ("task", "../x", "field 'task': '../x': expected a letter or digit"),
+    ("task", "a" * 101, "field 'task'"),
+    ("task", 7, "field 'task': 7"),
+    ("labels", ..., "field 'labels' is missing"),
+    ("backbone", {"model": "m", "digest": "sha256:12"}, "field 'backbone': expected a model name and a digest"),
+    ("activation", "tanh", "field 'activation': expected one of identity, relu, gelu, found 'tanh'"),
+    ("adapters", [], "field 'adapters': expected an object"),
+    ("adapters/a0", {"down": "a0.down"}, "'a0': expected the tensor names 'down' and 'up'"),
+    ("adapters/a0/up", "nowhere", "names tensor 'nowhere', which the file lacks"),
+    ("adapters/a0/up", "a0.down", "do not chain: expected [d_in, r] and [r, d_out]"),
+    ("adapters/a0/up", ["x"], "names tensor ['x']"),
+    ("positions/blocks.0.attn", [], "names no adapter"),
+    ("positions/blocks.0.attn", [["b7", 1.0]], "names adapter 'b7', which field 'adapters' lacks"),
+    ("positions/blocks.0.attn", [["a0", "1"]], "scale '1': expected a finite number"),
+    ("positions/blocks.0.attn", [["a0", True]], "scale True: expected a finite number"),
+    ("positions/blocks.0.attn", ["a0"], "expected [adapter, scale]"),
+    ("head/weight", "nowhere", "field 'head': names tensor 'nowhere'"),
+    ("head", {"weight": "head.bias", "bias": "head.weight"}, "expected [classes, d] and [classes]"),
+    ("head", None, "field 'labels': 2 labels without a head: expected none"),
+    ("labels", ["one"], "field 'labels': 1 labels, the head has 2 rows: expected one label a row"),
+    ("labels", ["a\nb", "c"], "field 'labels': expected a list of texts without control characters"),
+    ("preprocess/std", [0.5, 0.5, 0], "'std': expected 3 numbers above 0"),
+    ("preprocess/input_size", [1, 48, 48], "'input_size': expected [3, height, width]"),
+    ("preprocess/crop_mode", ..., "'crop_mode': expected one of center"),
+    ("metrics", None, "field 'metrics': expected an object"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD_RECORDS)
+def test_bad_records_are_refused_by_field(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        make_task(change(path, value), tensors(), "file.safetensors")
+    assert str(caught.value).startswith("file.safetensors: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_nothing_names_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="tensor 'extra': nothing in the record names it"):
+        make_task(record(), {**tensors(), "extra": floats([1.0])})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("dtype", "numpy_dtype"), [("F32", "<f4"), ("F16", "<f2"), ("BF16", None)])
+def test_non_finite_values_are_refused(bad: float, dtype: str, numpy_dtype: str | None) -> None:
+    if numpy_dtype is None:
+        data = (np.array([1.0, bad], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    else:
+        data = np.array([1.0, bad], numpy_dtype).tobytes()
+    with pytest.raises(CheckpointError, match="tensor 'head.bias': holds NaN or infinity"):
+        make_task(record(), {**tensors(), "head.bias": RawTensor(dtype, (2,), data)})
+
+
+def test_quantised_adapters_are_checked() -> None:
+    made = change("adapters/a0/quant", {
+        "bits": 1,
+        "down": {"shape": [6, 2], "scale": "ds"},
+        "up": {"shape": [2, 6], "scale": "us"},
+    })  # fmt: skip
+    packed = {
+        **{name: t for name, t in tensors().items() if name.startswith("head")},
+        "a0.down": RawTensor("U8", (2,), b"\1\2"),
+        "a0.up": RawTensor("U8", (2,), b"\3\4"),
+        "ds": floats([1.0, 2.0]),
+        "us": floats([1.0, 2.0]),
+    }
+    make_task(made, packed)
+    with pytest.raises(CheckpointError, match=r"down: 1-bit \[6, 2\] is U8 \[2\], found \[3\]"):
+        make_task(made, {**packed, "a0.down": RawTensor("U8", (3,), b"\1\2\3")})
+    with pytest.raises(CheckpointError, match=r"scale of up: expected \[2\], found \[1\]"):
+        make_task(made, {**packed, "us": floats([1.0])})
+    with pytest.raises(CheckpointError, match="'bits' 1 or 4"):
+        make_task({**made, "adapters": {"a0": {**made["adapters"]["a0"], "quant": {"bits": 3}}}}, packed)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+TENSOR = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+BAD_FILES = {
+    "empty": (b"", "0 bytes: too short"),
+    "pickle": (b"PK\x03\x04" + b"\0" * 100, "a pickle"),
+    "old pickle": (b"\x80\x02}q\x00." + b"\0" * 100, "a pickle"),
+    "oversized header": (struct.pack("<Q", 2**62) + b"{}", "header of 4611686018427387904 bytes: at most"),
+    "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "truncated: the header needs 1008 bytes"),
+    "no JSON": (container("{nope"), "header is not valid JSON"),
+    "bad UTF-8": (container(b'{"\xff": 1}'), "header is not valid JSON"),
+    "deep JSON": (container("[" * 100_000 + "]" * 100_000), "nested too deeply"),
+    "a list": (container("[]"), "header: expected a JSON object, found list"),
+    "duplicate tensor": (container('{"a":%s,"a":%s}' % (TENSOR, TENSOR), b"\0" * 4), "duplicate key 'a'"),
+    "overlap": (container('{"a":%s,"b":%s}' % (TENSOR, TENSOR), b"\0" * 4), "starts at byte"),
+    "gap": (container('{"a":%s}' % TENSOR.replace("[0,4]", "[4,8]"), b"\0" * 8), "starts at byte"),
+    "length and shape differ": (container('{"a":%s}' % TENSOR.replace("[1]", "[2]"), b"\0" * 4), "is 8 bytes"),
+    "unknown dtype": (container('{"a":%s}' % TENSOR.replace("F32", "F99"), b"\0" * 4), "dtype 'F99'"),
+    "dtype of a wrong type": (container('{"a":%s}' % TENSOR.replace('"F32"', "[1]"), b"\0" * 4), "dtype [1]"),
+    "negative shape": (container('{"a":%s}' % TENSOR.replace("[1]", "[-1]"), b"\0" * 4), "shape [-1]"),
+    "huge shape": (container('{"a":%s}' % TENSOR.replace("[1]", "[99999999999999999999]"), b""), "shape"),
+    "truncated data": (container('{"a":%s}' % TENSOR, b"\0\0"), "truncated: the tensors need"),
+    "trailing data": (container('{"a":%s}' % TENSOR, b"\0" * 9), "5 bytes after the last tensor"),
+    "metadata of numbers": (container('{"__metadata__":{"a":1}}'), "'__metadata__': expected an object of strings"),
+    "no pear": (container("{}"), "metadata key 'pear' is missing"),
+    "pear is no JSON": (container('{"__metadata__":{"pear":"{"}}'), "'pear' is not valid JSON"),
+    "pear is a number": (container('{"__metadata__":{"pear":"1"}}'), "'pear': expected an object, found int"),
+    "NaN in pear": (container('{"__metadata__":{"pear":"{\\"a\\":NaN}"}}'), "NaN is not a JSON number"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    content, message = BAD_FILES[kind]
+    path = write(tmp_path / "bad.safetensors", content)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no such file"):
+        read_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="a directory"):
+        read_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_in_tensors_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_checkpoint(path, small_task())
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(0)
+    for bit in rng.choice((len(content) - start) * 8, 60, replace=False):
+        damaged = bytearray(content)
+        damaged[start + bit // 8] ^= 1 << (bit % 8)
+        with pytest.raises(CheckpointError, match="is damaged: its bytes do not hash to its digest"):
+            read_checkpoint(write(tmp_path / "bad", bytes(damaged)))
+
+
+def test_a_file_without_digests_is_accepted(tmp_path: Path) -> None:
+    from pear_store.container import container_chunks
+
+    text = json.dumps(record())
+    path = write(tmp_path / "t", b"".join(map(bytes, container_chunks(tensors(), {"pear": text}))))
+    assert read_checkpoint(path).record == record()
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes_give_only_our_errors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "random", content)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted({path for path, _, _ in BAD_RECORDS})), json_values)
+def test_any_value_in_any_field_is_accepted_or_refused(path: str, value: Any) -> None:
+    try:
+        make_task(change(path, value), tensors())
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8), json_values, max_size=3))
+def test_any_header_gives_only_our_errors(tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any]) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "header", container(json.dumps(header), b"\0" * 4))
+    with pytest.raises(CheckpointError):
+        read_container(path)

@@ -1,0 +1,506 @@
+"""The store's promises (docs/design.md, section 6)."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pear_store import (
+    CheckpointError,
+    DamagedError,
+    DiskFullError,
+    FormatError,
+    NameTakenError,
+    NotFoundError,
+    PearStoreError,
+    Refused,
+    Store,
+    Task,
+    make_task,
+    write_checkpoint,
+)
+from pear_store.index import open_index, release_index
+from pear_store.manifest import to_manifest
+from tests.conftest import floats, record, small_task, tensors
+from tests.pear_store.workers import add_file
+
+
+def contents(task: Task) -> dict[str, bytes]:
+    return {tensor.digest: bytes(tensor.data) for tensor in task.tensors.values()}
+
+
+def packs(store: Store) -> list[Path]:
+    return sorted((store.path / "packs").rglob("*.safetensors"))
+
+
+def test_what_is_added_comes_back(store: Store) -> None:
+    task = small_task()
+    added = store.add(task)
+    assert (added.task, added.version, added.changed, added.shared_bytes) == ("dtd", 1, True, 0)
+    assert added.new_bytes == task.size_bytes
+    back = store.get("dtd")
+    assert contents(back) == contents(task)
+    assert to_manifest(back) == to_manifest(task)
+    assert back.record["positions"] == task.record["positions"]
+
+
+def test_identical_tensors_are_kept_once_across_tasks_and_versions(store: Store) -> None:
+    one = small_task("one")
+    store.add(one)
+    two = store.add(small_task("two", head__bias=floats([7.0, 7.0])))
+    assert two.new_bytes == 8
+    assert two.shared_bytes == one.size_bytes - 8
+    assert store.stats().tensors == 5
+    assert store.stats().unique_bytes == one.size_bytes + 8
+    assert store.stats().logical_bytes == 2 * one.size_bytes
+
+
+def test_adding_again_changes_nothing(store: Store) -> None:
+    for name in "abcd":
+        store.add(small_task(name, seed=ord(name)))
+    before = {file: file.stat().st_mtime_ns for file in packs(store)}
+    versions = store.versions()
+    for name in "abcd":
+        added = store.add(small_task(name, seed=ord(name)))
+        assert (added.version, added.changed, added.new_bytes) == (1, False, 0)
+    assert {file: file.stat().st_mtime_ns for file in packs(store)} == before
+    assert store.versions() == versions
+
+
+def test_versions_count_up_and_are_never_used_twice(store: Store) -> None:
+    assert store.add(small_task(seed=1)).version == 1
+    assert store.add(small_task(seed=2)).version == 2
+    assert store.add(small_task(seed=1)).version == 3  # equal to an older one, not the newest
+    store.remove("dtd@3")
+    assert store.get("dtd").record == store.get("dtd@2").record
+    assert store.add(small_task(seed=4)).version == 4
+    store.remove("dtd")
+    store.gc()
+    assert store.add(small_task(seed=1)).version == 5
+    assert [v.version for v in store.versions("dtd")] == [5]
+
+
+def test_names(store: Store) -> None:
+    store.add(small_task("dtd"))
+    with pytest.raises(NameTakenError, match="'DTD' differs only in case from the stored 'dtd'"):
+        store.add(small_task("DTD"))
+    assert store.add(small_task("dtd"), name="dtd.v-2_x").task == "dtd.v-2_x"
+    with pytest.raises(CheckpointError, match=r"task name '\.\./x'"):
+        store.add(small_task(), name="../x")
+    store.remove("dtd")
+    assert store.add(small_task("DTD")).version == 2  # free again, its numbers are not
+
+
+def test_prefixes_of_names_are_other_tasks(store: Store) -> None:
+    store.add(small_task("a", seed=1))
+    store.add(small_task("a.b", seed=2))
+    store.add(small_task("a-b", seed=3))
+    assert [v.task for v in store.tasks()] == ["a", "a-b", "a.b"]
+    store.remove("a")
+    assert [v.task for v in store.tasks()] == ["a-b", "a.b"]
+    with pytest.raises(NotFoundError, match="no task 'a' in"):
+        store.get("a")
+
+
+@pytest.mark.parametrize(
+    "reference", ["nope", "dtd@2", "dtd@0", "dtd@99999999999", "dtd@x", "dtd@", "../etc", "a b", ""]
+)
+def test_unknown_references(store: Store, reference: str) -> None:
+    store.add(small_task())
+    for act in (store.get, store.resolve, store.remove):
+        with pytest.raises(NotFoundError):
+            act(reference)
+    assert len(store.versions()) == 1
+
+
+def test_one_add_writes_one_pack_named_by_its_hash_that_safetensors_reads(store: Store) -> None:
+    store.add(small_task("zero", seed=9))
+    before = set(packs(store))
+    results = list(store.add_many([small_task(name, seed=ord(name)) for name in "abc"]))
+    assert all(not isinstance(result, Refused) for result in results)
+    (pack,) = set(packs(store)) - before
+    assert hashlib.sha256(pack.read_bytes()).hexdigest() == pack.stem
+    assert pack.parent.name == pack.stem[:2]
+    with safe_open(pack, "numpy") as opened:
+        assert all(name.startswith("sha256:") for name in opened.keys())  # noqa: SIM118 (no mapping)
+        versions = json.loads(opened.metadata()["pear"])["versions"]
+    assert [(v["task"], v["version"]) for v in versions] == [("a", 1), ("b", 1), ("c", 1)]
+    assert versions[0]["manifest"].encode() == to_manifest(small_task("a", seed=ord("a")))
+
+
+def test_many_adds_are_grouped_and_a_bad_one_costs_only_itself(store: Store, tmp_path: Path) -> None:
+    sources: list[Task | Path] = [small_task(f"t{i}", seed=i) for i in range(150)]
+    sources.insert(70, tmp_path / "missing.safetensors")
+    results = list(store.add_many(sources))
+    assert [i for i, r in enumerate(results) if isinstance(r, Refused)] == [70]
+    assert len(store.tasks()) == 150
+    assert len(packs(store)) == 2
+
+
+def test_gc_removes_exactly_what_only_the_removed_task_needed(store: Store) -> None:
+    shared = {"a0.down": tensors(5)["a0.down"]}
+    kept = [make_task(record(name), {**tensors(i), **shared}) for i, name in enumerate(["one", "two", "three"])]
+    lost = make_task(record("lost"), {**tensors(9), **shared})
+    list(store.add_many([*kept, lost]))
+    before = {task.name: contents(store.get(task.name)) for task in kept}
+    store.remove("lost")
+    plan = store.gc(dry_run=True)
+    assert len(store.versions()) == 3
+    assert store.stats().tensors == 10
+    done = store.gc()
+    only = {digest: data for digest, data in contents(lost).items() if digest not in set().union(*before.values())}
+    assert len(only) == 3
+    assert (done.removed_tensors, done.removed_bytes) == (3, sum(map(len, only.values())))
+    assert (done.kept_tensors, done.removed_versions) == (10, 0)
+    assert {**vars(plan), "dry_run": False} == vars(done)
+    assert store.stats().tensors == 10
+    assert {task.name: contents(store.get(task.name)) for task in kept} == before
+    assert store.gc().removed_tensors == 0
+
+
+def test_gc_repacks_what_is_mostly_dead(store: Store) -> None:
+    list(store.add_many([*(small_task(f"dead{i}", seed=i + 10) for i in range(9)), small_task("live", seed=2)]))
+    before = contents(store.get("live"))
+    for version in store.tasks():
+        if version.task != "live":
+            store.remove(version.task)
+    done = store.gc()
+    assert done.dead_bytes == 0
+    (pack,) = packs(store)
+    with safe_open(pack, "numpy") as opened:
+        assert set(opened.keys()) == set(before)
+        assert [v["task"] for v in json.loads(opened.metadata()["pear"])["versions"]] == ["live"]
+    assert contents(store.get("live")) == before
+
+
+def test_gc_leaves_what_is_mostly_alive_unless_told(store: Store) -> None:
+    list(store.add_many([small_task(f"t{i}", seed=i) for i in range(4)]))
+    store.add(small_task("other", seed=77))
+    store.remove("t0")
+    done = store.gc()
+    assert done.dead_bytes == small_task().size_bytes
+    assert len(packs(store)) == 2
+    done = store.gc(repack_all=True)
+    assert done.dead_bytes == 0
+    assert len(packs(store)) == 1
+    for i in range(1, 4):
+        assert contents(store.get(f"t{i}")) == contents(small_task(f"t{i}", seed=i))
+
+
+def test_gc_unlinks_orphans_but_no_foreign_files(store: Store) -> None:
+    store.add(small_task())
+    orphan = store.path / "packs" / "ab" / ("ab" + "0" * 62 + ".safetensors")
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(b"left by a crashed add")
+    note = store.path / "packs" / "ab" / "README.safetensors"
+    note.write_text("not ours")
+    store.gc()
+    assert not orphan.exists()
+    assert note.exists()
+    assert contents(store.get("dtd")) == contents(small_task())
+
+
+def test_export_is_bit_identical_and_adds_back_unchanged(store: Store, tmp_path: Path) -> None:
+    store.add(small_task())
+    size = store.export("dtd", tmp_path / "out.safetensors")
+    assert size == (tmp_path / "out.safetensors").stat().st_size
+    assert not store.add(tmp_path / "out.safetensors").changed
+
+
+def test_zero_copy_is_read_only_and_outlives_gc_and_close(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
+        task = store.get("dtd", copy=False)
+        expected = contents(small_task())
+        buffer = next(iter(task.tensors.values())).data
+        assert isinstance(buffer, memoryview)
+        assert buffer.readonly
+        store.remove("dtd")
+        store.gc()
+        assert packs(store) == []
+    assert contents(task) == expected
+
+
+def test_a_held_reader_sees_its_version_through_a_repack(store: Store) -> None:
+    """A pack that went away between two look-ups is looked up again."""
+    list(store.add_many([small_task(f"t{i}", seed=i) for i in range(3)]))
+    with Store(store.path) as other:
+        for name in ("t1", "t2"):
+            other.remove(name)
+        other.gc(repack_all=True)
+    store._maps.clear()
+    assert contents(store.get("t0")) == contents(small_task("t0"))
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << (bit % 8)
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def test_flipped_bits_in_packs_are_never_handed_out(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
+        (pack,) = packs(store)
+    good, expected = pack.read_bytes(), contents(small_task())
+    rng = random.Random(0)
+    found = 0
+    for bit in rng.sample(range(len(good) * 8), 150):
+        flip(pack, bit)
+        with Store(tmp_path / "s") as store:
+            try:
+                assert contents(store.get("dtd")) == expected
+            except DamagedError as error:
+                assert "tensor sha256:" in str(error)
+                assert "dtd@1" in str(error)
+                found += 1
+        pack.write_bytes(good)
+    assert found > 5
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_adding_a_good_file_heals_a_damaged_tensor(tmp_path: Path, damage: str) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
+        (pack,) = packs(store)
+        size = pack.stat().st_size
+    if damage == "flip":
+        flip(pack, (size - 3) * 8)
+    elif damage == "truncate":
+        os.truncate(pack, size - 10)
+    else:
+        pack.unlink()
+    with Store(tmp_path / "s") as store:
+        with pytest.raises(DamagedError, match="add a checkpoint that holds it again to heal it"):
+            store.get("dtd")
+        added = store.add(small_task())
+        assert (added.version, added.changed) == (1, False)
+        assert added.new_bytes > 0
+        assert contents(store.get("dtd")) == contents(small_task())
+    with Store(tmp_path / "s") as store:
+        assert contents(store.get("dtd")) == contents(small_task())
+
+
+def test_damaged_index_rows_are_found(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
+    index = open_index(tmp_path / "s" / "index")
+    with index.read() as txn:
+        (key, row), *_ = index.rows(txn, "versions")
+    index.write(lambda txn: index.put(txn, "versions", key, bytes([row[0] ^ 1]) + row[1:]))
+    release_index(index)
+    with Store(tmp_path / "s") as store, pytest.raises(DamagedError, match="its checksum differs"):
+        store.get("dtd")
+
+
+def test_gc_refuses_to_judge_by_a_damaged_manifest(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
+        index = store._index
+        with index.read() as txn:
+            (key, manifest), *_ = index.rows(txn, "manifests")
+        index.write(lambda txn: index.put(txn, "manifests", key, manifest.replace(b"a0", b"a1")))
+        with pytest.raises(DamagedError, match="manifest of version dtd@1"):
+            store.gc()
+        with pytest.raises(DamagedError, match="manifest of version dtd@1"):
+            store.get("dtd")
+        assert len(packs(store)) == 1
+
+
+def test_create_and_open(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no store there; make one with 'pear-store init"):
+        Store(tmp_path / "s")
+    Store.create(tmp_path / "s").close()
+    with Store.create(tmp_path / "s") as again:
+        again.add(small_task())
+    with Store.create(tmp_path / "s") as again:
+        assert len(again.tasks()) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(FormatError, match="neither a store nor an empty directory"):
+        Store.create(tmp_path / "full")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    Store.create(tmp_path / "s").close()
+    index = open_index(tmp_path / "s" / "index")
+    index.write(lambda txn: index.put(txn, "meta", b"format", b"2"))
+    release_index(index)
+    with pytest.raises(FormatError, match="store format b'2': this Pear reads b'1'"):
+        Store(tmp_path / "s")
+
+
+def test_a_closed_store_says_so(store: Store) -> None:
+    store.close()
+    with pytest.raises(PearStoreError, match="was closed"):
+        store.tasks()
+
+
+def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pear_store.index._MAP_BYTES", (256 * 1024,))
+    with Store.create(tmp_path / "s") as store:
+        for start in range(0, 600, 100):
+            list(store.add_many([small_task(f"t{i}", seed=i) for i in range(start, start + 100)]))
+        assert len(store.tasks()) == 600
+        assert contents(store.get("t599")) == contents(small_task("t599", seed=599))
+
+
+# ---- several threads and processes ------------------------------------------------------------
+
+
+def test_threads_read_and_add_at_once(store: Store) -> None:
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for i in range(8):
+                name = f"t{number}-{i}"
+                store.add(small_task(name, seed=100 * number + i))
+                assert contents(store.get(name)) == contents(small_task(name, seed=100 * number + i))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(store.tasks()) == 48
+
+
+def test_a_forked_child_uses_the_same_store(store: Store) -> None:
+    store.add(small_task("parent"))
+    child = os.fork()
+    if child == 0:
+        try:
+            store.add(small_task("child", seed=3))
+            good = contents(store.get("parent")) == contents(small_task("parent"))
+            os._exit(0 if good else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert contents(store.get("child")) == contents(small_task("child", seed=3))
+
+
+def _spawn(call: str) -> "subprocess.Popen[str]":
+    code = f"from tests.pear_store.workers import *; {call}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+def test_adders_and_gc_together_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    Store.create(path).close()
+    workers = [_spawn(f"add_and_acknowledge({str(path)!r}, {n}, 3)") for n in range(2)]
+    workers.append(_spawn(f"gc_loop({str(path)!r}, 3)"))
+    outputs = [worker.communicate(timeout=60) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], outputs
+    names = " ".join(out for out, _ in outputs[:2]).split()
+    assert len(names) > 10
+    with Store(path) as store:
+        for name in names:
+            worker, i = (int(part) for part in name[1:].split("-"))
+            assert contents(store.get(name)) == contents(small_task(name, seed=i % 7 + 10 * worker))
+
+
+@pytest.mark.parametrize("call", ["add_and_acknowledge({path!r}, 0, 30)", "gc_loop({path!r}, 30)"])
+def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, call: str) -> None:
+    """Kills at random moments; the store opens at once and holds every acknowledged task, whole."""
+    path = tmp_path / "s"
+    Store.create(path).close()
+    rng = random.Random(1)
+    acknowledged: set[str] = set()
+    for round_ in range(6):
+        if "gc" in call:  # something to collect
+            with Store(path) as store:
+                for i in range(4):
+                    store.add(small_task(f"w0-{4 * round_ + i}", seed=(4 * round_ + i) % 7))
+                acknowledged |= {f"w0-{4 * round_ + i}" for i in range(4)}
+                dead = f"w0-{4 * round_}"
+                store.remove(dead)
+                acknowledged.discard(dead)
+        process = _spawn(call.format(path=str(path)))
+        assert process.stdout is not None
+        first = process.stdout.readline()  # it is at work
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate()
+        if "gc" not in call:
+            lines = (first + rest).split("\n")
+            acknowledged |= set(" ".join(lines).split())
+        with Store(path) as store:
+            held = {version.task for version in store.tasks()}
+            assert acknowledged <= held
+            for name in held:
+                assert contents(store.get(name)) == contents(small_task(name, seed=int(name.split("-")[1]) % 7))
+
+
+# ---- a full disk ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", where], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
+def test_a_full_disk_is_named_and_harms_nothing(small_disk: Path) -> None:
+    def large(i: int) -> Task:
+        rng = np.random.default_rng(i)
+        return make_task(record(f"t{i}"), {**tensors(i), "a0.down": floats(rng.normal(size=(4000, 2))),
+                                           "head.weight": floats(rng.normal(size=(2, 6)))})  # fmt: skip
+
+    with Store.create(small_disk / "s") as store:
+        added = []
+        with pytest.raises(DiskFullError, match="no space left on the device; nothing was changed"):
+            for i in range(100):
+                store.add(large(i))
+                added.append(i)
+        assert len(added) > 5
+        assert [v.task for v in store.tasks()] == sorted(f"t{i}" for i in added)
+        for i in added:
+            assert contents(store.get(f"t{i}")) == contents(large(i))
+        assert list((store.path / "tmp").iterdir()) == []
+        with pytest.raises(DiskFullError):
+            store.export("t0", small_disk / "out.safetensors")
+        assert not (small_disk / "out.safetensors").exists()
+        (small_disk / "filler").write_bytes(b"\0" * 1000)
+        (small_disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)  # space is freed
+        store.add(large(len(added)))
+        store.remove("t0")
+        store.gc()
+        assert contents(store.get("t1")) == contents(large(1))
+
+
+def test_adding_files_from_another_process_is_seen(store: Store, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "t.safetensors", small_task("new"))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=add_file, args=(str(store.path), str(tmp_path / "t.safetensors")))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert store.tasks()[0].task == "new"

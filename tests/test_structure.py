@@ -1,0 +1,60 @@
+"""The packages' imports run one way, and the store's commands start light."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "pear_store": {"pear_store"},
+    "router": {"pear_store", "router"},
+    "pear_train": {"pear_store", "router", "pear_train"},
+}
+OURS = {*ALLOWED, "tests", "tools", "benchmarks"}
+HEAVY = {"torch", "timm", "torchvision"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        assert imports(file) & OURS <= ALLOWED[package], file
+        if package == "pear_store":
+            assert not imports(file) & HEAVY, file
+        if file.name != "cli.py":
+            assert "click" not in imports(file), f"{file}: only a cli imports click"
+
+
+def test_store_commands_import_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pear_store.cli import main\n"
+        f"store = ['--store', {str(tmp_path / 's')!r}]\n"
+        "for args in (['--help'], [*store, 'init'], [*store, 'ls']):\n"
+        "    main(args, standalone_mode=False)\n"
+        "print(sorted({'torch', 'timm', 'numpy', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_all_is_sorted_and_whole(package: str) -> None:
+    module = importlib.import_module(package)
+    names = module.__all__
+    assert names == sorted(names)
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    imported = {a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert set(names) == imported
