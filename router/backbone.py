@@ -55,6 +55,9 @@ class Backbone:
         try:
             if hasattr(module, "set_input_size"):
                 cast(Any, module).set_input_size(img_size=size)
+                patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
+                if size[0] % patch[0] or size[1] % patch[1]:
+                    raise ValueError(f"its patches need multiples of {patch[0]}")
             elif self.config.get("fixed_input_size"):
                 raise ValueError(f"it takes {self.input_size[0]} x {self.input_size[1]} only")
         except (AssertionError, ValueError, RuntimeError) as error:

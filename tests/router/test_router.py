@@ -1,0 +1,313 @@
+"""The router against a plain float32 loop over rows."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from pear_store import PearStoreError, Store, Task, make_task, write_checkpoint
+from router import (
+    Backbone,
+    ImageError,
+    Predictions,
+    Router,
+    SlotBudgetError,
+    TaskError,
+    UnknownTaskError,
+    WrongBackboneError,
+)
+from router.slots import adapter_matrix
+from router.tensors import to_torch
+from tests.conftest import floats
+
+Maker = Callable[..., Task]
+PHI = {"identity": lambda h: h, "relu": torch.relu, "gelu": F.gelu}
+
+
+@torch.inference_mode()
+def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tensor:
+    """Logits of one image, branch by branch, with plain hooks."""
+    hooks = []
+    for position, branches in task.positions.items():
+
+        def hook(_: object, args: tuple[torch.Tensor], y: torch.Tensor, branches: object = branches) -> torch.Tensor:
+            for branch in branches:
+                down, up = (adapter_matrix(task, branch.adapter, side) for side in ("down", "up"))
+                y = y + branch.scale * (PHI[task.activation](args[0] @ down) @ up)
+            return y
+
+        hooks.append(backbone.module.get_submodule(position).register_forward_hook(hook))
+    features = backbone.module(image.unsqueeze(0))[0]
+    for one in hooks:
+        one.remove()
+    head = task.record["head"]
+    if head is None:
+        return features
+    return F.linear(features, to_torch(task.tensors[head["weight"]]), to_torch(task.tensors[head["bias"]]))
+
+
+@pytest.fixture
+def tasks(task_maker: Maker) -> dict[str, Task]:
+    """Unlike in rank, class count, activation and positions; two share all adapters."""
+    made = [
+        task_maker("a", seed=1, rank=4, classes=3),
+        task_maker("b", seed=2, rank=1, classes=5, activation="relu"),
+        task_maker("c", seed=3, rank=6, classes=3, activation="gelu", positions=("blocks.1.mlp", "blocks.2.mlp")),
+        task_maker("d", seed=1, rank=4, classes=4),
+        task_maker("f", seed=5, headless=True),
+    ]
+    return {task.name: task for task in made}
+
+
+@pytest.fixture
+def router(backbone: Backbone, tasks: dict[str, Task]) -> Router:
+    made = Router(backbone)
+    for task in tasks.values():
+        made.add(task)
+    return made
+
+
+MIXES = {
+    "identical": ["a"] * 8,
+    "distinct": ["a", "b", "c", "d", "f"],
+    "uniform": ["a", "b", "c", "d"] * 2,
+    "skewed": ["c"] + ["a"] * 6 + ["b"],
+    "zipf": ["a", "a", "a", "a", "b", "b", "c", "d"],
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_equals_a_plain_loop_and_each_row_alone(
+    backbone: Backbone, router: Router, tasks: dict[str, Task], mix: str
+) -> None:
+    names = MIXES[mix]
+    images = torch.randn(len(names), 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    out = router.run(images, names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(out.logits[row], reference(backbone, tasks[name], images[row]), atol=1e-4, rtol=1e-4)
+        alone = router.run(images[row : row + 1], name)
+        torch.testing.assert_close(out.logits[row], alone.logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_matter(router: Router, backbone: Backbone, tasks: dict[str, Task]) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    bare = tasks["f"]
+    plain = make_task({**bare.record, "task": "plain", "adapters": {}, "positions": {}}, {})
+    router.add(plain)
+    with torch.inference_mode():
+        torch.testing.assert_close(router.run(images, "plain").logits, backbone.module(images), atol=1e-5, rtol=1e-5)
+    difference = router.run(images, "f").logits - router.run(images, "plain").logits
+    assert difference.abs().max() > 0.05
+
+
+def test_predictions(router: Router) -> None:
+    images = torch.randn(3, 3, 48, 48)
+    same = router.run(images, ["a", "a", "a"])
+    assert isinstance(same.logits, torch.Tensor)
+    assert same.logits.shape == (3, 3)
+    torch.testing.assert_close(same.probs.sum(1), torch.ones(3))
+    mixed = router.run(images, ["a", "b", "f"])
+    assert [len(row) for row in mixed.logits] == [3, 5, 192]
+    assert mixed.labels == [f"a-{int(mixed.logits[0].argmax())}", f"b-{int(mixed.logits[1].argmax())}", None]
+    assert mixed.tasks == ["a", "b", "f"]
+    top = mixed.topk(4)
+    assert [len(row) for row in top] == [3, 4, 0]
+    assert top[1][0] == (mixed.labels[1], pytest.approx(float(mixed.probs[1].max())))
+    assert len(mixed) == 3
+
+
+def test_run_all(router: Router) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    out = router.run_all(images, ["a", "b"])
+    assert isinstance(out["a"], Predictions)
+    for name in ("a", "b"):
+        torch.testing.assert_close(out[name].logits, router.run(images, name).logits)
+
+
+def test_kinds_of_images_agree(router: Router, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (30, 40), dtype=np.uint8)
+    colour = rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    given = [grey, grey[..., None], Image.fromarray(grey), str(tmp_path / "grey.png"), f"file://{tmp_path}/grey.png"]
+    given += [colour, Image.fromarray(colour), str(tmp_path / "colour.png")]
+    logits = router.run(given, "a").logits
+    for row in range(1, 5):
+        assert torch.equal(logits[row], logits[0]) or torch.allclose(logits[row], logits[0], atol=1e-5)
+    for row in (6, 7):
+        torch.testing.assert_close(logits[row], logits[5], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits[5], logits[0], atol=1e-3)
+
+
+def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
+    backbone: Backbone, router: Router, task_maker: Maker
+) -> None:
+    router.add(task_maker("large", seed=8, size=64))
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (50, 50, 3), dtype=np.uint8) for _ in range(4)]
+    names = ["large", "a", "large", "b"]
+    out = router.run(images, names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(out.logits[row], router.run([images[row]], name).logits[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ImageError, match="tasks 'large', 'a' differ in preprocessing: give a list of images"):
+        router.run(torch.zeros(2, 3, 48, 48), ["large", "a"])
+
+
+@pytest.mark.parametrize(
+    ("images", "task", "message"),
+    [
+        (torch.zeros(2, 3, 40, 40), "a", "images of 40 x 40 pixels: the tasks expect 48 x 48"),
+        (torch.zeros(2, 1, 48, 48), "a", r"images float32 \[2, 1, 48, 48\]: expected a normalised float tensor"),
+        (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), "a", r"images uint8 .*expected a normalised float tensor"),
+        (torch.zeros(2, 3, 48, 48), ["a"], "2 images but 1 tasks"),
+        (torch.zeros(0, 3, 48, 48), "a", "no images"),
+        (["nowhere.png"], "a", "nowhere.png: no such file"),
+        ("photo.png", "a", "images is one path, 'photo.png': expected a list"),
+        ([np.zeros((4, 4), np.float32)], "a", r"array image float32 \[4, 4\]: expected uint8"),
+        ([3], "a", "image of type int: expected a PIL image"),
+    ],
+)
+def test_image_mistakes(router: Router, images: object, task: object, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        router.run(images, task)
+
+
+def test_unknown_and_wrong_tasks(router: Router, backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    with pytest.raises(UnknownTaskError, match="no task 'x': this router has no store, and it was not added"):
+        router.run(torch.zeros(1, 3, 48, 48), "x")
+    good = task_maker("g")
+    other = make_task({**good.record, "backbone": {"model": "vit_huge", "digest": "sha256:" + "a" * 64}}, good.tensors)
+    with pytest.raises(WrongBackboneError) as caught:
+        router.add(other)
+    for part in ("'g'", "vit_huge", "sha256:aaaaaaaaaaaa", "pear_tiny", backbone.digest[:19]):
+        assert part in str(caught.value)
+    moved = make_task({**good.record, "positions": {"blocks.9.attn": [["a0", 1.0]]}}, good.tensors)
+    with pytest.raises(TaskError, match=r"task 'g': backbone pear_tiny has no module 'blocks.9.attn'"):
+        router.add(moved)
+    fat = make_task({**good.record, "positions": {"blocks.0.mlp.fc1": [["a0", 1.0]]}}, good.tensors)
+    with pytest.raises(TaskError, match=r"'blocks.0.mlp.fc1': widths \(192, 192\), the backbone's are \(192, 384\)"):
+        router.add(fat)
+    headed = make_task(good.record, {**good.tensors, "head.weight": floats(np.zeros((3, 100)))})
+    with pytest.raises(TaskError, match="its head takes 100 features, the backbone gives 192"):
+        router.add(headed)
+    with Store.create(tmp_path / "s") as store:
+        store.add(other)
+        served = Router(backbone, store)
+        with pytest.raises(WrongBackboneError):
+            served.run(torch.zeros(1, 3, 48, 48), "g")
+        with pytest.raises(UnknownTaskError, match="no task 'x' in"):
+            served.run(torch.zeros(1, 3, 48, 48), "x")
+    with pytest.raises(PearStoreError, match="no store there"):
+        Router(backbone, tmp_path / "nowhere")
+
+
+def test_from_a_store_versions_and_refresh(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    with Store.create(tmp_path / "s") as store:
+        store.add(task_maker("t", seed=1))
+        router = Router(backbone, tmp_path / "s")
+        first = router.run(images, "t").logits
+        store.add(task_maker("t", seed=2))
+        torch.testing.assert_close(router.run(images, "t").logits, first)
+        both = router.run(torch.cat([images, images]), ["t@1", "t@1", "t@2", "t@2"]).logits
+        torch.testing.assert_close(both[:2], first, atol=1e-5, rtol=1e-5)
+        router.refresh()
+        torch.testing.assert_close(router.run(images, "t").logits, both[2:], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(both[2:], first, atol=1e-2)
+
+
+def test_after_gc_the_others_are_bit_identical(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 48, 48)
+    with Store.create(tmp_path / "s") as store:
+        for i, name in enumerate("xyz"):
+            store.add(task_maker(name, seed=i))
+        before = Router(backbone, store).run(images, ["x", "y", "x"]).logits
+        store.remove("z")
+        assert store.gc(repack_all=True).removed_tensors == 8
+        after = Router(backbone, Store(tmp_path / "s")).run(images, ["x", "y", "x"]).logits
+        assert torch.equal(before, after)
+
+
+def test_slots_hold_shared_tensors_once(backbone: Backbone, tasks: dict[str, Task]) -> None:
+    router = Router(backbone)
+    router.add(tasks["a"])
+    router.add(tasks["d"])  # all of a's adapters, another head
+    images = torch.zeros(1, 3, 48, 48)
+    router.run(images, "a")
+    alone = router._slots.used_bytes
+    router.run(images, "d")
+    assert router._slots.used_bytes - alone == 4 * (4 * 192 + 4)
+
+
+def test_slots_evict_the_least_recently_used_within_the_budget(backbone: Backbone, task_maker: Maker) -> None:
+    images = torch.randn(1, 3, 48, 48)
+    probe = Router(backbone)
+    made = {name: task_maker(name, seed=i) for i, name in enumerate("pqrs")}
+    probe.add(made["p"])
+    probe.run(images, "p")
+    size = probe._slots.used_bytes
+    router = Router(backbone, slot_bytes=2 * size + 10)
+    for task in made.values():
+        router.add(task)
+    expected = {name: router.run(images, name).logits for name in made}
+    for name in "pqpsrqps":
+        torch.testing.assert_close(router.run(images, name).logits, expected[name], atol=1e-5, rtol=1e-5)
+        assert router._slots.used_bytes <= 2 * size + 10
+    pair = router.run(images.repeat(2, 1, 1, 1), ["p", "s"]).logits
+    torch.testing.assert_close(pair, torch.cat([expected["p"], expected["s"]]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(SlotBudgetError, match=r"need [\d,]+ bytes of slots, slot_bytes is"):
+        router.run(images.repeat(3, 1, 1, 1), ["p", "q", "s"])
+    torch.testing.assert_close(router.run(images, "q").logits, expected["q"], atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_near(router: Router, backbone: Backbone, tasks: dict[str, Task]) -> None:
+    low = Router(backbone, dtype=torch.bfloat16)
+    low.add(tasks["a"])
+    images = torch.randn(4, 3, 48, 48)
+    exact = router.run(images, "a").logits
+    assert (low.run(images, "a").logits - exact).abs().max() < 0.05 * exact.abs().max() + 0.1
+
+
+def test_threads_get_old_or_new_versions_never_a_mixture(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    with Store.create(tmp_path / "s") as store:
+        versions = [task_maker("t", seed=i) for i in range(3)]
+        right = []
+        for task in versions:
+            lone = Router(backbone)
+            lone.add(task)
+            right.append(lone.run(images, "t").logits)
+        store.add(versions[0])
+        router = Router(backbone, store)
+        wrong: list[torch.Tensor] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                got = router.run(images, "t").logits
+                if not any(torch.allclose(got, one, atol=1e-4) for one in right):
+                    wrong.append(got)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for i in range(12):
+            store.add(versions[i % 3])
+            router.refresh()
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
+def test_a_checkpoint_file_can_be_added(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "t.safetensors", task_maker("t"))
+    router = Router(backbone)
+    assert router.add(tmp_path / "t.safetensors") == "t"
+    assert len(router.run(torch.zeros(1, 3, 48, 48), "t")) == 1
