@@ -282,7 +282,10 @@ class _Run:
     def _similarity(self) -> Callable[[str, str], float]:
         """similarity(pruned position, kept position): of matrices for identity, else of outputs on train images."""
         adapters = self.adapters
-        pairs = {position: adapters.matrices(name) for position, name in adapters.own.items()}
+        pairs = {
+            position: (adapters.down[name].detach(), adapters.up[name].detach())
+            for position, name in adapters.own.items()
+        }
         if self.config.activation == "identity":
             return lambda p, k: matrix_similarity(pairs[p], pairs[k])
         images = self.train_pixels.images(torch.arange(min(SIMILARITY_IMAGES, len(self.train_pixels))))

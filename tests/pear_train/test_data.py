@@ -1,0 +1,164 @@
+"""The layouts that --data takes, and what is said of those it does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pear_train import DataError, open_dataset
+from pear_train.data import Pixels
+from router import Preprocess
+from tests.conftest import record
+
+
+def picture(path: Path, value: int, grey: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (12, 10) if grey else (12, 10, 3)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(path)
+
+
+def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10, suffix: str = ".png") -> Path:
+    for label, name in enumerate(classes):
+        for i in range(count):
+            picture(root / name / f"{i}{suffix}", 100 * label + i, grey=i % 2 == 0)
+    return root
+
+
+def images_of(split: object) -> list[object]:
+    return [split.image(i) for i in range(len(split))]
+
+
+def test_folder_of_classes_is_held_out_always_alike(tmp_path: Path) -> None:
+    data = open_dataset(str(folder(tmp_path / "d", count=20)))
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.val), len(data.test)) == (32, 4, 4)
+    parts = [set(images_of(split)) for split in (data.train, data.val, data.test)]
+    assert len(set.union(*parts)) == 40
+    assert "an image folder (a tenth of each class held out" in data.description
+    again = open_dataset(str(tmp_path / "d"))
+    assert [images_of(s) for s in (again.train, again.val)] == [images_of(s) for s in (data.train, data.val)]
+    assert torch.bincount(data.val.targets).tolist() == [2, 2]
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("validation", 3), ("test", 2)):
+        folder(tmp_path / "d" / split, count=count, suffix=".jpg")
+    data = open_dataset(str(tmp_path / "d"))
+    assert (len(data.train), len(data.val), len(data.test)) == (16, 6, 4)
+    assert "an image folder with train/, validation/, test/" in data.description
+
+
+def test_folder_with_train_only(tmp_path: Path) -> None:
+    folder(tmp_path / "d" / "train", count=10)
+    data = open_dataset(str(tmp_path / "d"))
+    assert (len(data.train), len(data.val), data.test) == (18, 2, None)
+
+
+def vtab(root: Path, count: int = 4) -> Path:
+    for name, size in (("train800", count), ("val200", 2), ("test", 3)):
+        lines = []
+        for i in range(size):
+            picture(root / "images" / name / f"{i:06}.jpg", i)
+            lines.append(f"images/{name}/{i:06}.jpg {i % 2}")
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_vtab(tmp_path: Path) -> None:
+    data = open_dataset(str(vtab(tmp_path / "v")))
+    assert data.classes == ("0", "1")
+    assert (len(data.train), len(data.val), len(data.test)) == (4, 2, 3)
+    assert "a VTAB-1k folder" in data.description
+    (tmp_path / "v" / "val200.txt").write_text("images/a.jpg\n")
+    with pytest.raises(DataError, match=r"val200.txt, line 1: 'images/a.jpg': expected an image path, a space"):
+        open_dataset(str(tmp_path / "v"))
+    (tmp_path / "v" / "val200.txt").unlink()
+    with pytest.raises(DataError, match=r"val200.txt: no such file; a VTAB-1k folder has"):
+        open_dataset(str(tmp_path / "v"))
+
+
+def archive(path: Path, **changes: object) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {"classes": np.array(["one", "two"])}
+    for name, count in (("train", 20), ("val", 4), ("test", 6)):
+        arrays[f"x_{name}"] = rng.integers(0, 255, (count, 9, 9, 1), dtype=np.uint8)
+        arrays[f"y_{name}"] = np.arange(count) % 2
+    arrays.update(changes)
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def test_npz(tmp_path: Path) -> None:
+    data = open_dataset(str(archive(tmp_path / "d.npz")))
+    assert data.classes == ("one", "two")
+    assert (len(data.train), len(data.val), len(data.test)) == (20, 4, 6)
+    bare = open_dataset(
+        str(archive(tmp_path / "b.npz", x_val=None, y_val=None, x_test=None, y_test=None, classes=None))
+    )
+    assert (bare.classes, len(bare.train), len(bare.val), bare.test) == (("0", "1"), 18, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_train": None}, "y_train is missing: expected x_train and y_train"),
+        ({"x_train": None, "y_train": None}, "expected x_train and y_train"),
+        ({"x_val": np.zeros((4, 9, 9, 1), np.float32)}, r"x_val is float32 \[4, 9, 9, 1\]: expected uint8"),
+        ({"y_val": np.zeros(3, np.int64)}, r"y_val is int64 \[3\]: expected integers \[4\]"),
+        ({"y_val": np.full(4, 7)}, r"val labels 7\.\.7, expected 0\.\.1"),
+        ({"y_train": np.zeros(20, np.int64)}, "class 'two' has no training image"),
+        ({"classes": np.array([{"a": 1}], dtype=object)}, "not a NumPy archive: Object arrays cannot be loaded"),
+    ],
+)
+def test_bad_npz(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_dataset(str(archive(tmp_path / "d.npz", **changes)))
+
+
+def test_names_that_timm_knows(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        folder(tmp_path / split, count=10)
+    data = open_dataset("torch/image_folder", tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 20)
+    assert "a data set that timm knows" in data.description
+    with pytest.raises(DataError, match="torch/nothing_such: timm could not open its train split"):
+        open_dataset("torch/nothing_such", tmp_path)
+
+
+def test_what_is_none_of_these_says_what_was_looked_for(tmp_path: Path) -> None:
+    looked = "looked for a folder with one folder of images per class"
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for data in (tmp_path / "nowhere", tmp_path / "notes.txt", tmp_path / "empty"):
+        with pytest.raises(DataError, match=looked):
+            open_dataset(str(data))
+
+
+def test_folder_mistakes(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d")
+    (root / "empty").mkdir()
+    with pytest.raises(DataError, match=r"d/empty: class folder without images: add some, or remove the folder"):
+        open_dataset(str(root))
+    folder(tmp_path / "s" / "train")
+    folder(tmp_path / "s" / "test", classes=("cat", "bird"))
+    with pytest.raises(DataError, match="class 'bird' is not in both"):
+        open_dataset(str(tmp_path / "s"))
+    folder(tmp_path / "t" / "test")
+    with pytest.raises(DataError, match=r"has test/ but no train/"):
+        open_dataset(str(tmp_path / "t"))
+    one = folder(tmp_path / "one", count=1)
+    with pytest.raises(DataError, match="split is empty|has no training image"):
+        open_dataset(str(one))
+
+
+def test_pixels_are_what_the_router_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_dataset(str(folder(tmp_path / "d", count=20)))
+    preprocess = Preprocess(record()["preprocess"])
+    rows = torch.tensor([3, 0, 7])
+    cached = Pixels(data.train, preprocess).images(rows)
+    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", 0)
+    assert torch.equal(Pixels(data.train, preprocess).images(rows), cached)
+    assert torch.equal(preprocess([data.train.image(i) for i in (3, 0, 7)]), cached)

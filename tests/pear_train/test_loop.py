@@ -1,0 +1,240 @@
+"""Training end to end on small real problems, through the command where a user would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from pear_store import Store, read_checkpoint
+from pear_train import ConfigError, DataError, TrainConfig, open_dataset, train
+from pear_train.cli import main
+from pear_train.loop import Step, _Run, stored_bytes
+from router import Backbone, Preprocess, Router
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three classes of noisy stripes, which a few steps learn and chance does not: 60 train, 30 val, 60 test images."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"classes": np.array(["flat", "tall", "none"])}
+    for name, count in (("train", 60), ("val", 30), ("test", 60)):
+        y = np.arange(count) % 3
+        x = rng.normal(128, 40, (count, 24, 24))
+        wave = 60 * np.sign(np.sin(np.arange(24) * np.pi / 3))
+        x[y == 0] += wave[:, None]
+        x[y == 1] += wave[None, :]
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = np.clip(x, 0, 255).astype(np.uint8), y
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"task": "stripes", "epochs": 4, "prune_epoch": 2, "rank": 4, "dtype": "float32", **changes})
+
+
+@pytest.mark.parametrize("method", ["linear", "adapters", "pear"])
+def test_methods_learn_and_report_what_they_wrote(
+    method: str, stripes: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    steps: list[Step] = []
+    result = train(config(method=method), backbone, open_dataset(stripes), tmp_path / "t.safetensors", steps.append)
+    assert result.val_top1 > 0.6
+    assert result.test_top1 is not None
+    task = read_checkpoint(tmp_path / "t.safetensors")
+    assert stored_bytes(task) == (result.adapter_bytes, result.knowledge_bytes, result.head_bytes)
+    assert result.file_bytes == (tmp_path / "t.safetensors").stat().st_size
+    count = {"linear": 0, "adapters": 12, "pear": 6}[method]
+    assert result.adapter_bytes == count * 2 * 192 * 4 * 2
+    assert result.head_bytes == 2 * (3 * 192 + 3)
+    borrowed = 6 if method == "pear" else 0
+    assert result.trainable_params == count * 2 * 192 * 4 + 3 * 193 + borrowed
+    assert len(result.borrowed) == len(result.pruned) == borrowed
+    assert task.record["metrics"] == {"val_top1": result.val_top1, "test_top1": result.test_top1}
+    assert len(task.positions) == (0 if method == "linear" else 12)
+    assert [step.epoch for step in steps if step.val_top1 is not None] == [1, 2, 3, 4]
+    if method == "pear":
+        assert result.best_epoch > 2
+        assert min(result.importance.values()) > 0
+
+
+def test_one_seed_gives_one_file_and_another_gives_another(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
+    data = open_dataset(stripes)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(seed=seed), backbone, data, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(
+    ("sharing", "knowledge", "bits"),
+    [
+        ("nearest", "none", 1),
+        ("top", "exact", 1),
+        ("similar", "lowbit", 4),
+        ("none", "lowbit", 1),
+        ("similar", "fold", 1),
+    ],
+)
+def test_what_is_trained_is_what_is_routed(
+    activation: str, sharing: str, knowledge: str, bits: int, stripes: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    """Logits of the trainer's modules and of the router from the written file agree, single and mixed."""
+    if knowledge == "fold" and activation != "identity":
+        pytest.skip("fold is for identity: refused, see test_options_that_clash")
+    data = open_dataset(stripes)
+    made = config(activation=activation, sharing=sharing, knowledge=knowledge, knowledge_bits=bits, tensor_dtype="F32")
+    run = _Run(made, backbone, data)
+    result = run.train(tmp_path / "t.safetensors", None)
+    rows = torch.arange(12)
+    with torch.no_grad():
+        trained = run._logits(run.val_pixels, rows)
+    images = Preprocess(run.record)([data.val.image(i) for i in range(12)])
+    router = Router(backbone)
+    router.add(tmp_path / "t.safetensors")
+    train(config(task="other", method="adapters", seed=5), backbone, data, tmp_path / "o.safetensors")
+    router.add(tmp_path / "o.safetensors")
+    torch.testing.assert_close(router.run(images, "stripes").logits, trained, atol=1e-5, rtol=1e-5)
+    mixed = router.run(images, ["stripes", "other"] * 6).logits
+    torch.testing.assert_close(mixed[::2], trained[::2], atol=1e-5, rtol=1e-5)
+    knowledge_share = {"none": 0, "fold": 0, "exact": 1 / 2, "lowbit": bits / 32}[knowledge]
+    exact_bytes = 6 * 2 * 192 * 4 * 4
+    scales = 6 * 2 * 4 * 2 if knowledge == "lowbit" else 0
+    assert result.adapter_bytes == exact_bytes
+    assert result.knowledge_bytes == exact_bytes * knowledge_share + scales
+
+
+def test_an_exact_knowledge_checkpoint_keeps_the_function(stripes: str, backbone: Backbone) -> None:
+    """Borrowing that starts at scale 0 beside an exact copy changes nothing but the copy's rounding."""
+    run = _Run(config(knowledge="exact"), backbone, open_dataset(stripes))
+    with torch.no_grad():
+        for up in run.adapters.up.values():
+            up.normal_(0, 0.1)
+    rows = torch.arange(10)
+    before = run.adapted.features(run.train_pixels.images(rows), run.adapters.position_weights())
+    run._prune()
+    after = run.adapted.features(run.train_pixels.images(rows), run.adapters.position_weights())
+    assert len(run.adapters.down) == 6
+    torch.testing.assert_close(after, before, atol=2e-2, rtol=1e-2)
+    run.adapters.frozen.clear()
+    for branches in run.adapters.branches.values():
+        branches[:] = [branch for branch in branches if not branch.adapter.startswith("k")]
+    without = run.adapted.features(run.train_pixels.images(rows), run.adapters.position_weights())
+    assert (without - before).abs().max() > 0.1
+
+
+def test_sources_forget_their_moments_and_others_keep_them(stripes: str, backbone: Backbone) -> None:
+    run = _Run(config(ratio=0.25), backbone, open_dataset(stripes))
+    for _ in range(2):
+        loss = run._logits(run.train_pixels, torch.arange(20)).square().mean()
+        run.optimiser.zero_grad()
+        loss.backward()
+        run.optimiser.step()
+    before = dict(run.adapters.up.items())
+    run._prune()
+    sources = {run.adapters.own[source] for source in run.sources.values()}
+    for name, parameter in before.items():
+        kept = name in run.adapters.up
+        assert (parameter in run.optimiser.state) == (kept and name not in sources)
+    assert run.head.weight in run.optimiser.state
+    trained = {id(p) for group in run.optimiser.param_groups for p in group["params"]}
+    assert {id(scale) for scale in run.adapters.scales()} <= trained
+    assert len(run.adapters.scales()) == 3
+
+
+def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
+    run = _Run(config(method="linear"), backbone, open_dataset(stripes))
+    rows = torch.tensor([5, 2])
+    with torch.no_grad():
+        direct = run.adapted.features(run.val_pixels.images(rows), {})
+    torch.testing.assert_close(run._features(run.val_pixels, rows), direct, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 1.0}, "ratio 1.0: expected at least 0 and below 1"),
+        ({"prune_epoch": 4}, "prune epoch 4 of 4 epochs"),
+        ({"prune_epoch": 0}, "prune epoch 0 of 4 epochs"),
+        ({"rank": 0}, "rank 0: expected at least 1"),
+        ({"lr": 0.0}, "lr 0.0: expected above 0"),
+        ({"sharing": "best"}, "sharing 'best': expected one of nearest, top, similar, none"),
+        ({"knowledge": "fold", "activation": "relu"}, "knowledge 'fold' needs activation 'identity'"),
+        ({"knowledge": "fold", "sharing": "none"}, "sharing 'none' has no sources"),
+        ({"knowledge_bits": 2}, "knowledge bits 2: expected one of 1, 4"),
+    ],
+)
+def test_options_that_clash(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_loss_that_explodes_is_said(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="lower the learning rate, it is 1e"):
+        train(config(method="adapters", lr=1e30), backbone, open_dataset(stripes), tmp_path / "t.safetensors")
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
+    out = tmp_path / "t.safetensors"
+    done = run("stripes", "--data", stripes, "--out", out, "--epochs", 3, "--prune-epoch", 1, "--rank", 2, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "a NumPy archive; 3 classes; 60 train, 30 val, 60 test images" in done.stderr
+    report = json.loads(done.stdout)
+    expected = {
+        "task", "method", "val_top1", "test_top1", "trainable_params", "adapter_bytes", "knowledge_bytes", "head_bytes",
+        "file_bytes", "epochs", "seconds", "borrowed",
+    }  # fmt: skip
+    assert expected <= set(report)
+    with Store.create(tmp_path / "s") as store:
+        assert store.add(out).changed
+        data = open_dataset(stripes)
+        router = Router(backbone, store)
+        images = [data.test.image(i) for i in range(60)]
+        labels = router.run(images, "stripes").labels
+    right = sum(label == data.classes[int(y)] for label, y in zip(labels, data.test.targets, strict=True))
+    assert right / 60 == pytest.approx(report["test_top1"])
+
+
+def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
+    done = run("stripes", "--data", stripes, "--out", tmp_path / "t", "--epochs", 2, "--rank", 1)
+    assert "borrows blocks." in done.stdout
+    assert "stripes (pear): val" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["../x"], 1, "task name '../x'"),
+        (["t", "--data", "/nowhere"], 1, "/nowhere: no such file or folder; looked for"),
+        (["t", "--backbone", "resnet_99"], 1, "timm has no model of that name"),
+        (["t", "--weights", "/nowhere.safetensors"], 1, "/nowhere.safetensors: no such file"),
+        (["t", "--positions", "layers.*"], 1, "positions 'layers.*' match no module"),
+        (["t", "--ratio", "2"], 1, "ratio 2.0"),
+        (["t", "--out", "/nowhere/t"], 1, "folder /nowhere does not exist"),
+        (["t", "--img-size", "50"], 1, "cannot take 50 x 50 pixels"),
+        (["t", "--method", "magic"], 2, "Invalid value for '--method'"),
+    ],
+)
+def test_mistakes(args: list[str], code: int, message: str, stripes: str, tmp_path: Path) -> None:
+    if "--data" not in args:
+        args += ["--data", stripes]
+    if "--out" not in args:
+        args += ["--out", str(tmp_path / "t")]
+    done = run(*args)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "t").exists()

@@ -1,0 +1,143 @@
+"""Importance, pruning, sharing and knowledge: the maths."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pear_train.importance import taylor_scores
+from pear_train.knowledge import exact_copy, fold, lowbit_copy
+from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
+
+WIDTHS = {f"blocks.{i}.{kind}": (8, 8) for i in range(4) for kind in ("attn", "mlp")}
+SCORES = dict(zip(WIDTHS, [5.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0], strict=True))
+
+
+def test_taylor_score_is_the_squared_change_of_the_loss() -> None:
+    """On a loss linear in each group, the score is what removing the adapter does, squared and averaged."""
+    ups = {"a": torch.randn(2, 3, requires_grad=True), "b": torch.zeros(2, 3, requires_grad=True)}
+    slopes = [torch.randn(2, 3) for _ in range(4)]
+
+    def loss(slope: torch.Tensor, without: str = "") -> torch.Tensor:
+        return sum((up * slope).sum() * (name != without) for name, up in ups.items())
+
+    scores = taylor_scores(ups, [lambda s=s: loss(s) for s in slopes])
+    expected = sum(float((loss(s) - loss(s, "a")).detach()) ** 2 for s in slopes) / 4
+    assert scores["a"] == pytest.approx(expected, rel=1e-4)
+    assert scores["b"] == 0
+    assert ups["a"].grad is None
+
+
+def test_taylor_terms_of_up_and_down_agree_for_identity_and_relu() -> None:
+    torch.manual_seed(0)
+    down, up = torch.randn(5, 2, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    x, y = torch.randn(7, 5), torch.randn(7, 3)
+    for phi in (lambda h: h, torch.relu):
+        loss = lambda: (phi(x @ down) @ up - y).square().mean()  # noqa: B023, E731
+        scores = taylor_scores({"up": up, "down": down}, [loss])
+        assert scores["up"] == pytest.approx(scores["down"], rel=1e-4)
+
+
+def test_the_least_important_are_pruned_group_by_group() -> None:
+    assert choose_pruned(SCORES, WIDTHS, 0.5) == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "blocks.3.mlp"]
+    assert choose_pruned(SCORES, WIDTHS, 0.0) == []
+    assert len(choose_pruned(SCORES, WIDTHS, 0.99)) == 7
+    groups = {**WIDTHS, "blocks.0.attn": (8, 24), "blocks.1.attn": (8, 24)}
+    pruned = choose_pruned(SCORES, groups, 0.5)
+    assert sum(groups[p] == (8, 24) for p in pruned) == 1
+    assert "blocks.0.attn" in pruned
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0, 0.999))
+def test_pruning_keeps_at_least_one_and_the_best(scores: list[float], ratio: float) -> None:
+    named = {f"p{i}": score for i, score in enumerate(scores)}
+    pruned = choose_pruned(named, dict.fromkeys(named, (4, 4)), ratio)
+    assert len(pruned) == min(int(ratio * len(scores) + 1e-9), len(scores) - 1)
+    kept = [score for name, score in named.items() if name not in pruned]
+    assert all(named[p] <= min(kept) for p in pruned)
+
+
+def test_top_pairs_the_most_with_the_least_important_round_and_round() -> None:
+    pruned = choose_pruned(SCORES, WIDTHS, 0.75)
+    sources = choose_sources("top", pruned, SCORES, WIDTHS)
+    best, second = "blocks.1.attn", "blocks.2.attn"
+    assert sources == {
+        "blocks.0.mlp": best,
+        "blocks.1.mlp": second,
+        "blocks.2.mlp": best,
+        "blocks.3.mlp": second,
+        "blocks.0.attn": best,
+        "blocks.3.attn": second,
+    }
+
+
+def test_nearest_prefers_the_same_kind_of_module() -> None:
+    scores = dict(zip(WIDTHS, [9.0, 1.0, 1.0, 9.0, 9.0, 1.0, 1.0, 9.0], strict=True))
+    pruned = ["blocks.0.mlp", "blocks.1.attn", "blocks.2.mlp", "blocks.3.attn"]
+    assert choose_sources("nearest", pruned, scores, WIDTHS) == {
+        "blocks.0.mlp": "blocks.1.mlp",
+        "blocks.1.attn": "blocks.0.attn",
+        "blocks.2.mlp": "blocks.1.mlp",
+        "blocks.3.attn": "blocks.2.attn",
+    }
+    lonely = ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "blocks.3.mlp"]
+    assert choose_sources("nearest", lonely, scores, WIDTHS)["blocks.3.mlp"] == "blocks.3.attn"
+    assert choose_sources("none", pruned, scores, WIDTHS) == {}
+
+
+def test_similar_asks_the_similarity_and_keeps_shapes_apart() -> None:
+    widths = {"a": (4, 4), "b": (4, 4), "c": (4, 4), "d": (4, 8), "e": (4, 8)}
+    scores = dict.fromkeys(widths, 1.0)
+    sources = choose_sources("similar", ["a", "d"], scores, widths, lambda p, k: {"c": 0.9, "b": 0.1, "e": -1}[k])
+    assert sources == {"a": "c", "d": "e"}
+
+
+def test_matrix_similarity_is_the_cosine_of_the_products() -> None:
+    torch.manual_seed(0)
+    one, other = (torch.randn(6, 2), torch.randn(2, 7)), (torch.randn(6, 3), torch.randn(3, 7))
+    expected = output_similarity(one[0] @ one[1], other[0] @ other[1])
+    assert matrix_similarity(one, other) == pytest.approx(expected, abs=1e-5)
+    assert matrix_similarity(one, (one[0] * 3, one[1])) == pytest.approx(1.0, abs=1e-5)
+    assert matrix_similarity(one, (torch.zeros(6, 2), one[1])) == 0.0
+
+
+def residual(adapters: list, down: torch.Tensor, up: torch.Tensor, scales: list[float]) -> float:
+    return sum(float((d @ u - s * (down @ up)).square().sum()) for (d, u), s in zip(adapters, scales, strict=True))
+
+
+def test_fold_is_exact_where_it_can_be_and_beats_what_it_replaces() -> None:
+    torch.manual_seed(0)
+    base = (torch.randn(6, 2), torch.randn(2, 7))
+    multiples = [base, (base[0] * 0.5, base[1]), (-base[0], base[1])]
+    down, up, scales = fold(multiples)
+    assert residual(multiples, down, up, scales) < 1e-8
+    assert down.shape == (6, 2)
+    near = [(base[0] + 0.3 * torch.randn(6, 2), base[1] + 0.3 * torch.randn(2, 7)) for _ in range(4)]
+    down, up, scales = fold(near)
+    plain = residual(near, near[0][0], near[0][1], [1.0, 1.0, 1.0, 1.0])
+    scaled = [
+        float((d @ u * (near[0][0] @ near[0][1])).sum() / (near[0][0] @ near[0][1]).square().sum()) for d, u in near
+    ]
+    assert residual(near, down, up, scales) < residual(near, *near[0], scaled) < plain
+
+
+def test_fold_of_nothing_trained() -> None:
+    zero = (torch.randn(6, 2), torch.zeros(2, 7))
+    down, up, scales = fold([zero, zero])
+    assert torch.isfinite(down).all()
+    assert float((down @ up).abs().max()) == 0
+    assert scales == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("bits", "worst"), [(1, 0.75), (4, 0.12)])
+def test_low_bit_copies_keep_most_of_the_matrices(bits: int, worst: float) -> None:
+    torch.manual_seed(0)
+    down, up = torch.randn(64, 8), torch.randn(8, 64)
+    copy = lowbit_copy(down, up, bits)
+    assert copy.bits == bits
+    assert float((copy.down - down).norm() / down.norm()) < worst
+    assert output_similarity(copy.down @ copy.up, down @ up) > (0.55 if bits == 1 else 0.98)
+    again = lowbit_copy(copy.down, copy.up, bits)
+    torch.testing.assert_close(again.up, copy.up, rtol=2e-3, atol=1e-4)
+    exact = exact_copy(down, up)
+    assert torch.equal(exact.down, down.half().float())
