@@ -43,6 +43,11 @@ class Backbone:
         self.config = config
         self.input_size: tuple[int, int] = tuple(config.get("input_size", (3, 224, 224))[1:])
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights in float32."""
+        return sum(4 * parameter.numel() for parameter in self.module.parameters())
+
     def sized(self, size: tuple[int, int]) -> nn.Module:
         """The module for [batch, 3, *size] images, position embeddings resampled; weights shared.
 

@@ -1,0 +1,31 @@
+# Everything runs in a virtual environment of its own; only python3 (3.11 or newer) and make are needed.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m tools.demo --out demo-out
+
+test: $(VENV)/dev.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Needs the data and weights that benchmarks/README.md names, in ../shared.
+bench: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/pear_tiny.py --data ../shared/data \
+		--deit ../shared/weights/deit_tiny_patch16_224.safetensors --out benchmarks/results/pear_tiny.json
+	$(BIN)/python benchmarks/four_tasks.py --shared ../shared --work runs/four_tasks --out docs/results
+
+$(VENV)/%.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info

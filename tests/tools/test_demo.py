@@ -1,0 +1,40 @@
+"""The demo's images and picture; `make demo` itself runs the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pear_store import Task, make_task, write_checkpoint
+from tools import adapter_map
+from tools.demo import TASKS, write_folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_are_real_and_splits_are_apart(task: str, tmp_path: Path) -> None:
+    made = TASKS[task]()
+    labels = {split: {label for _, label in pictures} for split, pictures in made.items()}
+    assert labels["train"] == labels["val"] == labels["test"]
+    assert all(len(pictures) >= 40 for pictures in made.values())
+    seen: dict[bytes, str] = {}
+    for split, pictures in made.items():
+        for picture, _ in pictures:
+            if picture.std() > 4:  # plain sky may look alike anywhere
+                assert seen.setdefault(picture.tobytes(), split) == split
+    write_folder(tmp_path, {"train": made["train"][:3]})
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
+def test_the_map_is_drawn(task_maker: Callable[..., Task], tmp_path: Path) -> None:
+    task = task_maker("a")
+    borrowed = {**task.record["training"], "borrowed": {"blocks.5.attn": "blocks.0.attn"}}
+    task = make_task({**task.record, "training": borrowed}, task.tensors)
+    write_checkpoint(tmp_path / "a.safetensors", task)
+    done = CliRunner().invoke(adapter_map.main, [str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "m.png")])
+    assert done.exit_code == 0, done.output
+    assert np.asarray(Image.open(tmp_path / "m.png").convert("L")).std() > 10
+    missing = CliRunner().invoke(adapter_map.main, ["nowhere", "--out", str(tmp_path / "m.png")])
+    assert "nowhere: no such file" in missing.stderr
