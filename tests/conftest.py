@@ -1,6 +1,7 @@
 """Shared fixtures and makers."""
 
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from pear_store import RawTensor, Store, Task, make_task
 from router import Backbone, load_backbone
@@ -71,6 +73,19 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield made
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", where], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
     return load_backbone("pear_tiny")
@@ -119,3 +134,7 @@ def task_maker(backbone: Backbone) -> Callable[..., Task]:
         return make_task(made, found)
 
     return make
+
+
+settings.register_profile("commit", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("commit")

@@ -157,6 +157,26 @@ def test_mistakes(where: Path, args: tuple[str, ...], code: int, message: str) -
     assert message in result.stderr
 
 
+def test_a_full_disk_is_one_line(small_disk: Path, where: Path) -> None:
+    run("--store", small_disk / "s", "init")
+    run("--store", small_disk / "s", "add", where / "svhn.safetensors")
+    filler = small_disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+    result = run("--store", small_disk / "s", "add", where / "dtd.safetensors")
+    assert result.exit_code == 6
+    assert result.stderr == (
+        f"Error: {small_disk / 's'}: no space left on the device; nothing was changed, free some space and run again\n"
+    )
+    filler.unlink()
+    assert [row["task"] for row in json.loads(run("--store", small_disk / "s", "ls", "--json").stdout)] == ["svhn"]
+    assert run("--store", small_disk / "s", "add", where / "dtd.safetensors").exit_code == 0
+
+
 def test_no_store_is_said(tmp_path: Path) -> None:
     result = run("--store", tmp_path / "s", "ls")
     assert result.exit_code == 3
