@@ -108,13 +108,13 @@ def photos() -> Labelled:
     return _by_source(PHOTOGRAPHS, 32, 64, grey=False)
 
 
-def rotation() -> Labelled:
-    """Which way up is this piece of a photograph (scikit-image)?"""
+def upright() -> Labelled:
+    """Which way up is this face? Other people in train, val and test."""
     turns = ("upright", "left", "upside down", "right")
-    pieces = _by_source(PHOTOGRAPHS[:5], 64, 100, grey=False)
+    people = {split: [image for image, label in pictures if label == "face"] for split, pictures in faces().items()}
     return {
-        split: [(np.rot90(cell, k).copy(), turns[k]) for cell, _ in cells for k in range(4)]
-        for split, cells in pieces.items()
+        split: [(np.rot90(image, k).copy(), turns[k]) for image in images for k in range(4)]
+        for split, images in people.items()
     }
 
 
@@ -123,7 +123,7 @@ TASKS: dict[str, Callable[[], Labelled]] = {
     "faces": faces,
     "textures": textures,
     "photos": photos,
-    "rotation": rotation,
+    "upright": upright,
 }
 
 
@@ -211,12 +211,11 @@ def main(out: Path, epochs: int) -> None:
     store(*where, "add", out / "digits-pear.safetensors", "--name", "digits-customer-b")
     store(*where, "ls")
     stats = json.loads(call(pear_store.cli.main, "pear-store", *where, "stats", "--json"))
-    copies = stats["tasks"] * load_backbone("pear_tiny").size_bytes
+    copies = len(TASKS) * load_backbone("pear_tiny").size_bytes
     click.echo(
         f"{stats['tasks']} tasks in {stats['unique_bytes']:,} tensor bytes "
-        f"({stats['logical_bytes']:,} before sharing); "
-        f"as fine-tuned copies of the backbone they would take {copies:,} bytes, "
-        f"{copies / stats['unique_bytes']:.0f} times as many."
+        f"({stats['logical_bytes']:,} before sharing). {len(TASKS)} fine-tuned copies of the backbone would take "
+        f"{copies:,} bytes, {copies / stats['unique_bytes']:.0f} times as many."
     )
 
     heading("4. Route: one backbone, five tasks, one batch")
@@ -236,7 +235,7 @@ def main(out: Path, epochs: int) -> None:
     before = router.run(images[:20], ["digits"] * 20).logits
 
     heading("5. Remove a task, collect what only it needed")
-    store(*where, "rm", "rotation", "--yes")
+    store(*where, "rm", "upright", "--yes")
     store(*where, "gc", "--yes")
     after = Router("pear_tiny", out / "pear.store").run(images[:20], ["digits"] * 20).logits
     assert isinstance(before, torch.Tensor)
