@@ -48,7 +48,6 @@ def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
 @_option("--sharing", "Whose adapter a pruned position borrows.", type=click.Choice(SHARING))
 @_option("--borrowed-scale", "Where a borrowed branch's scale starts, times --scale.", type=float)
 @_option("--train-borrowed-scale/--fix-borrowed-scale", "Whether it trains.")
-@_option("--borrowed-lr", "Learning rate of borrowed scales, times --lr.", type=float)
 @_option("--knowledge", "What is preserved of pruned adapters.", type=click.Choice(KNOWLEDGE))
 @_option("--knowledge-bits", "Bits of --knowledge lowbit: 1 or 4.", type=int)
 @_option("--lr", "Peak learning rate.", type=float)

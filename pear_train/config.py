@@ -35,8 +35,6 @@ class TrainConfig:
     borrowed_scale: float = 0.0
     """Where a borrowed branch's scale starts, as a multiple of `scale`."""
     train_borrowed_scale: bool = True
-    borrowed_lr: float = 1.0
-    """Learning rate of borrowed scales, as a multiple of `lr`."""
     knowledge: str = "none"
     """What is preserved of a pruned adapter at its own position."""
     knowledge_bits: int = 1

@@ -173,7 +173,7 @@ class _Run:
         else:
             factor = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup)))))
         for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr * factor * group.get("lr_factor", 1.0)
+            group["lr"] = self.config.lr * factor
 
     def _logits(self, pixels: Pixels, rows: Tensor) -> Tensor:
         return self.head(self._features(pixels, rows))  # type: ignore[no-any-return]
@@ -222,8 +222,7 @@ class _Run:
         for parameter in set(self.optimiser.state) - set(group["params"]):
             del self.optimiser.state[parameter]
         if adapters.scales():
-            group = {"params": adapters.scales(), "weight_decay": 0.0, "lr_factor": self.config.borrowed_lr}
-            self.optimiser.add_param_group(group)
+            self.optimiser.add_param_group({"params": adapters.scales(), "weight_decay": 0.0})
 
     def _scale(self, value: float) -> float | nn.Parameter:
         """A borrowed branch's scale, in the branch's own units."""
