@@ -6,11 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from pear_store.container import container_chunks, read_container, strict_json
+from pear_store.container import check_json, container_chunks, read_container, strict_json
 from pear_store.digest import ITEM_BYTES, Digest, RawTensor, is_digest
 from pear_store.errors import CheckpointError, DiskFullError
 
@@ -91,6 +93,10 @@ def make_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where
     Raises:
         CheckpointError: naming `where`, the field, what was expected and what was found.
     """
+    try:
+        check_json(dict(record))
+    except ValueError as error:
+        raise CheckpointError(where, f"record: {error}") from None
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
         if tensor.dtype in _FLOATS and not _all_finite(tensor):
@@ -133,7 +139,7 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     path = Path(path)
     record = {**task.record, "digests": {name: tensor.digest for name, tensor in task.tensors.items()}}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
             for chunk in container_chunks(task.tensors, {"pear": text}):
@@ -143,7 +149,8 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
             size = file.tell()
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
             raise DiskFullError(path) from None
         raise CheckpointError(path, f"cannot be written: {error.strerror}") from None
@@ -235,11 +242,10 @@ def _adapter_shape(entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     """(d_in, d_out) of an adapter whose shapes chain; else a ValueError."""
     if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
         raise ValueError("expected the tensor names 'down' and 'up'")
-    quant = entry.get("quant")
-    if quant is None:
+    if "quant" not in entry:
         down, up = (_tensor(entry[side], tensors, _FLOATS)[1] for side in ("down", "up"))
     else:
-        down, up = _quantised_shapes(entry, quant, tensors)
+        down, up = _quantised_shapes(entry, entry["quant"], tensors)
     if len(down) != 2 or len(up) != 2 or down[1] != up[0] or 0 in (*down, *up):
         raise ValueError(f"down {list(down)} and up {list(up)} do not chain: expected [d_in, r] and [r, d_out]")
     return down[0], up[1]
@@ -313,11 +319,11 @@ def _preprocess_problems(preprocess: Any) -> Iterator[str]:
         "input_size": (lambda v: _is_sizes(v, 3) and v[0] == 3 and max(v) <= 16384, "[3, height, width]"),
         "mean": (lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)), "3 numbers"),
         "std": (
-            lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and x > 0 for x in v),
+            lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and x >= 1e-6 for x in v),
             "3 numbers above 0",
         ),
         "interpolation": (lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
-        "crop_pct": (lambda v: _is_number(v) and 0 < v <= 4, "a number above 0"),
+        "crop_pct": (lambda v: _is_number(v) and 0.05 <= v <= 4, "a number from 0.05 to 4"),
         "crop_mode": (lambda v: v in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     }
     for key, (good, expected) in checks.items():

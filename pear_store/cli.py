@@ -190,7 +190,7 @@ def show(reference: str, as_json: bool) -> None:
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sort key that puts blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in text.split(".")]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in text.split(".")]
 
 
 @main.command()

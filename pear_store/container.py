@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,10 @@ from pear_store.digest import ITEM_BYTES, RawTensor
 from pear_store.errors import CheckpointError, NotFoundError
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
+MAX_FILE_BYTES = 4 * 1024**3
+"""A task checkpoint is read into memory whole; a larger file is refused."""
 _MAX_DIMENSIONS = 8
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,47 @@ def strict_json(text: str | bytes) -> Any:
     """Parses JSON, refusing duplicate keys, NaN and infinities, and absurd nesting, with a ValueError."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            keys = [key for key, _ in items]
-            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                raise ValueError(f"duplicate key {key[:80]!r}")
+            found[key] = value
         return found
 
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    check_json(value)
+    return value
+
+
+def check_json(value: Any) -> None:
+    """Raises a ValueError unless the value is JSON that UTF-8 can hold: finite, at most 64 levels deep."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str):
+                if not item.isascii():
+                    item.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
+            elif isinstance(item, float):
+                if not isfinite(item):
+                    raise ValueError(f"{item} is not a JSON number")
+            elif item is not None and not isinstance(item, int):
+                raise ValueError(f"{type(item).__name__} is no JSON type")
+        if not below:
+            return
+        level = below
+    raise ValueError("nested too deeply")
 
 
 def read_header(file: BinaryIO, where: str | Path) -> Header:
@@ -127,6 +158,8 @@ def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTenso
     try:
         with open(path, "rb") as file:
             header = read_header(file, path)
+            if header.file_bytes > MAX_FILE_BYTES:
+                raise CheckpointError(path, f"{header.file_bytes} bytes: at most {MAX_FILE_BYTES} are read")
             data = memoryview(file.read())
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import lmdb
 
 from pear_store.digest import ITEM_BYTES
-from pear_store.errors import DamagedError, DiskFullError, FormatError
+from pear_store.errors import DamagedError, DiskFullError, FormatError, PearStoreError
 
 INDEX_FORMAT = b"1"
 _DATABASES = (b"tensors", b"packs", b"manifests", b"versions", b"names", b"meta")
@@ -53,8 +54,11 @@ class TensorRow:
 
     @classmethod
     def decode(cls, row: bytes) -> "TensorRow":
-        pack, offset, length, dtype, dimensions = struct.unpack_from("<32sQQBB", row)
-        return cls(pack, offset, length, _DTYPES[dtype], struct.unpack_from(f"<{dimensions}Q", row, 50))
+        try:
+            pack, offset, length, dtype, dimensions = struct.unpack_from("<32sQQBB", row)
+            return cls(pack, offset, length, _DTYPES[dtype], struct.unpack_from(f"<{dimensions}Q", row, 50))
+        except (struct.error, IndexError):
+            raise DamagedError("a tensor's index row", "it cannot be read") from None
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,10 @@ class PackRow:
 
     @classmethod
     def decode(cls, row: bytes) -> "PackRow":
-        return cls(*struct.unpack("<QQ", row))
+        try:
+            return cls(*struct.unpack("<QQ", row))
+        except struct.error:
+            raise DamagedError("a pack's index row", "it cannot be read") from None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ class Index:
             self._dbs = {name: self._env.open_db(name, create=create) for name in _DATABASES}
         if create:
             self.write(lambda txn: self.put(txn, "meta", b"format", INDEX_FORMAT))
+            self.write(lambda txn: self.put(txn, "meta", b"id", uuid4().hex.encode()))
         with self.read() as txn:
             found = self.get(txn, "meta", b"format")
         if found != INDEX_FORMAT:
@@ -226,7 +234,7 @@ class Index:
                 full = shutil.disk_usage(self.path.parent).free < _FULL_BYTES
             if full:
                 raise DiskFullError(self.path.parent) from None
-            raise
+            raise PearStoreError(f"{self.path.parent}: {error}") from None
 
 
 _open: dict[tuple[int, str], tuple[Index, int]] = {}

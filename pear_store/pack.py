@@ -6,12 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-from pear_store.container import Place, container_chunks, lay_out, read_header, strict_json
+from pear_store.container import Place, lay_out
 from pear_store.digest import Digest, RawTensor
-from pear_store.errors import CheckpointError, DamagedError
 
 FORMAT = "pear-pack/1"
 
@@ -45,6 +43,7 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], versions: list[P
     """Writes a pack into the store's tmp/ and syncs it."""
     record = {
         "format": FORMAT,
+        "id": uuid4().hex,  # no two packs are one file, so that a healed tensor never lands where a damaged one was
         "versions": [
             {"task": v.task, "version": v.version, "time_ns": v.time_ns, "manifest": v.manifest.decode("utf-8")}
             for v in versions
@@ -52,11 +51,12 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], versions: list[P
     }
     metadata = {"pear": json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)}
     named = {str(digest): tensor for digest, tensor in tensors.items()}
+    head, places = lay_out(named, metadata)
     path = root / "tmp" / f"{uuid4().hex}.safetensors"
     state = hashlib.sha256()
     try:
         with open(path, "wb") as file:
-            for chunk in container_chunks(named, metadata):
+            for chunk in (head, *(named[name].data for name in places)):
                 state.update(chunk)
                 file.write(chunk)
             file.flush()
@@ -65,7 +65,6 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], versions: list[P
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    _, places = lay_out(named, metadata)
     return WrittenPack(path, state.digest(), size, {Digest(name): place for name, place in places.items()})
 
 
@@ -78,25 +77,6 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
     if pack.path.exists() or not target.exists():  # it is there already when a commit is run again
         os.replace(pack.path, target)
     sync_directory(target.parent)
-
-
-def read_versions(path: Path) -> list[PackedVersion]:
-    """The versions that a pack records.
-
-    Raises:
-        DamagedError: the pack's header is not what a store writes.
-    """
-    try:
-        with open(path, "rb") as file:
-            record: Any = strict_json(read_header(file, path).metadata["pear"])
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']!r}")
-        return [
-            PackedVersion(v["task"], v["version"], v["time_ns"], v["manifest"].encode("utf-8"))
-            for v in record["versions"]
-        ]
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"pack {path.name}", str(error)) from None
 
 
 def sync_directory(path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import mmap
 import os
+import shutil
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -37,15 +39,40 @@ from pear_store.index import (
     version_key,
 )
 from pear_store.manifest import manifest_hash, to_manifest, with_plain_names
-from pear_store.pack import PackedVersion, pack_path, place_pack, read_versions, sync_directory, write_pack
+from pear_store.pack import PackedVersion, pack_path, place_pack, sync_directory, write_pack
 
 GROUP_TASKS = 100
 """Tasks that one `add` commits together: 5 to 10 times faster than one by one, as a commit is a few fsyncs."""
 GROUP_BYTES = 64 * 1024 * 1024
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
+REPACK_HEADER_BYTES = 16 * 1024 * 1024
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+"""The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
 _OPEN_PACKS = 64
 _LOOK_UPS = 3
+
+
+@dataclass(frozen=True)
+class _MappedPack:
+    """A pack's memory map, which file it is of, and the (digest, offset) that were found good in it."""
+
+    view: memoryview
+    identity: tuple[int, int]
+    checked: set[tuple[Digest, int]] = field(default_factory=set)
+
+    def bytes_at(self, row: TensorRow) -> memoryview:
+        if row.offset + row.length > len(self.view):
+            raise DamagedError(f"pack {row.pack.hex()}", "shorter than the index says")
+        return self.view[row.offset : row.offset + row.length]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A source of `add`, read and checked."""
+
+    task: Task
+    manifest: bytes
 
 
 class _PackGone(DamagedError):
@@ -111,8 +138,13 @@ class _Plan:
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     versions: list[PackedVersion] = field(default_factory=list)
+    manifests: list[bytes] = field(default_factory=list)
     sizes: dict[tuple[str, int], int] = field(default_factory=dict)
     results: list[Added | Refused] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.tensors or self.versions or self.manifests)
 
     def same_pack(self, other: "_Plan") -> bool:
         return list(self.tensors) == list(other.tensors) and self.versions == other.versions
@@ -173,11 +205,10 @@ class Store:
             FormatError: a newer Pear wrote it.
         """
         self.path = Path(path)
-        if not (self.path / "index" / "data.mdb").exists():
+        if not _is_store(self.path):
             raise NotFoundError(f"{self.path}: no store there; make one with 'pear-store init --store {self.path}'")
         self._lock = threading.Lock()
-        self._maps: OrderedDict[bytes, memoryview] = OrderedDict()
-        self._checked: set[tuple[bytes, bytes, int]] = set()
+        self._maps: OrderedDict[bytes, _MappedPack] = OrderedDict()
         self._opened: Index | None = open_index(self.path / "index")
 
     @classmethod
@@ -188,19 +219,26 @@ class Store:
             FormatError: the directory holds something else.
         """
         path = Path(path)
-        if (path / "index" / "data.mdb").exists():
+        if _is_store(path):
             return cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
+        fresh = path / f"index-{uuid4().hex}"
         try:
-            for part in ("packs", "tmp", "index"):
-                (path / part).mkdir(parents=True)
-            index = open_index(path / "index", create=True)
-            index.write(lambda txn: index.put(txn, "meta", b"id", uuid4().hex.encode()))
-            release_index(index)
+            # what a killed or a simultaneous create leaves is ours, too
+            if path.exists() and not all(p.name in ("packs", "tmp") or p.name[:5] == "index" for p in path.iterdir()):
+                raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
+            for part in (path / "packs", path / "tmp", fresh):
+                part.mkdir(parents=True, exist_ok=True)
+            release_index(open_index(fresh, create=True))
+            sync_directory(fresh)
+            os.rename(fresh, path / "index")  # whole or not at all; fails if another process was first
             sync_directory(path)
+            sync_directory(path.parent)
+        except NotADirectoryError:
+            raise FormatError(f"{path}: not a directory; choose another place") from None
         except OSError as error:
-            raise _disk_error(error, path) from None
+            if not _is_store(path):
+                raise _disk_error(error, path) from None
+        shutil.rmtree(fresh, ignore_errors=True)
         return cls(path)
 
     def close(self) -> None:
@@ -245,25 +283,26 @@ class Store:
         Raises:
             DiskFullError: the group that did not fit is not there, all before it are.
         """
-        group: list[Task | Refused] = []
-        size = 0
+        group: list[_Loaded | Refused] = []
+        size = manifest_bytes = 0
         for source in sources:
             one = _load(source, name)
             group.append(one)
-            size += one.size_bytes if isinstance(one, Task) else 0
-            if len(group) == GROUP_TASKS or size >= GROUP_BYTES:
+            if isinstance(one, _Loaded):
+                size += one.task.size_bytes
+                manifest_bytes += len(one.manifest)
+            if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
                 yield from self._commit(group)
-                group, size = [], 0
+                group, size, manifest_bytes = [], 0, 0
         if group:
             yield from self._commit(group)
 
-    def _commit(self, group: Sequence[Task | Refused]) -> list[Added | Refused]:
-        manifests = [b"" if isinstance(one, Refused) else to_manifest(one) for one in group]
+    def _commit(self, group: Sequence[_Loaded | Refused]) -> list[Added | Refused]:
         compared: set[tuple[Digest, bytes, int]] = set()
         now = time.time_ns()
         with self._index.read() as txn:
-            plan = self._plan(txn, group, manifests, compared, now)
-        if not plan.tensors and not plan.versions:
+            plan = self._plan(txn, group, compared, now)
+        if plan.empty:
             return plan.results
         try:
             pack = write_pack(self.path, plan.tensors, plan.versions)
@@ -273,13 +312,14 @@ class Store:
 
         def change(txn: Txn) -> list[Added | Refused]:
             nonlocal plan, pack
-            current = self._plan(txn, group, manifests, compared, now)
+            current = self._plan(txn, group, compared, now)
             if not current.same_pack(plan):  # another process added or removed meanwhile
                 pack.path.unlink(missing_ok=True)
                 pack = write_pack(self.path, current.tensors, current.versions)
             plan = current
+            for manifest in plan.manifests:
+                index.put(txn, "manifests", manifest_hash(manifest), manifest)
             if not plan.tensors and not plan.versions:
-                pack.path.unlink(missing_ok=True)
                 return plan.results
             place_pack(self.path, pack)
             tensor_bytes = sum(tensor.size_bytes for tensor in plan.tensors.values())
@@ -310,8 +350,7 @@ class Store:
     def _plan(
         self,
         txn: Txn,
-        group: Sequence[Task | Refused],
-        manifests: Sequence[bytes],
+        group: Sequence[_Loaded | Refused],
         compared: set[tuple[Digest, bytes, int]],
         now: int,
     ) -> _Plan:
@@ -319,10 +358,11 @@ class Store:
         plan = _Plan()
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
-        for one, manifest in zip(group, manifests, strict=True):
-            if isinstance(one, Refused):
-                plan.results.append(one)
+        for loaded in group:
+            if isinstance(loaded, Refused):
+                plan.results.append(loaded)
                 continue
+            one, manifest = loaded.task, loaded.manifest
             key = name_key(one.name)
             known = names.get(key) or self._name_row(txn, key)
             last = newest.get(one.name) or self._newest(txn, one.name)
@@ -347,20 +387,27 @@ class Store:
             else:
                 assert last is not None
                 number = last[0]
+                stored = self._index.get(txn, "manifests", last[1])
+                if stored != manifest and number not in (v.version for v in plan.versions if v.task == one.name):
+                    plan.manifests.append(manifest)  # missing or damaged: this one heals it
             plan.results.append(Added(one.name, number, changed, new_bytes, one.size_bytes - new_bytes))
         return plan
 
     def _holds(self, txn: Txn, digest: Digest, tensor: RawTensor, compared: set[tuple[Digest, bytes, int]]) -> bool:
         """Whether a stored copy equals the tensor byte for byte; a damaged or missing one does not count."""
-        row = self._tensor_row(txn, from_digest(digest))
-        if row is None:
+        try:
+            row = self._tensor_row(txn, from_digest(digest))
+            if row is None or (row.dtype, row.shape, row.length) != (tensor.dtype, tensor.shape, tensor.size_bytes):
+                return False
+            if self._index.get(txn, "packs", row.pack) is None:
+                return False
+            self._forget_replaced(row.pack)
+            data = self._bytes_of(txn, row)
+        except DamagedError:
             return False
         if (digest, row.pack, row.offset) in compared:
             return True
-        try:
-            same = self._bytes_of(txn, row) == memoryview(tensor.data).cast("B")
-        except DamagedError:
-            return False
+        same = data == memoryview(tensor.data).cast("B")
         if same:
             compared.add((digest, row.pack, row.offset))
         return same
@@ -442,7 +489,10 @@ class Store:
             marked = self._mark(txn)
             sizes = [VersionRow.decode(k, v).size_bytes for k, v in self._index.rows(txn, "versions")]
             tasks = len({parse_version_key(key)[0] for key, _ in self._index.rows(txn, "versions")})
-        stored = sum(file.stat().st_size for file in (self.path / "packs").rglob("*") if file.is_file())
+        stored = 0
+        for file in (self.path / "packs").glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):  # a gc beside us
+                stored += file.stat().st_size
         # LMDB's file is sparse where it was never written: what it occupies is its blocks
         stored += (self.path / "index" / "data.mdb").stat().st_blocks * 512
         return Stats(tasks, len(sizes), marked.kept_tensors, sum(sizes), marked.kept_bytes, stored)
@@ -485,24 +535,21 @@ class Store:
         if row is None:
             raise DamagedError(f"tensor {digest} of {what}", "the index does not list it")
         try:
-            data = self._bytes_of(txn, row)
+            mapped = self._map(txn, row.pack)
+            data = mapped.bytes_at(row)
         except DamagedError as error:
             raise type(error)(f"tensor {digest} of {what}", error.found) from None
-        key = (from_digest(digest), row.pack, row.offset)
-        if key not in self._checked:
+        if (digest, row.offset) not in mapped.checked:
             if tensor_digest(row.dtype, row.shape, data) != digest:
                 raise DamagedError(f"tensor {digest} of {what}", "its bytes do not hash to its digest")
-            self._checked.add(key)
+            mapped.checked.add((digest, row.offset))
         return RawTensor(row.dtype, row.shape, bytes(data) if copy else data)
 
     def _bytes_of(self, txn: Txn, row: TensorRow) -> memoryview:
         """A read-only view of a stored tensor's bytes, unchecked."""
-        view = self._map(txn, row.pack)
-        if row.offset + row.length > len(view):
-            raise DamagedError(f"pack {row.pack.hex()}", "shorter than the index says")
-        return view[row.offset : row.offset + row.length]
+        return self._map(txn, row.pack).bytes_at(row)
 
-    def _map(self, txn: Txn, pack: bytes) -> memoryview:
+    def _map(self, txn: Txn, pack: bytes) -> _MappedPack:
         with self._lock:
             if pack in self._maps:
                 self._maps.move_to_end(pack)
@@ -510,17 +557,34 @@ class Store:
         expected = self._index.get(txn, "packs", pack)
         try:
             with open(pack_path(self.path, pack), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if expected is None or size != PackRow.decode(expected).file_bytes:
-                    raise DamagedError(f"pack {pack.hex()}", f"{size} bytes on disk, the index says otherwise")
+                found = os.fstat(file.fileno())
+                if expected is None or found.st_size != PackRow.decode(expected).file_bytes:
+                    raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
                 view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError:
             raise _PackGone(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
+        mapped = _MappedPack(view, (found.st_dev, found.st_ino))
         with self._lock:
-            self._maps[pack] = view
+            self._maps[pack] = mapped
             while len(self._maps) > _OPEN_PACKS:
                 self._maps.popitem(last=False)
-        return view
+        return mapped
+
+    def _forget_replaced(self, pack: bytes) -> None:
+        """Drops the map of a pack whose file is gone or is another one now: the map is not what is stored."""
+        mapped = self._maps.get(pack)
+        if mapped is None:
+            return
+        try:
+            found = os.stat(pack_path(self.path, pack))
+            same = (found.st_dev, found.st_ino) == mapped.identity and found.st_size == len(mapped.view)
+        except OSError:
+            same = False
+        if not same:
+            with self._lock:
+                self._maps.pop(pack, None)
 
     # ---- removing -----------------------------------------------------------------------------
 
@@ -632,30 +696,40 @@ class Store:
             if file.stat().st_mtime < an_hour_ago:
                 file.unlink(missing_ok=True)
 
+    def _recorded(self, txn: Txn, task: str, number: int) -> PackedVersion:
+        """A version as packs record it."""
+        key = version_key(task, number)
+        found = self._index.get(txn, "versions", key)
+        assert found is not None
+        row = VersionRow.decode(key, found)
+        manifest = self._index.get(txn, "manifests", row.manifest)
+        assert manifest is not None  # _mark has hashed it
+        return PackedVersion(task, number, row.time_ns, manifest)
+
     def _repack(self, victims: list[bytes]) -> int:
         """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay."""
         index = self._index
 
-        def change(txn: Txn) -> tuple[int, list[bytes]]:
-            packs = self._mark(txn).packs
+        def change(txn: Txn) -> int:
+            marked = self._mark(txn)  # anew: others added and removed since
+            for dead in marked.dead_tensors:  # no row may be left that points into a pack about to go
+                index.delete(txn, "tensors", dead)
             tensors: dict[Digest, RawTensor] = {}
             versions: list[PackedVersion] = []
             moved, left = [], 0
             for pack in victims:
-                use = packs.get(pack)
+                use = marked.packs.get(pack)
                 if use is None:
                     continue
                 try:
-                    for raw in use.live:
-                        digest = to_digest(raw)
-                        tensors[digest] = self._read_tensor(txn, digest, f"pack {pack.hex()}", copy=False)
-                    recorded = read_versions(pack_path(self.path, pack))
-                    versions += [v for v in recorded if (v.task, v.version) in use.versions]
-                    moved.append(pack)
+                    live = {to_digest(raw): self._read_tensor(txn, to_digest(raw), "a pack", False) for raw in use.live}
                 except DamagedError:  # what is damaged stays where it is, for a repair to find
                     left += use.dead_bytes
-                    tensors = {d: t for d, t in tensors.items() if from_digest(d) not in use.live}
-            if moved:
+                    continue
+                tensors.update(live)
+                versions += [self._recorded(txn, task, number) for task, number in sorted(use.versions)]
+                moved.append(pack)
+            if tensors or versions:
                 written = write_pack(self.path, tensors, versions)
                 place_pack(self.path, written)
                 size = sum(tensor.size_bytes for tensor in tensors.values())
@@ -667,20 +741,25 @@ class Store:
                     key = version_key(version.task, version.version)
                     old = index.get(txn, "versions", key)
                     assert old is not None
-                    seen = VersionRow.decode(key, old)
-                    new = VersionRow(seen.manifest, written.hash, seen.time_ns, seen.size_bytes)
-                    index.put(txn, "versions", key, new.encode(key))
-                for pack in moved:
-                    if pack != written.hash:
-                        index.delete(txn, "packs", pack)
-            return left, moved
+                    row_now = replace(VersionRow.decode(key, old), pack=written.hash)
+                    index.put(txn, "versions", key, row_now.encode(key))
+            for pack in moved:
+                index.delete(txn, "packs", pack)
+            return left
 
         try:
-            left, _ = index.write(change)
+            left = index.write(change)
             index.write(self._unlink_orphans)
         except OSError as error:
             raise _disk_error(error, self.path) from None
         return left
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        return (path / "index" / "data.mdb").exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def _victims(packs: dict[bytes, _PackUse], repack_all: bool) -> list[bytes]:
@@ -693,15 +772,18 @@ def _victims(packs: dict[bytes, _PackUse], repack_all: bool) -> list[bytes]:
 
 
 def _steps(victims: list[bytes], packs: dict[bytes, _PackUse]) -> Iterator[list[bytes]]:
-    """The victims in runs of at most REPACK_BYTES of live bytes, or one pack if that alone is larger."""
+    """The victims in runs of at most REPACK_BYTES of live bytes and REPACK_HEADER_BYTES of headers, or one alone."""
     step: list[bytes] = []
-    size = 0
+    size = headers = 0
     for pack in victims:
-        if step and size + packs[pack].live_bytes > REPACK_BYTES:
+        row = packs[pack].row
+        header = row.file_bytes - row.tensor_bytes
+        if step and (size + packs[pack].live_bytes > REPACK_BYTES or headers + header > REPACK_HEADER_BYTES):
             yield step
-            step, size = [], 0
+            step, size, headers = [], 0, 0
         step.append(pack)
         size += packs[pack].live_bytes
+        headers += header
     if step:
         yield step
 
@@ -712,15 +794,20 @@ def _version(key: bytes, row: bytes) -> Version:
     return Version(task, number, found.time_ns, found.size_bytes)
 
 
-def _load(source: Task | str | Path, name: str | None) -> Task | Refused:
+def _load(source: Task | str | Path, name: str | None) -> _Loaded | Refused:
     try:
         task = source if isinstance(source, Task) else read_checkpoint(source)
+        where = task.name if isinstance(source, Task) else source
         if name is not None:
             if not TASK_NAME.fullmatch(name):
-                where = task.name if isinstance(source, Task) else source
                 raise CheckpointError(where, f"task name {name!r}: expected up to 100 letters, digits, '.', '_', '-'")
             task = Task({**task.record, "task": name}, task.tensors)
-        return task
+        manifest = to_manifest(task)
+        if len(manifest) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(
+                where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored"
+            )
+        return _Loaded(task, manifest)
     except PearStoreError as error:
         return Refused(error)
 

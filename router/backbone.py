@@ -190,6 +190,10 @@ def choose_positions(module: nn.Module, choice: str) -> list[str]:
     return found
 
 
+def _axes(x: object) -> int:
+    return x.ndim if isinstance(x, Tensor) else 0
+
+
 class AdaptedBackbone:
     """A backbone on a device, to whose positions each forward may add branches.
 
@@ -291,6 +295,19 @@ class AdaptedBackbone:
 
         return add
 
+    def _calls_at_double_size(self, positions: list[str]) -> dict[str, Tensor]:
+        """What positions with feature maps are given for an image of twice the side, where the model takes that.
+
+        An axis that grows with the image is no channel axis.
+        """
+        height, width = self.backbone.input_size
+        if not positions:
+            return {}
+        try:
+            return self.inputs(torch.zeros(1, 3, 2 * height, 2 * width), {}, positions)
+        except (ImageError, RuntimeError):
+            return {}
+
     def _run_dry(self, positions: list[str]) -> None:
         seen: dict[str, list[tuple[Any, Any]]] = {position: [] for position in positions}
         handles = []
@@ -313,6 +330,7 @@ class AdaptedBackbone:
             found = list(features.shape)
             raise BackboneError(f"backbone {self.backbone.name}: its output is {found}: expected pooled features")
         self.feature_width = features.shape[1]
+        elsewhere = self._calls_at_double_size([p for p, calls in seen.items() if calls and _axes(calls[0][0]) == 4])
         widths = {}
         for position, calls in seen.items():
             where = f"position {position!r} of {self.backbone.name}"
@@ -321,7 +339,8 @@ class AdaptedBackbone:
             x, y = calls[0]
             if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
                 raise BackboneError(f"{where} does not map one tensor to one of equal leading axes, channels last")
-            if isinstance(self._base.get_submodule(position), nn.Conv2d | nn.BatchNorm2d):
+            large = elsewhere.get(position, x)
+            if large.shape[-1] != x.shape[-1] or isinstance(self._base.get_submodule(position), nn.Conv2d):
                 raise BackboneError(f"{where} is channels-first: expected a channels-last module such as a Linear")
             widths[position] = (x.shape[-1], y.shape[-1])
         self.widths.update(widths)

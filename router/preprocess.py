@@ -59,7 +59,10 @@ def open_image(image: ImageLike) -> Image.Image:
         ImageError: what is given is no image, or cannot be read.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # a lazily read file may be truncated, gone or of an odd mode
+            raise ImageError(f"image {getattr(image, 'filename', '') or image!r}: cannot be read: {error}") from None
     if isinstance(image, np.ndarray):
         shape = image.shape
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3)):
@@ -78,5 +81,5 @@ def open_image(image: ImageLike) -> Image.Image:
         raise ImageError(f"{image}: no such file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{image}: not an image that Pillow can read") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{image}: cannot be read: {error}") from None
+    except Exception as error:  # whatever a file system of fsspec or a decoder of Pillow can raise
+        raise ImageError(f"{image}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None

@@ -147,6 +147,9 @@ class Router:
             ImageError: images of a wrong kind or shape, or normalised ones for tasks of unlike preprocessing.
             SlotBudgetError: the tasks do not fit into slot_bytes together.
         """
+        _check_images(images)
+        if not isinstance(task, str) and not (isinstance(task, list | tuple) and all(isinstance(t, str) for t in task)):
+            raise UnknownTaskError(f"task {task!r:.80}: expected a task's name, or a list of one for each image")
         count = len(images)
         names = [task] * count if isinstance(task, str) else list(task)
         if len(names) != count:
@@ -172,9 +175,6 @@ class Router:
     def _batches(self, images: Images, names: list[str], tasks: dict[str, _Known]) -> list[tuple[list[int], Tensor]]:
         """The images as normalised batches of one preprocessing each, with their row numbers."""
         if isinstance(images, Tensor):
-            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-                found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-                raise ImageError(f"images {found}: expected a normalised float tensor [batch, 3, h, w]")
             if len({known.preprocess.key for known in tasks.values()}) > 1:
                 listed = ", ".join(repr(name) for name in tasks)
                 raise ImageError(f"tasks {listed} differ in preprocessing: give a list of images, not one tensor")
@@ -183,8 +183,6 @@ class Router:
                 found = f"{images.shape[2]} x {images.shape[3]}"
                 raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
             return [(list(range(len(names))), images)]
-        if isinstance(images, str):
-            raise ImageError(f"images is one path, {images!r}: expected a list of images")
         groups: dict[tuple[object, ...], list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(tasks[name].preprocess.key, []).append(row)
@@ -197,7 +195,11 @@ class Router:
         order = {key: i for i, key in enumerate(distinct)}
         task_of_row = torch.tensor([order[known.key] for known in tasks])
         row_task = task_of_row.to(self.device) if len(distinct) > 1 else None
-        features = self._adapted.features(images, self._slots.weights(loaded, row_task))
+        try:
+            features = self._adapted.features(images, self._slots.weights(loaded, row_task))
+        finally:
+            for key in distinct.keys() - {known.key for known in self._known.values()}:
+                self._slots.evict(key)  # refreshed away while this call was under way
         out: list[Tensor] = [torch.empty(0)] * len(tasks)
         for i, one in enumerate(loaded):
             rows = (task_of_row == i).nonzero().flatten()
@@ -206,9 +208,6 @@ class Router:
                 values = F.linear(values, one.weight, one.bias)
             for row, value in zip(rows.tolist(), values.cpu(), strict=True):
                 out[row] = value
-        living = {known.key for known in self._known.values()}
-        for key in distinct.keys() - living:  # refreshed away while this call was under way
-            self._slots.evict(key)
         return out
 
     def _find(self, name: str) -> _Known:
@@ -254,6 +253,21 @@ class Router:
             if shape[1] != self._adapted.feature_width:
                 width = self._adapted.feature_width
                 raise TaskError(name, f"its head takes {shape[1]} features, the backbone gives {width}")
+
+
+def _check_images(images: Images) -> None:
+    """Raises an ImageError unless it is a batch of images."""
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            raise ImageError(f"images {found}: expected a normalised float tensor [batch, 3, h, w]")
+    elif isinstance(images, np.ndarray):
+        if images.ndim != 4:
+            raise ImageError(f"images {images.dtype} {list(images.shape)}: expected an array [batch, h, w, 1 or 3]")
+    elif isinstance(images, str):
+        raise ImageError(f"images is one path, {images!r}: expected a list of images")
+    elif not isinstance(images, list | tuple):
+        raise ImageError(f"images is one {type(images).__name__}: expected a list of images, an array or a tensor")
 
 
 def _widths(task: Task, adapter: str) -> tuple[int, int]:

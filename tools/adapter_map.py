@@ -38,7 +38,7 @@ def positions(task: Task) -> list[tuple[str, list[Any]]]:
     """Positions with their branches, in forward order."""
 
     def key(item: tuple[str, Any]) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in item[0].split(".")]
+        return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in item[0].split(".")]
 
     return sorted(task.positions.items(), key=key)
 

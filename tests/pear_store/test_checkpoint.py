@@ -94,6 +94,11 @@ BAD_RECORDS = [
     ("preprocess/input_size", [1, 48, 48], "'input_size': expected [3, height, width]"),
     ("preprocess/crop_mode", ..., "'crop_mode': expected one of center"),
     ("metrics", None, "field 'metrics': expected an object"),
+    ("metrics", {"x": float("inf")}, "record: inf is not a JSON number"),
+    ("training", {"x": "\ud800"}, "record: 'utf-8' codec can't encode"),
+    ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 4"),
+    ("preprocess/crop_pct", 1e-6, "'crop_pct': expected a number from 0.05 to 4"),
+    ("preprocess/std", [1e-300, 1, 1], "'std': expected 3 numbers above 0"),
 ]
 
 
@@ -170,6 +175,8 @@ BAD_FILES = {
     "huge shape": (container('{"a":%s}' % TENSOR.replace("[1]", "[99999999999999999999]"), b""), "shape"),
     "truncated data": (container('{"a":%s}' % TENSOR, b"\0\0"), "truncated: the tensors need"),
     "trailing data": (container('{"a":%s}' % TENSOR, b"\0" * 9), "5 bytes after the last tensor"),
+    "overflowing number": (container('{"__metadata__":{"pear":"{\\"a\\":1e400}"}}'), "inf is not a JSON number"),
+    "lone surrogate": (container('{"__metadata__":{"pear":"{\\"a\\":\\"\\\\ud800\\"}"}}'), "surrogates not allowed"),
     "metadata of numbers": (container('{"__metadata__":{"a":1}}'), "'__metadata__': expected an object of strings"),
     "no pear": (container("{}"), "metadata key 'pear' is missing"),
     "pear is no JSON": (container('{"__metadata__":{"pear":"{"}}'), "'pear' is not valid JSON"),
@@ -188,6 +195,27 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_depth_and_size_are_bounded_whatever_the_stack(tmp_path: Path) -> None:
+    deep: object = []
+    for _ in range(70):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="record: nested too deeply"):
+        make_task(record(training={"x": deep}), tensors())
+    with open(tmp_path / "sparse", "wb") as file:
+        header = '{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (2**42, 2**42)
+        file.write(container(header))
+        file.truncate(8 + len(header) + 2**42)
+    with pytest.raises(CheckpointError, match="at most 4294967296 are read"):
+        read_checkpoint(tmp_path / "sparse")
+
+
+def test_a_duplicate_among_many_keys_is_found_at_once(tmp_path: Path) -> None:
+    keys = ",".join(f'"k{i}":0' for i in range(300_000))
+    path = write(tmp_path / "many", container("{" + keys + ',"k299999":0}'))
+    with pytest.raises(CheckpointError, match="duplicate key 'k299999'"):
+        read_checkpoint(path)
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:

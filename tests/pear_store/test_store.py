@@ -293,6 +293,106 @@ def test_adding_a_good_file_heals_a_damaged_tensor(tmp_path: Path, damage: str) 
         assert contents(store.get("dtd")) == contents(small_task())
 
 
+def test_what_dies_between_sweep_and_repack_is_not_counted_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that pointed into a repacked pack would make a later add of its tensors a lie."""
+    import pear_store.store as module
+
+    list(store.add_many([small_task(name, seed=ord(name)) for name in "wxyz"]))
+    store.get("x")
+    store.remove("w")
+    steps = module._steps
+
+    def steps_after_another_removed(*args: object) -> object:
+        with Store(store.path) as other:
+            other.remove("x")
+        return steps(*args)
+
+    monkeypatch.setattr(module, "_steps", steps_after_another_removed)
+    store.gc(repack_all=True)
+    monkeypatch.undo()
+    added = store.add(small_task("x2", seed=ord("x")))
+    assert added.new_bytes == small_task().size_bytes
+    store._maps.clear()
+    for name, seed in (("x2", "x"), ("y", "y"), ("z", "z")):
+        assert contents(store.get(name)) == contents(small_task(name, seed=ord(seed)))
+
+
+def test_a_healed_tensor_can_be_damaged_and_healed_again(store: Store) -> None:
+    store.add(small_task())
+    for _ in range(3):
+        assert contents(store.get("dtd")) == contents(small_task())
+        for pack in packs(store):
+            flip(pack, (pack.stat().st_size - 3) * 8)
+        store._maps.clear()
+        with pytest.raises(DamagedError):
+            store.get("dtd")
+        assert store.add(small_task()).new_bytes > 0
+    assert contents(store.get("dtd")) == contents(small_task())
+    assert store.add(small_task()).new_bytes == 0
+
+
+def test_a_pack_lost_while_mapped_is_replaced_and_gc_goes_on(store: Store) -> None:
+    store.add(small_task())
+    store.get("dtd")
+    packs(store)[0].unlink()
+    assert store.add(small_task()).new_bytes == small_task().size_bytes
+    plan, done = store.gc(dry_run=True, repack_all=True), store.gc(repack_all=True)
+    assert {**vars(plan), "dry_run": False} == vars(done)
+    store._maps.clear()
+    assert contents(store.get("dtd")) == contents(small_task())
+    (pack,) = packs(store)
+    with safe_open(pack, "numpy") as opened:
+        assert [v["task"] for v in json.loads(opened.metadata()["pear"])["versions"]] == ["dtd"]
+
+
+@pytest.mark.parametrize("table", ["manifests", "tensors"])
+def test_adding_heals_damaged_manifests_and_tensor_rows(store: Store, table: str) -> None:
+    store.add(small_task())
+    index = store._index
+    with index.read() as txn:
+        (key, row), *_ = index.rows(txn, table)
+    index.write(lambda txn: index.put(txn, table, key, row[:48] + b"\x77" + row[49:]))
+    with pytest.raises(DamagedError):
+        store.get("dtd")
+    assert not store.add(small_task()).changed
+    assert contents(store.get("dtd")) == contents(small_task())
+    store.gc()
+
+
+def test_many_large_records_can_be_added_and_repacked(store: Store) -> None:
+    notes = '"' * 1_500_000  # doubles when escaped
+    for i in range(12):
+        task = small_task(f"t{i}", seed=i)
+        store.add(make_task({**task.record, "training": {"notes": notes}}, task.tensors))
+    store.remove("t3")
+    assert store.gc(repack_all=True).dead_bytes == 0
+    assert contents(store.get("t11")) == contents(small_task("t11", seed=11))
+    with pytest.raises(CheckpointError, match="at most 4194304 are stored"):
+        task = small_task("huge")
+        store.add(make_task({**task.record, "training": {"notes": notes * 2}}, task.tensors))
+
+
+def test_two_creators_and_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / "s" / "packs").mkdir(parents=True)
+    (tmp_path / "s" / "index-0123").mkdir()  # left by a killed create
+    threads_errors: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            Store.create(tmp_path / "s").close()
+        except BaseException as error:
+            threads_errors.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert threads_errors == []
+    with Store(tmp_path / "s") as store:
+        assert store.add(small_task()).changed
+
+
 def test_damaged_index_rows_are_found(tmp_path: Path) -> None:
     with Store.create(tmp_path / "s") as store:
         store.add(small_task())

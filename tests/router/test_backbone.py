@@ -158,7 +158,7 @@ FAMILIES = {
     "deit_tiny_distilled_patch16_224": {"img_size": 32},
     "vit_small_patch14_reg4_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)},
-    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 24, 24)},
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 24, 24, 24)},
 }
 
 
@@ -210,6 +210,9 @@ def test_positions_that_never_run_or_are_channels_first_are_refused() -> None:
             adapted.attach(silent[:1])
     with pytest.raises(BackboneError, match="channels-first|channels last"):
         convnext.attach(["stages.0.blocks.0.conv_dw"])
+    for stage in ("stages.0", "stages.0.blocks.0", "stages.0.blocks.0.mlp", "stem.1"):
+        with pytest.raises(BackboneError, match="is channels-first"):
+            convnext.attach([stage])
     with pytest.raises(BackboneError, match="has no module 'stages.9'"):
         convnext.attach(["stages.9"])
 

@@ -171,6 +171,14 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
         ("photo.png", "a", "images is one path, 'photo.png': expected a list"),
         ([np.zeros((4, 4), np.float32)], "a", r"array image float32 \[4, 4\]: expected uint8"),
         ([3], "a", "image of type int: expected a PIL image"),
+        (Image.new("RGB", (4, 4)), "a", "images is one Image: expected a list of images"),
+        (None, "a", "images is one NoneType: expected a list"),
+        (
+            np.zeros((48, 40, 3), np.uint8),
+            "a",
+            r"images uint8 \[48, 40, 3\]: expected an array \[batch, h, w, 1 or 3\]",
+        ),
+        (["nowhere://x/a.png"], "a", "nowhere://x/a.png: cannot be read: Protocol not known: nowhere"),
     ],
 )
 def test_image_mistakes(router: Router, images: object, task: object, message: str) -> None:
@@ -179,6 +187,8 @@ def test_image_mistakes(router: Router, images: object, task: object, message: s
 
 
 def test_unknown_and_wrong_tasks(router: Router, backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    with pytest.raises(UnknownTaskError, match="task None: expected a task's name"):
+        router.run(torch.zeros(1, 3, 48, 48), None)
     with pytest.raises(UnknownTaskError, match="no task 'x': this router has no store, and it was not added"):
         router.run(torch.zeros(1, 3, 48, 48), "x")
     good = task_maker("g")
