@@ -225,7 +225,10 @@ def gc(repack_all: bool, as_json: bool, dry_run: bool, yes: bool) -> None:
     with Store(_path()) as store:
         if not (dry_run or yes):
             plan = store.gc(dry_run=True, repack_all=repack_all)
-            click.confirm(f"Remove {plan.removed_tensors} tensors, {plan.removed_bytes:,} bytes?", abort=True, err=True)
+            if plan.removed_tensors or repack_all:
+                click.confirm(
+                    f"Remove {plan.removed_tensors} tensors, {plan.removed_bytes:,} bytes?", abort=True, err=True
+                )
         result = store.gc(dry_run, repack_all)
     if as_json:
         _print_json(asdict(result))

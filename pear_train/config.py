@@ -78,6 +78,8 @@ class TrainConfig:
             raise ConfigError(f"ratio {self.ratio}: expected at least 0 and below 1")
         if not self.lr > 0:
             raise ConfigError(f"lr {self.lr}: expected above 0")
+        if self.method == "pear" and self.epochs < 2:
+            raise ConfigError("epochs 1: method 'pear' needs at least 2, before and after pruning")
         if self.method == "pear" and not 0 < self.pruned_after < self.epochs:
             raise ConfigError(
                 f"prune epoch {self.pruned_after} of {self.epochs} epochs: expected at least 1 before it (scores are 0 "

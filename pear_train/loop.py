@@ -19,6 +19,7 @@ from pear_train.importance import taylor_scores
 from pear_train.knowledge import exact_copy, fold, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
 from router import AdaptedBackbone, Backbone, Preprocess, Router, add_branch, choose_positions
+from router.backbone import open_device
 from router.ops import PositionWeights
 from router.tensors import from_torch, quantise
 
@@ -107,7 +108,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, backbone: Backbone, dataset: Dataset) -> None:
         self.config, self.backbone, self.dataset = config, backbone, dataset
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = open_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = {"auto": fast_precision(self.device), "float32": torch.float32, "bfloat16": torch.bfloat16}
         self.autocast = None if wanted[config.dtype] == torch.float32 else wanted[config.dtype]
         self.record = preprocess_record(backbone, config.img_size)

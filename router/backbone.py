@@ -97,7 +97,8 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
     except Exception as error:  # whatever a download can raise: hub, requests, urllib, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"backbone {backbone!r}: its pretrained weights could not be loaded ({reason}); give a local file of them"
+            f"backbone {backbone!r}: its pretrained weights could not be loaded ({reason}); "
+            "give a local file of them with weights (--weights)"
         ) from None
     cast(Any, module).reset_classifier(0)
     _load_weights(module, backbone, Path(weights))
@@ -110,7 +111,7 @@ def _load_weights(module: nn.Module, name: str, path: Path) -> None:
     try:
         state = load_file(path)
     except Exception as error:  # safetensors raises a bare Exception type of its own
-        raise BackboneError(f"{path}: not a safetensors file: {error}") from None
+        raise BackboneError(f"{path}: not a whole safetensors file (pickles are never read): {error}") from None
     expected = module.state_dict()
     for key, value in expected.items():
         if key not in state:
@@ -192,6 +193,21 @@ def choose_positions(module: nn.Module, choice: str) -> list[str]:
 
 def _axes(x: object) -> int:
     return x.ndim if isinstance(x, Tensor) else 0
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The device, checked to be there.
+
+    Raises:
+        BackboneError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split(".")[0].split())
+        raise BackboneError(f"device {str(name)!r} cannot be used: {reason}") from None
+    return device
 
 
 class AdaptedBackbone:

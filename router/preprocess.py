@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any
 
 import fsspec
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from router.errors import ImageError
 
-ImageLike = Image.Image | NDArray[np.uint8] | str
+ImageLike = Image.Image | NDArray[np.uint8] | str | PathLike[str]
 """A PIL image, a uint8 array [h, w], [h, w, 1] or [h, w, 3], or a path or URL that fsspec opens."""
 
 
@@ -71,6 +72,8 @@ def open_image(image: ImageLike) -> Image.Image:
         if 0 in shape:
             raise ImageError(f"array image {list(shape)} is empty")
         return Image.fromarray(image.squeeze(2) if image.ndim == 3 and shape[2] == 1 else image).convert("RGB")
+    if isinstance(image, PathLike):
+        image = fspath(image)
     if not isinstance(image, str):
         raise ImageError(f"image of type {type(image).__name__}: expected a PIL image, a uint8 array or a path")
     try:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import NotFoundError, Store, Task, read_checkpoint
-from router.backbone import AdaptedBackbone, Backbone, load_backbone
-from router.errors import ImageError, RouterError, TaskError, UnknownTaskError, WrongBackboneError
+from router.backbone import AdaptedBackbone, Backbone, load_backbone, open_device
+from router.errors import BackboneError, ImageError, RouterError, TaskError, UnknownTaskError, WrongBackboneError
 from router.preprocess import ImageLike, Preprocess
 from router.slots import Slots
 
@@ -98,7 +98,9 @@ class Router:
         self.backbone = load_backbone(backbone, weights)
         if device is None:
             device = next(self.backbone.module.parameters()).device
-        self.device = torch.device(device)
+        self.device = open_device(device)
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise BackboneError(f"dtype {dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype or torch.float32)
         self._slots = Slots(self.device, self._adapted.widths, slot_bytes)
         self._lock = threading.RLock()
@@ -170,6 +172,8 @@ class Router:
 
     def run_all(self, images: Images, tasks: Sequence[str]) -> dict[str, Predictions]:
         """Every image through every task: {task: predictions}. See `run` for arguments and errors."""
+        if isinstance(tasks, str):
+            raise UnknownTaskError(f"tasks is one name, {tasks!r}: expected a list of names")
         return {task: self.run(images, task) for task in tasks}
 
     def _batches(self, images: Images, names: list[str], tasks: dict[str, _Known]) -> list[tuple[list[int], Tensor]]:

@@ -118,6 +118,8 @@ def main(files: tuple[str, ...], out: Path) -> None:
         rows = [Row(read_checkpoint(file)) for file in files]
     except PearStoreError as error:
         raise click.ClickException(str(error)) from None
+    if out.suffix not in (".png", ".svg", ".pdf") or not out.parent.is_dir():
+        raise click.ClickException(f"{out}: expected a .png, .svg or .pdf file in a folder that exists")
     draw(rows, out)
     click.echo(f"wrote {out}")
 

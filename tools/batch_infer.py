@@ -113,6 +113,10 @@ def main(
     for path in (source, out):
         if path.suffix not in FORMATS:
             raise click.UsageError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
+    if source.exists() and out.exists() and out.samefile(source):
+        raise click.UsageError(f"{out}: is the list itself; choose another output")
     rows = read_list(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []

@@ -160,6 +160,7 @@ def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: 
     [
         ({"ratio": 1.0}, "ratio 1.0: expected at least 0 and below 1"),
         ({"prune_epoch": 4}, "prune epoch 4 of 4 epochs"),
+        ({"epochs": 1, "prune_epoch": None}, "epochs 1: method 'pear' needs at least 2"),
         ({"prune_epoch": 0}, "prune epoch 0 of 4 epochs"),
         ({"rank": 0}, "rank 0: expected at least 1"),
         ({"lr": 0.0}, "lr 0.0: expected above 0"),
@@ -224,6 +225,7 @@ def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
         (["t", "--positions", "layers.*"], 1, "positions 'layers.*' match no module"),
         (["t", "--ratio", "2"], 1, "ratio 2.0"),
         (["t", "--out", "/nowhere/t"], 1, "folder /nowhere does not exist"),
+        (["t", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
         (["t", "--img-size", "50"], 1, "cannot take 50 x 50 pixels"),
         (["t", "--method", "magic"], 2, "Invalid value for '--method'"),
     ],

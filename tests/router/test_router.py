@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pear_store import PearStoreError, Store, Task, make_task, write_checkpoint
 from router import (
     Backbone,
+    BackboneError,
     ImageError,
     Predictions,
     Router,
@@ -136,7 +137,7 @@ def test_kinds_of_images_agree(router: Router, tmp_path: Path) -> None:
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(colour).save(tmp_path / "colour.png")
     given = [grey, grey[..., None], Image.fromarray(grey), str(tmp_path / "grey.png"), f"file://{tmp_path}/grey.png"]
-    given += [colour, Image.fromarray(colour), str(tmp_path / "colour.png")]
+    given += [colour, Image.fromarray(colour), tmp_path / "colour.png"]
     logits = router.run(given, "a").logits
     for row in range(1, 5):
         assert torch.equal(logits[row], logits[0]) or torch.allclose(logits[row], logits[0], atol=1e-5)
@@ -184,6 +185,16 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
 def test_image_mistakes(router: Router, images: object, task: object, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         router.run(images, task)
+
+
+def test_devices_and_precisions_that_are_not(backbone: Backbone, router: Router) -> None:
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(BackboneError, match=f"device '{device}' cannot be used: "):
+            Router(backbone, device=device)
+    with pytest.raises(BackboneError, match="dtype torch.int8: expected torch.float32"):
+        Router(backbone, dtype=torch.int8)
+    with pytest.raises(UnknownTaskError, match="tasks is one name, 'a': expected a list"):
+        router.run_all(torch.zeros(1, 3, 48, 48), "a")
 
 
 def test_unknown_and_wrong_tasks(router: Router, backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
     [
         (["nowhere.csv", "o.csv"], "nowhere.csv: no such file"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
+        (["list.csv", "nowhere/o.csv"], "folder nowhere does not exist"),
+        (["list.csv", "list.csv"], "is the list itself"),
+        (["list.csv", "o.csv", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["bad.csv", "o.csv"], "column 'task' is missing"),
         (["broken.parquet", "o.csv"], "cannot be read as .parquet"),
         (["list.csv", "o.csv", "--store", "nowhere"], "nowhere: no store there"),
