@@ -162,7 +162,7 @@ through the router. Nothing was tuned on these runs: options are the defaults.
 {tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)}
 
 Seed by seed, means of the four tasks: Pear minus unpruned adapters {", ".join(differences)} points; Pear minus its control
-`unshared`, whose pruned positions stay empty, {", ".join(shared)} points. Borrowed scales start at 0 and ended between
+`unshared` (`--method pear --sharing none`: pruned positions stay empty) {", ".join(shared)} points. Borrowed scales start at 0 and ended between
 {min(routed["borrowed_scales"]):.2f} and {max(routed["borrowed_scales"]):.2f}: at this learning rate the borrowed branches do little. With one seed,
 differences of a point are not established.
 
