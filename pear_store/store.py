@@ -42,7 +42,7 @@ from pear_store.manifest import manifest_hash, to_manifest, with_plain_names
 from pear_store.pack import PackedVersion, pack_path, place_pack, sync_directory, write_pack
 
 GROUP_TASKS = 100
-"""Tasks that one `add` commits together: 5 to 10 times faster than one by one, as a commit is a few fsyncs."""
+"""Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
 GROUP_BYTES = 64 * 1024 * 1024
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""

@@ -12,7 +12,7 @@ IMPORTANCE = ("taylor", "random")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one run; the defaults are measured in docs/results."""
+    """Options of one run; docs/results has what the defaults give on four tasks."""
 
     task: str
     method: str = "pear"
