@@ -5,19 +5,27 @@ from pear_store.digest import Digest, RawTensor, tensor_digest
 from pear_store.errors import (
     CheckpointError,
     DamagedError,
+    DamagedIndexError,
     DiskFullError,
     FormatError,
     NameTakenError,
     NotFoundError,
     PearStoreError,
+    TaggedError,
 )
-from pear_store.store import Added, GcResult, Refused, Stats, Store, Version
+from pear_store.gc import GcResult
+from pear_store.integrity import Damage, Repaired, Report, repair, verify
+from pear_store.recovery import Rebuilt, rebuild
+from pear_store.store import Added, Diff, PositionDiff, Refused, Stats, Store, Version
 
 __all__ = [
     "Added",
     "Branch",
     "CheckpointError",
+    "Damage",
     "DamagedError",
+    "DamagedIndexError",
+    "Diff",
     "Digest",
     "DiskFullError",
     "FormatError",
@@ -25,14 +33,22 @@ __all__ = [
     "NameTakenError",
     "NotFoundError",
     "PearStoreError",
+    "PositionDiff",
     "RawTensor",
+    "Rebuilt",
     "Refused",
+    "Repaired",
+    "Report",
     "Stats",
     "Store",
+    "TaggedError",
     "Task",
     "Version",
     "make_task",
     "read_checkpoint",
+    "rebuild",
+    "repair",
     "tensor_digest",
+    "verify",
     "write_checkpoint",
 ]

@@ -1,10 +1,10 @@
 """A task, and the task checkpoint: the one file by which tasks are exchanged (docs/design.md, section 5)."""
 
+import errno
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ ACTIVATIONS = ("identity", "relu", "gelu")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TAG_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 _FLOATS = ("F32", "F16", "BF16")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -111,7 +112,11 @@ def read_checkpoint(path: str | Path) -> Task:
         NotFoundError: no such file.
         CheckpointError: anything in it that is not as docs/design.md, section 5 says.
     """
-    metadata, tensors = read_container(path)
+    return task_from_container(*read_container(path), path)
+
+
+def task_from_container(metadata: Mapping[str, str], tensors: Mapping[str, RawTensor], path: str | Path) -> Task:
+    """The task that a file's metadata and tensors hold; see :func:`read_checkpoint`."""
     if "pear" not in metadata:
         raise CheckpointError(path, "metadata key 'pear' is missing: a safetensors file, but no task checkpoint")
     try:
@@ -151,7 +156,7 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(path) from None
         raise CheckpointError(path, f"cannot be written: {error.strerror}") from None
     return size
@@ -360,10 +365,16 @@ def _short(value: Any) -> str:
 
 
 def _all_finite(tensor: RawTensor) -> bool:
-    """Whether no element is NaN or infinite: those have all exponent bits set."""
-    import numpy as np  # here, so that commands which read no tensors start without it
+    """Whether no element is NaN or infinite: those have all exponent bits set.
 
-    assert sys.byteorder == "little", "big-endian machines are not supported"
-    bits = np.frombuffer(tensor.data, f"<u{ITEM_BYTES[tensor.dtype]}")
-    mask = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[tensor.dtype]
-    return not bool(((bits & mask) == mask).any())
+    Looks at the elements' high bytes first, which almost never come close; without numpy, whose import would take
+    longer than all else that adding a task does.
+    """
+    size = ITEM_BYTES[tensor.dtype]
+    data = bytes(tensor.data)
+    mask, low = {"F32": (0x7F, 0x80), "BF16": (0x7F, 0x80), "F16": (0x7C, 0x00)}[tensor.dtype]
+    high = data[size - 1 :: size]
+    suspects = bytes(byte for byte in range(256) if byte & mask == mask)
+    if len(high.translate(None, suspects)) == len(high):
+        return True
+    return not any(a & mask == mask and b & low == low for a, b in zip(high, data[size - 2 :: size], strict=True))

@@ -1,7 +1,10 @@
 """The pear-store command: a thin twin of :class:`pear_store.Store`."""
 
 import json
-from collections.abc import Callable
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +13,13 @@ from typing import Any, TypeVar
 import click
 from platformdirs import user_data_path
 
+from pear_store import sources
 from pear_store.digest import ITEM_BYTES
 from pear_store.errors import PearStoreError
+from pear_store.integrity import Damage, repair
+from pear_store.integrity import verify as verify_store
+from pear_store.recovery import rebuild as rebuild_store
+from pear_store.sources import Source
 from pear_store.store import Added, Refused, Store, Version
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,11 +29,16 @@ class StoreGroup(click.Group):
     """Turns a PearStoreError into one stderr line and that error's exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
+        warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
         except PearStoreError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    click.echo(f"Warning: {message}", err=True)
 
 
 def _keep_store(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
@@ -71,6 +84,20 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     )
 
 
+def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
+    """Names of tasks, and after ``@`` their versions and tags."""
+    try:
+        with Store(_path()) as store:
+            task, at, _ = start.partition("@")
+            if not at:
+                return [version.task for version in store.iter_tasks() if version.task.startswith(start)]
+            versions = store.versions(task)
+            names = [*(str(v.version) for v in versions), *(tag for v in versions for tag in v.tags)]
+            return [f"{task}@{name}" for name in names if f"{task}@{name}".startswith(start)]
+    except PearStoreError:
+        return []
+
+
 @click.group(cls=StoreGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @store_option
 @click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(path_type=Path))
@@ -94,20 +121,25 @@ def init(as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
+@click.argument("given", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="SOURCE...")
 @click.option("--name", help="Store the one task under this name.")
 @store_option
 @json_option
 @click.pass_context
-def add(ctx: click.Context, files: tuple[str, ...], name: str | None, as_json: bool) -> None:
-    """Add task checkpoints; a refused file costs only itself, and the exit code says so."""
+def add(ctx: click.Context, given: tuple[str, ...], name: str | None, as_json: bool) -> None:
+    """Add task checkpoints: files, directories of them, fsspec URLs, or - for standard input.
+
+    A refused file costs only itself, and the exit code says so.
+    """
+    files = list(sources.expand(given))
     if name is not None and len(files) > 1:
-        raise click.UsageError("--name goes with one FILE")
+        raise click.UsageError(f"--name goes with one task, there are {len(files)}")
     rows: list[dict[str, Any]] = []
     exit_code = 0
     stop: PearStoreError | None = None
     with Store(_path()) as store:
-        results = store.add_many(files, name)
+        given_files: Iterable[Source] = (sys.stdin.buffer if file == "-" else file for file in files)
+        results = store.add_many(given_files, name)
         for file in files:
             try:
                 result: Added | Refused = next(results)
@@ -147,11 +179,21 @@ def ls(every: bool, as_json: bool) -> None:
     if as_json:
         _print_json([_version_json(version) for version in versions])
     elif versions:
-        _print_table([{**_version_json(v), "bytes": f"{v.size_bytes:,}", "added": _time(v.time_ns)} for v in versions])
+        _print_table([_version_row(version) for version in versions])
 
 
 def _version_json(version: Version) -> dict[str, Any]:
-    return {"task": version.task, "version": version.version, "bytes": version.size_bytes}
+    row = {"task": version.task, "version": version.version, "bytes": version.size_bytes}
+    return {**row, "tags": list(version.tags)} if version.tags else row
+
+
+def _version_row(version: Version) -> dict[str, Any]:
+    return {
+        **_version_json(version),
+        "bytes": f"{version.size_bytes:,}",
+        "added": _time(version.time_ns),
+        "tags": " ".join(version.tags),
+    }
 
 
 def _time(time_ns: int) -> str:
@@ -159,7 +201,7 @@ def _time(time_ns: int) -> str:
 
 
 @main.command()
-@click.argument("reference", metavar="TASK[@VERSION]")
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
 @store_option
 @json_option
 def show(reference: str, as_json: bool) -> None:
@@ -194,58 +236,213 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 @main.command()
-@click.argument("reference", metavar="TASK[@VERSION]")
+@click.argument("reference", metavar="TASK", shell_complete=complete_task)
+@store_option
+@json_option
+def log(reference: str, as_json: bool) -> None:
+    """List a task's versions, the newest first."""
+    with Store(_path()) as store:
+        versions = store.versions(store.resolve(reference).task)[::-1]
+    if as_json:
+        _print_json([{**_version_json(v), "tags": list(v.tags), "time_ns": v.time_ns} for v in versions])
+    else:
+        _print_table([_version_row(version) for version in versions])
+
+
+@main.command()
+@click.argument("a", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("b", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@store_option
+@json_option
+def diff(a: str, b: str, as_json: bool) -> None:
+    """Compare two versions: which adapters differ, which are shared, and the bytes of each."""
+    with Store(_path()) as store:
+        found = store.diff(a, b)
+    if as_json:
+        value = asdict(found)
+        _print_json({**value, "a": _version_json(found.a), "b": _version_json(found.b)})
+        return
+    rows = [
+        {"position": p.position, "change": p.change, "shared": f"{p.shared_bytes:,}", "only first":
+         f"{p.a_bytes - p.shared_bytes:,}", "only second": f"{p.b_bytes - p.shared_bytes:,}"}
+        for p in sorted(found.positions, key=lambda p: _natural(p.position))
+    ]  # fmt: skip
+    if rows:
+        _print_table(rows)
+    click.echo(f"head        {found.head}")
+    click.echo(f"record      {'differs in ' + ', '.join(found.fields) if found.fields else 'equal'}")
+    click.echo(
+        f"bytes       {found.shared_bytes:,} shared, {found.only_a_bytes:,} only in {found.a.task}@{found.a.version}, "
+        f"{found.only_b_bytes:,} only in {found.b.task}@{found.b.version}"
+    )
+
+
+@main.command()
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("tag", required=False)
+@click.option("--delete", is_flag=True, help="Remove the tag that TASK@TAG names.")
+@store_option
+@json_option
+def tag(reference: str, tag: str | None, delete: bool, as_json: bool) -> None:
+    """Name a version TASK@TAG; gc and rm keep a tagged version. A tag that is there is moved."""
+    if delete == (tag is not None):
+        raise click.UsageError("expected 'tag TASK[@VERSION] TAG' or 'tag --delete TASK@TAG'")
+    with Store(_path()) as store:
+        version = store.untag(reference) if tag is None else store.tag(reference, tag)
+    if as_json:
+        _print_json({**_version_json(version), "tags": list(version.tags)})
+    else:
+        name = reference if tag is None else f"{version.task}@{tag}"
+        click.echo(f"{'removed tag' if delete else 'tagged'} {name}: version {version.version}")
+
+
+@main.command()
+@click.argument("references", nargs=-1, required=True, metavar="TASK[@VERSION]...", shell_complete=complete_task)
 @store_option
 @json_option
 @dry_run_option
 @yes_option
-def rm(reference: str, as_json: bool, dry_run: bool, yes: bool) -> None:
-    """Remove one version, or all versions of a task; 'gc' then frees what nothing else needs."""
+def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> None:
+    """Remove versions, or all versions of tasks; 'gc' then frees what nothing else needs."""
     with Store(_path()) as store:
-        found = store.remove(reference, dry_run=True)
+        found = store.remove(*references, dry_run=True)
         names = ", ".join(f"{version.task}@{version.version}" for version in found)
         if not dry_run:
             if not yes:
                 click.confirm(f"Remove {names}?", abort=True, err=True)
-            found = store.remove(reference)
+            found = store.remove(*references)
     if as_json:
         _print_json([_version_json(version) for version in found])
     else:
         click.echo(f"{'would remove' if dry_run else 'removed'} {names}")
 
 
+class Duration(click.ParamType[float]):
+    """A time as 90d, 12h, 30m, 45s or 2w, in seconds."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}.get(str(value)[-1:])
+        try:
+            return float(str(value)[:-1]) * (unit or float("nan")) if unit else self._bad(value)
+        except ValueError:
+            return self._bad(value)
+
+    def _bad(self, value: Any) -> float:
+        self.fail(f"{value!r}: expected a number and s, m, h, d or w, such as 90d")
+
+
 @main.command()
+@click.option("--keep", type=click.IntRange(1), help="First remove versions beyond a task's newest KEEP ...")
+@click.option("--older-than", type=Duration(), help="... that are older than this, such as 90d or 12h.")
 @click.option("--repack-all", is_flag=True, help="Leave no dead bytes, and merge small packs.")
 @store_option
 @json_option
 @dry_run_option
 @yes_option
-def gc(repack_all: bool, as_json: bool, dry_run: bool, yes: bool) -> None:
-    """Remove the tensors that no version needs."""
+def gc(keep: int | None, older_than: float | None, repack_all: bool, as_json: bool, dry_run: bool, yes: bool) -> None:
+    """Remove the tensors that no version needs; with --keep or --older-than, old versions first.
+
+    Never removes a task's newest version or a tagged one.
+    """
     with Store(_path()) as store:
         if not (dry_run or yes):
-            plan = store.gc(dry_run=True, repack_all=repack_all)
-            if plan.removed_tensors or repack_all:
+            plan = store.gc(True, repack_all, keep, older_than)
+            if plan.removed_tensors or plan.removed_versions or repack_all:
                 click.confirm(
-                    f"Remove {plan.removed_tensors} tensors, {plan.removed_bytes:,} bytes?", abort=True, err=True
-                )
-        result = store.gc(dry_run, repack_all)
+                    f"Remove {plan.removed_versions} versions, {plan.removed_tensors} tensors, "
+                    f"{plan.removed_bytes:,} bytes?", abort=True, err=True,
+                )  # fmt: skip
+        result = store.gc(dry_run, repack_all, keep, older_than)
     if as_json:
         _print_json(asdict(result))
         return
+    versions = f"{result.removed_versions} versions, " if result.removed_versions else ""
     click.echo(
-        f"{'would remove' if dry_run else 'removed'} {result.removed_tensors} tensors, {result.removed_bytes:,} bytes; "
-        f"kept {result.kept_tensors} tensors, {result.kept_bytes:,} bytes; {result.dead_bytes:,} dead bytes in packs"
+        f"{'would remove' if dry_run else 'removed'} {versions}{result.removed_tensors} tensors, "
+        f"{result.removed_bytes:,} bytes; kept {result.kept_tensors} tensors, {result.kept_bytes:,} bytes; "
+        f"{result.dead_bytes:,} dead bytes in packs"
     )
 
 
+class Subset(click.ParamType[tuple[int, int]]):
+    """n/t: the n-th of t parts."""
+
+    name = "n/t"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        part, _, parts = str(value).partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            self.fail(f"{value!r}: expected n/t with n from 1 to t, such as 1/7")
+        return int(part), int(parts)
+
+
 @main.command()
-@click.argument("reference", metavar="TASK[@VERSION]")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--subset", type=Subset(), default="1/1", show_default=True, help="Only the n-th of t parts.")
+@click.option("--repair", "mend", is_flag=True, help="Write what is damaged anew, from what is good and from COPIES.")
+@click.argument("copies", nargs=-1, type=click.Path(), metavar="[COPIES]...")
 @store_option
 @json_option
-def export(reference: str, file: Path, as_json: bool) -> None:
+@click.pass_context
+def verify(ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tuple[str, ...], as_json: bool) -> None:
+    """Hash every tensor and manifest, check the index, and name each damaged tensor with the tasks hit.
+
+    COPIES, for --repair: other stores, task checkpoints, directories of them, fsspec URLs.
+    """
+    if copies and not mend:
+        raise click.UsageError("COPIES go with --repair")
+    if mend:
+        mended = repair(_path(), copies)
+        click.echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
+    report = verify_store(_path(), subset)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        click.echo(f"{report.tensors:,} tensors in {report.packs:,} packs, {report.bytes:,} bytes hashed")
+        if report.index:
+            click.echo(f"index: {report.index}")
+        for pack in report.damaged_packs:
+            click.echo(f"damaged pack {pack}")
+        _print_damage("tensor", report.damaged)
+        _print_damage("manifest", report.damaged_manifests)
+        click.echo("all good" if report.ok else "\n".join(report.advice))
+    ctx.exit(0 if report.ok else 5)
+
+
+def _print_damage(kind: str, found: list[Damage]) -> None:
+    for damage in found:
+        click.echo(f"damaged or missing {kind} {damage.digest}: hits {', '.join(damage.versions) or 'no version'}")
+
+
+@main.command()
+@store_option
+@json_option
+def rebuild(as_json: bool) -> None:
+    """Make the index anew from the packs alone; the old one is kept beside it."""
+    found = rebuild_store(_path())
+    if as_json:
+        _print_json(asdict(found))
+        return
+    for problem in found.problems:
+        click.echo(f"Warning: {problem}", err=True)
+    click.echo(f"{found.tasks} tasks, {found.versions} versions, {found.tensors} tensors from {found.packs} packs")
+    if found.old_index:
+        click.echo(f"the old index is in {found.old_index}; remove it when 'pear-store verify' finds all good")
+
+
+@main.command()
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@store_option
+@json_option
+def export(reference: str, file: Path, force: bool, as_json: bool) -> None:
     """Write a stored task as a task checkpoint, its tensors bit-identical."""
+    if os.path.exists(file) and not force:
+        raise PearStoreError(f"{file} exists; --force replaces it")
     with Store(_path()) as store:
         version = store.resolve(reference)
         size = store.export(f"{version.task}@{version.version}", file)
@@ -267,3 +464,96 @@ def stats(as_json: bool) -> None:
         return
     for key, value in asdict(result).items():
         click.echo(f"{key.replace('_', ' '):<14} {value:>16,}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("references", nargs=-1, metavar="[TASK[@VERSION]]...", shell_complete=complete_task)
+@store_option
+def plot(file: Path, references: tuple[str, ...]) -> None:
+    """Draw tasks x positions, coloured by adapter, and the bytes saved, to a .png or .svg FILE.
+
+    Needs matplotlib (pip install 'pear-adapters[demo]').
+    """
+    from pear_store import plot as plotting
+
+    with Store(_path()) as store:
+        try:
+            plotting.plot(store, file, references)
+        except ImportError as error:
+            raise PearStoreError(f"plot needs matplotlib: {error}; pip install 'pear-adapters[demo]'") from None
+    click.echo(f"wrote {file}")
+
+
+@main.command("import-peft")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="The task's name [default: pear.json's].")
+@click.option("--backbone", help="timm name of the backbone [default: pear.json's].")
+@click.option("--digest", help="The backbone's digest, where timm or its weights are not at hand.")
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@click.option(
+    "--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of class names, one a line."
+)
+@click.option(
+    "--preprocess", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file of the preprocessing."
+)
+@store_option
+@json_option
+def import_peft(
+    folder: Path, name: str | None, backbone: str | None, digest: str | None, weights: str | None,
+    labels: Path | None, preprocess: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Add a LoRA that Hugging Face PEFT saved for a timm model.
+
+    Reads FOLDER's adapter_config.json and adapter_model.safetensors. Labels, preprocessing and backbone come from the
+    options, else from a pear.json beside them, as export-peft writes; preprocessing else from timm.
+    """
+    from pear_store import peft
+
+    described: dict[str, Any] | None = None
+    if backbone is not None:
+        described = {"model": backbone, "digest": digest} if digest else peft.describe_backbone(backbone, weights)
+        if described is None:
+            raise PearStoreError(f"backbone {backbone!r}: nothing installed here can hash it; give --digest")
+    task = peft.import_peft(
+        folder, name=name, backbone=described, labels=labels.read_text("utf-8").splitlines() if labels else None,
+        preprocess=json.loads(preprocess.read_text("utf-8")) if preprocess else None,
+    )  # fmt: skip
+    with Store(_path()) as store:
+        result = store.add(task)
+    if as_json:
+        _print_json([{"file": str(folder), **asdict(result)}])
+    else:
+        click.echo(_added_line(result))
+
+
+@main.command("export-peft")
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@store_option
+def export_peft(reference: str, folder: Path, weights: str | None) -> None:
+    """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model."""
+    from pear_store import peft
+
+    with Store(_path()) as store:
+        task = store.get(reference, copy=False)
+        described = peft.describe_backbone(task.backbone_model, weights)
+        if described is None:
+            click.echo(f"Warning: {task.backbone_model} is not known here: positions were not checked", err=True)
+        head = described["head"] if described else "head"
+        if head is None:
+            raise PearStoreError(f"{task.backbone_model} has several classifiers: PEFT cannot hold the task's one head")
+        peft.export_peft(task, folder, linears=described["linears"] if described else None, head=head)
+    click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a shell's completion script: eval "$(pear-store completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "pear-store", "_PEAR_STORE_COMPLETE").source())

@@ -7,8 +7,10 @@ hostile header can cost; every file written here opens with the ``safetensors`` 
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,13 +89,12 @@ def check_json(value: Any) -> None:
     raise ValueError("nested too deeply")
 
 
-def read_header(file: BinaryIO, where: str | Path) -> Header:
-    """Reads and checks the header of an open file; leaves the file just behind it.
+def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
+    """Reads and checks the header of an open file of `file_bytes`; leaves the file just behind it.
 
     Raises:
         CheckpointError: the file is no safetensors file, or its header does not describe its bytes exactly.
     """
-    file_bytes = os.fstat(file.fileno()).st_size
     start = file.read(8)
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
@@ -157,17 +158,31 @@ def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTenso
     """
     try:
         with open(path, "rb") as file:
-            header = read_header(file, path)
-            if header.file_bytes > MAX_FILE_BYTES:
-                raise CheckpointError(path, f"{header.file_bytes} bytes: at most {MAX_FILE_BYTES} are read")
-            data = memoryview(file.read())
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return parse_container(file, path)
+            return _parse(file, path, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise CheckpointError(path, "a directory: expected a task checkpoint file") from None
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
-    start = header.file_bytes - len(data)
+
+
+def parse_container(stream: BinaryIO, where: str | Path) -> tuple[dict[str, str], dict[str, RawTensor]]:
+    """Like :func:`read_container`, from a stream that cannot tell its length."""
+    content = stream.read(MAX_FILE_BYTES + 1)
+    return _parse(BytesIO(content), where, len(content))
+
+
+def _parse(file: BinaryIO, where: str | Path, file_bytes: int) -> tuple[dict[str, str], dict[str, RawTensor]]:
+    if file_bytes > MAX_FILE_BYTES:
+        raise CheckpointError(where, f"more than {MAX_FILE_BYTES} bytes: larger files are not read")
+    header = read_header(file, where, file_bytes)
+    start = file.tell()
+    data = memoryview(file.read())
+    if len(data) != file_bytes - start:
+        raise CheckpointError(where, "changed while it was read")
     tensors = {
         name: RawTensor(p.dtype, p.shape, data[p.offset - start : p.offset - start + p.length])
         for name, p in header.places.items()
@@ -201,7 +216,9 @@ def lay_out(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> tu
     return len(text).to_bytes(8, "little") + text, places
 
 
-def container_chunks(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> Iterable[bytes | memoryview]:
+def container_chunks(
+    tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]
+) -> Iterable[bytes | bytearray | memoryview]:
     """The file's bytes, in order: the header, then each tensor."""
     head, places = lay_out(tensors, metadata)
     yield head

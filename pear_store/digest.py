@@ -30,7 +30,7 @@ def from_digest(digest: Digest) -> bytes:
     return bytes.fromhex(digest.removeprefix("sha256:"))
 
 
-def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | memoryview) -> Digest:
+def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | bytearray | memoryview) -> Digest:
     """sha256 over ``"{dtype} {d0},{d1}\\n"`` (ASCII), then the little-endian bytes."""
     state = hashlib.sha256(f"{dtype} {','.join(map(str, shape))}\n".encode("ascii"))
     state.update(data)
@@ -43,7 +43,7 @@ class RawTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | memoryview
+    data: bytes | bytearray | memoryview
 
     @property
     def size_bytes(self) -> int:

@@ -1,14 +1,17 @@
 """What can go wrong with a store.
 
 PearStoreError            exit code 1
-├── NotFoundError         3   no such file, store, task or version
+├── NotFoundError         3   no such file, store, task, version or tag
 ├── CheckpointError       4   a file that is no valid task checkpoint
 ├── DamagedError          5   stored bytes that are not what was stored
+│   └── DamagedIndexError     the index itself; a rebuild makes it anew from the packs
 ├── DiskFullError         6   no space left where the store lives
 ├── NameTakenError        7   a task name that differs from a stored one in case only
-└── FormatError           8   a store written by a newer Pear, or a directory that is no store
+├── FormatError           8   a store written by a newer Pear, or a directory that is no store
+└── TaggedError           9   a version that may not be removed, because a tag holds it
 """
 
+import errno
 from pathlib import Path
 
 
@@ -37,10 +40,18 @@ class DamagedError(PearStoreError):
     """Bytes in the store that do not hash to their digest, or are missing."""
 
     exit_code = 5
+    remedy = "'pear-store verify' says what is hit and how to mend it"
 
     def __init__(self, what: str, found: str) -> None:
-        super().__init__(f"{what} is damaged: {found}; add a checkpoint that holds it again to heal it")
+        super().__init__(f"{what} is damaged: {found}; {self.remedy}")
         self.what, self.found = what, found
+
+
+class DamagedIndexError(DamagedError):
+    remedy = "'pear-store rebuild' makes it anew from the packs"
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(f"index {path}", found)
 
 
 class DiskFullError(PearStoreError):
@@ -63,3 +74,22 @@ class NameTakenError(PearStoreError):
 
 class FormatError(PearStoreError):
     exit_code = 8
+
+
+class TaggedError(PearStoreError):
+    """A tagged version is removed only after it was untagged."""
+
+    exit_code = 9
+
+    def __init__(self, task: str, version: int, tag: str) -> None:
+        super().__init__(
+            f"{task}@{version} is tagged {tag!r} and was kept; untag it first: 'pear-store tag --delete {task}@{tag}'"
+        )
+        self.task, self.version, self.tag = task, version, tag
+
+
+def from_os_error(error: OSError, path: Path) -> PearStoreError:
+    """An operating system's error at a store as one of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(path)
+    return PearStoreError(f"{path}: {error.strerror or error}")

@@ -2,63 +2,82 @@
 
     tensors    32-byte digest                 -> TensorRow
     packs      32-byte hash                   -> PackRow
-    manifests  32-byte hash                   -> manifest bytes
+    manifests  32-byte hash                   -> ManifestRow
     versions   task, NUL, big-endian number   -> VersionRow
     names      case-folded task               -> NameRow
-    meta       format, id
+    tags       task, NUL, tag                 -> TagRow
+    removed    task, NUL, big-endian number   -> RemovedRow
+    meta       format, id, next_number
 
-Rows are little-endian structs. Version and name rows end with a CRC32 of key and row, because LMDB pages have no
-checksum; tensors are checked against their digests, manifests against their hashes.
+Rows are little-endian structs that end with a CRC32 of key and row, because LMDB pages have no checksum (a manifest's
+has one of its numbers; its bytes are checked against their hash). A task's newest version is in its name's row, too, so
+that a version which a damaged page hides is missed.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import lmdb
 
 from pear_store.digest import ITEM_BYTES
-from pear_store.errors import DamagedError, DiskFullError, FormatError, PearStoreError
+from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
-INDEX_FORMAT = b"1"
-_DATABASES = (b"tensors", b"packs", b"manifests", b"versions", b"names", b"meta")
+INDEX_FORMAT = b"2"
+TABLES = ("tensors", "packs", "manifests", "versions", "names", "tags", "removed", "meta")
 _DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
 T = TypeVar("T")
-Txn = lmdb.Transaction
 
 
-@dataclass(frozen=True)
-class TensorRow:
-    """Where a tensor lies: pack hash, bytes from the pack's start, length in bytes, dtype and shape."""
+class TensorRow(NamedTuple):
+    """Where a tensor lies: its number, pack hash, bytes from the pack's start, length in bytes, dtype and shape.
 
+    Numbers count up over the tensors ever stored; gc marks by them. A tensor that a version needs and that no pack
+    has is listed in the pack NO_PACK.
+    """
+
+    number: int
     pack: bytes
     offset: int
     length: int
     dtype: str
     shape: tuple[int, ...]
 
-    def encode(self) -> bytes:
-        head = struct.pack("<32sQQBB", self.pack, self.offset, self.length, _DTYPES.index(self.dtype), len(self.shape))
-        return head + struct.pack(f"<{len(self.shape)}Q", *self.shape)
+    def encode(self, key: bytes) -> bytes:
+        dtype = _DTYPES.index(self.dtype)
+        head = _TENSOR.pack(self.number, self.pack, self.offset, self.length, dtype, len(self.shape))
+        return _sealed(key, head + _SHAPES[len(self.shape)].pack(*self.shape))
 
     @classmethod
-    def decode(cls, row: bytes) -> "TensorRow":
+    def decode(cls, key: bytes, row: bytes) -> "TensorRow":
+        return cls.peek(_unsealed(key, row))
+
+    @classmethod
+    def peek(cls, row: bytes) -> "TensorRow":
+        """The row without a look at its checksum, where the tensor is hashed anyway."""
         try:
-            pack, offset, length, dtype, dimensions = struct.unpack_from("<32sQQBB", row)
-            return cls(pack, offset, length, _DTYPES[dtype], struct.unpack_from(f"<{dimensions}Q", row, 50))
+            number, pack, offset, length, dtype, dimensions = _TENSOR.unpack_from(row)
+            return cls(number, pack, offset, length, _DTYPES[dtype], _SHAPES[dimensions].unpack_from(row, _TENSOR.size))
         except (struct.error, IndexError):
             raise DamagedError("a tensor's index row", "it cannot be read") from None
+
+
+_TENSOR = struct.Struct("<Q32sQQBB")
+_SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(9)]
+NO_PACK = bytes(32)
 
 
 @dataclass(frozen=True)
@@ -68,15 +87,42 @@ class PackRow:
     file_bytes: int
     tensor_bytes: int
 
-    def encode(self) -> bytes:
-        return struct.pack("<QQ", self.file_bytes, self.tensor_bytes)
+    def encode(self, key: bytes) -> bytes:
+        return _sealed(key, struct.pack("<QQ", self.file_bytes, self.tensor_bytes))
 
     @classmethod
-    def decode(cls, row: bytes) -> "PackRow":
-        try:
-            return cls(*struct.unpack("<QQ", row))
-        except struct.error:
-            raise DamagedError("a pack's index row", "it cannot be read") from None
+    def decode(cls, key: bytes, row: bytes) -> "PackRow":
+        return cls(*_opened("<QQ", key, row))
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """A manifest's own number, the numbers of the tensors that it names, and its bytes.
+
+    The manifest is not checked here: whoever uses it hashes it. The numbers carry a checksum of their own.
+    """
+
+    number: int
+    tensors: memoryview
+    manifest: bytes
+
+    @staticmethod
+    def encode(key: bytes, number: int, tensors: Iterable[int], manifest: bytes) -> bytes:
+        numbers = array("Q", [number, *sorted(tensors)]).tobytes()
+        return struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 8) + numbers + manifest
+
+    @classmethod
+    def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
+        end = 8 + 8 * int.from_bytes(row[4:8], "little")
+        if not 16 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
+            raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
+        numbers = memoryview(row)[8:end].cast("Q")
+        return cls(numbers[0], numbers[1:], row[end:])
+
+    @staticmethod
+    def manifest_of(row: bytes) -> bytes:
+        """The manifest's bytes alone, unchecked."""
+        return row[8 + 8 * int.from_bytes(row[4:8], "little") :]
 
 
 @dataclass(frozen=True)
@@ -93,34 +139,75 @@ class VersionRow:
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "VersionRow":
-        return cls(*struct.unpack("<32s32sQQ", _unsealed(key, row)))
+        return cls(*_opened("<32s32sQQ", key, row))
 
 
 @dataclass(frozen=True)
 class NameRow:
-    """A task's name as written, and the highest version number that it ever had."""
+    """A task's name as written, its newest version (0: none is left), the highest number that it ever had, and the
+    pack that records that."""
 
     name: str
+    newest: int
     highest: int
+    pack: bytes
 
     def encode(self, key: bytes) -> bytes:
-        return _sealed(key, struct.pack("<I", self.highest) + self.name.encode("ascii"))
+        return _sealed(key, struct.pack("<II32s", self.newest, self.highest, self.pack) + self.name.encode("ascii"))
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "NameRow":
         body = _unsealed(key, row)
-        return cls(body[4:].decode("ascii"), int.from_bytes(body[:4], "little"))
+        return cls(body[40:].decode("ascii"), *struct.unpack_from("<II32s", body))
+
+
+@dataclass(frozen=True)
+class TagRow:
+    """What a tag stands for, since when, and the pack that records it."""
+
+    version: int
+    time_ns: int
+    pack: bytes
+
+    def encode(self, key: bytes) -> bytes:
+        return _sealed(key, struct.pack("<IQ32s", self.version, self.time_ns, self.pack))
+
+    @classmethod
+    def decode(cls, key: bytes, row: bytes) -> "TagRow":
+        return cls(*_opened("<IQ32s", key, row))
+
+
+@dataclass(frozen=True)
+class RemovedRow:
+    """A version (or tag) that was removed: the pack that still records it, and the pack that records its removal."""
+
+    recorded_in: bytes
+    pack: bytes
+
+    def encode(self, key: bytes) -> bytes:
+        return _sealed(key, self.recorded_in + self.pack)
+
+    @classmethod
+    def decode(cls, key: bytes, row: bytes) -> "RemovedRow":
+        return cls(*_opened("<32s32s", key, row))
 
 
 def _sealed(key: bytes, body: bytes) -> bytes:
-    return body + struct.pack("<I", zlib.crc32(key + body))
+    return body + zlib.crc32(key + body).to_bytes(4, "little")
 
 
 def _unsealed(key: bytes, row: bytes) -> bytes:
-    body, checksum = row[:-4], row[-4:]
-    if struct.pack("<I", zlib.crc32(key + body)) != checksum:
+    body = row[:-4]
+    if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:]:
         raise DamagedError(f"index row {key!r}", "its checksum differs")
     return body
+
+
+def _opened(form: str, key: bytes, row: bytes) -> tuple[Any, ...]:
+    try:
+        return struct.unpack(form, _unsealed(key, row))
+    except struct.error:
+        raise DamagedError(f"index row {key!r}", "its length is wrong") from None
 
 
 def version_key(task: str, version: int) -> bytes:
@@ -128,11 +215,115 @@ def version_key(task: str, version: int) -> bytes:
 
 
 def parse_version_key(key: bytes) -> tuple[str, int]:
-    return key[:-5].decode("ascii"), int.from_bytes(key[-4:], "big")
+    try:
+        if key[-5:-4] != b"\0":
+            raise ValueError
+        return key[:-5].decode("ascii"), int.from_bytes(key[-4:], "big")
+    except ValueError:
+        raise DamagedError(f"index key {key!r}", "it is no version's") from None
+
+
+def tag_key(task: str, tag: str) -> bytes:
+    return f"{task}\0{tag}".encode("ascii")
+
+
+def parse_tag_key(key: bytes) -> tuple[str, str]:
+    try:
+        task, tag = key.decode("ascii").split("\0")
+        return task, tag
+    except ValueError:
+        raise DamagedError(f"index key {key!r}", "it is no tag's") from None
 
 
 def name_key(task: str) -> bytes:
     return task.casefold().encode("ascii")
+
+
+class View:
+    """One transaction's rows, by table and key."""
+
+    __slots__ = ("_tables", "_txn")
+
+    def __init__(self, txn: lmdb.Transaction, tables: Mapping[str, Any]) -> None:
+        self._txn = txn
+        self._tables = tables
+
+    @property
+    def id(self) -> int:
+        """The last commit that a reader sees; a writer's own."""
+        number: int = self._txn.id()
+        return number
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        return cast(bytes | None, self._txn.get(key, db=self._tables[table]))
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        self._txn.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> None:
+        self._txn.delete(key, db=self._tables[table])
+
+    def count(self, table: str) -> int:
+        entries: int = self._txn.stat(self._tables[table])["entries"]
+        return entries
+
+    def rows(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values in key order, from the first that starts with the prefix to the last that does."""
+        cursor: Any = self._txn.cursor(db=self._tables[table])
+        if not (cursor.set_range(prefix) if prefix else cursor.first()):
+            return
+        for key, value in cursor:
+            if prefix and not key.startswith(prefix):
+                return
+            yield key, value
+
+    def every(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """All rows of a table.
+
+        Raises:
+            DamagedError: at the end, if rows are missing; earlier, if keys do not ascend.
+        """
+        expected, seen, before = self.count(table), 0, b""
+        for key, value in self.rows(table):
+            if seen == expected or (key <= before and seen):
+                raise DamagedError(f"index table {table}", f"keys out of order after {seen} rows of {expected}")
+            yield key, value
+            seen, before = seen + 1, key
+        if seen != expected:
+            raise DamagedError(f"index table {table}", f"{seen} rows, expected {expected}")
+
+    def last(self, table: str, prefix: bytes) -> tuple[bytes, bytes] | None:
+        """The last row whose key starts with the prefix."""
+        cursor: Any = self._txn.cursor(db=self._tables[table])
+        found = cursor.set_range(prefix + b"\xff" * 8)
+        found = cursor.prev() if found else cursor.last()
+        if found and cursor.key().startswith(prefix):
+            return cursor.key(), cursor.value()
+        return None
+
+    def delete_where(self, table: str, dead: Callable[[bytes, bytes], bool]) -> None:
+        """Walks a table once and deletes the rows that `dead` picks by key and value."""
+        cursor: Any = self._txn.cursor(db=self._tables[table])
+        found = cursor.first()
+        while found:
+            if dead(cursor.key(), cursor.value()):
+                cursor.delete()  # moves to the next
+                found = bool(cursor.key())
+            else:
+                found = cursor.next()
+
+    def take_numbers(self, count: int) -> int:
+        """The first of `count` tensor numbers that were never used."""
+        first = int.from_bytes(self.get("meta", b"next_number") or b"", "little")
+        self.put("meta", b"next_number", (first + count).to_bytes(8, "little"))
+        return first
+
+    def next_number(self) -> int:
+        return int.from_bytes(self.get("meta", b"next_number") or b"", "little")
+
+
+class IndexReplacedError(Exception):
+    """The directory holds another environment now: a rebuild has put it there."""
 
 
 class Index:
@@ -141,6 +332,7 @@ class Index:
     def __init__(self, path: Path, create: bool) -> None:
         self.path = path
         self.pid = os.getpid()
+        self._file = str(path / "data.mdb")
         with self._translated():
             for size in _MAP_BYTES:
                 try:
@@ -152,51 +344,38 @@ class Index:
                 except lmdb.MemoryError:
                     if size == _MAP_BYTES[-1]:
                         raise
+            found = os.stat(self._file)
+            self.identity = (found.st_dev, found.st_ino)
             self._env.reader_check()
-            self._dbs = {name: self._env.open_db(name, create=create) for name in _DATABASES}
-        if create:
-            self.write(lambda txn: self.put(txn, "meta", b"format", INDEX_FORMAT))
-            self.write(lambda txn: self.put(txn, "meta", b"id", uuid4().hex.encode()))
-        with self.read() as txn:
-            found = self.get(txn, "meta", b"format")
-        if found != INDEX_FORMAT:
-            raise FormatError(f"{path}: store format {found!r}: this Pear reads {INDEX_FORMAT!r}; install a newer one")
+            meta: Any = self._env.open_db(b"meta", create=create)
+            if create:
+                with self._env.begin(write=True, db=meta) as txn:
+                    txn.put(b"format", INDEX_FORMAT)
+                    txn.put(b"id", uuid4().hex.encode())
+            with self._env.begin(db=meta) as txn:
+                found_format = cast(bytes, txn.get(b"format", b"unknown"))
+            if found_format != INDEX_FORMAT:
+                self._env.close()
+                raise FormatError(
+                    f"{path.parent}: store format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
+                    f"{INDEX_FORMAT.decode()!r}; use the Pear that wrote it"
+                )
+            self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the environment is still the one that the directory holds."""
+        try:
+            found = os.stat(self._file)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.identity
 
     def close(self) -> None:
         self._env.close()
 
-    def get(self, txn: Txn, db: str, key: bytes) -> bytes | None:
-        value = txn.get(key, db=self._dbs[db.encode()])
-        return None if value is None else bytes(value)
-
-    def put(self, txn: Txn, db: str, key: bytes, value: bytes) -> None:
-        txn.put(key, value, db=self._dbs[db.encode()])
-
-    def delete(self, txn: Txn, db: str, key: bytes) -> None:
-        txn.delete(key, db=self._dbs[db.encode()])
-
-    def rows(self, txn: Txn, db: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values in key order, from the first that starts with the prefix to the last that does."""
-        cursor = txn.cursor(db=self._dbs[db.encode()])
-        found = cursor.set_range(prefix) if prefix else cursor.first()
-        if not found:
-            return
-        for key, value in cursor:
-            if not bytes(key).startswith(prefix):
-                return
-            yield bytes(key), bytes(value)
-
-    def last(self, txn: Txn, db: str, prefix: bytes) -> tuple[bytes, bytes] | None:
-        """The last row whose key starts with the prefix."""
-        cursor = txn.cursor(db=self._dbs[db.encode()])
-        found = cursor.set_range(prefix + b"\xff" * 8)
-        found = cursor.prev() if found else cursor.last()
-        if found and bytes(cursor.key()).startswith(prefix):
-            return bytes(cursor.key()), bytes(cursor.value())
-        return None
-
     @contextmanager
-    def read(self) -> Iterator[Txn]:
+    def read(self) -> Iterator[View]:
         """A consistent view, untouched by writers."""
         with self._translated():
             try:
@@ -205,15 +384,26 @@ class Index:
                 self._env.set_mapsize(0)
                 txn = self._env.begin()
             with txn:
-                yield txn
+                yield View(txn, self._tables)
 
-    def write(self, change: Callable[[Txn], T]) -> T:
-        """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow."""
+    def write(self, change: Callable[[View], T]) -> T:
+        """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow.
+
+        Raises:
+            IndexReplacedError: nothing was done; open the index anew.
+        """
+        with self._translated(), write_lock(self.path.parent):
+            if not self.is_current:
+                raise IndexReplacedError
+            return self.fill(change)
+
+    def fill(self, change: Callable[[View], T]) -> T:
+        """Like :meth:`write`, for an index that no other process can know of: without the lock."""
         with self._translated():
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
-                        return change(txn)
+                        return change(View(txn, self._tables))
                 except lmdb.MapFullError:
                     self._env.set_mapsize(self._env.info()["map_size"] * 2)
                 except lmdb.MapResizedError:
@@ -225,8 +415,11 @@ class Index:
             yield
         except (lmdb.MapFullError, lmdb.MapResizedError):
             raise
-        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
-            raise DamagedError(f"index {self.path}", str(error)) from None
+        except (
+            lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError, lmdb.NotFoundError,
+            lmdb.VersionMismatchError, lmdb.IncompatibleError, lmdb.BadDbiError, lmdb.BadValsizeError,
+        ) as error:  # fmt: skip
+            raise DamagedIndexError(self.path, str(error)) from None
         except (lmdb.Error, OSError) as error:
             code = getattr(error, "code", None) or getattr(error, "errno", None)
             full = code in (errno.ENOSPC, errno.EDQUOT)
@@ -237,7 +430,21 @@ class Index:
             raise PearStoreError(f"{self.path.parent}: {error}") from None
 
 
-_open: dict[tuple[int, str], tuple[Index, int]] = {}
+@contextmanager
+def write_lock(root: Path) -> Iterator[None]:
+    """Excludes all other writers of a store; the system lets go of it when its holder dies.
+
+    LMDB has a lock of its own, but in the environment that a rebuild replaces.
+    """
+    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+_open: dict[tuple[int, int, int], tuple[Index, int]] = {}
 _lock = threading.Lock()
 
 
@@ -255,18 +462,22 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 def open_index(path: Path, create: bool = False) -> Index:
     """This process's environment for the directory, opened once however many stores use it."""
     with _lock:
-        key = (os.getpid(), str(path.resolve()))
+        try:
+            found = os.stat(path / "data.mdb")
+            key = (os.getpid(), found.st_dev, found.st_ino)
+        except FileNotFoundError:
+            key = (0, 0, 0)
         index, uses = _open.get(key, (None, 0))
         if index is None:
             index = Index(path, create)
-        _open[key] = (index, uses + 1)
+        _open[(index.pid, *index.identity)] = (index, uses + 1)
         return index
 
 
 def release_index(index: Index) -> None:
     """Closes the environment when its last user has released it."""
     with _lock:
-        key = (index.pid, str(index.path.resolve()))
+        key = (index.pid, *index.identity)
         if index.pid != os.getpid() or key not in _open:
             return
         _, uses = _open[key]

@@ -1,27 +1,58 @@
-"""Packs: immutable safetensors files that hold tensors by digest and the manifests that were added with them."""
+"""Packs: immutable safetensors files that hold tensors by digest, and the records that were committed with them.
+
+The records let the index be rebuilt from the packs alone. They do not depend on the order in which packs are read:
+version numbers are never used twice, a removal outweighs the version it names, and of tags the latest counts.
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from pear_store.container import Place, lay_out
+from pear_store.checkpoint import TAG_NAME, TASK_NAME
+from pear_store.container import Header, Place, lay_out, read_header, strict_json
 from pear_store.digest import Digest, RawTensor
+from pear_store.errors import CheckpointError, DamagedError
 
 FORMAT = "pear-pack/1"
 
 
 @dataclass(frozen=True)
 class PackedVersion:
-    """A version of a task as its pack records it; time in nanoseconds since the epoch."""
+    """A version of a task; time in nanoseconds since the epoch, manifest as its bytes."""
 
     task: str
     version: int
     time_ns: int
     manifest: bytes
+
+
+@dataclass(frozen=True)
+class PackedTag:
+    """What a tag stood for from a time on; None: for nothing."""
+
+    task: str
+    tag: str
+    version: int | None
+    time_ns: int
+
+
+@dataclass
+class Records:
+    """What a pack records beside its tensors: versions, versions removed, tags set, highest numbers ever used."""
+
+    versions: list[PackedVersion] = field(default_factory=list)
+    removed: list[tuple[str, int]] = field(default_factory=list)
+    tags: list[PackedTag] = field(default_factory=list)
+    highest: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.versions or self.removed or self.tags or self.highest)
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,7 @@ class WrittenPack:
     path: Path
     hash: bytes
     file_bytes: int
+    tensor_bytes: int
     places: Mapping[Digest, Place]
 
 
@@ -39,19 +71,36 @@ def pack_path(root: Path, pack: bytes) -> Path:
     return root / "packs" / name[:2] / f"{name}.safetensors"
 
 
-def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], versions: list[PackedVersion]) -> WrittenPack:
-    """Writes a pack into the store's tmp/ and syncs it."""
-    record = {
+def pack_metadata(records: Records) -> dict[str, str]:
+    """The pack's `__metadata__`: the record, its checksum, and each manifest under its hash."""
+    metadata = {hashlib.sha256(v.manifest).hexdigest(): v.manifest.decode("utf-8") for v in records.versions}
+    record: dict[str, Any] = {
         "format": FORMAT,
         "id": uuid4().hex,  # no two packs are one file, so that a healed tensor never lands where a damaged one was
         "versions": [
-            {"task": v.task, "version": v.version, "time_ns": v.time_ns, "manifest": v.manifest.decode("utf-8")}
-            for v in versions
+            {
+                "task": v.task,
+                "version": v.version,
+                "time_ns": v.time_ns,
+                "manifest": hashlib.sha256(v.manifest).hexdigest(),
+            }
+            for v in records.versions
         ],
     }
-    metadata = {"pear": json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)}
+    if records.removed:
+        record["removed"] = [list(one) for one in records.removed]
+    if records.tags:
+        record["tags"] = [vars(tag) for tag in records.tags]
+    if records.highest:
+        record["highest"] = records.highest
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return {"pear": text, "pear.sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(), **metadata}
+
+
+def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records) -> WrittenPack:
+    """Writes a pack into the store's tmp/ and syncs it."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
-    head, places = lay_out(named, metadata)
+    head, places = lay_out(named, pack_metadata(records))
     path = root / "tmp" / f"{uuid4().hex}.safetensors"
     state = hashlib.sha256()
     try:
@@ -62,21 +111,113 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], versions: list[P
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        pack = WrittenPack(
+            path.with_stem(state.hexdigest()), state.digest(), size, sum(t.size_bytes for t in tensors.values()),
+            {Digest(name): place for name, place in places.items()},
+        )  # fmt: skip
+        path.rename(pack.path)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return WrittenPack(path, state.digest(), size, {Digest(name): place for name, place in places.items()})
+    return pack
 
 
 def place_pack(root: Path, pack: WrittenPack) -> None:
-    """Renames a written pack to its own name, durably."""
+    """Gives a written pack its own name, durably.
+
+    Its name in tmp/ stays until the commit is through: by the second name the next writer sees that a process died
+    before it committed, and unlinks what nobody was promised (:func:`find_unfinished`).
+    """
     target = pack_path(root, pack.hash)
     if not target.parent.exists():
         target.parent.mkdir()
         sync_directory(target.parent.parent)
-    if pack.path.exists() or not target.exists():  # it is there already when a commit is run again
-        os.replace(pack.path, target)
+    if not target.exists():  # it is there already when a commit is run again
+        try:
+            os.link(pack.path, target)
+        except OSError:  # a file system without hard links
+            os.rename(pack.path, target)
     sync_directory(target.parent)
+
+
+def find_unfinished(root: Path) -> list[tuple[Path, bytes]]:
+    """Files of tmp/ that were given their own name, too: (path in tmp/, pack hash). Under the write lock, each is
+    either committed or was left by a process that died."""
+    found = []
+    for entry in os.scandir(root / "tmp"):
+        with suppress(FileNotFoundError, ValueError):
+            if entry.stat().st_nlink > 1:
+                found.append((Path(entry.path), bytes.fromhex(Path(entry.path).stem)))
+    return found
+
+
+def read_records(path: Path) -> tuple[Header, Records, list[str]]:
+    """A pack's header, its records, and what is wrong with them (of versions whose manifest is damaged, say).
+
+    Raises:
+        DamagedError: the header or the record cannot be trusted at all.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file, path, os.fstat(file.fileno()).st_size)
+    except CheckpointError as error:
+        raise DamagedError(f"pack {path.stem}", error.problem) from None
+    except OSError as error:
+        raise DamagedError(f"pack {path.stem}", f"it cannot be read: {error.strerror}") from None
+    text = header.metadata.get("pear", "")
+    if hashlib.sha256(text.encode("utf-8")).hexdigest() != header.metadata.get("pear.sha256"):
+        raise DamagedError(f"pack {path.stem}", "its record does not match its checksum")
+    try:
+        records, problems = _parse(strict_json(text), header.metadata)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"pack {path.stem}", "its record is not as 'pear-pack/1' is") from None
+    return header, records, problems
+
+
+def bare_header(file: Path) -> Header | None:
+    """A pack's header though its record is damaged; None if even that cannot be read."""
+    try:
+        with open(file, "rb") as handle:
+            return read_header(handle, file, file.stat().st_size)
+    except (OSError, CheckpointError):
+        return None
+
+
+def _parse(record: Any, metadata: Mapping[str, str]) -> tuple[Records, list[str]]:
+    if record["format"] != FORMAT:
+        raise ValueError
+    found, problems = Records(), []
+    for entry in record["versions"]:
+        manifest = metadata.get(entry["manifest"], "").encode("utf-8")
+        if hashlib.sha256(manifest).hexdigest() != entry["manifest"]:
+            problems.append(f"manifest of version {entry['task']}@{entry['version']}")
+            found.highest[_task(entry["task"])] = max(
+                _number(entry["version"]), found.highest.get(entry["task"], 0)
+            )  # the number stays used
+            continue
+        version = PackedVersion(_task(entry["task"]), _number(entry["version"]), int(entry["time_ns"]), manifest)
+        found.versions.append(version)
+    found.removed = [(_task(task), _number(number)) for task, number in record.get("removed", [])]
+    for entry in record.get("tags", []):
+        if not TAG_NAME.fullmatch(entry["tag"]):
+            raise ValueError
+        number = None if entry["version"] is None else _number(entry["version"])
+        found.tags.append(PackedTag(_task(entry["task"]), entry["tag"], number, int(entry["time_ns"])))
+    for task, number in record.get("highest", {}).items():
+        found.highest[_task(task)] = max(_number(number), found.highest.get(task, 0))
+    return found, problems
+
+
+def _task(value: Any) -> str:
+    if not TASK_NAME.fullmatch(value):
+        raise ValueError
+    return str(value)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**32:
+        raise ValueError
+    return value
 
 
 def sync_directory(path: Path) -> None:

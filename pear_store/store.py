@@ -1,82 +1,63 @@
 """The store: many tasks in one directory, each distinct tensor once."""
 
-import mmap
+import json
 import os
 import shutil
-import threading
 import time
-from collections import OrderedDict
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
-from pear_store.checkpoint import TASK_NAME, Task, read_checkpoint, tensor_names, write_checkpoint
-from pear_store.container import strict_json
-from pear_store.digest import Digest, RawTensor, from_digest, tensor_digest, to_digest
+from pear_store import gc, mounts, sources
+from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
+from pear_store.digest import Digest, RawTensor, from_digest
 from pear_store.errors import (
     CheckpointError,
     DamagedError,
-    DiskFullError,
+    DamagedIndexError,
     FormatError,
     NameTakenError,
     NotFoundError,
     PearStoreError,
+    TaggedError,
+    from_os_error,
 )
 from pear_store.index import (
-    Index,
+    NO_PACK,
+    ManifestRow,
     NameRow,
-    PackRow,
+    TagRow,
     TensorRow,
-    Txn,
     VersionRow,
+    View,
     name_key,
     open_index,
+    parse_tag_key,
     parse_version_key,
     release_index,
+    tag_key,
     version_key,
 )
 from pear_store.manifest import manifest_hash, to_manifest, with_plain_names
-from pear_store.pack import PackedVersion, pack_path, place_pack, sync_directory, write_pack
+from pear_store.opened import OpenStore, PackGoneError, is_store, name_row, version_row
+from pear_store.pack import PackedTag, PackedVersion, Records, WrittenPack, sync_directory, write_pack
+from pear_store.sources import Source
 
-GROUP_TASKS = 100
+GROUP_TASKS = 200
 """Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
 GROUP_BYTES = 64 * 1024 * 1024
-REPACK_BYTES = 256 * 1024 * 1024
-"""Live bytes that one step of a repack moves at most."""
-REPACK_HEADER_BYTES = 16 * 1024 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
-_OPEN_PACKS = 64
+_LOADERS = min(4, os.cpu_count() or 1)
+_PARTS = ("packs", "tmp", "damaged", "lock")
 _LOOK_UPS = 3
-
-
-@dataclass(frozen=True)
-class _MappedPack:
-    """A pack's memory map, which file it is of, and the (digest, offset) that were found good in it."""
-
-    view: memoryview
-    identity: tuple[int, int]
-    checked: set[tuple[Digest, int]] = field(default_factory=set)
-
-    def bytes_at(self, row: TensorRow) -> memoryview:
-        if row.offset + row.length > len(self.view):
-            raise DamagedError(f"pack {row.pack.hex()}", "shorter than the index says")
-        return self.view[row.offset : row.offset + row.length]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A source of `add`, read and checked."""
-
-    task: Task
-    manifest: bytes
-
-
-class _PackGone(DamagedError):
-    """A pack's file is not there: either lost, or its tensors have moved since the index was read."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +86,15 @@ class Version:
     version: int
     time_ns: int
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class GcResult:
-    """What a gc removed and what is left, in tensors and tensor bytes."""
-
-    removed_versions: int
-    removed_tensors: int
-    removed_bytes: int
-    kept_tensors: int
-    kept_bytes: int
-    dead_bytes: int
-    dry_run: bool
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts and sizes: logical bytes over all versions, unique bytes (each tensor once), stored bytes on disk."""
+    """Counts and sizes: logical bytes over all versions, unique bytes (each tensor once), stored bytes on disk.
+
+    `dedup_ratio` is logical over unique bytes, `live_share` the part of the packs' tensor bytes that versions need.
+    """
 
     tasks: int
     versions: int
@@ -130,6 +102,47 @@ class Stats:
     logical_bytes: int
     unique_bytes: int
     stored_bytes: int
+    pack_bytes: int
+    index_bytes: int
+    packs: int
+    dedup_ratio: float
+    live_share: float
+
+
+@dataclass(frozen=True)
+class PositionDiff:
+    """What two versions use at one position: the digests of its adapters' tensors with their scales, or None."""
+
+    position: str
+    change: str
+    """equal, scale (the same tensors, other scales), changed, added or removed"""
+    shared_bytes: int
+    a_bytes: int
+    b_bytes: int
+
+
+@dataclass(frozen=True)
+class Diff:
+    """How two versions differ; bytes are tensor bytes, each tensor once."""
+
+    a: Version
+    b: Version
+    positions: tuple[PositionDiff, ...]
+    fields: tuple[str, ...]
+    """The fields of the records that differ, adapters and positions aside"""
+    head: str
+    shared_bytes: int
+    only_a_bytes: int
+    only_b_bytes: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A source of `add`, read and checked."""
+
+    task: Task
+    manifest: bytes
+    hash: bytes
 
 
 @dataclass
@@ -137,62 +150,38 @@ class _Plan:
     """What one commit would write."""
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
-    versions: list[PackedVersion] = field(default_factory=list)
-    manifests: list[bytes] = field(default_factory=list)
-    sizes: dict[tuple[str, int], int] = field(default_factory=dict)
+    numbers: dict[Digest, int] = field(default_factory=dict)
+    versions: list[tuple[PackedVersion, _Loaded]] = field(default_factory=list)
+    healed: list[_Loaded] = field(default_factory=list)
     results: list[Added | Refused] = field(default_factory=list)
 
     @property
-    def empty(self) -> bool:
-        return not (self.tensors or self.versions or self.manifests)
+    def records(self) -> Records:
+        return Records(versions=[version for version, _ in self.versions])
 
     def same_pack(self, other: "_Plan") -> bool:
-        return list(self.tensors) == list(other.tensors) and self.versions == other.versions
+        return list(self.tensors) == list(other.tensors) and self.records == other.records
 
 
-@dataclass
-class _PackUse:
-    """How much of a pack is needed."""
-
-    row: PackRow
-    live: list[bytes] = field(default_factory=list)
-    live_bytes: int = 0
-    versions: set[tuple[str, int]] = field(default_factory=set)
-
-    @property
-    def dead_bytes(self) -> int:
-        return self.row.tensor_bytes - self.live_bytes
-
-    @property
-    def needed(self) -> bool:
-        return bool(self.live or self.versions)
-
-
-@dataclass
-class _Marked:
-    """What the roots need and what they do not."""
-
-    packs: dict[bytes, _PackUse]
-    dead_tensors: dict[bytes, int]
-    dead_manifests: list[bytes]
-    kept_tensors: int
-    kept_bytes: int
-
-
-def parse_reference(text: str) -> tuple[str, int | None]:
-    """``T`` is the newest version of T, ``T@3`` the third.
+def parse_reference(text: str) -> tuple[str, int | str | None]:
+    """``T`` is the newest version of T, ``T@3`` the third, ``T@prod`` the one tagged so.
 
     Raises:
-        NotFoundError: the text is neither.
+        NotFoundError: the text is none of these.
     """
-    task, at, number = text.partition("@")
-    if not TASK_NAME.fullmatch(task) or (at and not (number.isascii() and number.isdigit() and len(number) < 10)):
-        raise NotFoundError(f"{text!r} is no task or version: expected a task's name such as 'dtd' or 'dtd@2'")
-    return task, int(number) if at else None
+    task, at, which = text.partition("@")
+    if TASK_NAME.fullmatch(task):
+        if not at:
+            return task, None
+        if which.isascii() and which.isdigit() and len(which) < 10:
+            return task, int(which)
+        if TAG_NAME.fullmatch(which):
+            return task, which
+    raise NotFoundError(f"{text!r} is no task or version: expected a task's name such as 'dtd', 'dtd@2' or 'dtd@prod'")
 
 
 class Store:
-    """A directory of tasks. Any number of threads and processes may read and add at once.
+    """A directory of tasks. Any number of threads and processes may read and add at once, also after a fork.
 
     What `add` has returned is durable. Every tensor handed out has been checked against its digest in this process.
     """
@@ -202,14 +191,12 @@ class Store:
 
         Raises:
             NotFoundError: there is no store at `path`.
-            FormatError: a newer Pear wrote it.
+            FormatError: another Pear wrote it.
+            DamagedIndexError: its index cannot be opened.
         """
         self.path = Path(path)
-        if not _is_store(self.path):
-            raise NotFoundError(f"{self.path}: no store there; make one with 'pear-store init --store {self.path}'")
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[bytes, _MappedPack] = OrderedDict()
-        self._opened: Index | None = open_index(self.path / "index")
+        self._open = OpenStore(self.path)
+        _warn_of_network(self.path)
 
     @classmethod
     def create(cls, path: str | Path) -> "Store":
@@ -219,15 +206,18 @@ class Store:
             FormatError: the directory holds something else.
         """
         path = Path(path)
-        if _is_store(path):
+        if is_store(path):
             return cls(path)
         fresh = path / f"index-{uuid4().hex}"
         try:
             # what a killed or a simultaneous create leaves is ours, too
-            if path.exists() and not all(p.name in ("packs", "tmp") or p.name[:5] == "index" for p in path.iterdir()):
+            if path.exists() and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
                 raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
+            if any((path / "packs").glob("*/*.safetensors")):
+                raise FormatError(f"{path}: packs without an index; 'pear-store rebuild' makes it anew from them")
             for part in (path / "packs", path / "tmp", fresh):
                 part.mkdir(parents=True, exist_ok=True)
+            (path / "lock").touch()
             release_index(open_index(fresh, create=True))
             sync_directory(fresh)
             os.rename(fresh, path / "index")  # whole or not at all; fails if another process was first
@@ -236,16 +226,14 @@ class Store:
         except NotADirectoryError:
             raise FormatError(f"{path}: not a directory; choose another place") from None
         except OSError as error:
-            if not _is_store(path):
-                raise _disk_error(error, path) from None
+            if not is_store(path):
+                raise from_os_error(error, path) from None
         shutil.rmtree(fresh, ignore_errors=True)
         return cls(path)
 
     def close(self) -> None:
         """Releases the index; buffers handed out stay valid."""
-        if self._opened is not None:
-            release_index(self._opened)
-            self._opened = None
+        self._open.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -255,19 +243,13 @@ class Store:
     ) -> None:
         self.close()
 
-    @property
-    def _index(self) -> Index:
-        if self._opened is None:
-            raise PearStoreError(f"{self.path}: this store was closed")
-        if self._opened.pid != os.getpid():  # after a fork; LMDB environments must not be carried over
-            self._lock = threading.Lock()
-            self._opened = open_index(self.path / "index")
-        return self._opened
-
     # ---- adding -------------------------------------------------------------------------------
 
-    def add(self, source: Task | str | Path, name: str | None = None) -> Added:
+    def add(self, source: Source, name: str | None = None) -> Added:
         """Adds one task, under another name if given; durable when it returns.
+
+        Args:
+            source: a task, a path, an fsspec URL, or a binary file object of a task checkpoint.
 
         Raises:
             PearStoreError: the source is refused, or the disk is full; nothing was changed.
@@ -277,79 +259,78 @@ class Store:
             raise result.error
         return result
 
-    def add_many(self, sources: Iterable[Task | str | Path], name: str | None = None) -> Iterator[Added | Refused]:
+    def add_many(self, sources: Iterable[Source], name: str | None = None) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
+
+        Sources are read and hashed by a few threads ahead of the commits.
 
         Raises:
             DiskFullError: the group that did not fit is not there, all before it are.
         """
+        compared: set[tuple[Digest, bytes, int]] = set()
         group: list[_Loaded | Refused] = []
         size = manifest_bytes = 0
-        for source in sources:
-            one = _load(source, name)
+        for one in _load_all(sources, name):
             group.append(one)
             if isinstance(one, _Loaded):
                 size += one.task.size_bytes
                 manifest_bytes += len(one.manifest)
             if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
-                yield from self._commit(group)
+                yield from self._commit(group, compared)
                 group, size, manifest_bytes = [], 0, 0
         if group:
-            yield from self._commit(group)
+            yield from self._commit(group, compared)
 
-    def _commit(self, group: Sequence[_Loaded | Refused]) -> list[Added | Refused]:
-        compared: set[tuple[Digest, bytes, int]] = set()
+    def _commit(
+        self, group: Sequence[_Loaded | Refused], compared: set[tuple[Digest, bytes, int]]
+    ) -> list[Added | Refused]:
         now = time.time_ns()
-        with self._index.read() as txn:
-            plan = self._plan(txn, group, compared, now)
-        if plan.empty:
+        opened = self._open
+        with opened.read() as view:
+            plan = self._plan(view, group, compared, now)
+            planned_in = view.id
+        if not (plan.tensors or plan.versions or plan.healed):
             return plan.results
+        packs: list[WrittenPack] = []
         try:
-            pack = write_pack(self.path, plan.tensors, plan.versions)
+            if plan.tensors or plan.versions:
+                packs.append(write_pack(self.path, plan.tensors, plan.records))
         except OSError as error:
-            raise _disk_error(error, self.path) from None
-        index = self._index
+            raise from_os_error(error, self.path) from None
 
-        def change(txn: Txn) -> list[Added | Refused]:
-            nonlocal plan, pack
-            current = self._plan(txn, group, compared, now)
-            if not current.same_pack(plan):  # another process added or removed meanwhile
-                pack.path.unlink(missing_ok=True)
-                pack = write_pack(self.path, current.tensors, current.versions)
-            plan = current
-            for manifest in plan.manifests:
-                index.put(txn, "manifests", manifest_hash(manifest), manifest)
-            if not plan.tensors and not plan.versions:
-                return plan.results
-            place_pack(self.path, pack)
-            tensor_bytes = sum(tensor.size_bytes for tensor in plan.tensors.values())
-            index.put(txn, "packs", pack.hash, PackRow(pack.file_bytes, tensor_bytes).encode())
-            for digest, place in pack.places.items():
-                row = TensorRow(pack.hash, place.offset, place.length, place.dtype, place.shape)
-                index.put(txn, "tensors", from_digest(digest), row.encode())
-            for version in plan.versions:
-                self._put_version(txn, version, pack.hash, plan.sizes[version.task, version.version])
+        def change(view: View) -> list[Added | Refused]:
+            nonlocal plan
+            if view.id != planned_in + 1:  # another process added or removed meanwhile
+                current = self._plan(view, group, compared, now)
+                if not current.same_pack(plan):
+                    for pack in packs:
+                        pack.path.unlink(missing_ok=True)
+                    packs.clear()
+                    if current.tensors or current.versions:
+                        packs.append(write_pack(self.path, current.tensors, current.records))
+                plan = current
+            numbers = dict(plan.numbers)
+            fresh = [digest for digest in plan.tensors if digest not in numbers]
+            numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
+            for pack in packs:
+                opened.enter(view, pack, Records(), numbers)
+            for loaded in plan.healed:
+                _put_manifest(view, loaded, numbers)
+            for version, loaded in plan.versions:
+                _put_manifest(view, loaded, numbers)
+                key = version_key(version.task, version.version)
+                row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.task.size_bytes)
+                view.put("versions", key, row.encode(key))
+                key = name_key(version.task)
+                name = NameRow(version.task, version.version, version.version, packs[0].hash)
+                view.put("names", key, name.encode(key))
             return plan.results
 
-        try:
-            return index.write(change)
-        except OSError as error:
-            raise _disk_error(error, self.path) from None
-        finally:
-            pack.path.unlink(missing_ok=True)
-
-    def _put_version(self, txn: Txn, version: PackedVersion, pack: bytes, size_bytes: int) -> None:
-        index = self._index
-        digest = manifest_hash(version.manifest)
-        index.put(txn, "manifests", digest, version.manifest)
-        key = version_key(version.task, version.version)
-        index.put(txn, "versions", key, VersionRow(digest, pack, version.time_ns, size_bytes).encode(key))
-        key = name_key(version.task)
-        index.put(txn, "names", key, NameRow(version.task, version.version).encode(key))
+        return opened.write_packs(change, packs)
 
     def _plan(
         self,
-        txn: Txn,
+        view: View,
         group: Sequence[_Loaded | Refused],
         compared: set[tuple[Digest, bytes, int]],
         now: int,
@@ -358,56 +339,71 @@ class Store:
         plan = _Plan()
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
+        seen: set[bytes] = set()
         for loaded in group:
             if isinstance(loaded, Refused):
                 plan.results.append(loaded)
                 continue
-            one, manifest = loaded.task, loaded.manifest
+            one = loaded.task
             key = name_key(one.name)
-            known = names.get(key) or self._name_row(txn, key)
-            last = newest.get(one.name) or self._newest(txn, one.name)
-            if known and known.name != one.name and (known.name in newest or self._newest(txn, known.name)):
+            known = names.get(key) or name_row(view, one.name)
+            if known and known.newest and known.name != one.name:
                 plan.results.append(Refused(NameTakenError(one.name, known.name)))
                 continue
-            distinct = {tensor.digest: tensor for tensor in one.tensors.values()}
-            lacking = {
-                digest: tensor
-                for digest, tensor in distinct.items()
-                if digest not in plan.tensors and not self._holds(txn, digest, tensor, compared)
-            }
-            plan.tensors.update(lacking)
-            new_bytes = sum(tensor.size_bytes for tensor in lacking.values())
-            changed = last is None or last[1] != manifest_hash(manifest)
+            new_bytes = 0
+            for digest, tensor in {tensor.digest: tensor for tensor in one.tensors.values()}.items():
+                if digest not in plan.tensors and not self._holds(view, digest, tensor, compared, seen, plan.numbers):
+                    plan.tensors[digest] = tensor
+                    new_bytes += tensor.size_bytes
+            last = newest.get(one.name)
+            if last is None and known and known.newest:
+                row = version_row(view, one.name, known.newest)
+                last = (known.newest, row.manifest if row else b"")
+            changed = last is None or last[1] != loaded.hash
+            number = (known.highest if known else 0) + 1 if last is None or changed else last[0]
             if changed:
-                number = (known.highest if known else 0) + 1
-                plan.versions.append(PackedVersion(one.name, number, now, manifest))
-                plan.sizes[one.name, number] = one.size_bytes
-                names[key] = NameRow(one.name, number)
-                newest[one.name] = (number, manifest_hash(manifest))
-            else:
-                assert last is not None
-                number = last[0]
-                stored = self._index.get(txn, "manifests", last[1])
-                if stored != manifest and number not in (v.version for v in plan.versions if v.task == one.name):
-                    plan.manifests.append(manifest)  # missing or damaged: this one heals it
+                plan.versions.append((PackedVersion(one.name, number, now, loaded.manifest), loaded))
+                names[key] = NameRow(one.name, number, number, NO_PACK)
+                newest[one.name] = (number, loaded.hash)
+            elif one.name not in newest and not _intact(view, loaded):
+                plan.healed.append(loaded)
             plan.results.append(Added(one.name, number, changed, new_bytes, one.size_bytes - new_bytes))
         return plan
 
-    def _holds(self, txn: Txn, digest: Digest, tensor: RawTensor, compared: set[tuple[Digest, bytes, int]]) -> bool:
-        """Whether a stored copy equals the tensor byte for byte; a damaged or missing one does not count."""
+    def _holds(
+        self,
+        view: View,
+        digest: Digest,
+        tensor: RawTensor,
+        compared: set[tuple[Digest, bytes, int]],
+        seen: set[bytes],
+        numbers: dict[Digest, int],
+    ) -> bool:
+        """Whether a stored copy equals the tensor byte for byte; a damaged or missing one does not count.
+
+        Enters the number of a tensor that the index lists. `seen` are the packs whose files were looked at.
+        """
+        found = view.get("tensors", key := from_digest(digest))
+        if found is None:
+            return False
         try:
-            row = self._tensor_row(txn, from_digest(digest))
-            if row is None or (row.dtype, row.shape, row.length) != (tensor.dtype, tensor.shape, tensor.size_bytes):
+            row = TensorRow.decode(key, found)
+        except DamagedError as error:  # without its number, gc could not tell who needs the tensor
+            raise DamagedIndexError(self.path / "index", f"{error.what}: {error.found}") from None
+        numbers[digest] = row.number
+        try:
+            if (row.dtype, row.shape, row.length) != (tensor.dtype, tensor.shape, tensor.size_bytes):
                 return False
-            if self._index.get(txn, "packs", row.pack) is None:
-                return False
-            self._forget_replaced(row.pack)
-            data = self._bytes_of(txn, row)
+            if row.pack not in seen:
+                self._open.forget_replaced(row.pack)
+            mapped = self._open.map_of(view, row.pack)
+            seen.add(row.pack)
         except DamagedError:
             return False
         if (digest, row.pack, row.offset) in compared:
             return True
-        same = data == memoryview(tensor.data).cast("B")
+        # two bytes objects compare by memcmp, memory views item by item
+        same = bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data)
         if same:
             compared.add((digest, row.pack, row.offset))
         return same
@@ -415,35 +411,30 @@ class Store:
     # ---- reading ------------------------------------------------------------------------------
 
     def get(self, reference: str, copy: bool = True) -> Task:
-        """A task by ``name`` (its newest version) or ``name@version``.
+        """A task by ``name`` (its newest version), ``name@version`` or ``name@tag``.
 
         Args:
             copy: give tensors their own memory; else they are read-only views of memory-mapped packs, valid as long
                 as they are held.
 
         Raises:
-            NotFoundError: no such task or version.
+            NotFoundError: no such task, version or tag.
             DamagedError: stored bytes do not match their digest.
         """
         for _ in range(_LOOK_UPS):
             try:
                 return self._get(reference, copy)
-            except _PackGone:  # a gc moved its tensors meanwhile: look them up again
+            except PackGoneError:  # a gc moved its tensors meanwhile: look them up again
                 continue
         return self._get(reference, copy)
 
     def _get(self, reference: str, copy: bool) -> Task:
-        with self._index.read() as txn:
-            name, number, row = self._resolve(txn, reference)
-            what = f"version {name}@{number}"
-            manifest = self._index.get(txn, "manifests", row.manifest)
-            if manifest is None or manifest_hash(manifest) != row.manifest:
-                raise DamagedError(f"manifest of {what}", "missing" if manifest is None else "its hash differs")
-            record = strict_json(manifest)
-            tensors = {}
-            for digest in sorted(tensor_names(record)):
-                tensors[digest] = self._read_tensor(txn, Digest(digest), what, copy)
-        return Task(record, tensors)
+        with self._open.read() as view:
+            name, number, row = _resolve(view, reference, self.path)
+            manifest = _manifest(view, row, f"version {name}@{number}")
+            record = json.loads(manifest)  # checked when it was added, and just hashed
+            digests = sorted(tensor_names(record))
+            return Task(record, self._open.tensors(view, digests, f"version {name}@{number}", copy))
 
     def export(self, reference: str, path: str | Path) -> int:
         """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""
@@ -451,14 +442,16 @@ class Store:
 
     def tasks(self) -> list[Version]:
         """The newest version of every task, by name."""
-        with self._index.read() as txn:
-            found = []
-            for key, row in self._index.rows(txn, "names"):
-                name = NameRow.decode(key, row).name
-                last = self._index.last(txn, "versions", name.encode() + b"\0")
-                if last is not None:
-                    found.append(_version(*last))
-            return found
+        return list(self.iter_tasks())
+
+    def iter_tasks(self) -> Iterator[Version]:
+        """Like :meth:`tasks`, one by one."""
+        with self._open.read() as view:
+            tags = _all_tags(view)
+            for key, value in view.rows("names"):
+                row = NameRow.decode(key, value)
+                if row.newest:
+                    yield _version(view, row.name, row.newest, tags)
 
     def versions(self, task: str | None = None) -> list[Version]:
         """Every version, of one task or of all, by name and number.
@@ -466,11 +459,12 @@ class Store:
         Raises:
             NotFoundError: the named task has no version.
         """
-        with self._index.read() as txn:
+        with self._open.read() as view:
             prefix = b"" if task is None else task.encode("ascii", "replace") + b"\0"
-            found = [_version(key, row) for key, row in self._index.rows(txn, "versions", prefix)]
+            tags = _all_tags(view)
+            found = [_version(view, *parse_version_key(key), tags) for key, _ in view.rows("versions", prefix)]
         if task is not None and not found:
-            raise NotFoundError(self._unknown(task))
+            raise NotFoundError(_unknown(task, self.path))
         return found
 
     def resolve(self, reference: str) -> Version:
@@ -479,325 +473,160 @@ class Store:
         Raises:
             NotFoundError: none.
         """
-        with self._index.read() as txn:
-            name, number, row = self._resolve(txn, reference)
-        return Version(name, number, row.time_ns, row.size_bytes)
+        with self._open.read() as view:
+            name, number, _ = _resolve(view, reference, self.path)
+            return _version(view, name, number, _tags_of(view, name))
 
     def stats(self) -> Stats:
         """Counts and sizes of what is stored."""
-        with self._index.read() as txn:
-            marked = self._mark(txn)
-            sizes = [VersionRow.decode(k, v).size_bytes for k, v in self._index.rows(txn, "versions")]
-            tasks = len({parse_version_key(key)[0] for key, _ in self._index.rows(txn, "versions")})
-        stored = 0
+        with self._open.read() as view:
+            marked = gc.mark(view)
+            tasks = sum(1 for key, row in view.rows("names") if NameRow.decode(key, row).newest)
+        pack_bytes = 0
         for file in (self.path / "packs").glob("*/*.safetensors"):
             with suppress(FileNotFoundError):  # a gc beside us
-                stored += file.stat().st_size
+                pack_bytes += file.stat().st_size
         # LMDB's file is sparse where it was never written: what it occupies is its blocks
-        stored += (self.path / "index" / "data.mdb").stat().st_blocks * 512
-        return Stats(tasks, len(sizes), marked.kept_tensors, sum(sizes), marked.kept_bytes, stored)
+        index_bytes = (self.path / "index" / "data.mdb").stat().st_blocks * 512
+        in_packs = sum(use.row.tensor_bytes for use in marked.packs.values())
+        return Stats(
+            tasks, marked.versions, marked.kept_tensors, marked.logical_bytes, marked.kept_bytes,
+            pack_bytes + index_bytes, pack_bytes, index_bytes, len(marked.packs),
+            round(marked.logical_bytes / marked.kept_bytes, 4) if marked.kept_bytes else 1.0,
+            round(marked.kept_bytes / in_packs, 4) if in_packs else 1.0,
+        )  # fmt: skip
 
-    def _unknown(self, name: str) -> str:
-        return f"no task {name!r} in {self.path}; 'pear-store ls' shows what is there"
+    def diff(self, a: str, b: str) -> Diff:
+        """Which positions use other adapters in two versions, which share theirs, and the bytes of each.
 
-    def _resolve(self, txn: Txn, reference: str) -> tuple[str, int, VersionRow]:
-        name, number = parse_reference(reference)
-        newest = self._index.last(txn, "versions", name.encode() + b"\0")
-        if newest is None:
-            raise NotFoundError(self._unknown(name))
-        if number is None:
-            key, row = newest
-            return name, parse_version_key(key)[1], VersionRow.decode(key, row)
-        key = version_key(name, number) if number < 2**32 else b""
-        found = self._index.get(txn, "versions", key) if key else None
-        if found is None:
-            last = parse_version_key(newest[0])[1]
-            raise NotFoundError(f"no version {number} of task {name!r}; the newest is {last}")
-        return name, number, VersionRow.decode(key, found)
+        Raises:
+            NotFoundError: one of them is not there.
+        """
+        versions = (self.resolve(a), self.resolve(b))
+        tasks = [self.get(f"{v.task}@{v.version}", copy=False) for v in versions]
+        return _diff(*versions, *tasks)
 
-    def _newest(self, txn: Txn, name: str) -> tuple[int, bytes] | None:
-        """Number and manifest hash of a task's newest version."""
-        last = self._index.last(txn, "versions", name.encode("ascii") + b"\0")
-        if last is None:
-            return None
-        return parse_version_key(last[0])[1], VersionRow.decode(*last).manifest
+    # ---- tags ---------------------------------------------------------------------------------
 
-    def _name_row(self, txn: Txn, key: bytes) -> NameRow | None:
-        row = self._index.get(txn, "names", key)
-        return None if row is None else NameRow.decode(key, row)
+    def tag(self, reference: str, tag: str) -> Version:
+        """Names a version ``task@tag``; a tag that stood for another version of the task is moved.
 
-    def _tensor_row(self, txn: Txn, digest: bytes) -> TensorRow | None:
-        row = self._index.get(txn, "tensors", digest)
-        return None if row is None else TensorRow.decode(row)
+        Raises:
+            NotFoundError: no such version.
+            PearStoreError: the tag is no valid name.
+        """
+        if not TAG_NAME.fullmatch(tag):
+            raise PearStoreError(f"tag {tag!r}: expected a lower-case letter, then up to 31 of a-z, 0-9 and '-'")
+        return self._set_tag(reference, tag, delete=False)
 
-    def _read_tensor(self, txn: Txn, digest: Digest, what: str, copy: bool) -> RawTensor:
-        row = self._tensor_row(txn, from_digest(digest))
-        if row is None:
-            raise DamagedError(f"tensor {digest} of {what}", "the index does not list it")
-        try:
-            mapped = self._map(txn, row.pack)
-            data = mapped.bytes_at(row)
-        except DamagedError as error:
-            raise type(error)(f"tensor {digest} of {what}", error.found) from None
-        if (digest, row.offset) not in mapped.checked:
-            if tensor_digest(row.dtype, row.shape, data) != digest:
-                raise DamagedError(f"tensor {digest} of {what}", "its bytes do not hash to its digest")
-            mapped.checked.add((digest, row.offset))
-        return RawTensor(row.dtype, row.shape, bytes(data) if copy else data)
+    def untag(self, reference: str) -> Version:
+        """Removes a tag, given as ``task@tag``; the version stays.
 
-    def _bytes_of(self, txn: Txn, row: TensorRow) -> memoryview:
-        """A read-only view of a stored tensor's bytes, unchecked."""
-        return self._map(txn, row.pack).bytes_at(row)
+        Raises:
+            NotFoundError: no such tag.
+        """
+        _, tag = parse_reference(reference)
+        if not isinstance(tag, str):
+            raise NotFoundError(f"{reference!r} names no tag: expected 'task@tag'")
+        return self._set_tag(reference, tag, delete=True)
 
-    def _map(self, txn: Txn, pack: bytes) -> _MappedPack:
-        with self._lock:
-            if pack in self._maps:
-                self._maps.move_to_end(pack)
-                return self._maps[pack]
-        expected = self._index.get(txn, "packs", pack)
-        try:
-            with open(pack_path(self.path, pack), "rb") as file:
-                found = os.fstat(file.fileno())
-                if expected is None or found.st_size != PackRow.decode(expected).file_bytes:
-                    raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError:
-            raise _PackGone(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
-        mapped = _MappedPack(view, (found.st_dev, found.st_ino))
-        with self._lock:
-            self._maps[pack] = mapped
-            while len(self._maps) > _OPEN_PACKS:
-                self._maps.popitem(last=False)
-        return mapped
+    def _set_tag(self, reference: str, tag: str, delete: bool) -> Version:
+        packs: list[WrittenPack] = []
 
-    def _forget_replaced(self, pack: bytes) -> None:
-        """Drops the map of a pack whose file is gone or is another one now: the map is not what is stored."""
-        mapped = self._maps.get(pack)
-        if mapped is None:
-            return
-        try:
-            found = os.stat(pack_path(self.path, pack))
-            same = (found.st_dev, found.st_ino) == mapped.identity and found.st_size == len(mapped.view)
-        except OSError:
-            same = False
-        if not same:
-            with self._lock:
-                self._maps.pop(pack, None)
+        def change(view: View) -> Version:
+            name, number, _ = _resolve(view, reference, self.path)
+            key = tag_key(name, tag)
+            old = view.get("tags", key)
+            before = TagRow.decode(key, old) if old else TagRow(0, 0, NO_PACK)
+            if before.version != (0 if delete else number):
+                now = max(time.time_ns(), before.time_ns + 1)
+                records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
+                packs[:] = [write_pack(self.path, {}, records)]
+                self._open.enter(view, packs[0], records, {})
+            return _version(view, name, number, _tags_of(view, name))
+
+        return self._open.write_packs(change, packs)
 
     # ---- removing -----------------------------------------------------------------------------
 
-    def remove(self, reference: str, dry_run: bool = False) -> list[Version]:
-        """Removes one version (``T@n``) or all of a task (``T``); the tensors go with the next gc.
+    def remove(self, *references: str, dry_run: bool = False) -> list[Version]:
+        """Removes versions (``T@n``) or all of a task (``T``); the tensors go with the next gc.
 
         Raises:
-            NotFoundError: no such task or version.
+            NotFoundError: no such task or version; nothing was removed.
+            TaggedError: a tag holds one of them; nothing was removed.
         """
-        name, number = parse_reference(reference)
+        packs: list[WrittenPack] = []
 
-        def change(txn: Txn) -> list[Version]:
-            if number is not None:
-                _, _, row = self._resolve(txn, reference)
-                found = [Version(name, number, row.time_ns, row.size_bytes)]
-            else:
-                rows = self._index.rows(txn, "versions", name.encode() + b"\0")
-                found = [_version(key, row) for key, row in rows]
-            if not found:
-                raise NotFoundError(self._unknown(name))
+        def change(view: View) -> list[Version]:
+            found: dict[tuple[str, int], Version] = {}
+            for reference in references:
+                name, which = parse_reference(reference)
+                if isinstance(which, str):
+                    raise NotFoundError(f"{reference!r} is a tag: name the version, or untag it")
+                tags = _tags_of(view, name)
+                _, newest, _ = _resolve(view, reference, self.path)
+                prefix = version_key(name, newest) if which is not None else name.encode("ascii") + b"\0"
+                for key, _ in view.rows("versions", prefix):
+                    version = _version(view, *parse_version_key(key), tags)
+                    if version.tags:
+                        raise TaggedError(version.task, version.version, version.tags[0])
+                    found[version.task, version.version] = version
             if not dry_run:
-                for version in found:
-                    self._index.delete(txn, "versions", version_key(name, version.version))
-            return found
+                packs[:] = gc.remove_versions(self._open, view, list(found))
+            return list(found.values())
 
-        return self._index.write(change)
+        if dry_run:
+            with self._open.read() as view:
+                return change(view)
+        return self._open.write_packs(change, packs)
 
-    def gc(self, dry_run: bool = False, repack_all: bool = False) -> GcResult:
+    def gc(
+        self,
+        dry_run: bool = False,
+        repack_all: bool = False,
+        keep: int | None = None,
+        older_than_s: float | None = None,
+    ) -> gc.GcResult:
         """Removes what no version needs: rows at once, then dead packs, then packs that are mostly dead are rewritten.
 
         Runs while others read and add. `dead_bytes` are what is left in packs that are worth keeping as they are;
         `repack_all` leaves none and merges small packs.
-        """
-        index = self._index
 
-        def sweep(txn: Txn) -> _Marked:
-            marked = self._mark(txn)
-            if not dry_run:
-                for digest in marked.dead_tensors:
-                    index.delete(txn, "tensors", digest)
-                for digest in marked.dead_manifests:
-                    index.delete(txn, "manifests", digest)
-                for pack, use in marked.packs.items():
-                    if not use.needed:
-                        index.delete(txn, "packs", pack)
-            return marked
-
-        if dry_run:
-            with index.read() as txn:
-                marked = sweep(txn)
-        else:
-            marked = index.write(sweep)
-        victims = _victims(marked.packs, repack_all)
-        left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
-        if not dry_run:
-            index.write(self._unlink_orphans)
-            for step in _steps(victims, marked.packs):
-                left += self._repack(step)
-        dead = marked.dead_tensors
-        return GcResult(0, len(dead), sum(dead.values()), marked.kept_tensors, marked.kept_bytes, left, dry_run)
-
-    def _mark(self, txn: Txn) -> _Marked:
-        """Which rows and packs the versions need.
+        Args:
+            keep: first remove versions beyond the newest `keep` of their task (at least 1) ...
+            older_than_s: ... that were added longer ago than this, in seconds. Given one of both, only that counts.
+                Neither removes a newest or a tagged version.
 
         Raises:
-            DamagedError: a manifest cannot be trusted, so nothing may be called dead.
+            DamagedError: something cannot be trusted, so nothing may be called dead.
         """
-        index = self._index
-        packs = {pack: _PackUse(PackRow.decode(row)) for pack, row in index.rows(txn, "packs")}
-        needed: set[bytes] = set()
-        manifests: set[bytes] = set()
-        for key, row in index.rows(txn, "versions"):
-            version = VersionRow.decode(key, row)
-            task, number = parse_version_key(key)
-            if version.pack in packs:
-                packs[version.pack].versions.add((task, number))
-            if version.manifest in manifests:
-                continue
-            manifests.add(version.manifest)
-            manifest = index.get(txn, "manifests", version.manifest)
-            if manifest is None or manifest_hash(manifest) != version.manifest:
-                raise DamagedError(f"manifest of version {task}@{number}", "missing or changed")
-            needed.update(from_digest(Digest(name)) for name in tensor_names(strict_json(manifest)))
-        dead, kept_tensors, kept_bytes = {}, 0, 0
-        for digest, value in index.rows(txn, "tensors"):
-            tensor = TensorRow.decode(value)
-            if digest not in needed:
-                dead[digest] = tensor.length
-                continue
-            kept_tensors += 1
-            kept_bytes += tensor.length
-            if tensor.pack in packs:
-                packs[tensor.pack].live.append(digest)
-                packs[tensor.pack].live_bytes += tensor.length
-        dead_manifests = [digest for digest, _ in index.rows(txn, "manifests") if digest not in manifests]
-        return _Marked(packs, dead, dead_manifests, kept_tensors, kept_bytes)
+        return gc.collect(self._open, dry_run, repack_all, keep, older_than_s)
 
-    def _unlink_orphans(self, txn: Txn) -> None:
-        """Unlinks files that the index does not know; under the write lock, so that no add counts on one."""
-        for file in (self.path / "packs").glob("*/*.safetensors"):
-            try:
-                pack = bytes.fromhex(file.stem)
-            except ValueError:
-                continue
-            if self._index.get(txn, "packs", pack) is None:
-                file.unlink(missing_ok=True)
-        an_hour_ago = time.time() - 3600
-        for file in (self.path / "tmp").iterdir():  # what a crashed add left; a living one takes seconds
-            if file.stat().st_mtime < an_hour_ago:
-                file.unlink(missing_ok=True)
 
-    def _recorded(self, txn: Txn, task: str, number: int) -> PackedVersion:
-        """A version as packs record it."""
-        key = version_key(task, number)
-        found = self._index.get(txn, "versions", key)
-        assert found is not None
-        row = VersionRow.decode(key, found)
-        manifest = self._index.get(txn, "manifests", row.manifest)
-        assert manifest is not None  # _mark has hashed it
-        return PackedVersion(task, number, row.time_ns, manifest)
-
-    def _repack(self, victims: list[bytes]) -> int:
-        """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay."""
-        index = self._index
-
-        def change(txn: Txn) -> int:
-            marked = self._mark(txn)  # anew: others added and removed since
-            for dead in marked.dead_tensors:  # no row may be left that points into a pack about to go
-                index.delete(txn, "tensors", dead)
-            tensors: dict[Digest, RawTensor] = {}
-            versions: list[PackedVersion] = []
-            moved, left = [], 0
-            for pack in victims:
-                use = marked.packs.get(pack)
-                if use is None:
-                    continue
-                try:
-                    live = {to_digest(raw): self._read_tensor(txn, to_digest(raw), "a pack", False) for raw in use.live}
-                except DamagedError:  # what is damaged stays where it is, for a repair to find
-                    left += use.dead_bytes
-                    continue
-                tensors.update(live)
-                versions += [self._recorded(txn, task, number) for task, number in sorted(use.versions)]
-                moved.append(pack)
-            if tensors or versions:
-                written = write_pack(self.path, tensors, versions)
-                place_pack(self.path, written)
-                size = sum(tensor.size_bytes for tensor in tensors.values())
-                index.put(txn, "packs", written.hash, PackRow(written.file_bytes, size).encode())
-                for digest, place in written.places.items():
-                    row = TensorRow(written.hash, place.offset, place.length, place.dtype, place.shape)
-                    index.put(txn, "tensors", from_digest(digest), row.encode())
-                for version in versions:
-                    key = version_key(version.task, version.version)
-                    old = index.get(txn, "versions", key)
-                    assert old is not None
-                    row_now = replace(VersionRow.decode(key, old), pack=written.hash)
-                    index.put(txn, "versions", key, row_now.encode(key))
-            for pack in moved:
-                index.delete(txn, "packs", pack)
-            return left
-
+def _load_all(sources: Iterable[Source], name: str | None) -> Iterator[_Loaded | Refused]:
+    """The sources, read and hashed in order, a few ahead."""
+    rest = iter(sources)
+    ahead = list(islice(rest, 2))
+    if len(ahead) < 2:
+        yield from (_load(source, name) for source in ahead)
+        return
+    with ThreadPoolExecutor(_LOADERS) as pool:
+        waiting: deque[Future[_Loaded | Refused]] = deque(pool.submit(_load, source, name) for source in ahead)
         try:
-            left = index.write(change)
-            index.write(self._unlink_orphans)
-        except OSError as error:
-            raise _disk_error(error, self.path) from None
-        return left
+            while waiting:
+                for source in islice(rest, 8 * _LOADERS - len(waiting)):
+                    waiting.append(pool.submit(_load, source, name))
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
-def _is_store(path: Path) -> bool:
+def _load(source: Source, name: str | None) -> _Loaded | Refused:
     try:
-        return (path / "index" / "data.mdb").exists()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
-
-
-def _victims(packs: dict[bytes, _PackUse], repack_all: bool) -> list[bytes]:
-    """Packs worth rewriting: mostly dead ones, or every one with dead bytes and all small ones."""
-    if not repack_all:
-        return [pack for pack, use in packs.items() if use.needed and use.dead_bytes * 2 > use.row.tensor_bytes]
-    small = [pack for pack, use in packs.items() if use.needed and use.row.tensor_bytes * 4 < REPACK_BYTES]
-    mergeable = set(small) if len(small) > 1 else set()
-    return [pack for pack, use in packs.items() if use.needed and (use.dead_bytes or pack in mergeable)]
-
-
-def _steps(victims: list[bytes], packs: dict[bytes, _PackUse]) -> Iterator[list[bytes]]:
-    """The victims in runs of at most REPACK_BYTES of live bytes and REPACK_HEADER_BYTES of headers, or one alone."""
-    step: list[bytes] = []
-    size = headers = 0
-    for pack in victims:
-        row = packs[pack].row
-        header = row.file_bytes - row.tensor_bytes
-        if step and (size + packs[pack].live_bytes > REPACK_BYTES or headers + header > REPACK_HEADER_BYTES):
-            yield step
-            step, size, headers = [], 0, 0
-        step.append(pack)
-        size += packs[pack].live_bytes
-        headers += header
-    if step:
-        yield step
-
-
-def _version(key: bytes, row: bytes) -> Version:
-    task, number = parse_version_key(key)
-    found = VersionRow.decode(key, row)
-    return Version(task, number, found.time_ns, found.size_bytes)
-
-
-def _load(source: Task | str | Path, name: str | None) -> _Loaded | Refused:
-    try:
-        task = source if isinstance(source, Task) else read_checkpoint(source)
-        where = task.name if isinstance(source, Task) else source
+        task = sources.read_task(source)
+        where = sources.label(source)
         if name is not None:
             if not TASK_NAME.fullmatch(name):
                 raise CheckpointError(where, f"task name {name!r}: expected up to 100 letters, digits, '.', '_', '-'")
@@ -807,12 +636,130 @@ def _load(source: Task | str | Path, name: str | None) -> _Loaded | Refused:
             raise CheckpointError(
                 where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored"
             )
-        return _Loaded(task, manifest)
+        return _Loaded(task, manifest, manifest_hash(manifest))
     except PearStoreError as error:
         return Refused(error)
 
 
-def _disk_error(error: OSError, path: Path) -> PearStoreError:
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return DiskFullError(path)
-    return PearStoreError(f"{path}: {error.strerror or error}")
+def _intact(view: View, loaded: _Loaded) -> bool:
+    """Whether the stored manifest and what the index says of it are whole."""
+    row = view.get("manifests", loaded.hash)
+    try:
+        return row is not None and ManifestRow.decode(loaded.hash, row).manifest == loaded.manifest
+    except DamagedError:
+        return False
+
+
+def _put_manifest(view: View, loaded: _Loaded, numbers: dict[Digest, int]) -> None:
+    row = view.get("manifests", loaded.hash)
+    own = None
+    if row is not None:
+        with suppress(DamagedError):
+            own = ManifestRow.decode(loaded.hash, row).number
+    number = view.take_numbers(1) if own is None else own
+    used = {numbers[tensor.digest] for tensor in loaded.task.tensors.values()}
+    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, used, loaded.manifest))
+
+
+def _manifest(view: View, row: VersionRow, what: str) -> bytes:
+    """A version's manifest, its hash checked."""
+    found = view.get("manifests", row.manifest)
+    manifest = None if found is None else ManifestRow.manifest_of(found)
+    if manifest is None or manifest_hash(manifest) != row.manifest:
+        raise DamagedError(f"manifest of {what}", "missing" if manifest is None else "its hash differs")
+    return manifest
+
+
+def _resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:
+    name, which = parse_reference(reference)
+    known = name_row(view, name)
+    if known is None or known.name != name or not known.newest:
+        raise NotFoundError(_unknown(name, path))
+    if isinstance(which, str):
+        key = tag_key(name, which)
+        found = view.get("tags", key)
+        number = TagRow.decode(key, found).version if found else 0
+        if not number:
+            have = ", ".join(tag for tags in _tags_of(view, name).values() for tag in tags) or "none"
+            raise NotFoundError(f"no tag {which!r} of task {name!r}; its tags: {have}")
+    else:
+        number = known.newest if which is None else which
+    row = version_row(view, name, number) if 0 < number <= known.highest else None
+    if row is None:
+        if number == known.newest or isinstance(which, str):
+            raise DamagedError(f"version {name}@{number}", "the index does not list it")
+        raise NotFoundError(f"no version {number} of task {name!r}; the newest is {known.newest}")
+    return name, number, row
+
+
+def _unknown(name: str, path: Path) -> str:
+    return f"no task {name!r} in {path}; 'pear-store ls' shows what is there"
+
+
+def _tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
+    return _all_tags(view, task.encode("ascii") + b"\0")
+
+
+def _all_tags(view: View, prefix: bytes = b"") -> dict[tuple[str, int], list[str]]:
+    """(task, version) -> tags."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for key, value in view.rows("tags", prefix):
+        row = TagRow.decode(key, value)
+        if row.version:
+            task, tag = parse_tag_key(key)
+            found.setdefault((task, row.version), []).append(tag)
+    return found
+
+
+def _version(view: View, task: str, number: int, tags: dict[tuple[str, int], list[str]]) -> Version:
+    row = version_row(view, task, number)
+    if row is None:
+        raise DamagedError(f"version {task}@{number}", "the index does not list it")
+    return Version(task, number, row.time_ns, row.size_bytes, tuple(tags.get((task, number), ())))
+
+
+def _diff(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
+    def uses(task: Task) -> dict[str, list[tuple[tuple[str, ...], float]]]:
+        """Position -> its branches as the digests of their tensors and their scales."""
+        names = {
+            name: tuple(sorted(tensor_names({"adapters": {name: entry}, "head": None})))
+            for name, entry in task.record["adapters"].items()
+        }
+        return {
+            position: [(names[branch.adapter], branch.scale) for branch in branches]
+            for position, branches in task.positions.items()
+        }
+
+    def size(digests: Iterable[str]) -> int:
+        return sum((task_a.tensors.get(digest) or task_b.tensors[digest]).size_bytes for digest in set(digests))
+
+    left, right = uses(task_a), uses(task_b)
+    positions = []
+    for position in sorted({*left, *right}):
+        one, two = left.get(position), right.get(position)
+        digests_a, digests_b = ({d for names, _ in side or () for d in names} for side in (one, two))
+        change = "added" if one is None else "removed" if two is None else "equal" if one == two else "changed"
+        if one and two and one != two and [names for names, _ in one] == [names for names, _ in two]:
+            change = "scale"
+        positions.append(PositionDiff(position, change, size(digests_a & digests_b), size(digests_a), size(digests_b)))
+    fields = [
+        key
+        for key in sorted({*task_a.record, *task_b.record} - {"adapters", "positions", "head"})
+        if task_a.record.get(key) != task_b.record.get(key)
+    ]
+    heads = (task_a.record["head"], task_b.record["head"])
+    all_a, all_b = set(task_a.tensors), set(task_b.tensors)
+    return Diff(
+        a, b, tuple(positions), tuple(fields), "equal" if heads[0] == heads[1] else "changed",
+        size(all_a & all_b), size(all_a - all_b), size(all_b - all_a),
+    )  # fmt: skip
+
+
+def _warn_of_network(path: Path) -> None:
+    kind = mounts.network_file_system(path)
+    if kind:
+        warnings.warn(
+            f"{path} is on a network file system ({kind}): its locks and memory maps are not reliable enough for an "
+            "index; keep the store on a local disk",
+            stacklevel=3,
+        )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pear_store import RawTensor
+from pear_store import RawTensor, quant
 
 _DTYPES = {
     "F32": torch.float32,
@@ -62,8 +62,5 @@ def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]
 
 def dequantise(packed: Tensor, scale: Tensor, shape: tuple[int, int], bits: int, rank_axis: int) -> Tensor:
     """The float32 matrix that :func:`quantise` packed."""
-    shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
-    codes = (packed.unsqueeze(1) >> shifts) & (2**bits - 1)
-    codes = codes.reshape(-1)[: shape[0] * shape[1]].view(shape).float()
-    levels: Tensor = 2 * codes - 1 if bits == 1 else (2 * codes - 15) / 15
-    return levels * scale.float().unsqueeze(1 - rank_axis)
+    values = quant.dequantise(packed.cpu().numpy(), scale.detach().float().cpu().numpy(), shape, bits, rank_axis)
+    return torch.from_numpy(values).to(packed.device)

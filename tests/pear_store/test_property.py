@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pear_store import NotFoundError, Store
+from pear_store import NotFoundError, Store, TaggedError, rebuild, verify
 from tests.conftest import floats, small_task
 
 NAMES = st.sampled_from(["a", "a.b", "B", "c-1"])
@@ -26,6 +26,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store.create(self.folder / "s")
         self.model: dict[str, dict[int, tuple[int, int]]] = {}
         self.highest: dict[str, int] = {}
+        self.tags: dict[str, int] = {}
 
     @staticmethod
     def task(name: str, content: tuple[int, int]) -> object:
@@ -52,13 +53,45 @@ class StoreMachine(RuleBasedStateMachine):
             except NotFoundError:
                 return
             raise AssertionError("removed what is not there")
-        if pick == 0:
-            self.store.remove(name)
-            versions.clear()
-        else:
-            number = sorted(versions)[pick % len(versions)]
-            self.store.remove(f"{name}@{number}")
+        number = sorted(versions)[pick % len(versions)]
+        doomed = set(versions) if pick == 0 else {number}
+        if self.tags.get(name) in doomed:
+            try:
+                self.store.remove(name if pick == 0 else f"{name}@{number}")
+            except TaggedError:
+                return
+            raise AssertionError("removed a tagged version")
+        self.store.remove(name if pick == 0 else f"{name}@{number}")
+        for number in doomed:
             del versions[number]
+
+    @rule(name=NAMES, pick=st.integers(0, 5))
+    def tag(self, name: str, pick: int) -> None:
+        versions = self.model.get(name, {})
+        if pick == 0 and name in self.tags:
+            self.store.untag(f"{name}@prod")
+            del self.tags[name]
+        elif versions:
+            self.tags[name] = sorted(versions)[pick % len(versions)]
+            self.store.tag(f"{name}@{self.tags[name]}", "prod")
+
+    @rule(keep=st.integers(1, 3))
+    def keep(self, keep: int) -> None:
+        expected = 0
+        for name, versions in self.model.items():
+            for number in sorted(versions)[:-keep]:
+                if self.tags.get(name) != number:
+                    del versions[number]
+                    expected += 1
+        assert self.store.gc(keep=keep).removed_versions == expected
+
+    @rule()
+    def rebuild(self) -> None:
+        assert rebuild(self.folder / "s").problems == []
+
+    @rule()
+    def verify(self) -> None:
+        assert verify(self.folder / "s").ok
 
     @rule(repack_all=st.booleans())
     def gc(self, repack_all: bool) -> None:
@@ -86,6 +119,8 @@ class StoreMachine(RuleBasedStateMachine):
     def everything_is_there(self) -> None:
         held = {(v.task, v.version) for v in self.store.versions()}
         assert held == {(name, number) for name, versions in self.model.items() for number in versions}
+        assert {v.task: v.version for v in self.store.versions() if v.tags} == self.tags
+        assert {v.task: v.version for v in self.store.tasks()} == {n: max(v) for n, v in self.model.items() if v}
         for name, versions in self.model.items():
             for number, content in versions.items():
                 task = self.store.get(f"{name}@{number}")
@@ -97,5 +132,5 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
 TestStoreAgainstADict = StoreMachine.TestCase

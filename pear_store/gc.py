@@ -1,0 +1,396 @@
+"""Garbage collection: what versions need is marked, the rest is swept, and packs that are mostly dead are rewritten.
+
+Marks are one byte for each tensor and manifest ever numbered; no list of either is held in memory.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from pear_store.digest import Digest, RawTensor, from_digest, is_digest
+from pear_store.errors import DamagedError, PearStoreError, from_os_error
+from pear_store.index import (
+    NO_PACK,
+    ManifestRow,
+    NameRow,
+    PackRow,
+    RemovedRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+    View,
+    name_key,
+    parse_tag_key,
+    parse_version_key,
+    tag_key,
+    version_key,
+)
+from pear_store.opened import OpenStore, name_row, version_row
+from pear_store.pack import Records, WrittenPack, pack_path, read_records, sync_directory, write_pack
+
+REPACK_BYTES = 256 * 1024 * 1024
+"""Live bytes that one step of a repack moves at most."""
+REPACK_HEADER_BYTES = 16 * 1024 * 1024
+RECORDS_A_PACK = 100_000
+
+
+@dataclass(frozen=True)
+class GcResult:
+    """What a gc removed and what is left, in tensors and tensor bytes."""
+
+    removed_versions: int
+    removed_tensors: int
+    removed_bytes: int
+    kept_tensors: int
+    kept_bytes: int
+    dead_bytes: int
+    dry_run: bool
+
+
+@dataclass
+class PackUse:
+    """How much of a pack is needed: live tensor bytes, and whether anything else in it is."""
+
+    row: PackRow
+    live_bytes: int = 0
+    needed: bool = False
+
+    @property
+    def dead_bytes(self) -> int:
+        return self.row.tensor_bytes - self.live_bytes
+
+
+@dataclass
+class Marked:
+    """What the versions need, and what they do not; bytes are tensor bytes."""
+
+    marks: bytearray
+    packs: dict[bytes, PackUse] = field(default_factory=dict)
+    versions: int = 0
+    logical_bytes: int = 0
+    kept_tensors: int = 0
+    kept_bytes: int = 0
+    dead_tensors: int = 0
+    dead_bytes: int = 0
+
+
+def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
+    """Marks what all versions but the dropped ones (by key) need, and counts.
+
+    Raises:
+        DamagedError: an index row cannot be trusted, so nothing may be called dead.
+    """
+    marked = Marked(bytearray(view.next_number()))
+    marks, packs = marked.marks, marked.packs
+    for pack, value in view.every("packs"):
+        packs[pack] = PackUse(PackRow.decode(pack, value))
+
+    def need(pack: bytes) -> PackUse:
+        if pack not in packs:
+            raise DamagedError(f"pack {pack.hex()}", "the index does not list it")
+        packs[pack].needed = True
+        return packs[pack]
+
+    needed = 0
+    for key, value in view.every("versions"):
+        if key in dropped:
+            continue
+        version = VersionRow.decode(key, value)
+        marked.versions += 1
+        marked.logical_bytes += version.size_bytes
+        need(version.pack)
+        found = view.get("manifests", version.manifest)
+        if found is None:
+            raise DamagedError(f"manifest of version {'@'.join(map(str, parse_version_key(key)))}", "missing")
+        manifest = ManifestRow.decode(version.manifest, found)
+        try:
+            if marks[manifest.number]:
+                continue
+            marks[manifest.number] = 1
+            for number in manifest.tensors:
+                needed += not marks[number]
+                marks[number] = 1
+        except IndexError:
+            raise DamagedError("the index's count of numbers", "too small") from None
+    for key, value in view.every("names"):
+        need(NameRow.decode(key, value).pack)
+    for key, value in view.every("tags"):
+        need(TagRow.decode(key, value).pack)
+    for key, value in view.every("removed"):
+        need(RemovedRow.decode(key, value).pack)
+    for key, value in view.every("tensors"):
+        number, pack, _, length, _, _ = TensorRow.decode(key, value)
+        if number >= len(marks):
+            raise DamagedError("the index's count of numbers", "too small")
+        if marks[number]:
+            marked.kept_tensors += 1
+            marked.kept_bytes += length
+            if pack != NO_PACK:
+                need(pack).live_bytes += length
+        else:
+            marked.dead_tensors += 1
+            marked.dead_bytes += length
+    if marked.kept_tensors != needed:
+        raise DamagedError("index table tensors", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
+    return marked
+
+
+def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
+    """Removes versions' rows and records that in packs; returns the packs it placed."""
+    packs: list[WrittenPack] = []
+    rest = sorted(found)
+    for task, number in rest:
+        key = version_key(task, number)
+        row = version_row(view, task, number)
+        assert row is not None
+        view.delete("versions", key)
+        view.put("removed", key, RemovedRow(row.pack, row.pack).encode(key))
+    for task in {task for task, _ in rest}:
+        known = name_row(view, task)
+        assert known is not None
+        last = view.last("versions", task.encode("ascii") + b"\0")
+        newest = parse_version_key(last[0])[1] if last else 0
+        view.put("names", name_key(task), NameRow(task, newest, known.highest, known.pack).encode(name_key(task)))
+    for start in range(0, len(rest), RECORDS_A_PACK):
+        records = Records(removed=rest[start : start + RECORDS_A_PACK])
+        packs.append(write_pack(opened.path, {}, records))
+        opened.enter(view, packs[-1], records, {})
+    return packs
+
+
+def expired(view: View, keep: int | None, older_than_s: float | None) -> Iterator[tuple[str, int]]:
+    """Versions beyond the newest `keep` that are older than a time; never a newest or a tagged one."""
+    if keep is None and older_than_s is None:
+        return
+    before = time.time_ns() - int((older_than_s or 0) * 1e9)
+    tagged = set()
+    for key, value in view.rows("tags"):
+        tagged.add((parse_tag_key(key)[0], TagRow.decode(key, value).version))
+    for task, group in groupby(view.rows("versions"), lambda row: parse_version_key(row[0])[0]):
+        rows = list(group)
+        for key, value in rows[: -max(1, keep or 1)]:
+            number = parse_version_key(key)[1]
+            if VersionRow.decode(key, value).time_ns <= before and (task, number) not in tagged:
+                yield task, number
+
+
+def collect(
+    opened: OpenStore, dry_run: bool, repack_all: bool, keep: int | None, older_than_s: float | None
+) -> GcResult:
+    """See :meth:`pear_store.Store.gc`."""
+    if keep is not None and keep < 1:
+        raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
+    packs: list[WrittenPack] = []
+
+    def sweep(view: View) -> tuple[int, Marked]:
+        drop_settled_removals(opened.path, view)
+        gone = list(expired(view, keep, older_than_s))
+        packs[:] = remove_versions(opened, view, gone)
+        marked = mark(view)
+        marks = marked.marks
+        if marked.dead_tensors:
+            view.delete_where("tensors", lambda _, value: not marks[TensorRow.peek(value).number])
+        view.delete_where("manifests", lambda key, value: not marks[ManifestRow.decode(key, value).number])
+        for pack, use in marked.packs.items():
+            if not use.needed:
+                view.delete("packs", pack)
+        return len(gone), marked
+
+    if dry_run:
+        with opened.read() as view:
+            dropped = list(expired(view, keep, older_than_s))
+            marked = mark(view, frozenset(version_key(*one) for one in dropped))
+        removed = len(dropped)
+    else:
+        removed, marked = opened.write_packs(sweep, packs)
+        opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
+    victims = _victims(marked.packs, repack_all)
+    left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
+    if not dry_run:
+        for step in _steps(victims, marked.packs):
+            left += _repack(opened, step, marked.packs)
+    return GcResult(
+        removed, marked.dead_tensors, marked.dead_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run
+    )
+
+
+def unlink_orphans(path: Path, view: View) -> None:
+    """Unlinks files that the index does not know; under the write lock, so that no add counts on one."""
+    for folder in (path / "packs").iterdir():
+        gone = False
+        for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+            with suppress(ValueError):
+                if view.get("packs", bytes.fromhex(file.stem)) is None:
+                    file.unlink(missing_ok=True)
+                    gone = True
+        if gone:
+            sync_directory(folder)
+    an_hour_ago = time.time() - 3600
+    for file in (path / "tmp").iterdir():  # what a crashed add left; a living one takes seconds
+        with suppress(FileNotFoundError):
+            if file.stat().st_mtime < an_hour_ago:
+                file.unlink()
+
+
+def drop_settled_removals(path: Path, view: View) -> None:
+    """Forgets removals of versions that no file records any more; nothing could bring those back."""
+    there: dict[bytes, bool] = {}
+
+    def settled(key: bytes, value: bytes) -> bool:
+        pack = RemovedRow.decode(key, value).recorded_in
+        if pack not in there:
+            there[pack] = pack_path(path, pack).exists()
+        return not there[pack]
+
+    view.delete_where("removed", settled)
+
+
+def unlink_packs(opened: OpenStore, packs: Iterable[bytes]) -> None:
+    """Unlinks packs that no row names any more; names of packs never come again."""
+    folders = set()
+    for pack in packs:
+        file = pack_path(opened.path, pack)
+        file.unlink(missing_ok=True)
+        folders.add(file.parent)
+    for folder in folders:
+        sync_directory(folder)
+
+
+def _victims(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
+    """Packs worth rewriting: mostly dead ones, or every one with dead bytes and all small ones; several without
+    tensors become one."""
+    needed = {pack: use for pack, use in packs.items() if use.needed}
+    if repack_all:
+        small = [pack for pack, use in needed.items() if use.row.tensor_bytes * 4 < REPACK_BYTES]
+        dead = [pack for pack, use in needed.items() if use.dead_bytes]
+    else:
+        small = [pack for pack, use in needed.items() if not use.row.tensor_bytes]
+        dead = [pack for pack, use in needed.items() if use.dead_bytes * 2 > use.row.tensor_bytes]
+    chosen = {*dead, *(small if len(small) > 1 else ())}
+    return [pack for pack in needed if pack in chosen]
+
+
+def _steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[bytes]]:
+    """The victims in runs of at most REPACK_BYTES of live bytes and REPACK_HEADER_BYTES of headers, or one alone."""
+    step: list[bytes] = []
+    size = headers = 0
+    for pack in victims:
+        row = packs[pack].row
+        header = row.file_bytes - row.tensor_bytes
+        if step and (size + packs[pack].live_bytes > REPACK_BYTES or headers + header > REPACK_HEADER_BYTES):
+            yield step
+            step, size, headers = [], 0, 0
+        step.append(pack)
+        size += packs[pack].live_bytes
+        headers += header
+    if step:
+        yield step
+
+
+@dataclass
+class Contents:
+    """What of some packs is needed: tensors with their rows, and records."""
+
+    tensors: dict[Digest, RawTensor] = field(default_factory=dict)
+    numbers: dict[Digest, int] = field(default_factory=dict)
+    records: Records = field(default_factory=Records)
+
+    def merge(self, other: "Contents") -> None:
+        self.tensors.update(other.tensors)
+        self.numbers.update(other.numbers)
+        self.records.versions += other.records.versions
+        self.records.removed += other.records.removed
+        self.records.tags += other.records.tags
+        self.records.highest.update(other.records.highest)
+
+
+def _needed_of(opened: OpenStore, view: View, pack: bytes) -> Contents:
+    """What the index still needs of a pack, by the pack's own header.
+
+    Raises:
+        DamagedError: something in it is damaged.
+    """
+    header, records, problems = read_records(pack_path(opened.path, pack))
+    if problems:
+        raise DamagedError(f"pack {pack.hex()}", f"{problems[0]} does not match its hash")
+    found = Contents()
+    for name in header.places:
+        if not is_digest(name):
+            continue
+        value = view.get("tensors", key := from_digest(Digest(name)))
+        row = TensorRow.decode(key, value) if value is not None else None
+        if row is not None and row.pack == pack:
+            digest = Digest(name)
+            found.tensors[digest] = opened.tensor(view, digest, row, copy=False)
+            found.numbers[digest] = row.number
+    for version in records.versions:
+        current = version_row(view, version.task, version.version)
+        if current is not None and current.pack == pack:
+            found.records.versions.append(version)
+    for task, number in records.removed:
+        key = version_key(task, number)
+        value = view.get("removed", key)
+        if value is not None and RemovedRow.decode(key, value).pack == pack:
+            found.records.removed.append((task, number))
+    for tag in records.tags:
+        key = tag_key(tag.task, tag.tag)
+        value = view.get("tags", key)
+        if value is not None and TagRow.decode(key, value).pack == pack:
+            found.records.tags.append(tag)
+    for task in {*records.highest, *(version.task for version in records.versions)}:
+        known = name_row(view, task)
+        if known is not None and known.name == task and known.pack == pack:
+            found.records.highest[task] = known.highest
+    return found
+
+
+def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
+    """Writes contents into a new pack and points the index there."""
+    written = write_pack(opened.path, contents.tensors, contents.records)
+    opened.enter(view, written, contents.records, contents.numbers)
+    for version in contents.records.versions:
+        key = version_key(version.task, version.version)
+        row = version_row(view, version.task, version.version)
+        assert row is not None
+        view.put("versions", key, VersionRow(row.manifest, written.hash, row.time_ns, row.size_bytes).encode(key))
+    for task in contents.records.highest:
+        known = name_row(view, task)
+        assert known is not None
+        row_now = NameRow(known.name, known.newest, known.highest, written.hash)
+        view.put("names", name_key(task), row_now.encode(name_key(task)))
+    return written
+
+
+def _repack(opened: OpenStore, victims: list[bytes], uses: dict[bytes, PackUse]) -> int:
+    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay."""
+    packs: list[WrittenPack] = []
+    moved: list[bytes] = []
+
+    def change(view: View) -> int:
+        packs.clear()
+        moved.clear()
+        left = 0
+        contents = Contents()
+        for pack in victims:
+            if view.get("packs", pack) is None:
+                continue
+            try:
+                contents.merge(_needed_of(opened, view, pack))
+                moved.append(pack)
+            except DamagedError:  # what is damaged stays where it is, for a repair to find
+                left += uses[pack].dead_bytes
+        if contents.tensors or contents.records:
+            packs.append(move(opened, view, contents))
+        for pack in moved:
+            view.delete("packs", pack)
+        return left
+
+    try:
+        left = opened.write_packs(change, packs)
+    except OSError as error:
+        raise from_os_error(error, opened.path) from None
+    unlink_packs(opened, moved)
+    return left

@@ -1,0 +1,517 @@
+"""Checks a store, and mends it from good copies."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pear_store import gc, sources
+from pear_store.checkpoint import tensor_names
+from pear_store.container import Header
+from pear_store.digest import Digest, RawTensor, from_digest, is_digest, tensor_digest, to_digest
+from pear_store.errors import (
+    DamagedError,
+    DamagedIndexError,
+    NotFoundError,
+    PearStoreError,
+)
+from pear_store.index import (
+    NO_PACK,
+    ManifestRow,
+    NameRow,
+    RemovedRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+    View,
+    parse_tag_key,
+    parse_version_key,
+)
+from pear_store.manifest import manifest_hash, to_manifest
+from pear_store.opened import OpenStore, is_store, version_row
+from pear_store.pack import (
+    PackedTag,
+    PackedVersion,
+    Records,
+    WrittenPack,
+    bare_header,
+    pack_path,
+    read_records,
+)
+
+_THREADS = 4
+_INDEX_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A tensor that is damaged or missing, and what needs it: versions as ``task@number``, and their tasks."""
+
+    digest: str
+    tasks: list[str] = field(default_factory=list)
+    versions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a verify found. Bytes are those of the tensors hashed."""
+
+    tensors: int = 0
+    packs: int = 0
+    bytes: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    damaged_packs: list[str] = field(default_factory=list)
+    """Packs that cannot be read as such, though each of their tensors may be good"""
+    damaged_manifests: list[Damage] = field(default_factory=list)
+    index: str | None = None
+    """What is wrong with the index; None: nothing"""
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.damaged or self.damaged_packs or self.damaged_manifests or self.index)
+
+
+@dataclass
+class Repaired:
+    """What a repair mended, and what it found no good copy of."""
+
+    healed: list[str] = field(default_factory=list)
+    missing: list[Damage] = field(default_factory=list)
+    packs: int = 0
+
+
+# ---- verify -------------------------------------------------------------------------------------
+
+
+def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
+    """Hashes every tensor and manifest that versions need, and checks the index against the packs.
+
+    The index is read in a process of its own, because a damaged LMDB page can kill its reader. If it cannot be read,
+    all packs are checked by their own headers.
+
+    Args:
+        subset: (n, t): only the packs of the n-th of t parts, n from 1; manifests and index are always checked.
+
+    Raises:
+        NotFoundError: there is no store.
+    """
+    path = Path(path)
+    part, parts = subset
+    if not 1 <= part <= parts:
+        raise PearStoreError(f"subset {part}/{parts}: expected n/t with n from 1 to t")
+    if not (path / "packs").is_dir():
+        raise NotFoundError(f"{path}: no store there")
+    code = "from pear_store.integrity import _child; _child()"
+    found = None
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code, str(path), str(part), str(parts)], capture_output=True, timeout=_INDEX_SECONDS
+        )
+        if child.returncode == 0:
+            found = json.loads(child.stdout)
+        problem = f"reading it ended with exit code {child.returncode}"
+    except subprocess.TimeoutExpired:
+        problem = f"reading it did not end in {_INDEX_SECONDS} s"
+    report = Report(index=problem) if found is None else _from_json(found)
+    if report.index:
+        report = _check_packs_alone(path, subset, report.index)
+    report.advice = _advice(report)
+    return report
+
+
+def _child() -> None:
+    path, part, parts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    try:
+        report = check(Path(path), (part, parts))
+    except DamagedError as error:
+        report = Report(
+            index=str(error.found if isinstance(error, DamagedIndexError) else f"{error.what}: {error.found}")
+        )
+    except Exception as error:  # a damaged page may give any
+        report = Report(index=f"{type(error).__name__}: {error}")
+    sys.stdout.write(json.dumps(asdict(report)))
+
+
+def _from_json(found: dict[str, object]) -> Report:
+    report = Report(**found)  # type: ignore[arg-type]
+    report.damaged = [Damage(**one) for one in found["damaged"]]  # type: ignore[attr-defined]
+    report.damaged_manifests = [Damage(**one) for one in found["damaged_manifests"]]  # type: ignore[attr-defined]
+    return report
+
+
+def _advice(report: Report) -> list[str]:
+    advice = []
+    if report.index:
+        advice.append("run 'pear-store rebuild': it makes the index anew from the packs")
+    if report.damaged or report.damaged_manifests:
+        advice.append(
+            "run 'pear-store verify --repair FROM' with another store or checkpoints that hold good copies, or add a "
+            "good checkpoint of a task that is hit"
+        )
+    if report.damaged_packs and not report.index:
+        advice.append("run 'pear-store verify --repair': it writes what is good of the damaged packs anew")
+    return advice
+
+
+def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
+    """:func:`verify` in this process.
+
+    Raises:
+        DamagedError: the index cannot be trusted.
+    """
+    report = Report()
+    opened = OpenStore(path)
+    try:
+        with opened.read() as view:
+            check_index(view)
+            bad_manifests = set()
+            for key, row in view.rows("manifests"):
+                manifest = ManifestRow.manifest_of(row)
+                if manifest_hash(manifest) != key:
+                    bad_manifests.add(key)
+                    continue
+                _check_numbers(view, key, row, manifest)
+            bad = _check_packs(opened, view, subset, report)
+            with opened.read() as later:  # what a gc moved meanwhile
+                moved = {pack for pack, _ in later.rows("packs")} - {pack for pack, _ in view.rows("packs")}
+            if moved:
+                bad |= _check_packs(opened, view, subset, report, moved)
+            bad |= {digest for digest, _ in _rows_in(view, {NO_PACK})} if subset[0] == 1 else set()
+            report.damaged = _hit(view, bad)
+            report.damaged_manifests = _hit_manifests(view, bad_manifests)
+    finally:
+        opened.close()
+    return report
+
+
+def _check_packs(
+    opened: OpenStore, view: View, subset: tuple[int, int], report: Report, only: set[bytes] | None = None
+) -> set[Digest]:
+    """Checks packs, enters what is found into the report; returns tensors that are damaged or missing."""
+    bad: set[Digest] = set()
+    chosen = [pack for pack, _ in view.rows("packs")] if only is None else sorted(only)
+    packs = [pack for pack in chosen if pack[0] % subset[1] == subset[0] - 1]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for pack, result in zip(packs, pool.map(lambda pack: _check_pack(opened, pack), packs), strict=True):
+            report.packs += 1
+            report.tensors += result.tensors
+            report.bytes += result.bytes
+            bad |= result.bad
+            if result.sound:
+                continue
+            report.damaged_packs.append(pack.hex())
+            with opened.read() as now:  # its header does not tell what is in it: look at each row
+                for digest, row in _rows_in(now, {pack}):
+                    try:
+                        opened.tensor(now, digest, row, copy=False)
+                    except DamagedError:
+                        bad.add(digest)
+    return bad
+
+
+def check_index(view: View) -> None:
+    """Checks every row's checksum, and what rows say of one another.
+
+    Raises:
+        DamagedError: naming the first row that cannot be trusted.
+    """
+    marked = gc.mark(view)
+    newest: dict[str, int] = {}
+    for key, _ in view.every("versions"):
+        task, number = parse_version_key(key)
+        newest[task] = number
+    for key, value in view.every("names"):
+        row = NameRow.decode(key, value)
+        if row.newest != newest.pop(row.name, 0) or row.newest > row.highest:
+            raise DamagedError(f"index row of {row.name!r}", f"its newest version is not {row.newest}")
+    if newest:
+        raise DamagedError(f"index row of {min(newest)!r}", "missing")
+    for key, value in view.every("tags"):
+        task, tag = parse_tag_key(key)
+        tagged = TagRow.decode(key, value)
+        if tagged.version and version_row(view, task, tagged.version) is None:
+            raise DamagedError(f"tag {task}@{tag}", f"there is no version {tagged.version}")
+    for key, row_bytes in view.every("manifests"):
+        ManifestRow.decode(key, row_bytes)
+    seen = bytearray(len(marked.marks))
+    for key, value in view.every("tensors"):
+        number = TensorRow.decode(key, value).number
+        if seen[number]:
+            raise DamagedError(f"tensor {to_digest(key)}", f"its number {number} is another's, too")
+        seen[number] = 1
+
+
+def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes) -> None:
+    """That a manifest's numbers are those of the tensors that it names."""
+    numbers = set()
+    for name in tensor_names(json.loads(manifest)):
+        value = view.get("tensors", from_digest(Digest(name)))
+        if value is None:
+            raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
+        numbers.add(TensorRow.peek(value).number)
+    if numbers != set(ManifestRow.decode(key, row).tensors):
+        raise DamagedError(f"index row of manifest {key.hex()}", "its numbers are not those of its tensors")
+
+
+@dataclass
+class _PackResult:
+    sound: bool = True
+    tensors: int = 0
+    bytes: int = 0
+    bad: set[Digest] = field(default_factory=set)
+
+
+def _check_pack(opened: OpenStore, pack: bytes) -> _PackResult:
+    result = _PackResult()
+    with opened.read() as view:
+        try:
+            header, _, problems = read_records(pack_path(opened.path, pack))
+            result.sound = not problems
+            mapped = opened.map_of(view, pack)
+        except DamagedError:
+            with opened.read() as now:
+                result.sound = now.get("packs", pack) is None  # a gc was faster
+            return result
+        for name, place in header.places.items():
+            value = view.get("tensors", from_digest(Digest(name))) if is_digest(name) else None
+            row = TensorRow.peek(value) if value is not None else None
+            if row is None or row.pack != pack:
+                continue  # dead, or a copy elsewhere counts
+            result.tensors += 1
+            result.bytes += place.length
+            if (row.offset, row.dtype, row.shape) != (place.offset, place.dtype, place.shape):
+                result.sound = False
+            if tensor_digest(row.dtype, row.shape, mapped.view[row.offset : row.offset + row.length]) != name:
+                result.bad.add(Digest(name))
+    return result
+
+
+def _rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:
+    """The tensors that the index lists in some packs; walks the table."""
+    rows = ((to_digest(key), TensorRow.peek(value)) for key, value in view.rows("tensors"))
+    return [(digest, row) for digest, row in rows if row.pack in packs]
+
+
+def _hit(view: View, digests: set[Digest]) -> list[Damage]:
+    """Which versions need damaged tensors; a tensor that none needs is left out."""
+    if not digests:
+        return []
+    numbers = {TensorRow.peek(view.get("tensors", from_digest(d)) or b"").number: d for d in digests}
+    hit: dict[Digest, list[str]] = {}
+    for key, value in view.rows("versions"):
+        manifest = VersionRow.decode(key, value).manifest
+        for number in numbers.keys() & set(
+            ManifestRow.decode(manifest, view.get("manifests", manifest) or b"").tensors
+        ):
+            hit.setdefault(numbers[number], []).append("{}@{}".format(*parse_version_key(key)))
+    return [_damage(digest, versions) for digest, versions in sorted(hit.items())]
+
+
+def _hit_manifests(view: View, manifests: set[bytes]) -> list[Damage]:
+    hit: dict[bytes, list[str]] = {}
+    for key, value in view.rows("versions") if manifests else ():
+        manifest = VersionRow.decode(key, value).manifest
+        if manifest in manifests:
+            hit.setdefault(manifest, []).append("{}@{}".format(*parse_version_key(key)))
+    return [_damage(to_digest(manifest), versions) for manifest, versions in sorted(hit.items())]
+
+
+def _damage(digest: str, versions: Sequence[str]) -> Damage:
+    return Damage(digest, sorted({version.partition("@")[0] for version in versions}), list(versions))
+
+
+def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Report:
+    """Checks packs by their own headers; which tensors versions need is told by the manifests that packs record."""
+    report = Report(index=problem)
+    good: set[str] = set()
+    bad: set[str] = set()
+    needs: dict[str, list[str]] = {}
+    for file in sorted((path / "packs").glob("*/*.safetensors")):
+        header = None
+        try:
+            header, records, problems = read_records(file)
+        except DamagedError:
+            records, problems = Records(), ["record"]
+            header = bare_header(file)
+        for version in records.versions:
+            for name in tensor_names(json.loads(version.manifest)):
+                needs.setdefault(name, []).append(f"{version.task}@{version.version}")
+        if problems:
+            report.damaged_packs.append(file.stem)
+        if header is None or not file.stem or int(file.stem[:2], 16) % subset[1] != subset[0] - 1:
+            continue
+        report.packs += 1
+        for name, data in _tensors_of(file, header):
+            report.tensors += 1
+            report.bytes += data.size_bytes
+            (good if data.digest == name else bad).add(name)
+    report.damaged = [_damage(name, needs[name]) for name in sorted((bad - good) & set(needs))]
+    return report
+
+
+def _tensors_of(file: Path, header: Header) -> Iterator[tuple[str, RawTensor]]:
+    with open(file, "rb") as handle:
+        for name, place in header.places.items():
+            if is_digest(name):
+                handle.seek(place.offset)
+                yield name, RawTensor(place.dtype, place.shape, handle.read(place.length))
+
+
+# ---- repair -------------------------------------------------------------------------------------
+
+
+def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
+    """Writes damaged packs anew: what is good of them, and good copies of the rest.
+
+    Args:
+        copies: where good copies are: stores, task checkpoints, directories of them, fsspec URLs.
+
+    Raises:
+        DamagedIndexError: the index is damaged; rebuild it first.
+    """
+    path = Path(path)
+    report = verify(path)
+    if report.index:
+        raise DamagedIndexError(path / "index", report.index)
+    result = Repaired()
+    if report.ok:
+        return result
+    wanted = {damage.digest for damage in report.damaged}
+    wanted_manifests = {damage.digest for damage in report.damaged_manifests}
+    found, manifests = _good_copies(copies, wanted, wanted_manifests)
+    opened = OpenStore(path)
+    try:
+        result.packs, healed = _rewrite(opened, report, found, manifests)
+    finally:
+        opened.close()
+    result.healed = sorted(healed)
+    result.missing = [d for d in [*report.damaged, *report.damaged_manifests] if d.digest not in healed]
+    return result
+
+
+def _good_copies(
+    copies: Iterable[str | Path], wanted: set[str], manifests: set[str]
+) -> tuple[dict[Digest, RawTensor], dict[str, bytes]]:
+    """Tensors and manifests by digest, as far as the sources have them."""
+    found: dict[Digest, RawTensor] = {}
+    found_manifests: dict[str, bytes] = {}
+    for copy in copies:
+        if not sources.is_url(copy) and is_store(Path(copy)):
+            with ExitStack() as stack:
+                other = OpenStore(Path(copy))
+                stack.callback(other.close)
+                view = stack.enter_context(other.read())
+                for digest in wanted - found.keys():
+                    with suppress(DamagedError):
+                        found.update(
+                            (Digest(k), v) for k, v in other.tensors(view, [digest], "a copy", copy=True).items()
+                        )
+                for digest in manifests - found_manifests.keys():
+                    row = view.get("manifests", from_digest(Digest(digest)))
+                    manifest = ManifestRow.manifest_of(row) if row else b""
+                    if to_digest(manifest_hash(manifest)) == digest:
+                        found_manifests[digest] = manifest
+            continue
+        for file in sources.expand([str(copy)]):
+            task = sources.read_task(file)
+            found.update((t.digest, t) for t in task.tensors.values() if t.digest in wanted)
+            manifest = to_manifest(task)
+            if to_digest(manifest_hash(manifest)) in manifests:
+                found_manifests[to_digest(manifest_hash(manifest))] = manifest
+    return found, found_manifests
+
+
+def _rewrite(
+    opened: OpenStore, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
+) -> tuple[int, set[str]]:
+    """One commit that moves all that is good out of the damaged packs; returns how many went, and what was healed."""
+    packs: list[WrittenPack] = []
+    wanted = {damage.digest for damage in report.damaged}
+    gone: list[bytes] = []
+
+    def change(view: View) -> tuple[int, set[str]]:
+        gone.clear()
+        healed: set[str] = set()
+        hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
+        for digest in wanted:
+            row = view.get("tensors", from_digest(Digest(digest)))
+            if row is not None:
+                hit.add(TensorRow.peek(row).pack)
+        for damage in report.damaged_manifests:
+            key = from_digest(Digest(damage.digest))
+            manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
+            row = view.get("manifests", key)
+            if manifest is not None and row is not None:
+                old = ManifestRow.decode(key, row)
+                view.put("manifests", key, ManifestRow.encode(key, old.number, old.tensors, manifest))
+                healed.add(damage.digest)
+        contents = gc.Contents()
+        stays: set[bytes] = set()
+        for digest, place in _rows_in(view, hit):
+            try:
+                contents.tensors[digest] = opened.tensor(view, digest, place, copy=False)
+            except DamagedError:
+                if digest in copies:
+                    contents.tensors[digest] = copies[digest]
+                    healed.add(digest)
+                elif digest in wanted:
+                    stays.add(place.pack)
+                    continue
+                else:  # no version needs it
+                    view.delete("tensors", from_digest(digest))
+                    continue
+            contents.numbers[digest] = place.number
+        contents.records = _records_in(view, hit, stays)
+        packs[:] = [gc.move(opened, view, contents)]
+        for pack in hit - stays - {NO_PACK}:
+            view.delete("packs", pack)
+            gone.append(pack)
+        return len(gone), healed
+
+    result = opened.write_packs(change, packs)
+    gc.unlink_packs(opened, gone)
+    return result
+
+
+def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:
+    for version_key_, value in view.rows("versions"):
+        row = VersionRow.decode(version_key_, value)
+        if row.manifest == key:
+            with suppress(DamagedError):
+                for version in read_records(pack_path(path, row.pack))[1].versions:
+                    if manifest_hash(version.manifest) == key:
+                        return version.manifest
+    return None
+
+
+def _records_in(view: View, hit: set[bytes], stays: set[bytes]) -> Records:
+    """What the index says that some packs record; a version whose manifest is lost keeps its old record."""
+    records = Records()
+    for key, value in view.rows("versions"):
+        row = VersionRow.decode(key, value)
+        if row.pack in hit:
+            found = view.get("manifests", row.manifest)
+            manifest = ManifestRow.manifest_of(found) if found else b""
+            if manifest_hash(manifest) == row.manifest:
+                task, number = parse_version_key(key)
+                records.versions.append(PackedVersion(task, number, row.time_ns, manifest))
+            else:
+                stays.add(row.pack)
+    for key, value in view.rows("names"):
+        name = NameRow.decode(key, value)
+        if name.pack in hit:
+            records.highest[name.name] = name.highest
+    for key, value in view.rows("tags"):
+        tag = TagRow.decode(key, value)
+        if tag.pack in hit:
+            task, text = parse_tag_key(key)
+            records.tags.append(PackedTag(task, text, tag.version or None, tag.time_ns))
+    for key, value in view.rows("removed"):
+        if RemovedRow.decode(key, value).pack in hit:
+            records.removed.append(parse_version_key(key))
+    return records

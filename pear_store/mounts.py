@@ -1,0 +1,26 @@
+"""Which file system a path lies on."""
+
+import os
+from pathlib import Path
+
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "9p", "fuse.sshfs",
+           "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone", "fuse.glusterfs", "beegfs", "gpfs"}  # fmt: skip
+
+
+def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """The kind of network file system that a path lies on; None for a local one, or where the system does not tell."""
+    try:
+        lines = mounts.read_text().splitlines()
+        real = os.path.realpath(path)
+    except OSError:
+        return None
+    found = ("", "")
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        point = fields[1].replace("\\040", " ")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(found[0]):
+            found = (point, fields[2])
+    return found[1] if found[1] in NETWORK else None

@@ -1,0 +1,265 @@
+"""An open store's parts: transactions on its index, and its packs as memory maps."""
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pear_store.digest import Digest, RawTensor, from_digest, tensor_digest
+from pear_store.errors import DamagedError, NotFoundError, PearStoreError, from_os_error
+from pear_store.index import (
+    Index,
+    IndexReplacedError,
+    NameRow,
+    PackRow,
+    RemovedRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+    View,
+    name_key,
+    open_index,
+    release_index,
+    tag_key,
+    version_key,
+    write_lock,
+)
+from pear_store.pack import Records, WrittenPack, find_unfinished, pack_path, place_pack
+
+_OPEN_PACKS = 1024
+T = TypeVar("T")
+
+
+class PackGoneError(DamagedError):
+    """A pack's file is not there: either lost, or its tensors have moved since the index was read."""
+
+
+@dataclass(frozen=True)
+class MappedPack:
+    """A pack's memory map, which file it is of, and the offsets of tensors that were found good in it."""
+
+    view: memoryview
+    identity: tuple[int, int]
+    checked: dict[int, Digest] = field(default_factory=dict)
+
+
+class OpenStore:
+    """A store's directory. Threads may share it; a forked child opens its own environment when it first needs it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises a NotFoundError if there is no store at `path`."""
+        self.path = path
+        if not is_store(path):
+            raise NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
+        self._closed = False
+        self._index = open_index(path / "index")
+
+    def close(self) -> None:
+        """Releases the index; buffers handed out stay valid."""
+        if not self._closed:
+            self._closed = True
+            release_index(self._index)
+
+    @property
+    def index(self) -> Index:
+        """The environment that the directory holds now: another than before after a fork or a rebuild."""
+        if self._closed:
+            raise PearStoreError(f"{self.path}: this store was closed")
+        if self._index.pid != os.getpid():
+            self._lock = threading.Lock()  # another thread of the parent may have held it
+            self._index = open_index(self.path / "index")
+        elif not self._index.is_current:
+            with self._lock:
+                if not is_store(self.path):
+                    raise NotFoundError(f"{self.path}: the store is no longer there")
+                if not self._index.is_current:  # others may still read the old one: it goes with its last user
+                    self._index = open_index(self.path / "index")
+        return self._index
+
+    @contextmanager
+    def read(self) -> Iterator[View]:
+        """A consistent view of the index, untouched by writers."""
+        with self.index.read() as view:
+            yield view
+
+    def write(self, change: Callable[[View], T]) -> T:
+        """Runs `change` in the one write transaction there can be, and commits; possibly more than once.
+
+        What a process that died had put among the packs but not committed is unlinked first.
+
+        Raises:
+            DiskFullError: no space left; nothing was changed.
+        """
+        cleaned = False
+
+        def guarded(view: View) -> T:
+            nonlocal cleaned
+            if not cleaned:
+                self._unlink_unfinished(view)
+                cleaned = True
+            return change(view)
+
+        while True:
+            try:
+                return self.index.write(guarded)
+            except IndexReplacedError:
+                cleaned = False
+            except OSError as error:
+                raise from_os_error(error, self.path) from None
+
+    def _unlink_unfinished(self, view: View) -> None:
+        for name, pack in find_unfinished(self.path):
+            if view.get("packs", pack) is None:
+                pack_path(self.path, pack).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
+
+    def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
+        """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
+        tmp/ after the commit, or all their names if it failed."""
+        try:
+            result = self.write(change)
+        except BaseException:
+            for pack in packs:
+                if pack.path.exists() and pack.path.stat().st_nlink == 1:
+                    pack.path.unlink(missing_ok=True)
+            with suppress(PearStoreError):
+                self.write(lambda view: None)
+            raise
+        for pack in packs:
+            pack.path.unlink(missing_ok=True)
+        return result
+
+    def enter(self, view: View, pack: WrittenPack, records: Records, numbers: Mapping[Digest, int]) -> None:
+        """Places a written pack and enters it, its tensors, and itself as what records these removals, tags and names.
+
+        Versions are entered by the caller. `numbers` has the tensors' numbers.
+        """
+        place_pack(self.path, pack)
+        view.put("packs", pack.hash, PackRow(pack.file_bytes, pack.tensor_bytes).encode(pack.hash))
+        for digest, place in pack.places.items():
+            row = TensorRow(numbers[digest], pack.hash, place.offset, place.length, place.dtype, place.shape)
+            view.put("tensors", key := from_digest(digest), row.encode(key))
+        for task, number in records.removed:
+            key = version_key(task, number)
+            found = view.get("removed", key)
+            if found is not None:
+                row_now = RemovedRow(RemovedRow.decode(key, found).recorded_in, pack.hash)
+                view.put("removed", key, row_now.encode(key))
+        for tag in records.tags:
+            key = tag_key(tag.task, tag.tag)
+            view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack.hash).encode(key))
+
+    # ---- tensors ------------------------------------------------------------------------------
+
+    def tensors(self, view: View, digests: Iterable[str], what: str, copy: bool) -> dict[str, RawTensor]:
+        """Stored tensors, each checked against its digest when it is first read in this process.
+
+        Raises:
+            DamagedError: a tensor is missing or damaged.
+        """
+        found: dict[str, RawTensor] = {}
+        for digest in digests:
+            row = view.get("tensors", from_digest(Digest(digest)))
+            if row is None:
+                raise DamagedError(f"tensor {digest} of {what}", "the index does not list it")
+            try:
+                place = TensorRow.peek(row)
+                found[digest] = self.tensor(view, Digest(digest), place, copy)
+            except DamagedError as error:
+                raise type(error)(f"tensor {digest} of {what}", error.found) from None
+        return found
+
+    def tensor(self, view: View, digest: Digest, place: TensorRow, copy: bool) -> RawTensor:
+        """One stored tensor; see :meth:`tensors`."""
+        _, pack, offset, length, dtype, shape = place
+        mapped = self._maps.get(pack) or self._map(view, pack)
+        data = mapped.view[offset : offset + length]
+        if mapped.checked.get(offset) != digest:
+            if len(data) != length:
+                raise DamagedError(f"tensor {digest}", "its pack is shorter than the index says")
+            if tensor_digest(dtype, shape, data) != digest:
+                raise DamagedError(f"tensor {digest}", "its bytes do not hash to its digest")
+            mapped.checked[offset] = digest
+        return RawTensor(dtype, shape, bytearray(data) if copy else data)
+
+    def map_of(self, view: View, pack: bytes) -> MappedPack:
+        """A pack's memory map.
+
+        Raises:
+            PackGoneError: there is no such file.
+            DamagedError: it cannot be read, or its length is wrong.
+        """
+        return self._maps.get(pack) or self._map(view, pack)
+
+    def _map(self, view: View, pack: bytes) -> MappedPack:
+        expected = view.get("packs", pack)
+        try:
+            with open(pack_path(self.path, pack), "rb") as file:
+                found = os.fstat(file.fileno())
+                if expected is None or found.st_size != PackRow.decode(pack, expected).file_bytes:
+                    raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:
+            raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
+        mapped = MappedPack(data, (found.st_dev, found.st_ino))
+        with self._lock:
+            self._maps[pack] = mapped
+            while len(self._maps) > _OPEN_PACKS:
+                self._maps.popitem(last=False)
+        return mapped
+
+    def forget_replaced(self, pack: bytes) -> None:
+        """Drops the map of a pack whose file is gone or is another one now: the map is not what is stored."""
+        mapped = self._maps.get(pack)
+        if mapped is None:
+            return
+        try:
+            found = os.stat(pack_path(self.path, pack))
+            same = (found.st_dev, found.st_ino) == mapped.identity and found.st_size == len(mapped.view)
+        except OSError:
+            same = False
+        if not same:
+            with self._lock:
+                self._maps.pop(pack, None)
+
+    def forget_maps(self) -> None:
+        """Drops all maps, and with them what was found good; buffers handed out stay valid."""
+        with self._lock:
+            self._maps.clear()
+
+
+def is_store(path: Path) -> bool:
+    """Whether there is a store; finishes a rebuild that was cut off between its two renames."""
+    try:
+        if (path / "index" / "data.mdb").exists():
+            return True
+        if not (path / "index.new" / "data.mdb").exists():
+            return False
+        with write_lock(path):
+            if not (path / "index" / "data.mdb").exists():
+                (path / "index.new").rename(path / "index")
+        return True
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+def name_row(view: View, task: str) -> NameRow | None:
+    """A task's name row, under any case of its name."""
+    key = name_key(task)
+    row = view.get("names", key)
+    return None if row is None else NameRow.decode(key, row)
+
+
+def version_row(view: View, task: str, number: int) -> VersionRow | None:
+    key = version_key(task, number)
+    row = view.get("versions", key)
+    return None if row is None else VersionRow.decode(key, row)

@@ -1,0 +1,486 @@
+"""LoRA adapters of Hugging Face PEFT on timm models, in and out of tasks.
+
+A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; Pear adds ``pear.json`` with what those
+cannot say: {"task", "backbone": {"model", "digest"}, "labels", "preprocess", "metrics", "training"}. PEFT's
+matrices are those of a Linear, ours are transposed:
+
+    down = lora_A.weight.T [d_in, r]        up = lora_B.weight.T [r, d_out]        scale = lora_alpha / r
+
+or lora_alpha / sqrt(r) with ``use_rslora``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from pear_store.checkpoint import FORMAT, Branch, Task, make_task
+from pear_store.container import container_chunks, read_container, strict_json
+from pear_store.digest import ITEM_BYTES, RawTensor
+from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, from_os_error
+from pear_store.quant import dequantise
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "pear.json"
+BACKBONES = "pear_store.backbones"
+"""The group of entry points that describe backbones; see :func:`describe_backbone`."""
+
+_PREFIX = "base_model.model."
+_WRAPPED = _PREFIX + "timm_model."  # a timm model inside transformers' TimmWrapper
+_LORA_KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
+_MAX_JSON_BYTES = 16 * 1024 * 1024
+_MAX_PATTERN = 200
+
+# What the outputs of a trained LoRA do not depend on, and what import_peft itself looks at. Any other field that is
+# set is some variant of LoRA, refused: this list is of PEFT 0.21, and a newer one's variants are in none of it.
+_KNOWN_FIELDS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias",
+    "fan_in_fan_out", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # the other initialisations change base weights
+
+
+class _Pair(NamedTuple):
+    """A position's tensors as PEFT has them: lora_A [r, d_in], lora_B [d_out, r]; and the branch's scale."""
+
+    a: RawTensor
+    b: RawTensor
+    scale: float
+
+
+def describe_backbone(model: str, weights: str | Path | None = None) -> dict[str, Any] | None:
+    """What PEFT exchange needs to know of a timm model; loads it, weights included.
+
+    Returns:
+        "model", "digest", "head" (the classifier's module path), "linears" ({module path: (d_in, d_out)}) and
+        "preprocess" (the model's own, as a task's record has it); None if nothing that knows timm is installed.
+    Raises:
+        PearStoreError: the model cannot be loaded.
+    """
+    from importlib.metadata import entry_points  # as slow to import as all of pear_store
+
+    for entry in entry_points(group=BACKBONES, name="timm"):
+        try:
+            return dict(entry.load()(model, weights))
+        except Exception as error:  # whatever another package can raise
+            raise PearStoreError(" ".join(str(error).split()) or type(error).__name__) from error
+    return None
+
+
+def import_peft(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    backbone: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Task:
+    """The task that a folder written by PEFT's ``save_pretrained`` holds.
+
+    Positions whose two tensors are equal byte for byte use one adapter, each with its own scale. The classifier is
+    the one module of ``modules_to_save``; a missing bias becomes zeros; without one the task has no head.
+
+    Args:
+        folder: with ``adapter_config.json``, ``adapter_model.safetensors`` and, optionally, ``pear.json``.
+        name: the task's; where None, as ``pear.json`` says. So too for the rest.
+        backbone: as :func:`describe_backbone` gives it; "model" and "digest" suffice, with "linears" and "head"
+            positions and classifier are checked, and "preprocess" stands in where nothing else says it.
+        labels: one for each row of the classifier.
+        preprocess: as in a task's record.
+    Raises:
+        NotFoundError: the folder, or its ``adapter_config.json``, is not there.
+        CheckpointError: anything that is not plain LoRA on Linear modules and one linear classifier, or that a task
+            checkpoint may not hold; names the file, the field or tensor, what was expected and found.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    pairs, head = _read_weights(folder, config)
+    sidecar = _read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
+    record = _describe(folder, sidecar, name, backbone)
+    if backbone is not None:
+        _check_modules(pairs, head, backbone, folder / WEIGHTS)
+    labels = sidecar.get("labels") if labels is None else list(labels)
+    if labels is None and head:
+        classes = next(iter(head.values()))["weight"].shape[0]
+        raise CheckpointError(
+            folder,
+            f"field 'labels': the classifier has {classes} rows and no names for them: give labels (--labels), or "
+            f'write {{"labels": […]}} to {SIDECAR}',
+        )
+    preprocess = preprocess or sidecar.get("preprocess") or (backbone or {}).get("preprocess")
+    if preprocess is None:
+        raise CheckpointError(
+            folder, f"field 'preprocess': nothing says it: give preprocess (--preprocess), or write it to {SIDECAR}"
+        )
+    tensors: dict[str, RawTensor] = {}
+    owners: dict[tuple[str, str], str] = {}
+    for position, pair in pairs.items():
+        down, up = _transposed(pair.a), _transposed(pair.b)
+        if owners.setdefault((down.digest, up.digest), position) == position:
+            tensors |= {f"{position}.down": down, f"{position}.up": up}
+        record["positions"][position] = [[owners[down.digest, up.digest], pair.scale]]
+    record["adapters"] = {a: {"down": f"{a}.down", "up": f"{a}.up"} for a in owners.values()}
+    for saved in head.values():
+        weight = saved["weight"]
+        rows = weight.shape[:1]
+        zeros = RawTensor(weight.dtype, rows, bytes(rows[0] * ITEM_BYTES[weight.dtype]))
+        tensors |= {"head.weight": weight, "head.bias": saved.get("bias", zeros)}
+        record["head"] = {"weight": "head.weight", "bias": "head.bias"}
+    return make_task({**record, "labels": labels or [], "preprocess": preprocess}, tensors, folder)
+
+
+def export_peft(
+    task: Task, folder: str | Path, *, linears: Mapping[str, tuple[int, int]] | None, head: str = "head"
+) -> None:
+    """Writes a folder that PEFT's ``PeftModel.from_pretrained`` loads, with equal outputs; whole or not at all.
+
+    Load it onto ``timm.create_model(model, pretrained=True, num_classes=classes)``. An unquantised adapter that is
+    alone at its position keeps its bytes, and its scale is lora_alpha / r. Several branches at one position become
+    one of the summed rank, each `up` times its scale, and quantised adapters are dequantised: both in float32.
+    Shared adapters are written once for each position; ``pear.json`` and :func:`import_peft` restore the rest.
+
+    Args:
+        task: with the activation "identity".
+        folder: is made; may exist if it is empty.
+        linears: {module path: (d_in, d_out)} of the backbone's Linear modules, see :func:`describe_backbone`; None to
+            trust that positions are Linears.
+        head: the classifier's module path in the timm model.
+    Raises:
+        CheckpointError: the task has an activation, no adapter, or a position that is no Linear.
+        PearStoreError: `folder` is not empty, or cannot be written.
+    """
+    folder, positions = Path(folder), task.positions
+    if task.activation != "identity":
+        found = f"field 'activation': expected 'identity', found {task.activation!r}"
+        raise CheckpointError(task.name, f"{found}: PEFT LoRA has no activation between down and up")
+    if not positions:
+        raise CheckpointError(task.name, "field 'positions': empty: PEFT loads no LoRA without an adapter")
+    if linears is not None and (foreign := sorted(positions.keys() - linears.keys(), key=_natural)):
+        some = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise CheckpointError(task.name, f"positions {some}: no Linear of {task.backbone_model}: PEFT LoRA needs one")
+    tensors: dict[str, RawTensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for position in sorted(positions, key=_natural):
+        pair = _one_pair(task, position, positions[position])
+        found_widths = (pair.a.shape[1], pair.b.shape[0])
+        if linears is not None and found_widths != tuple(linears[position]):
+            expected = f"the backbone's are {tuple(linears[position])}"
+            raise CheckpointError(task.name, f"position {position!r}: widths {found_widths}, {expected}")
+        tensors |= {f"{_PREFIX}{position}.lora_A.weight": pair.a, f"{_PREFIX}{position}.lora_B.weight": pair.b}
+        ranks[position] = pair.a.shape[0]
+        alphas[position] = pair.scale * ranks[position]
+    if task.record["head"] is not None:
+        for side in ("weight", "bias"):
+            tensors[f"{_PREFIX}{head}.{side}"] = task.tensors[task.record["head"][side]]
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": task.backbone_model,
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _patterns(ranks, rank),
+        "alpha_pattern": _patterns(alphas, alpha),
+        "modules_to_save": [head] if task.record["head"] is not None else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    told = ("task", "backbone", "labels", "preprocess", "metrics", "training")
+    sidecar = {key: task.record[key] for key in told}
+    files = {CONFIG: [_json(config)], WEIGHTS: container_chunks(tensors, {"format": "pt"}), SIDECAR: [_json(sidecar)]}
+    _write_folder(folder, files)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file; expected a folder that PEFT's save_pretrained wrote") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(path, f"more than {_MAX_JSON_BYTES} bytes: larger files are not read")
+    try:
+        value = strict_json(text)
+    except ValueError as error:
+        raise CheckpointError(path, f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises unless the config is of plain LoRA, whose numbers make sense."""
+
+    def expect(good: bool, key: str, expected: str) -> None:
+        if not good:
+            raise CheckpointError(path, f"field {key!r}: expected {expected}, found {config.get(key)!r:.80}")
+
+    expect(config.get("peft_type") == "LORA", "peft_type", "'LORA'")
+    for key in config.keys() - _KNOWN_FIELDS:
+        expect(not config[key], key, "plain LoRA, without this variant")
+    expect(config.get("bias", "none") == "none", "bias", "'none': no bias of the backbone may be trained")
+    expect(not config.get("fan_in_fan_out"), "fan_in_fan_out", "false, as for every Linear")
+    start = config.get("init_lora_weights", True)
+    expect(start in _KEEPS_BASE, "init_lora_weights", "one that leaves the backbone's weights as they are")
+    expect(_is_rank(config.get("r")), "r", "a rank")
+    expect(_is_number(config.get("lora_alpha")), "lora_alpha", "a number")
+    expect(isinstance(config.get("use_rslora", False), bool), "use_rslora", "true or false")
+    saved = config.get("modules_to_save") or []
+    expect(isinstance(saved, list) and all(isinstance(m, str) for m in saved), "modules_to_save", "a list of modules")
+    for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(key) or {}
+        expect(isinstance(patterns, dict) and all(map(good, patterns.values())), key, "module patterns with numbers")
+        for pattern in patterns:
+            # a repeated group can take a regular expression's matcher years
+            if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern) or not _compiles(pattern):
+                expected = f"a regular expression of at most {_MAX_PATTERN} characters without repeated groups"
+                raise CheckpointError(path, f"field {key!r}: expected {expected}, found {pattern!r:.80}")
+
+
+def _read_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, _Pair], dict[str, dict[str, RawTensor]]]:
+    """The LoRA pairs by position, in natural order, and the saved classifier: {} or {its path: {leaf: tensor}}."""
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            folder / "adapter_model.bin",
+            f"a pickle, which is never read: expected {WEIGHTS}; load it with peft and save_pretrained it again",
+        )
+    _, tensors = read_container(path)
+    prefix = _WRAPPED if all(key.startswith(_WRAPPED) for key in tensors) else _PREFIX
+    lora: dict[str, dict[str, RawTensor]] = {}
+    saved: dict[str, dict[str, RawTensor]] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(prefix):
+            raise CheckpointError(path, f"tensor {key!r:.120}: expected a name that starts with {prefix!r}")
+        name = key.removeprefix(prefix)
+        module, _, leaf = name.rpartition(".")
+        if match := _LORA_KEY.fullmatch(name):
+            lora.setdefault(match[1], {})[match[2]] = tensor
+        elif "lora_" not in name and module and leaf in ("weight", "bias") and config.get("modules_to_save"):
+            saved.setdefault(module, {})[leaf] = tensor
+        else:
+            expected = "lora_A.weight or lora_B.weight of a Linear, or weight or bias of a module of modules_to_save"
+            raise CheckpointError(path, f"tensor {key!r:.120}: expected {expected}")
+    if not lora:
+        raise CheckpointError(path, "no tensors of a LoRA: expected lora_A.weight and lora_B.weight of some module")
+    _check_saved(saved, config, path)
+    matched = prefix.removeprefix(_PREFIX)  # PEFT matches patterns with the path below base_model.model
+    pairs = {
+        position: _pair(lora[position], prefix + position, matched + position, config, path)
+        for position in sorted(lora, key=_natural)
+    }
+    return pairs, saved
+
+
+def _pair(sides: Mapping[str, RawTensor], key: str, module: str, config: Mapping[str, Any], path: Path) -> _Pair:
+    for side in ("A", "B"):
+        if side not in sides:
+            raise CheckpointError(path, f"tensor '{key}.lora_{side}.weight' is missing")
+    a, b = sides["A"], sides["B"]
+    shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+    if len(a.shape) == 4 or len(b.shape) == 4:
+        raise CheckpointError(path, f"{key!r}: {shapes} are of a convolution: expected LoRA on Linear modules only")
+    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+        raise CheckpointError(path, f"{key!r}: {shapes}: expected [{rank}, d_in] and [d_out, {rank}], as {CONFIG} says")
+    if 0 in (*a.shape, *b.shape):
+        raise CheckpointError(path, f"{key!r}: {shapes}: empty; expected [{rank}, d_in] and [d_out, {rank}]")
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return _Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _check_saved(saved: Mapping[str, Mapping[str, RawTensor]], config: Mapping[str, Any], path: Path) -> None:
+    named = ", ".join(config.get("modules_to_save") or [])
+    if named and not saved:
+        raise CheckpointError(path, f"the weights of {named} are missing, which field 'modules_to_save' names")
+    if len(saved) > 1:
+        raise CheckpointError(path, f"modules_to_save: expected the classifier alone, found {', '.join(sorted(saved))}")
+    for module, leaves in saved.items():
+        shape = leaves["weight"].shape if "weight" in leaves else ()
+        if len(shape) != 2 or ("bias" in leaves and leaves["bias"].shape != shape[:1]):
+            found = ", ".join(f"{leaf} {list(tensor.shape)}" for leaf, tensor in sorted(leaves.items(), reverse=True))
+            raise CheckpointError(path, f"{module!r}: expected weight [classes, d] and bias [classes], found {found}")
+
+
+def _describe(
+    folder: Path, sidecar: Mapping[str, Any], name: str | None, backbone: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The record as far as the weights have no say in it."""
+    told = sidecar.get("backbone")
+    if backbone is None:
+        if told is None:
+            raise CheckpointError(folder, f"field 'backbone': nothing says it: give backbone, or write it to {SIDECAR}")
+        identity = told
+    else:
+        identity = {"model": backbone["model"], "digest": backbone["digest"]}
+        if isinstance(told, dict) and told.get("digest", identity["digest"]) != identity["digest"]:
+            expected = f"{identity['model']} {identity['digest']!s:.19}…"
+            raise CheckpointError(
+                folder / SIDECAR,
+                f"field 'backbone': expected {expected}, found {told.get('model')} {told['digest']!s:.19}…: "
+                "a task runs on the backbone it was made for",
+            )
+    name = sidecar.get("task") if name is None else name
+    if name is None:
+        raise CheckpointError(folder, f"field 'task': nothing says it: give name (--name), or write it to {SIDECAR}")
+    return {
+        "format": FORMAT,
+        "task": name,
+        "backbone": identity,
+        "activation": "identity",
+        "adapters": {},
+        "positions": {},
+        "head": None,
+        "metrics": sidecar.get("metrics", {}),
+        "training": sidecar.get("training", {"method": "lora"}),
+    }
+
+
+def _check_modules(pairs: Mapping[str, _Pair], head: Iterable[str], backbone: Mapping[str, Any], path: Path) -> None:
+    """Raises if a position or the classifier is another module than the backbone's description has."""
+    classifier = backbone.get("head")
+    for module in head:
+        if classifier is not None and module != classifier:
+            problem = (
+                f"modules_to_save: expected the classifier {classifier!r} of {backbone['model']}, found {module!r}"
+            )
+            raise CheckpointError(path, problem)
+    linears = backbone.get("linears")
+    for position, pair in pairs.items():
+        if position == classifier:
+            problem = f"{position!r}: LoRA on the classifier itself: expected it in modules_to_save, whole"
+            raise CheckpointError(path, problem)
+        if linears is None:
+            continue
+        if position not in linears:
+            raise CheckpointError(path, f"{position!r}: expected a Linear module of {backbone['model']}")
+        found, expected = (pair.a.shape[1], pair.b.shape[0]), tuple(linears[position])
+        if found != expected:
+            problem = f"{position!r}: widths (d_in, d_out) {found}, those of {backbone['model']} are {expected}"
+            raise CheckpointError(path, problem)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that ends the module's path at a dot, as PEFT's get_pattern_key picks it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return (patterns or {}).get(module, default)
+
+
+def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """PEFT's patterns for the values that are not the default, each of one whole path."""
+    return {f"^{re.escape(position)}": value for position, value in values.items() if value != default}
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
+    """A position's branches as one LoRA."""
+    import numpy as np
+
+    entries = [task.record["adapters"][branch.adapter] for branch in branches]
+    if len(branches) == 1 and "quant" not in entries[0]:
+        down, up = (task.tensors[entries[0][side]] for side in ("down", "up"))
+        return _Pair(_transposed(down), _transposed(up), branches[0].scale)
+    downs = [_matrix(task, entry, "down") for entry in entries]
+    ups = [_matrix(task, entry, "up") for entry in entries]
+    scale = branches[0].scale
+    if len(branches) > 1:
+        scale = 1.0
+        with np.errstate(over="ignore"):
+            ups = [up * np.float32(branch.scale) for up, branch in zip(ups, branches, strict=True)]
+    a, b = np.concatenate(downs, axis=1).T, np.concatenate(ups, axis=0).T
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise CheckpointError(task.name, f"position {position!r}: its branches exceed float32 once scaled")
+    return _Pair(RawTensor("F32", a.shape, a.tobytes()), RawTensor("F32", b.shape, b.tobytes()), scale)
+
+
+def _matrix(task: Task, entry: Mapping[str, Any], side: str) -> NDArray[np.float32]:
+    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised."""
+    stored = task.tensors[entry[side]]
+    if "quant" not in entry:
+        return _floats(stored)
+    one = entry["quant"][side]
+    scale = _floats(task.tensors[one["scale"]])
+    return dequantise(stored.data, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+
+
+def _floats(tensor: RawTensor) -> NDArray[np.float32]:
+    import numpy as np
+
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(tensor.data, "<u2").astype("<u4") << 16).view(np.float32).reshape(tensor.shape)
+    kind = {"F32": "<f4", "F16": "<f2"}[tensor.dtype]
+    return np.frombuffer(tensor.data, kind).astype(np.float32).reshape(tensor.shape)
+
+
+def _transposed(matrix: RawTensor) -> RawTensor:
+    import numpy as np
+
+    bits = np.frombuffer(matrix.data, f"<u{ITEM_BYTES[matrix.dtype]}").reshape(matrix.shape)
+    return RawTensor(matrix.dtype, (matrix.shape[1], matrix.shape[0]), bits.T.tobytes())
+
+
+def _write_folder(folder: Path, files: Mapping[str, Iterable[bytes | bytearray | memoryview]]) -> None:
+    temporary = folder.parent / f".{uuid4().hex}.tmp"
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise PearStoreError(f"{folder}: exists and is no empty folder; remove it, or name another")
+        temporary.mkdir()
+        for name, chunks in files.items():
+            with open(temporary / name, "xb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise from_os_error(error, folder) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A sort key under which blocks.2 comes before blocks.10."""
+    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in path.split(".")]
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

@@ -1,0 +1,81 @@
+"""Where `add` takes task checkpoints from: tasks in memory, paths, directories, streams and fsspec URLs."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from pear_store.checkpoint import Task, read_checkpoint, task_from_container
+from pear_store.container import parse_container
+from pear_store.errors import CheckpointError, NotFoundError, PearStoreError
+
+Source: TypeAlias = Task | str | Path | BinaryIO
+
+
+def label(source: Source) -> str:
+    """What messages call a source."""
+    if isinstance(source, Task):
+        return source.name
+    if isinstance(source, str | Path):
+        return str(source)
+    return str(getattr(source, "name", "stream"))
+
+
+def is_url(source: object) -> bool:
+    return isinstance(source, str) and "://" in source
+
+
+def read_task(source: Source) -> Task:
+    """A source's task, checked whole.
+
+    Raises:
+        NotFoundError: there is nothing at the path or URL.
+        CheckpointError: it is no task checkpoint.
+        PearStoreError: a URL cannot be read.
+    """
+    if isinstance(source, Task):
+        return source
+    if isinstance(source, Path):
+        return read_checkpoint(source)
+    if not isinstance(source, str):
+        return task_from_container(*parse_container(source, label(source)), label(source))
+    if not is_url(source):
+        return read_checkpoint(source)
+    import fsspec  # here: its import takes longer than most commands
+
+    try:
+        with fsspec.open(source, "rb") as file:
+            return task_from_container(*parse_container(file, source), source)
+    except PearStoreError:
+        raise
+    except FileNotFoundError:
+        raise NotFoundError(f"{source}: no such file") from None
+    except Exception as error:  # each file system has its own
+        raise CheckpointError(source, f"cannot be read: {error}") from None
+
+
+def expand(sources: Iterable[str]) -> Iterator[str]:
+    """Paths and URLs, with each directory replaced by the ``.safetensors`` files below it, by name.
+
+    A directory that has none, or cannot be listed, comes back as it is, for `add` to refuse.
+    """
+    for source in sources:
+        found = list(_files_below(source))
+        yield from found or [source]
+
+
+def _files_below(source: str) -> Iterator[str]:
+    if is_url(source):
+        import fsspec
+
+        try:
+            fs, path = fsspec.core.url_to_fs(source)
+            if not path.endswith(".safetensors") and fs.isdir(path):
+                below = (file for file in fs.find(path) if file.endswith(".safetensors"))
+                yield from sorted(fs.unstrip_protocol(file) for file in below)
+        except Exception:  # the same error comes when it is read, with a name to it
+            return
+    elif os.path.isdir(source):
+        for folder, folders, files in os.walk(source):
+            folders.sort()
+            yield from (os.path.join(folder, file) for file in sorted(files) if file.endswith(".safetensors"))
