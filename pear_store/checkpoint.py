@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -82,7 +83,7 @@ class Task:
             for position, branches in self.record["positions"].items()
         }
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Tensor bytes, each distinct tensor once."""
         return sum({tensor.digest: tensor.size_bytes for tensor in self.tensors.values()}.values())
@@ -98,6 +99,10 @@ def make_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where
         check_json(dict(record))
     except ValueError as error:
         raise CheckpointError(where, f"record: {error}") from None
+    return _checked_task(record, tensors, where)
+
+
+def _checked_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where: str | Path) -> Task:
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
         if tensor.dtype in _FLOATS and not _all_finite(tensor):
@@ -132,7 +137,7 @@ def task_from_container(metadata: Mapping[str, str], tensors: Mapping[str, RawTe
         for name, tensor in tensors.items():
             if tensor.digest != digests[name]:
                 raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
-    return make_task(record, tensors, path)
+    return _checked_task(record, tensors, path)
 
 
 def write_checkpoint(path: str | Path, task: Task) -> int:
@@ -374,7 +379,7 @@ def _all_finite(tensor: RawTensor) -> bool:
     data = bytes(tensor.data)
     mask, low = {"F32": (0x7F, 0x80), "BF16": (0x7F, 0x80), "F16": (0x7C, 0x00)}[tensor.dtype]
     high = data[size - 1 :: size]
-    suspects = bytes(byte for byte in range(256) if byte & mask == mask)
-    if len(high.translate(None, suspects)) == len(high):
+    suspects = (0x7F, 0xFF) if low else (0x7C, 0x7D, 0x7E, 0x7F, 0xFC, 0xFD, 0xFE, 0xFF)
+    if not any(byte in high for byte in suspects):
         return True
     return not any(a & mask == mask and b & low == low for a, b in zip(high, data[size - 2 :: size], strict=True))

@@ -44,9 +44,19 @@ class Header:
 
 def strict_json(text: str | bytes) -> Any:
     """Parses JSON, refusing duplicate keys, NaN and infinities, and absurd nesting, with a ValueError."""
+    value = _parse_json(text)
+    check_json(value)
+    return value
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """JSON without duplicate keys, NaN and infinities; else a ValueError."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        found = dict(items)
+        if len(found) == len(items):
+            return found
+        found = {}
         for key, value in items:
             if key in found:
                 raise ValueError(f"duplicate key {key[:80]!r}")
@@ -57,11 +67,9 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
     try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    check_json(value)
-    return value
 
 
 def check_json(value: Any) -> None:
@@ -107,7 +115,7 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
         raise CheckpointError(where, f"truncated: the header needs {8 + length} bytes, the file has {file_bytes}")
     text = file.read(length)
     try:
-        header = strict_json(text.decode("utf-8"))
+        header = _parse_json(text.decode("utf-8"))
     except ValueError as error:
         raise CheckpointError(where, f"header is not valid JSON: {error}") from None
     if not isinstance(header, dict):

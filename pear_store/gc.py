@@ -324,7 +324,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes) -> Contents:
         row = TensorRow.decode(key, value) if value is not None else None
         if row is not None and row.pack == pack:
             digest = Digest(name)
-            found.tensors[digest] = opened.tensor(view, digest, row, copy=False)
+            found.tensors[digest] = opened.tensor(view, digest, row)
             found.numbers[digest] = row.number
     for version in records.versions:
         current = version_row(view, version.task, version.version)

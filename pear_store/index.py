@@ -339,6 +339,7 @@ class Index:
                     self._env = lmdb.open(
                         str(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
                         writemap=False, metasync=True,
+                        readahead=False,  # a fault would read megabytes around a page
                     )  # fmt: skip
                     break
                 except lmdb.MemoryError:

@@ -208,7 +208,7 @@ def _check_packs(
             with opened.read() as now:  # its header does not tell what is in it: look at each row
                 for digest, row in _rows_in(now, {pack}):
                     try:
-                        opened.tensor(now, digest, row, copy=False)
+                        opened.tensor(now, digest, row)
                     except DamagedError:
                         bad.add(digest)
     return bad
@@ -409,7 +409,8 @@ def _good_copies(
                 for digest in wanted - found.keys():
                     with suppress(DamagedError):
                         found.update(
-                            (Digest(k), v) for k, v in other.tensors(view, [digest], "a copy", copy=True).items()
+                            (Digest(name), RawTensor(t.dtype, t.shape, bytes(t.data)))
+                            for name, t in other.tensors(view, [digest], "a copy").items()
                         )
                 for digest in manifests - found_manifests.keys():
                     row = view.get("manifests", from_digest(Digest(digest)))
@@ -454,7 +455,7 @@ def _rewrite(
         stays: set[bytes] = set()
         for digest, place in _rows_in(view, hit):
             try:
-                contents.tensors[digest] = opened.tensor(view, digest, place, copy=False)
+                contents.tensors[digest] = opened.tensor(view, digest, place)
             except DamagedError:
                 if digest in copies:
                     contents.tensors[digest] = copies[digest]

@@ -32,6 +32,8 @@ from pear_store.index import (
 from pear_store.pack import Records, WrittenPack, find_unfinished, pack_path, place_pack
 
 _OPEN_PACKS = 1024
+_KEPT_TASKS = 2048
+"""Of some 10 KB each, for 24 tensors"""
 T = TypeVar("T")
 
 
@@ -43,6 +45,7 @@ class PackGoneError(DamagedError):
 class MappedPack:
     """A pack's memory map, which file it is of, and the offsets of tensors that were found good in it."""
 
+    file: mmap.mmap
     view: memoryview
     identity: tuple[int, int]
     checked: dict[int, Digest] = field(default_factory=dict)
@@ -58,6 +61,8 @@ class OpenStore:
             raise NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
+        self._kept: dict[bytes, dict[str, RawTensor]] = {}
+        self._kept_at: tuple[int, tuple[int, int]] = (0, (0, 0))
         self._closed = False
         self._index = open_index(path / "index")
 
@@ -158,25 +163,44 @@ class OpenStore:
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def tensors(self, view: View, digests: Iterable[str], what: str, copy: bool) -> dict[str, RawTensor]:
-        """Stored tensors, each checked against its digest when it is first read in this process.
+    def kept(self, view: View) -> dict[bytes, dict[str, RawTensor]]:
+        """Tasks' tensors by manifest hash, as read since the last commit: their maps are not held beyond the next."""
+        if self._kept_at != (view.id, self._index.identity) or len(self._kept) >= _KEPT_TASKS:
+            self._kept, self._kept_at = {}, (view.id, self._index.identity)
+        return self._kept
+
+    def tensors(self, view: View, digests: Iterable[str], what: str) -> dict[str, RawTensor]:
+        """Stored tensors as views of maps, each checked against its digest when it is first read in this process.
 
         Raises:
             DamagedError: a tensor is missing or damaged.
         """
         found: dict[str, RawTensor] = {}
-        for digest in digests:
-            row = view.get("tensors", from_digest(Digest(digest)))
-            if row is None:
-                raise DamagedError(f"tensor {digest} of {what}", "the index does not list it")
-            try:
-                place = TensorRow.peek(row)
-                found[digest] = self.tensor(view, Digest(digest), place, copy)
-            except DamagedError as error:
-                raise type(error)(f"tensor {digest} of {what}", error.found) from None
+        rows: list[tuple[Digest, TensorRow]] = []
+        digest = ""
+        try:
+            for digest in digests:
+                row = view.get("tensors", from_digest(Digest(digest)))
+                if row is None:
+                    raise DamagedError("a tensor", "the index does not list it")
+                rows.append((Digest(digest), TensorRow.peek(row)))
+            self._fetch(view, rows)
+            for digest, place in rows:
+                found[digest] = self.tensor(view, Digest(digest), place)
+        except DamagedError as error:
+            raise type(error)(f"tensor {digest} of {what}", error.found) from None
         return found
 
-    def tensor(self, view: View, digest: Digest, place: TensorRow, copy: bool) -> RawTensor:
+    def _fetch(self, view: View, rows: list[tuple[Digest, TensorRow]]) -> None:
+        """Has the system read tensors that were not read before, all at once instead of one after the other."""
+        for digest, (_, pack, offset, length, _, _) in rows:
+            mapped = self._maps.get(pack) or self._map(view, pack)
+            if mapped.checked.get(offset) != digest and hasattr(mapped.file, "madvise"):
+                start = offset - offset % mmap.PAGESIZE
+                with suppress(OSError, ValueError):
+                    mapped.file.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+
+    def tensor(self, view: View, digest: Digest, place: TensorRow) -> RawTensor:
         """One stored tensor; see :meth:`tensors`."""
         _, pack, offset, length, dtype, shape = place
         mapped = self._maps.get(pack) or self._map(view, pack)
@@ -187,7 +211,7 @@ class OpenStore:
             if tensor_digest(dtype, shape, data) != digest:
                 raise DamagedError(f"tensor {digest}", "its bytes do not hash to its digest")
             mapped.checked[offset] = digest
-        return RawTensor(dtype, shape, bytearray(data) if copy else data)
+        return RawTensor.checked(dtype, shape, data, digest)
 
     def map_of(self, view: View, pack: bytes) -> MappedPack:
         """A pack's memory map.
@@ -205,12 +229,14 @@ class OpenStore:
                 found = os.fstat(file.fileno())
                 if expected is None or found.st_size != PackRow.decode(pack, expected).file_bytes:
                     raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                mapped_file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
         except OSError as error:
             raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
-        mapped = MappedPack(data, (found.st_dev, found.st_ino))
+        if hasattr(mapped_file, "madvise"):  # else a fault reads megabytes around the tensor
+            mapped_file.madvise(mmap.MADV_RANDOM)
+        mapped = MappedPack(mapped_file, memoryview(mapped_file), (found.st_dev, found.st_ino))
         with self._lock:
             self._maps[pack] = mapped
             while len(self._maps) > _OPEN_PACKS:
@@ -235,6 +261,7 @@ class OpenStore:
         """Drops all maps, and with them what was found good; buffers handed out stay valid."""
         with self._lock:
             self._maps.clear()
+            self._kept = {}
 
 
 def is_store(path: Path) -> bool:

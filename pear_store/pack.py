@@ -7,7 +7,7 @@ version numbers are never used twice, a removal outweighs the version it names, 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +105,7 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
     state = hashlib.sha256()
     try:
         with open(path, "wb") as file:
-            for chunk in (head, *(named[name].data for name in places)):
+            for chunk in _joined((head, *(named[name].data for name in places))):
                 state.update(chunk)
                 file.write(chunk)
             file.flush()
@@ -120,6 +120,19 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
         path.unlink(missing_ok=True)
         raise
     return pack
+
+
+def _joined(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
+    """The chunks in runs of at least a MiB: hashing and writing those leaves the interpreter to other threads."""
+    run: list[bytes | bytearray | memoryview] = []
+    size = 0
+    for chunk in chunks:
+        run.append(chunk)
+        size += len(chunk)
+        if size >= 1 << 20:
+            yield b"".join(run)
+            run, size = [], 0
+    yield b"".join(run)
 
 
 def place_pack(root: Path, pack: WrittenPack) -> None:

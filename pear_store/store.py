@@ -5,12 +5,10 @@ import os
 import shutil
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -52,10 +50,9 @@ from pear_store.sources import Source
 
 GROUP_TASKS = 200
 """Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
-GROUP_BYTES = 64 * 1024 * 1024
+GROUP_BYTES = 32 * 1024 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
-_LOADERS = min(4, os.cpu_count() or 1)
 _PARTS = ("packs", "tmp", "damaged", "lock")
 _LOOK_UPS = 3
 
@@ -262,7 +259,7 @@ class Store:
     def add_many(self, sources: Iterable[Source], name: str | None = None) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
 
-        Sources are read and hashed by a few threads ahead of the commits.
+        While one group is written, the next is read and hashed.
 
         Raises:
             DiskFullError: the group that did not fit is not there, all before it are.
@@ -270,14 +267,22 @@ class Store:
         compared: set[tuple[Digest, bytes, int]] = set()
         group: list[_Loaded | Refused] = []
         size = manifest_bytes = 0
-        for one in _load_all(sources, name):
-            group.append(one)
-            if isinstance(one, _Loaded):
-                size += one.task.size_bytes
-                manifest_bytes += len(one.manifest)
-            if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
-                yield from self._commit(group, compared)
-                group, size, manifest_bytes = [], 0, 0
+        # one thread: reading is Python's work, and more of it at once only waits for the interpreter's lock
+        with ThreadPoolExecutor(1) as committer:
+            under_way: Future[list[Added | Refused]] | None = None
+            for source in sources:
+                one = _load(source, name)
+                group.append(one)
+                if isinstance(one, _Loaded):
+                    size += one.task.size_bytes
+                    manifest_bytes += len(one.manifest)
+                if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
+                    if under_way is not None:
+                        yield from under_way.result()
+                    under_way = committer.submit(self._commit, group, compared)
+                    group, size, manifest_bytes = [], 0, 0
+            if under_way is not None:
+                yield from under_way.result()
         if group:
             yield from self._commit(group, compared)
 
@@ -433,8 +438,17 @@ class Store:
             name, number, row = _resolve(view, reference, self.path)
             manifest = _manifest(view, row, f"version {name}@{number}")
             record = json.loads(manifest)  # checked when it was added, and just hashed
-            digests = sorted(tensor_names(record))
-            return Task(record, self._open.tensors(view, digests, f"version {name}@{number}", copy))
+            kept = self._open.kept(view)
+            tensors = kept.get(row.manifest)
+            if tensors is None:
+                tensors = self._open.tensors(view, sorted(tensor_names(record)), f"version {name}@{number}")
+                kept[row.manifest] = tensors
+        if copy:
+            tensors = {
+                digest: RawTensor.checked(t.dtype, t.shape, bytearray(t.data), t.digest)
+                for digest, t in tensors.items()
+            }
+        return Task(record, dict(tensors))
 
     def export(self, reference: str, path: str | Path) -> int:
         """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""
@@ -602,25 +616,6 @@ class Store:
             DamagedError: something cannot be trusted, so nothing may be called dead.
         """
         return gc.collect(self._open, dry_run, repack_all, keep, older_than_s)
-
-
-def _load_all(sources: Iterable[Source], name: str | None) -> Iterator[_Loaded | Refused]:
-    """The sources, read and hashed in order, a few ahead."""
-    rest = iter(sources)
-    ahead = list(islice(rest, 2))
-    if len(ahead) < 2:
-        yield from (_load(source, name) for source in ahead)
-        return
-    with ThreadPoolExecutor(_LOADERS) as pool:
-        waiting: deque[Future[_Loaded | Refused]] = deque(pool.submit(_load, source, name) for source in ahead)
-        try:
-            while waiting:
-                for source in islice(rest, 8 * _LOADERS - len(waiting)):
-                    waiting.append(pool.submit(_load, source, name))
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _load(source: Source, name: str | None) -> _Loaded | Refused:

@@ -255,8 +255,8 @@ def test_flipped_bits_are_never_handed_out_are_named_and_are_mended(filled: Path
     named = 0
     for _ in range(FLIPS // 2):
         file = rng.choice(files)
-        size = file.stat().st_size
-        flip(file, rng.randrange(size * 8))
+        used = [at for at, byte in enumerate(file.read_bytes()) if byte]  # most of LMDB's pages are empty
+        flip(file, 8 * rng.choice(used) + rng.randrange(8))
         reader = subprocess.run(
             [sys.executable, "-m", "tests.pear_store.reader", str(filled)],
             cwd=ROOT, capture_output=True, text=True, timeout=60,
