@@ -3,13 +3,19 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m tools.demo --out demo-out
 
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest
+
+# 300 kills, 1,000 flipped bits, a soak of two minutes; takes about 25 minutes.
+faults: $(VENV)/dev.installed
+	rm -f docs/results/faults.log
+	PEAR_KILLS=300 PEAR_FLIPS=1000 PEAR_SOAK_S=120 PEAR_FAULT_LOG=$(CURDIR)/docs/results/faults.log $(BIN)/python -m pytest \
+		-k 'kill_9 or flipped_bits_are_never_handed_out_are or soak' tests/pear_store
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -192,7 +192,7 @@ def collect(
         marked = mark(view)
         marks = marked.marks
         if marked.dead_tensors:
-            view.delete_where("tensors", lambda _, value: not marks[TensorRow.peek(value).number])
+            view.delete_where("tensors", lambda _, value: not marks[TensorRow.number_of(value)])
         view.delete_where("manifests", lambda key, value: not marks[ManifestRow.decode(key, value).number])
         for pack, use in marked.packs.items():
             if not use.needed:

@@ -39,6 +39,7 @@ TABLES = ("tensors", "packs", "manifests", "versions", "names", "tags", "removed
 _DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
+_MANIFEST_BYTES = 8 << 20  # more than any manifest that add accepts
 T = TypeVar("T")
 
 
@@ -64,6 +65,10 @@ class TensorRow(NamedTuple):
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "TensorRow":
         return cls.peek(_unsealed(key, row))
+
+    @staticmethod
+    def number_of(row: bytes) -> int:
+        return int.from_bytes(row[:8], "little")
 
     @classmethod
     def peek(cls, row: bytes) -> "TensorRow":
@@ -97,19 +102,18 @@ class PackRow:
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A manifest's own number, the numbers of the tensors that it names, and its bytes.
+    """A manifest's own number and the numbers of the tensors that it names; behind them lies the manifest, compressed.
 
     The manifest is not checked here: whoever uses it hashes it. The numbers carry a checksum of their own.
     """
 
     number: int
     tensors: memoryview
-    manifest: bytes
 
     @staticmethod
     def encode(key: bytes, number: int, tensors: Iterable[int], manifest: bytes) -> bytes:
         numbers = array("Q", [number, *sorted(tensors)]).tobytes()
-        return struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 8) + numbers + manifest
+        return struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 8) + numbers + zlib.compress(manifest, 1)
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
@@ -117,12 +121,15 @@ class ManifestRow:
         if not 16 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
             raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
         numbers = memoryview(row)[8:end].cast("Q")
-        return cls(numbers[0], numbers[1:], row[end:])
+        return cls(numbers[0], numbers[1:])
 
     @staticmethod
     def manifest_of(row: bytes) -> bytes:
-        """The manifest's bytes alone, unchecked."""
-        return row[8 + 8 * int.from_bytes(row[4:8], "little") :]
+        """The manifest's bytes, unchecked; empty if they cannot be had."""
+        try:
+            return zlib.decompressobj().decompress(row[8 + 8 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
+        except zlib.error:
+            return b""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Checks a store, and mends it from good copies."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pear_store import gc, sources
 from pear_store.checkpoint import tensor_names
@@ -43,8 +46,7 @@ from pear_store.pack import (
     read_records,
 )
 
-_THREADS = 4
-_INDEX_SECONDS = 3600
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,7 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
         raise PearStoreError(f"subset {part}/{parts}: expected n/t with n from 1 to t")
     if not (path / "packs").is_dir():
         raise NotFoundError(f"{path}: no store there")
-    code = "from pear_store.integrity import _child; _child()"
-    found = None
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", code, str(path), str(part), str(parts)], capture_output=True, timeout=_INDEX_SECONDS
-        )
-        if child.returncode == 0:
-            found = json.loads(child.stdout)
-        problem = f"reading it ended with exit code {child.returncode}"
-    except subprocess.TimeoutExpired:
-        problem = f"reading it did not end in {_INDEX_SECONDS} s"
+    found, problem = _in_child(path, subset)
     report = Report(index=problem) if found is None else _from_json(found)
     if report.index:
         report = _check_packs_alone(path, subset, report.index)
@@ -124,17 +116,38 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
     return report
 
 
-def _child() -> None:
-    path, part, parts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | None, str]:
+    """What a child process finds, or how it ended."""
+    if threading.active_count() == 1:  # a fork starts at once, but is not for programs with threads
+        answer, end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                os.close(answer)
+                with open(end, "w") as out:
+                    out.write(_checked(path, subset))
+                os._exit(0)
+            os._exit(1)
+        os.close(end)
+        with open(answer) as text:
+            output = text.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    else:
+        run = f"from pear_store.integrity import _checked; print(_checked({str(path)!r}, {subset!r}))"
+        done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+        output, code = done.stdout, done.returncode
+    return (json.loads(output), "") if code == 0 else (None, f"reading it ended with exit code {code}")
+
+
+def _checked(path: str | Path, subset: tuple[int, int]) -> str:
+    """The report of :func:`check`, as JSON; it says so if the index cannot be trusted."""
     try:
-        report = check(Path(path), (part, parts))
+        report = check(Path(path), subset)
     except DamagedError as error:
-        report = Report(
-            index=str(error.found if isinstance(error, DamagedIndexError) else f"{error.what}: {error.found}")
-        )
+        report = Report(index=f"{error.what}: {error.found}")
     except Exception as error:  # a damaged page may give any
         report = Report(index=f"{type(error).__name__}: {error}")
-    sys.stdout.write(json.dumps(asdict(report)))
+    return json.dumps(asdict(report))
 
 
 def _from_json(found: dict[str, object]) -> Report:
@@ -168,7 +181,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
     opened = OpenStore(path)
     try:
         with opened.read() as view:
-            check_index(view)
+            lost = check_index(view)
             bad_manifests = set()
             for key, row in view.rows("manifests"):
                 manifest = ManifestRow.manifest_of(row)
@@ -181,7 +194,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
                 moved = {pack for pack, _ in later.rows("packs")} - {pack for pack, _ in view.rows("packs")}
             if moved:
                 bad |= _check_packs(opened, view, subset, report, moved)
-            bad |= {digest for digest, _ in _rows_in(view, {NO_PACK})} if subset[0] == 1 else set()
+            bad |= lost if subset[0] == 1 else set()
             report.damaged = _hit(view, bad)
             report.damaged_manifests = _hit_manifests(view, bad_manifests)
     finally:
@@ -214,8 +227,8 @@ def _check_packs(
     return bad
 
 
-def check_index(view: View) -> None:
-    """Checks every row's checksum, and what rows say of one another.
+def check_index(view: View) -> set[Digest]:
+    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has.
 
     Raises:
         DamagedError: naming the first row that cannot be trusted.
@@ -239,11 +252,15 @@ def check_index(view: View) -> None:
     for key, row_bytes in view.every("manifests"):
         ManifestRow.decode(key, row_bytes)
     seen = bytearray(len(marked.marks))
+    lost = set()
     for key, value in view.every("tensors"):
-        number = TensorRow.decode(key, value).number
+        number = TensorRow.number_of(value)
         if seen[number]:
             raise DamagedError(f"tensor {to_digest(key)}", f"its number {number} is another's, too")
         seen[number] = 1
+        if value[8:40] == NO_PACK:
+            lost.add(to_digest(key))
+    return lost
 
 
 def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes) -> None:
@@ -253,7 +270,7 @@ def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes) -> None:
         value = view.get("tensors", from_digest(Digest(name)))
         if value is None:
             raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
-        numbers.add(TensorRow.peek(value).number)
+        numbers.add(TensorRow.number_of(value))
     if numbers != set(ManifestRow.decode(key, row).tensors):
         raise DamagedError(f"index row of manifest {key.hex()}", "its numbers are not those of its tensors")
 

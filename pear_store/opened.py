@@ -61,7 +61,7 @@ class OpenStore:
             raise NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
-        self._kept: dict[bytes, dict[str, RawTensor]] = {}
+        self._kept: dict[bytes, tuple[bytes, dict[str, RawTensor]]] = {}
         self._kept_at: tuple[int, tuple[int, int]] = (0, (0, 0))
         self._closed = False
         self._index = open_index(path / "index")
@@ -163,8 +163,8 @@ class OpenStore:
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def kept(self, view: View) -> dict[bytes, dict[str, RawTensor]]:
-        """Tasks' tensors by manifest hash, as read since the last commit: their maps are not held beyond the next."""
+    def kept(self, view: View) -> dict[bytes, tuple[bytes, dict[str, RawTensor]]]:
+        """Tasks' manifests and tensors by manifest hash, as read since the last commit; the next lets go of their maps."""
         if self._kept_at != (view.id, self._index.identity) or len(self._kept) >= _KEPT_TASKS:
             self._kept, self._kept_at = {}, (view.id, self._index.identity)
         return self._kept

@@ -436,13 +436,14 @@ class Store:
     def _get(self, reference: str, copy: bool) -> Task:
         with self._open.read() as view:
             name, number, row = _resolve(view, reference, self.path)
-            manifest = _manifest(view, row, f"version {name}@{number}")
-            record = json.loads(manifest)  # checked when it was added, and just hashed
             kept = self._open.kept(view)
-            tensors = kept.get(row.manifest)
-            if tensors is None:
-                tensors = self._open.tensors(view, sorted(tensor_names(record)), f"version {name}@{number}")
-                kept[row.manifest] = tensors
+            manifest, tensors = kept.get(row.manifest, (b"", {}))
+            if not manifest:
+                manifest = _manifest(view, row, f"version {name}@{number}")
+                names = sorted(tensor_names(json.loads(manifest)))
+                tensors = self._open.tensors(view, names, f"version {name}@{number}")
+                kept[row.manifest] = (manifest, tensors)
+        record = json.loads(manifest)  # checked when it was added, and hashed when it was read
         if copy:
             tensors = {
                 digest: RawTensor.checked(t.dtype, t.shape, bytearray(t.data), t.digest)
@@ -640,7 +641,10 @@ def _intact(view: View, loaded: _Loaded) -> bool:
     """Whether the stored manifest and what the index says of it are whole."""
     row = view.get("manifests", loaded.hash)
     try:
-        return row is not None and ManifestRow.decode(loaded.hash, row).manifest == loaded.manifest
+        if row is None:
+            return False
+        ManifestRow.decode(loaded.hash, row)
+        return ManifestRow.manifest_of(row) == loaded.manifest
     except DamagedError:
         return False
 

@@ -23,7 +23,7 @@ from pear_store import (
     write_checkpoint,
 )
 from tests.conftest import floats, small_task
-from tests.pear_store.test_store import contents, flip, packs
+from tests.pear_store.test_store import contents, flip, keep_log, packs
 
 ROOT = Path(__file__).parents[2]
 
@@ -282,6 +282,7 @@ def test_flipped_bits_are_never_handed_out_are_named_and_are_mended(filled: Path
         shutil.rmtree(filled)
         shutil.copytree(tmp_path / "good", filled)
     assert named > FLIPS // 10
+    keep_log(f"{FLIPS // 2} flipped bits in the {where}: 0 wrong, {named} named by verify, all mended")
 
 
 def describe(found: dict[str, tuple[int, tuple[str, ...], dict[str, bytes]]]) -> dict[str, object]:

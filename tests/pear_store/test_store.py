@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -556,15 +557,28 @@ def test_adders_and_gc_together_lose_nothing(tmp_path: Path) -> None:
             assert contents(store.get(name)) == contents(small_task(name, seed=i % 7 + 10 * worker))
 
 
-@pytest.mark.parametrize("call", ["add_and_acknowledge({path!r}, 0, 30)", "gc_loop({path!r}, 30)"])
-def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, call: str) -> None:
+KILLS = int(os.environ.get("PEAR_KILLS", "12"))
+SOAK_S = float(os.environ.get("PEAR_SOAK_S", "3"))
+
+
+def keep_log(line: str) -> None:
+    """Appends to the log of a full run of the faults (make faults)."""
+    if log := os.environ.get("PEAR_FAULT_LOG"):
+        with open(log, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} {line}\n")
+
+
+@pytest.mark.parametrize("work", ["add", "gc", "rebuild"])
+def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, work: str) -> None:
     """Kills at random moments; the store opens at once and holds every acknowledged task, whole."""
     path = tmp_path / "s"
     Store.create(path).close()
+    calls = {"add": "add_and_acknowledge({!r}, 0, 30)", "gc": "gc_loop({!r}, 30)", "rebuild": "rebuild_loop({!r}, 30)"}
+    call = calls[work].format(str(path))
     rng = random.Random(1)
     acknowledged: set[str] = set()
-    for round_ in range(6):
-        if "gc" in call:  # something to collect
+    for round_ in range(KILLS // 3):
+        if work != "add":  # something to collect
             with Store(path) as store:
                 for i in range(4):
                     store.add(small_task(f"w0-{4 * round_ + i}", seed=(4 * round_ + i) % 7))
@@ -572,20 +586,49 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, call: str) -> None:
                 dead = f"w0-{4 * round_}"
                 store.remove(dead)
                 acknowledged.discard(dead)
-        process = _spawn(call.format(path=str(path)))
+        process = _spawn(call)
         assert process.stdout is not None
         first = process.stdout.readline()  # it is at work
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate()
-        if "gc" not in call:
-            lines = (first + rest).split("\n")
-            acknowledged |= set(" ".join(lines).split())
+        rest, errors = process.communicate()
+        assert first, errors
+        if work == "add":
+            acknowledged |= set((first + rest).split())
+        started = time.monotonic()
         with Store(path) as store:
             held = {version.task for version in store.tasks()}
+            opened_s = time.monotonic() - started
             assert acknowledged <= held
-            for name in held:
+            for name in sorted(held)[-60:] if round_ % 10 else held:
                 assert contents(store.get(name)) == contents(small_task(name, seed=int(name.split("-")[1]) % 7))
+        for old in path.glob("index.old-*"):
+            shutil.rmtree(old)
+        keep_log(f"kill {round_ + 1} in {work}: {len(acknowledged)} acknowledged, 0 lost, opened in {opened_s:.3f} s")
+    assert verify(path).ok
+
+
+def test_a_soak_loses_nothing(tmp_path: Path) -> None:
+    """A writer, an adder that removes and collects, three readers and a gc loop together."""
+    path = tmp_path / "s"
+    Store.create(path).close()
+    calls = [
+        f"add_and_acknowledge({str(path)!r}, 0, {SOAK_S})", f"remove_and_gc_loop({str(path)!r}, 1, {SOAK_S})",
+        f"gc_loop({str(path)!r}, {SOAK_S})", *[f"read_loop({str(path)!r}, {SOAK_S})"] * 3,
+    ]  # fmt: skip
+    workers = [_spawn(call) for call in calls]
+    outputs = [worker.communicate(timeout=SOAK_S + 120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 6, [error for _, error in outputs]
+    names = outputs[0][0].split()
+    reads = [int(out) for out, _ in outputs[3:]]
+    assert len(names) > 3
+    assert min(reads) > 0
+    with Store(path) as store:
+        assert {version.task for version in store.tasks()} == set(names)
+        for name in names:
+            assert contents(store.get(name)) == contents(small_task(name, seed=int(name.split("-")[1]) % 7))
+    assert verify(path).ok
+    keep_log(f"soak of {SOAK_S:.0f} s: {len(names)} tasks added, 0 lost; {sum(reads)} reads, 0 errors")
 
 
 # ---- a full disk ------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""What the docs say is what the code does."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pear_store import Store
+from pear_store.cli import main
+from tests.conftest import floats, small_task
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def reference() -> str:
+    """docs/reference.md, as the commands' own help says it."""
+    parts = [
+        "# pear-store: reference\n\nWritten by `python -m tests.test_docs`; a test holds it against `--help`. Exit codes: "  # noqa: E501
+        "0 done, 1 other errors, 2 usage,\n3 not found, 4 no valid checkpoint, 5 damage, 6 disk full, 7 name taken, "
+        "8 not a store that this Pear reads, 9 tagged.\n"
+    ]
+    commands = [("pear-store", main), *((f"pear-store {n}", main.commands[n]) for n in sorted(main.commands))]
+    for name, command in commands:
+        settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
+        with click.Context(command, info_name=name, **settings) as context:
+            parts.append(f"## {name}\n\n```\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+def test_the_reference_is_what_help_says() -> None:
+    assert (DOCS / "reference.md").read_text() == reference(), "run: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_has_help_for_itself_and_its_options(name: str) -> None:
+    command = main.commands[name]
+    assert command.help
+    for parameter in command.params:
+        assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
+
+
+def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
+    code = (DOCS / "formats.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 36
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    store.add(small_task("one"))
+    store.add(small_task("two", head__bias=floats([9.0, 9.0])))
+    for seed in range(4):
+        store.add(small_task("dtd", seed=seed))
+    store.remove("dtd@4")
+    store.gc(repack_all=True)
+    for name, number in (("one", 1), ("two", 1), ("dtd", 3)):
+        task = store.get(name)
+        found = scope["read_task"](store.path, name)  # type: ignore[operator]
+        assert found == (number, task.record, {digest: bytes(t.data) for digest, t in task.tensors.items()})
+
+
+def test_the_promises_name_tests_that_exist() -> None:
+    tests = "".join(file.read_text() for file in Path(__file__).parent.rglob("test_*.py"))
+    named = set(re.findall(r"\b(test_[a-z0-9_]+)(?!\.py)\b", (DOCS / "promises.md").read_text()))
+    assert len(named) > 10
+    for name in named:
+        assert f"def {name}(" in tests or name in ("test_store", "test_integrity", "test_property", "test_checkpoint")
+
+
+if __name__ == "__main__":
+    (DOCS / "reference.md").write_text(reference())
