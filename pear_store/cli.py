@@ -66,8 +66,8 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")(command)
 
 
-def _path() -> Path:
-    ctx = click.get_current_context()
+def _path(ctx: click.Context | None = None) -> Path:
+    ctx = ctx or click.get_current_context()
     chosen = ctx.find_root().meta.get("pear_store.path") or ctx.find_root().params.get("store_from_env")
     return chosen or user_data_path("pear") / "store"
 
@@ -87,7 +87,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
     """Names of tasks, and after ``@`` their versions and tags."""
     try:
-        with Store(_path()) as store:
+        with Store(_path(ctx)) as store:
             task, at, _ = start.partition("@")
             if not at:
                 return [version.task for version in store.iter_tasks() if version.task.startswith(start)]

@@ -164,7 +164,7 @@ class OpenStore:
     # ---- tensors ------------------------------------------------------------------------------
 
     def kept(self, view: View) -> dict[bytes, tuple[bytes, dict[str, RawTensor]]]:
-        """Tasks' manifests and tensors by manifest hash, as read since the last commit; the next lets go of their maps."""
+        """Tasks' manifests and tensors by manifest hash, read since the last commit; the next one drops their maps."""
         if self._kept_at != (view.id, self._index.identity) or len(self._kept) >= _KEPT_TASKS:
             self._kept, self._kept_at = {}, (view.id, self._index.identity)
         return self._kept

@@ -1,0 +1,167 @@
+"""The commands beyond adding and listing, as a person or a script meets them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pear_store import Store, Task, make_task, write_checkpoint
+from tests.conftest import floats, small_task
+from tests.pear_store.test_cli import run
+from tests.pear_store.test_store import flip, packs
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    with Store.create(tmp_path / "s") as store:
+        for seed in range(3):
+            store.add(small_task(seed=seed))
+        store.add(small_task("svhn", head__bias=floats([1.0, 2.0])))
+    return tmp_path
+
+
+def test_sources_directories_urls_and_standard_input(where: Path) -> None:
+    (where / "in" / "deep").mkdir(parents=True)
+    for i, place in enumerate(("in/b", "in/a", "in/deep/c")):
+        write_checkpoint(where / f"{place}.safetensors", small_task(f"t{i}", seed=20 + i))
+    (where / "in" / "note.txt").write_text("no checkpoint")
+    added = json.loads(run("--store", where / "s", "add", where / "in", "--json").stdout)
+    assert [row["task"] for row in added] == ["t1", "t0", "t2"]
+    url = f"file://{where}/in/a.safetensors"
+    assert json.loads(run("--store", where / "s", "add", url, "--json").stdout)[0]["changed"] is False
+    folder = json.loads(run("--store", where / "s", "add", f"file://{where}/in", "--json").stdout)
+    assert [row["changed"] for row in folder] == [False] * 3
+    done = subprocess.run(
+        [Path(sys.executable).with_name("pear-store"), "--store", where / "s", "add", "-", "--name", "piped"],
+        input=(where / "in" / "a.safetensors").read_bytes(), capture_output=True,
+    )  # fmt: skip
+    assert b"added piped@1" in done.stdout, done.stderr
+    for bad, message in (("in/deep/..", "is unchanged"), ("s/packs/..", "pear")):
+        assert message in run("--store", where / "s", "add", where / bad).output
+    missing = run("--store", where / "s", "add", f"file://{where}/nothing.safetensors")
+    assert (missing.exit_code, "no such file" in missing.stderr) == (3, True)
+    empty = where / "empty"
+    empty.mkdir()
+    assert "a directory" in run("--store", where / "s", "add", empty).stderr
+    unknown = run("--store", where / "s", "add", "nosuch://x/y.safetensors")
+    assert (unknown.exit_code, "cannot be read" in unknown.stderr) == (4, True)
+
+
+def test_log_tag_diff(where: Path) -> None:
+    store = ("--store", where / "s")
+    assert "tagged dtd@prod: version 2" in run(*store, "tag", "dtd@2", "prod").stdout
+    log = json.loads(run(*store, "log", "dtd", "--json").stdout)
+    assert [(row["version"], row["tags"]) for row in log] == [(3, []), (2, ["prod"]), (1, [])]
+    assert "prod" in run(*store, "log", "dtd").stdout
+    refused = run(*store, "rm", "dtd", "--yes")
+    assert (refused.exit_code, "untag it first: 'pear-store tag --delete dtd@prod'" in refused.stderr) == (9, True)
+    assert run(*store, "show", "dtd@prod").stdout.startswith("dtd@2")
+    assert "removed tag dtd@prod" in run(*store, "tag", "--delete", "dtd@prod").stdout
+    assert run(*store, "tag", "dtd@2").exit_code == 2
+    assert run(*store, "rm", "dtd@1", "dtd@2", "--yes").exit_code == 0
+    found = json.loads(run(*store, "diff", "dtd", "svhn", "--json").stdout)
+    assert {row["change"] for row in found["positions"]} == {"changed"}
+    assert (found["a"]["version"], found["only_a_bytes"]) == (3, 152)
+    assert "head        changed" in run(*store, "diff", "dtd", "svhn").stdout
+
+
+def test_gc_policies(where: Path) -> None:
+    store = ("--store", where / "s")
+    plan = json.loads(run(*store, "gc", "--keep", 1, "--dry-run", "--json").stdout)
+    assert plan["removed_versions"] == 2
+    assert run(*store, "gc", "--keep", 1, input="n\n").exit_code == 1
+    assert (
+        json.loads(run(*store, "gc", "--keep", 1, "--older-than", "1d", "--yes", "--json").stdout)["removed_versions"]
+        == 0
+    )
+    assert "removed 2 versions, " in run(*store, "gc", "--keep", 1, "--yes").stdout
+    for bad in ("90", "d", "xd", "-"):
+        refused = run(*store, "gc", "--older-than", bad)
+        assert (refused.exit_code, "expected a number and s, m, h, d or w" in refused.stderr) == (2, True)
+
+
+def test_verify_repair_and_rebuild(where: Path) -> None:
+    store = ("--store", where / "s")
+    good = run(*store, "verify")
+    assert (good.exit_code, good.stdout.splitlines()[-1]) == (0, "all good")
+    write_checkpoint(where / "good.safetensors", small_task(seed=1))
+    with Store(where / "s") as opened:
+        shared = bytes(small_task(seed=1).tensors["head.weight"].data)
+        (pack,) = [pack for pack in packs(opened) if shared in pack.read_bytes()]
+    flip(pack, 8 * pack.read_bytes().index(shared))
+    bad = run(*store, "verify", "--json")
+    report = json.loads(bad.stdout)
+    assert (bad.exit_code, report["damaged"][0]["tasks"], report["damaged"][0]["versions"]) == (5, ["dtd"], ["dtd@2"])
+    assert "hits dtd@2" in run(*store, "verify").stdout
+    assert run(*store, "verify", where / "good.safetensors").exit_code == 2
+    healed = run(*store, "verify", "--repair", where / "good.safetensors")
+    assert (healed.exit_code, healed.stdout.splitlines()[-1]) == (0, "all good")
+    (where / "s" / "index" / "data.mdb").write_bytes(b"\1" * 8192)
+    broken = run(*store, "verify")
+    assert (broken.exit_code, "run 'pear-store rebuild'" in broken.stdout) == (5, True)
+    listed = run(*store, "ls")
+    assert (listed.exit_code, "'pear-store rebuild' makes it anew" in listed.stderr) == (5, True)
+    assert "2 tasks, 4 versions" in run(*store, "rebuild").stdout
+    assert run(*store, "verify", "--subset", "2/2").exit_code == 0
+    assert run(*store, "verify", "--subset", "3/2").exit_code == 2
+
+
+def test_plot(where: Path) -> None:
+    store = ("--store", where / "s")
+    for name in ("map.png", "map.svg"):
+        assert run(*store, "plot", where / name).exit_code == 0
+        assert (where / name).stat().st_size > 3000
+    assert b"saved" in (where / "map.svg").read_bytes() or b"<path" in (where / "map.svg").read_bytes()
+    assert "expected a file that ends in .png or .svg" in run(*store, "plot", where / "map.txt").stderr
+    assert "no task 'nope'" in run(*store, "plot", where / "map.png", "nope").stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(where: Path, shell: str) -> None:
+    assert "pear-store" in run("completion", shell).stdout
+    environment = {
+        **os.environ, "_PEAR_STORE_COMPLETE": "bash_complete", "COMP_WORDS": "pear-store show d", "COMP_CWORD": "2",
+        "PEAR_STORE": str(where / "s"),
+    }  # fmt: skip
+    command = Path(sys.executable).with_name("pear-store")
+    done = subprocess.run([command], env=environment, capture_output=True, text=True)
+    assert "dtd" in done.stdout
+    assert "svhn" not in done.stdout
+
+
+def test_peft_there_and_back(where: Path, task_maker: Callable[..., Task]) -> None:
+    store = ("--store", where / "s")
+    made = task_maker("lora", positions=("blocks.0.attn.qkv", "blocks.1.mlp.fc1"))
+    with Store(where / "s") as opened:
+        opened.add(made)  # task_maker shares an adapter with blocks.5.attn, which is no Linear
+    refused = run(*store, "export-peft", "lora", where / "peft")
+    assert refused.exit_code != 0
+    assert "blocks.5.attn" in refused.stderr
+    record = {
+        **made.record,
+        "positions": {"blocks.0.attn.qkv": [["a0", 0.5]]},
+        "adapters": {"a0": made.record["adapters"]["a0"]},
+    }
+    names = {"a0.down", "a0.up", "head.weight", "head.bias"}
+    with Store(where / "s") as opened:
+        opened.add(make_task(record, {name: t for name, t in made.tensors.items() if name in names}))
+    assert run(*store, "export-peft", "lora", where / "peft").exit_code == 0
+    back = json.loads(run(*store, "import-peft", where / "peft", "--name", "back", "--json").stdout)
+    assert (back[0]["task"], back[0]["new_bytes"]) == ("back", 0)
+    again = run(*store, "import-peft", where / "peft", "--backbone", "pear_tiny", "--name", "back")
+    assert "back@1 is unchanged" in again.stdout, again.output
+    missing = run(*store, "import-peft", where / "nothing")
+    assert missing.exit_code in (3, 4)
+    assert "Traceback" not in missing.output
+
+
+def test_export_asks_before_it_replaces(where: Path) -> None:
+    out = where / "out.safetensors"
+    out.write_text("mine")
+    refused = run("--store", where / "s", "export", "dtd", out)
+    assert (refused.exit_code, "--force replaces it" in refused.stderr, out.read_text()) == (1, True, "mine")
+    assert run("--store", where / "s", "export", "dtd", out, "--force").exit_code == 0
