@@ -39,6 +39,7 @@ TABLES = ("tensors", "packs", "manifests", "versions", "names", "tags", "removed
 _DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
+_LOCK_BYTES = 128 << 10  # a header and 64 bytes for each of 1,024 readers
 _MANIFEST_BYTES = 8 << 20  # more than any manifest that add accepts
 T = TypeVar("T")
 
@@ -329,6 +330,14 @@ class View:
         return int.from_bytes(self.get("meta", b"next_number") or b"", "little")
 
 
+def _reserve_lock(path: Path) -> None:
+    """Gives LMDB's lock file its space: LMDB writes to it through a map, and on a full disk that kills the process."""
+    if path.exists() or not path.parent.exists():
+        return
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
+
+
 class IndexReplacedError(Exception):
     """The directory holds another environment now: a rebuild has put it there."""
 
@@ -341,6 +350,7 @@ class Index:
         self.pid = os.getpid()
         self._file = str(path / "data.mdb")
         with self._translated():
+            _reserve_lock(path / "lock.mdb")
             for size in _MAP_BYTES:
                 try:
                     self._env = lmdb.open(

@@ -1,5 +1,6 @@
 """The store's promises (docs/design.md, section 6)."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -671,3 +673,38 @@ def test_adding_files_from_another_process_is_seen(store: Store, tmp_path: Path)
     process.join()
     assert process.exitcode == 0
     assert store.tasks()[0].task == "new"
+
+
+@pytest.mark.parametrize("work", ["gc", "repack", "remove", "tag", "rebuild"])
+def test_a_full_disk_in_the_middle_of_other_work_loses_nothing(small_disk: Path, work: str) -> None:
+    with Store.create(small_disk / "s") as store:
+        for start in range(0, 60, 20):
+            list(store.add_many([small_task(f"t{i}", seed=i) for i in range(start, start + 20)]))
+        store.remove(*(f"t{i}" for i in range(0, 60, 2)))
+        before = {v.task: contents(store.get(v.task)) for v in store.tasks()}
+        acts: dict[str, Callable[[], object]] = {
+            "gc": store.gc,
+            "repack": lambda: store.gc(repack_all=True),
+            "remove": lambda: [store.remove(f"t{i}") for i in range(1, 20, 2)],
+            "tag": lambda: [store.tag(f"t{i}", "prod") for i in range(1, 60, 2)],
+            "rebuild": lambda: rebuild(store.path),
+        }
+        with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(b"\0" * 4096) == 4096:
+                pass
+        if work == "gc":  # may do with the pages that the index has
+            with contextlib.suppress(DiskFullError):
+                acts[work]()
+        else:
+            with pytest.raises(DiskFullError, match="no space left on the device; nothing was changed"):
+                acts[work]()
+        held = {v.task: contents(store.get(v.task)) for v in store.tasks()}
+        assert held == {name: before[name] for name in held}
+        if work != "remove":
+            assert held == before
+        (small_disk / "filler").unlink()
+        acts[work]()
+        if work != "remove":
+            assert {name: contents(store.get(name)) for name in held} == held
+        assert list((store.path / "tmp").iterdir()) == []
+    assert verify(small_disk / "s").ok
