@@ -167,6 +167,11 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     return size
 
 
+def natural_key(position: str) -> list[tuple[int, str]]:
+    """Sort key that puts blocks.2 before blocks.10."""
+    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in position.split(".")]
+
+
 def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
     """The record with every tensor name replaced; nothing else is touched, unknown keys included."""
     adapters = {}

@@ -14,6 +14,7 @@ import click
 from platformdirs import user_data_path
 
 from pear_store import sources
+from pear_store.checkpoint import natural_key
 from pear_store.digest import ITEM_BYTES
 from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
@@ -219,7 +220,7 @@ def show(reference: str, as_json: bool) -> None:
     for key, value in task.record["metrics"].items():
         click.echo(f"{key:<11} {value}")
     rows = []
-    for position, branches in sorted(task.positions.items(), key=lambda item: _natural(item[0])):
+    for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
             entry = task.record["adapters"][branch.adapter]
             size = sum(task.tensors[entry[side]].size_bytes for side in ("down", "up"))
@@ -228,11 +229,6 @@ def show(reference: str, as_json: bool) -> None:
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
     if rows:
         _print_table(rows)
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key that puts blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in text.split(".")]
 
 
 @main.command()
@@ -265,7 +261,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
     rows = [
         {"position": p.position, "change": p.change, "shared": f"{p.shared_bytes:,}", "only first":
          f"{p.a_bytes - p.shared_bytes:,}", "only second": f"{p.b_bytes - p.shared_bytes:,}"}
-        for p in sorted(found.positions, key=lambda p: _natural(p.position))
+        for p in sorted(found.positions, key=lambda p: natural_key(p.position))
     ]  # fmt: skip
     if rows:
         _print_table(rows)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from pear_store.checkpoint import FORMAT, Branch, Task, make_task
+from pear_store.checkpoint import FORMAT, Branch, Task, make_task, natural_key
 from pear_store.container import container_chunks, read_container, strict_json
 from pear_store.digest import ITEM_BYTES, RawTensor
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, from_os_error
@@ -170,13 +170,13 @@ def export_peft(
         raise CheckpointError(task.name, f"{found}: PEFT LoRA has no activation between down and up")
     if not positions:
         raise CheckpointError(task.name, "field 'positions': empty: PEFT loads no LoRA without an adapter")
-    if linears is not None and (foreign := sorted(positions.keys() - linears.keys(), key=_natural)):
+    if linears is not None and (foreign := sorted(positions.keys() - linears.keys(), key=natural_key)):
         some = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise CheckpointError(task.name, f"positions {some}: no Linear of {task.backbone_model}: PEFT LoRA needs one")
     tensors: dict[str, RawTensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for position in sorted(positions, key=_natural):
+    for position in sorted(positions, key=natural_key):
         pair = _one_pair(task, position, positions[position])
         found_widths = (pair.a.shape[1], pair.b.shape[0])
         if linears is not None and found_widths != tuple(linears[position]):
@@ -290,7 +290,7 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, _P
     matched = prefix.removeprefix(_PREFIX)  # PEFT matches patterns with the path below base_model.model
     pairs = {
         position: _pair(lora[position], prefix + position, matched + position, config, path)
-        for position in sorted(lora, key=_natural)
+        for position in sorted(lora, key=natural_key)
     }
     return pairs, saved
 
@@ -471,11 +471,6 @@ def _write_folder(folder: Path, files: Mapping[str, Iterable[bytes | bytearray |
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    """A sort key under which blocks.2 comes before blocks.10."""
-    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in path.split(".")]
 
 
 def _is_rank(value: object) -> bool:

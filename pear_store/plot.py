@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from pear_store.checkpoint import Task
+from pear_store.checkpoint import Task, natural_key
 from pear_store.errors import PearStoreError
 from pear_store.store import Store
 
@@ -48,7 +48,7 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
         new.append(sum(size for digest, size in sizes.items() if digest not in seen))
         shared.append(sum(sizes.values()) - new[-1])
         seen |= sizes.keys()
-    columns = sorted({position for row in cells for position in row}, key=_natural)
+    columns = sorted({position for row in cells for position in row}, key=natural_key)
     uses = Counter(adapter for row in cells for adapter in row.values())
     colours = _colours([adapter for adapter in uses if uses[adapter] > 1])
     picture = np.ones((len(names), max(1, len(columns)), 3))
@@ -88,7 +88,3 @@ def _identity(task: Task, adapter: str) -> str:
 def _colours(adapters: list[str]) -> dict[str, tuple[float, float, float]]:
     """Hues a golden ratio apart, so that neighbours differ."""
     return {adapter: colorsys.hsv_to_rgb(0.618034 * i % 1, 0.65, 0.85) for i, adapter in enumerate(adapters)}
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in text.split(".")]

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError, Task, read_checkpoint
+from pear_store.checkpoint import natural_key
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ def colours(task: Task) -> dict[str, tuple[float, float, float]]:
 def positions(task: Task) -> list[tuple[str, list[Any]]]:
     """Positions with their branches, in forward order."""
 
-    def key(item: tuple[str, Any]) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in item[0].split(".")]
-
-    return sorted(task.positions.items(), key=key)
+    return sorted(task.positions.items(), key=lambda item: natural_key(item[0]))
 
 
 def draw(rows: Sequence[Row], out: Path, title: str = "") -> None:
