@@ -167,9 +167,9 @@ def expired(view: View, keep: int | None, older_than_s: float | None) -> Iterato
         return
     before = time.time_ns() - int((older_than_s or 0) * 1e9)
     tagged = set()
-    for key, value in view.rows("tags"):
+    for key, value in view.every("tags"):
         tagged.add((parse_tag_key(key)[0], TagRow.decode(key, value).version))
-    for task, group in groupby(view.rows("versions"), lambda row: parse_version_key(row[0])[0]):
+    for task, group in groupby(view.every("versions"), lambda row: parse_version_key(row[0])[0]):
         rows = list(group)
         for key, value in rows[: -max(1, keep or 1)]:
             number = parse_version_key(key)[1]

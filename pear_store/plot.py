@@ -61,7 +61,12 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
         figsize=(max(7, min(24, 0.25 * len(columns) + 4)), max(2.5, min(30, 0.25 * len(names) + 1.8))),
     )  # fmt: skip
     left.imshow(picture, aspect="auto", interpolation="nearest")
-    left.set_title("colour: adapter used more than once; grey: once; white: none", fontsize=9, loc="left")
+    left.set_title("colour: an adapter used more than once; grey: once", fontsize=9, loc="left")
+    if max(len(columns), len(names)) <= _LABELS:  # lines between the cells
+        left.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+        left.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
+        left.grid(which="minor", color="white", linewidth=2)
+        left.tick_params(which="minor", length=0)
     if len(columns) <= _LABELS:
         left.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     left.set_yticks(*((range(len(names)), names) if len(names) <= _LABELS else ([], [])), fontsize=7)
@@ -69,9 +74,10 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
     right.barh(rows, new, height=0.8, color="#4472a8", label="new")
     right.barh(rows, shared, left=new, height=0.8, color="#cfd9e6", label="shared with tasks above")
     saved = sum(shared) / max(1, sum(new) + sum(shared))
-    right.set_title(f"tensor bytes: {sum(shared):,} saved ({saved:.0%})", fontsize=9, loc="left")
-    right.legend(fontsize=7, frameon=False)
+    right.set_title(f"tensor bytes: {saved:.0%} saved", fontsize=9, loc="left")
+    right.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.06))
     right.tick_params(labelsize=7)
+    right.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

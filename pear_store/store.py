@@ -463,7 +463,7 @@ class Store:
         """Like :meth:`tasks`, one by one."""
         with self._open.read() as view:
             tags = _all_tags(view)
-            for key, value in view.rows("names"):
+            for key, value in view.every("names"):
                 row = NameRow.decode(key, value)
                 if row.newest:
                     yield _version(view, row.name, row.newest, tags)
@@ -475,9 +475,16 @@ class Store:
             NotFoundError: the named task has no version.
         """
         with self._open.read() as view:
-            prefix = b"" if task is None else task.encode("ascii", "replace") + b"\0"
             tags = _all_tags(view)
-            found = [_version(view, *parse_version_key(key), tags) for key, _ in view.rows("versions", prefix)]
+            rows = (
+                view.every("versions")
+                if task is None
+                else view.rows("versions", task.encode("ascii", "replace") + b"\0")
+            )
+            found = [_version(view, *parse_version_key(key), tags) for key, _ in rows]
+            known = name_row(view, task) if task is not None and TASK_NAME.fullmatch(task) else None
+            if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
+                raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
         if task is not None and not found:
             raise NotFoundError(_unknown(task, self.path))
         return found
@@ -490,7 +497,7 @@ class Store:
         """
         with self._open.read() as view:
             name, number, _ = _resolve(view, reference, self.path)
-            return _version(view, name, number, _tags_of(view, name))
+            return _version(view, name, number, _all_tags(view))
 
     def stats(self) -> Stats:
         """Counts and sizes of what is stored."""
@@ -558,7 +565,7 @@ class Store:
                 records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
                 packs[:] = [write_pack(self.path, {}, records)]
                 self._open.enter(view, packs[0], records, {})
-            return _version(view, name, number, _tags_of(view, name))
+            return _version(view, name, number, _all_tags(view))
 
         return self._open.write_packs(change, packs)
 
@@ -575,11 +582,11 @@ class Store:
 
         def change(view: View) -> list[Version]:
             found: dict[tuple[str, int], Version] = {}
+            tags = _all_tags(view)
             for reference in references:
                 name, which = parse_reference(reference)
                 if isinstance(which, str):
                     raise NotFoundError(f"{reference!r} is a tag: name the version, or untag it")
-                tags = _tags_of(view, name)
                 _, newest, _ = _resolve(view, reference, self.path)
                 prefix = version_key(name, newest) if which is not None else name.encode("ascii") + b"\0"
                 for key, _ in view.rows("versions", prefix):
@@ -679,7 +686,9 @@ def _resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionR
         found = view.get("tags", key)
         number = TagRow.decode(key, found).version if found else 0
         if not number:
-            have = ", ".join(tag for tags in _tags_of(view, name).values() for tag in tags) or "none"
+            have = (
+                ", ".join(tag for (task, _), tags in _all_tags(view).items() for tag in tags if task == name) or "none"
+            )
             raise NotFoundError(f"no tag {which!r} of task {name!r}; its tags: {have}")
     else:
         number = known.newest if which is None else which
@@ -695,14 +704,10 @@ def _unknown(name: str, path: Path) -> str:
     return f"no task {name!r} in {path}; 'pear-store ls' shows what is there"
 
 
-def _tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
-    return _all_tags(view, task.encode("ascii") + b"\0")
-
-
-def _all_tags(view: View, prefix: bytes = b"") -> dict[tuple[str, int], list[str]]:
-    """(task, version) -> tags."""
+def _all_tags(view: View) -> dict[tuple[str, int], list[str]]:
+    """(task, version) -> tags. Walks them all, so that one that a damaged page hides is missed."""
     found: dict[tuple[str, int], list[str]] = {}
-    for key, value in view.rows("tags", prefix):
+    for key, value in view.every("tags"):
         row = TagRow.decode(key, value)
         if row.version:
             task, tag = parse_tag_key(key)
