@@ -15,8 +15,9 @@ from pear_store.errors import (
 )
 from pear_store.gc import GcResult
 from pear_store.integrity import Damage, Repaired, Report, repair, verify
+from pear_store.loading import Refused
 from pear_store.recovery import Rebuilt, rebuild
-from pear_store.store import Added, Diff, PositionDiff, Refused, Stats, Store, Version
+from pear_store.store import Added, Diff, PositionDiff, Stats, Store, Version
 
 __all__ = [
     "Added",

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,25 +103,71 @@ def make_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where
     return _checked_task(record, tensors, where)
 
 
-def _checked_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where: str | Path) -> Task:
+def _checked_task(
+    record: Mapping[str, Any],
+    tensors: Mapping[str, RawTensor],
+    where: str | Path,
+    finite: Container[str] = (),
+) -> Task:
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
-        if tensor.dtype in _FLOATS and not _all_finite(tensor):
+        if name not in finite and tensor.dtype in _FLOATS and not _all_finite(tensor):
             raise CheckpointError(where, f"tensor {name!r}: holds NaN or infinity: expected finite values")
     return Task(record, tensors)
 
 
-def read_checkpoint(path: str | Path) -> Task:
-    """Reads and checks a task checkpoint.
+class KnownTensors:
+    """Tensors that several checkpoints hold, as they were read first: one that equals such a copy byte for byte has its
+    digest and needs no hashing. Holds at most 16 MiB."""
+
+    def __init__(self) -> None:
+        self._copies: OrderedDict[Digest, tuple[str, tuple[int, ...], bytes]] = OrderedDict()
+        self._bytes = 0
+        self._seen: set[Digest] = set()
+
+    def prove(self, tensor: RawTensor, digest: Digest) -> bool:
+        """Whether a copy of that digest equals the tensor; if so, the tensor takes the digest on."""
+        copy = self._copies.get(digest) if isinstance(digest, str) else None
+        # two bytes objects compare by memcmp, memory views item by item
+        if copy is None or copy[:2] != (tensor.dtype, tensor.shape) or copy[2] != bytes(tensor.data):
+            return False
+        self._copies.move_to_end(digest)
+        tensor.__dict__["digest"] = digest
+        return True
+
+    def remember(self, tensor: RawTensor) -> None:
+        """Takes a checked tensor's digest down; the second time, a copy of it."""
+        if tensor.digest not in self._seen:
+            if len(self._seen) == _SEEN:
+                self._seen.clear()
+            self._seen.add(tensor.digest)
+        elif tensor.digest not in self._copies:
+            self._copies[tensor.digest] = (tensor.dtype, tensor.shape, bytes(tensor.data))
+            self._bytes += tensor.size_bytes
+            while self._bytes > _KNOWN_BYTES:
+                self._bytes -= len(self._copies.popitem(last=False)[1][2])
+
+
+_KNOWN_BYTES = 16 * 1024 * 1024
+_SEEN = 100_000
+
+
+def read_checkpoint(path: str | Path, known: KnownTensors | None = None) -> Task:
+    """Reads and checks a task checkpoint; `known` are tensors of those read before.
 
     Raises:
         NotFoundError: no such file.
         CheckpointError: anything in it that is not as docs/design.md, section 5 says.
     """
-    return task_from_container(*read_container(path), path)
+    return task_from_container(*read_container(path), path, known)
 
 
-def task_from_container(metadata: Mapping[str, str], tensors: Mapping[str, RawTensor], path: str | Path) -> Task:
+def task_from_container(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, RawTensor],
+    path: str | Path,
+    known: KnownTensors | None = None,
+) -> Task:
     """The task that a file's metadata and tensors hold; see :func:`read_checkpoint`."""
     if "pear" not in metadata:
         raise CheckpointError(path, "metadata key 'pear' is missing: a safetensors file, but no task checkpoint")
@@ -131,13 +178,20 @@ def task_from_container(metadata: Mapping[str, str], tensors: Mapping[str, RawTe
     if not isinstance(record, dict):
         raise CheckpointError(path, f"metadata key 'pear': expected an object, found {type(record).__name__}")
     digests = record.pop("digests", None)
+    proven: set[str] = set()
     if digests is not None:
         if not isinstance(digests, dict) or set(digests) != set(tensors):
             raise CheckpointError(path, "field 'digests': expected one digest for each tensor")
         for name, tensor in tensors.items():
-            if tensor.digest != digests[name]:
+            if known is not None and known.prove(tensor, digests[name]):
+                proven.add(name)
+            elif tensor.digest != digests[name]:
                 raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
-    return _checked_task(record, tensors, path)
+    task = _checked_task(record, tensors, path, proven)
+    if known is not None:
+        for name in tensors.keys() - proven:
+            known.remember(tensors[name])
+    return task
 
 
 def write_checkpoint(path: str | Path, task: Task) -> int:

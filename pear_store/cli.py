@@ -19,9 +19,10 @@ from pear_store.digest import ITEM_BYTES
 from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
 from pear_store.integrity import verify as verify_store
+from pear_store.loading import Refused
 from pear_store.recovery import rebuild as rebuild_store
 from pear_store.sources import Source
-from pear_store.store import Added, Refused, Store, Version
+from pear_store.store import Added, Store, Version
 
 F = TypeVar("F", bound=Callable[..., Any])
 

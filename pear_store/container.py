@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,45 +53,51 @@ def strict_json(text: str | bytes) -> Any:
 def _parse_json(text: str | bytes) -> Any:
     """JSON without duplicate keys, NaN and infinities; else a ValueError."""
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) == len(items):
-            return found
-        found = {}
-        for key, value in items:
-            if key in found:
-                raise ValueError(f"duplicate key {key[:80]!r}")
-            found[key] = value
-        return found
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) == len(items):
+        return found
+    found = {}
+    for key, value in items:
+        if key in found:
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
 def check_json(value: Any) -> None:
     """Raises a ValueError unless the value is JSON that UTF-8 can hold: finite, at most 64 levels deep."""
-    level = [value]
+    level: list[Any] = [[value]]
     for _ in range(_MAX_DEPTH):
         below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += item.keys()
-                below += item.values()
-            elif isinstance(item, list):
-                below += item
-            elif isinstance(item, str):
-                if not item.isascii():
-                    item.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
-            elif isinstance(item, float):
-                if not isfinite(item):
-                    raise ValueError(f"{item} is not a JSON number")
-            elif item is not None and not isinstance(item, int):
-                raise ValueError(f"{type(item).__name__} is no JSON type")
+        for container in level:
+            for item in chain(container, container.values()) if isinstance(container, dict) else container:
+                kind = type(item)
+                if kind is str:
+                    if not item.isascii():
+                        item.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
+                elif kind is dict or kind is list:
+                    below.append(item)
+                elif kind is float:
+                    if not isfinite(item):
+                        raise ValueError(f"{item} is not a JSON number")
+                elif isinstance(item, dict | list):
+                    below.append(item)
+                elif item is not None and not isinstance(item, int | str | float):
+                    raise ValueError(f"{kind.__name__} is no JSON type")
         if not below:
             return
         level = below
@@ -104,6 +111,26 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
         CheckpointError: the file is no safetensors file, or its header does not describe its bytes exactly.
     """
     start = file.read(8)
+    length = _header_length(start, where, file_bytes)
+    return _checked_header(file.read(length), where, file_bytes)
+
+
+def parse_buffer(data: memoryview, where: str | Path) -> tuple[Header, dict[str, RawTensor]]:
+    """A file that lies in memory: its header and its tensors, as views.
+
+    Raises:
+        CheckpointError: it is not a file that safetensors could have written.
+    """
+    length = _header_length(bytes(data[:8]), where, len(data))
+    header = _checked_header(bytes(data[8 : 8 + length]), where, len(data))
+    tensors = {
+        name: RawTensor.unchecked(p.dtype, p.shape, data[p.offset : p.offset + p.length], p.length)
+        for name, p in header.places.items()
+    }
+    return header, tensors
+
+
+def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
     if len(start) < 8:
@@ -113,7 +140,10 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
         raise CheckpointError(where, f"header of {length} bytes: at most {MAX_HEADER_BYTES} are read; not safetensors?")
     if 8 + length > file_bytes:
         raise CheckpointError(where, f"truncated: the header needs {8 + length} bytes, the file has {file_bytes}")
-    text = file.read(length)
+    return length
+
+
+def _checked_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
     try:
         header = _parse_json(text.decode("utf-8"))
     except ValueError as error:
@@ -123,8 +153,8 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(where, "header field '__metadata__': expected an object of strings")
-    places = {name: _place(name, entry, 8 + length, where) for name, entry in header.items()}
-    end = 8 + length
+    end = 8 + len(text)
+    places = {name: _place(name, entry, end, where) for name, entry in header.items()}
     for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].length)):
         if place.offset != end:
             raise CheckpointError(where, f"tensor {name!r}: starts at byte {place.offset}, expected {end}")
@@ -186,15 +216,10 @@ def parse_container(stream: BinaryIO, where: str | Path) -> tuple[dict[str, str]
 def _parse(file: BinaryIO, where: str | Path, file_bytes: int) -> tuple[dict[str, str], dict[str, RawTensor]]:
     if file_bytes > MAX_FILE_BYTES:
         raise CheckpointError(where, f"more than {MAX_FILE_BYTES} bytes: larger files are not read")
-    header = read_header(file, where, file_bytes)
-    start = file.tell()
-    data = memoryview(file.read())
-    if len(data) != file_bytes - start:
+    data = memoryview(file.read(file_bytes + 1))
+    if len(data) != file_bytes:
         raise CheckpointError(where, "changed while it was read")
-    tensors = {
-        name: RawTensor(p.dtype, p.shape, data[p.offset - start : p.offset - start + p.length])
-        for name, p in header.places.items()
-    }
+    header, tensors = parse_buffer(data, where)
     return header.metadata, tensors
 
 
@@ -202,9 +227,9 @@ def lay_out(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> tu
     """The header bytes of a file with these tensors, and where each tensor comes to lie.
 
     Wider dtypes come first and the header is padded to 8 bytes, so that every tensor is aligned for a memory map;
-    within a dtype, tensors are in the order of their names. Equal input gives equal bytes.
+    tensors of one width stay in the order given.
     """
-    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+    order = sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -227,8 +252,8 @@ def lay_out(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> tu
 def container_chunks(
     tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]
 ) -> Iterable[bytes | bytearray | memoryview]:
-    """The file's bytes, in order: the header, then each tensor."""
-    head, places = lay_out(tensors, metadata)
+    """The file's bytes, in order: the header, then each tensor, by name. Equal input gives equal bytes."""
+    head, places = lay_out(dict(sorted(tensors.items())), metadata)
     yield head
     for name in places:
         yield tensors[name].data

@@ -1,19 +1,22 @@
 """Garbage collection: what versions need is marked, the rest is swept, and packs that are mostly dead are rewritten.
 
-Marks are one byte for each tensor and manifest ever numbered; no list of either is held in memory.
+Marks are one byte for each tensor and manifest ever numbered; no list of either is held in memory. A tensor that no
+version needs keeps its row as long as its pack stays, for a later add may need it again; it counts as removed.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import compress, groupby
+from operator import gt
 from pathlib import Path
 
 from pear_store.digest import Digest, RawTensor, from_digest, is_digest
 from pear_store.errors import DamagedError, PearStoreError, from_os_error
 from pear_store.index import (
     NO_PACK,
+    ContentsRow,
     ManifestRow,
     NameRow,
     PackRow,
@@ -29,7 +32,7 @@ from pear_store.index import (
     version_key,
 )
 from pear_store.opened import OpenStore, name_row, version_row
-from pear_store.pack import Records, WrittenPack, pack_path, read_records, sync_directory, write_pack
+from pear_store.pack import Records, WrittenPack, bare_header, pack_path, read_records, sync_directory, write_pack
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
@@ -52,11 +55,13 @@ class GcResult:
 
 @dataclass
 class PackUse:
-    """How much of a pack is needed: live tensor bytes, and whether anything else in it is."""
+    """How much of a pack is needed: live tensor bytes, and whether anything else in it is. `contents` is its new row
+    where what counts as removed has changed."""
 
     row: PackRow
     live_bytes: int = 0
     needed: bool = False
+    contents: ContentsRow | None = None
 
     @property
     def dead_bytes(self) -> int:
@@ -73,8 +78,10 @@ class Marked:
     logical_bytes: int = 0
     kept_tensors: int = 0
     kept_bytes: int = 0
-    dead_tensors: int = 0
-    dead_bytes: int = 0
+    removed_tensors: int = 0
+    removed_bytes: int = 0
+    lost: ContentsRow | None = None
+    """Of NO_PACK, as `PackUse.contents`"""
 
 
 def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
@@ -121,21 +128,33 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         need(TagRow.decode(key, value).pack)
     for key, value in view.every("removed"):
         need(RemovedRow.decode(key, value).pack)
-    for key, value in view.every("tensors"):
-        number, pack, _, length, _, _ = TensorRow.decode(key, value)
-        if number >= len(marks):
-            raise DamagedError("the index's count of numbers", "too small")
-        if marks[number]:
-            marked.kept_tensors += 1
-            marked.kept_bytes += length
-            if pack != NO_PACK:
-                need(pack).live_bytes += length
-        else:
-            marked.dead_tensors += 1
-            marked.dead_bytes += length
+    packs[NO_PACK] = PackUse(PackRow(0, 0))
+    for pack, value in view.every("contents"):
+        row = ContentsRow.decode(pack, value)
+        try:
+            live = bytes(map(marks.__getitem__, row.numbers))
+        except IndexError:
+            raise DamagedError("the index's count of numbers", "too small") from None
+        if count := live.count(1):
+            use = need(pack)
+            use.live_bytes = sum(compress(row.lengths, live))
+            marked.kept_tensors += count
+            marked.kept_bytes += use.live_bytes
+        dead = live.translate(_OTHER)
+        if dead != row.removed:
+            if pack not in packs:
+                raise DamagedError(f"pack {pack.hex()}", "the index does not list it")
+            fresh = bytes(map(gt, dead, row.removed))
+            marked.removed_tensors += fresh.count(1)
+            marked.removed_bytes += sum(compress(row.lengths, fresh))
+            packs[pack].contents = ContentsRow(row.numbers, row.lengths, dead)
+    marked.lost = packs.pop(NO_PACK).contents
     if marked.kept_tensors != needed:
-        raise DamagedError("index table tensors", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
+        raise DamagedError("index table contents", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
     return marked
+
+
+_OTHER = bytes([1, 0]) + bytes(254)
 
 
 def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
@@ -190,13 +209,13 @@ def collect(
         gone = list(expired(view, keep, older_than_s))
         packs[:] = remove_versions(opened, view, gone)
         marked = mark(view)
-        marks = marked.marks
-        if marked.dead_tensors:
-            view.delete_where("tensors", lambda _, value: not marks[TensorRow.number_of(value)])
-        view.delete_where("manifests", lambda key, value: not marks[ManifestRow.decode(key, value).number])
+        drop_manifests(view, marked.marks)
         for pack, use in marked.packs.items():
-            if not use.needed:
-                view.delete("packs", pack)
+            if use.contents is not None and use.needed:
+                view.put("contents", pack, use.contents.encode(pack))
+        if marked.lost is not None:
+            view.put("contents", NO_PACK, marked.lost.encode(NO_PACK))
+        drop_packs(opened.path, view, [pack for pack, use in marked.packs.items() if not use.needed])
         return len(gone), marked
 
     if dry_run:
@@ -213,7 +232,7 @@ def collect(
         for step in _steps(victims, marked.packs):
             left += _repack(opened, step, marked.packs)
     return GcResult(
-        removed, marked.dead_tensors, marked.dead_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run
+        removed, marked.removed_tensors, marked.removed_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run
     )
 
 
@@ -248,6 +267,29 @@ def drop_settled_removals(path: Path, view: View) -> None:
     view.delete_where("removed", settled)
 
 
+def drop_manifests(view: View, marks: bytearray) -> None:
+    """Deletes the manifests that no version has."""
+    view.delete_where("manifests", lambda key, value: not marks[ManifestRow.decode(key, value).number])
+
+
+def drop_packs(path: Path, view: View, packs: Sequence[bytes]) -> None:
+    """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold."""
+    unread = set()
+    for pack in packs:
+        header = bare_header(pack_path(path, pack))
+        if header is None:
+            unread.add(pack)
+            continue
+        for name in filter(is_digest, header.places):
+            value = view.get("tensors", key := from_digest(Digest(name)))
+            if value is not None and TensorRow.peek(value).pack == pack:
+                view.delete("tensors", key)
+    if unread:  # missing or damaged
+        view.delete_where("tensors", lambda _, value: TensorRow.peek(value).pack in unread)
+    for pack in packs:
+        view.drop_pack(pack)
+
+
 def unlink_packs(opened: OpenStore, packs: Iterable[bytes]) -> None:
     """Unlinks packs that no row names any more; names of packs never come again."""
     folders = set()
@@ -260,15 +302,15 @@ def unlink_packs(opened: OpenStore, packs: Iterable[bytes]) -> None:
 
 
 def _victims(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
-    """Packs worth rewriting: mostly dead ones, or every one with dead bytes and all small ones; several without
-    tensors become one."""
+    """Packs worth rewriting: those more than two thirds dead, where each byte written frees two or more, or every one
+    with dead bytes and all small ones; several without tensors become one."""
     needed = {pack: use for pack, use in packs.items() if use.needed}
     if repack_all:
         small = [pack for pack, use in needed.items() if use.row.tensor_bytes * 4 < REPACK_BYTES]
         dead = [pack for pack, use in needed.items() if use.dead_bytes]
     else:
         small = [pack for pack, use in needed.items() if not use.row.tensor_bytes]
-        dead = [pack for pack, use in needed.items() if use.dead_bytes * 2 > use.row.tensor_bytes]
+        dead = [pack for pack, use in needed.items() if use.dead_bytes * 3 > use.row.tensor_bytes * 2]
     chosen = {*dead, *(small if len(small) > 1 else ())}
     return [pack for pack in needed if pack in chosen]
 
@@ -307,8 +349,8 @@ class Contents:
         self.records.highest.update(other.records.highest)
 
 
-def _needed_of(opened: OpenStore, view: View, pack: bytes) -> Contents:
-    """What the index still needs of a pack, by the pack's own header.
+def _needed_of(opened: OpenStore, view: View, pack: bytes, marks: bytearray) -> Contents:
+    """What is still needed of a pack, by the pack's own header.
 
     Raises:
         DamagedError: something in it is damaged.
@@ -322,10 +364,16 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes) -> Contents:
             continue
         value = view.get("tensors", key := from_digest(Digest(name)))
         row = TensorRow.decode(key, value) if value is not None else None
-        if row is not None and row.pack == pack:
+        if row is not None and row.pack == pack and marks[row.number]:
             digest = Digest(name)
             found.tensors[digest] = opened.tensor(view, digest, row)
             found.numbers[digest] = row.number
+    listed = view.get("contents", pack)
+    live = 0 if listed is None else sum(map(marks.__getitem__, ContentsRow.decode(pack, listed).numbers))
+    if live != len(found.tensors):
+        raise DamagedError(
+            f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
+        )
     for version in records.versions:
         current = version_row(view, version.task, version.version)
         if current is not None and current.pack == pack:
@@ -350,7 +398,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes) -> Contents:
 def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
     """Writes contents into a new pack and points the index there."""
     written = write_pack(opened.path, contents.tensors, contents.records)
-    opened.enter(view, written, contents.records, contents.numbers)
+    opened.enter(view, written, contents.records, contents.numbers, contents.tensors)
     for version in contents.records.versions:
         key = version_key(version.task, version.version)
         row = version_row(view, version.task, version.version)
@@ -374,18 +422,19 @@ def _repack(opened: OpenStore, victims: list[bytes], uses: dict[bytes, PackUse])
         moved.clear()
         left = 0
         contents = Contents()
+        marks = mark(view).marks  # an add may have come to need what was dead
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
             try:
-                contents.merge(_needed_of(opened, view, pack))
+                contents.merge(_needed_of(opened, view, pack, marks))
                 moved.append(pack)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
                 left += uses[pack].dead_bytes
+        drop_manifests(view, marks)  # of what was removed meanwhile: their tensors' rows go, too
+        drop_packs(opened.path, view, moved)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))
-        for pack in moved:
-            view.delete("packs", pack)
         return left
 
     try:

@@ -2,6 +2,7 @@
 
     tensors    32-byte digest                 -> TensorRow
     packs      32-byte hash                   -> PackRow
+    contents   32-byte hash                   -> ContentsRow
     manifests  32-byte hash                   -> ManifestRow
     versions   task, NUL, big-endian number   -> VersionRow
     names      case-folded task               -> NameRow
@@ -22,9 +23,10 @@ import struct
 import threading
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
@@ -34,8 +36,8 @@ import lmdb
 from pear_store.digest import ITEM_BYTES
 from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
-INDEX_FORMAT = b"2"
-TABLES = ("tensors", "packs", "manifests", "versions", "names", "tags", "removed", "meta")
+INDEX_FORMAT = b"3"
+TABLES = ("tensors", "packs", "contents", "manifests", "versions", "names", "tags", "removed", "meta")
 _DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
@@ -69,7 +71,7 @@ class TensorRow(NamedTuple):
 
     @staticmethod
     def number_of(row: bytes) -> int:
-        return int.from_bytes(row[:8], "little")
+        return int.from_bytes(row[:4], "little")
 
     @classmethod
     def peek(cls, row: bytes) -> "TensorRow":
@@ -81,7 +83,7 @@ class TensorRow(NamedTuple):
             raise DamagedError("a tensor's index row", "it cannot be read") from None
 
 
-_TENSOR = struct.Struct("<Q32sQQBB")
+_TENSOR = struct.Struct("<I32sQQBB")
 _SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(9)]
 NO_PACK = bytes(32)
 
@@ -102,35 +104,109 @@ class PackRow:
 
 
 @dataclass(frozen=True)
-class ManifestRow:
-    """A manifest's own number and the numbers of the tensors that it names; behind them lies the manifest, compressed.
+class ContentsRow:
+    """The tensors that the index lists in a pack: their numbers, their lengths in bytes, and which of them (1) an
+    earlier gc has counted as removed. Those lie in the pack until it goes; an add may use them again."""
 
-    The manifest is not checked here: whoever uses it hashes it. The numbers carry a checksum of their own.
+    numbers: "array[int]"
+    lengths: "array[int]"
+    removed: bytes
+
+    def encode(self, key: bytes) -> bytes:
+        return _sealed(
+            key, struct.pack("<I", len(self.numbers)) + self.numbers.tobytes() + self.lengths.tobytes() + self.removed
+        )
+
+    @classmethod
+    def decode(cls, key: bytes, row: bytes) -> "ContentsRow":
+        body = _unsealed(key, row)
+        count = int.from_bytes(body[:4], "little")
+        if len(body) != 4 + 13 * count:
+            raise DamagedError(f"contents of pack {key.hex()}", "its length is wrong")
+        numbers, lengths = array("I", body[4 : 4 + 4 * count]), array("Q", body[4 + 4 * count : 4 + 12 * count])
+        return cls(numbers, lengths, body[4 + 12 * count :])
+
+    def without(self, numbers: Container[int]) -> "ContentsRow":
+        stays = [number not in numbers for number in self.numbers]
+        return ContentsRow(
+            array("I", compress(self.numbers, stays)), array("Q", compress(self.lengths, stays)),
+            bytes(compress(self.removed, stays)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """A manifest's own number and the numbers of the tensors that it names; behind them, compressed, where those
+    tensors lay when it was added, and the manifest.
+
+    The manifest is not checked here: whoever uses it hashes it. The numbers carry a checksum of their own. The places
+    are hints: a tensor is hashed when it is read, and looked up in its own row where the hint no longer holds.
     """
 
     number: int
     tensors: memoryview
 
     @staticmethod
-    def encode(key: bytes, number: int, tensors: Iterable[int], manifest: bytes) -> bytes:
-        numbers = array("Q", [number, *sorted(tensors)]).tobytes()
-        return struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 8) + numbers + zlib.compress(manifest, 1)
+    def encode(
+        key: bytes, number: int, tensors: Iterable[int], manifest: bytes, places: Sequence[TensorRow] = ()
+    ) -> bytes:
+        """A row; `places` in the order of the digests."""
+        numbers = array("I", [number, *sorted(tensors)]).tobytes()
+        packs = list(dict.fromkeys(place.pack for place in places))
+        hints = b"".join(
+            _PLACE.pack(packs.index(pack), offset, length, _DTYPES.index(dtype), len(shape))
+            + _SHAPES[len(shape)].pack(*shape)
+            for _, pack, offset, length, dtype, shape in places
+        )
+        press = zlib.compressobj(1, zdict=_USUAL)
+        pressed = press.compress(struct.pack("<HH", len(packs), len(places)) + b"".join(packs) + hints + manifest)
+        head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
+        return head + numbers + pressed + press.flush()
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
-        end = 8 + 8 * int.from_bytes(row[4:8], "little")
-        if not 16 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
+        end = 8 + 4 * int.from_bytes(row[4:8], "little")
+        if not 12 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
             raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
-        numbers = memoryview(row)[8:end].cast("Q")
+        numbers = memoryview(row)[8:end].cast("I")
         return cls(numbers[0], numbers[1:])
+
+    @staticmethod
+    def unpack(row: bytes) -> tuple[bytes, list[TensorRow]]:
+        """The manifest's bytes, unchecked, and the hints; empty if they cannot be had."""
+        try:
+            press = zlib.decompressobj(zdict=_USUAL)
+            body = press.decompress(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
+            packs, count = struct.unpack_from("<HH", body)
+            at = 4 + 32 * packs
+            places = []
+            for _ in range(count):
+                pack, offset, length, dtype, axes = _PLACE.unpack_from(body, at)
+                shape = _SHAPES[axes].unpack_from(body, at + _PLACE.size)
+                places.append(TensorRow(0, body[4 + 32 * pack : 36 + 32 * pack], offset, length, _DTYPES[dtype], shape))
+                at += _PLACE.size + 8 * axes
+            return body[at:], places
+        except (zlib.error, struct.error, IndexError):
+            return b"", []
 
     @staticmethod
     def manifest_of(row: bytes) -> bytes:
         """The manifest's bytes, unchecked; empty if they cannot be had."""
-        try:
-            return zlib.decompressobj().decompress(row[8 + 8 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
-        except zlib.error:
-            return b""
+        return ManifestRow.unpack(row)[0]
+
+
+_PLACE = struct.Struct("<HQQBB")
+_USUAL = (
+    b'"scale":"training":{"epochs":,"method":"pear","ratio":0.5,"seed":0},"metrics":{"test_top1":0.,"val_top1":0.'
+    b'"blocks.0.mlp.fc1.fc2.attn.qkv.proj":[["a3",1.0],["a12",0.0]],"format":"pear-task/1",'
+    b'"head":{"bias":"sha256:","weight":"sha256:"},"labels":["'
+    b'"backbone":{"digest":"sha256:","model":"vit_base_patch16_224.augreg_in21k"},"preprocess":{"crop_mode":"center",'
+    b'"crop_pct":0.9,"input_size":[3,224,224],"interpolation":"bicubic","mean":[0.485,0.456,0.406],'
+    b'"std":[0.229,0.224,0.225]},"mean":[0.5,0.5,0.5],"std":[0.5,0.5,0.5]},"task":"'
+    b'"positions":{"blocks.0.attn":[["a0",1.0]],"blocks.1.mlp":[["a1",1.0]],"blocks.10.attn":[["'
+    b'{"activation":"identity","adapters":{"a1":{"down":"sha256:","up":"sha256:"},"a2":{"down":"sha256:'
+)
+"""zlib's preset dictionary: what manifests have in common. Part of the format."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +396,23 @@ class View:
             else:
                 found = cursor.next()
 
+    def drop_pack(self, pack: bytes) -> None:
+        """Deletes a pack's rows; those of its tensors are the caller's."""
+        self.delete("packs", pack)
+        self.delete("contents", pack)
+
+    def list_tensors(self, pack: bytes, numbers: Iterable[int], lengths: Iterable[int]) -> None:
+        """Enters which tensors a new pack holds; none of them is listed elsewhere."""
+        row = ContentsRow(array("I", numbers), array("Q", lengths), b"")
+        row = ContentsRow(row.numbers, row.lengths, bytes(len(row.numbers)))
+        self.put("contents", pack, row.encode(pack))
+
+    def unlist_tensors(self, pack: bytes, numbers: Container[int]) -> None:
+        """Takes tensors that moved elsewhere from a pack's contents."""
+        row = self.get("contents", pack)
+        if row is not None:
+            self.put("contents", pack, ContentsRow.decode(pack, row).without(numbers).encode(pack))
+
     def take_numbers(self, count: int) -> int:
         """The first of `count` tensor numbers that were never used."""
         first = int.from_bytes(self.get("meta", b"next_number") or b"", "little")
@@ -374,9 +467,11 @@ class Index:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
             if found_format != INDEX_FORMAT:
                 self._env.close()
+                older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
+                remedy = "'pear-store rebuild' makes it anew from the packs" if older else "use the Pear that wrote it"
                 raise FormatError(
-                    f"{path.parent}: store format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
-                    f"{INDEX_FORMAT.decode()!r}; use the Pear that wrote it"
+                    f"{path.parent}: index format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
+                    f"{INDEX_FORMAT.decode()!r}; {remedy}"
                 )
             self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
 

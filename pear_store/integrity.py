@@ -1,12 +1,9 @@
 """Checks a store, and mends it from good copies."""
 
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +19,10 @@ from pear_store.errors import (
     NotFoundError,
     PearStoreError,
 )
+from pear_store.forked import Worker, WorkerDiedError, can_fork
 from pear_store.index import (
     NO_PACK,
+    ContentsRow,
     ManifestRow,
     NameRow,
     RemovedRow,
@@ -45,8 +44,6 @@ from pear_store.pack import (
     pack_path,
     read_records,
 )
-
-_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -118,25 +115,20 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
 
 def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | None, str]:
     """What a child process finds, or how it ended."""
-    if threading.active_count() == 1:  # a fork starts at once, but is not for programs with threads
-        answer, end = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with suppress(BaseException):
-                os.close(answer)
-                with open(end, "w") as out:
-                    out.write(_checked(path, subset))
-                os._exit(0)
-            os._exit(1)
-        os.close(end)
-        with open(answer) as text:
-            output = text.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    else:
-        run = f"from pear_store.integrity import _checked; print(_checked({str(path)!r}, {subset!r}))"
-        done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
-        output, code = done.stdout, done.returncode
-    return (json.loads(output), "") if code == 0 else (None, f"reading it ended with exit code {code}")
+    if can_fork():  # starts at once
+        worker = Worker(lambda _: _checked(path, subset))
+        try:
+            worker.ask(None)
+            return json.loads(worker.answer()), ""
+        except WorkerDiedError as error:
+            return None, f"reading it {error}"
+        finally:
+            worker.close()
+    run = f"from pear_store.integrity import _checked; print(_checked({str(path)!r}, {subset!r}))"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    if done.returncode:
+        return None, f"reading it ended with exit code {done.returncode}"
+    return json.loads(done.stdout), ""
 
 
 def _checked(path: str | Path, subset: tuple[int, int]) -> str:
@@ -177,7 +169,9 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
     Raises:
         DamagedError: the index cannot be trusted.
     """
-    report = Report()
+    worker = Worker(lambda _: check_packs(path, subset)) if can_fork() else None  # packs and index on a core each
+    if worker is not None:
+        worker.ask(None)
     opened = OpenStore(path)
     try:
         with opened.read() as view:
@@ -189,42 +183,38 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
                     bad_manifests.add(key)
                     continue
                 _check_numbers(view, key, row, manifest)
-            bad = _check_packs(opened, view, subset, report)
-            with opened.read() as later:  # what a gc moved meanwhile
-                moved = {pack for pack, _ in later.rows("packs")} - {pack for pack, _ in view.rows("packs")}
-            if moved:
-                bad |= _check_packs(opened, view, subset, report, moved)
+            try:
+                report, bad = worker.answer() if worker is not None else check_packs(path, subset)
+            except WorkerDiedError:
+                report, bad = check_packs(path, subset)
             bad |= lost if subset[0] == 1 else set()
+        with opened.read() as view:  # what was added meanwhile may be hit, too
             report.damaged = _hit(view, bad)
             report.damaged_manifests = _hit_manifests(view, bad_manifests)
     finally:
         opened.close()
+        if worker is not None:
+            worker.close()
     return report
 
 
-def _check_packs(
-    opened: OpenStore, view: View, subset: tuple[int, int], report: Report, only: set[bytes] | None = None
-) -> set[Digest]:
-    """Checks packs, enters what is found into the report; returns tensors that are damaged or missing."""
+def check_packs(path: Path, subset: tuple[int, int]) -> tuple[Report, set[Digest]]:
+    """Hashes what the index lists in the packs; returns a report, and the tensors that are damaged or missing."""
+    report = Report()
     bad: set[Digest] = set()
-    chosen = [pack for pack, _ in view.rows("packs")] if only is None else sorted(only)
-    packs = [pack for pack in chosen if pack[0] % subset[1] == subset[0] - 1]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for pack, result in zip(packs, pool.map(lambda pack: _check_pack(opened, pack), packs), strict=True):
-            report.packs += 1
-            report.tensors += result.tensors
-            report.bytes += result.bytes
-            bad |= result.bad
-            if result.sound:
-                continue
-            report.damaged_packs.append(pack.hex())
-            with opened.read() as now:  # its header does not tell what is in it: look at each row
-                for digest, row in _rows_in(now, {pack}):
-                    try:
-                        opened.tensor(now, digest, row)
-                    except DamagedError:
-                        bad.add(digest)
-    return bad
+    done: set[bytes] = set()
+    opened = OpenStore(path)
+    try:
+        while True:
+            with opened.read() as view:
+                packs = {pack for pack, _ in view.rows("packs") if pack[0] % subset[1] == subset[0] - 1}
+            if packs <= done:  # else a gc moved something meanwhile, or an add brought more
+                return report, bad
+            for pack in sorted(packs - done):
+                bad |= _check_pack(opened, pack, report)
+            done |= packs
+    finally:
+        opened.close()
 
 
 def check_index(view: View) -> set[Digest]:
@@ -233,7 +223,7 @@ def check_index(view: View) -> set[Digest]:
     Raises:
         DamagedError: naming the first row that cannot be trusted.
     """
-    marked = gc.mark(view)
+    gc.mark(view)
     newest: dict[str, int] = {}
     for key, _ in view.every("versions"):
         task, number = parse_version_key(key)
@@ -249,17 +239,20 @@ def check_index(view: View) -> set[Digest]:
         tagged = TagRow.decode(key, value)
         if tagged.version and version_row(view, task, tagged.version) is None:
             raise DamagedError(f"tag {task}@{tag}", f"there is no version {tagged.version}")
-    for key, row_bytes in view.every("manifests"):
-        ManifestRow.decode(key, row_bytes)
-    seen = bytearray(len(marked.marks))
+    listed_in: dict[int, bytes] = {}
+    for pack, value in view.every("contents"):
+        for number in ContentsRow.decode(pack, value).numbers:
+            if listed_in.setdefault(number, pack) != pack:
+                raise DamagedError(f"contents of pack {pack.hex()}", f"its tensor {number} is another's, too")
     lost = set()
     for key, value in view.every("tensors"):
-        number = TensorRow.number_of(value)
-        if seen[number]:
-            raise DamagedError(f"tensor {to_digest(key)}", f"its number {number} is another's, too")
-        seen[number] = 1
-        if value[8:40] == NO_PACK:
+        place = TensorRow.decode(key, value)
+        if listed_in.pop(place.number, None) != place.pack:
+            raise DamagedError(f"tensor {to_digest(key)}", f"its number {place.number} is not one of its pack's")
+        if place.pack == NO_PACK:
             lost.add(to_digest(key))
+    if listed_in:
+        raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
     return lost
 
 
@@ -275,37 +268,39 @@ def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes) -> None:
         raise DamagedError(f"index row of manifest {key.hex()}", "its numbers are not those of its tensors")
 
 
-@dataclass
-class _PackResult:
-    sound: bool = True
-    tensors: int = 0
-    bytes: int = 0
-    bad: set[Digest] = field(default_factory=set)
-
-
-def _check_pack(opened: OpenStore, pack: bytes) -> _PackResult:
-    result = _PackResult()
+def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
+    """Enters what is found into the report; returns the tensors that are damaged."""
+    bad: set[Digest] = set()
     with opened.read() as view:
         try:
             header, _, problems = read_records(pack_path(opened.path, pack))
-            result.sound = not problems
+            sound = not problems
             mapped = opened.map_of(view, pack)
         except DamagedError:
             with opened.read() as now:
-                result.sound = now.get("packs", pack) is None  # a gc was faster
-            return result
+                if now.get("packs", pack) is None:  # a gc was faster
+                    return bad
+            header, sound = Header({}, {}, 0), False
+        report.packs += 1
         for name, place in header.places.items():
             value = view.get("tensors", from_digest(Digest(name))) if is_digest(name) else None
             row = TensorRow.peek(value) if value is not None else None
             if row is None or row.pack != pack:
-                continue  # dead, or a copy elsewhere counts
-            result.tensors += 1
-            result.bytes += place.length
-            if (row.offset, row.dtype, row.shape) != (place.offset, place.dtype, place.shape):
-                result.sound = False
+                continue  # a copy elsewhere counts
+            report.tensors += 1
+            report.bytes += place.length
+            if row[2:] != (place.offset, place.length, place.dtype, place.shape):
+                sound = False
             if tensor_digest(row.dtype, row.shape, mapped.view[row.offset : row.offset + row.length]) != name:
-                result.bad.add(Digest(name))
-    return result
+                bad.add(Digest(name))
+        if not sound:  # its header does not tell what is in it: look at each row
+            report.damaged_packs.append(pack.hex())
+            for digest, row in _rows_in(view, {pack}):
+                try:
+                    opened.tensor(view, digest, row)
+                except DamagedError:
+                    bad.add(digest)
+    return bad
 
 
 def _rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:
@@ -318,7 +313,8 @@ def _hit(view: View, digests: set[Digest]) -> list[Damage]:
     """Which versions need damaged tensors; a tensor that none needs is left out."""
     if not digests:
         return []
-    numbers = {TensorRow.peek(view.get("tensors", from_digest(d)) or b"").number: d for d in digests}
+    rows = ((digest, view.get("tensors", from_digest(digest))) for digest in digests)
+    numbers = {TensorRow.peek(row).number: digest for digest, row in rows if row is not None}
     hit: dict[Digest, list[str]] = {}
     for key, value in view.rows("versions"):
         manifest = VersionRow.decode(key, value).manifest
@@ -470,7 +466,10 @@ def _rewrite(
                 healed.add(damage.digest)
         contents = gc.Contents()
         stays: set[bytes] = set()
+        marks = gc.mark(view).marks
         for digest, place in _rows_in(view, hit):
+            if not marks[place.number]:
+                continue  # no version needs it
             try:
                 contents.tensors[digest] = opened.tensor(view, digest, place)
             except DamagedError:
@@ -480,15 +479,15 @@ def _rewrite(
                 elif digest in wanted:
                     stays.add(place.pack)
                     continue
-                else:  # no version needs it
-                    view.delete("tensors", from_digest(digest))
+                else:  # damaged since it was verified
+                    stays.add(place.pack)
                     continue
             contents.numbers[digest] = place.number
         contents.records = _records_in(view, hit, stays)
+        gone.extend(hit - stays - {NO_PACK})
         packs[:] = [gc.move(opened, view, contents)]
-        for pack in hit - stays - {NO_PACK}:
-            view.delete("packs", pack)
-            gone.append(pack)
+        gc.drop_manifests(view, marks)
+        gc.drop_packs(opened.path, view, gone)
         return len(gone), healed
 
     result = opened.write_packs(change, packs)

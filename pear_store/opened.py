@@ -4,7 +4,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,11 @@ class OpenStore:
                     self._index = open_index(self.path / "index")
         return self._index
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Which file the environment last used is."""
+        return self._index.identity
+
     @contextmanager
     def read(self) -> Iterator[View]:
         """A consistent view of the index, untouched by writers."""
@@ -141,16 +146,34 @@ class OpenStore:
             pack.path.unlink(missing_ok=True)
         return result
 
-    def enter(self, view: View, pack: WrittenPack, records: Records, numbers: Mapping[Digest, int]) -> None:
+    def enter(
+        self,
+        view: View,
+        pack: WrittenPack,
+        records: Records,
+        numbers: Mapping[Digest, int],
+        listed: Container[Digest] = frozenset(),
+    ) -> dict[Digest, TensorRow]:
         """Places a written pack and enters it, its tensors, and itself as what records these removals, tags and names.
 
-        Versions are entered by the caller. `numbers` has the tensors' numbers.
+        Versions are entered by the caller. `numbers` has the tensors' numbers; those of `listed` may have rows, which
+        are replaced. Returns the tensors' rows.
         """
         place_pack(self.path, pack)
         view.put("packs", pack.hash, PackRow(pack.file_bytes, pack.tensor_bytes).encode(pack.hash))
-        for digest, place in pack.places.items():
-            row = TensorRow(numbers[digest], pack.hash, place.offset, place.length, place.dtype, place.shape)
-            view.put("tensors", key := from_digest(digest), row.encode(key))
+        here = [numbers[digest] for digest in pack.places]
+        view.list_tensors(pack.hash, here, (place.length for place in pack.places.values()))
+        elsewhere: dict[bytes, set[int]] = {}
+        rows: dict[Digest, TensorRow] = {}
+        for number, (digest, place) in zip(here, pack.places.items(), strict=True):
+            key = from_digest(digest)
+            if digest in listed and (old := view.get("tensors", key)) is not None:
+                elsewhere.setdefault(TensorRow.peek(old).pack, set()).add(number)
+            row = TensorRow(number, pack.hash, place.offset, place.length, place.dtype, place.shape)
+            view.put("tensors", key, row.encode(key))
+            rows[digest] = row
+        for other, moved in elsewhere.items():
+            view.unlist_tensors(other, moved)
         for task, number in records.removed:
             key = version_key(task, number)
             found = view.get("removed", key)
@@ -160,6 +183,7 @@ class OpenStore:
         for tag in records.tags:
             key = tag_key(tag.task, tag.tag)
             view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack.hash).encode(key))
+        return rows
 
     # ---- tensors ------------------------------------------------------------------------------
 
@@ -169,12 +193,21 @@ class OpenStore:
             self._kept, self._kept_at = {}, (view.id, self._index.identity)
         return self._kept
 
-    def tensors(self, view: View, digests: Iterable[str], what: str) -> dict[str, RawTensor]:
+    def tensors(
+        self, view: View, digests: Sequence[str], what: str, hints: Sequence[TensorRow] = ()
+    ) -> dict[str, RawTensor]:
         """Stored tensors as views of maps, each checked against its digest when it is first read in this process.
+
+        Args:
+            hints: where they once lay; where one does not hold, all are looked up.
 
         Raises:
             DamagedError: a tensor is missing or damaged.
         """
+        if len(hints) == len(digests):
+            with suppress(DamagedError):
+                self._fetch(None, hinted := list(zip(map(Digest, digests), hints, strict=True)))
+                return {digest: self.tensor(None, digest, place) for digest, place in hinted}
         found: dict[str, RawTensor] = {}
         rows: list[tuple[Digest, TensorRow]] = []
         digest = ""
@@ -191,17 +224,24 @@ class OpenStore:
             raise type(error)(f"tensor {digest} of {what}", error.found) from None
         return found
 
-    def _fetch(self, view: View, rows: list[tuple[Digest, TensorRow]]) -> None:
+    def _fetch(self, view: View | None, rows: list[tuple[Digest, TensorRow]]) -> None:
         """Has the system read tensors that were not read before, all at once instead of one after the other."""
-        for digest, (_, pack, offset, length, _, _) in rows:
+        runs: list[tuple[MappedPack, int, int]] = []  # neighbours in one piece
+        for digest, (_, pack, offset, length, _, _) in sorted(rows, key=lambda row: row[1][1:3]):
             mapped = self._maps.get(pack) or self._map(view, pack)
-            if mapped.checked.get(offset) != digest and hasattr(mapped.file, "madvise"):
-                start = offset - offset % mmap.PAGESIZE
+            if mapped.checked.get(offset) == digest:
+                continue
+            if runs and runs[-1][0] is mapped and offset <= runs[-1][2] + mmap.PAGESIZE:
+                runs[-1] = (mapped, runs[-1][1], offset + length)
+            else:
+                runs.append((mapped, offset - offset % mmap.PAGESIZE, offset + length))
+        for mapped, start, end in runs:
+            if hasattr(mapped.file, "madvise"):
                 with suppress(OSError, ValueError):
-                    mapped.file.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+                    mapped.file.madvise(mmap.MADV_WILLNEED, start, end - start)
 
-    def tensor(self, view: View, digest: Digest, place: TensorRow) -> RawTensor:
-        """One stored tensor; see :meth:`tensors`."""
+    def tensor(self, view: View | None, digest: Digest, place: TensorRow) -> RawTensor:
+        """One stored tensor; see :meth:`tensors`. Without a view, its place is a hint."""
         _, pack, offset, length, dtype, shape = place
         mapped = self._maps.get(pack) or self._map(view, pack)
         data = mapped.view[offset : offset + length]
@@ -222,12 +262,15 @@ class OpenStore:
         """
         return self._maps.get(pack) or self._map(view, pack)
 
-    def _map(self, view: View, pack: bytes) -> MappedPack:
-        expected = view.get("packs", pack)
+    def _map(self, view: View | None, pack: bytes) -> MappedPack:
+        """Maps a pack; checks its length, unless only a hint names it."""
+        expected = None if view is None else view.get("packs", pack)
         try:
             with open(pack_path(self.path, pack), "rb") as file:
                 found = os.fstat(file.fileno())
-                if expected is None or found.st_size != PackRow.decode(pack, expected).file_bytes:
+                if view is not None and (
+                    expected is None or found.st_size != PackRow.decode(pack, expected).file_bytes
+                ):
                     raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
                 mapped_file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:

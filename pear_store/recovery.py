@@ -100,8 +100,11 @@ def _fill(view: View, path: Path, result: Rebuilt, progress: Callable[[int, int]
         if found is not None:
             view.delete("versions", key)
     _drop_conflicts(view, result)
+    missing: list[int] = []
     for key in [key for key, _ in view.rows("manifests")]:
-        _number_manifest(view, key)
+        _number_manifest(view, key, missing)
+    if missing:
+        view.list_tensors(NO_PACK, missing, [0] * len(missing))
     for key, value in list(view.rows("versions")):
         row_ = VersionRow.decode(key, value)
         size = _size_of(view, row_.manifest)
@@ -141,18 +144,24 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
         result.problems.append(f"{error.what}: {error.found}; its tensors are kept, the versions it recorded are not")
         header = bare
     result.packs += 1
-    tensor_bytes = 0
     first = view.take_numbers(len(header.places))
+    numbers, lengths = [], []
     for number, (name, place) in enumerate(header.places.items(), first):
-        tensor_bytes += place.length
         if not is_digest(name):
             continue
         key = from_digest(Digest(name))
         old = view.get("tensors", key)
-        if old is not None and _is_good(path, Digest(name), TensorRow.peek(old)):
-            continue
+        if old is not None:
+            before = TensorRow.peek(old)
+            if _is_good(path, Digest(name), before):
+                continue
+            view.unlist_tensors(before.pack, {before.number})
         row = TensorRow(number, pack, place.offset, place.length, place.dtype, place.shape)
         view.put("tensors", key, row.encode(key))
+        numbers.append(number)
+        lengths.append(place.length)
+    view.list_tensors(pack, numbers, lengths)
+    tensor_bytes = sum(place.length for place in header.places.values())
     view.put("packs", pack, PackRow(header.file_bytes, tensor_bytes).encode(pack))
     for version in records.versions:
         key = version_key(version.task, version.version)
@@ -207,19 +216,21 @@ def _drop_conflicts(view: View, result: Rebuilt) -> None:
                 view.delete("versions", key)
 
 
-def _number_manifest(view: View, key: bytes) -> None:
+def _number_manifest(view: View, key: bytes, missing: list[int]) -> None:
     row = view.get("manifests", key)
     assert row is not None
     manifest = ManifestRow.manifest_of(row)
-    numbers = set()
-    for name in tensor_names(json.loads(manifest)):
+    rows = []
+    for name in sorted(tensor_names(json.loads(manifest))):
         digest = from_digest(Digest(name))
         found = view.get("tensors", digest)
-        number = TensorRow.peek(found).number if found is not None else view.take_numbers(1)
         if found is None:  # no pack has it: listed as missing, so that its place is known when it comes back
-            view.put("tensors", digest, TensorRow(number, NO_PACK, 0, 0, "U8", ()).encode(digest))
-        numbers.add(number)
-    view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), numbers, manifest))
+            missing.append(view.take_numbers(1))
+            found = TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()).encode(digest)
+            view.put("tensors", digest, found)
+        rows.append(TensorRow.peek(found))
+    numbers = {row.number for row in rows}
+    view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), numbers, manifest, rows))
 
 
 def _size_of(view: View, manifest: bytes) -> int:

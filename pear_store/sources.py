@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from pear_store.checkpoint import Task, read_checkpoint, task_from_container
+from pear_store.checkpoint import KnownTensors, Task, read_checkpoint, task_from_container
 from pear_store.container import parse_container
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError
 
@@ -25,8 +25,8 @@ def is_url(source: object) -> bool:
     return isinstance(source, str) and "://" in source
 
 
-def read_task(source: Source) -> Task:
-    """A source's task, checked whole.
+def read_task(source: Source, known: KnownTensors | None = None) -> Task:
+    """A source's task, checked whole; `known` are tensors of sources read before.
 
     Raises:
         NotFoundError: there is nothing at the path or URL.
@@ -36,16 +36,16 @@ def read_task(source: Source) -> Task:
     if isinstance(source, Task):
         return source
     if isinstance(source, Path):
-        return read_checkpoint(source)
+        return read_checkpoint(source, known)
     if not isinstance(source, str):
-        return task_from_container(*parse_container(source, label(source)), label(source))
+        return task_from_container(*parse_container(source, label(source)), label(source), known)
     if not is_url(source):
-        return read_checkpoint(source)
+        return read_checkpoint(source, known)
     import fsspec  # here: its import takes longer than most commands
 
     try:
         with fsspec.open(source, "rb") as file:
-            return task_from_container(*parse_container(file, source), source)
+            return task_from_container(*parse_container(file, source), source, known)
     except PearStoreError:
         raise
     except FileNotFoundError:

@@ -5,19 +5,17 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
-from pear_store import gc, mounts, sources
+from pear_store import gc, mounts
 from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
 from pear_store.digest import Digest, RawTensor, from_digest
 from pear_store.errors import (
-    CheckpointError,
     DamagedError,
     DamagedIndexError,
     FormatError,
@@ -43,18 +41,15 @@ from pear_store.index import (
     tag_key,
     version_key,
 )
-from pear_store.manifest import manifest_hash, to_manifest, with_plain_names
+from pear_store.loading import Group, Loaded, Refused, load_groups
+from pear_store.manifest import manifest_hash, with_plain_names
 from pear_store.opened import OpenStore, PackGoneError, is_store, name_row, version_row
 from pear_store.pack import PackedTag, PackedVersion, Records, WrittenPack, sync_directory, write_pack
 from pear_store.sources import Source
 
-GROUP_TASKS = 200
-"""Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
-GROUP_BYTES = 32 * 1024 * 1024
-MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-"""The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
 _PARTS = ("packs", "tmp", "damaged", "lock")
 _LOOK_UPS = 3
+_KEPT_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,6 @@ class Added:
     changed: bool
     new_bytes: int
     shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why `add` left one source alone."""
-
-    error: PearStoreError
 
 
 @dataclass(frozen=True)
@@ -133,23 +121,16 @@ class Diff:
     only_b_bytes: int
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A source of `add`, read and checked."""
-
-    task: Task
-    manifest: bytes
-    hash: bytes
-
-
 @dataclass
 class _Plan:
-    """What one commit would write."""
+    """What one commit would write: tensors that no good copy is stored of, of these the numbers of those that have a
+    damaged one, and versions. `stored` are the rows of the good ones that the group needs."""
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
-    numbers: dict[Digest, int] = field(default_factory=dict)
-    versions: list[tuple[PackedVersion, _Loaded]] = field(default_factory=list)
-    healed: list[_Loaded] = field(default_factory=list)
+    damaged: dict[Digest, int] = field(default_factory=dict)
+    stored: dict[Digest, TensorRow] = field(default_factory=dict)
+    versions: list[tuple[PackedVersion, Loaded]] = field(default_factory=list)
+    healed: list[Loaded] = field(default_factory=list)
     results: list[Added | Refused] = field(default_factory=list)
 
     @property
@@ -158,6 +139,15 @@ class _Plan:
 
     def same_pack(self, other: "_Plan") -> bool:
         return list(self.tensors) == list(other.tensors) and self.records == other.records
+
+
+@dataclass
+class _FoundGood:
+    """Rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as long as
+    nobody else commits, they need no second look."""
+
+    rows: dict[Digest, TensorRow] = field(default_factory=dict)
+    as_of: tuple[int, tuple[int, int]] = (0, (0, 0))
 
 
 def parse_reference(text: str) -> tuple[str, int | str | None]:
@@ -259,40 +249,20 @@ class Store:
     def add_many(self, sources: Iterable[Source], name: str | None = None) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
 
-        While one group is written, the next is read and hashed.
+        Many local files are read by forked processes, if this one has no threads.
 
         Raises:
             DiskFullError: the group that did not fit is not there, all before it are.
         """
-        compared: set[tuple[Digest, bytes, int]] = set()
-        group: list[_Loaded | Refused] = []
-        size = manifest_bytes = 0
-        # one thread: reading is Python's work, and more of it at once only waits for the interpreter's lock
-        with ThreadPoolExecutor(1) as committer:
-            under_way: Future[list[Added | Refused]] | None = None
-            for source in sources:
-                one = _load(source, name)
-                group.append(one)
-                if isinstance(one, _Loaded):
-                    size += one.task.size_bytes
-                    manifest_bytes += len(one.manifest)
-                if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
-                    if under_way is not None:
-                        yield from under_way.result()
-                    under_way = committer.submit(self._commit, group, compared)
-                    group, size, manifest_bytes = [], 0, 0
-            if under_way is not None:
-                yield from under_way.result()
-        if group:
-            yield from self._commit(group, compared)
+        found_good = _FoundGood()
+        for group in load_groups(sources, name):
+            yield from self._commit(group, found_good)
 
-    def _commit(
-        self, group: Sequence[_Loaded | Refused], compared: set[tuple[Digest, bytes, int]]
-    ) -> list[Added | Refused]:
+    def _commit(self, group: Group, found_good: "_FoundGood") -> list[Added | Refused]:
         now = time.time_ns()
         opened = self._open
         with opened.read() as view:
-            plan = self._plan(view, group, compared, now)
+            plan = self._plan(view, group, found_good, now)
             planned_in = view.id
         if not (plan.tensors or plan.versions or plan.healed):
             return plan.results
@@ -303,10 +273,10 @@ class Store:
         except OSError as error:
             raise from_os_error(error, self.path) from None
 
-        def change(view: View) -> list[Added | Refused]:
+        def change(view: View) -> dict[Digest, TensorRow]:
             nonlocal plan
             if view.id != planned_in + 1:  # another process added or removed meanwhile
-                current = self._plan(view, group, compared, now)
+                current = self._plan(view, group, found_good, now)
                 if not current.same_pack(plan):
                     for pack in packs:
                         pack.path.unlink(missing_ok=True)
@@ -314,104 +284,99 @@ class Store:
                     if current.tensors or current.versions:
                         packs.append(write_pack(self.path, current.tensors, current.records))
                 plan = current
-            numbers = dict(plan.numbers)
+            numbers = dict(plan.damaged)
             fresh = [digest for digest in plan.tensors if digest not in numbers]
             numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
+            rows: dict[Digest, TensorRow] = {}
             for pack in packs:
-                opened.enter(view, pack, Records(), numbers)
+                rows = opened.enter(view, pack, Records(), numbers, plan.damaged)
+            places = {**plan.stored, **rows}
             for loaded in plan.healed:
-                _put_manifest(view, loaded, numbers)
+                _put_manifest(view, loaded, places)
             for version, loaded in plan.versions:
-                _put_manifest(view, loaded, numbers)
+                _put_manifest(view, loaded, places)
                 key = version_key(version.task, version.version)
-                row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.task.size_bytes)
+                row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.size_bytes)
                 view.put("versions", key, row.encode(key))
                 key = name_key(version.task)
                 name = NameRow(version.task, version.version, version.version, packs[0].hash)
                 view.put("names", key, name.encode(key))
-            return plan.results
+            written_in.append(view.id)
+            return rows
 
-        return opened.write_packs(change, packs)
+        written_in: list[int] = []
+        rows = opened.write_packs(change, packs)
+        found_good.rows.update(rows)
+        found_good.as_of = (written_in[-1], opened.identity)
+        return plan.results
 
-    def _plan(
-        self,
-        view: View,
-        group: Sequence[_Loaded | Refused],
-        compared: set[tuple[Digest, bytes, int]],
-        now: int,
-    ) -> _Plan:
-        """What this group would add to the store as it stands; `compared` remembers stored copies found good."""
+    def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int) -> _Plan:
+        """What this group would add to the store as it stands."""
         plan = _Plan()
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
         seen: set[bytes] = set()
+        if found_good.as_of != (view.id, self._open.identity) or len(found_good.rows) > _KEPT_ROWS:
+            found_good.rows.clear()
+            found_good.as_of = (view.id, self._open.identity)
+        good = found_good.rows
         for loaded in group:
             if isinstance(loaded, Refused):
                 plan.results.append(loaded)
                 continue
-            one = loaded.task
-            key = name_key(one.name)
-            known = names.get(key) or name_row(view, one.name)
-            if known and known.newest and known.name != one.name:
-                plan.results.append(Refused(NameTakenError(one.name, known.name)))
+            key = name_key(loaded.name)
+            known = names.get(key) or name_row(view, loaded.name)
+            if known and known.newest and known.name != loaded.name:
+                plan.results.append(Refused(NameTakenError(loaded.name, known.name)))
                 continue
             new_bytes = 0
-            for digest, tensor in {tensor.digest: tensor for tensor in one.tensors.values()}.items():
-                if digest not in plan.tensors and not self._holds(view, digest, tensor, compared, seen, plan.numbers):
+            for digest, tensor in loaded.tensors.items():
+                if digest in plan.tensors:
+                    continue
+                row = good.get(digest) or self._good_row(view, digest, tensor, seen, plan)
+                if row is None:
                     plan.tensors[digest] = tensor
                     new_bytes += tensor.size_bytes
-            last = newest.get(one.name)
+                else:
+                    good[digest] = plan.stored[digest] = row
+            last = newest.get(loaded.name)
             if last is None and known and known.newest:
-                row = version_row(view, one.name, known.newest)
-                last = (known.newest, row.manifest if row else b"")
+                version = version_row(view, loaded.name, known.newest)
+                last = (known.newest, version.manifest if version else b"")
             changed = last is None or last[1] != loaded.hash
             number = (known.highest if known else 0) + 1 if last is None or changed else last[0]
             if changed:
-                plan.versions.append((PackedVersion(one.name, number, now, loaded.manifest), loaded))
-                names[key] = NameRow(one.name, number, number, NO_PACK)
-                newest[one.name] = (number, loaded.hash)
-            elif one.name not in newest and not _intact(view, loaded):
+                plan.versions.append((PackedVersion(loaded.name, number, now, loaded.manifest), loaded))
+                names[key] = NameRow(loaded.name, number, number, NO_PACK)
+                newest[loaded.name] = (number, loaded.hash)
+            elif loaded.name not in newest and not _intact(view, loaded):
                 plan.healed.append(loaded)
-            plan.results.append(Added(one.name, number, changed, new_bytes, one.size_bytes - new_bytes))
+            plan.results.append(Added(loaded.name, number, changed, new_bytes, loaded.size_bytes - new_bytes))
         return plan
 
-    def _holds(
-        self,
-        view: View,
-        digest: Digest,
-        tensor: RawTensor,
-        compared: set[tuple[Digest, bytes, int]],
-        seen: set[bytes],
-        numbers: dict[Digest, int],
-    ) -> bool:
-        """Whether a stored copy equals the tensor byte for byte; a damaged or missing one does not count.
-
-        Enters the number of a tensor that the index lists. `seen` are the packs whose files were looked at.
-        """
+    def _good_row(
+        self, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan
+    ) -> TensorRow | None:
+        """The row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged one,
+        whose number goes into the plan. `seen` are the packs whose files were looked at."""
         found = view.get("tensors", key := from_digest(digest))
         if found is None:
-            return False
+            return None
         try:
             row = TensorRow.decode(key, found)
         except DamagedError as error:  # without its number, gc could not tell who needs the tensor
             raise DamagedIndexError(self.path / "index", f"{error.what}: {error.found}") from None
-        numbers[digest] = row.number
-        try:
-            if (row.dtype, row.shape, row.length) != (tensor.dtype, tensor.shape, tensor.size_bytes):
-                return False
-            if row.pack not in seen:
-                self._open.forget_replaced(row.pack)
-            mapped = self._open.map_of(view, row.pack)
-            seen.add(row.pack)
-        except DamagedError:
-            return False
-        if (digest, row.pack, row.offset) in compared:
-            return True
-        # two bytes objects compare by memcmp, memory views item by item
-        same = bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data)
-        if same:
-            compared.add((digest, row.pack, row.offset))
-        return same
+        with suppress(DamagedError):
+            if (row.dtype, row.shape, row.length) == (tensor.dtype, tensor.shape, tensor.size_bytes):
+                if row.pack not in seen:
+                    self._open.forget_replaced(row.pack)
+                mapped = self._open.map_of(view, row.pack)
+                seen.add(row.pack)
+                # two bytes objects compare by memcmp, memory views item by item
+                if bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data):
+                    return row
+        plan.damaged[digest] = row.number
+        return None
 
     # ---- reading ------------------------------------------------------------------------------
 
@@ -439,9 +404,9 @@ class Store:
             kept = self._open.kept(view)
             manifest, tensors = kept.get(row.manifest, (b"", {}))
             if not manifest:
-                manifest = _manifest(view, row, f"version {name}@{number}")
+                manifest, hints = _manifest(view, row, f"version {name}@{number}")
                 names = sorted(tensor_names(json.loads(manifest)))
-                tensors = self._open.tensors(view, names, f"version {name}@{number}")
+                tensors = self._open.tensors(view, names, f"version {name}@{number}", hints)
                 kept[row.manifest] = (manifest, tensors)
         record = json.loads(manifest)  # checked when it was added, and hashed when it was read
         if copy:
@@ -626,25 +591,7 @@ class Store:
         return gc.collect(self._open, dry_run, repack_all, keep, older_than_s)
 
 
-def _load(source: Source, name: str | None) -> _Loaded | Refused:
-    try:
-        task = sources.read_task(source)
-        where = sources.label(source)
-        if name is not None:
-            if not TASK_NAME.fullmatch(name):
-                raise CheckpointError(where, f"task name {name!r}: expected up to 100 letters, digits, '.', '_', '-'")
-            task = Task({**task.record, "task": name}, task.tensors)
-        manifest = to_manifest(task)
-        if len(manifest) > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
-                where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored"
-            )
-        return _Loaded(task, manifest, manifest_hash(manifest))
-    except PearStoreError as error:
-        return Refused(error)
-
-
-def _intact(view: View, loaded: _Loaded) -> bool:
+def _intact(view: View, loaded: Loaded) -> bool:
     """Whether the stored manifest and what the index says of it are whole."""
     row = view.get("manifests", loaded.hash)
     try:
@@ -656,24 +603,27 @@ def _intact(view: View, loaded: _Loaded) -> bool:
         return False
 
 
-def _put_manifest(view: View, loaded: _Loaded, numbers: dict[Digest, int]) -> None:
+def _put_manifest(view: View, loaded: Loaded, places: Mapping[Digest, TensorRow]) -> None:
     row = view.get("manifests", loaded.hash)
     own = None
     if row is not None:
         with suppress(DamagedError):
             own = ManifestRow.decode(loaded.hash, row).number
     number = view.take_numbers(1) if own is None else own
-    used = {numbers[tensor.digest] for tensor in loaded.task.tensors.values()}
-    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, used, loaded.manifest))
+    used = [places[digest] for digest in sorted(loaded.tensors)]
+    numbers = [place.number for place in used]
+    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, numbers, loaded.manifest, used))
 
 
-def _manifest(view: View, row: VersionRow, what: str) -> bytes:
-    """A version's manifest, its hash checked."""
+def _manifest(view: View, row: VersionRow, what: str) -> tuple[bytes, list[TensorRow]]:
+    """A version's manifest, its hash checked, and hints of where its tensors lie."""
     found = view.get("manifests", row.manifest)
-    manifest = None if found is None else ManifestRow.manifest_of(found)
-    if manifest is None or manifest_hash(manifest) != row.manifest:
-        raise DamagedError(f"manifest of {what}", "missing" if manifest is None else "its hash differs")
-    return manifest
+    if found is None:
+        raise DamagedError(f"manifest of {what}", "missing")
+    manifest, hints = ManifestRow.unpack(found)
+    if manifest_hash(manifest) != row.manifest:
+        raise DamagedError(f"manifest of {what}", "its hash differs")
+    return manifest, hints
 
 
 def _resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:

@@ -1,0 +1,89 @@
+"""Work in a forked process: it has a core and an interpreter of its own, and its crash is not ours."""
+
+import fcntl
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+_PIPE_BYTES = 1 << 20
+
+
+class WorkerDiedError(Exception):
+    """The process ended before it answered."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def can_fork() -> bool:
+    """Whether this process may be forked: a child of one with several threads inherits locks that nobody releases."""
+    try:
+        return threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1
+    except OSError:  # no /proc: threads that Python does not know of cannot be ruled out
+        return False
+
+
+class Worker:
+    """A forked process that answers requests, one after the other, with what `work` returns for each.
+
+    Requests and answers are pickled. It ends when this process closes it or dies.
+    """
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        request_end, self_request = os.pipe()
+        self_answer, answer_end = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            code = 1
+            try:
+                os.close(self_request)
+                os.close(self_answer)
+                with open(request_end, "rb") as requests, open(answer_end, "wb") as answers:
+                    while requests.peek(1):
+                        pickle.dump(work(pickle.load(requests)), answers, protocol=5)
+                        answers.flush()
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(request_end)
+        os.close(answer_end)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # else it waits for us with all but the smallest answers
+            with suppress(OSError):
+                fcntl.fcntl(self_answer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._requests = open(self_request, "wb")  # noqa: SIM115
+        self._answers = open(self_answer, "rb")  # noqa: SIM115
+
+    def ask(self, request: Any) -> None:
+        """Sends a request; a process that died is noticed when it should answer."""
+        with suppress(BrokenPipeError):
+            pickle.dump(request, self._requests, protocol=5)
+            self._requests.flush()
+
+    def answer(self) -> Any:
+        """The next answer.
+
+        Raises:
+            WorkerDiedError: the process died.
+        """
+        try:
+            return pickle.load(self._answers)
+        except (EOFError, pickle.UnpicklingError):
+            raise WorkerDiedError(self.close()) from None
+
+    def release(self) -> None:
+        """Lets the process end, without waiting for it."""
+        for end in (self._requests, self._answers):
+            with suppress(BrokenPipeError):
+                end.close()
+
+    def close(self) -> int:
+        """Waits for the process to end; its exit code."""
+        self.release()
+        if self._pid:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+            self._pid = 0
+        return self._code

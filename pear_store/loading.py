@@ -1,0 +1,232 @@
+"""Reads what `add` is given, in groups, many files in processes of their own.
+
+Reading a task checkpoint is mostly Python's work and hashing. Where there are many local files and this process may be
+forked, workers read them into memory shared with this one; elsewhere they are read here. Either gives the same.
+"""
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from stat import S_ISREG
+
+from pear_store import sources
+from pear_store.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
+from pear_store.container import parse_buffer
+from pear_store.digest import Digest, RawTensor
+from pear_store.errors import CheckpointError, PearStoreError
+from pear_store.forked import Worker, WorkerDiedError, can_fork
+from pear_store.manifest import manifest_hash, to_manifest
+from pear_store.sources import Source
+
+GROUP_TASKS = 200
+"""Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
+GROUP_BYTES = 32 * 1024 * 1024
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+"""The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
+_WORKERS = 4
+_REQUEST_CHARACTERS = 8000  # of two requests, in a pipe of 64 KiB: asking must not wait for a worker that waits for us
+_SLOTS = 2
+"""Groups that a worker may be ahead"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A source of `add`, read and checked: its distinct tensors, its manifest and that one's hash."""
+
+    name: str
+    tensors: dict[Digest, RawTensor]
+    manifest: bytes
+    hash: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why `add` left one source alone."""
+
+    error: PearStoreError
+
+
+Group = list[Loaded | Refused]
+
+
+def load_groups(given: Iterable[Source], name: str | None) -> Iterator[Group]:
+    """The sources in order, in groups of what one commit takes.
+
+    A group's tensors are good until the next group is asked for.
+    """
+    pending = iter(given)
+    first = list(_take(pending))
+    rest = next(pending, None) if first else None
+    if rest is None or not can_fork() or (cores := len(os.sched_getaffinity(0))) < 2:
+        known = KnownTensors()
+        for chunk in chain([first], () if rest is None else _chunks(chain([rest], pending))):
+            yield from _split(load(source, name, known) for source in chunk)
+        return
+    with _Workers(min(cores, _WORKERS), name) as workers:
+        yield from workers.load(chain([first], _chunks(chain([rest], pending))))
+
+
+def _chunks(pending: Iterator[Source]) -> Iterator[list[Source]]:
+    while chunk := list(_take(pending)):
+        yield chunk
+
+
+def _take(pending: Iterator[Source]) -> Iterator[Source]:
+    """The next sources that make a group, by the sizes of their files."""
+    size = 0
+    for count, source in enumerate(pending, 1):
+        yield source
+        size += _file_bytes(source) or 0
+        if count == GROUP_TASKS or size >= GROUP_BYTES - (GROUP_BYTES >> 4):
+            return
+
+
+def _file_bytes(source: Source) -> int | None:
+    """Of a local regular file; None for any other source."""
+    if not isinstance(source, str | os.PathLike) or sources.is_url(source):
+        return None
+    try:
+        found = os.stat(source)
+    except (OSError, ValueError):
+        return None
+    return found.st_size if S_ISREG(found.st_mode) else None
+
+
+def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
+    """Groups that one commit takes."""
+    group: Group = []
+    size = manifest_bytes = 0
+    for one in results:
+        group.append(one)
+        if isinstance(one, Loaded):
+            size += one.size_bytes
+            manifest_bytes += len(one.manifest)
+        if size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
+            yield group
+            group, size, manifest_bytes = [], 0, 0
+    if group:
+        yield group
+
+
+def load(source: Source, name: str | None, known: KnownTensors | None = None) -> Loaded | Refused:
+    """One source, read and checked, under another name if given."""
+    try:
+        return _loaded(sources.read_task(source, known), name, sources.label(source))
+    except PearStoreError as error:
+        return Refused(error)
+
+
+def _loaded(task: Task, name: str | None, where: str) -> Loaded:
+    if name is not None:
+        if not TASK_NAME.fullmatch(name):
+            raise CheckpointError(where, f"task name {name!r}: expected up to 100 letters, digits, '.', '_', '-'")
+        task = Task({**task.record, "task": name}, task.tensors)
+    manifest = to_manifest(task)
+    if len(manifest) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored")
+    tensors = {tensor.digest: tensor for tensor in task.tensors.values()}
+    return Loaded(task.name, tensors, manifest, manifest_hash(manifest))
+
+
+_Read = tuple[str, bytes, bytes, list[tuple[str, str, tuple[int, ...], int, int]]]
+"""A file as a worker read it: name, manifest, its hash, and each tensor's digest, dtype, shape, begin and end in the
+slot"""
+_Answer = list[_Read | None]
+"""One for each file; None where it is refused or does not fit, for this process to look at it"""
+
+
+def _received(one: _Read, data: memoryview) -> Loaded:
+    name, manifest, hashed, places = one
+    tensors = {
+        Digest(digest): RawTensor.checked(dtype, shape, data[start:end], Digest(digest))
+        for digest, dtype, shape, start, end in places
+    }
+    return Loaded(name, tensors, manifest, hashed)
+
+
+class _Workers:
+    """Processes that read groups of files into slots of shared memory, each ahead by a slot or two."""
+
+    def __init__(self, count: int, name: str | None) -> None:
+        self._name = name
+        self._known = KnownTensors()
+        self._slots = [[mmap.mmap(-1, GROUP_BYTES) for _ in range(_SLOTS)] for _ in range(count)]
+        self._workers = [Worker(partial(self._read, slots)) for slots in self._slots]
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.release()
+        for worker in self._workers:
+            worker.close()
+
+    def load(self, chunks: Iterator[list[Source]]) -> Iterator[Group]:
+        ahead: deque[tuple[list[Source], tuple[int, int] | None]] = deque()
+        asked = 0
+        exhausted = False
+        while True:
+            while not exhausted and len(ahead) < len(self._workers) * _SLOTS:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    exhausted = True
+                    break
+                place = None
+                paths = [str(source) for source in chunk if _file_bytes(source) is not None]
+                if len(paths) == len(chunk) and sum(map(len, paths)) <= _REQUEST_CHARACTERS:
+                    place = (asked % len(self._workers), asked // len(self._workers) % _SLOTS)
+                    asked += 1
+                    self._workers[place[0]].ask((place[1], paths))
+                ahead.append((chunk, place))
+            if not ahead:
+                return
+            yield from self._group(*ahead.popleft())
+
+    def _group(self, chunk: list[Source], place: tuple[int, int] | None) -> Iterator[Group]:
+        answer: _Answer = [None] * len(chunk)
+        data = memoryview(b"")
+        if place is not None:
+            data = memoryview(self._slots[place[0]][place[1]])
+            with suppress(WorkerDiedError):  # whatever it died of, the files are read here
+                answer = self._workers[place[0]].answer()
+        yield from _split(
+            load(source, self._name, self._known) if one is None else _received(one, data)
+            for source, one in zip(chunk, answer, strict=True)
+        )
+
+    def _read(self, slots: list[mmap.mmap], request: tuple[int, list[str]]) -> _Answer:
+        """In the worker: reads files one behind the other into a slot."""
+        slot, paths = request
+        memory = memoryview(slots[slot])
+        answer: _Answer = []
+        end = 0
+        for path in paths:
+            answer.append(None)
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    start, end = end, end + (size + 7) // 8 * 8
+                    if end > len(memory) or file.readinto(memory[start:]) != size:
+                        end = start
+                        continue
+                header, tensors = parse_buffer(memory[start : start + size], path)
+                task = task_from_container(header.metadata, tensors, path, self._known)
+                one = _loaded(task, self._name, path)
+            except (OSError, PearStoreError):
+                continue
+            places = {tensors[name].digest: place for name, place in header.places.items()}
+            answer[-1] = (one.name, one.manifest, one.hash, [
+                (digest, place.dtype, place.shape, start + place.offset, start + place.offset + place.length)
+                for digest, place in places.items()
+            ])  # fmt: skip
+        return answer
