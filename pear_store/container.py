@@ -14,7 +14,7 @@ from io import BytesIO
 from itertools import chain
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from pear_store.digest import ITEM_BYTES, RawTensor
 from pear_store.errors import CheckpointError, NotFoundError
@@ -26,8 +26,7 @@ _MAX_DIMENSIONS = 8
 _MAX_DEPTH = 64
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor's bytes lie in its file; offset in bytes from the file's start."""
 
     dtype: str
@@ -167,9 +166,19 @@ def _checked_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
 
 
 def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise CheckpointError(where, f"tensor {name!r}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    try:  # what most are: of a dtype and shape that came before
+        kept_dtype, kept_shape, length = _LENGTHS[dtype, *shape]
+        begin, end = offsets
+        if (
+            {int}.issuperset(map(type, shape)) and type(begin) is int and type(end) is int  # True == 1 == 1.0
+            and end - begin == length and 0 <= begin < 2**48
+        ):  # fmt: skip
+            return Place(kept_dtype, kept_shape, data_start + begin, length)
+    except (KeyError, TypeError, ValueError):
+        pass
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(where, f"tensor {name!r}: dtype {dtype!r}: expected one of {', '.join(ITEM_BYTES)}")
     if not (isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and all(_is_size(n) for n in shape)):
@@ -180,7 +189,15 @@ def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
     if offsets[1] - offsets[0] != length:
         problem = f"{dtype} {shape} is {length} bytes, data_offsets say {offsets[1] - offsets[0]}"
         raise CheckpointError(where, f"tensor {name!r}: {problem}")
+    if len(_LENGTHS) == 1000:
+        _LENGTHS.clear()
+    _LENGTHS[dtype, *shape] = (dtype, tuple(shape), length)
     return Place(dtype, tuple(shape), data_start + offsets[0], length)
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_LENGTHS: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}
+"""Dtype and shape that were found good, with their bytes"""
 
 
 def _is_size(n: object) -> bool:

@@ -71,7 +71,7 @@ class RawTensor:
     def checked(
         cls, dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview, digest: Digest
     ) -> "RawTensor":
-        """A tensor whose digest is known; three times faster to make than by the constructor, for hot reads."""
+        """A tensor whose digest is known, for hot reads."""
         made = object.__new__(cls)
         made.__dict__.update(dtype=dtype, shape=shape, data=data, digest=digest)
         return made

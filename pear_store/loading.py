@@ -7,7 +7,7 @@ forked, workers read them into memory shared with this one; elsewhere they are r
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from stat import S_ISREG
 
 from pear_store import sources
 from pear_store.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
-from pear_store.container import parse_buffer
+from pear_store.container import Place, parse_buffer
 from pear_store.digest import Digest, RawTensor
 from pear_store.errors import CheckpointError, PearStoreError
 from pear_store.forked import Worker, WorkerDiedError, can_fork
@@ -36,16 +36,13 @@ _SLOTS = 2
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source of `add`, read and checked: its distinct tensors, its manifest and that one's hash."""
+    """A source of `add`, read and checked: its distinct tensors and their bytes, its manifest and that one's hash."""
 
     name: str
-    tensors: dict[Digest, RawTensor]
+    tensors: Mapping[Digest, RawTensor]
+    size_bytes: int
     manifest: bytes
     hash: bytes
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.size_bytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -134,23 +131,31 @@ def _loaded(task: Task, name: str | None, where: str) -> Loaded:
     if len(manifest) > MAX_MANIFEST_BYTES:
         raise CheckpointError(where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored")
     tensors = {tensor.digest: tensor for tensor in task.tensors.values()}
-    return Loaded(task.name, tensors, manifest, manifest_hash(manifest))
+    size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
+    return Loaded(task.name, tensors, size_bytes, manifest, manifest_hash(manifest))
 
 
-_Read = tuple[str, bytes, bytes, list[tuple[str, str, tuple[int, ...], int, int]]]
-"""A file as a worker read it: name, manifest, its hash, and each tensor's digest, dtype, shape, begin and end in the
-slot"""
+_Read = tuple[str, dict[Digest, Place], int, bytes, bytes]
+"""A file as a worker read it: a `Loaded` whose tensors lie at places in the slot"""
 _Answer = list[_Read | None]
 """One for each file; None where it is refused or does not fit, for this process to look at it"""
 
 
-def _received(one: _Read, data: memoryview) -> Loaded:
-    name, manifest, hashed, places = one
-    tensors = {
-        Digest(digest): RawTensor.checked(dtype, shape, data[start:end], Digest(digest))
-        for digest, dtype, shape, start, end in places
-    }
-    return Loaded(name, tensors, manifest, hashed)
+class _InSlot(Mapping[Digest, RawTensor]):
+    """Tensors in shared memory, made when they are asked for: most are stored already."""
+
+    def __init__(self, places: dict[Digest, Place], slot: memoryview) -> None:
+        self._places, self._slot = places, slot
+
+    def __getitem__(self, digest: Digest) -> RawTensor:
+        dtype, shape, offset, length = self._places[digest]
+        return RawTensor.checked(dtype, shape, self._slot[offset : offset + length], digest)
+
+    def __iter__(self) -> Iterator[Digest]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class _Workers:
@@ -200,7 +205,7 @@ class _Workers:
             with suppress(WorkerDiedError):  # whatever it died of, the files are read here
                 answer = self._workers[place[0]].answer()
         yield from _split(
-            load(source, self._name, self._known) if one is None else _received(one, data)
+            load(source, self._name, self._known) if one is None else Loaded(one[0], _InSlot(one[1], data), *one[2:])
             for source, one in zip(chunk, answer, strict=True)
         )
 
@@ -224,9 +229,9 @@ class _Workers:
                 one = _loaded(task, self._name, path)
             except (OSError, PearStoreError):
                 continue
-            places = {tensors[name].digest: place for name, place in header.places.items()}
-            answer[-1] = (one.name, one.manifest, one.hash, [
-                (digest, place.dtype, place.shape, start + place.offset, start + place.offset + place.length)
-                for digest, place in places.items()
-            ])  # fmt: skip
+            places = {
+                tensors[name].digest: Place(dtype, shape, start + offset, length)
+                for name, (dtype, shape, offset, length) in header.places.items()
+            }
+            answer[-1] = (one.name, places, one.size_bytes, one.manifest, one.hash)
         return answer

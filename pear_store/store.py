@@ -330,15 +330,19 @@ class Store:
                 plan.results.append(Refused(NameTakenError(loaded.name, known.name)))
                 continue
             new_bytes = 0
-            for digest, tensor in loaded.tensors.items():
+            for digest in loaded.tensors:
                 if digest in plan.tensors:
                     continue
-                row = good.get(digest) or self._good_row(view, digest, tensor, seen, plan)
+                row = good.get(digest)
                 if row is None:
-                    plan.tensors[digest] = tensor
-                    new_bytes += tensor.size_bytes
-                else:
-                    good[digest] = plan.stored[digest] = row
+                    tensor = loaded.tensors[digest]
+                    row = self._good_row(view, digest, tensor, seen, plan)
+                    if row is None:
+                        plan.tensors[digest] = tensor
+                        new_bytes += tensor.size_bytes
+                        continue
+                    good[digest] = row
+                plan.stored[digest] = row
             last = newest.get(loaded.name)
             if last is None and known and known.newest:
                 version = version_row(view, loaded.name, known.newest)
