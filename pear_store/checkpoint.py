@@ -2,6 +2,7 @@
 
 import errno
 import json
+import marshal
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pear_store.container import check_json, container_chunks, read_container, strict_json
+from pear_store.container import check_json, container_chunks, parse_json, read_container
 from pear_store.digest import ITEM_BYTES, Digest, RawTensor, is_digest
 from pear_store.errors import CheckpointError, DiskFullError
 
@@ -171,8 +172,11 @@ def task_from_container(
     """The task that a file's metadata and tensors hold; see :func:`read_checkpoint`."""
     if "pear" not in metadata:
         raise CheckpointError(path, "metadata key 'pear' is missing: a safetensors file, but no task checkpoint")
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     try:
-        record = strict_json(metadata["pear"])
+        record = parse_json(metadata["pear"])
+        known_structure = isinstance(record, dict) and _structure_key(record, shapes) in _GOOD_STRUCTURES
+        check_json({k: v for k, v in record.items() if k not in _STRUCTURE} if known_structure else record)
     except ValueError as error:
         raise CheckpointError(path, f"metadata key 'pear' is not valid JSON: {error}") from None
     if not isinstance(record, dict):
@@ -287,11 +291,41 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         backbone.get("digest")
     ):
         yield "field 'backbone': expected a model name and a digest 'sha256:' + 64 hex digits"
-    if record["activation"] not in ACTIVATIONS:
-        yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {_short(record['activation'])}"
     for key in ("metrics", "training"):
         if not isinstance(record[key], dict):
             yield f"field {key!r}: expected an object"
+    structure = _structure_key(record, tensors)
+    named = _GOOD_STRUCTURES.get(structure)
+    if named is None:
+        yield from _structure_problems(record, tensors)
+        named = frozenset(tensor_names({**record, "head": None}))
+        if len(_GOOD_STRUCTURES) == _MAX_STRUCTURES:
+            _GOOD_STRUCTURES.clear()
+        _GOOD_STRUCTURES[structure] = named
+    yield from _head_problems(record["head"], record["labels"], tensors)
+    head = record["head"] or {"weight": "", "bias": ""}
+    if unnamed := tensors.keys() - named - {head["weight"], head["bias"]}:
+        yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
+
+
+_STRUCTURE = ("activation", "adapters", "positions", "preprocess")
+_GOOD_STRUCTURES: dict[bytes, frozenset[str]] = {}
+"""What of records was found good (the same for all tasks of one kind), with the tensors that it names"""
+_MAX_STRUCTURES = 256
+
+
+def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The structure of a record and the shapes of its tensors as bytes: equal ones are equally good.
+
+    Raises:
+        ValueError: nested too deeply, or no JSON.
+    """
+    return marshal.dumps((*map(record.get, _STRUCTURE), dict(tensors)), 2)  # 2: without references, which differ by run
+
+
+def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+    if record["activation"] not in ACTIVATIONS:
+        yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {_short(record['activation'])}"
     shapes: dict[str, tuple[int, int]] = {}
     if not isinstance(record["adapters"], dict):
         yield "field 'adapters': expected an object"
@@ -301,10 +335,7 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         except ValueError as error:
             yield f"field 'adapters', {_short(name)}: {error}"
     yield from _position_problems(record["positions"], shapes)
-    yield from _head_problems(record["head"], record["labels"], tensors)
     yield from _preprocess_problems(record["preprocess"])
-    if unnamed := set(tensors) - tensor_names(record):
-        yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
 
 
 def _adapter_shape(entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
