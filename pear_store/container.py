@@ -282,23 +282,30 @@ def lay_out(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> tu
     tensors of one width stay in the order given.
     """
     order = sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype])
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    parts = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
     end = 0
+    begins = []
     for name in order:
         tensor = tensors[name]
-        begin, end = end, end + tensor.size_bytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+        begins.append(end)
+        end += tensor.size_bytes
+        sizes = ",".join(map(str, tensor.shape))
+        parts.append(
+            f'{_json(name)}:{{"dtype":"{tensor.dtype}","shape":[{sizes}],"data_offsets":[{begins[-1]},{end}]}}'
+        )
+    text = f"{{{','.join(parts)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"header of {len(text)} bytes: at most {MAX_HEADER_BYTES}")
     start = 8 + len(text)
     places = {
-        name: Place(tensors[name].dtype, tensors[name].shape, start + header[name]["data_offsets"][0],
-                    tensors[name].size_bytes)
-        for name in order
-    }  # fmt: skip
+        name: Place(tensors[name].dtype, tensors[name].shape, start + begin, tensors[name].size_bytes)
+        for name, begin in zip(order, begins, strict=True)
+    }
     return len(text).to_bytes(8, "little") + text, places
+
+
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def container_chunks(

@@ -27,7 +27,7 @@ def to_digest(raw: bytes) -> Digest:
 
 def from_digest(digest: Digest) -> bytes:
     """The 32-byte hash of a written digest."""
-    return bytes.fromhex(digest.removeprefix("sha256:"))
+    return bytes.fromhex(digest[7:])
 
 
 def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | bytearray | memoryview) -> Digest:

@@ -147,19 +147,15 @@ class ManifestRow:
     tensors: memoryview
 
     @staticmethod
-    def encode(
-        key: bytes, number: int, tensors: Iterable[int], manifest: bytes, places: Sequence[TensorRow] = ()
-    ) -> bytes:
-        """A row; `places` in the order of the digests."""
-        numbers = array("I", [number, *sorted(tensors)]).tobytes()
-        packs = list(dict.fromkeys(place.pack for place in places))
-        hints = b"".join(
-            _PLACE.pack(packs.index(pack), offset, length, _DTYPES.index(dtype), len(shape))
-            + _SHAPES[len(shape)].pack(*shape)
-            for _, pack, offset, length, dtype, shape in places
-        )
+    def encode(key: bytes, number: int, rows: Sequence[bytes], manifest: bytes) -> bytes:
+        """A row; `rows` are the encoded ones of the tensors, in the order of their digests."""
+        numbers = array("I", [number, *sorted(TensorRow.number_of(row) for row in rows)]).tobytes()
+        packs: dict[bytes, bytes] = {}
+        for row in rows:
+            packs.setdefault(row[4:36], len(packs).to_bytes(2, "little"))
+        hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
         press = zlib.compressobj(1, zdict=_USUAL)
-        pressed = press.compress(struct.pack("<HH", len(packs), len(places)) + b"".join(packs) + hints + manifest)
+        pressed = press.compress(struct.pack("<HH", len(packs), len(rows)) + b"".join(packs) + hints + manifest)
         head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
         return head + numbers + pressed + press.flush()
 

@@ -462,7 +462,9 @@ def _rewrite(
             row = view.get("manifests", key)
             if manifest is not None and row is not None:
                 old = ManifestRow.decode(key, row)
-                view.put("manifests", key, ManifestRow.encode(key, old.number, old.tensors, manifest))
+                names = sorted(tensor_names(json.loads(manifest)))
+                rows = [row for name in names if (row := view.get("tensors", from_digest(Digest(name)))) is not None]
+                view.put("manifests", key, ManifestRow.encode(key, old.number, rows, manifest))
                 healed.add(damage.digest)
         contents = gc.Contents()
         stays: set[bytes] = set()

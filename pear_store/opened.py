@@ -153,25 +153,24 @@ class OpenStore:
         records: Records,
         numbers: Mapping[Digest, int],
         listed: Container[Digest] = frozenset(),
-    ) -> dict[Digest, TensorRow]:
+    ) -> dict[Digest, bytes]:
         """Places a written pack and enters it, its tensors, and itself as what records these removals, tags and names.
 
         Versions are entered by the caller. `numbers` has the tensors' numbers; those of `listed` may have rows, which
-        are replaced. Returns the tensors' rows.
+        are replaced. Returns the tensors' rows, encoded.
         """
-        place_pack(self.path, pack)
         view.put("packs", pack.hash, PackRow(pack.file_bytes, pack.tensor_bytes).encode(pack.hash))
         here = [numbers[digest] for digest in pack.places]
         view.list_tensors(pack.hash, here, (place.length for place in pack.places.values()))
         elsewhere: dict[bytes, set[int]] = {}
-        rows: dict[Digest, TensorRow] = {}
+        rows: dict[Digest, bytes] = {}
         for number, (digest, place) in zip(here, pack.places.items(), strict=True):
             key = from_digest(digest)
             if digest in listed and (old := view.get("tensors", key)) is not None:
                 elsewhere.setdefault(TensorRow.peek(old).pack, set()).add(number)
             row = TensorRow(number, pack.hash, place.offset, place.length, place.dtype, place.shape)
-            view.put("tensors", key, row.encode(key))
-            rows[digest] = row
+            rows[digest] = row.encode(key)
+            view.put("tensors", key, rows[digest])
         for other, moved in elsewhere.items():
             view.unlist_tensors(other, moved)
         for task, number in records.removed:
@@ -183,6 +182,7 @@ class OpenStore:
         for tag in records.tags:
             key = tag_key(tag.task, tag.tag)
             view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack.hash).encode(key))
+        place_pack(self.path, pack)
         return rows
 
     # ---- tensors ------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ version numbers are never used twice, a removal outweighs the version it names, 
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +59,14 @@ class Records:
 
 @dataclass(frozen=True)
 class WrittenPack:
-    """A pack that lies complete and synced in `path`, not yet under its own name."""
+    """A pack that lies complete in `path`, not yet under its own name; `synced` when it is durable."""
 
     path: Path
     hash: bytes
     file_bytes: int
     tensor_bytes: int
     places: Mapping[Digest, Place]
+    synced: "Future[None]"
 
 
 def pack_path(root: Path, pack: bytes) -> Path:
@@ -98,28 +101,45 @@ def pack_metadata(records: Records) -> dict[str, str]:
 
 
 def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records) -> WrittenPack:
-    """Writes a pack into the store's tmp/ and syncs it."""
+    """Writes a pack into the store's tmp/, where it is synced while the caller goes on (:func:`place_pack` waits)."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
     head, places = lay_out(named, pack_metadata(records))
     path = root / "tmp" / f"{uuid4().hex}.safetensors"
     state = hashlib.sha256()
     size = 0
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(path, "wb", buffering=0) as file:
-            for run in _runs((head, *(named[name].data for name in places))):
-                for chunk in run:
-                    state.update(chunk)
-                size += _write(file.fileno(), run)
-            os.fsync(file.fileno())
+        for run in _runs((head, *(named[name].data for name in places))):
+            for chunk in run:
+                state.update(chunk)
+            size += _write(handle, run)
         pack = WrittenPack(
             path.with_stem(state.hexdigest()), state.digest(), size, sum(t.size_bytes for t in tensors.values()),
-            {Digest(name): place for name, place in places.items()},
+            {Digest(name): place for name, place in places.items()}, Future(),
         )  # fmt: skip
         path.rename(pack.path)
     except BaseException:
+        os.close(handle)
         path.unlink(missing_ok=True)
         raise
+    if size < _SYNC_APART_BYTES:
+        _sync(handle, pack.synced)
+    else:
+        threading.Thread(target=_sync, args=(handle, pack.synced)).start()
     return pack
+
+
+_SYNC_APART_BYTES = 1 << 20
+
+
+def _sync(handle: int, synced: "Future[None]") -> None:
+    try:
+        os.fsync(handle)
+        synced.set_result(None)
+    except OSError as error:
+        synced.set_exception(error)
+    finally:
+        os.close(handle)
 
 
 def _runs(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[list[bytes | bytearray | memoryview]]:
@@ -149,11 +169,12 @@ def _write(handle: int, run: list[bytes | bytearray | memoryview]) -> int:
 
 
 def place_pack(root: Path, pack: WrittenPack) -> None:
-    """Gives a written pack its own name, durably.
+    """Gives a written pack its own name, durably, once it is synced.
 
     Its name in tmp/ stays until the commit is through: by the second name the next writer sees that a process died
     before it committed, and unlinks what nobody was promised (:func:`find_unfinished`).
     """
+    pack.synced.result()
     target = pack_path(root, pack.hash)
     if not target.parent.exists():
         target.parent.mkdir()

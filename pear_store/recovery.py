@@ -228,9 +228,8 @@ def _number_manifest(view: View, key: bytes, missing: list[int]) -> None:
             missing.append(view.take_numbers(1))
             found = TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()).encode(digest)
             view.put("tensors", digest, found)
-        rows.append(TensorRow.peek(found))
-    numbers = {row.number for row in rows}
-    view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), numbers, manifest, rows))
+        rows.append(found)
+    view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), rows, manifest))
 
 
 def _size_of(view: View, manifest: bytes) -> int:

@@ -128,7 +128,7 @@ class _Plan:
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     damaged: dict[Digest, int] = field(default_factory=dict)
-    stored: dict[Digest, TensorRow] = field(default_factory=dict)
+    stored: dict[Digest, bytes] = field(default_factory=dict)
     versions: list[tuple[PackedVersion, Loaded]] = field(default_factory=list)
     healed: list[Loaded] = field(default_factory=list)
     results: list[Added | Refused] = field(default_factory=list)
@@ -143,10 +143,10 @@ class _Plan:
 
 @dataclass
 class _FoundGood:
-    """Rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as long as
-    nobody else commits, they need no second look."""
+    """Encoded rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as
+    long as nobody else commits, they need no second look."""
 
-    rows: dict[Digest, TensorRow] = field(default_factory=dict)
+    rows: dict[Digest, bytes] = field(default_factory=dict)
     as_of: tuple[int, tuple[int, int]] = (0, (0, 0))
 
 
@@ -273,7 +273,7 @@ class Store:
         except OSError as error:
             raise from_os_error(error, self.path) from None
 
-        def change(view: View) -> dict[Digest, TensorRow]:
+        def change(view: View) -> dict[Digest, bytes]:
             nonlocal plan
             if view.id != planned_in + 1:  # another process added or removed meanwhile
                 current = self._plan(view, group, found_good, now)
@@ -287,7 +287,7 @@ class Store:
             numbers = dict(plan.damaged)
             fresh = [digest for digest in plan.tensors if digest not in numbers]
             numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
-            rows: dict[Digest, TensorRow] = {}
+            rows: dict[Digest, bytes] = {}
             for pack in packs:
                 rows = opened.enter(view, pack, Records(), numbers, plan.damaged)
             places = {**plan.stored, **rows}
@@ -358,11 +358,9 @@ class Store:
             plan.results.append(Added(loaded.name, number, changed, new_bytes, loaded.size_bytes - new_bytes))
         return plan
 
-    def _good_row(
-        self, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan
-    ) -> TensorRow | None:
-        """The row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged one,
-        whose number goes into the plan. `seen` are the packs whose files were looked at."""
+    def _good_row(self, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan) -> bytes | None:
+        """The encoded row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged
+        one, whose number goes into the plan. `seen` are the packs whose files were looked at."""
         found = view.get("tensors", key := from_digest(digest))
         if found is None:
             return None
@@ -378,7 +376,7 @@ class Store:
                 seen.add(row.pack)
                 # two bytes objects compare by memcmp, memory views item by item
                 if bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data):
-                    return row
+                    return found
         plan.damaged[digest] = row.number
         return None
 
@@ -607,16 +605,15 @@ def _intact(view: View, loaded: Loaded) -> bool:
         return False
 
 
-def _put_manifest(view: View, loaded: Loaded, places: Mapping[Digest, TensorRow]) -> None:
+def _put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, bytes]) -> None:
     row = view.get("manifests", loaded.hash)
     own = None
     if row is not None:
         with suppress(DamagedError):
             own = ManifestRow.decode(loaded.hash, row).number
     number = view.take_numbers(1) if own is None else own
-    used = [places[digest] for digest in sorted(loaded.tensors)]
-    numbers = [place.number for place in used]
-    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, numbers, loaded.manifest, used))
+    used = [rows[digest] for digest in sorted(loaded.tensors)]
+    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, used, loaded.manifest))
 
 
 def _manifest(view: View, row: VersionRow, what: str) -> tuple[bytes, list[TensorRow]]:
