@@ -253,12 +253,13 @@ def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) ->
 def tensor_names(record: Mapping[str, Any]) -> set[str]:
     """Every tensor name that a record uses."""
     names: set[str] = set()
-
-    def collect(name: str) -> str:
-        names.add(name)
-        return name
-
-    map_tensor_names(record, collect)
+    for entry in record["adapters"].values():
+        names.add(entry["down"])
+        names.add(entry["up"])
+        if "quant" in entry:
+            names.update(entry["quant"][side]["scale"] for side in ("down", "up"))
+    if (head := record["head"]) is not None:
+        names.update((head["weight"], head["bias"]))
     return names
 
 

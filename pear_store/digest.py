@@ -32,9 +32,14 @@ def from_digest(digest: Digest) -> bytes:
 
 def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | bytearray | memoryview) -> Digest:
     """sha256 over ``"{dtype} {d0},{d1}\\n"`` (ASCII), then the little-endian bytes."""
-    state = _started(dtype, tuple(shape)).copy()
+    return to_digest(raw_digest(dtype, tuple(shape), data))
+
+
+def raw_digest(dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview) -> bytes:
+    """The 32 bytes of :func:`tensor_digest`."""
+    state = _started(dtype, shape).copy()
     state.update(data)
-    return to_digest(state.digest())
+    return state.digest()
 
 
 @lru_cache(256)

@@ -102,17 +102,18 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         return packs[pack]
 
     needed = 0
+    recording = view.packs_in("names", 8) | view.packs_in("tags", 12) | view.packs_in("removed", 32)
     for key, value in view.every("versions"):
         if key in dropped:
             continue
-        version = VersionRow.decode(key, value)
+        manifest_hash, pack, _, size_bytes = VersionRow.fields(key, value)
         marked.versions += 1
-        marked.logical_bytes += version.size_bytes
-        need(version.pack)
-        found = view.get("manifests", version.manifest)
+        marked.logical_bytes += size_bytes
+        recording.add(pack)
+        found = view.get("manifests", manifest_hash)
         if found is None:
             raise DamagedError(f"manifest of version {'@'.join(map(str, parse_version_key(key)))}", "missing")
-        manifest = ManifestRow.decode(version.manifest, found)
+        manifest = ManifestRow.decode(manifest_hash, found)
         try:
             if marks[manifest.number]:
                 continue
@@ -122,12 +123,8 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
                 marks[number] = 1
         except IndexError:
             raise DamagedError("the index's count of numbers", "too small") from None
-    for key, value in view.every("names"):
-        need(NameRow.decode(key, value).pack)
-    for key, value in view.every("tags"):
-        need(TagRow.decode(key, value).pack)
-    for key, value in view.every("removed"):
-        need(RemovedRow.decode(key, value).pack)
+    for pack in recording:
+        need(pack)
     packs[NO_PACK] = PackUse(PackRow(0, 0))
     for pack, value in view.every("contents"):
         row = ContentsRow.decode(pack, value)
@@ -204,7 +201,11 @@ def collect(
         raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
     packs: list[WrittenPack] = []
 
+    as_of = 0
+
     def sweep(view: View) -> tuple[int, Marked]:
+        nonlocal as_of
+        as_of = view.id
         drop_settled_removals(opened.path, view)
         gone = list(expired(view, keep, older_than_s))
         packs[:] = remove_versions(opened, view, gone)
@@ -230,7 +231,8 @@ def collect(
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
     if not dry_run:
         for step in _steps(victims, marked.packs):
-            left += _repack(opened, step, marked.packs)
+            dead_bytes, as_of = _repack(opened, step, marked, as_of)
+            left += dead_bytes
     return GcResult(
         removed, marked.removed_tensors, marked.removed_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run
     )
@@ -268,8 +270,12 @@ def drop_settled_removals(path: Path, view: View) -> None:
 
 
 def drop_manifests(view: View, marks: bytearray) -> None:
-    """Deletes the manifests that no version has."""
-    view.delete_where("manifests", lambda key, value: not marks[ManifestRow.decode(key, value).number])
+    """Deletes the manifests that no version has. Those that one has were found whole when they were marked."""
+    view.delete_where("manifests", lambda _, value: not _is_marked(marks, ManifestRow.number_of(value)))
+
+
+def _is_marked(marks: bytearray, number: int) -> bool:
+    return number < len(marks) and marks[number] == 1
 
 
 def drop_packs(path: Path, view: View, packs: Sequence[bytes]) -> None:
@@ -302,17 +308,24 @@ def unlink_packs(opened: OpenStore, packs: Iterable[bytes]) -> None:
 
 
 def _victims(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
-    """Packs worth rewriting: those more than two thirds dead, where each byte written frees two or more, or every one
-    with dead bytes and all small ones; several without tensors become one."""
+    """Packs worth rewriting: every one with dead bytes and all small ones, or else those more than two thirds dead,
+    where each byte written frees two or more, if that frees a tenth of the store; many without tensors become one."""
     needed = {pack: use for pack, use in packs.items() if use.needed}
     if repack_all:
         small = [pack for pack, use in needed.items() if use.row.tensor_bytes * 4 < REPACK_BYTES]
         dead = [pack for pack, use in needed.items() if use.dead_bytes]
+        many = 2
     else:
         small = [pack for pack, use in needed.items() if not use.row.tensor_bytes]
         dead = [pack for pack, use in needed.items() if use.dead_bytes * 3 > use.row.tensor_bytes * 2]
-    chosen = {*dead, *(small if len(small) > 1 else ())}
+        many = _RECORD_PACKS
+        if sum(needed[pack].dead_bytes for pack in dead) * 10 < sum(use.row.tensor_bytes for use in needed.values()):
+            dead = []
+    chosen = {*dead, *(small if len(small) >= many else ())}
     return [pack for pack in needed if pack in chosen]
+
+
+_RECORD_PACKS = 8
 
 
 def _steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[bytes]]:
@@ -412,17 +425,21 @@ def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
     return written
 
 
-def _repack(opened: OpenStore, victims: list[bytes], uses: dict[bytes, PackUse]) -> int:
-    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay."""
+def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: int) -> tuple[int, int]:
+    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and its commit.
+
+    `marked` is from the commit `as_of`; it is marked anew if there was another since, for an add may have come to need
+    what was dead.
+    """
     packs: list[WrittenPack] = []
     moved: list[bytes] = []
 
-    def change(view: View) -> int:
+    def change(view: View) -> tuple[int, int]:
         packs.clear()
         moved.clear()
         left = 0
         contents = Contents()
-        marks = mark(view).marks  # an add may have come to need what was dead
+        marks = marked.marks if view.id == as_of + 1 else mark(view).marks
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
@@ -430,16 +447,16 @@ def _repack(opened: OpenStore, victims: list[bytes], uses: dict[bytes, PackUse])
                 contents.merge(_needed_of(opened, view, pack, marks))
                 moved.append(pack)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
-                left += uses[pack].dead_bytes
+                left += marked.packs[pack].dead_bytes
         drop_manifests(view, marks)  # of what was removed meanwhile: their tensors' rows go, too
         drop_packs(opened.path, view, moved)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))
-        return left
+        return left, view.id
 
     try:
-        left = opened.write_packs(change, packs)
+        result = opened.write_packs(change, packs)
     except OSError as error:
         raise from_os_error(error, opened.path) from None
     unlink_packs(opened, moved)
-    return left
+    return result

@@ -168,6 +168,11 @@ class ManifestRow:
         return cls(numbers[0], numbers[1:])
 
     @staticmethod
+    def number_of(row: bytes) -> int:
+        """The manifest's number, without a look at the checksum."""
+        return int.from_bytes(row[8:12], "little")
+
+    @staticmethod
     def unpack(row: bytes) -> tuple[bytes, list[TensorRow]]:
         """The manifest's bytes, unchecked, and the hints; empty if they cannot be had."""
         try:
@@ -219,7 +224,13 @@ class VersionRow:
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "VersionRow":
-        return cls(*_opened("<32s32sQQ", key, row))
+        return cls(*cls.fields(key, row))
+
+    @staticmethod
+    def fields(key: bytes, row: bytes) -> tuple[bytes, bytes, int, int]:
+        """Manifest, pack, time and bytes."""
+        manifest, pack, time_ns, size_bytes = _opened("<32s32sQQ", key, row)
+        return manifest, pack, time_ns, size_bytes
 
 
 @dataclass(frozen=True)
@@ -380,6 +391,18 @@ class View:
         if found and cursor.key().startswith(prefix):
             return cursor.key(), cursor.value()
         return None
+
+    def packs_in(self, table: str, at: int) -> set[bytes]:
+        """The distinct packs, or NO_PACK, that a table's rows name at a byte.
+
+        Raises:
+            DamagedError: a row cannot be trusted.
+        """
+        found = set()
+        for key, value in self.every(table):
+            _unsealed(key, value)
+            found.add(value[at : at + 32])
+        return found
 
     def delete_where(self, table: str, dead: Callable[[bytes, bytes], bool]) -> None:
         """Walks a table once and deletes the rows that `dead` picks by key and value."""

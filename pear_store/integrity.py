@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from pear_store import gc, sources
 from pear_store.checkpoint import tensor_names
 from pear_store.container import Header
-from pear_store.digest import Digest, RawTensor, from_digest, is_digest, tensor_digest, to_digest
+from pear_store.digest import Digest, RawTensor, from_digest, is_digest, raw_digest, to_digest
 from pear_store.errors import (
     DamagedError,
     DamagedIndexError,
@@ -45,6 +45,9 @@ from pear_store.pack import (
     read_records,
 )
 
+_OURS = 4
+"""Of so many packs, one is checked beside the index, the others in a process of their own."""
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -69,6 +72,13 @@ class Report:
     index: str | None = None
     """What is wrong with the index; None: nothing"""
     advice: list[str] = field(default_factory=list)
+
+    def add(self, other: "Report") -> None:
+        """Takes in what was found of other packs."""
+        self.tensors += other.tensors
+        self.packs += other.packs
+        self.bytes += other.bytes
+        self.damaged_packs = sorted({*self.damaged_packs, *other.damaged_packs})
 
     @property
     def ok(self) -> bool:
@@ -169,11 +179,15 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
     Raises:
         DamagedError: the index cannot be trusted.
     """
-    worker = Worker(lambda _: check_packs(path, subset)) if can_fork() else None  # packs and index on a core each
-    if worker is not None:
-        worker.ask(None)
     opened = OpenStore(path)
+    worker = None
     try:
+        with opened.read() as view:
+            ours = {pack for pack, _ in view.rows("packs")} if can_fork() else set()
+        ours = set(sorted(ours)[::_OURS])
+        if ours:  # on a core each: there most packs, here the index and the rest
+            worker = Worker(lambda _: check_packs(path, subset, ours))
+            worker.ask(None)
         with opened.read() as view:
             lost = check_index(view)
             bad_manifests = set()
@@ -183,10 +197,18 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
                     bad_manifests.add(key)
                     continue
                 _check_numbers(view, key, row, manifest)
-            try:
-                report, bad = worker.answer() if worker is not None else check_packs(path, subset)
-            except WorkerDiedError:
-                report, bad = check_packs(path, subset)
+            report, bad, done = Report(), set(), set()
+            for pack in sorted(ours):
+                if pack[0] % subset[1] == subset[0] - 1:
+                    bad |= _check_pack(opened, pack, report)
+            if worker is not None:
+                with suppress(WorkerDiedError):
+                    theirs, found, done = worker.answer()
+                    report.add(theirs)
+                    bad |= found
+            rest, found, _ = check_packs(path, subset, done | ours)
+            report.add(rest)
+            bad |= found
             bad |= lost if subset[0] == 1 else set()
         with opened.read() as view:  # what was added meanwhile may be hit, too
             report.damaged = _hit(view, bad)
@@ -198,18 +220,21 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
     return report
 
 
-def check_packs(path: Path, subset: tuple[int, int]) -> tuple[Report, set[Digest]]:
-    """Hashes what the index lists in the packs; returns a report, and the tensors that are damaged or missing."""
+def check_packs(
+    path: Path, subset: tuple[int, int], others: Set[bytes] = frozenset()
+) -> tuple[Report, set[Digest], set[bytes]]:
+    """Hashes what the index lists in the packs, other than some that are checked elsewhere; returns a report, the
+    tensors that are damaged or missing, and all these packs."""
     report = Report()
     bad: set[Digest] = set()
-    done: set[bytes] = set()
+    done = set(others)
     opened = OpenStore(path)
     try:
         while True:
             with opened.read() as view:
                 packs = {pack for pack, _ in view.rows("packs") if pack[0] % subset[1] == subset[0] - 1}
             if packs <= done:  # else a gc moved something meanwhile, or an add brought more
-                return report, bad
+                return report, bad, done
             for pack in sorted(packs - done):
                 bad |= _check_pack(opened, pack, report)
             done |= packs
@@ -283,15 +308,15 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
             header, sound = Header({}, {}, 0), False
         report.packs += 1
         for name, place in header.places.items():
-            value = view.get("tensors", from_digest(Digest(name))) if is_digest(name) else None
-            row = TensorRow.peek(value) if value is not None else None
-            if row is None or row.pack != pack:
+            value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
+            if value is None or (row := TensorRow.peek(value)).pack != pack:
                 continue  # a copy elsewhere counts
+            _, _, offset, length, dtype, shape = row
             report.tensors += 1
-            report.bytes += place.length
-            if row[2:] != (place.offset, place.length, place.dtype, place.shape):
+            report.bytes += length
+            if (dtype, shape, offset, length) != place:
                 sound = False
-            if tensor_digest(row.dtype, row.shape, mapped.view[row.offset : row.offset + row.length]) != name:
+            if raw_digest(dtype, shape, mapped.view[offset : offset + length]) != key:
                 bad.add(Digest(name))
         if not sound:  # its header does not tell what is in it: look at each row
             report.damaged_packs.append(pack.hex())
