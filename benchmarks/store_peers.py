@@ -9,6 +9,7 @@ peer that cannot be had is left out and named in the JSON. A run of 1,000 tasks 
     python benchmarks/store_peers.py --out benchmarks/results/store_peers.json
 """
 
+import compileall
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import Tensor
 
+import pear_store
 from pear_store import RawTensor, Store, make_task, write_checkpoint
 from router.tensors import to_torch
 
@@ -413,6 +415,7 @@ def judged(measured: dict[str, Any]) -> list[dict[str, Any]]:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/store_peers"), show_default=True)
 @click.option("--peers-venv", type=click.Path(path_type=Path), help="Where DVC is or goes.  [default: WORK/peers]")
 def main(out: Path, tasks: int, repeats: int, work: Path, peers_venv: Path | None) -> None:
+    compileall.compile_dir(Path(pear_store.__file__).parent, quiet=1)  # as an installer does, for an editable one, too
     work = work.absolute() / "store_peers_data"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -59,6 +59,8 @@ class Worker:
 
     def ask(self, request: Any) -> None:
         """Sends a request; a process that died is noticed when it should answer."""
+        if self._requests.closed:
+            return
         with suppress(BrokenPipeError):
             pickle.dump(request, self._requests, protocol=5)
             self._requests.flush()
@@ -70,6 +72,8 @@ class Worker:
             WorkerDiedError: the process died.
         """
         try:
+            if self._answers.closed:
+                raise EOFError
             return pickle.load(self._answers)
         except (EOFError, pickle.UnpicklingError):
             raise WorkerDiedError(self.close()) from None

@@ -201,11 +201,11 @@ def collect(
         raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
     packs: list[WrittenPack] = []
 
-    as_of = 0
+    swept_in = 0
 
     def sweep(view: View) -> tuple[int, Marked]:
-        nonlocal as_of
-        as_of = view.id
+        nonlocal swept_in
+        swept_in = view.id
         drop_settled_removals(opened.path, view)
         gone = list(expired(view, keep, older_than_s))
         packs[:] = remove_versions(opened, view, gone)
@@ -226,6 +226,7 @@ def collect(
         removed = len(dropped)
     else:
         removed, marked = opened.write_packs(sweep, packs)
+        as_of = _committed(opened, swept_in)
         opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
     victims = _victims(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
@@ -321,7 +322,8 @@ def _victims(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
         many = _RECORD_PACKS
         if sum(needed[pack].dead_bytes for pack in dead) * 10 < sum(use.row.tensor_bytes for use in needed.values()):
             dead = []
-    chosen = {*dead, *(small if len(small) >= many else ())}
+    emptied = [pack for pack, use in needed.items() if use.dead_bytes and not use.live_bytes]  # only records to write
+    chosen = {*dead, *emptied, *(small if len(small) >= many else ())}
     return [pack for pack in needed if pack in chosen]
 
 
@@ -425,11 +427,15 @@ def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
     return written
 
 
-def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: int) -> tuple[int, int]:
+_Next = tuple[int, tuple[int, int]]
+"""A writer's id and its environment"""
+
+
+def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: _Next | None) -> tuple[int, _Next | None]:
     """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and its commit.
 
-    `marked` is from the commit `as_of`; it is marked anew if there was another since, for an add may have come to need
-    what was dead.
+    `marked` holds as of a commit; it is marked anew if there was another since, for an add may have come to need what
+    was dead.
     """
     packs: list[WrittenPack] = []
     moved: list[bytes] = []
@@ -439,7 +445,7 @@ def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: int)
         moved.clear()
         left = 0
         contents = Contents()
-        marks = marked.marks if view.id == as_of + 1 else mark(view).marks
+        marks = marked.marks if (view.id, opened.identity) == as_of else mark(view).marks
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
@@ -459,4 +465,10 @@ def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: int)
     except OSError as error:
         raise from_os_error(error, opened.path) from None
     unlink_packs(opened, moved)
-    return result
+    return result[0], _committed(opened, result[1])
+
+
+def _committed(opened: OpenStore, writer: int) -> _Next | None:
+    """What tells the writer that comes next, if this one was the last that committed."""
+    with opened.read() as view:
+        return (writer + 1, opened.identity) if view.id == writer else None

@@ -341,7 +341,8 @@ class View:
 
     @property
     def id(self) -> int:
-        """The last commit that a reader sees; a writer's own."""
+        """The last commit that a reader sees; a writer's own, which counts only if it writes something: else the next
+        writer has it, too."""
         number: int = self._txn.id()
         return number
 

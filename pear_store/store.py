@@ -262,8 +262,8 @@ class Store:
         now = time.time_ns()
         opened = self._open
         with opened.read() as view:
-            plan = self._plan(view, group, found_good, now)
-            planned_in = view.id
+            plan = self._plan(view, group, found_good, now, view.id)
+            planned_in = (view.id + 1, opened.identity)
         if not (plan.tensors or plan.versions or plan.healed):
             return plan.results
         packs: list[WrittenPack] = []
@@ -275,8 +275,9 @@ class Store:
 
         def change(view: View) -> dict[Digest, bytes]:
             nonlocal plan
-            if view.id != planned_in + 1:  # another process added or removed meanwhile
-                current = self._plan(view, group, found_good, now)
+            written_in.clear()
+            if (view.id, opened.identity) != planned_in:  # another process added, removed or rebuilt meanwhile
+                current = self._plan(view, group, found_good, now, view.id - 1)
                 if not current.same_pack(plan):
                     for pack in packs:
                         pack.path.unlink(missing_ok=True)
@@ -301,24 +302,26 @@ class Store:
                 key = name_key(version.task)
                 name = NameRow(version.task, version.version, version.version, packs[0].hash)
                 view.put("names", key, name.encode(key))
-            written_in.append(view.id)
+            if rows or plan.versions or plan.healed:
+                written_in.append(view.id)
             return rows
 
         written_in: list[int] = []
         rows = opened.write_packs(change, packs)
-        found_good.rows.update(rows)
-        found_good.as_of = (written_in[-1], opened.identity)
+        if written_in:
+            found_good.rows.update(rows)
+            found_good.as_of = (written_in[-1], opened.identity)
         return plan.results
 
-    def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int) -> _Plan:
-        """What this group would add to the store as it stands."""
+    def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int, last: int) -> _Plan:
+        """What this group would add to the store as it stands after the last commit."""
         plan = _Plan()
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
         seen: set[bytes] = set()
-        if found_good.as_of != (view.id, self._open.identity) or len(found_good.rows) > _KEPT_ROWS:
+        if found_good.as_of != (last, self._open.identity) or len(found_good.rows) > _KEPT_ROWS:
             found_good.rows.clear()
-            found_good.as_of = (view.id, self._open.identity)
+            found_good.as_of = (last, self._open.identity)
         good = found_good.rows
         for loaded in group:
             if isinstance(loaded, Refused):
@@ -343,12 +346,12 @@ class Store:
                         continue
                     good[digest] = row
                 plan.stored[digest] = row
-            last = newest.get(loaded.name)
-            if last is None and known and known.newest:
+            before = newest.get(loaded.name)
+            if before is None and known and known.newest:
                 version = version_row(view, loaded.name, known.newest)
-                last = (known.newest, version.manifest if version else b"")
-            changed = last is None or last[1] != loaded.hash
-            number = (known.highest if known else 0) + 1 if last is None or changed else last[0]
+                before = (known.newest, version.manifest if version else b"")
+            changed = before is None or before[1] != loaded.hash
+            number = (known.highest if known else 0) + 1 if before is None or changed else before[0]
             if changed:
                 plan.versions.append((PackedVersion(loaded.name, number, now, loaded.manifest), loaded))
                 names[key] = NameRow(loaded.name, number, number, NO_PACK)
@@ -711,10 +714,16 @@ def _diff(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
 
 
 def _warn_of_network(path: Path) -> None:
-    kind = mounts.network_file_system(path)
-    if kind:
+    device = os.stat(path).st_dev
+    if device not in _NETWORK:
+        _NETWORK[device] = mounts.network_file_system(path)
+    if kind := _NETWORK[device]:
         warnings.warn(
             f"{path} is on a network file system ({kind}): its locks and memory maps are not reliable enough for an "
             "index; keep the store on a local disk",
             stacklevel=3,
         )
+
+
+_NETWORK: dict[int, str | None] = {}
+"""Kind of network file system, if it is one, by device"""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pear_store import NotFoundError, PearStoreError, Store, TaggedError, make_task
+from pear_store import NotFoundError, PearStoreError, Store, TaggedError, make_task, verify
 from tests.conftest import floats, record, small_task, tensors
 from tests.pear_store.test_store import contents
 
@@ -117,5 +117,49 @@ def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.
     assert network_file_system(tmp_path / "s", mounts) == "nfs4"
     assert network_file_system(tmp_path.parent, mounts) is None
     monkeypatch.setattr("pear_store.mounts.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("pear_store.store._NETWORK", {})  # devices looked at before
     with pytest.warns(UserWarning, match=r"network file system \(nfs4\)"):
         Store.create(tmp_path / "s").close()
+
+
+def test_what_gc_counted_as_removed_is_used_again_where_its_pack_stayed(store: Store) -> None:
+    list(store.add_many([small_task(name, seed=ord(name)) for name in "abc"]))
+    store.remove("a")
+    first = store.gc()
+    assert first.removed_tensors == 4 and first.dead_bytes == first.removed_bytes > 0
+    again = store.gc()
+    assert (again.removed_tensors, again.removed_bytes, again.dead_bytes) == (0, 0, first.dead_bytes)
+    added = store.add(small_task("d", seed=ord("a")))
+    assert (added.changed, added.new_bytes) == (True, 0)
+    assert store.gc().dead_bytes == 0
+    assert verify(store.path).ok
+    store.remove("d")
+    assert store.gc().removed_tensors == 4  # and counts again when it goes again
+
+
+def test_a_read_follows_its_tensors_to_another_pack(store: Store) -> None:
+    """The index's hint of where they lay is then wrong, or the file gone."""
+    list(store.add_many([small_task(name, seed=ord(name)) for name in "ab"]))
+    store.remove("a")
+    assert store.gc(repack_all=True).dead_bytes == 0
+    with Store(store.path) as fresh:
+        want = {t.digest for t in small_task("b", seed=ord("b")).tensors.values()}
+        assert {t.digest for t in fresh.get("b").tensors.values()} == want
+
+
+def test_small_change_is_not_worth_a_repack(store: Store) -> None:
+    """A pack that is mostly dead stays while it is a small part of the store."""
+    list(store.add_many([small_task(f"t{i}", seed=i) for i in range(40)]))
+    store.add(small_task("small", seed=99))
+    store.remove("small")
+    before = store.stats().packs
+    assert store.gc().dead_bytes == 0  # wholly dead goes at once, all the same
+    list(
+        store.add_many(
+            [small_task("u", seed=100), small_task("v", seed=101), small_task("w", seed=102), small_task("x", seed=103)]
+        )
+    )
+    store.remove("u", "v", "w")
+    assert store.gc().dead_bytes > 0
+    assert store.gc(repack_all=True).dead_bytes == 0
+    assert store.stats().packs <= before

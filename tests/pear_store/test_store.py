@@ -497,13 +497,18 @@ def test_create_and_open(tmp_path: Path) -> None:
         Store.create(tmp_path / "full")
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    Store.create(tmp_path / "s").close()
+@pytest.mark.parametrize(("found", "remedy"), [("9", "use the Pear that wrote it"), ("2", "'pear-store rebuild'")])
+def test_another_index_format_is_refused(tmp_path: Path, found: str, remedy: str) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(small_task())
     index = open_index(tmp_path / "s" / "index")
-    index.write(lambda view: view.put("meta", b"format", b"9"))
+    index.write(lambda view: view.put("meta", b"format", found.encode()))
     release_index(index)
-    with pytest.raises(FormatError, match="index format '9': this Pear reads '3'; use the Pear that wrote it"):
+    with pytest.raises(FormatError, match=f"index format '{found}': this Pear reads '3'; {remedy}"):
         Store(tmp_path / "s")
+    rebuild(tmp_path / "s")
+    with Store(tmp_path / "s") as store:
+        assert contents(store.get("dtd")) == contents(small_task())
 
 
 def test_a_closed_store_says_so(store: Store) -> None:

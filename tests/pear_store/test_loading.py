@@ -1,0 +1,138 @@
+"""Files read by forked workers, and what is not checked twice."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pear_store import CheckpointError, Refused, Store, loading, read_checkpoint, write_checkpoint
+from pear_store import container as container_module
+from pear_store.checkpoint import KnownTensors
+from pear_store.forked import Worker, WorkerDiedError
+from pear_store.loading import Loaded, load_groups
+from tests.makers import small_task
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """30 checkpoints, some equal in content, one damaged, one missing."""
+    paths = []
+    for i in range(30):
+        paths.append(tmp_path / f"t{i}.safetensors")
+        write_checkpoint(paths[-1], small_task(f"t{i}", seed=i % 7))
+    damaged = bytearray(paths[11].read_bytes())
+    damaged[-3] ^= 1
+    paths[11].write_bytes(damaged)
+    paths[17].unlink()
+    return paths
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four files a group, and two cores whatever the machine has."""
+    monkeypatch.setattr(loading, "GROUP_BYTES", 16384)
+    monkeypatch.setattr(loading, "GROUP_TASKS", 4)
+    monkeypatch.setattr(loading, "can_fork", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
+def outcome(groups: Iterator[loading.Group]) -> list[object]:
+    return [
+        (one.name, one.manifest, {d: bytes(one.tensors[d].data) for d in one.tensors}, one.size_bytes)
+        if isinstance(one, Loaded)
+        else str(one.error)
+        for group in groups
+        for one in group
+    ]
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_workers_read_what_one_process_reads(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*files[:9], small_task("in-memory", seed=3), *map(str, files[9:])]
+    asked: list[object] = []
+    ask = Worker.ask
+    monkeypatch.setattr(Worker, "ask", lambda self, request: (asked.append(request), ask(self, request)))
+    by_workers = outcome(load_groups(given, None))
+    assert len(asked) > 4
+    monkeypatch.setattr(loading, "can_fork", lambda: False)
+    assert by_workers == outcome(load_groups(given, None))
+    assert sum(isinstance(one, str) for one in by_workers) == 2
+    assert threading.active_count() == 1
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_adding_through_workers_stores_what_was_given(files: list[Path], tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        results = list(store.add_many(files))
+        assert [i for i, one in enumerate(results) if isinstance(one, Refused)] == [11, 17]
+        for i in set(range(30)) - {11, 17}:
+            want = {t.digest for t in small_task(f"t{i}", seed=i % 7).tensors.values()}
+            assert {t.digest for t in store.get(f"t{i}").tensors.values()} == want
+        assert store.stats().tensors == len(
+            {t.digest for i in range(7) for t in small_task("x", seed=i).tensors.values()}
+        )
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_killed_worker_costs_nothing(files: list[Path]) -> None:
+    groups = load_groups(files, None)
+    found = [next(groups)]
+    children = {int(pid) for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split()}
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    found += groups
+    names = [one.name for group in found for one in group if isinstance(one, Loaded)]
+    assert names == [f"t{i}" for i in range(30) if i not in (11, 17)]
+
+
+def test_a_worker_that_dies_is_named_and_leaves_no_child() -> None:
+    worker = Worker(lambda request: os._exit(7))
+    worker.ask("anything")
+    with pytest.raises(WorkerDiedError, match="ended with exit code 7"):
+        worker.answer()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
+
+
+def test_a_known_digest_is_believed_only_of_equal_bytes(tmp_path: Path) -> None:
+    known = KnownTensors()
+    for name in "abc":  # the third time it is compared, not hashed
+        write_checkpoint(tmp_path / name, small_task(name))
+        read_checkpoint(tmp_path / name, known)
+    content = bytearray((tmp_path / "c").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its bytes do not hash to its digest"):
+        read_checkpoint(tmp_path / "c", known)
+
+
+def test_headers_found_good_change_no_verdict(tmp_path: Path) -> None:
+    """Every file of one changed byte is taken or refused alike, whether or not its like was read before."""
+    path = tmp_path / "t"
+    write_checkpoint(path, small_task())
+    good = path.read_bytes()
+    length = 8 + int.from_bytes(good[:8], "little")
+
+    def verdict() -> object:
+        try:
+            task = read_checkpoint(path)
+            return dict(task.record), {n: (t.dtype, t.shape, bytes(t.data)) for n, t in task.tensors.items()}
+        except CheckpointError as error:
+            return str(error)
+
+    refused = 0
+    for at in range(0, length, 3):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
+        container_module._TAILS.clear()
+        fresh = verdict()
+        changed = path.read_bytes()
+        path.write_bytes(good)
+        verdict()
+        assert container_module._TAILS
+        path.write_bytes(changed)
+        assert verdict() == fresh, at
+        refused += isinstance(fresh, str)
+    assert refused > length // 6
