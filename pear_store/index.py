@@ -113,18 +113,17 @@ class ContentsRow:
     removed: bytes
 
     def encode(self, key: bytes) -> bytes:
-        return _sealed(
-            key, struct.pack("<I", len(self.numbers)) + self.numbers.tobytes() + self.lengths.tobytes() + self.removed
-        )
+        body = zlib.compress(self.numbers.tobytes() + self.lengths.tobytes() + self.removed, 1)
+        return _sealed(key, len(self.numbers).to_bytes(4, "little") + body)
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ContentsRow":
-        body = _unsealed(key, row)
-        count = int.from_bytes(body[:4], "little")
-        if len(body) != 4 + 13 * count:
+        row = _unsealed(key, row)
+        count = int.from_bytes(row[:4], "little")
+        body = zlib.decompressobj().decompress(row[4:], 13 * count)
+        if len(body) != 13 * count:
             raise DamagedError(f"contents of pack {key.hex()}", "its length is wrong")
-        numbers, lengths = array("I", body[4 : 4 + 4 * count]), array("Q", body[4 + 4 * count : 4 + 12 * count])
-        return cls(numbers, lengths, body[4 + 12 * count :])
+        return cls(array("I", body[: 4 * count]), array("Q", body[4 * count : 12 * count]), body[12 * count :])
 
     def without(self, numbers: Container[int]) -> "ContentsRow":
         stays = [number not in numbers for number in self.numbers]
