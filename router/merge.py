@@ -8,6 +8,7 @@ borrows the copies, and the pristine ones are never written to.
 from collections.abc import Hashable, Mapping
 from typing import Literal
 
+import torch
 from torch import nn
 
 from pear_store import Task
@@ -64,6 +65,6 @@ class Merger:
     def _merged(self, task: Task, position: str) -> nn.Parameter:
         weight = self._adapted.backbone.module.get_submodule(position).get_parameter("weight").clone()
         for branch in task.positions[position]:
-            down, up = (adapter_matrix(task, branch.adapter, side) for side in ("down", "up"))
+            down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
             weight.addmm_(up.t(), down.t(), alpha=branch.scale)
         return nn.Parameter(weight.to(self._adapted.device, self._adapted.dtype), requires_grad=False)

@@ -425,7 +425,7 @@ class Router:
                     raise UnknownTaskError(str(error)) from None
                 self._check(name, task)
             self._count += 1
-            self._known[name] = _Known(Use(self._count, task), Preprocess(task.preprocess))
+            self._known[name] = _Known(Use(self._count, task, self._adapted.dtype), Preprocess(task.preprocess))
             self._live.add(self._count)
             return self._known[name]
 

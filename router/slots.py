@@ -20,7 +20,7 @@ from torch import Tensor
 from pear_store import Task
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
-from router.tensors import dequantise, to_torch
+from router.tensors import dequantise, to_numpy, to_torch
 
 DOWN, UP, HEAD = 0, 1, 2
 _SIDES = ("down", "up")
@@ -37,6 +37,8 @@ class Use:
 
     key: Hashable
     task: Task
+    dtype: torch.dtype
+    """Of the compute, in which `down` is kept; `up` is float32, because scales are applied before the cast."""
 
     @cached_property
     def _sources(self) -> dict[Key, str]:
@@ -66,6 +68,11 @@ class Use:
         return {key: rows * (width + (key[0] == HEAD)) for key, (rows, width) in self.shapes.items()}
 
     @cached_property
+    def sizes(self) -> dict[Key, int]:
+        """Bytes on the device."""
+        return {key: count * (self.dtype.itemsize if key[0] == DOWN else 4) for key, count in self.elements.items()}
+
+    @cached_property
     def branches(self) -> dict[str, tuple[tuple[Key, Key, float], ...]]:
         """Position -> its branches: the keys of `down` and `up`, and the scale."""
         adapters = self.task.record["adapters"]
@@ -82,18 +89,28 @@ class Use:
         """What each position adds: equal where two tasks add the same."""
         return {position: (branches, self.task.activation) for position, branches in self.branches.items()}
 
-    def write(self, key: Key, out: Tensor) -> None:
+    @cached_property
+    def ranks(self) -> Ranks:
+        """Rank rows at each position."""
+        return tuple(
+            (position, sum(self.shapes[up][0] for _, up, _ in branches)) for position, branches in self.branches.items()
+        )
+
+    @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """[rank] of all rank rows, position after position."""
+        every = [(scale, self.shapes[up][0]) for branches in self.branches.values() for _, up, scale in branches]
+        return np.repeat(np.array([scale for scale, _ in every], np.float32), [rank for _, rank in every])
+
+    def write(self, key: Key, out: NDArray[np.float32]) -> None:
         """The values of a key into [elements]: rows of rank, or a head's weight and then its bias."""
         if key[0] == HEAD:
-            parts = [
-                to_torch(self.task.tensors[self.task.record["head"][part]], copy=False) for part in ("weight", "bias")
-            ]
-            split = parts[0].numel()
-            out[:split].view(parts[0].shape).copy_(parts[0])
-            out[split:].copy_(parts[1])
+            weight, bias = (to_numpy(self.task.tensors[self.task.record["head"][part]]) for part in ("weight", "bias"))
+            out[: weight.size].reshape(weight.shape)[...] = weight
+            out[weight.size :] = bias
         else:
             matrix = adapter_matrix(self.task, self._sources[key], _SIDES[key[0]])
-            out.view(self.shapes[key]).copy_(matrix if key[0] == UP else matrix.t())
+            out.reshape(self.shapes[key])[...] = matrix if key[0] == UP else matrix.T
 
 
 @dataclass(frozen=True)
@@ -101,11 +118,8 @@ class LoadedTask:
     """A task in its slots."""
 
     use: Use
-    ranks: Ranks
     rows: Ints
     """int64 [2, rank]: rows in the pools of `down` and of `up`, position after position."""
-    scale: NDArray[np.float32]
-    """[rank]: each row's scale."""
     head: tuple[Tensor, Tensor] | None
     """float32 weight [classes, features] and bias [classes]."""
 
@@ -141,27 +155,28 @@ class Pool:
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = torch.zeros(64, width, device=device, dtype=dtype)
-        self._free = np.arange(63, 0, -1)
+        self._free = np.arange(1, 64)
 
-    def take(self, count: int) -> Ints:
-        """Numbers of free rows."""
+    def put(self, values: Tensor) -> Ints:
+        """Copies [count, width] into free rows; their numbers."""
+        count, old = len(values), len(self.rows)
         if len(self._free) < count:
-            old = len(self.rows)
             more = max(old // 2, count)
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more, self.rows.shape[1])])
-            self._free = np.concatenate([np.arange(old + more - 1, old - 1, -1), self._free])
-        self._free, taken = np.split(self._free, [len(self._free) - count])
+            self._free = np.concatenate([self._free, np.arange(old, old + more)])
+        taken, self._free = self._free[:count], self._free[count:]
+        if count and (np.diff(taken) == 1).all():  # as rows that were freed together are: several times faster
+            self.rows[taken[0] : taken[0] + count] = values
+        else:
+            self.rows.index_copy_(0, torch.from_numpy(taken).to(values.device), values.to(self.rows.dtype))
         return taken
 
-    def free(self, rows: Ints) -> None:
-        self._free = np.concatenate([self._free, rows])
+    def free(self, rows: Sequence[Ints]) -> None:
+        self._free = np.concatenate([*rows, self._free])
 
 
 class Slots:
-    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe.
-
-    `down` is kept in the compute dtype; `up` in float32, because scales are applied before the cast.
-    """
+    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe."""
 
     def __init__(
         self,
@@ -175,6 +190,7 @@ class Slots:
         self._pools: dict[tuple[int, int], Pool] = {}
         self._entries: dict[Key, _Entry] = {}
         self._tasks: OrderedDict[Hashable, LoadedTask] = OrderedDict()
+        self._host = torch.empty(0)
         self._ever: Ranks = ()
         self._activations: set[str] = set()
         self._hits = self._misses = self._loads = self._evictions = 0
@@ -198,7 +214,7 @@ class Slots:
             return
         with self.lock:
             beside = [self._tasks[key].use for key in pinned if key in self._tasks]
-        sizes = {key: size for use in (*wanted, *beside) for key, size in self._sizes(use).items()}
+        sizes = {key: size for use in (*wanted, *beside) for key, size in use.sizes.items()}
         if (needed := sum(sizes.values())) > self._budget:
             raise SlotBudgetError(needed, self._budget)
 
@@ -237,15 +253,18 @@ class Slots:
         """Forgets a task; tensors that no other loaded task uses give up their rows."""
         with self.lock:
             loaded = self._tasks.pop(key, None)
+            freed: dict[Pool, list[Ints]] = {}
             for name in loaded.use.shapes if loaded is not None else ():
                 entry = self._entries[name]
                 entry.uses -= 1
                 if entry.uses == 0:
                     if isinstance(entry.values, np.ndarray):
                         assert loaded is not None
-                        self._pool(name[0], loaded.use.shapes[name][1]).free(entry.values)
+                        freed.setdefault(self._pool(name[0], loaded.use.shapes[name][1]), []).append(entry.values)
                     self.used_bytes -= entry.size_bytes
                     del self._entries[name]
+            for pool, rows in freed.items():
+                pool.free(rows)
 
     def _make_room(self, use: Use, stay: Collection[Hashable]) -> None:
         while self._budget is not None and self.used_bytes + self._missing_bytes(use) > self._budget:
@@ -271,57 +290,63 @@ class Slots:
             padded: give every position that some task used since the router was made, its largest rank rounded up
                 to a power of two: so that forms and shapes do not tell which tasks these are, for compiled graphs.
         """
-        ranks = self._ever if padded else _union(frozenset(loaded.ranks for loaded in tasks))
+        ranks = self._ever if padded else _union(frozenset(loaded.use.ranks for loaded in tasks))
         if not ranks:
             return {}
         count = sum(rank for _, rank in ranks)
         rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
         scale = np.zeros((len(tasks) + 1, count), np.float32)
         for i, loaded in enumerate(tasks):
-            columns = _columns(loaded.ranks, ranks)
+            columns = _columns(loaded.use.ranks, ranks)
             rows[:, i, columns] = loaded.rows
-            scale[i, columns] = loaded.scale
-        down = self._select(0, ranks, units, rows[0], None)
-        up = self._select(1, ranks, units, rows[1], scale)
+            scale[i, columns] = loaded.use.scale
+        down = self._select(DOWN, ranks, units, rows[DOWN], scale)
+        up = self._select(UP, ranks, units, rows[UP], scale)
+        runs = {id(units[position]): units[position] for position, _ in ranks}
+        activation = {key: self._activation(tasks, found, padded) for key, found in runs.items()}
         weights = {}
-        activation: dict[int, Activation] = {}
         for position, _ in ranks:
-            runs = units[position]
-            if id(runs) not in activation:
-                activation[id(runs)] = self._activation(tasks, runs, padded)
             d, u = down[position].transpose(1, 2), up[position]
-            one = len(runs) == 1 and not padded
-            weights[position] = PositionWeights(d[0] if one else d, u[0] if one else u, activation[id(runs)])
+            if len(u) == 1 and not padded:
+                d, u = d[0], u[0]
+            weights[position] = PositionWeights(d, u, activation[id(units[position])])
         return weights
 
     def _select(
-        self, side: int, ranks: Ranks, units: Mapping[str, Ints], rows: Ints, scale: NDArray[np.float32] | None
+        self, side: int, ranks: Ranks, units: Mapping[str, Ints], rows: Ints, scale: NDArray[np.float32]
     ) -> dict[str, Tensor]:
         """[units, rank, width] of each position, in the compute dtype: one index_select for each width."""
-        by_width: dict[int, list[tuple[str, slice]]] = {}
+        places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, and by what the units are
         start = 0
         for position, rank in ranks:
-            by_width.setdefault(self._widths[position][side], []).append((position, slice(start, start + rank)))
+            alike = places.setdefault(self._widths[position][side], {}).setdefault(id(units[position]), [])
+            alike.append((position, start, rank))
             start += rank
         out: dict[str, Tensor] = {}
-        for width, places in by_width.items():
-            index = [rows[units[position], columns] for position, columns in places]
-            found = self._pool(side, width).rows.index_select(0, self._to_device(index))
-            if scale is not None:
-                factor = [scale[units[position], columns] for position, columns in places]
-                found = found.mul_(self._to_device(factor).unsqueeze(1)).to(self._dtype)
-            parts = torch.split(found, [part.size for part in index])
-            for (position, _), part, of in zip(places, parts, index, strict=True):
-                out[position] = part.view(*of.shape, width)
+        for width, by_units in places.items():
+            picks = []
+            for alike in by_units.values():
+                columns = np.concatenate([np.arange(begin, begin + rank) for _, begin, rank in alike])
+                picks.append(np.ix_(units[alike[0][0]], columns))
+            found = self._pool(side, width).rows.index_select(0, self._to_device([rows[pick] for pick in picks]))
+            if side == UP:
+                factor = self._to_device([scale[pick] for pick in picks])
+                found = found.mul_(factor.unsqueeze(1)).to(self._dtype)
+            start = 0
+            for alike, (runs, columns) in zip(by_units.values(), picks, strict=True):
+                count = len(runs) * columns.shape[1]
+                part = found[start : start + count].view(len(runs), -1, width)
+                each = torch.split(part, [rank for _, _, rank in alike], 1)
+                out.update((position, one) for (position, _, _), one in zip(alike, each, strict=True))
+                start += count
         return out
 
     def _to_device(self, parts: Sequence[NDArray[Any]]) -> Tensor:
         host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
-        return (
-            host.pin_memory().to(self._device, non_blocking=True)
-            if self._device.type == "cuda"
-            else host.to(self._device)
-        )
+        return self._copy(host.pin_memory() if self._device.type == "cuda" else host)
+
+    def _copy(self, host: Tensor) -> Tensor:
+        return host.to(self._device, non_blocking=self._device.type == "cuda")
 
     def _activation(self, tasks: Sequence[LoadedTask], units: Ints, padded: bool) -> Activation:
         named = [loaded.use.task.activation for loaded in tasks]
@@ -339,63 +364,49 @@ class Slots:
         return pool
 
     def _missing_bytes(self, use: Use) -> int:
-        return sum(size for key, size in self._sizes(use).items() if key not in self._entries)
-
-    def _sizes(self, use: Use) -> dict[Key, int]:
-        return {key: use.elements[key] * (self._dtype.itemsize if key[0] == DOWN else 4) for key in use.elements}
+        return sum(size for key, size in use.sizes.items() if key not in self._entries)
 
     def _put(self, use: Use) -> LoadedTask:
         """Copies what is missing to the device at once, and lays it into the pools."""
-        sizes = self._sizes(use)
         missing: dict[tuple[int, int], list[Key]] = {}
-        for key in sorted(sizes.keys() - self._entries.keys(), reverse=True):  # float32 first: aligned
-            missing.setdefault((key[0], use.shapes[key][1] if key[0] != HEAD else 0), []).append(key)
-        total = sum(sizes[key] for keys in missing.values() for key in keys)
-        host = torch.empty(total, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        start = 0
+        for key in use.sizes:
+            if key not in self._entries:
+                missing.setdefault((key[0], use.shapes[key][1]), []).append(key)
+        host = self._staging(sum(use.elements[key] for keys in missing.values() for key in keys))
+        values, start = host.numpy(), 0
         for keys in missing.values():
             for key in keys:
-                dtype = self._dtype if key[0] == DOWN else torch.float32
-                use.write(key, host[start : start + sizes[key]].view(dtype))
-                start += sizes[key]
-        copied = host.to(self._device, non_blocking=True)
-        start = 0
-        for (side, width), keys in missing.items():
-            stop = start + sum(sizes[key] for key in keys)
-            part = copied[start:stop]
+                use.write(key, values[start : start + use.elements[key]])
+                start += use.elements[key]
+        parts = torch.split(self._copy(host), [sum(use.elements[k] for k in keys) for keys in missing.values()])
+        for ((side, width), keys), part in zip(missing.items(), parts, strict=True):
             if side == HEAD:
-                (key,) = keys
-                self._entries[key] = _Entry(part.view(torch.float32).clone(), sizes[key])
-            else:
-                pool = self._pool(side, width)
-                rows = pool.take(sum(use.shapes[key][0] for key in keys))
-                pool.rows.index_copy_(
-                    0, torch.from_numpy(rows).to(self._device), part.view(pool.rows.dtype).view(-1, width)
-                )
-                for key in keys:
-                    rank = use.shapes[key][0]
-                    self._entries[key] = _Entry(rows[:rank], sizes[key])
-                    rows = rows[rank:]
-            start = stop
-        self.used_bytes += total
-        for key in sizes:
-            self._entries[key].uses += 1
-        loaded = self._loaded(use)
-        rounded = tuple((position, 1 << (rank - 1).bit_length()) for position, rank in loaded.ranks)
+                self._entries[keys[0]] = _Entry(part.clone(), use.sizes[keys[0]])
+                continue
+            rows = self._pool(side, width).put(part.view(-1, width))
+            for key in keys:
+                own, rows = rows[: use.shapes[key][0]], rows[use.shapes[key][0] :]
+                self._entries[key] = _Entry(own, use.sizes[key])
+        for key in use.sizes:
+            entry = self._entries[key]
+            self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
+            entry.uses += 1
+        rounded = tuple((position, 1 << (rank - 1).bit_length()) for position, rank in use.ranks)
         self._ever = _union(frozenset((self._ever, rounded)))
         self._activations.add(use.task.activation)
-        return loaded
+        return self._loaded(use)
+
+    def _staging(self, count: int) -> Tensor:
+        """float32 [count] on the host, to be filled and copied: pinned for a GPU, else one buffer used again."""
+        if self._device.type == "cuda":
+            return torch.empty(count, pin_memory=True)
+        if len(self._host) < count:
+            self._host = torch.empty(count)
+        return self._host[:count]
 
     def _loaded(self, use: Use) -> LoadedTask:
-        ranks, rows, scales = [], [np.zeros((2, 0), np.int64)], [np.zeros(0, np.float32)]
-        for position, branches in use.branches.items():
-            rank = 0
-            for down, up, scale in branches:
-                pair = [self._entries[key].values for key in (down, up)]
-                rows.append(np.stack(pair))
-                scales.append(np.full(rows[-1].shape[1], scale, np.float32))
-                rank += rows[-1].shape[1]
-            ranks.append((position, rank))
+        sides = zip(*((down, up) for branches in use.branches.values() for down, up, _ in branches), strict=True)
+        rows = [np.concatenate([self._entries[key].values for key in side]) for side in sides]
         head = None
         for key in use.shapes:
             if key[0] == HEAD:
@@ -403,7 +414,7 @@ class Slots:
                 values = self._entries[key].values
                 assert isinstance(values, Tensor)
                 head = (values[: classes * width].view(classes, width), values[classes * width :])
-        return LoadedTask(use, tuple(ranks), np.concatenate(rows, 1), np.concatenate(scales), head)
+        return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head)
 
 
 @lru_cache(4096)
@@ -432,15 +443,16 @@ def _stored_name(task: Task, entry: Mapping[str, Any], side: str) -> str:
     return f"{digest} {task.tensors[quant[side]['scale']].digest} {quant['bits']} {quant[side]['shape']}"
 
 
-def adapter_matrix(task: Task, adapter: str, side: str) -> Tensor:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, float32, dequantised; never write to it."""
+def adapter_matrix(task: Task, adapter: str, side: str) -> NDArray[np.floating[Any]]:
+    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised; never write to it."""
     entry = task.record["adapters"][adapter]
-    stored = to_torch(task.tensors[entry[side]], copy=False)
     if "quant" not in entry:
-        return stored.float()
+        return to_numpy(task.tensors[entry[side]])
+    stored = to_torch(task.tensors[entry[side]], copy=False)
     one = entry["quant"][side]
     scale = to_torch(task.tensors[one["scale"]], copy=False)
-    return dequantise(stored, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+    found = dequantise(stored, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+    return found.numpy()  # type: ignore[no-any-return, unused-ignore]
 
 
 def adapter_shape(task: Task, adapter: str, side: str) -> tuple[int, int]:

@@ -43,15 +43,18 @@ def plan(images: Ints, tasks: Ints, branches: Sequence[Sequence[Hashable]]) -> W
     grow: dict[int, Ints] = {}
     units: list[Ints] = []
     width = int(images.max()) + 1
+    parted = 0
     for level, prefix in enumerate(same.T):
-        values, first, inverse = np.unique(prefix[tasks] * width + images, return_index=True, return_inverse=True)
-        if level == 0:
-            start = images[first]
-        elif len(values) > len(np.unique(end)):
-            grow[level] = end[first]
-        else:  # nobody parts
+        apart = len(np.unique(prefix[tasks]))
+        if apart == parted:  # nobody parts here
             units.append(units[-1])
             continue
+        parted = apart
+        _, first, inverse = np.unique(prefix[tasks] * width + images, return_index=True, return_inverse=True)
+        if level == 0:
+            start = images[first]
+        else:
+            grow[level] = end[first]
         end = inverse.reshape(-1)
         counts = np.unique(prefix[tasks[first]], return_counts=True)[1]
         units.append(tasks[first][:: np.gcd.reduce(counts)])

@@ -38,7 +38,7 @@ def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tens
 
         def hook(_: object, args: tuple[torch.Tensor], y: torch.Tensor, branches: object = branches) -> torch.Tensor:
             for branch in branches:
-                down, up = (adapter_matrix(task, branch.adapter, side) for side in ("down", "up"))
+                down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
                 y = y + branch.scale * (PHI[task.activation](args[0] @ down) @ up)
             return y
 
