@@ -4,7 +4,8 @@
 
 A part's figures are written under its name, those of other parts are kept. ViT-B/16 with random weights (speed does
 not depend on them), adapters of rank 8 at the preset `blocks` (24 positions), normalised tensors, 2 threads.
-Everything that is compared runs interleaved in one process; times are medians in seconds.
+Everything that is compared runs interleaved in one process, in an order that moves on; times are medians in seconds,
+ratios medians over the rounds.
 """
 
 import argparse
@@ -71,15 +72,28 @@ class Tasks:
         return Task(record, tensors)
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
+class Times(dict[str, list[float]]):
+    """Seconds of each contestant, round by round."""
+
+    def median(self) -> dict[str, float]:
+        return {name: statistics.median(found) for name, found in self.items()}
+
+    def ratio(self, one: str, other: str) -> float:
+        """Median over the rounds of one's time over the other's."""
+        return round(statistics.median(a / b for a, b in zip(self[one], self[other], strict=True)), 4)
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> Times:
+    """All in each round, in an order that moves on by one, after a round that does not count."""
+    times = Times({name: [] for name in calls})
+    names = list(calls)
+    for turn in range(-1, repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+            calls[name]()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 class Bench:
@@ -127,9 +141,15 @@ class Bench:
         start = time.perf_counter()
         with self.router([linear], merge=True) as again, _no_forward(again):
             again.run(self.images[:1], "linear")
-        ratios = {f"{name}_over_bare": round(found["bare"] / found[name], 4) for name in found if name != "bare"}
+        ratios = {f"{name}_over_bare": found.ratio("bare", name) for name in found if name != "bare"}
         merge_s = round(time.perf_counter() - start, 3)
-        return {"images": count, "tasks": count, "seconds": found, "throughput": ratios, "merge_48_linears_s": merge_s}
+        return {
+            "images": count,
+            "tasks": count,
+            "seconds": found.median(),
+            "throughput": ratios,
+            "merge_48_linears_s": merge_s,
+        }
 
     def loaded(self) -> dict[str, Any]:
         """A batch of the same tasks where 16, 256 and 4,096 are loaded; and the router's work without the forward."""
@@ -149,8 +169,8 @@ class Bench:
                     "run"
                 ]
         return {
-            "images": count, "seconds": found,
-            "over_16": {n: round(s / found["16"], 4) for n, s in found.items()},
+            "images": count, "seconds": found.median(),
+            "over_16": {n: found.ratio(n, "16") for n in found},
             "without_forward_s": without,
             "slot_bytes": {str(n): router.stats().size_bytes for n, router in routers.items()},
         }  # fmt: skip
@@ -189,7 +209,7 @@ class Bench:
                         "looked_up": first,
                     },
                     self.args.repeats * 30,
-                )
+                ).median()
             return {
                 "seconds": found,
                 "switch_ms": round(1e3 * (found["switch"] - found["same"]), 4),
@@ -217,9 +237,9 @@ class Bench:
             calls[name] = lambda router=router, names=names: router.run_all(self.images, names)
         found = interleaved(calls, self.args.repeats)
         return {
-            "images": len(self.images), "tasks": count, "seconds": found,
-            "times_faster_than_16_bare_forwards": {n: round(count * found["bare"] / found[n], 3) for n in trees},
-            "of_ideal": {n: round(found["bare"] * ideal / found[n], 4) for n, (_, ideal) in trees.items()},
+            "images": len(self.images), "tasks": count, "seconds": found.median(),
+            "times_faster_than_16_bare_forwards": {n: round(count * found.ratio("bare", n), 3) for n in trees},
+            "of_ideal": {n: round(ideal * found.ratio("bare", n), 4) for n, (_, ideal) in trees.items()},
         }  # fmt: skip
 
 

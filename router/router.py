@@ -369,7 +369,7 @@ class Router:
             units = {position: walk.units[level.get(position, 0)] for position in self._adapted.widths}
             weights = {} if matrices else self._slots.gather(loaded, units, padded=compiled)
         grow = {self._adapted.levels.blocks[i - 1]: self._index(rows) for i, rows in walk.grow.items()}
-        if not np.array_equal(walk.start, np.arange(len(images))):
+        if compiled or not np.array_equal(walk.start, np.arange(len(images))):  # graphs tell a copy from a given tensor
             images = images.index_select(0, torch.from_numpy(walk.start).to(images.device))
         features = self._adapted.features(images, weights, grow=grow, matrices=matrices, compiled=compiled)
         return self._heads(features, walk.end, task_of, loaded)
