@@ -121,35 +121,28 @@ class Bench:
         return self.bare_model(self.images.to(self.dtype))
 
     def mixed(self) -> dict[str, Any]:
-        """A batch of as many tasks as images, one task, and one task merged at Linear positions, over bare."""
-        count = len(self.images)
-        made = [self.tasks.make(f"t{i}", i) for i in range(count)]
+        """A batch of as many tasks as images, and one task unmerged, over bare."""
+        made = [self.tasks.make(f"t{i}", i) for i in range(len(self.images))]
         names = [task.name for task in made]
         router = self.router(made)
-        linear = Tasks(self.backbone, "linear").make("linear", 0)
-        merged = self.router([linear], merge=True)
-        found = interleaved(
-            {
-                "bare": self.bare,
-                "mixed": lambda: router.run(self.images, names),
-                "one": lambda: router.run(self.images, names[0]),
-                "merged_linear": lambda: merged.run(self.images, "linear"),
-            },
-            self.args.repeats,
-        )
-        merged.close()
-        start = time.perf_counter()
-        with self.router([linear], merge=True) as again, _no_forward(again):
-            again.run(self.images[:1], "linear")
-        ratios = {f"{name}_over_bare": found.ratio("bare", name) for name in found if name != "bare"}
-        merge_s = round(time.perf_counter() - start, 3)
-        return {
-            "images": count,
-            "tasks": count,
-            "seconds": found.median(),
-            "throughput": ratios,
-            "merge_48_linears_s": merge_s,
-        }
+        mixed, one = lambda: router.run(self.images, names), lambda: router.run(self.images, names[0])
+        return self.over_bare({"mixed": mixed, "one": one})
+
+    def merged(self) -> dict[str, Any]:
+        """One task at all 48 Linears, merged and unmerged, over bare; and what merging takes."""
+        task = Tasks(self.backbone, "linear").make("t", 0)
+        merged, unmerged = self.router([task], merge=True), self.router([task])
+        with _no_forward(merged):
+            start = time.perf_counter()
+            merged.run(self.images[:1], "t")
+            merge_s = time.perf_counter() - start
+        calls = {"merged": lambda: merged.run(self.images, "t"), "unmerged": lambda: unmerged.run(self.images, "t")}
+        return {**self.over_bare(calls), "merge_s": merge_s}
+
+    def over_bare(self, calls: dict[str, Callable[[], object]]) -> dict[str, Any]:
+        found = interleaved({"bare": self.bare, **calls}, self.args.repeats)
+        ratios = {name: found.ratio("bare", name) for name in calls}
+        return {"images": len(self.images), "seconds": found.median(), "throughput_over_bare": ratios}
 
     def loaded(self) -> dict[str, Any]:
         """A batch of the same tasks where 16, 256 and 4,096 are loaded; and the router's work without the forward."""
@@ -165,13 +158,11 @@ class Bench:
         without = {}
         for total, router in routers.items():
             with _no_forward(router):
-                without[str(total)] = interleaved({"run": lambda router=router: router.run(self.images, names)}, 50)[
-                    "run"
-                ]
+                without[str(total)] = interleaved({"run": lambda router=router: router.run(self.images, names)}, 50)
         return {
             "images": count, "seconds": found.median(),
             "over_16": {n: found.ratio(n, "16") for n in found},
-            "without_forward_s": without,
+            "without_forward_s": {n: one.median()["run"] for n, one in without.items()},
             "slot_bytes": {str(n): router.stats().size_bytes for n, router in routers.items()},
         }  # fmt: skip
 
@@ -229,7 +220,7 @@ class Bench:
             lambda t: lambda block: -1 if block < 4 else -2 - t // 4 if block < 8 else t,
             (4 + 4 * 4 + 4 * count) / BLOCKS,
         )
-        calls: dict[str, Callable[[], object]] = {"bare": self.bare}
+        calls: dict[str, Callable[[], object]] = {"16_bare": lambda: [self.bare() for _ in range(count)]}
         for name, (kinds, _) in trees.items():
             made = [self.tasks.make(f"t{t}", t, kinds(t)) for t in range(count)]
             router = self.router(made)
@@ -238,8 +229,8 @@ class Bench:
         found = interleaved(calls, self.args.repeats)
         return {
             "images": len(self.images), "tasks": count, "seconds": found.median(),
-            "times_faster_than_16_bare_forwards": {n: round(count * found.ratio("bare", n), 3) for n in trees},
-            "of_ideal": {n: round(ideal * found.ratio("bare", n), 4) for n, (_, ideal) in trees.items()},
+            "times_faster_than_16_bare_forwards": {n: found.ratio("16_bare", n) for n in trees},
+            "of_ideal": {n: round(ideal / count * found.ratio("16_bare", n), 4) for n, (_, ideal) in trees.items()},
         }  # fmt: skip
 
 
@@ -259,7 +250,7 @@ class _no_forward:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["mixed", "loaded", "switch", "run_all"])
+    parser.add_argument("parts", nargs="+", choices=["mixed", "merged", "loaded", "switch", "run_all"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)

@@ -5,7 +5,7 @@ task at the bare backbone's cost. The sum is taken in float32 from the pristine 
 borrows the copies, and the pristine ones are never written to.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Literal
 
 import torch
@@ -18,16 +18,20 @@ from router.slots import Use, adapter_matrix
 Merge = bool | Literal["auto"]
 """Merge a task that runs alone at once, never, or when it has run alone often enough."""
 AUTO_ROWS = 512
-"""Images that a task must have run alone, less those of other batches since, until merging is tried.
+"""Images that a task must have run alone, less those of other batches since, until it is merged.
 
-A merge takes about as long as 2 to 6 images of a ViT-B forward on a CPU, and saves 1 to 3 % of each."""
+For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images; benchmarks/router_speed.py has what it saves."""
 
 
 class Merger:
-    """Holds the merged matrices of at most one task. Not thread-safe."""
+    """Holds the merged matrices of at most one task. Not thread-safe.
 
-    def __init__(self, adapted: AdaptedBackbone, merge: Merge) -> None:
-        self._adapted, self._merge = adapted, merge
+    Args:
+        live: keys of the tasks that are known; what leaves it is forgotten.
+    """
+
+    def __init__(self, adapted: AdaptedBackbone, merge: Merge, live: Collection[Hashable]) -> None:
+        self._adapted, self._merge, self._live = adapted, merge, live
         self._rows: dict[Hashable, int] = {}
         self._held: tuple[Hashable, dict[str, nn.Parameter]] | None = None
         self.merges = 0
@@ -53,7 +57,9 @@ class Merger:
         return self._held[1]
 
     def ran(self, rows: int, but: Hashable = None) -> None:
-        """Counts a batch of other tasks than `but` against all."""
+        """Counts a batch against all tasks but one."""
+        if self._held is not None and self._held[0] not in self._live:
+            self._held = None
         self._rows = {k: left for k, n in self._rows.items() if (left := n if k == but else n - rows) > 0}
 
     def _can(self, task: Task) -> bool:
@@ -66,5 +72,5 @@ class Merger:
         weight = self._adapted.backbone.module.get_submodule(position).get_parameter("weight").clone()
         for branch in task.positions[position]:
             down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
-            weight.addmm_(up.t(), down.t(), alpha=branch.scale)
+            weight.addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
         return nn.Parameter(weight.to(self._adapted.device, self._adapted.dtype), requires_grad=False)

@@ -143,7 +143,6 @@ class Router:
         backend = "inductor" if compile is True else compile or None
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype, compile=backend)
         self._slots = Slots(self.device, dtype, self._adapted.widths, slot_bytes)
-        self._merger = Merger(self._adapted, False if backend else merge)
         self._compiled = backend is not None
         self._lock = threading.RLock()  # of what is known; taken before the device's
         self._device_lock = threading.RLock()
@@ -154,6 +153,7 @@ class Router:
         self._closed = False
         self._live: set[object] = set()
         """The keys of what is known now."""
+        self._merger = Merger(self._adapted, False if backend else merge, self._live)
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -175,6 +175,7 @@ class Router:
             for name in list(self._known):
                 self._forget(name)
             self._slots.clear()
+            self._merger.ran(0)
             if self._own_store and self.store is not None:
                 self.store.close()
 

@@ -369,16 +369,17 @@ class Slots:
     def _put(self, use: Use) -> LoadedTask:
         """Copies what is missing to the device at once, and lays it into the pools."""
         missing: dict[tuple[int, int], list[Key]] = {}
-        for key in use.sizes:
+        for key, (_, width) in use.shapes.items():
             if key not in self._entries:
-                missing.setdefault((key[0], use.shapes[key][1]), []).append(key)
-        host = self._staging(sum(use.elements[key] for keys in missing.values() for key in keys))
+                missing.setdefault((key[0], width), []).append(key)
+        counts = [[use.elements[key] for key in keys] for keys in missing.values()]
+        host = self._staging(sum(map(sum, counts)))
         values, start = host.numpy(), 0
-        for keys in missing.values():
-            for key in keys:
-                use.write(key, values[start : start + use.elements[key]])
-                start += use.elements[key]
-        parts = torch.split(self._copy(host), [sum(use.elements[k] for k in keys) for keys in missing.values()])
+        for keys, every in zip(missing.values(), counts, strict=True):
+            for key, count in zip(keys, every, strict=True):
+                use.write(key, values[start : start + count])
+                start += count
+        parts = torch.split(self._copy(host), [sum(every) for every in counts])
         for ((side, width), keys), part in zip(missing.items(), parts, strict=True):
             if side == HEAD:
                 self._entries[keys[0]] = _Entry(part.clone(), use.sizes[keys[0]])
@@ -391,8 +392,7 @@ class Slots:
             entry = self._entries[key]
             self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
             entry.uses += 1
-        rounded = tuple((position, 1 << (rank - 1).bit_length()) for position, rank in use.ranks)
-        self._ever = _union(frozenset((self._ever, rounded)))
+        self._ever = _union(frozenset((self._ever, _rounded(use.ranks))))
         self._activations.add(use.task.activation)
         return self._loaded(use)
 
@@ -425,6 +425,11 @@ def _union(patterns: frozenset[Ranks]) -> Ranks:
         for position, rank in pattern:
             found[position] = max(rank, found.get(position, 0))
     return tuple(found.items())
+
+
+@lru_cache(4096)
+def _rounded(ranks: Ranks) -> Ranks:
+    return tuple((position, 1 << (rank - 1).bit_length()) for position, rank in ranks)
 
 
 @lru_cache(4096)

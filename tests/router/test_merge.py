@@ -96,6 +96,8 @@ def test_a_new_version_is_merged_anew(backbone: Backbone, linear: Callable[..., 
     old = router.run(images, "t").logits
     store.add(linear("t", seed=2))
     router.refresh()
+    router.run(images, "t@1")
+    assert router._merger._held[0] == router._known["t@1"].key, "the old version's matrices are given back"
     new = router.run(images, "t").logits
     plain = Router(backbone, store, merge=False)
     torch.testing.assert_close(new, plain.run(images, "t").logits, atol=1e-4, rtol=1e-4)
