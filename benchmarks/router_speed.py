@@ -20,13 +20,14 @@ from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import timm
 import torch
 
 from pear_store import Digest, RawTensor, Store, Task
-from router import AdaptedBackbone, Backbone, Router, choose_positions, load_backbone
+from router import AdaptedBackbone, Backbone, Router, add_branch, choose_positions, load_backbone
 
 MODEL, SIZE, RANK, CLASSES, BLOCKS = "vit_base_patch16_224", 224, 8, 47, 12
 _NOISE = np.random.default_rng(0).normal(size=4_000_000).astype("<f4").tobytes()
@@ -96,6 +97,40 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> Times:
     return times
 
 
+def outside(router: Router, call: Callable[[], object]) -> float:
+    """Share of a call's time that is not the backbone's: branches, gather, index work, heads; median of three.
+
+    Taken within one call, so that it tells a percent where a machine's speed wavers by several.
+    """
+    shares = []
+    for _ in range(3):
+        branches = forward = 0.0
+
+        def timed_branch(*args: Any) -> torch.Tensor:
+            nonlocal branches
+            start = time.perf_counter()
+            found = add_branch(*args)
+            branches += time.perf_counter() - start
+            return found
+
+        def timed_forward(*args: Any, **options: Any) -> torch.Tensor:
+            nonlocal forward
+            start = time.perf_counter()
+            found = AdaptedBackbone.features(router._adapted, *args, **options)
+            forward += time.perf_counter() - start
+            return found
+
+        with (
+            patch("router.backbone.add_branch", timed_branch),
+            patch.object(router._adapted, "features", timed_forward),
+        ):
+            start = time.perf_counter()
+            call()
+            whole = time.perf_counter() - start
+        shares.append((whole - forward + branches) / whole)
+    return round(statistics.median(shares), 4)
+
+
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(2)
@@ -125,8 +160,8 @@ class Bench:
         made = [self.tasks.make(f"t{i}", i) for i in range(len(self.images))]
         names = [task.name for task in made]
         router = self.router(made)
-        mixed, one = lambda: router.run(self.images, names), lambda: router.run(self.images, names[0])
-        return self.over_bare({"mixed": mixed, "one": one})
+        calls = {"mixed": lambda: router.run(self.images, names), "one": lambda: router.run(self.images, names[0])}
+        return {**self.over_bare(calls), "outside_the_backbone": {n: outside(router, c) for n, c in calls.items()}}
 
     def merged(self) -> dict[str, Any]:
         """One task at all 48 Linears, merged and unmerged, over bare; and what merging takes."""
@@ -137,7 +172,8 @@ class Bench:
             merged.run(self.images[:1], "t")
             merge_s = time.perf_counter() - start
         calls = {"merged": lambda: merged.run(self.images, "t"), "unmerged": lambda: unmerged.run(self.images, "t")}
-        return {**self.over_bare(calls), "merge_s": merge_s}
+        shares = {"merged": outside(merged, calls["merged"]), "unmerged": outside(unmerged, calls["unmerged"])}
+        return {**self.over_bare(calls), "outside_the_backbone": shares, "merge_s": merge_s}
 
     def over_bare(self, calls: dict[str, Callable[[], object]]) -> dict[str, Any]:
         found = interleaved({"bare": self.bare, **calls}, self.args.repeats)

@@ -5,7 +5,6 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
 
 import router.pear_tiny  # noqa: F401  (registers the embedded backbone with timm)
 from pear_store import Digest, tensor_digest
@@ -318,8 +316,7 @@ class AdaptedBackbone:
             ImageError: a size that this backbone cannot take.
             BackboneError: it does not compile into one graph.
         """
-        size = (images.shape[2], images.shape[3])
-        module = self._module(size)
+        module = self._module((images.shape[2], images.shape[3]))
         if grow:
             self._hook_blocks(module)
         self._weights, self._grow = weights, grow
@@ -329,29 +326,30 @@ class AdaptedBackbone:
         try:
             for linear, matrix in linears.items():
                 linear._parameters["weight"] = matrix
-            # torch compiles no more than 8 graphs of a module by default: fewer than there are batch buckets
-            with (
-                torch.autocast(self.device.type, autocast, enabled=autocast is not None),
-                torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext(),
-            ):
-                run = self._compiled_module(size) if compiled else module
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                run = self._run_compiled if compiled else module
                 features = run(images.to(self.device, self.dtype))
-        except Unsupported as error:
-            reason = str(error).splitlines()[0]
-            raise BackboneError(f"backbone {self.backbone.name} does not compile into one graph: {reason}") from None
         finally:
             self._weights, self._grow = {}, {}
             for linear, parameter in pristine.items():
                 linear._parameters["weight"] = parameter
         return features.float()
 
-    def _compiled_module(self, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    def _run_compiled(self, images: Tensor) -> Tensor:
+        from torch._dynamo import config, exc  # takes seconds to import
+
+        size = (images.shape[2], images.shape[3])
         if size not in self._compiled:
             assert self._compile is not None
             # a graph that breaks within a module leaves its hooks out, and with them what tasks add: one or none
             compiled = torch.compile(self._module(size), fullgraph=True, dynamic=False, backend=self._compile)
             self._compiled[size] = compiled
-        return self._compiled[size]
+        try:
+            with config.patch(recompile_limit=64):  # 8 by default: fewer than there are buckets of batches
+                return self._compiled[size](images)
+        except exc.Unsupported as error:
+            reason = str(error).splitlines()[0]
+            raise BackboneError(f"backbone {self.backbone.name} does not compile into one graph: {reason}") from None
 
     def _hook_blocks(self, module: nn.Module) -> None:
         if module in self._growing:

@@ -32,9 +32,8 @@ from router.preprocess import ImageLike, Preprocess
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape
 from router.trie import Ints, bucket, by_level, plan
 
-# rows of one forward in which images are shared: more only cost memory, and on a CPU the caches
-SHARED_ROWS = {"cpu": 64}
-SHARED_ROWS_ELSEWHERE = 512
+SHARED_ROWS, SHARED_ROWS_CPU = 512, 64
+"""Most rows of one forward in which images are shared: more would only cost memory."""
 
 Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
 
@@ -196,7 +195,7 @@ class Router:
 
     def check(self, task: str) -> None:
         """Raises what `run` would raise for this task, before any image is given."""
-        self._slots.check([self._find(task).use])
+        self._slots.check([self._find(task).use], self._pinned_keys())
 
     def refresh(self) -> None:
         """Looks every task's newest version up again at its next use."""
@@ -309,7 +308,7 @@ class Router:
             self._slots.check([known.use for known in tasks.values()], self._pinned_keys())
         logits: list[Tensor] = [torch.empty(0)] * len(names)
         for rows, batch, picked in self._batches(images, image_of, names, tasks):
-            for part in _parts(picked, SHARED_ROWS.get(self.device.type, SHARED_ROWS_ELSEWHERE)):
+            for part in _parts(picked, SHARED_ROWS_CPU if self.device.type == "cpu" else SHARED_ROWS):
                 found = self._forward(batch, picked[part], [tasks[names[rows[i]]] for i in part])
                 for i, values in zip(part, found, strict=True):
                     logits[rows[i]] = values
