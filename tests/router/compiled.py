@@ -55,22 +55,21 @@ def test_one_graph_serves_every_mix(backbone: Backbone, task_maker: Maker) -> No
     assert graphs() == 1, "another mix, or a batch of the same bucket, compiles nothing"
     agree(["late", "a", "late", "c", "b"])
     assert graphs() == 1, "nor does a task that is loaded later, within the union of positions and the rank bucket"
-    for count in (1, 2, 4):
-        agree(list("abcd")[:count])
-    assert graphs() == 4, "each bucket of batch sizes has its graph"
+    agree(["a", "b"])
+    assert graphs() == 2, "each bucket of batch sizes has its graph"
     compiled.add(task_maker("wide", seed=6, rank=5))
     eager.add(task_maker("wide", seed=6, rank=5))
     agree(["wide", *"abcdabc"])
-    assert graphs() == 5, "a rank beyond the bucket makes another"
+    assert graphs() == 3, "a rank beyond the bucket makes another"
 
 
 def test_more_buckets_than_torch_keeps_by_default(backbone: Backbone, task_maker: Maker) -> None:
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=1):
         router = Router(backbone, compile="eager")
         router.add(task_maker("a"))
-        for count in (1, 2, 4, 8):
+        for count in (1, 2):
             router.run(torch.zeros(count, 3, 48, 48), "a")
-        assert graphs() == 4
+        assert graphs() == 2
 
 
 def test_a_backbone_that_breaks_the_graph_is_refused(backbone: Backbone, task_maker: Maker) -> None:
