@@ -3,6 +3,7 @@
 from router.backbone import AdaptedBackbone, Backbone, choose_positions, load_backbone
 from router.errors import (
     BackboneError,
+    ClosedError,
     ImageError,
     RouterError,
     SlotBudgetError,
@@ -13,11 +14,13 @@ from router.errors import (
 from router.ops import PositionWeights, add_branch
 from router.preprocess import Preprocess, open_image
 from router.router import Predictions, Router
+from router.slots import SlotStats
 
 __all__ = [
     "AdaptedBackbone",
     "Backbone",
     "BackboneError",
+    "ClosedError",
     "ImageError",
     "PositionWeights",
     "Predictions",
@@ -25,6 +28,7 @@ __all__ = [
     "Router",
     "RouterError",
     "SlotBudgetError",
+    "SlotStats",
     "TaskError",
     "UnknownTaskError",
     "WrongBackboneError",

@@ -4,9 +4,11 @@ import copy
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import timm
@@ -210,14 +212,32 @@ def open_device(name: str | torch.device) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Where a batch may grow on its way through a backbone: at the inputs of blocks that nothing bypasses."""
+
+    blocks: tuple[str, ...]
+    """In forward order; level 0 lies before the first, level i + 1 begins with blocks[i]."""
+    of: Mapping[str, int]
+    """The level of each module."""
+
+
 class AdaptedBackbone:
     """A backbone on a device, to whose positions each forward may add branches.
 
     Not thread-safe: callers allow one forward at a time.
+
+    Args:
+        compile: a torch.compile backend's name; None to run eagerly.
     """
 
     def __init__(
-        self, backbone: Backbone, device: torch.device, dtype: torch.dtype, for_training: bool = False
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        dtype: torch.dtype,
+        for_training: bool = False,
+        compile: str | None = None,
     ) -> None:
         self.backbone, self.device, self.dtype = backbone, device, dtype
         self.widths: dict[str, tuple[int, int]] = {}
@@ -225,9 +245,39 @@ class AdaptedBackbone:
         self.feature_width = 0
         self._unfused = for_training and device.type == "cpu"
         self._sized: dict[tuple[int, int], nn.Module] = {}
+        self._compile = compile
+        self._compiled: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
         self._weights: Mapping[str, PositionWeights] = {}
+        self._grow: Mapping[str, Tensor] = {}
+        self._growing: set[nn.Module] = set()
+        self._in_place = False
+        self._owned: set[str] = set()
+        """Positions whose output is memory of its own, which may be written to."""
         self._base = _share(backbone.module).to(device=device, dtype=dtype)
         self._run_dry([])
+
+    @cached_property
+    def levels(self) -> Levels:
+        """Where this backbone's batches may grow, found by growing one on the meta device.
+
+        No blocks where that fails: then only the images, but no part of the forward, are shared.
+        """
+        module = _share(self.backbone.module)
+        modules = dict(module.named_modules())
+        try:
+            order = _grown(module.to("meta"), self.backbone.input_size, ())
+        except Exception:  # whatever a model may do that the meta device cannot
+            return Levels((), dict.fromkeys(modules, 0))
+        rows = [n for n, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList)]
+        blocks = [n for n in order if n.rpartition(".")[0] in rows and order.count(n) == 1]
+        if not _may_grow(module, self.backbone.input_size, blocks):
+            blocks = [block for block in blocks if _may_grow(module, self.backbone.input_size, [block])]
+        of: dict[str, int] = {}
+        level = 0
+        for name in order:
+            level += name in blocks
+            of.setdefault(name, level)
+        return Levels(tuple(blocks), of)
 
     def attach(self, positions: Iterable[str]) -> None:
         """Makes positions usable: one dry forward must run each exactly once, and measures its widths.
@@ -247,21 +297,73 @@ class AdaptedBackbone:
                 self._hook(module, new)
 
     def features(
-        self, images: Tensor, weights: Mapping[str, PositionWeights], autocast: torch.dtype | None = None
+        self,
+        images: Tensor,
+        weights: Mapping[str, PositionWeights],
+        autocast: torch.dtype | None = None,
+        *,
+        grow: Mapping[str, Tensor] = MappingProxyType({}),
+        matrices: Mapping[str, nn.Parameter] = MappingProxyType({}),
+        compiled: bool = False,
     ) -> Tensor:
         """Pooled features [batch, d] of normalised images [batch, 3, h, w], with branches at the given positions.
 
+        Args:
+            grow: block of `levels` -> int64, the row that each row from there on continues.
+            matrices: position -> weight to use in place of its Linear's own, this time.
+
         Raises:
             ImageError: a size that this backbone cannot take.
+            BackboneError: it does not compile into one graph.
         """
         module = self._module((images.shape[2], images.shape[3]))
-        self._weights = weights
+        if grow:
+            self._hook_blocks(module)
+        self._weights, self._grow = weights, grow
+        self._in_place = autocast is None and not torch.is_grad_enabled()
+        linears = {module.get_submodule(position): matrix for position, matrix in matrices.items()}
+        pristine = {linear: linear._parameters["weight"] for linear in linears}
         try:
+            for linear, matrix in linears.items():
+                linear._parameters["weight"] = matrix
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                features = module(images.to(self.device, self.dtype))
+                run = self._run_compiled if compiled else module
+                features = run(images.to(self.device, self.dtype))
         finally:
-            self._weights = {}
-        return features.float()  # type: ignore[no-any-return]
+            self._weights, self._grow = {}, {}
+            for linear, parameter in pristine.items():
+                linear._parameters["weight"] = parameter
+        return features.float()
+
+    def _run_compiled(self, images: Tensor) -> Tensor:
+        from torch._dynamo import config, exc  # takes seconds to import
+
+        size = (images.shape[2], images.shape[3])
+        if size not in self._compiled:
+            assert self._compile is not None
+            # a graph that breaks within a module leaves its hooks out, and with them what tasks add: one or none
+            compiled = torch.compile(self._module(size), fullgraph=True, dynamic=False, backend=self._compile)
+            self._compiled[size] = compiled
+        try:
+            with config.patch(recompile_limit=64):  # 8 by default: fewer than there are buckets of batches
+                return self._compiled[size](images)
+        except exc.Unsupported as error:
+            reason = str(error).splitlines()[0]
+            raise BackboneError(f"backbone {self.backbone.name} does not compile into one graph: {reason}") from None
+
+    def _hook_blocks(self, module: nn.Module) -> None:
+        if module in self._growing:
+            return
+        self._growing.add(module)
+        for block in self.levels.blocks:
+            module.get_submodule(block).register_forward_pre_hook(self._grower(block))
+
+    def _grower(self, block: str) -> Any:
+        def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            rows = self._grow.get(block)
+            return None if rows is None else (args[0].index_select(0, rows), *args[1:])
+
+        return grow
 
     def inputs(
         self, images: Tensor, weights: Mapping[str, PositionWeights], positions: Iterable[str]
@@ -307,7 +409,9 @@ class AdaptedBackbone:
     def _adder(self, position: str) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             weights = self._weights.get(position)
-            return None if weights is None else add_branch(output, args[0], weights)
+            if weights is None:
+                return None
+            return add_branch(output, args[0], weights, self._in_place and position in self._owned)
 
         return add
 
@@ -359,4 +463,47 @@ class AdaptedBackbone:
             if large.shape[-1] != x.shape[-1] or isinstance(self._base.get_submodule(position), nn.Conv2d):
                 raise BackboneError(f"{where} is channels-first: expected a channels-last module such as a Linear")
             widths[position] = (x.shape[-1], y.shape[-1])
+            if not _aliases(y, x, self._base.get_submodule(position)):
+                self._owned.add(position)
         self.widths.update(widths)
+
+
+def _aliases(y: Tensor, x: Tensor, module: nn.Module) -> bool:
+    """Whether an output shares memory with its input or with a parameter, as a dropout's does in eval mode."""
+    others = [x, *module.parameters(), *module.buffers()]
+    return y.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
+
+
+def _grown(module: nn.Module, size: tuple[int, int], blocks: Collection[str]) -> list[str]:
+    """Runs two images and one more row from each block on; the modules in the order in which they run.
+
+    Raises:
+        Exception: whatever a module raises whose input has grown while something else has not.
+    """
+    order: list[str] = []
+
+    def before(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        order.append(name)
+        return (torch.cat([args[0], args[0][-1:]]), *args[1:]) if name in blocks else None
+
+    handles = [
+        part.register_forward_pre_hook(lambda _, args, name=name: before(name, args))
+        for name, part in module.named_modules()
+    ]
+    try:
+        with torch.inference_mode():
+            features = module(torch.zeros(2, 3, *size, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(features) != 2 + len(blocks):
+        raise ValueError(f"{len(features)} rows came out: expected {2 + len(blocks)}")
+    return order
+
+
+def _may_grow(module: nn.Module, size: tuple[int, int], blocks: Collection[str]) -> bool:
+    try:
+        _grown(module, size, blocks)
+    except Exception:
+        return False
+    return True

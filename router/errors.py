@@ -6,7 +6,8 @@ RouterError
 ├── UnknownTaskError       a task or version that is not there
 ├── TaskError              a task that does not fit the backbone's positions or widths
 ├── ImageError             images of a wrong kind, shape or size
-└── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
+├── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
+└── ClosedError            a router that was closed
 """
 
 
@@ -50,3 +51,8 @@ class SlotBudgetError(RouterError):
             "raise it, or send fewer tasks at once"
         )
         self.needed_bytes, self.budget_bytes = needed_bytes, budget_bytes
+
+
+class ClosedError(RouterError):
+    def __init__(self) -> None:
+        super().__init__("this router is closed: make another")

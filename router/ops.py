@@ -20,7 +20,7 @@ class PositionWeights:
     """All branches at one position, concatenated along the rank, scales multiplied into `up`.
 
     `down` is [dim, rank] and `up` [rank, dim] where every row of the batch uses the same branches, or
-    [batch, dim, rank] and [batch, rank, dim] where each row has its own.
+    [batch, dim, rank] and [batch, rank, dim] where each row, or each of `batch` equal runs of rows, has its own.
     """
 
     down: Tensor
@@ -41,20 +41,29 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     return F.relu(h) if activation == "relu" else F.gelu(h)
 
 
-def add_branch(y: Float[Tensor, "..."], x: Float[Tensor, "..."], weights: PositionWeights) -> Float[Tensor, "..."]:
+def add_branch(
+    y: Float[Tensor, "..."], x: Float[Tensor, "..."], weights: PositionWeights, in_place: bool = False
+) -> Float[Tensor, "..."]:
     """Adds a position's branches to its module's output.
 
         y + φ(x · down) · up
 
     `x` is [batch, ..., d_in] and `y` [batch, ..., d_out], channels last. With weights of each row, the first axis may
-    also be batch * windows, a row's windows together, as Swin's are. Differentiable in all tensors; mutates none.
+    be a multiple of theirs: the windows of a row, as Swin has them, or a run of rows of one task. Differentiable in
+    all tensors.
+
+    Args:
+        in_place: write the sum into `y`, where it is contiguous, and return it; else mutate nothing.
 
     Source: LoRA, arXiv:2106.09685, section 4.1; AdaptFormer, arXiv:2205.13535, section 3.2.
     """
     down, up = weights.down.to(x.dtype), weights.up.to(x.dtype)
+    into = in_place and y.is_contiguous()
     if down.ndim == 2:
         h = activate(x.reshape(-1, x.shape[-1]) @ down, weights.activation)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up).view(y.shape)
+        flat = y.reshape(-1, y.shape[-1])
+        return (flat.addmm_(h, up) if into else torch.addmm(flat, h, up)).view(y.shape)
     batch = len(down)
     h = activate(torch.bmm(x.reshape(batch, -1, x.shape[-1]), down), weights.activation)
-    return torch.baddbmm(y.reshape(batch, -1, y.shape[-1]), h, up).view(y.shape)
+    flat = y.reshape(batch, -1, y.shape[-1])
+    return (flat.baddbmm_(h, up) if into else torch.baddbmm(flat, h, up)).view(y.shape)

@@ -1,217 +1,467 @@
 """Adapters on the device, by digest.
 
-A pool holds rank rows of one width; row 0 is zero. A tensor lies in a pool once, whatever number of tasks and
-positions use it; a branch is a list of row numbers and a scale. So concatenation, mixed ranks and scales of a
-position are index operations.
+A pool holds rank rows of one side and width; row 0 is zero. A tensor lies in a pool once, whatever number of tasks
+and positions use it; a branch is a list of row numbers and a scale. So concatenation, mixed ranks and scales of a
+position are index operations, and a batch is one gather for each pool.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import Task
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
-from router.tensors import dequantise, to_torch
+from router.tensors import dequantise, to_numpy, to_torch
 
-Key = tuple[str, bool]
-"""Digest of the stored tensor, and whether its columns (`down`) or its rows (`up`) are the rank rows."""
+DOWN, UP, HEAD = 0, 1, 2
+_SIDES = ("down", "up")
+Key = tuple[int, str]
+"""DOWN, UP or HEAD, and the digests of what is stored."""
+Ints = NDArray[np.int64]
+Ranks = tuple[tuple[str, int], ...]
+"""Positions, and the rank of all branches there together."""
 
 
 @dataclass(frozen=True)
-class PositionRows:
-    """A task's branches at one position as rows of two pools, with each row's scale. Axes: rank."""
+class Use:
+    """A task as it is to lie in slots, worked out once: what it needs there, and how its positions use that."""
 
-    down: list[int]
-    up: list[int]
-    scale: list[float]
+    key: Hashable
+    task: Task
+    dtype: torch.dtype
+    """Of the compute, in which `down` is kept; `up` is float32, because scales are applied before the cast."""
+
+    @cached_property
+    def _sources(self) -> dict[Key, str]:
+        """The adapter that gives each key its values; "" for the head."""
+        found: dict[Key, str] = {}
+        for name, entry in self.task.record["adapters"].items():
+            for side in (DOWN, UP):
+                found.setdefault((side, _stored_name(self.task, entry, _SIDES[side])), name)
+        if (head := self.task.record["head"]) is not None:
+            found[HEAD, " ".join(self.task.tensors[head[part]].digest for part in ("weight", "bias"))] = ""
+        return found
+
+    @cached_property
+    def shapes(self) -> dict[Key, tuple[int, int]]:
+        """[rank, width] of an adapter's side as rows; [classes, features] of the head."""
+        found = {}
+        for (side, stored), name in self._sources.items():
+            if side == HEAD:
+                rows, width = self.task.tensors[self.task.record["head"]["weight"]].shape
+            else:
+                rows, width = adapter_shape(self.task, name, _SIDES[side])[:: 1 if side == UP else -1]
+            found[side, stored] = (rows, width)
+        return found
+
+    @cached_property
+    def elements(self) -> dict[Key, int]:
+        return {key: rows * (width + (key[0] == HEAD)) for key, (rows, width) in self.shapes.items()}
+
+    @cached_property
+    def sizes(self) -> dict[Key, int]:
+        """Bytes on the device."""
+        return {key: count * (self.dtype.itemsize if key[0] == DOWN else 4) for key, count in self.elements.items()}
+
+    @cached_property
+    def branches(self) -> dict[str, tuple[tuple[Key, Key, float], ...]]:
+        """Position -> its branches: the keys of `down` and `up`, and the scale."""
+        adapters = self.task.record["adapters"]
+        keys = {
+            a: [(side, _stored_name(self.task, e, _SIDES[side])) for side in (DOWN, UP)] for a, e in adapters.items()
+        }
+        return {
+            position: tuple((keys[one.adapter][0], keys[one.adapter][1], one.scale) for one in branches)
+            for position, branches in self.task.positions.items()
+        }
+
+    @cached_property
+    def adds(self) -> dict[str, Hashable]:
+        """What each position adds: equal where two tasks add the same."""
+        return {position: (branches, self.task.activation) for position, branches in self.branches.items()}
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """Rank rows at each position."""
+        return tuple(
+            (position, sum(self.shapes[up][0] for _, up, _ in branches)) for position, branches in self.branches.items()
+        )
+
+    @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """[rank] of all rank rows, position after position."""
+        every = [(scale, self.shapes[up][0]) for branches in self.branches.values() for _, up, scale in branches]
+        return np.repeat(np.array([scale for scale, _ in every], np.float32), [rank for _, rank in every])
+
+    def write(self, key: Key, out: NDArray[np.float32]) -> None:
+        """The values of a key into [elements]: rows of rank, or a head's weight and then its bias."""
+        if key[0] == HEAD:
+            weight, bias = (to_numpy(self.task.tensors[self.task.record["head"][part]]) for part in ("weight", "bias"))
+            out[: weight.size].reshape(weight.shape)[...] = weight
+            out[weight.size :] = bias
+        else:
+            matrix = adapter_matrix(self.task, self._sources[key], _SIDES[key[0]])
+            out.reshape(self.shapes[key])[...] = matrix if key[0] == UP else matrix.T
 
 
 @dataclass(frozen=True)
 class LoadedTask:
     """A task in its slots."""
 
-    task: Task
-    positions: dict[str, PositionRows]
-    weight: Tensor | None
-    bias: Tensor | None
-    keys: tuple[Key, ...]
-    head_bytes: int
+    use: Use
+    rows: Ints
+    """int64 [2, rank]: rows in the pools of `down` and of `up`, position after position."""
+    head: tuple[Tensor, Tensor] | None
+    """float32 weight [classes, features] and bias [classes]."""
+
+
+@dataclass(frozen=True)
+class SlotStats:
+    """What the slots hold now, and counters since the router was made.
+
+    A hit is a task of a batch that was loaded already, a miss one that had to be; loads count misses, preloads and
+    pins; `size_bytes` are those of adapters and heads that are loaded.
+    """
+
+    hits: int
+    misses: int
+    loads: int
+    evictions: int
+    tasks: int
+    tensors: int
+    size_bytes: int
+    budget_bytes: int | None
 
 
 @dataclass
 class _Entry:
-    width: int
-    rows: list[int]
-    uses: int
+    values: Tensor | Ints
+    """The rows of a pool that hold it; the head itself."""
+    size_bytes: int
+    uses: int = 0
 
 
 class Pool:
-    """float32 [capacity, width] on the device, with the rows that are free; grows by doubling."""
+    """[capacity, width] on the device, with the rows that are free; grows by half."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.rows = torch.zeros(64, width, device=device)
-        self._free = list(range(63, 0, -1))
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows = torch.zeros(64, width, device=device, dtype=dtype)
+        self._free = np.arange(1, 64)
 
-    def put(self, values: Tensor) -> list[int]:
-        count = len(values)
-        while len(self._free) < count:
-            old = len(self.rows)
-            self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)])
-            self._free = list(range(2 * old - 1, old - 1, -1)) + self._free
-        taken = [self._free.pop() for _ in range(count)]
-        self.rows[torch.tensor(taken, device=self.rows.device)] = values.to(self.rows)
+    def put(self, values: Tensor) -> Ints:
+        """Copies [count, width] into free rows; their numbers."""
+        count, old = len(values), len(self.rows)
+        if len(self._free) < count:
+            more = max(old // 2, count)
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(more, self.rows.shape[1])])
+            self._free = np.concatenate([self._free, np.arange(old, old + more)])
+        taken, self._free = self._free[:count], self._free[count:]
+        if count and (np.diff(taken) == 1).all():  # as rows that were freed together are: several times faster
+            self.rows[taken[0] : taken[0] + count] = values
+        else:
+            self.rows.index_copy_(0, torch.from_numpy(taken).to(values.device), values.to(self.rows.dtype))
         return taken
 
-    def free(self, rows: list[int]) -> None:
-        self._free += rows
+    def free(self, rows: Sequence[Ints]) -> None:
+        self._free = np.concatenate([*rows, self._free])
 
 
 class Slots:
-    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Not thread-safe."""
+    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe."""
 
-    def __init__(self, device: torch.device, widths: dict[str, tuple[int, int]], budget_bytes: int | None) -> None:
-        self._device, self._widths, self._budget = device, widths, budget_bytes
-        self._pools: dict[int, Pool] = {}
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        widths: Mapping[str, tuple[int, int]],
+        budget_bytes: int | None,
+    ) -> None:
+        self.lock = threading.RLock()
+        self._device, self._dtype, self._widths, self._budget = device, dtype, widths, budget_bytes
+        self._pools: dict[tuple[int, int], Pool] = {}
         self._entries: dict[Key, _Entry] = {}
         self._tasks: OrderedDict[Hashable, LoadedTask] = OrderedDict()
+        self._host = torch.empty(0)
+        self._ever: Ranks = ()
+        self._activations: set[str] = set()
+        self._hits = self._misses = self._loads = self._evictions = 0
         self.used_bytes = 0
 
-    def load(self, wanted: Sequence[tuple[Hashable, Task]]) -> list[LoadedTask]:
-        """The tasks of one batch, loaded where they are not yet; none of them is evicted for another.
+    @property
+    def stats(self) -> SlotStats:
+        with self.lock:
+            return SlotStats(
+                self._hits, self._misses, self._loads, self._evictions,
+                len(self._tasks), len(self._entries), self.used_bytes, self._budget,
+            )  # fmt: skip
+
+    def check(self, wanted: Sequence[Use], pinned: Collection[Hashable] = ()) -> None:
+        """That these tasks fit together, beside what is pinned.
 
         Raises:
-            SlotBudgetError: together they do not fit.
+            SlotBudgetError: they do not.
         """
-        pinned = {key for key, _ in wanted}
-        for key, task in wanted:
-            if key in self._tasks:
-                self._tasks.move_to_end(key)
-            else:
-                self._tasks[key] = self._put(task)
-            while self._budget is not None and self.used_bytes > self._budget:
-                victim = next((k for k in self._tasks if k not in pinned), None)
-                if victim is None:
-                    needed = self.used_bytes
-                    self.evict(key)
-                    raise SlotBudgetError(needed, self._budget)
-                self.evict(victim)
-        return [self._tasks[key] for key, _ in wanted]
+        if self._budget is None:
+            return
+        with self.lock:
+            beside = [self._tasks[key].use for key in pinned if key in self._tasks]
+        sizes = {key: size for use in (*wanted, *beside) for key, size in use.sizes.items()}
+        if (needed := sum(sizes.values())) > self._budget:
+            raise SlotBudgetError(needed, self._budget)
+
+    @torch.inference_mode()
+    def load(self, wanted: Sequence[Use], pinned: Collection[Hashable] = (), ahead: bool = False) -> list[LoadedTask]:
+        """The tasks of one batch, loaded where they are not yet.
+
+        Args:
+            pinned: keys of tasks that stay, as those wanted do.
+            ahead: for a batch to come: counted as loads, but neither as hits nor as misses.
+
+        Raises:
+            SlotBudgetError: beside what is pinned they do not fit; nothing was evicted or loaded.
+        """
+        with self.lock:
+            missing = [use for use in wanted if use.key not in self._tasks]
+            if missing:
+                self.check(wanted, pinned)
+            stay = {use.key for use in wanted}.union(pinned)
+            for use in wanted:
+                if use.key in self._tasks:
+                    self._tasks.move_to_end(use.key)
+            for use in missing:
+                self._make_room(use, stay)
+                self._tasks[use.key] = self._put(use)
+            self._loads += len(missing)
+            if not ahead:
+                self._misses += len(missing)
+                self._hits += len(wanted) - len(missing)
+            return [self._tasks[use.key] for use in wanted]
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._tasks
 
     def evict(self, key: Hashable) -> None:
         """Forgets a task; tensors that no other loaded task uses give up their rows."""
-        loaded = self._tasks.pop(key, None)
-        if loaded is None:
-            return
-        self.used_bytes -= loaded.head_bytes
-        for name in loaded.keys:
-            entry = self._entries[name]
-            entry.uses -= 1
-            if entry.uses == 0:
-                self._pools[entry.width].free(entry.rows)
-                self.used_bytes -= 4 * entry.width * len(entry.rows)
-                del self._entries[name]
+        with self.lock:
+            loaded = self._tasks.pop(key, None)
+            freed: dict[Pool, list[Ints]] = {}
+            for name in loaded.use.shapes if loaded is not None else ():
+                entry = self._entries[name]
+                entry.uses -= 1
+                if entry.uses == 0:
+                    if isinstance(entry.values, np.ndarray):
+                        assert loaded is not None
+                        freed.setdefault(self._pool(name[0], loaded.use.shapes[name][1]), []).append(entry.values)
+                    self.used_bytes -= entry.size_bytes
+                    del self._entries[name]
+            for pool, rows in freed.items():
+                pool.free(rows)
 
-    def weights(self, tasks: Sequence[LoadedTask], row_task: Tensor | None) -> dict[str, PositionWeights]:
-        """What each position adds, gathered once for a forward.
+    def _make_room(self, use: Use, stay: Collection[Hashable]) -> None:
+        while self._budget is not None and self.used_bytes + self._missing_bytes(use) > self._budget:
+            self.evict(next(key for key in self._tasks if key not in stay))
+            self._evictions += 1
+
+    def clear(self) -> None:
+        """Gives all memory back."""
+        with self.lock:
+            self._tasks.clear()
+            self._entries.clear()
+            self._pools.clear()
+            self.used_bytes = 0
+
+    def gather(
+        self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], padded: bool = False
+    ) -> dict[str, PositionWeights]:
+        """What each position adds, gathered once for a forward; positions that no row uses are left out.
 
         Args:
             tasks: the distinct tasks of the batch.
-            row_task: index into `tasks` of every image, int64 [batch] on the device; None if there is one task.
+            units: position -> index into `tasks` of each equal run of rows there; -1 for rows that add nothing.
+            padded: give every position that some task used since the router was made, its largest rank rounded up
+                to a power of two: so that forms and shapes do not tell which tasks these are, for compiled graphs.
         """
-        positions = list(dict.fromkeys(position for loaded in tasks for position in loaded.positions))
-        if not positions:
+        ranks = self._ever if padded else _union(frozenset(loaded.use.ranks for loaded in tasks))
+        if not ranks:
             return {}
-        down, up, scales = {}, {}, {}
-        for position in positions:
-            rows = [loaded.positions.get(position, PositionRows([], [], [])) for loaded in tasks]
-            rank = max(len(one.scale) for one in rows)
-            pad = [[0] * (rank - len(one.scale)) for one in rows]
-            down[position] = torch.tensor([one.down + zeros for one, zeros in zip(rows, pad, strict=True)])
-            up[position] = torch.tensor([one.up + zeros for one, zeros in zip(rows, pad, strict=True)])
-            scales[position] = torch.tensor([one.scale + zeros for one, zeros in zip(rows, pad, strict=True)])
-        gathered_down = self._gather(down, {p: self._widths[p][0] for p in positions}, row_task)
-        gathered_up = self._gather(up, {p: self._widths[p][1] for p in positions}, row_task)
-        activations = [loaded.task.activation for loaded in tasks]
-        activation: Activation = activations[0]
-        if row_task is not None and len(set(activations)) > 1:
-            activation = {
-                name: torch.tensor([a == name for a in activations], device=self._device)[row_task].view(-1, 1, 1)
-                for name in set(activations)
-            }
+        count = sum(rank for _, rank in ranks)
+        rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
+        scale = np.zeros((len(tasks) + 1, count), np.float32)
+        for i, loaded in enumerate(tasks):
+            columns = _columns(loaded.use.ranks, ranks)
+            rows[:, i, columns] = loaded.rows
+            scale[i, columns] = loaded.use.scale
+        down = self._select(DOWN, ranks, units, rows[DOWN], scale)
+        up = self._select(UP, ranks, units, rows[UP], scale)
+        runs = {id(units[position]): units[position] for position, _ in ranks}
+        activation = {key: self._activation(tasks, found, padded) for key, found in runs.items()}
         weights = {}
-        for position in positions:
-            scale = scales[position].to(self._device)
-            scale = scale[0] if row_task is None else scale[row_task]
-            rows_up = gathered_up[position] * scale.unsqueeze(-1)
-            weights[position] = PositionWeights(gathered_down[position].transpose(-1, -2), rows_up, activation)
+        for position, _ in ranks:
+            d, u = down[position].transpose(1, 2), up[position]
+            if len(u) == 1 and not padded:
+                d, u = d[0], u[0]
+            weights[position] = PositionWeights(d, u, activation[id(units[position])])
         return weights
 
-    def _gather(self, rows: dict[str, Tensor], widths: dict[str, int], row_task: Tensor | None) -> dict[str, Tensor]:
-        """[rank, width] or [batch, rank, width] of each position: one index_select for each width."""
+    def _select(
+        self, side: int, ranks: Ranks, units: Mapping[str, Ints], rows: Ints, scale: NDArray[np.float32]
+    ) -> dict[str, Tensor]:
+        """[units, rank, width] of each position, in the compute dtype: one index_select for each width."""
+        places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, and by what the units are
+        start = 0
+        for position, rank in ranks:
+            alike = places.setdefault(self._widths[position][side], {}).setdefault(id(units[position]), [])
+            alike.append((position, start, rank))
+            start += rank
         out: dict[str, Tensor] = {}
-        for width in set(widths.values()):
-            positions = [position for position in rows if widths[position] == width]
-            index = torch.cat([rows[position] for position in positions], dim=1).to(self._device)
-            index = index[0] if row_task is None else index[row_task]
-            values = self._pools[width].rows[index]
-            ranks = [rows[position].shape[1] for position in positions]
-            out.update(zip(positions, torch.split(values, ranks, dim=-2), strict=True))
+        for width, by_units in places.items():
+            picks = []
+            for alike in by_units.values():
+                columns = np.concatenate([np.arange(begin, begin + rank) for _, begin, rank in alike])
+                picks.append(np.ix_(units[alike[0][0]], columns))
+            found = self._pool(side, width).rows.index_select(0, self._to_device([rows[pick] for pick in picks]))
+            if side == UP:
+                factor = self._to_device([scale[pick] for pick in picks])
+                found = found.mul_(factor.unsqueeze(1)).to(self._dtype)
+            start = 0
+            for alike, (runs, columns) in zip(by_units.values(), picks, strict=True):
+                count = len(runs) * columns.shape[1]
+                part = found[start : start + count].view(len(runs), -1, width)
+                each = torch.split(part, [rank for _, _, rank in alike], 1)
+                out.update((position, one) for (position, _, _), one in zip(alike, each, strict=True))
+                start += count
         return out
 
-    def _put(self, task: Task) -> LoadedTask:
-        keys: list[Key] = []
-        rows: dict[str, tuple[list[int], list[int]]] = {}
-        for name, entry in task.record["adapters"].items():
-            sides = []
-            for side in ("down", "up"):
-                key = (_stored_key(task, entry, side), side == "down")
-                if key not in self._entries:
-                    values = adapter_matrix(task, name, side)
-                    values = values.t() if side == "down" else values
-                    pool = self._pools.setdefault(values.shape[1], Pool(values.shape[1], self._device))
-                    self._entries[key] = _Entry(values.shape[1], pool.put(values), 0)
-                    self.used_bytes += 4 * values.numel()
-                self._entries[key].uses += 1
-                keys.append(key)
-                sides.append(self._entries[key].rows)
-            rows[name] = (sides[0], sides[1])
-        positions = {}
-        for position, branches in task.positions.items():
-            ranks = [len(rows[branch.adapter][0]) for branch in branches]
-            positions[position] = PositionRows(
-                [row for branch in branches for row in rows[branch.adapter][0]],
-                [row for branch in branches for row in rows[branch.adapter][1]],
-                [branch.scale for branch, rank in zip(branches, ranks, strict=True) for _ in range(rank)],
-            )
-        weight = bias = None
-        if (head := task.record["head"]) is not None:
-            weight = to_torch(task.tensors[head["weight"]]).float().to(self._device)
-            bias = to_torch(task.tensors[head["bias"]]).float().to(self._device)
-        head_bytes = 0 if weight is None or bias is None else 4 * (weight.numel() + bias.numel())
-        self.used_bytes += head_bytes
-        return LoadedTask(task, positions, weight, bias, tuple(keys), head_bytes)
+    def _to_device(self, parts: Sequence[NDArray[Any]]) -> Tensor:
+        host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+        return self._copy(host.pin_memory() if self._device.type == "cuda" else host)
+
+    def _copy(self, host: Tensor) -> Tensor:
+        return host.to(self._device, non_blocking=self._device.type == "cuda")
+
+    def _activation(self, tasks: Sequence[LoadedTask], units: Ints, padded: bool) -> Activation:
+        named = [loaded.use.task.activation for loaded in tasks]
+        names = sorted(self._activations if padded else set(named))
+        if len(names) == 1:
+            return names[0]
+        found = np.array([*named, "identity"])[units]
+        return {name: torch.from_numpy(found == name).to(self._device).view(-1, 1, 1) for name in names}
+
+    def _pool(self, side: int, width: int) -> Pool:
+        pool = self._pools.get((side, width))
+        if pool is None:
+            dtype = torch.float32 if side else self._dtype
+            pool = self._pools[side, width] = Pool(width, self._device, dtype)
+        return pool
+
+    def _missing_bytes(self, use: Use) -> int:
+        return sum(size for key, size in use.sizes.items() if key not in self._entries)
+
+    def _put(self, use: Use) -> LoadedTask:
+        """Copies what is missing to the device at once, and lays it into the pools."""
+        missing: dict[tuple[int, int], list[Key]] = {}
+        for key, (_, width) in use.shapes.items():
+            if key not in self._entries:
+                missing.setdefault((key[0], width), []).append(key)
+        counts = [[use.elements[key] for key in keys] for keys in missing.values()]
+        host = self._staging(sum(map(sum, counts)))
+        values, start = host.numpy(), 0
+        for keys, every in zip(missing.values(), counts, strict=True):
+            for key, count in zip(keys, every, strict=True):
+                use.write(key, values[start : start + count])
+                start += count
+        parts = torch.split(self._copy(host), [sum(every) for every in counts])
+        for ((side, width), keys), part in zip(missing.items(), parts, strict=True):
+            if side == HEAD:
+                self._entries[keys[0]] = _Entry(part.clone(), use.sizes[keys[0]])
+                continue
+            rows = self._pool(side, width).put(part.view(-1, width))
+            for key in keys:
+                own, rows = rows[: use.shapes[key][0]], rows[use.shapes[key][0] :]
+                self._entries[key] = _Entry(own, use.sizes[key])
+        for key in use.sizes:
+            entry = self._entries[key]
+            self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
+            entry.uses += 1
+        self._ever = _union(frozenset((self._ever, _rounded(use.ranks))))
+        self._activations.add(use.task.activation)
+        return self._loaded(use)
+
+    def _staging(self, count: int) -> Tensor:
+        """float32 [count] on the host, to be filled and copied: pinned for a GPU, else one buffer used again."""
+        if self._device.type == "cuda":
+            return torch.empty(count, pin_memory=True)
+        if len(self._host) < count:
+            self._host = torch.empty(count)
+        return self._host[:count]
+
+    def _loaded(self, use: Use) -> LoadedTask:
+        sides = zip(*((down, up) for branches in use.branches.values() for down, up, _ in branches), strict=True)
+        rows = [np.concatenate([self._entries[key].values for key in side]) for side in sides]
+        head = None
+        for key in use.shapes:
+            if key[0] == HEAD:
+                classes, width = use.shapes[key]
+                values = self._entries[key].values
+                assert isinstance(values, Tensor)
+                head = (values[: classes * width].view(classes, width), values[classes * width :])
+        return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head)
 
 
-def _stored_key(task: Task, entry: dict[str, object], side: str) -> str:
+@lru_cache(4096)
+def _union(patterns: frozenset[Ranks]) -> Ranks:
+    """Each position's largest rank."""
+    found: dict[str, int] = {}
+    for pattern in sorted(patterns):
+        for position, rank in pattern:
+            found[position] = max(rank, found.get(position, 0))
+    return tuple(found.items())
+
+
+@lru_cache(4096)
+def _rounded(ranks: Ranks) -> Ranks:
+    return tuple((position, 1 << (rank - 1).bit_length()) for position, rank in ranks)
+
+
+@lru_cache(4096)
+def _columns(own: Ranks, of: Ranks) -> Ints:
+    """Where a task's rows lie among those of a batch."""
+    starts = dict(zip((position for position, _ in of), np.cumsum([0, *(rank for _, rank in of)]), strict=False))
+    return np.concatenate([np.arange(starts[p], starts[p] + rank) for p, rank in own] or [np.arange(0)])
+
+
+def _stored_name(task: Task, entry: Mapping[str, Any], side: str) -> str:
     """Names the matrix that an adapter's side stands for: by digest, and for quantised ones by scale and form too."""
-    digest = task.tensors[str(entry[side])].digest
-    quant = entry.get("quant")
-    if not isinstance(quant, dict):
-        return digest
-    scale = task.tensors[quant[side]["scale"]].digest
-    return f"{digest} {scale} {quant['bits']} {quant[side]['shape']}"
-
-
-def adapter_matrix(task: Task, adapter: str, side: str) -> Tensor:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, float32, dequantised."""
-    entry = task.record["adapters"][adapter]
-    stored = to_torch(task.tensors[entry[side]])
+    digest = task.tensors[entry[side]].digest
     if "quant" not in entry:
-        return stored.float()
+        return digest
+    quant = entry["quant"]
+    return f"{digest} {task.tensors[quant[side]['scale']].digest} {quant['bits']} {quant[side]['shape']}"
+
+
+def adapter_matrix(task: Task, adapter: str, side: str) -> NDArray[np.floating[Any]]:
+    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised; never write to it."""
+    entry = task.record["adapters"][adapter]
+    if "quant" not in entry:
+        return to_numpy(task.tensors[entry[side]])
+    stored = to_torch(task.tensors[entry[side]], copy=False)
     one = entry["quant"][side]
-    scale = to_torch(task.tensors[one["scale"]])
-    return dequantise(stored, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+    scale = to_torch(task.tensors[one["scale"]], copy=False)
+    found = dequantise(stored, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+    return found.numpy()  # type: ignore[no-any-return, unused-ignore]
+
+
+def adapter_shape(task: Task, adapter: str, side: str) -> tuple[int, int]:
+    """The shape of :func:`adapter_matrix`."""
+    entry = task.record["adapters"][adapter]
+    rows, columns = entry["quant"][side]["shape"] if "quant" in entry else task.tensors[entry[side]].shape
+    return rows, columns

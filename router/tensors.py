@@ -1,8 +1,11 @@
 """Between a store's raw tensors and torch, and the quantised form of adapters."""
 
 import warnings
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import RawTensor, quant
@@ -17,6 +20,7 @@ _DTYPES = {
 }
 # torch cannot know that nobody writes to a map of a pack
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+_NUMPY = {"F32": "<f4", "F16": "<f2"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -30,6 +34,14 @@ def to_torch(raw: RawTensor, copy: bool = True) -> Tensor:
     if not len(raw.data):
         return torch.empty(raw.shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw.data) if copy else raw.data, dtype=dtype).view(raw.shape)
+
+
+def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
+    """A floating tensor as a float16 or float32 array on the raw tensor's own memory, or of bfloat16 as a new one."""
+    if raw.dtype == "BF16":
+        bits = np.frombuffer(raw.data, "<u2").astype("<u4") << 16
+        return bits.view("<f4").reshape(raw.shape)
+    return np.frombuffer(raw.data, _NUMPY[raw.dtype]).reshape(raw.shape)
 
 
 def from_torch(tensor: Tensor) -> RawTensor:

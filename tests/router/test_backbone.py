@@ -197,6 +197,71 @@ def test_families_run_their_positions_row_by_row(name: str) -> None:
             torch.testing.assert_close(mixed[row : row + 1], alone, atol=2e-5, rtol=1e-4)
 
 
+def test_an_output_that_is_its_input_is_not_written_to() -> None:
+    """A dropout in eval mode returns what it is given, which the model may go on using."""
+    wrapped = load_backbone(small("pear_tiny"))
+    adapted = AdaptedBackbone(wrapped, CPU, torch.float32)
+    adapted.attach(["blocks.0.mlp.drop1", "blocks.0.mlp.fc1"])
+    seen: list[bool] = []
+    module = adapted._module((48, 48))
+    given: list[torch.Tensor] = []
+    module.get_submodule("blocks.0.mlp.drop1").register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    weights = PositionWeights(torch.ones(384, 1), torch.ones(1, 384), "identity")
+    with torch.inference_mode():
+        module.get_submodule("blocks.0.mlp.drop1").register_forward_hook(
+            lambda _, args, y: seen.append(y.data_ptr() == args[0].data_ptr())
+        )
+        adapted.features(torch.randn(1, 3, 48, 48), {"blocks.0.mlp.drop1": weights})
+    assert seen == [False]
+    assert adapted._owned == {"blocks.0.mlp.fc1"}
+
+
+def test_a_model_that_cannot_be_probed_shares_no_block() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.mean((2, 3))
+            return self.blocks(x) * (1 + 0 * float(x.sum()))  # no value on the meta device
+
+        def reset_classifier(self, classes: int) -> None:
+            pass
+
+    adapted = AdaptedBackbone(load_backbone(Odd()), CPU, torch.float32)
+    assert adapted.levels.blocks == ()
+    assert set(adapted.levels.of.values()) == {0}
+
+
+def test_blocks_that_something_bypasses_do_not_grow() -> None:
+    class Inner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.steps(x)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.nn.Linear(3, 4)
+            self.blocks = torch.nn.Sequential(Inner(), Inner())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(self.stem(x.mean((2, 3))))
+
+        def reset_classifier(self, classes: int) -> None:
+            pass
+
+    levels = AdaptedBackbone(load_backbone(Model()), CPU, torch.float32).levels
+    assert levels.blocks == ("blocks.0", "blocks.1")
+    assert levels.of["stem"] == 0
+    assert levels.of["blocks.0.steps.1"] == 1
+    assert levels.of["blocks.1"] == levels.of["blocks.1.steps.0"] == 2
+
+
 def test_positions_that_never_run_or_are_channels_first_are_refused() -> None:
     eva = small("eva02_tiny_patch14_224", img_size=28, depth=1)
     eva.pretrained_cfg = {**eva.pretrained_cfg, "input_size": (3, 28, 28)}

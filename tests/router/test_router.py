@@ -1,6 +1,7 @@
 """The router against a plain float32 loop over rows."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tens
 
         def hook(_: object, args: tuple[torch.Tensor], y: torch.Tensor, branches: object = branches) -> torch.Tensor:
             for branch in branches:
-                down, up = (adapter_matrix(task, branch.adapter, side) for side in ("down", "up"))
+                down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
                 y = y + branch.scale * (PHI[task.activation](args[0] @ down) @ up)
             return y
 
@@ -287,44 +288,140 @@ def test_slots_evict_the_least_recently_used_within_the_budget(backbone: Backbon
     torch.testing.assert_close(router.run(images, "q").logits, expected["q"], atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_is_near(router: Router, backbone: Backbone, tasks: dict[str, Task]) -> None:
-    low = Router(backbone, dtype=torch.bfloat16)
-    low.add(tasks["a"])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_low_precision_is_near(
+    router: Router, backbone: Backbone, tasks: dict[str, Task], dtype: torch.dtype, share: float
+) -> None:
+    low = Router(backbone, dtype=dtype)
     images = torch.randn(4, 3, 48, 48)
-    exact = router.run(images, "a").logits
-    assert (low.run(images, "a").logits - exact).abs().max() < 0.05 * exact.abs().max() + 0.1
+    for task in tasks.values():
+        low.add(task)
+    for found, exact in zip(low.run(images, list("abcd")).logits, router.run(images, list("abcd")).logits, strict=True):
+        assert (found - exact).abs().max() < share * exact.abs().max() + 2 * share
+
+
+def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> None:
+    """A scale that bfloat16 cannot hold, on values that it can: only the product is rounded."""
+    task = task_maker("t", positions=("blocks.0.attn",))
+    scaled = Task({**task.record, "positions": {"blocks.0.attn": [["a0", 1 + 2**-10]]}}, task.tensors)
+    router = Router(backbone, dtype=torch.bfloat16)
+    router.add(scaled)
+    (loaded,) = router._slots.load([router._find("t").use])
+    up = router._slots.gather([loaded], {"blocks.0.attn": np.array([0])})["blocks.0.attn"].up
+    exact = torch.tensor(adapter_matrix(task, "a0", "up"))
+    assert torch.equal(up, (exact * (1 + 2**-10)).bfloat16())
+    assert not torch.equal(up, exact.bfloat16() * (1 + 2**-10))
 
 
 def test_threads_get_old_or_new_versions_never_a_mixture(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
+    """8 threads run single, mixed and all, while versions change, slots are short, and tasks are loaded ahead."""
     images = torch.randn(2, 3, 48, 48)
     with Store.create(tmp_path / "s") as store:
         versions = [task_maker("t", seed=i) for i in range(3)]
-        right = []
-        for task in versions:
-            lone = Router(backbone)
-            lone.add(task)
-            right.append(lone.run(images, "t").logits)
-        store.add(versions[0])
-        router = Router(backbone, store)
-        wrong: list[torch.Tensor] = []
+        fixed = {f"f{i}": task_maker(f"f{i}", seed=10 + i) for i in range(3)}
+        right: dict[str, list[torch.Tensor]] = {}
+        for task in (*versions, *fixed.values()):
+            with Router(backbone) as lone:
+                lone.add(task)
+                right.setdefault(task.name, []).append(lone.run(images, task.name).logits)
+        for task in (versions[0], *fixed.values()):
+            store.add(task)
+        with Router(backbone) as probe:
+            probe.add(versions[0])
+            probe.run(images, "t")
+            size = probe.stats().size_bytes
+        router = Router(backbone, store, slot_bytes=int(2.5 * size))
+        wrong: list[str] = []
+        calls = [0]
         stop = threading.Event()
 
-        def ask() -> None:
-            while not stop.is_set():
-                got = router.run(images, "t").logits
-                if not any(torch.allclose(got, one, atol=1e-4) for one in right):
-                    wrong.append(got)
+        def judge(name: str, row: int, got: torch.Tensor) -> None:
+            calls[0] += 1
+            if not any(torch.allclose(got, one[row], atol=1e-4) for one in right[name]):
+                wrong.append(name)
 
-        threads = [threading.Thread(target=ask) for _ in range(4)]
+        def ask(number: int) -> None:
+            other = f"f{number % 3}"
+            while not stop.is_set():
+                try:
+                    if number % 3 == 0:
+                        router.preload(other)
+                    for row, got in enumerate(router.run(images, ["t", other]).logits):
+                        judge(("t", other)[row], row, got)
+                    for name, found in router.run_all(images, ["t", other, f"f{(number + 1) % 3}"]).items():
+                        for row, got in enumerate(found.logits):
+                            judge(name, row, got)
+                except Exception as error:
+                    wrong.append(repr(error))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
         for i in range(12):
             store.add(versions[i % 3])
             router.refresh()
+            before = calls[0]
+            while calls[0] < before + 16 and not wrong:
+                time.sleep(0.001)
         stop.set()
         for thread in threads:
             thread.join()
         assert wrong == []
+        assert router.stats().evictions > 0
+        assert router.stats().size_bytes <= 2.5 * size
+
+
+def test_a_removed_version_is_served_until_refresh(backbone: Backbone, task_maker: Maker, store: Store) -> None:
+    images = torch.randn(1, 3, 48, 48)
+    store.add(task_maker("t", seed=1))
+    store.add(task_maker("t", seed=2))
+    router = Router(backbone, store)
+    first = router.run(images, "t@1").logits
+    store.remove("t@1")
+    store.gc(repack_all=True)
+    assert torch.equal(router.run(images, "t@1").logits, first)
+    router.refresh()
+    with pytest.raises(UnknownTaskError, match="no version 1 of task 't'"):
+        router.run(images, "t@1")
+
+
+@pytest.mark.parametrize("form", ["path", "object", "expanded"])
+def test_one_image_for_several_tasks_is_decoded_and_run_once(
+    backbone: Backbone, task_maker: Maker, tmp_path: Path, form: str
+) -> None:
+    router = Router(backbone)
+    for i, name in enumerate("ab"):
+        router.add(task_maker(name, seed=i))
+    array = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "x.png")
+    given = {
+        "path": [tmp_path / "x.png", str(tmp_path / "x.png")],
+        "object": [array, array],
+        "expanded": torch.randn(1, 3, 48, 48).expand(2, -1, -1, -1),
+    }[form]
+    rows: list[int] = []
+    module = router._adapted._module((48, 48))
+    for part in (module.patch_embed, module.norm):
+        part.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    out = router.run(given, ["a", "b"])
+    assert rows == [1, 2]
+    for row, name in enumerate("ab"):
+        torch.testing.assert_close(out.logits[row], router.run(given[:1], name).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_many_rows_of_few_images_run_in_parts(backbone: Backbone, task_maker: Maker) -> None:
+    router = Router(backbone)
+    names = [f"t{i}" for i in range(5)]
+    for i, name in enumerate(names):
+        router.add(task_maker(name, seed=i))
+    images = torch.randn(30, 3, 48, 48)
+    rows: list[int] = []
+    router._adapted._module((48, 48)).norm.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    out = router.run_all(images, names)
+    assert rows == [60, 60, 30]
+    for name in names:
+        torch.testing.assert_close(out[name].logits, router.run(images, name).logits, atol=1e-5, rtol=1e-5)
+    assert router.run_all(images, []) == {}
 
 
 def test_a_checkpoint_file_can_be_added(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Slots: eviction, pinning, loading ahead, counters."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pear_store import Store, Task
+from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
+from router.slots import Pool
+
+Maker = Callable[..., Task]
+IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def four(task_maker: Maker) -> dict[str, Task]:
+    return {name: task_maker(name, seed=i) for i, name in enumerate("pqrs")}
+
+
+def with_room_for(count: float, backbone: Backbone, tasks: dict[str, Task]) -> Router:
+    with Router(backbone) as probe:
+        probe.add(tasks["p"])
+        probe.run(IMAGE, "p")
+        size = probe.stats().size_bytes
+    router = Router(backbone, slot_bytes=int(count * size))
+    for task in tasks.values():
+        router.add(task)
+    return router
+
+
+def test_counters(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(2.5, backbone, four)
+    for name in "ppqpr":  # r takes the place of q
+        router.run(IMAGE, name)
+    found = router.stats()
+    assert (found.hits, found.misses, found.loads, found.evictions, found.tasks) == (2, 3, 3, 1, 2)
+    assert 0 < found.size_bytes <= found.budget_bytes
+    router.run(IMAGE, "q")
+    assert router.stats().misses == 4
+
+
+def test_pinned_tasks_stay(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(2.5, backbone, four)
+    router.pin("p")
+    for name in "qrsqrs":
+        router.run(IMAGE, name)
+    before = router.stats()
+    router.run(IMAGE, "p")
+    assert router.stats().hits == before.hits + 1
+    with pytest.raises(SlotBudgetError):
+        router.run(IMAGE.repeat(2, 1, 1, 1), ["q", "r"])
+    with pytest.raises(SlotBudgetError):
+        router.pin(["q", "r"])
+    router.unpin(["p", "never pinned"])
+    router.run(IMAGE.repeat(2, 1, 1, 1), ["q", "r"])
+    router.run(IMAGE, "p")
+    assert router.stats().misses > before.misses + 2
+    with pytest.raises(UnknownTaskError, match="no task 'x'"):
+        router.pin(["p", "x"])
+
+
+def test_a_pin_follows_the_newest_version(backbone: Backbone, task_maker: Maker, store: Store) -> None:
+    store.add(task_maker("t", seed=1))
+    router = Router(backbone, store)
+    router.pin("t")
+    old = router.run(IMAGE, "t").logits
+    store.add(task_maker("t", seed=2))
+    router.refresh()
+    assert not torch.allclose(router.run(IMAGE, "t").logits, old)
+    assert router.stats().tasks == 1
+
+
+def test_loading_ahead_spares_a_miss_and_says_what_failed(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(2.5, backbone, four)
+    router.preload(["p", "q"]).result(10)
+    assert (router.stats().loads, router.stats().misses) == (2, 0)
+    router.run(IMAGE.repeat(2, 1, 1, 1), ["p", "q"])
+    assert (router.stats().hits, router.stats().misses) == (2, 0)
+    with pytest.raises(UnknownTaskError, match="no task 'x'"):
+        router.preload("x").result(10)
+    with pytest.raises(SlotBudgetError):
+        router.preload(list("pqr")).result(10)
+
+
+def test_loading_ahead_does_not_wait_for_the_forward(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(4, backbone, four)
+    router.run(IMAGE, "q")  # positions are attached
+    inside, go_on = threading.Event(), threading.Event()
+
+    def block(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    handle = router._adapted._module((48, 48)).get_submodule("blocks.3").register_forward_pre_hook(block)
+    thread = threading.Thread(target=router.run, args=(IMAGE, "q"))
+    thread.start()
+    assert inside.wait(10)
+    router.preload("p").result(10)
+    assert router.stats().tasks == 2
+    go_on.set()
+    thread.join()
+    handle.remove()
+
+
+def test_a_budget_too_small_is_said_before_images_are_read(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(1.5, backbone, four)
+    with pytest.raises(SlotBudgetError, match="the tasks of this batch need"):
+        router.run(["nowhere.png"] * 2, ["p", "q"])
+    with pytest.raises(SlotBudgetError):
+        with_room_for(0.5, backbone, four).check("p")
+    with pytest.raises(SlotBudgetError):
+        with_room_for(0.5, backbone, four).run_all(IMAGE, ["p", "q"])
+    everything = router.run_all(IMAGE, list("pqrs"))  # in parts
+    for name, found in everything.items():
+        torch.testing.assert_close(found.logits, router.run(IMAGE, name).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_refreshed_tasks_leave_their_slots(backbone: Backbone, four: dict[str, Task]) -> None:
+    router = with_room_for(4, backbone, four)
+    router.preload(list("pq")).result(10)
+    router.refresh()
+    assert (router.stats().tasks, router.stats().size_bytes, router.stats().tensors) == (0, 0, 0)
+    assert router.stats().evictions == 0, "only those for want of room are counted"
+
+
+def test_closed(backbone: Backbone, four: dict[str, Task]) -> None:
+    with with_room_for(4, backbone, four) as router:
+        router.preload(list("pq"))
+        router.run(IMAGE, "p")
+    assert router.stats().size_bytes == 0
+    for call in (
+        lambda: router.run(IMAGE, "p"), lambda: router.run_all(IMAGE, ["p"]), lambda: router.preload("p"),
+        lambda: router.pin("p"), lambda: router.check("p"),
+    ):  # fmt: skip
+        with pytest.raises(ClosedError, match="this router is closed"):
+            call()
+    router.close()
+
+
+@given(st.lists(st.one_of(st.integers(1, 40), st.none()), max_size=30))
+def test_pools_keep_what_was_put(steps: list[int | None]) -> None:
+    """Against a dict: put a block, or free the oldest but one; no row is given twice, row 0 stays zero."""
+    pool = Pool(2, torch.device("cpu"), torch.float32)
+    held: list[tuple[list[int], float]] = []
+    for number, count in enumerate(steps, 1):
+        if count is not None:
+            rows = pool.put(torch.full((count, 2), float(number)))
+            held.append((rows.tolist(), float(number)))
+        elif held:
+            rows, _ = held.pop(1 if len(held) > 1 else 0)
+            pool.free([torch.tensor(rows).numpy()])
+    taken = [row for rows, _ in held for row in rows]
+    assert len(set(taken)) == len(taken)
+    assert 0 not in taken
+    assert not pool.rows[0].any()
+    for rows, value in held:
+        assert (pool.rows[rows] == value).all()

@@ -1,0 +1,140 @@
+"""What is shared, and that sharing changes nothing but rounding."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pear_store import Task, make_task
+from router import Backbone, Router, choose_positions, load_backbone
+from router.backbone import AdaptedBackbone
+from router.trie import bucket, by_level, plan
+from tests.makers import floats, record
+
+LEVELS = 3
+rows_of = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=12)
+adds = st.lists(st.lists(st.sampled_from("ab"), min_size=LEVELS, max_size=LEVELS), min_size=4, max_size=4)
+
+
+@given(rows_of, adds)
+def test_every_row_walks_through_its_own_image_and_branches(
+    rows: list[tuple[int, int]], branches: list[list[str]]
+) -> None:
+    images, tasks = np.array(rows).T
+    walk = plan(images, tasks, branches)
+    state = [(image,) for image in walk.start.tolist()]
+    for level in range(LEVELS):
+        if level in walk.grow:
+            state = [state[row] for row in walk.grow[level].tolist()]
+        run, left = divmod(len(state), len(walk.units[level]))
+        assert left == 0
+        state = [(*one, branches[walk.units[level][row // run]][level]) for row, one in enumerate(state)]
+    ended = [state[row] for row in walk.end.tolist()]
+    assert ended == [(image, *branches[task]) for image, task in rows]
+    if len({image for image, _ in rows}) < len(rows):
+        assert len(state) == len(set(ended)), "no row is computed twice"
+
+
+def test_runs_of_one_task_are_one_unit() -> None:
+    apart = [["a"], ["b"]]
+    assert plan(np.arange(6), np.array([0, 1, 0, 1, 0, 1]), apart).units[0].tolist() == [0, 1]
+    assert plan(np.arange(4), np.array([1, 1, 1, 1]), apart).units[0].tolist() == [1]
+    assert plan(np.arange(3), np.array([0, 1, 0]), apart).units[0].tolist() == [0, 0, 1]
+
+
+def test_rows_part_where_their_tasks_do() -> None:
+    branches = [["x", "y", "a"], ["x", "y", "b"], ["x", "z", "a"]]
+    walk = plan(np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 2, 0, 1, 2]), branches)
+    assert len(walk.start) == 2
+    assert {level: len(rows) for level, rows in walk.grow.items()} == {1: 4, 2: 6}
+
+
+def test_buckets_are_powers_of_two() -> None:
+    walk = bucket(np.arange(5), np.array([0, 1, 0, 1, 2]))
+    assert walk.start.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert walk.units[0].tolist() == [0, 1, 0, 1, 2, -1, -1, -1]
+    assert len(bucket(np.arange(8), np.zeros(8, np.int64)).start) == 8
+
+
+def test_levels_compare_positions_in_any_order() -> None:
+    levels = {"p": 0, "q": 1, "r": 1}
+    assert by_level({"r": 1, "q": 2, "p": 3}, levels, 2) == by_level({"p": 3, "q": 2, "r": 1}, levels, 2)
+    assert by_level({}, levels, 2) == [(), ()]
+
+
+FAMILIES = {
+    "vit_tiny_patch16_224": ({"img_size": 32, "depth": 4}, "blocks", 4),
+    "deit_tiny_distilled_patch16_224": ({"img_size": 32, "depth": 3}, "qkv", 3),
+    "vit_small_patch14_reg4_dinov2": ({"img_size": 28, "depth": 3, "embed_dim": 48, "num_heads": 3}, "blocks", 3),
+    "eva02_tiny_patch14_224": ({"img_size": 28, "depth": 3}, "blocks", 3),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)}, "blocks", 4,
+    ),
+    "convnext_tiny": ({"depths": (1, 1, 2, 1), "dims": (16, 24, 24, 24)}, "stages.*.blocks.*.mlp", 5),
+}  # fmt: skip
+
+
+def model_of(name: str) -> tuple[Backbone, str, int]:
+    options, positions, blocks = FAMILIES[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    with torch.no_grad():  # layer scale starts near zero and would hide what a branch adds
+        for key, parameter in model.named_parameters():
+            if key.endswith(("gamma", "gamma_1", "gamma_2")):
+                parameter.fill_(1.0)
+    size = options.get("img_size", 64)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+    return load_backbone(model), positions, blocks
+
+
+def tree_of(backbone: Backbone, choice: str, size: int) -> dict[str, Task]:
+    """Four tasks that share their first positions: two and two the same half, all the same first one."""
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
+    positions = choose_positions(backbone.module, choice)
+    adapted.attach(positions)
+    made = {}
+    for task in range(4):
+        tensors, branches = {}, {}
+        for i, position in enumerate(positions):
+            kind = 0 if i == 0 else task // 2 if i < len(positions) // 2 else task
+            generator = np.random.default_rng((kind, i))
+            d_in, d_out = adapted.widths[position]
+            tensors[f"a{i}.down"] = floats(generator.normal(size=(d_in, 3)) / d_in**0.5)
+            tensors[f"a{i}.up"] = floats(generator.normal(size=(3, d_out)) / 2)
+            branches[position] = [[f"a{i}", 0.7]]
+        name = f"t{task}"
+        adapters = {f"a{i}": {"down": f"a{i}.down", "up": f"a{i}.up"} for i in range(len(positions))}
+        tensors["head.weight"] = floats(np.random.default_rng(task).normal(size=(2, adapted.feature_width)))
+        tensors["head.bias"] = floats(np.zeros(2))
+        made[name] = make_task(
+            record(name, backbone={"model": backbone.name, "digest": backbone.digest}, adapters=adapters,
+                   positions=branches, preprocess={**record()["preprocess"], "input_size": [3, size, size]}),
+            tensors,
+        )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_run_all_equals_separate_runs(name: str) -> None:
+    backbone, choice, blocks = model_of(name)
+    size = backbone.input_size[0]
+    router = Router(backbone, merge=False)
+    tasks = tree_of(backbone, choice, size)
+    for task in tasks.values():
+        router.add(task)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    rows: list[int] = []
+    module = router._adapted._module((size, size))
+    last = router._adapted.levels.blocks[-1]
+    for block in (router._adapted.levels.blocks[0], last):
+        module.get_submodule(block).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    together = router.run_all(images, list(tasks))
+    assert sum(b.startswith(("blocks", "layers", "stages")) for b in router._adapted.levels.blocks) >= blocks
+    assert rows[0] == 3, "the trunk runs once for each image"
+    for task in tasks:
+        alone = router.run(images, task).logits
+        torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
+    different = (together["t0"].logits - together["t1"].logits).abs().max()
+    assert different > 1e-2
