@@ -11,7 +11,7 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.ops import PositionWeights, add_branch
-from router.preprocess import Preprocess, open_image
+from router.preprocess import Prepared, Preprocess, decode, open_image, prepare
 from router.router import Predictions, Router
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ImageError",
     "PositionWeights",
     "Predictions",
+    "Prepared",
     "Preprocess",
     "Router",
     "RouterError",
@@ -30,6 +31,8 @@ __all__ = [
     "WrongBackboneError",
     "add_branch",
     "choose_positions",
+    "decode",
     "load_backbone",
     "open_image",
+    "prepare",
 ]
