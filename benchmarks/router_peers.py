@@ -88,13 +88,21 @@ def vit() -> nn.Module:
     return timm.create_model("vit_base_patch16_224", num_classes=0).eval()  # type: ignore[no-any-return]
 
 
-def peft_model(pattern: str, dtype: torch.dtype, names: list[str] = NAMES) -> Any:
-    """timm's ViT-B with LoRA of all tasks at the Linears that match; in `dtype` throughout."""
+def share_weights(model: nn.Module, bare: nn.Module) -> None:
+    """Gives a model the memory of bare's weights: where a tensor lies moves a forward's time by some percent."""
+    left = model.load_state_dict(bare.state_dict(), assign=True, strict=False)
+    assert not left.missing_keys, left
+
+
+def peft_model(pattern: str, bare: nn.Module, names: list[str] = NAMES) -> Any:
+    """timm's ViT-B with LoRA of all tasks at the Linears that match; in bare's dtype throughout."""
     from peft import LoraConfig, get_peft_model
 
     # random matrices in place of zeros: outputs then show that a task's adapter runs
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=rf".*{pattern}", init_lora_weights=False)
-    model = get_peft_model(vit().to(dtype), config, adapter_name=names[0], autocast_adapter_dtype=False)
+    model = vit()
+    share_weights(model, bare)
+    model = get_peft_model(model, config, adapter_name=names[0], autocast_adapter_dtype=False)
     for name in names[1:]:
         model.add_adapter(name, config, autocast_adapter_dtype=False)
     return model.eval()
@@ -117,7 +125,7 @@ def peft_contestants(dtype: torch.dtype) -> dict[str, Call]:
     images = torch.randn(TASKS, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     cast = images.to(dtype)
     backbone = load_backbone(vit())
-    bare = copy.deepcopy(backbone.module).to(dtype)
+    bare = backbone.module if dtype == torch.float32 else copy.deepcopy(backbone.module).to(dtype)
     contestants: dict[str, Call] = {"bare": lambda n: bare(cast[:n])}
 
     def add_pear(name: str, positions: str) -> None:
@@ -128,7 +136,7 @@ def peft_contestants(dtype: torch.dtype) -> dict[str, Call]:
         contestants[name] = lambda n: router.run(images[:n], NAMES[:n])
 
     def add_peft(name: str, pattern: str, loop: bool) -> None:
-        model = peft_model(pattern, dtype)
+        model = peft_model(pattern, bare)
         count = sum(hasattr(module, "lora_A") for module in model.modules())
         assert count == int(name.split()[0]), count
         check_tasks_differ(lambda pair: model(pair.to(dtype), adapter_names=NAMES[:2]))
@@ -150,15 +158,19 @@ def peft_contestants(dtype: torch.dtype) -> dict[str, Call]:
     return contestants
 
 
-def adapterhub_model(method: str, dtype: torch.dtype) -> Any:
-    """Hugging Face's ViT-B with all tasks' adapters; or bare."""
-    import adapters
+def hf_vit() -> Any:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    model = ViTModel(ViTConfig(), add_pooling_layer=False).eval()
-    if method == "bare":
-        return model.to(dtype)
+    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
+
+
+def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype) -> Any:
+    """Hugging Face's ViT-B with all tasks' adapters; in `dtype` throughout."""
+    import adapters
+
+    model = hf_vit()
+    share_weights(model, bare)
     configs = {
         # after attention and after the MLP of each block, as Pear's 24 block positions
         "bottleneck": lambda: adapters.DoubleSeqBnConfig(reduction_factor=768 / RANK, non_linearity="linear"),
@@ -180,11 +192,11 @@ def adapterhub_contestants(dtype: torch.dtype) -> dict[str, Call]:
     images = torch.randn(TASKS, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
     every = peft_contestants(dtype)
     contestants = {name: every[name] for name in ("bare", "pear, 24 block positions", "pear, 24 linears")}
-    bare = adapterhub_model("bare", dtype)
+    bare = hf_vit().to(dtype)
     contestants["hf bare"] = lambda n: bare(pixel_values=images[:n])
 
     def add(method: str) -> None:
-        model = adapterhub_model(method, dtype)
+        model = adapterhub_model(method, bare, dtype)
 
         def run(images: Tensor) -> Tensor:
             model.active_adapters = BatchSplit(*NAMES[: len(images)], batch_sizes=[1] * len(images))
@@ -204,11 +216,12 @@ def parallel_contestants(dtype: torch.dtype) -> dict[str, Call]:
 
     images = torch.randn(TASKS, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     backbone = load_backbone(vit())
-    bare, hf_bare = copy.deepcopy(backbone.module).to(dtype), adapterhub_model("bare", dtype)
+    bare = backbone.module if dtype == torch.float32 else copy.deepcopy(backbone.module).to(dtype)
+    hf_bare = hf_vit().to(dtype)
     router = Router(backbone, dtype=dtype)
     for task in make_tasks(backbone, "blocks", NAMES):
         router.add(task)
-    model = adapterhub_model("bottleneck", dtype)
+    model = adapterhub_model("bottleneck", hf_bare, dtype)
 
     def run(n: int) -> None:
         model.active_adapters = Parallel(*NAMES[:n]) if n > 1 else NAMES[0]
@@ -231,7 +244,9 @@ def taking_turns(contestants: dict[str, Call], repeats: int) -> dict[str, Any]:
         except Exception as error:
             refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for turn in range(repeats):
-        for name, call in contestants.items():
+        order = list(contestants)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            call = contestants[name]
             if name not in refused:
                 began = time.perf_counter()
                 call(TASKS)
@@ -257,11 +272,12 @@ def loads(repeats: int) -> dict[str, Any]:
     """Milliseconds to load one more task, and to switch, with 2, 16 and 64 loaded."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        saved = peft_model(LINEARS_48, torch.float32, ["default"])
+        bare = vit()
+        saved = peft_model(LINEARS_48, bare, ["default"])
         saved.save_pretrained(folder)
         for count in (2, 16, 64):
             names = [f"n{i}" for i in range(count)]
-            model = peft_model(LINEARS_48, torch.float32, names)
+            model = peft_model(LINEARS_48, bare, names)
             load, turn = [], []
             for i in range(repeats):
                 load.append(timed(model.load_adapter, folder, f"more{i}"))
