@@ -165,7 +165,7 @@ def hf_vit() -> Any:
     return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
 
 
-def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype) -> Any:
+def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype, names: list[str] = NAMES) -> Any:
     """Hugging Face's ViT-B with all tasks' adapters; in `dtype` throughout."""
     import adapters
 
@@ -178,7 +178,7 @@ def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype) -> Any:
         "lora": lambda: adapters.LoRAConfig(r=RANK, alpha=RANK, attn_matrices=["q", "k", "v"], output_lora=True),
     }
     adapters.init(model)
-    for name in NAMES:
+    for name in names:
         model.add_adapter(name, config=configs[method]())
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "adapter_up.weight" in name:

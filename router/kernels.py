@@ -128,17 +128,19 @@ def can_fuse(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
     )
 
 
-_faster: dict[object, bool] = {}
-
-
 def use_fused(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
     """Whether :func:`add_branch_fused` takes this and is faster than :func:`router.ops.add_branch`.
 
     Measured at the first call with tensors like these on their device. Inside a graph nothing is measured: the plain op
     stays, unless it is known to be the slower one.
     """
-    if not can_fuse(y, x, weights):
-        return False
+    return can_fuse(y, x, weights) and _fused_is_faster(y, x, weights)
+
+
+_faster: dict[object, bool] = {}
+
+
+def _fused_is_faster(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
     rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
     mixed = not isinstance(weights.activation, str)
     key = (x.device, x.dtype, weights.down.dtype, rows, *weights.down.shape, y.shape[-1], mixed)
