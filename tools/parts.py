@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Parts:
             os.close(self._lock)
             raise click.ClickException(f"{out}: another run is writing it") from None
         except BaseException:
+            with suppress(OSError):  # it holds something
+                self.folder.rmdir()
             os.close(self._lock)
             raise
 

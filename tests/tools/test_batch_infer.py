@@ -1,5 +1,6 @@
 """tools/batch_infer.py: every format in and out, mixed tasks, rows that cannot be served, interruptions, bounds."""
 
+import errno
 import fcntl
 import json
 import os
@@ -157,7 +158,7 @@ def test_mistakes(work: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], 
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not (work / "o.csv").exists()
-    assert not list(work.glob("o.csv.parts/*"))
+    assert not (work / "o.csv.parts").exists()
 
 
 # ---- lists --------------------------------------------------------------------------------------
@@ -488,6 +489,30 @@ def test_an_output_is_replaced_only_by_a_whole_one(work: Path, monkeypatch: pyte
     assert (work / "out.csv").read_text() == "older"
     assert run(*given).exit_code == 0
     assert len(read(work / "out.csv")) == 40
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [long_list(work, 20), work / "out.csv", "--store", work / "s", "--batch-size", 1]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tools.parts, "write_list", full)
+        done = run(*given)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "Error: [Errno 28] No space left on device"
+    assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 20
+
+
+def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    bar = tools.batch_infer.tqdm
+    monkeypatch.setattr(tools.batch_infer, "tqdm", lambda **given: (bars.append(bar(**given)), bars[-1])[1])
+    given = [long_list(work, 60), work / "out.csv", "--store", work / "s", "--batch-size", 2]
+    for more in ([], ["--tasks", "a,b,features"]):
+        assert run(*given, *more).exit_code == 0
+    assert [(one.n, one.total) for one in bars] == [(60, 60), (180, 180)]
 
 
 def test_the_throughput_is_reported(work: Path) -> None:
