@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The router beside HF PEFT and AdapterHub on one mixed batch of ViT-B/16: 16 tasks of rank 8, 16 images of 224 pixels.
 
-Contestants of a section take turns in one process; figures are medians of their times. Everything is over the bare
-backbone that a contestant runs: timm's for Pear and PEFT, Hugging Face's for AdapterHub. Weights are random.
+Contestants of a section take turns in one process, on the same weights in memory; figures are medians of their times.
+Everything is over the bare backbone that a contestant runs: timm's for Pear and PEFT, Hugging Face's for AdapterHub.
+Weights are random. A load is of a task that the process has not read before; files are in the system's cache.
 
     python benchmarks/router_peers.py --out benchmarks/results/router_peers.json
 
@@ -121,7 +122,7 @@ def switch(model: Any, name: str) -> None:
     model.set_adapter(name, **({"inference_mode": True} if offered else {}))
 
 
-def peft_contestants(dtype: torch.dtype) -> dict[str, Call]:
+def peft_contestants(dtype: torch.dtype, with_peft: bool = True) -> dict[str, Call]:
     images = torch.randn(TASKS, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     cast = images.to(dtype)
     backbone = load_backbone(vit())
@@ -152,6 +153,8 @@ def peft_contestants(dtype: torch.dtype) -> dict[str, Call]:
 
     add_pear("pear, 24 block positions", "blocks")
     add_pear("pear, 24 linears", PATTERNS_24)
+    if not with_peft:
+        return contestants
     add_pear("pear, 48 linears", PATTERNS_48)
     add_peft("48 linears", LINEARS_48, loop=dtype == torch.float32)
     add_peft("24 linears", LINEARS_24, loop=False)
@@ -190,8 +193,7 @@ def adapterhub_contestants(dtype: torch.dtype) -> dict[str, Call]:
     from adapters.composition import BatchSplit
 
     images = torch.randn(TASKS, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
-    every = peft_contestants(dtype)
-    contestants = {name: every[name] for name in ("bare", "pear, 24 block positions", "pear, 24 linears")}
+    contestants = peft_contestants(dtype, with_peft=False)
     bare = hf_vit().to(dtype)
     contestants["hf bare"] = lambda n: bare(pixel_values=images[:n])
 
@@ -235,12 +237,12 @@ def parallel_contestants(dtype: torch.dtype) -> dict[str, Call]:
     }
 
 
-def taking_turns(contestants: dict[str, Call], repeats: int) -> dict[str, Any]:
+def taking_turns(contestants: dict[str, Call], repeats: int, images: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     refused: dict[str, str] = {}
     for name, call in contestants.items():
         try:
-            call(2)
+            call(1)
         except Exception as error:
             refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for turn in range(repeats):
@@ -249,7 +251,7 @@ def taking_turns(contestants: dict[str, Call], repeats: int) -> dict[str, Any]:
             call = contestants[name]
             if name not in refused:
                 began = time.perf_counter()
-                call(TASKS)
+                call(images)
                 times[name].append(time.perf_counter() - began)
                 print(f"  {turn + 1}/{repeats} {name}: {times[name][-1]:.3f} s", file=sys.stderr)
     medians = {name: statistics.median(found) for name, found in times.items() if found}
@@ -268,7 +270,7 @@ def timed(call: Callable[..., object], *given: object) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def loads(repeats: int) -> dict[str, Any]:
+def loads(repeats: int, _: int) -> dict[str, Any]:
     """Milliseconds to load one more task, and to switch, with 2, 16 and 64 loaded."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -287,12 +289,13 @@ def loads(repeats: int) -> dict[str, Any]:
     backbone = load_backbone(vit())
     for title, positions in (("48 linears", PATTERNS_48), ("24 block positions", "blocks")):
         with tempfile.TemporaryDirectory() as folder, Store.create(Path(folder) / "s") as store:
-            names = [f"n{i}" for i in range(64 + repeats)]
+            names = [f"n{i}" for i in range(64 + 3 * repeats)]
             list(store.add_many(make_tasks(backbone, positions, names)))
-            for count in (2, 16, 64):
+            for place, count in enumerate((2, 16, 64)):
                 with Router(backbone, store) as router:
                     router.preload(names[:count]).result()
-                    load = [timed(lambda n: router.preload(n).result(), n) for n in names[-repeats:]]
+                    new = names[64 + place * repeats :][:repeats]
+                    load = [timed(lambda n: router.preload(n).result(), n) for n in new]
                     found[f"pear, {title}, {count} loaded"] = _load_figures(load, [])
     # On a narrow ViT-B/16 of as many blocks: what a switch costs does not depend on the width, and is lost in the
     # noise of a whole ViT-B's forward. PEFT's figure above is of its own call.
@@ -307,7 +310,7 @@ def loads(repeats: int) -> dict[str, Any]:
                 router.add(task)
                 router.run(images, task.name)
             same, other = [], []
-            for i in range(40 * repeats):
+            for i in range(100 * repeats):
                 router.run(images, names[i % 2])
                 same.append(timed(router.run, images, names[i % 2]))
                 other.append(timed(router.run, images, names[(i + 1) % 2]))
@@ -324,10 +327,12 @@ def _load_figures(load: list[float], turn: list[float]) -> dict[str, float]:
     return figures | ({"switch_ms": round(statistics.median(turn), 3)} if turn else {})
 
 
-SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "loads": loads,
     **{
-        f"{name} {str(dtype).removeprefix('torch.')}": lambda n, make=make, dtype=dtype: taking_turns(make(dtype), n)
+        f"{name} {str(dtype).removeprefix('torch.')}": (
+            lambda n, images, make=make, dtype=dtype: taking_turns(make(dtype), n, images)
+        )
         for dtype in (torch.float32, torch.bfloat16)
         for name, make in (
             ("peft", peft_contestants),
@@ -370,8 +375,9 @@ def machine() -> dict[str, Any]:
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="A section; give it again for more.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--images", default=TASKS, show_default=True, type=click.IntRange(1, TASKS), help="In a batch.")
 @click.option("--environment", default="runs/peers", show_default=True, type=click.Path(path_type=Path))
-def main(out: Path, only: tuple[str, ...], repeats: int, environment: Path) -> None:
+def main(out: Path, only: tuple[str, ...], repeats: int, images: int, environment: Path) -> None:
     missing = go_where_adapterhub_is(environment)
     torch.set_num_threads(THREADS)
     report = json.loads(out.read_text()) if only and out.exists() else {"sections": {}}
@@ -379,8 +385,8 @@ def main(out: Path, only: tuple[str, ...], repeats: int, environment: Path) -> N
         print(name, file=sys.stderr)
         needed = name.startswith(("adapterhub", "parallel"))
         with torch.inference_mode():
-            found = {"not_run": missing} if missing and needed else SECTIONS[name](repeats)
-        report["sections"][name] = {"repeats": repeats, "figures": found}
+            found = {"not_run": missing} if missing and needed else SECTIONS[name](repeats, images)
+        report["sections"][name] = {"repeats": repeats, "images": images, "figures": found}
         packages = ("torch", "timm", "peft", "transformers", *(() if missing else ("adapters",)))
         report |= {
             "command": "python benchmarks/router_peers.py --out benchmarks/results/router_peers.json",
