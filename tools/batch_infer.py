@@ -238,17 +238,18 @@ def infer(
         left = ((number, table) for number, table in tables if not parts.has(number))
         work = batches(left, Tasks(router, store, versions), every, options["batch_size"], router.device)
         began = time.perf_counter()
-        each, shown = len(every) or 1, 0
+        each, served = len(every) or 1, 0
         with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
             for item in ahead(work, AHEAD):
                 if isinstance(item, Batch):
                     serve(router, item, bool(every), options["top"])
-                    served = sum(len(ask.results) for ask in item.asks)
+                    rows = sum(len(ask.results) for ask in item.asks)
+                    served += rows
+                    bar.update(rows)
                 else:
                     parts.write(item.number, output(item, schema, every))
-                    served = len(item.results) - shown  # those that cannot be served
-                shown = shown + served if isinstance(item, Batch) else 0
-                bar.update(served)
+                    bar.update(len(item.results) - served)  # those that cannot be served
+                    served = 0
         seconds = time.perf_counter() - began
         errors = total = 0
         for table in parts.tables():
@@ -322,7 +323,7 @@ def main(
             precision = getattr(torch, dtype)
             router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
             report = infer(router, store, listed, out, options, restart)
-    except (RouterError, PearStoreError, OSError) as error:
+    except (RouterError, PearStoreError, OSError, pa.ArrowException) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(json.dumps(report))

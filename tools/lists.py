@@ -130,10 +130,16 @@ def _scan_jsonl(path: Path) -> tuple[pa.Schema, int]:
     for chunk in _jsonl_chunks(path):
         rows += len(chunk)
         names = dict.fromkeys(name for row in chunk for name in row)
-        columns = {name: pa.array([row.get(name) for row in chunk]) for name in names}
-        found = pa.schema([(name, column.type) for name, column in columns.items()])
+        found = pa.schema([(name, _json_type(name, [row.get(name) for row in chunk])) for name in names])
         schema = pa.unify_schemas([schema, found], promote_options="permissive")
     return schema, rows
+
+
+def _json_type(name: str, values: list[object]) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"column {name!r} has values of unlike types: {error}") from None
 
 
 def _jsonl_chunks(path: Path) -> Iterator[list[dict[str, Any]]]:

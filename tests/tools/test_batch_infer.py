@@ -130,7 +130,7 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["double.csv", "o.csv"], "double.csv: cannot be read as .csv: two columns have one name"),
         (["broken.jsonl", "o.csv"], "broken.jsonl: cannot be read as .jsonl: line 2: Expecting"),
         (["array.jsonl", "o.csv"], "array.jsonl: cannot be read as .jsonl: line 1: expected an object, found list"),
-        (["unlike.jsonl", "o.csv"], "unlike.jsonl: cannot be read as .jsonl:"),
+        (["unlike.jsonl", "o.csv"], "unlike.jsonl: cannot be read as .jsonl: column 'id' has values of unlike types"),
         (["nested.jsonl", "o.csv"], "nested.jsonl: column 'image' holds struct<a: int64>: expected text"),
         (["list.csv", "o.csv", "--tasks", "a,zebra"], "no task 'zebra'"),
         (["list.csv", "o.csv", "--tasks", "foreign"], "was made for backbone vit_huge"),
