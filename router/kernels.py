@@ -27,7 +27,7 @@ _CODES = {"identity": 0, "relu": 1, "gelu": 2}
 if triton is not None:
     _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit
     def _activate(h, code):  # type: ignore[no-untyped-def]
         relu = tl.where(h > 0, h, 0.0)
         gelu = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
@@ -131,10 +131,10 @@ def can_fuse(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
 def use_fused(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
     """Whether :func:`add_branch_fused` takes this and is faster than :func:`router.ops.add_branch`.
 
-    Measured at the first call with tensors like these on their device. Inside a graph nothing is measured: the plain op
-    stays, unless it is known to be the slower one.
+    Measured at the first call with tensors like these on their device. While a CUDA graph is captured nothing is
+    measured: the plain op stays, unless it is known to be the slower one. In what torch.compile sees it always stays.
     """
-    return can_fuse(y, x, weights) and _fused_is_faster(y, x, weights)
+    return not torch.compiler.is_compiling() and can_fuse(y, x, weights) and _fused_is_faster(y, x, weights)
 
 
 _faster: dict[object, bool] = {}
@@ -145,7 +145,7 @@ def _fused_is_faster(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
     mixed = not isinstance(weights.activation, str)
     key = (x.device, x.dtype, weights.down.dtype, rows, *weights.down.shape, y.shape[-1], mixed)
     if key not in _faster:
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             return False
         plain = _milliseconds(lambda: add_branch(y, x, weights))
         _faster[key] = _milliseconds(lambda: add_branch_fused(y, x, weights)) < plain

@@ -144,10 +144,21 @@ def test_the_faster_one_is_kept_to(timed: list[str], monkeypatch: pytest.MonkeyP
     assert len(timed) == 4  # another shape is another question
 
 
-def test_nothing_is_timed_inside_a_graph(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_while_a_cuda_graph_is_captured(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     given = PositionWeights(torch.randn(4, 2), torch.randn(2, 5), "relu")
     assert not use_fused(torch.randn(2, 3, 5), torch.randn(2, 3, 4), given)
+    assert timed == []
+
+
+def test_what_is_compiled_has_the_plain_op_and_no_graph_break(timed: list[str]) -> None:
+    def branch(y: Tensor, x: Tensor, given: PositionWeights) -> Tensor:
+        return -y if use_fused(y, x, given) else y + 1
+
+    given = PositionWeights(torch.randn(4, 2), torch.randn(2, 5), "relu")
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    compiled = torch.compile(branch, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(y, x, given), y + 1)
     assert timed == []
 
 
