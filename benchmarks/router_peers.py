@@ -386,10 +386,10 @@ def main(out: Path, only: tuple[str, ...], repeats: int, images: int, environmen
         needed = name.startswith(("adapterhub", "parallel"))
         with torch.inference_mode():
             found = {"not_run": missing} if missing and needed else SECTIONS[name](repeats, images)
-        report["sections"][name] = {"repeats": repeats, "images": images, "figures": found}
+        command = " ".join(["python", "benchmarks/router_peers.py", *sys.argv[1:]])
+        report["sections"][name] = {"command": command, "repeats": repeats, "images": images, "figures": found}
         packages = ("torch", "timm", "peft", "transformers", *(() if missing else ("adapters",)))
         report |= {
-            "command": "python benchmarks/router_peers.py --out benchmarks/results/router_peers.json",
             "machine": machine(),
             "threads": THREADS,
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
