@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,14 +58,14 @@ class Records:
 
 @dataclass(frozen=True)
 class WrittenPack:
-    """A pack that lies complete in `path`, not yet under its own name; `synced` when it is durable."""
+    """A pack that lies complete in `path`, not yet under its own name; durable once `wait_synced` has returned."""
 
     path: Path
     hash: bytes
     file_bytes: int
     tensor_bytes: int
     places: Mapping[Digest, Place]
-    synced: "Future[None]"
+    wait_synced: Callable[[], None]
 
 
 def pack_path(root: Path, pack: bytes) -> Path:
@@ -108,6 +107,7 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
     state = hashlib.sha256()
     size = 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    sync = _Sync(handle)
     try:
         for run in _runs((head, *(named[name].data for name in places))):
             for chunk in run:
@@ -115,31 +115,48 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
             size += _write(handle, run)
         pack = WrittenPack(
             path.with_stem(state.hexdigest()), state.digest(), size, sum(t.size_bytes for t in tensors.values()),
-            {Digest(name): place for name, place in places.items()}, Future(),
+            {Digest(name): place for name, place in places.items()}, sync.wait,
         )  # fmt: skip
         path.rename(pack.path)
     except BaseException:
         os.close(handle)
         path.unlink(missing_ok=True)
         raise
-    if size < _SYNC_APART_BYTES:
-        _sync(handle, pack.synced)
-    else:
-        threading.Thread(target=_sync, args=(handle, pack.synced)).start()
+    sync.start(apart=size >= _SYNC_APART_BYTES)
     return pack
 
 
 _SYNC_APART_BYTES = 1 << 20
 
 
-def _sync(handle: int, synced: "Future[None]") -> None:
-    try:
-        os.fsync(handle)
-        synced.set_result(None)
-    except OSError as error:
-        synced.set_exception(error)
-    finally:
-        os.close(handle)
+class _Sync:
+    """Syncs and closes a file, in a thread if it is worth one."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self, apart: bool) -> None:
+        if apart:
+            self._thread.start()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            self._error = error
+        finally:
+            os.close(self._handle)
+
+    def wait(self) -> None:
+        """Raises the OSError of a sync that failed."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _runs(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[list[bytes | bytearray | memoryview]]:
@@ -174,7 +191,7 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
     Its name in tmp/ stays until the commit is through: by the second name the next writer sees that a process died
     before it committed, and unlinks what nobody was promised (:func:`find_unfinished`).
     """
-    pack.synced.result()
+    pack.wait_synced()
     target = pack_path(root, pack.hash)
     if not target.parent.exists():
         target.parent.mkdir()

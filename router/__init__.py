@@ -12,7 +12,7 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.ops import PositionWeights, add_branch
-from router.preprocess import Preprocess, open_image
+from router.preprocess import Prepared, Preprocess, decode, open_image, prepare
 from router.router import Predictions, Router
 from router.slots import SlotStats
 
@@ -24,6 +24,7 @@ __all__ = [
     "ImageError",
     "PositionWeights",
     "Predictions",
+    "Prepared",
     "Preprocess",
     "Router",
     "RouterError",
@@ -34,6 +35,8 @@ __all__ = [
     "WrongBackboneError",
     "add_branch",
     "choose_positions",
+    "decode",
     "load_backbone",
     "open_image",
+    "prepare",
 ]

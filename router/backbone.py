@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import router.pear_tiny  # noqa: F401  (registers the embedded backbone with timm)
 from pear_store import Digest, tensor_digest
 from router.errors import BackboneError, ImageError
+from router.kernels import add_branch_fused, use_fused
 from router.ops import PositionWeights, add_branch
 from router.tensors import from_torch
 
@@ -411,7 +412,8 @@ class AdaptedBackbone:
             weights = self._weights.get(position)
             if weights is None:
                 return None
-            return add_branch(output, args[0], weights, self._in_place and position in self._owned)
+            op = add_branch_fused if use_fused(output, args[0], weights) else add_branch
+            return op(output, args[0], weights, in_place=self._in_place and position in self._owned)
 
         return add
 

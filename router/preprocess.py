@@ -1,7 +1,15 @@
-"""From images to normalised tensors, as a task's record says."""
+"""From images to normalised tensors, as a task's record says.
+
+Images are decoded and resized in worker threads (Pillow releases the GIL). Work that rows have in common is done once:
+an image asked for several times is opened once, and prepared once for each preprocessing.
+"""
 
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from os import PathLike, fspath
 from typing import Any
 
@@ -45,12 +53,89 @@ class Preprocess:
         return pixels
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """float32 [batch, 3, h, w] from uint8 [batch, 3, h, w]."""
-        return pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        """float32 [batch, 3, h, w] from uint8 [batch, 3, h, w], on its device."""
+        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def __call__(self, images: Sequence[ImageLike]) -> Tensor:
-        """float32 [batch, 3, h, w]."""
-        return self.normalise(torch.stack([self.pixels(image) for image in images]))
+        """float32 [batch, 3, h, w].
+
+        Raises:
+            ImageError: the first image that cannot be read.
+        """
+        (prepared,) = prepare(images, [self] * len(images))
+        return prepared.images[prepared.index]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a batch that have one preprocessing; an image that several of them ask for is there once."""
+
+    preprocess: Preprocess
+    images: Tensor
+    """float32 [image, 3, h, w], normalised, all distinct."""
+    rows: list[int]
+    """The batch's rows, ascending."""
+    index: list[int]
+    """For each of `rows`, which of `images` it is."""
+
+
+def prepare(images: Sequence[ImageLike], ways: Sequence[Preprocess]) -> list[Prepared]:
+    """A batch, each image prepared in its own way, as one tensor for each preprocessing.
+
+    Images may be of any sizes: each is resized to its preprocessing's input size; unlike sizes never meet in a tensor.
+
+    Raises:
+        ImageError: the first image that cannot be read.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for row, way in enumerate(ways):
+        groups.setdefault(way.key, []).append(row)
+    pixels: list[Tensor] = []
+    for found in decode(images, ways):
+        if isinstance(found, ImageError):
+            raise found
+        pixels.append(found)
+    prepared = []
+    for rows in groups.values():
+        distinct = {id(pixels[row]): pixels[row] for row in rows}
+        place = {key: i for i, key in enumerate(distinct)}
+        way = ways[rows[0]]
+        stacked = way.normalise(torch.stack(list(distinct.values())))
+        prepared.append(Prepared(way, stacked, rows, [place[id(pixels[row])] for row in rows]))
+    return prepared
+
+
+def decode(images: Sequence[ImageLike], ways: Sequence[Preprocess]) -> list[Tensor | ImageError]:
+    """Pixels, uint8 [3, h, w], of each image prepared in its own way; of one that cannot be read, the error.
+
+    Rows with the same image (one object, or equal paths) and preprocessing are given the same tensor.
+    """
+    images = list(images)  # an array's rows are made anew at each look: hold them, for they are told apart by id
+    asked: dict[Hashable, tuple[ImageLike, dict[Hashable, Preprocess]]] = {}
+    names = [fspath(image) if isinstance(image, str | PathLike) else id(image) for image in images]
+    for name, image, way in zip(names, images, ways, strict=True):
+        asked.setdefault(name, (image, {}))[1].setdefault(way.key, way)
+    run = _workers().map if len(asked) > 1 else map
+    found = dict(zip(asked, run(_decode_one, asked.values()), strict=True))
+    return [found[name][way.key] for name, way in zip(names, ways, strict=True)]
+
+
+def _decode_one(asked: tuple[ImageLike, dict[Hashable, Preprocess]]) -> dict[Hashable, Tensor | ImageError]:
+    image, ways = asked
+    try:
+        opened = open_image(image)
+    except ImageError as error:
+        return dict.fromkeys(ways, error)
+    return {key: way.pixels(opened) for key, way in ways.items()}
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="pear-decode")
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
 
 
 def open_image(image: ImageLike) -> Image.Image:

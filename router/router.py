@@ -28,7 +28,7 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.merge import Merge, Merger
-from router.preprocess import ImageLike, Preprocess
+from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape
 from router.trie import Ints, bucket, by_level, plan
 
@@ -327,15 +327,9 @@ class Router:
                 found = f"{images.shape[2]} x {images.shape[3]}"
                 raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
             return [(list(range(len(names))), images, image_of)]
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for row, name in enumerate(names):
-            groups.setdefault(tasks[name].preprocess.key, []).append(row)
-        batches = []
-        for rows in groups.values():
-            used, picked = np.unique(image_of[rows], return_inverse=True)
-            preprocess = tasks[names[rows[0]]].preprocess
-            batches.append((rows, preprocess([images[i] for i in used.tolist()]), picked.reshape(-1)))
-        return batches
+        given = [images[i] for i in image_of.tolist()]
+        groups = prepare(given, [tasks[name].preprocess for name in names])
+        return [(group.rows, group.images, np.array(group.index)) for group in groups]
 
     def _forward(self, images: Tensor, image_of: Ints, tasks: list[_Known]) -> list[Tensor]:
         """Logits [classes] of each row, an image and a task; on the CPU, float32."""

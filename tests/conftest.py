@@ -1,5 +1,6 @@
 """Shared fixtures and makers."""
 
+import os
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports ours
 
 from pear_store import RawTensor, Store, Task, make_task
 from router import Backbone, load_backbone

@@ -1,19 +1,35 @@
-"""tools/batch_infer.py: every format in and out, mixed tasks, and rows that cannot be served."""
+"""tools/batch_infer.py: every format in and out, mixed tasks, rows that cannot be served, interruptions, bounds."""
 
+import errno
+import fcntl
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import tools.batch_infer
+import tools.parts
 from pear_store import Store, Task, make_task
-from router import Backbone, Router
-from tools.batch_infer import main
+from router import Backbone, Predictions, Preprocess, Router, decode
+from tools.batch_infer import ahead, infer, main
+from tools.lists import ImageList
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -110,6 +126,15 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["list.csv", "o.csv", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["bad.csv", "o.csv"], "column 'task' is missing"),
         (["broken.parquet", "o.csv"], "cannot be read as .parquet"),
+        (["ragged.csv", "o.csv"], "ragged.csv: cannot be read as .csv: line 3 has 1 fields, the header 2"),
+        (["double.csv", "o.csv"], "double.csv: cannot be read as .csv: two columns have one name"),
+        (["broken.jsonl", "o.csv"], "broken.jsonl: cannot be read as .jsonl: line 2: Expecting"),
+        (["array.jsonl", "o.csv"], "array.jsonl: cannot be read as .jsonl: line 1: expected an object, found list"),
+        (["unlike.jsonl", "o.csv"], "unlike.jsonl: cannot be read as .jsonl: column 'id' has values of unlike types"),
+        (["nested.jsonl", "o.csv"], "nested.jsonl: column 'image' holds struct<a: int64>: expected text"),
+        (["list.csv", "o.csv", "--tasks", "a,zebra"], "no task 'zebra'"),
+        (["list.csv", "o.csv", "--tasks", "foreign"], "was made for backbone vit_huge"),
+        (["list.csv", "o.csv", "--tasks", "all", "--store", "empty"], "empty: holds no task for backbone pear_tiny"),
         (["list.csv", "o.csv", "--store", "nowhere"], "nowhere: no store there"),
         (["list.csv", "o.csv", "--backbone", "vit_none"], "timm has no model of that name"),
     ],
@@ -119,8 +144,382 @@ def test_mistakes(work: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], 
     write(work / "list.csv", pd.DataFrame({"image": ["0.png"], "task": ["a"]}))
     write(work / "bad.csv", pd.DataFrame({"image": ["0.png"]}))
     (work / "broken.parquet").write_bytes(b"nope")
+    (work / "ragged.csv").write_text("image,task\n0.png,a\n0.png\n")
+    (work / "double.csv").write_text("image,task,task\n0.png,a,a\n")
+    (work / "broken.jsonl").write_text('{"image": "0.png", "task": "a"}\n{"image": \n')
+    (work / "array.jsonl").write_text("[1]\n")
+    (work / "unlike.jsonl").write_text(
+        '{"image": "0.png", "task": "a", "id": 1}\n{"image": "0", "task": "a", "id": []}\n'
+    )
+    (work / "nested.jsonl").write_text('{"image": {"a": 1}, "task": "a"}\n')
+    Store.create(work / "empty").close()
     done = run(*(["--store", "s", *args]))
     assert done.exit_code != 0
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not (work / "o.csv").exists()
+    assert not (work / "o.csv.parts").exists()
+
+
+# ---- lists --------------------------------------------------------------------------------------
+
+
+def test_what_a_csv_says_is_kept_to_the_letter(work: Path) -> None:
+    text = (
+        'code,"a, b",image,share,task,count,note\n'
+        f'007,"x ""y""",{work / "0.png"},0.10,a,1,"two\nlines"\n'
+        f"042,z,{work / '1.png'},0.25,b,2,\n"
+    )
+    (work / "list.csv").write_text("\ufeff" + text, encoding="utf-8")
+    assert run(work / "list.csv", work / "out.csv", "--store", work / "s").exit_code == 0
+    kept = pd.read_csv(work / "out.csv", dtype=str, keep_default_na=False)
+    listed = pd.read_csv(work / "list.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(kept[list(listed.columns)], listed)
+    assert run(work / "list.csv", work / "out.parquet", "--store", work / "s").exit_code == 0
+    types = pd.read_parquet(work / "out.parquet").dtypes
+    assert (types["count"], pd.api.types.is_string_dtype(types["code"])) == (np.int64, True)
+    assert pd.api.types.is_string_dtype(types["share"])  # 0.10 is no number's own text
+
+
+def test_values_of_every_kind_come_through(work: Path) -> None:
+    rows = [{"image": str(work / "0.png"), "task": "a", "tags": ["x", "é"], "box": {"x": 1.5}, "n": 1, "seen": True},
+            {"image": str(work / "1.png"), "task": "b", "n": 2.5, "note": "late", "label": "older"}]  # fmt: skip
+    (work / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for suffix in (".jsonl", ".parquet", ".csv"):
+        assert run(work / "list.jsonl", work / f"out{suffix}", "--store", work / "s").exit_code == 0
+    first, second = map(json.loads, (work / "out.jsonl").read_text().splitlines())
+    assert (first["tags"], first["box"], first["n"], first["note"]) == (["x", "é"], {"x": 1.5}, 1, None)
+    assert (second["tags"], second["n"], second["seen"], second["note"]) == (None, 2.5, None, "late")
+    assert second["label"].startswith("b-")
+    assert read(work / "out.csv")[0]["tags"] == '["x", "é"]'
+    again = run(work / "out.parquet", work / "again.jsonl", "--store", work / "s")
+    assert again.exit_code == 0
+    assert (work / "again.jsonl").read_text() == (work / "out.jsonl").read_text()
+
+
+def test_rows_without_image_or_task_cost_only_themselves(work: Path) -> None:
+    (work / "list.jsonl").write_text(
+        f'{{"image": "{work}/0.png", "task": "a"}}\n{{"image": null, "task": "a"}}\n{{"image": "x"}}\n'
+    )
+    done = run(work / "list.jsonl", work / "out.jsonl", "--store", work / "s")
+    assert "1 predictions, 2 errors" in done.stdout
+    assert [row["error"] for row in read(work / "out.jsonl")] == [None, "no image is named", "no task is named"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_an_empty_list_gives_an_empty_output(work: Path, suffix: str) -> None:
+    write(work / "list.parquet", pd.DataFrame({"image": pd.Series([], dtype=str), "task": pd.Series([], dtype=str)}))
+    done = run(work / "list.parquet", work / f"out{suffix}", "--store", work / "s")
+    assert (done.exit_code, "0 predictions, 0 errors" in done.stdout) == (0, True)
+    assert (work / f"out{suffix}").exists()
+
+
+# ---- every image through many tasks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wanted", "names"), [("all", ["a", "b", "features"]), ("b, a@1,b@1", ["b", "a"])])
+def test_every_image_through_many_tasks(work: Path, backbone: Backbone, wanted: str, names: list[str]) -> None:
+    images = [str(work / f"{i}.png") for i in range(3)] + [str(work / "broken.png"), str(work / "4.png")]
+    listed = write(work / "list.csv", pd.DataFrame({"image": images, "id": [5, 6, 7, 8, 9]}))
+    done = run(listed, work / "out.jsonl", "--store", work / "s", "--tasks", wanted, "--batch-size", 2)
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["task"]) for row in found] == [(i, name) for i in (5, 6, 7, 8, 9) for name in names]
+    assert all(row["version"] == 1 for row in found)
+    for row in found:
+        if row["id"] == 8:
+            assert "not an image" in row["error"]
+        elif row["task"] == "features":
+            assert "has no head" in row["error"]
+        else:
+            expected = Router(backbone, work / "s").run([row["image"]], row["task"])
+            assert row["label"] == expected.labels[0]
+            assert row["probability"] == pytest.approx(float(expected.probs[0].max()), abs=1e-4)
+
+
+# ---- batches and bounds -------------------------------------------------------------------------
+
+
+class Idle:
+    """A router that answers at once, and notes what it was asked."""
+
+    def __init__(self, backbone: Backbone, meanwhile: Callable[[int], None] = lambda batch: None) -> None:
+        self.backbone, self.device = backbone, torch.device("cpu")
+        self.meanwhile = meanwhile
+        self.asked: list[tuple[tuple[int, ...], list[str]]] = []
+
+    def check(self, task: str) -> None:
+        pass
+
+    def run(self, images: torch.Tensor, tasks: list[str]) -> Predictions:
+        self.asked.append((tuple(images.shape), tasks))
+        self.meanwhile(len(self.asked))
+        return Predictions(torch.zeros(len(images), 2), tasks, [("x", "y")] * len(images))
+
+
+def options(size: int) -> dict[str, Any]:
+    return {"batch_size": size, "top": 1, "dtype": "float32", "device": "cpu", "tasks": None}
+
+
+def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) -> None:
+    names = ["a", "b", "b", "a", "a"] * 20
+    rows = pd.DataFrame({"image": [str(work / f"{i % 6}.png") for i in range(100)], "task": names})
+    listed = ImageList.scan(write(work / "list.csv", rows), ["image", "task"])
+    router = Idle(backbone)
+    with Store(work / "s") as store:
+        infer(router, store, listed, work / "out.csv", options(8))  # type: ignore[arg-type]
+    assert [shape for shape, _ in router.asked if shape[2] == 48] == [(8, 3, 48, 48)] * 7 + [(4, 3, 48, 48)]
+    assert [shape for shape, _ in router.asked if shape[2] == 64] == [(8, 3, 64, 64)] * 5
+    assert all(len(set(tasks)) == 1 for _, tasks in router.asked)
+    assert [row["task"] for row in read(work / "out.csv")] == names
+
+
+def test_memory_does_not_grow_with_the_list(work: Path, backbone: Backbone) -> None:
+    router: Any = Idle(backbone)
+    peaks = []
+    with Store(work / "s") as store:
+        for suffix in (".csv", ".jsonl", ".parquet"):
+            for rows in (2_000, 8_000):
+                image = str(work / "0.png")
+                frame = pd.DataFrame({"image": [image] * rows, "task": ["a"] * rows, "n": range(rows)})
+                write(work / f"list{suffix}", frame)
+                del frame
+                held: list[int] = []
+                router.meanwhile = lambda _, held=held: held.append(pa.total_allocated_bytes())
+                tracemalloc.start()
+                listed = ImageList.scan(work / f"list{suffix}", ["image", "task"])
+                infer(router, store, listed, work / f"out{suffix}", options(64))
+                peaks.append(tracemalloc.get_traced_memory()[1] + max(held))
+                tracemalloc.stop()
+                assert sum(len(tasks) for _, tasks in router.asked) == rows
+                router.asked.clear()
+            short, long = peaks[-2:]
+            assert long < 1.5 * short + 2**20, (suffix, peaks)
+
+
+def test_no_more_images_are_held_than_the_batches_ahead() -> None:
+    alive = most = 0
+
+    def made() -> Iterator[int]:
+        nonlocal alive, most
+        for number in range(50):
+            alive += 1
+            most = max(most, alive)
+            yield number
+
+    for number in ahead(made(), 2):
+        time.sleep(0.001)
+        if number % 10 == 0:
+            time.sleep(0.02)  # time enough for a feeder without bounds
+        alive -= 1
+    assert most <= 2 + 1  # two ahead and the one in work
+
+
+def test_decoding_goes_on_while_the_router_runs(
+    work: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = [threading.Event() for _ in range(6)]
+
+    def watched(images: list[str], ways: list[Preprocess]) -> list[Any]:
+        found = decode(images, ways)  # type: ignore[arg-type]
+        decoded[int(Path(images[0]).stem)].set()
+        return found
+
+    monkeypatch.setattr(tools.batch_infer, "decode", watched)
+    seen = []
+    router: Any = Idle(backbone, lambda batch: seen.append(batch == 6 or decoded[batch].wait(30)))
+    rows = pd.DataFrame({"image": [str(work / f"{i}.png") for i in range(6)], "task": "a"})
+    listed = ImageList.scan(write(work / "list.csv", rows), ["image", "task"])
+    with Store(work / "s") as store:
+        infer(router, store, listed, work / "out.csv", options(1))
+    assert seen == [True] * 6  # the next image was there before this one's run was over
+
+
+def test_an_error_of_the_reader_ends_the_run() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise OSError("gone")
+
+    items = ahead(broken(), 2)
+    assert next(items) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(items)
+
+
+# ---- interruptions ------------------------------------------------------------------------------
+
+
+def long_list(work: Path, rows: int, suffix: str = ".csv") -> Path:
+    images = [str(work / ("broken.png" if i % 41 == 7 else f"{i % 6}.png")) for i in range(rows)]
+    tasks = ["zebra" if i % 53 == 9 else "ab"[i % 3 == 0] for i in range(rows)]
+    return write(work / f"list{suffix}", pd.DataFrame({"image": images, "task": tasks, "id": range(rows)}))
+
+
+def test_kill_9_and_the_same_command_give_what_an_uninterrupted_run_gives(work: Path) -> None:
+    listed, suffix = long_list(work, 320), ".jsonl"
+    args = ["--store", work / "s", "--batch-size", 4]
+    assert run(listed, work / f"whole{suffix}", *args).exit_code == 0
+    out, parts = work / f"out{suffix}", work / f"out{suffix}.parts"
+    command = [sys.executable, ROOT / "tools" / "batch_infer.py", listed, out, *args]
+    process = subprocess.Popen([str(a) for a in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=work)
+    while len(list(parts.glob("*.parquet"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = len(list(parts.glob("*.parquet")))
+    assert 2 <= kept < 5
+    assert not out.exists()
+    done = run(listed, out, *args, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["resumed_images"]) == (0, 64 * kept)
+    assert out.read_bytes() == (work / f"whole{suffix}").read_bytes()
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize(
+    ("after", "suffix", "wanted"),
+    [
+        (0, ".csv", ()),
+        (1, ".csv", ()),
+        (3, ".csv", ("--tasks", "b,a")),
+        (4, ".jsonl", ()),
+        (5, ".parquet", ()),
+        (5, ".csv", ()),
+        (6, ".csv", ()),
+        (8, ".csv", ()),
+    ],
+)
+def test_a_run_that_dies_at_any_step_goes_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch, after: int, suffix: str, wanted: tuple[str, ...]
+) -> None:
+    """Dies before the n-th file gets its name: the plan, parts 0 to 3, the output; or as the folder is given up."""
+    listed = long_list(work, 50)
+    args = ["--store", work / "s", "--batch-size", 1, *wanted]
+    assert run(listed, work / f"whole{suffix}", *args).exit_code == 0
+    steps = 0
+
+    def dying(call: Callable[..., None]) -> Callable[..., None]:
+        def step(*given: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if steps > after:
+                raise KeyboardInterrupt
+            call(*given)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tools.parts.os, "replace", dying(os.replace))
+        patched.setattr(Path, "unlink", dying(Path.unlink))
+        assert run(listed, work / f"out{suffix}", *args).exit_code != 0
+    done = run(listed, work / f"out{suffix}", *args, "--json")
+    assert done.exit_code == 0, done.output
+    assert (work / f"out{suffix}").read_bytes() == (work / f"whole{suffix}").read_bytes()
+    assert not (work / f"out{suffix}.parts").exists()
+    if after < 6:
+        assert json.loads(done.stdout)["resumed_images"] == min(50, 16 * max(0, after - 1))
+
+
+def interrupted(work: Path, monkeypatch: pytest.MonkeyPatch, *args: object) -> list[object]:
+    """Leaves a run after its first part; returns its arguments."""
+    given = [long_list(work, 40), work / "out.csv", "--store", work / "s", "--batch-size", 1, *args]
+    with monkeypatch.context() as patched:
+        write_part = tools.parts.Parts.write
+        patched.setattr(tools.parts.Parts, "write", lambda self, number, table: (
+            write_part(self, number, table) if number == 0 else (_ for _ in ()).throw(KeyboardInterrupt)))  # fmt: skip
+        assert run(*given).exit_code != 0
+    assert len(list((work / "out.csv.parts").glob("*.parquet"))) == 1
+    return given
+
+
+@pytest.mark.parametrize("wanted", [(), ("--tasks", "all")])
+def test_a_resumed_run_keeps_the_versions_it_began_with(
+    work: Path, monkeypatch: pytest.MonkeyPatch, task_maker: Callable[..., Task], wanted: tuple[str, ...]
+) -> None:
+    given = interrupted(work, monkeypatch, *wanted)
+    with Store(work / "s") as store:
+        store.add(task_maker("a", seed=77))
+        store.add(task_maker("c", seed=78))
+    assert run(*given).exit_code == 0
+    found = read(work / "out.csv")
+    assert {row["version"] for row in found if row["task"] == "a"} == {1}
+    assert "c" not in {row["task"] for row in found}
+    assert run(*given).exit_code == 0  # a new run
+    assert {row["version"] for row in read(work / "out.csv") if row["task"] == "a"} == {2}
+
+
+def test_an_unfinished_run_is_not_mixed_with_another(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = interrupted(work, monkeypatch)
+    other = [*given[:-1], 2]
+    done = run(*other)
+    assert done.exit_code == 1
+    assert (
+        "holds an unfinished run of other options (batch_size was 1, is 2): repeat those, or --restart" in done.stderr
+    )
+    with (work / "list.csv").open("a") as file:
+        file.write(f"{work / '0.png'},a,40\n")
+    done = run(*given)
+    assert (done.exit_code, "other options (list was" in done.stderr) == (1, True)
+    done = run(*given, "--restart", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["resumed_images"], len(read(work / "out.csv"))) == (0, 0, 41)
+
+
+def test_two_runs_never_write_one_output(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = interrupted(work, monkeypatch)
+    holder = os.open(work / "out.csv.parts", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    done = run(*given)
+    assert (done.exit_code, "out.csv: another run is writing it" in done.stderr) == (1, True)
+    os.close(holder)
+    assert run(*given).exit_code == 0
+
+
+def test_a_folder_of_something_else_is_left_alone(work: Path) -> None:
+    (work / "out.csv.parts").mkdir()
+    (work / "out.csv.parts" / "mine.txt").write_text("mine")
+    for more in ([], ["--restart"]):
+        done = run(long_list(work, 3), work / "out.csv", "--store", work / "s", *more)
+        assert (done.exit_code, "holds mine.txt and no unfinished run" in done.stderr) == (1, True)
+    assert (work / "out.csv.parts" / "mine.txt").read_text() == "mine"
+
+
+def test_an_output_is_replaced_only_by_a_whole_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "out.csv").write_text("older")
+    given = interrupted(work, monkeypatch)
+    assert (work / "out.csv").read_text() == "older"
+    assert run(*given).exit_code == 0
+    assert len(read(work / "out.csv")) == 40
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [long_list(work, 20), work / "out.csv", "--store", work / "s", "--batch-size", 1]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tools.parts, "write_list", full)
+        done = run(*given)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "Error: [Errno 28] No space left on device"
+    assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 20
+
+
+def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    bar = tools.batch_infer.tqdm
+    monkeypatch.setattr(tools.batch_infer, "tqdm", lambda **given: (bars.append(bar(**given)), bars[-1])[1])
+    given = [long_list(work, 60), work / "out.csv", "--store", work / "s", "--batch-size", 2]
+    for more in ([], ["--tasks", "a,b,features"]):
+        assert run(*given, *more).exit_code == 0
+    assert [(one.n, one.total) for one in bars] == [(60, 60), (180, 180)]
+
+
+def test_the_throughput_is_reported(work: Path) -> None:
+    given = [long_list(work, 10), work / "out.csv", "--store", work / "s"]
+    done = run(*given)
+    assert " images in " in done.stderr
+    assert " images/s" in done.stderr
+    report = json.loads(run(*given, "--json").stdout)
+    assert report["images_per_s"] == pytest.approx(10 / report["seconds"], rel=0.05)
+    assert (report["images"], report["predictions"] + report["errors"]) == (10, 10)

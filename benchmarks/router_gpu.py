@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""The router on a GPU: ViT-B/16, rank 8, one task and mixes of 16 and 64 at batches of 1, 16 and 256.
+
+Eager with the plain op, eager with the Triton kernel, and compiled; PEFT and AdapterHub beside them. Contestants of a
+batch size take turns; figures are medians over the bare backbone's in the same mode (eager or compiled).
+
+    python benchmarks/router_gpu.py --out benchmarks/results/router_gpu.json
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from router_peers import (
+    LINEARS_24,
+    LINEARS_48,
+    adapterhub_model,
+    go_where_adapterhub_is,
+    hf_vit,
+    make_tasks,
+    peft_model,
+    vit,
+)
+
+from router import Router, kernels, load_backbone
+
+NAMES = [f"t{i}" for i in range(64)]
+BATCHES = (1, 16, 256)
+Call = Callable[[int], object]
+"""Runs that many images."""
+
+
+@contextmanager
+def op(fused: bool) -> Any:
+    """Takes the plain op, or the Triton kernel, whatever is faster."""
+    asked = []
+    with mock.patch.object(kernels, "_fused_is_faster", lambda *_: (asked.append(1), fused)[1]):
+        yield
+    if fused and not asked:
+        raise click.ClickException("the router never asked for the Triton kernel: this figure would be the plain op's")
+
+
+def rows(tasks: int, batch: int) -> list[str]:
+    return [NAMES[i % tasks] for i in range(batch)]
+
+
+def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str, Call]]:
+    """Of each: the bare one that it is over, and the call."""
+    images = torch.randn(max(BATCHES), 3, 224, 224, device="cuda", dtype=dtype)
+    backbone = load_backbone(vit())
+    tasks = make_tasks(backbone, "blocks", NAMES)
+    bare = vit().to("cuda", dtype)
+    compiled_bare = torch.compile(bare, dynamic=False)
+    found: dict[str, tuple[str, Call]] = {
+        "bare": ("bare", lambda n: bare(images[:n])),
+        "bare, compiled": ("bare, compiled", lambda n: compiled_bare(images[:n])),
+    }
+
+    def add_pear(mode: str, over: str, fused: bool, compile: bool) -> None:
+        router = Router(backbone, device="cuda", dtype=dtype, compile=compile)
+        for task in tasks:
+            router.add(task)
+
+        def run(n: int, names: list[str]) -> None:
+            with op(fused):
+                router.run(images[:n], names)
+
+        for count in (1, 16, 64):
+            title = "one task" if count == 1 else f"{count} tasks"
+            found[f"pear {mode}, {title}"] = (over, lambda n, count=count: run(n, rows(count, n)))  # type: ignore[misc]
+
+    add_pear("eager", "bare", fused=False, compile=False)
+    add_pear("triton", "bare", fused=True, compile=False)
+    add_pear("compiled", "bare, compiled", fused=False, compile=True)
+    for title, pattern in (("48 linears", LINEARS_48), ("24 linears", LINEARS_24)):
+        model = peft_model(pattern, bare, NAMES)
+        for count in (16, 64):
+            found[f"peft {title}, {count} tasks"] = (
+                "bare",
+                lambda n, model=model, count=count: model(images[:n], adapter_names=rows(count, n)),  # type: ignore[misc]
+            )
+    if not missing:
+        from adapters.composition import BatchSplit
+
+        hf_bare = hf_vit().to("cuda", dtype)
+        found["hf bare"] = ("hf bare", lambda n: hf_bare(pixel_values=images[:n]))
+        split = adapterhub_model("bottleneck", hf_bare, dtype, NAMES).to("cuda")
+
+        def run_split(n: int, count: int) -> None:
+            parts = min(n, count)
+            split.active_adapters = BatchSplit(*NAMES[:parts], batch_sizes=[n // parts] * parts)
+            split(pixel_values=images[:n])
+
+        for count in (16, 64):
+            call = lambda n, count=count: run_split(n, count)  # noqa: E731
+            found[f"adapterhub BatchSplit, {count} tasks"] = ("hf bare", call)
+    return found
+
+
+def measure(calls: dict[str, tuple[str, Call]], batch: int, repeats: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    refused: dict[str, str] = {}
+    for name, (_, call) in calls.items():
+        try:
+            for _ in range(3):  # compiles, measures, fills slots
+                call(batch)
+        except click.ClickException as error:
+            refused[name] = error.message
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for turn in range(repeats):
+        order = list(calls)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            if name not in refused:
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                calls[name][1](batch)
+                torch.cuda.synchronize()
+                times[name].append(1000 * (time.perf_counter() - began))
+    medians = {name: statistics.median(found) for name, found in times.items() if found}
+    return {
+        name: {"median_ms": round(m, 4), "throughput_over_its_bare": round(medians[calls[name][0]] / m, 4)}
+        for name, m in medians.items()
+    } | {name: {"refused": why} for name, why in refused.items()}
+
+
+@click.command(help=__doc__)
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option("--repeats", default=30, show_default=True, type=click.IntRange(1))
+@click.option("--environment", default="runs/peers", show_default=True, type=click.Path(path_type=Path))
+def main(out: Path, dtype: str, repeats: int, environment: Path) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA GPU here: nothing is measured")
+    missing = go_where_adapterhub_is(environment)
+    with torch.inference_mode():
+        calls = contestants(getattr(torch, dtype), missing)
+        figures = {}
+        for batch in BATCHES:
+            print(f"batch {batch}", file=sys.stderr)
+            figures[f"batch {batch}"] = measure(calls, batch, repeats)
+    packages = ("torch", "timm", "peft", "triton", *(() if missing else ("adapters", "transformers")))
+    report = {
+        "command": " ".join(["python", "benchmarks/router_gpu.py", *sys.argv[1:]]),
+        "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.machine()},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "dtype": dtype,
+        "repeats": repeats,
+        "adapterhub_not_run": missing,
+        "figures": figures,
+    }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
