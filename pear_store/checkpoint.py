@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pear_store.container import check_json, container_chunks, parse_json, read_container
-from pear_store.digest import ITEM_BYTES, Digest, RawTensor, is_digest
+from pear_store.digest import ITEM_BYTES, Digest, RawTensor, fresh_name, is_digest
 from pear_store.errors import CheckpointError, DiskFullError
 
 FORMAT = "pear-task/1"
@@ -207,7 +206,7 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     path = Path(path)
     record = {**task.record, "digests": {name: tensor.digest for name, tensor in task.tensors.items()}}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    temporary = path.parent / f".{uuid4().hex}.tmp"
+    temporary = path.parent / f".{fresh_name()}.tmp"
     try:
         with open(temporary, "wb") as file:
             for chunk in container_chunks(task.tensors, {"pear": text}):

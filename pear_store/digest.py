@@ -1,6 +1,7 @@
 """Tensors as bytes, and their digests (docs/design.md, section 6)."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 """The dtypes that a store holds, in safetensors' names, with the bytes of one element."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def fresh_name() -> str:
+    """32 random hex digits: no two are alike."""
+    return os.urandom(16).hex()
 
 
 def is_digest(text: object) -> bool:

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import pickle
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,6 +33,9 @@ class Worker:
     """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
+        import pickle  # here, for commands that need no worker
+
+        self._pickle = pickle
         request_end, self_request = os.pipe()
         self_answer, answer_end = os.pipe()
         self._pid = os.fork()
@@ -62,7 +64,7 @@ class Worker:
         if self._requests.closed:
             return
         with suppress(BrokenPipeError):
-            pickle.dump(request, self._requests, protocol=5)
+            self._pickle.dump(request, self._requests, protocol=5)
             self._requests.flush()
 
     def answer(self) -> Any:
@@ -74,8 +76,8 @@ class Worker:
         try:
             if self._answers.closed:
                 raise EOFError
-            return pickle.load(self._answers)
-        except (EOFError, pickle.UnpicklingError):
+            return self._pickle.load(self._answers)
+        except (EOFError, self._pickle.UnpicklingError):
             raise WorkerDiedError(self.close()) from None
 
     def release(self) -> None:

@@ -18,7 +18,6 @@ that a version which a damaged page hides is missed.
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import threading
 import zlib
@@ -29,11 +28,10 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
-from uuid import uuid4
 
 import lmdb
 
-from pear_store.digest import ITEM_BYTES
+from pear_store.digest import ITEM_BYTES, fresh_name
 from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
 INDEX_FORMAT = b"3"
@@ -154,7 +152,7 @@ class ManifestRow:
             packs.setdefault(row[4:36], len(packs).to_bytes(2, "little"))
         hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
         press = zlib.compressobj(1, zdict=_USUAL)
-        pressed = press.compress(struct.pack("<HH", len(packs), len(rows)) + b"".join(packs) + hints + manifest)
+        pressed = press.compress(_HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest)
         head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
         return head + numbers + pressed + press.flush()
 
@@ -175,15 +173,15 @@ class ManifestRow:
     def unpack(row: bytes) -> tuple[bytes, list[TensorRow]]:
         """The manifest's bytes, unchecked, and the hints; empty if they cannot be had."""
         try:
-            press = zlib.decompressobj(zdict=_USUAL)
-            body = press.decompress(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
-            packs, count = struct.unpack_from("<HH", body)
-            at = 4 + 32 * packs
+            body = ManifestRow._body(row)
+            packs, count, _ = _HINTS.unpack_from(body)
+            at = _HINTS.size + 32 * packs
+            names = [body[begin : begin + 32] for begin in range(_HINTS.size, at, 32)]
             places = []
             for _ in range(count):
                 pack, offset, length, dtype, axes = _PLACE.unpack_from(body, at)
                 shape = _SHAPES[axes].unpack_from(body, at + _PLACE.size)
-                places.append(TensorRow(0, body[4 + 32 * pack : 36 + 32 * pack], offset, length, _DTYPES[dtype], shape))
+                places.append(TensorRow(0, names[pack], offset, length, _DTYPES[dtype], shape))
                 at += _PLACE.size + 8 * axes
             return body[at:], places
         except (zlib.error, struct.error, IndexError):
@@ -192,9 +190,20 @@ class ManifestRow:
     @staticmethod
     def manifest_of(row: bytes) -> bytes:
         """The manifest's bytes, unchecked; empty if they cannot be had."""
-        return ManifestRow.unpack(row)[0]
+        try:
+            body = ManifestRow._body(row)
+            packs, _, hint_bytes = _HINTS.unpack_from(body)
+            return body[_HINTS.size + 32 * packs + hint_bytes :]
+        except (zlib.error, struct.error):
+            return b""
+
+    @staticmethod
+    def _body(row: bytes) -> bytes:
+        press = zlib.decompressobj(zdict=_USUAL)
+        return press.decompress(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
 
 
+_HINTS = struct.Struct("<HHI")
 _PLACE = struct.Struct("<HQQBB")
 _USUAL = (
     b'"scale":"training":{"epochs":,"method":"pear","ratio":0.5,"seed":0},"metrics":{"test_top1":0.,"val_top1":0.'
@@ -450,6 +459,11 @@ def _reserve_lock(path: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
 
 
+def _free_bytes(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
 class IndexReplacedError(Exception):
     """The directory holds another environment now: a rebuild has put it there."""
 
@@ -481,7 +495,7 @@ class Index:
             if create:
                 with self._env.begin(write=True, db=meta) as txn:
                     txn.put(b"format", INDEX_FORMAT)
-                    txn.put(b"id", uuid4().hex.encode())
+                    txn.put(b"id", fresh_name().encode())
             with self._env.begin(db=meta) as txn:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
             if found_format != INDEX_FORMAT:
@@ -556,7 +570,7 @@ class Index:
             code = getattr(error, "code", None) or getattr(error, "errno", None)
             full = code in (errno.ENOSPC, errno.EDQUOT)
             if code == errno.EIO or "Input/output error" in str(error):
-                full = shutil.disk_usage(self.path.parent).free < _FULL_BYTES
+                full = _free_bytes(self.path.parent) < _FULL_BYTES
             if full:
                 raise DiskFullError(self.path.parent) from None
             raise PearStoreError(f"{self.path.parent}: {error}") from None

@@ -1,8 +1,6 @@
 """Checks a store, and mends it from good copies."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -134,6 +132,9 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
             return None, f"reading it {error}"
         finally:
             worker.close()
+    import subprocess  # here, for it takes longer to import than most commands
+    import sys
+
     run = f"from pear_store.integrity import _checked; print(_checked({str(path)!r}, {subset!r}))"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     if done.returncode:
@@ -191,12 +192,13 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
         with opened.read() as view:
             lost = check_index(view)
             bad_manifests = set()
+            known: dict[str, int] = {}
             for key, row in view.rows("manifests"):
                 manifest = ManifestRow.manifest_of(row)
                 if manifest_hash(manifest) != key:
                     bad_manifests.add(key)
                     continue
-                _check_numbers(view, key, row, manifest)
+                _check_numbers(view, key, row, manifest, known)
             report, bad, done = Report(), set(), set()
             for pack in sorted(ours):
                 if pack[0] % subset[1] == subset[0] - 1:
@@ -281,16 +283,24 @@ def check_index(view: View) -> set[Digest]:
     return lost
 
 
-def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes) -> None:
-    """That a manifest's numbers are those of the tensors that it names."""
+def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes, known: dict[str, int]) -> None:
+    """That a manifest's numbers are those of the tensors that it names; `known` are numbers looked up before."""
     numbers = set()
     for name in tensor_names(json.loads(manifest)):
-        value = view.get("tensors", from_digest(Digest(name)))
-        if value is None:
-            raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
-        numbers.add(TensorRow.number_of(value))
+        number = known.get(name)
+        if number is None:
+            value = view.get("tensors", from_digest(Digest(name)))
+            if value is None:
+                raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
+            if len(known) == _KNOWN_NUMBERS:
+                known.clear()
+            known[name] = number = TensorRow.number_of(value)
+        numbers.add(number)
     if numbers != set(ManifestRow.decode(key, row).tensors):
         raise DamagedError(f"index row of manifest {key.hex()}", "its numbers are not those of its tensors")
+
+
+_KNOWN_NUMBERS = 50_000
 
 
 def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:

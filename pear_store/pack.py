@@ -13,11 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
-from pear_store.digest import Digest, RawTensor
+from pear_store.digest import Digest, RawTensor, fresh_name
 from pear_store.errors import CheckpointError, DamagedError
 
 FORMAT = "pear-pack/1"
@@ -78,7 +77,7 @@ def pack_metadata(records: Records) -> dict[str, str]:
     metadata = {hashlib.sha256(v.manifest).hexdigest(): v.manifest.decode("utf-8") for v in records.versions}
     record: dict[str, Any] = {
         "format": FORMAT,
-        "id": uuid4().hex,  # no two packs are one file, so that a healed tensor never lands where a damaged one was
+        "id": fresh_name(),  # no two packs are one file, so that a healed tensor never lands where a damaged one was
         "versions": [
             {
                 "task": v.task,
@@ -103,7 +102,7 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
     """Writes a pack into the store's tmp/, where it is synced while the caller goes on (:func:`place_pack` waits)."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
     head, places = lay_out(named, pack_metadata(records))
-    path = root / "tmp" / f"{uuid4().hex}.safetensors"
+    path = root / "tmp" / f"{fresh_name()}.safetensors"
     state = hashlib.sha256()
     size = 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -1,7 +1,6 @@
 """Makes a store's index anew from the packs."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,6 +55,8 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
         NotFoundError: there are no packs.
         DiskFullError: no space for a second index; nothing was changed.
     """
+    import shutil  # here, as in pear_store.store
+
     path = Path(path)
     if not (path / "packs").is_dir():
         raise NotFoundError(f"{path}: no store there: expected a folder 'packs'")

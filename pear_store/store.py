@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,11 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from uuid import uuid4
 
 from pear_store import gc, mounts
 from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
-from pear_store.digest import Digest, RawTensor, from_digest
+from pear_store.digest import Digest, RawTensor, fresh_name, from_digest
 from pear_store.errors import (
     DamagedError,
     DamagedIndexError,
@@ -195,7 +193,7 @@ class Store:
         path = Path(path)
         if is_store(path):
             return cls(path)
-        fresh = path / f"index-{uuid4().hex}"
+        fresh = path / f"index-{fresh_name()}"
         try:
             # what a killed or a simultaneous create leaves is ours, too
             if path.exists() and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
@@ -215,6 +213,8 @@ class Store:
         except OSError as error:
             if not is_store(path):
                 raise from_os_error(error, path) from None
+        import shutil  # here: it takes longer to import than a store to open
+
         shutil.rmtree(fresh, ignore_errors=True)
         return cls(path)
 
