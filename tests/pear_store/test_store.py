@@ -638,6 +638,37 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, work: str) -> None:
     assert verify(path).ok
 
 
+def test_kill_9_of_an_add_with_workers_loses_nothing_and_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for i in range(120):
+        write_checkpoint(tmp_path / "files" / f"{i:03}.safetensors", small_task(f"t{i}", seed=i))
+    killed = 0
+    for i in range(max(3, KILLS // 4)):
+        path = tmp_path / f"s{i}"
+        Store.create(path).close()
+        worker = _spawn(f"add_files_and_acknowledge({str(path)!r}, {str(tmp_path / 'files')!r})")
+        assert worker.stdout is not None
+        children = worker.stdout.readline().split()
+        assert len(children) == 2, worker.stderr
+        time.sleep(random.Random(i).random() / 4)
+        worker.kill()
+        names = worker.communicate(timeout=60)[0].split()
+        killed += worker.returncode == -signal.SIGKILL
+        deadline = time.monotonic() + 30
+        while any(Path("/proc", child).exists() for child in children):
+            assert time.monotonic() < deadline, children
+            time.sleep(0.01)
+        with Store(path) as store:
+            assert {v.task for v in store.tasks()} >= set(names)
+            for version in store.tasks():
+                assert contents(store.get(version.task)) == contents(
+                    small_task(version.task, seed=int(version.task[1:]))
+                )
+        assert verify(path).ok
+    assert killed
+    keep_log(f"{killed} kills of adds with workers: 0 acknowledged tasks lost, no process left")
+
+
 def test_a_soak_loses_nothing(tmp_path: Path) -> None:
     """A writer, an adder that removes and collects, three readers and a gc loop together."""
     path = tmp_path / "s"

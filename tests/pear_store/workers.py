@@ -1,8 +1,11 @@
 """What the store tests run in processes of their own."""
 
+import os
 import time
+from itertools import chain
+from pathlib import Path
 
-from pear_store import NotFoundError, Store, rebuild
+from pear_store import Added, NotFoundError, Store, loading, rebuild
 from tests.makers import small_task
 
 
@@ -67,3 +70,17 @@ def remove_and_gc_loop(path: str, worker: int, seconds: float) -> None:
 def add_file(path: str, file: str) -> None:
     with Store(path) as store:
         store.add(file)
+
+
+def add_files_and_acknowledge(path: str, folder: str) -> None:
+    """Adds a folder's files through forked workers, a few a commit; prints the workers, then the name of what is in."""
+    loading.GROUP_TASKS, loading.GROUP_BYTES = 4, 1 << 14
+    loading.can_fork = lambda: True  # numpy, imported by the makers of tasks, has threads that idle
+    os.sched_getaffinity = lambda pid: {0, 1}  # type: ignore[assignment]
+    with Store(path) as store:
+        results = store.add_many(sorted(Path(folder).iterdir()))
+        first = next(results)
+        print(Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
+        for result in chain([first], results):
+            assert isinstance(result, Added)
+            print(result.task, flush=True)
