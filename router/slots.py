@@ -157,19 +157,28 @@ class Pool:
         self.rows = torch.zeros(64, width, device=device, dtype=dtype)
         self._free = np.arange(1, 64)
 
-    def put(self, values: Tensor) -> Ints:
-        """Copies [count, width] into free rows; their numbers."""
-        count, old = len(values), len(self.rows)
+    def take(self, count: int) -> Ints:
+        """The numbers of free rows, to be filled."""
+        old = len(self.rows)
         if len(self._free) < count:
             more = max(old // 2, count)
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more, self.rows.shape[1])])
             self._free = np.concatenate([self._free, np.arange(old, old + more)])
         taken, self._free = self._free[:count], self._free[count:]
-        if count and (np.diff(taken) == 1).all():  # as rows that were freed together are: several times faster
-            self.rows[taken[0] : taken[0] + count] = values
+        return taken
+
+    def run(self, taken: Ints) -> Tensor | None:
+        """The memory of rows that lie one behind the other, as rows that were freed together do; else None."""
+        if len(taken) and taken[-1] - taken[0] == len(taken) - 1 and (taken[1:] > taken[:-1]).all():
+            return self.rows[taken[0] : taken[-1] + 1]
+        return None
+
+    def put(self, taken: Ints, values: Tensor) -> None:
+        """Copies [count, width] into taken rows."""
+        if (run := self.run(taken)) is not None:
+            run.copy_(values)
         else:
             self.rows.index_copy_(0, torch.from_numpy(taken).to(values.device), values.to(self.rows.dtype))
-        return taken
 
     def free(self, rows: Sequence[Ints]) -> None:
         self._free = np.concatenate([*rows, self._free])
@@ -367,27 +376,29 @@ class Slots:
         return sum(size for key, size in use.sizes.items() if key not in self._entries)
 
     def _put(self, use: Use) -> LoadedTask:
-        """Copies what is missing to the device at once, and lays it into the pools."""
+        """Lays what is missing into the pools: written there where they are float32 on the CPU, else copied at once."""
         missing: dict[tuple[int, int], list[Key]] = {}
         for key, (_, width) in use.shapes.items():
             if key not in self._entries:
                 missing.setdefault((key[0], width), []).append(key)
-        counts = [[use.elements[key] for key in keys] for keys in missing.values()]
-        host = self._staging(sum(map(sum, counts)))
-        values, start = host.numpy(), 0
-        for keys, every in zip(missing.values(), counts, strict=True):
-            for key, count in zip(keys, every, strict=True):
-                use.write(key, values[start : start + count])
-                start += count
-        parts = torch.split(self._copy(host), [sum(every) for every in counts])
-        for ((side, width), keys), part in zip(missing.items(), parts, strict=True):
+        to_copy: list[tuple[Key | Pool, Ints, list[Key], int]] = []
+        for (side, width), keys in missing.items():
             if side == HEAD:
-                self._entries[keys[0]] = _Entry(part.clone(), use.sizes[keys[0]])
+                to_copy.append((keys[0], np.arange(0), keys, use.elements[keys[0]]))
                 continue
-            rows = self._pool(side, width).put(part.view(-1, width))
+            pool = self._pool(side, width)
+            rows = pool.take(sum(use.shapes[key][0] for key in keys))
+            start = 0
             for key in keys:
-                own, rows = rows[: use.shapes[key][0]], rows[use.shapes[key][0] :]
-                self._entries[key] = _Entry(own, use.sizes[key])
+                rank = use.shapes[key][0]
+                self._entries[key] = _Entry(rows[start : start + rank], use.sizes[key])
+                start += rank
+            run = pool.run(rows) if self._device.type == "cpu" and pool.rows.dtype == torch.float32 else None
+            if run is None:
+                to_copy.append((pool, rows, keys, len(rows) * width))
+            else:
+                _write(use, keys, run.numpy().reshape(-1))
+        self._copy_all(use, to_copy)
         for key in use.sizes:
             entry = self._entries[key]
             self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
@@ -395,6 +406,26 @@ class Slots:
         self._ever = _union(frozenset((self._ever, _rounded(use.ranks))))
         self._activations.add(use.task.activation)
         return self._loaded(use)
+
+    def _copy_all(self, use: Use, parts: Sequence[tuple[Key | Pool, Ints, list[Key], int]]) -> None:
+        """Copies adapters and heads to the device in one piece.
+
+        Args:
+            parts: the head, or a pool and its rows; the keys that go there, and how many elements they are.
+        """
+        if not parts:
+            return
+        counts = [count for *_, count in parts]
+        host = self._staging(sum(counts))
+        values, start = host.numpy(), 0
+        for _, _, keys, count in parts:
+            _write(use, keys, values[start : start + count])
+            start += count
+        for (target, rows, _, _), part in zip(parts, torch.split(self._copy(host), counts), strict=True):
+            if isinstance(target, Pool):
+                target.put(rows, part.view(len(rows), -1))
+            else:
+                self._entries[target] = _Entry(part.clone(), use.sizes[target])
 
     def _staging(self, count: int) -> Tensor:
         """float32 [count] on the host, to be filled and copied: pinned for a GPU, else one buffer used again."""
@@ -415,6 +446,15 @@ class Slots:
                 assert isinstance(values, Tensor)
                 head = (values[: classes * width].view(classes, width), values[classes * width :])
         return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head)
+
+
+def _write(use: Use, keys: Sequence[Key], out: NDArray[np.float32]) -> None:
+    """Some keys' values, one behind the other."""
+    start = 0
+    for key in keys:
+        end = start + use.elements[key]
+        use.write(key, out[start:end])
+        start = end
 
 
 @lru_cache(4096)

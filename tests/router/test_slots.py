@@ -148,7 +148,8 @@ def test_pools_keep_what_was_put(steps: list[int | None]) -> None:
     held: list[tuple[list[int], float]] = []
     for number, count in enumerate(steps, 1):
         if count is not None:
-            rows = pool.put(torch.full((count, 2), float(number)))
+            rows = pool.take(count)
+            pool.put(rows, torch.full((count, 2), float(number)))
             held.append((rows.tolist(), float(number)))
         elif held:
             rows, _ = held.pop(1 if len(held) > 1 else 0)
