@@ -295,13 +295,14 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         if not isinstance(record[key], dict):
             yield f"field {key!r}: expected an object"
     structure = _structure_key(record, tensors)
-    named = _GOOD_STRUCTURES.get(structure)
+    named = None if structure is None else _GOOD_STRUCTURES.get(structure)
     if named is None:
         yield from _structure_problems(record, tensors)
         named = frozenset(tensor_names({**record, "head": None}))
-        if len(_GOOD_STRUCTURES) == _MAX_STRUCTURES:
-            _GOOD_STRUCTURES.clear()
-        _GOOD_STRUCTURES[structure] = named
+        if structure is not None and len(structure) <= _MAX_STRUCTURE_BYTES:
+            if len(_GOOD_STRUCTURES) == _MAX_STRUCTURES:
+                _GOOD_STRUCTURES.clear()
+            _GOOD_STRUCTURES[structure] = named
     yield from _head_problems(record["head"], record["labels"], tensors)
     head = record["head"] or {"weight": "", "bias": ""}
     if unnamed := tensors.keys() - named - {head["weight"], head["bias"]}:
@@ -312,15 +313,15 @@ _STRUCTURE = ("activation", "adapters", "positions", "preprocess")
 _GOOD_STRUCTURES: dict[bytes, frozenset[str]] = {}
 """What of records was found good (the same for all tasks of one kind), with the tensors that it names"""
 _MAX_STRUCTURES = 256
+_MAX_STRUCTURE_BYTES = 1 << 16
 
 
-def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The structure of a record and the shapes of its tensors as bytes: equal ones are equally good.
-
-    Raises:
-        ValueError: nested too deeply, or no JSON.
-    """
-    return marshal.dumps((*map(record.get, _STRUCTURE), dict(tensors)), 2)  # 2: without references, which differ by run
+def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes | None:
+    """The structure of a record and the shapes of its tensors as bytes: equal ones are equally good. None where they
+    are not of Python's own types, or nested too deeply."""
+    with suppress(ValueError):
+        return marshal.dumps((*map(record.get, _STRUCTURE), dict(tensors)), 2)  # 2: references would differ by run
+    return None
 
 
 def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:

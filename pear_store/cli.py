@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,7 +140,7 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, as_json: b
     exit_code = 0
     stop: PearStoreError | None = None
     with Store(_path()) as store:
-        given_files: Iterable[Source] = (sys.stdin.buffer if file == "-" else file for file in files)
+        given_files: list[Source] = [sys.stdin.buffer if file == "-" else file for file in files]
         results = store.add_many(given_files, name)
         for file in files:
             try:

@@ -208,8 +208,8 @@ def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
         kept_dtype, kept_shape, length = _LENGTHS[dtype, *shape]
         begin, end = offsets
         if (
-            {int}.issuperset(map(type, shape)) and type(begin) is int and type(end) is int  # True == 1 == 1.0
-            and end - begin == length and 0 <= begin < 2**48
+            type(shape) is list and {int}.issuperset(map(type, shape))  # True == 1 == 1.0
+            and type(begin) is int and type(end) is int and end - begin == length and 0 <= begin < 2**48
         ):  # fmt: skip
             return Place(kept_dtype, kept_shape, data_start + begin, length)
     except (KeyError, TypeError, ValueError):

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,16 +30,27 @@ def can_fork() -> bool:
 class Worker:
     """A forked process that answers requests, one after the other, with what `work` returns for each.
 
-    Requests and answers are pickled. It ends when this process closes it or dies.
+    Requests and answers are pickled. It ends when this process closes it or dies: its work must leave nothing undone.
+
+    Raises:
+        OSError: there can be no more processes or files.
     """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         import pickle  # here, for commands that need no worker
 
         self._pickle = pickle
-        request_end, self_request = os.pipe()
-        self_answer, answer_end = os.pipe()
-        self._pid = os.fork()
+        ends: list[int] = []
+        try:
+            for _ in range(2):
+                ends += os.pipe()
+            self._pid = os.fork()
+        except OSError:
+            for end in ends:
+                os.close(end)
+            raise
+        request_end, self_request, self_answer, answer_end = ends
+        self._owner = os.getpid()
         if self._pid == 0:
             code = 1
             try:
@@ -61,7 +73,7 @@ class Worker:
 
     def ask(self, request: Any) -> None:
         """Sends a request; a process that died is noticed when it should answer."""
-        if self._requests.closed:
+        if self._requests.closed or self._owner != os.getpid():
             return
         with suppress(BrokenPipeError):
             self._pickle.dump(request, self._requests, protocol=5)
@@ -74,22 +86,24 @@ class Worker:
             WorkerDiedError: the process died.
         """
         try:
-            if self._answers.closed:
+            if self._answers.closed or self._owner != os.getpid():
                 raise EOFError
             return self._pickle.load(self._answers)
         except (EOFError, self._pickle.UnpicklingError):
             raise WorkerDiedError(self.close()) from None
 
-    def release(self) -> None:
-        """Lets the process end, without waiting for it."""
+    def close(self) -> int:
+        """Ends the process, whatever it does; its exit code. Does nothing in a child of the process that made it.
+
+        It is killed: another process, forked since, may hold the pipe whose end would end it.
+        """
+        if self._owner != os.getpid():
+            return 0
         for end in (self._requests, self._answers):
             with suppress(BrokenPipeError):
                 end.close()
-
-    def close(self) -> int:
-        """Waits for the process to end; its exit code."""
-        self.release()
         if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
             self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
             self._pid = 0
         return self._code

@@ -21,6 +21,7 @@ from pear_store.index import (
     NameRow,
     PackRow,
     RemovedRow,
+    State,
     TagRow,
     TensorRow,
     VersionRow,
@@ -201,11 +202,10 @@ def collect(
         raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
     packs: list[WrittenPack] = []
 
-    swept_in = 0
+    as_of: State | None = None
 
     def sweep(view: View) -> tuple[int, Marked]:
-        nonlocal swept_in
-        swept_in = view.id
+        nonlocal as_of
         drop_settled_removals(opened.path, view)
         gone = list(expired(view, keep, older_than_s))
         packs[:] = remove_versions(opened, view, gone)
@@ -217,6 +217,7 @@ def collect(
         if marked.lost is not None:
             view.put("contents", NO_PACK, marked.lost.encode(NO_PACK))
         drop_packs(opened.path, view, [pack for pack, use in marked.packs.items() if not use.needed])
+        as_of = view.state if view.wrote else view.before
         return len(gone), marked
 
     if dry_run:
@@ -226,7 +227,6 @@ def collect(
         removed = len(dropped)
     else:
         removed, marked = opened.write_packs(sweep, packs)
-        as_of = _committed(opened, swept_in)
         opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
     victims = _victims(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
@@ -279,6 +279,15 @@ def _is_marked(marks: bytearray, number: int) -> bool:
     return number < len(marks) and marks[number] == 1
 
 
+def contents_of(view: View, pack: bytes) -> ContentsRow:
+    """The row that says what the index lists in a pack.
+
+    Raises:
+        DamagedError: it is missing or damaged.
+    """
+    return ContentsRow.decode(pack, view.get("contents", pack) or b"")
+
+
 def drop_packs(path: Path, view: View, packs: Sequence[bytes]) -> None:
     """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold."""
     unread = set()
@@ -287,25 +296,34 @@ def drop_packs(path: Path, view: View, packs: Sequence[bytes]) -> None:
         if header is None:
             unread.add(pack)
             continue
+        deleted = 0
         for name in filter(is_digest, header.places):
             value = view.get("tensors", key := from_digest(Digest(name)))
             if value is not None and TensorRow.peek(value).pack == pack:
                 view.delete("tensors", key)
+                deleted += 1
+        if deleted != len(contents_of(view, pack).numbers):
+            unread.add(pack)
     if unread:  # missing or damaged
         view.delete_where("tensors", lambda _, value: TensorRow.peek(value).pack in unread)
     for pack in packs:
         view.drop_pack(pack)
 
 
-def unlink_packs(opened: OpenStore, packs: Iterable[bytes]) -> None:
-    """Unlinks packs that no row names any more; names of packs never come again."""
-    folders = set()
-    for pack in packs:
-        file = pack_path(opened.path, pack)
-        file.unlink(missing_ok=True)
-        folders.add(file.parent)
-    for folder in folders:
-        sync_directory(folder)
+def unlink_packs(opened: OpenStore, packs: Sequence[bytes]) -> None:
+    """Unlinks packs that no row names any more; under the write lock, for a rebuild may have come to name one again."""
+
+    def unlink(view: View) -> None:
+        folders = set()
+        for pack in packs:
+            if view.get("packs", pack) is None:
+                file = pack_path(opened.path, pack)
+                file.unlink(missing_ok=True)
+                folders.add(file.parent)
+        for folder in folders:
+            sync_directory(folder)
+
+    opened.write(unlink)
 
 
 def _victims(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
@@ -383,8 +401,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marks: bytearray) -> 
             digest = Digest(name)
             found.tensors[digest] = opened.tensor(view, digest, row)
             found.numbers[digest] = row.number
-    listed = view.get("contents", pack)
-    live = 0 if listed is None else sum(map(marks.__getitem__, ContentsRow.decode(pack, listed).numbers))
+    live = sum(map(marks.__getitem__, contents_of(view, pack).numbers))
     if live != len(found.tensors):
         raise DamagedError(
             f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
@@ -403,7 +420,8 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marks: bytearray) -> 
         value = view.get("tags", key)
         if value is not None and TagRow.decode(key, value).pack == pack:
             found.records.tags.append(tag)
-    for task in {*records.highest, *(version.task for version in records.versions)}:
+    removed = (task for task, _ in records.removed)
+    for task in {*records.highest, *(version.task for version in records.versions), *removed}:
         known = name_row(view, task)
         if known is not None and known.name == task and known.pack == pack:
             found.records.highest[task] = known.highest
@@ -427,25 +445,22 @@ def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
     return written
 
 
-_Next = tuple[int, tuple[int, int]]
-"""A writer's id and its environment"""
+def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State | None) -> tuple[int, State]:
+    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and the state
+    after it.
 
-
-def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: _Next | None) -> tuple[int, _Next | None]:
-    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and its commit.
-
-    `marked` holds as of a commit; it is marked anew if there was another since, for an add may have come to need what
+    `marked` holds as of a state; it is marked anew if there was a commit since, for an add may have come to need what
     was dead.
     """
     packs: list[WrittenPack] = []
     moved: list[bytes] = []
 
-    def change(view: View) -> tuple[int, int]:
+    def change(view: View) -> tuple[int, State]:
         packs.clear()
         moved.clear()
         left = 0
         contents = Contents()
-        marks = marked.marks if (view.id, opened.identity) == as_of else mark(view).marks
+        marks = marked.marks if view.before == as_of else mark(view).marks
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
@@ -458,17 +473,11 @@ def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: _Nex
         drop_packs(opened.path, view, moved)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))
-        return left, view.id
+        return left, view.state if view.wrote else view.before
 
     try:
         result = opened.write_packs(change, packs)
     except OSError as error:
         raise from_os_error(error, opened.path) from None
     unlink_packs(opened, moved)
-    return result[0], _committed(opened, result[1])
-
-
-def _committed(opened: OpenStore, writer: int) -> _Next | None:
-    """What tells the writer that comes next, if this one was the last that committed."""
-    with opened.read() as view:
-        return (writer + 1, opened.identity) if view.id == writer else None
+    return result

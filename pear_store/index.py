@@ -338,14 +338,20 @@ def name_key(task: str) -> bytes:
     return task.casefold().encode("ascii")
 
 
+State = tuple[tuple[int, int], int]
+"""An environment and a commit to it"""
+
+
 class View:
     """One transaction's rows, by table and key."""
 
-    __slots__ = ("_tables", "_txn")
+    __slots__ = ("_tables", "_txn", "environment", "wrote")
 
-    def __init__(self, txn: lmdb.Transaction, tables: Mapping[str, Any]) -> None:
+    def __init__(self, txn: lmdb.Transaction, tables: Mapping[str, Any], environment: tuple[int, int]) -> None:
         self._txn = txn
         self._tables = tables
+        self.environment = environment
+        self.wrote = False
 
     @property
     def id(self) -> int:
@@ -354,14 +360,27 @@ class View:
         number: int = self._txn.id()
         return number
 
+    @property
+    def state(self) -> State:
+        """What this view sees if it reads, what the next will see if it is a writer that wrote something: equal states
+        hold equal rows."""
+        return self.environment, self.id
+
+    @property
+    def before(self) -> State:
+        """What a writer began with."""
+        return self.environment, self.id - 1
+
     def get(self, table: str, key: bytes) -> bytes | None:
         return cast(bytes | None, self._txn.get(key, db=self._tables[table]))
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         self._txn.put(key, value, db=self._tables[table])
+        self.wrote = True
 
     def delete(self, table: str, key: bytes) -> None:
         self._txn.delete(key, db=self._tables[table])
+        self.wrote = True
 
     def count(self, table: str) -> int:
         entries: int = self._txn.stat(self._tables[table])["entries"]
@@ -420,6 +439,7 @@ class View:
         while found:
             if dead(cursor.key(), cursor.value()):
                 cursor.delete()  # moves to the next
+                self.wrote = True
                 found = bool(cursor.key())
             else:
                 found = cursor.next()
@@ -530,7 +550,7 @@ class Index:
                 self._env.set_mapsize(0)
                 txn = self._env.begin()
             with txn:
-                yield View(txn, self._tables)
+                yield View(txn, self._tables, self.identity)
 
     def write(self, change: Callable[[View], T]) -> T:
         """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow.
@@ -549,7 +569,7 @@ class Index:
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
-                        return change(View(txn, self._tables))
+                        return change(View(txn, self._tables, self.identity))
                 except lmdb.MapFullError:
                     self._env.set_mapsize(self._env.info()["map_size"] * 2)
                 except lmdb.MapResizedError:

@@ -16,6 +16,7 @@ from pear_store.errors import (
     DamagedIndexError,
     NotFoundError,
     PearStoreError,
+    from_os_error,
 )
 from pear_store.forked import Worker, WorkerDiedError, can_fork
 from pear_store.index import (
@@ -124,7 +125,10 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
 def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | None, str]:
     """What a child process finds, or how it ended."""
     if can_fork():  # starts at once
-        worker = Worker(lambda _: _checked(path, subset))
+        try:
+            worker = Worker(lambda _: _checked(path, subset))
+        except OSError as error:
+            raise from_os_error(error, path) from None
         try:
             worker.ask(None)
             return json.loads(worker.answer()), ""
@@ -187,8 +191,9 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
             ours = {pack for pack, _ in view.rows("packs")} if can_fork() else set()
         ours = set(sorted(ours)[::_OURS])
         if ours:  # on a core each: there most packs, here the index and the rest
-            worker = Worker(lambda _: check_packs(path, subset, ours))
-            worker.ask(None)
+            with suppress(OSError):  # no process more: all is done here
+                worker = Worker(lambda _: check_packs(path, subset, ours))
+                worker.ask(None)
         with opened.read() as view:
             lost = check_index(view)
             bad_manifests = set()
@@ -317,6 +322,7 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
                     return bad
             header, sound = Header({}, {}, 0), False
         report.packs += 1
+        before = report.tensors
         for name, place in header.places.items():
             value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
             if value is None or (row := TensorRow.peek(value)).pack != pack:
@@ -328,6 +334,8 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
                 sound = False
             if raw_digest(dtype, shape, mapped.view[offset : offset + length]) != key:
                 bad.add(Digest(name))
+        if report.tensors - before != len(gc.contents_of(view, pack).numbers):
+            sound = False
         if not sound:  # its header does not tell what is in it: look at each row
             report.damaged_packs.append(pack.hex())
             for digest, row in _rows_in(view, {pack}):

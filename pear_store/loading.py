@@ -58,18 +58,23 @@ Group = list[Loaded | Refused]
 def load_groups(given: Iterable[Source], name: str | None) -> Iterator[Group]:
     """The sources in order, in groups of what one commit takes.
 
-    A group's tensors are good until the next group is asked for.
+    A group's tensors are good until the next group is asked for. Only a list or tuple is read ahead: what comes from
+    elsewhere may be gone, or another, when the next is asked for.
     """
-    pending = iter(given)
-    first = list(_take(pending))
-    rest = next(pending, None) if first else None
-    if rest is None or not can_fork() or (cores := len(os.sched_getaffinity(0))) < 2:
-        known = KnownTensors()
-        for chunk in chain([first], () if rest is None else _chunks(chain([rest], pending))):
-            yield from _split(load(source, name, known) for source in chunk)
-        return
-    with _Workers(min(cores, _WORKERS), name) as workers:
-        yield from workers.load(chain([first], _chunks(chain([rest], pending))))
+    if isinstance(given, list | tuple) and can_fork() and (cores := len(os.sched_getaffinity(0))) > 1:
+        chunks = _chunks(iter(given))
+        first = next(chunks, [])
+        if len(first) < len(given):
+            try:
+                workers = _Workers(min(cores, _WORKERS), name)
+            except OSError:  # there can be no process more
+                pass
+            else:
+                with workers:
+                    yield from workers.load(chain([first], chunks))
+                return
+    known = KnownTensors()
+    yield from _split(load(source, name, known) for source in given)
 
 
 def _chunks(pending: Iterator[Source]) -> Iterator[list[Source]]:
@@ -107,7 +112,7 @@ def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
         if isinstance(one, Loaded):
             size += one.size_bytes
             manifest_bytes += len(one.manifest)
-        if size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
+        if len(group) == GROUP_TASKS or size >= GROUP_BYTES or manifest_bytes >= MAX_MANIFEST_BYTES:
             yield group
             group, size, manifest_bytes = [], 0, 0
     if group:
@@ -165,14 +170,18 @@ class _Workers:
         self._name = name
         self._known = KnownTensors()
         self._slots = [[mmap.mmap(-1, GROUP_BYTES) for _ in range(_SLOTS)] for _ in range(count)]
-        self._workers = [Worker(partial(self._read, slots)) for slots in self._slots]
+        self._workers: list[Worker] = []
+        try:
+            for slots in self._slots:
+                self._workers.append(Worker(partial(self._read, slots)))
+        except OSError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "_Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.release()
         for worker in self._workers:
             worker.close()
 

@@ -1,5 +1,6 @@
 """An open store's parts: transactions on its index, and its packs as memory maps."""
 
+import errno
 import mmap
 import os
 import threading
@@ -18,6 +19,7 @@ from pear_store.index import (
     NameRow,
     PackRow,
     RemovedRow,
+    State,
     TagRow,
     TensorRow,
     VersionRow,
@@ -62,7 +64,7 @@ class OpenStore:
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
         self._kept: dict[bytes, tuple[bytes, dict[str, RawTensor]]] = {}
-        self._kept_at: tuple[int, tuple[int, int]] = (0, (0, 0))
+        self._kept_at: State | None = None
         self._closed = False
         self._index = open_index(path / "index")
 
@@ -87,11 +89,6 @@ class OpenStore:
                 if not self._index.is_current:  # others may still read the old one: it goes with its last user
                     self._index = open_index(self.path / "index")
         return self._index
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Which file the environment last used is."""
-        return self._index.identity
 
     @contextmanager
     def read(self) -> Iterator[View]:
@@ -189,8 +186,8 @@ class OpenStore:
 
     def kept(self, view: View) -> dict[bytes, tuple[bytes, dict[str, RawTensor]]]:
         """Tasks' manifests and tensors by manifest hash, read since the last commit; the next one drops their maps."""
-        if self._kept_at != (view.id, self._index.identity) or len(self._kept) >= _KEPT_TASKS:
-            self._kept, self._kept_at = {}, (view.id, self._index.identity)
+        if self._kept_at != view.state or len(self._kept) >= _KEPT_TASKS:
+            self._kept, self._kept_at = {}, view.state
         return self._kept
 
     def tensors(
@@ -266,17 +263,26 @@ class OpenStore:
         """Maps a pack; checks its length, unless only a hint names it."""
         expected = None if view is None else view.get("packs", pack)
         try:
+            return self._map_file(pack, expected, view is None)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
+        self.forget_maps()  # each map holds a file open
+        try:
+            return self._map_file(pack, expected, view is None)
+        except OSError as error:
+            raise from_os_error(error, self.path) from None
+
+    def _map_file(self, pack: bytes, expected: bytes | None, hinted: bool) -> MappedPack:
+        try:
             with open(pack_path(self.path, pack), "rb") as file:
                 found = os.fstat(file.fileno())
-                if view is not None and (
-                    expected is None or found.st_size != PackRow.decode(pack, expected).file_bytes
-                ):
+                right = hinted or (expected and found.st_size == PackRow.decode(pack, expected).file_bytes)
+                if not right or not found.st_size:
                     raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
                 mapped_file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
         if hasattr(mapped_file, "madvise"):  # else a fault reads megabytes around the tensor
             mapped_file.madvise(mmap.MADV_RANDOM)
         mapped = MappedPack(mapped_file, memoryview(mapped_file), (found.st_dev, found.st_ino))

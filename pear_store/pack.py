@@ -137,10 +137,13 @@ class _Sync:
         self._thread = threading.Thread(target=self._run)
 
     def start(self, apart: bool) -> None:
-        if apart:
-            self._thread.start()
-        else:
-            self._run()
+        try:
+            if apart:
+                self._thread.start()
+                return
+        except RuntimeError:  # there can be no thread more
+            pass
+        self._run()
 
     def _run(self) -> None:
         try:

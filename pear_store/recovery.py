@@ -131,6 +131,8 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
         pack = bytes.fromhex(file.stem)
     except ValueError:
         return
+    if file != pack_path(path, pack):  # a copy that somebody made
+        return
     records = Records()
     try:
         header, records, problems = read_records(file)

@@ -27,6 +27,7 @@ from pear_store.index import (
     NO_PACK,
     ManifestRow,
     NameRow,
+    State,
     TagRow,
     TensorRow,
     VersionRow,
@@ -145,7 +146,7 @@ class _FoundGood:
     long as nobody else commits, they need no second look."""
 
     rows: dict[Digest, bytes] = field(default_factory=dict)
-    as_of: tuple[int, tuple[int, int]] = (0, (0, 0))
+    as_of: State | None = None
 
 
 def parse_reference(text: str) -> tuple[str, int | str | None]:
@@ -262,8 +263,7 @@ class Store:
         now = time.time_ns()
         opened = self._open
         with opened.read() as view:
-            plan = self._plan(view, group, found_good, now, view.id)
-            planned_in = (view.id + 1, opened.identity)
+            plan = self._plan(view, group, found_good, now, planned_in := view.state)
         if not (plan.tensors or plan.versions or plan.healed):
             return plan.results
         packs: list[WrittenPack] = []
@@ -276,8 +276,8 @@ class Store:
         def change(view: View) -> dict[Digest, bytes]:
             nonlocal plan
             written_in.clear()
-            if (view.id, opened.identity) != planned_in:  # another process added, removed or rebuilt meanwhile
-                current = self._plan(view, group, found_good, now, view.id - 1)
+            if view.before != planned_in:  # another process added, removed or rebuilt meanwhile
+                current = self._plan(view, group, found_good, now, view.before)
                 if not current.same_pack(plan):
                     for pack in packs:
                         pack.path.unlink(missing_ok=True)
@@ -302,26 +302,26 @@ class Store:
                 key = name_key(version.task)
                 name = NameRow(version.task, version.version, version.version, packs[0].hash)
                 view.put("names", key, name.encode(key))
-            if rows or plan.versions or plan.healed:
-                written_in.append(view.id)
+            if view.wrote:
+                written_in.append(view.state)
             return rows
 
-        written_in: list[int] = []
+        written_in: list[State] = []
         rows = opened.write_packs(change, packs)
         if written_in:
             found_good.rows.update(rows)
-            found_good.as_of = (written_in[-1], opened.identity)
+            found_good.as_of = written_in[-1]
         return plan.results
 
-    def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int, last: int) -> _Plan:
-        """What this group would add to the store as it stands after the last commit."""
+    def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int, state: State) -> _Plan:
+        """What this group would add to the store in this state."""
         plan = _Plan()
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
         seen: set[bytes] = set()
-        if found_good.as_of != (last, self._open.identity) or len(found_good.rows) > _KEPT_ROWS:
+        if found_good.as_of != state or len(found_good.rows) > _KEPT_ROWS:
             found_good.rows.clear()
-            found_good.as_of = (last, self._open.identity)
+            found_good.as_of = state
         good = found_good.rows
         for loaded in group:
             if isinstance(loaded, Refused):

@@ -302,3 +302,103 @@ def test_a_kill_in_a_rebuild_leaves_the_old_index_or_the_new(filled: Path, monke
     assert everything(filled) == before
     rebuild(filled)
     assert everything(filled) == before
+
+
+def test_what_is_added_after_a_sweep_that_found_nothing_is_not_repacked_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a sweep commits nothing, and the next writer has its number."""
+    import pear_store.gc as module
+
+    list(store.add_many([small_task(name, seed=ord(name)) for name in "ab"]))
+    store.remove("a")
+    assert store.gc().dead_bytes > 0
+    steps = module._steps
+
+    def steps_after_another_added(*args: object) -> object:
+        with Store(store.path) as other:
+            assert other.add(small_task("new", seed=ord("a"))).new_bytes == 0  # the dead tensors serve again
+        return steps(*args)
+
+    monkeypatch.setattr(module, "_steps", steps_after_another_added)
+    store.gc(repack_all=True)
+    monkeypatch.undo()
+    with Store(store.path) as fresh:
+        for name, seed in (("new", "a"), ("b", "b")):
+            assert contents(fresh.get(name)) == contents(small_task(name, seed=ord(seed)))
+    assert verify(store.path).ok
+
+
+def test_a_rebuild_between_a_repack_and_its_unlinking_loses_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rebuilt index may name the old packs again."""
+    import pear_store.gc as module
+
+    for name in "abcd":
+        store.add(small_task(name, seed=ord(name)))
+    store.remove("d")
+    unlink = module.unlink_packs
+
+    def unlink_after_a_rebuild(*args: object) -> None:
+        rebuild(store.path)
+        unlink(*args)
+
+    monkeypatch.setattr(module, "unlink_packs", unlink_after_a_rebuild)
+    store.gc(repack_all=True)
+    monkeypatch.undo()
+    store.gc(repack_all=True)
+    with Store(store.path) as fresh:
+        for name in "abc":
+            assert contents(fresh.get(name)) == contents(small_task(name, seed=ord(name)))
+    assert verify(store.path).ok
+
+
+def test_a_number_is_not_used_twice_after_removal_rebuild_and_repack(store: Store) -> None:
+    """The pack that records the removal is then the one that tells the highest number."""
+    store.add(small_task("a"))
+    store.add(small_task("b", seed=1))
+    store.remove("a")
+    rebuild(store.path)
+    with Store(store.path) as fresh:
+        fresh.gc()
+        fresh.gc(repack_all=True)
+        assert verify(store.path).ok
+        rebuild(store.path)
+        assert fresh.add(small_task("a")).version == 2
+
+
+def test_a_copy_of_a_pack_under_another_folder_is_passed_over(store: Store) -> None:
+    store.add(small_task())
+    (pack,) = (store.path / "packs").glob("*/*.safetensors")
+    shutil.copytree(pack.parent, pack.parent.with_name("copy"))
+    rebuild(store.path)
+    assert verify(store.path).ok
+    with Store(store.path) as fresh:
+        fresh.gc()
+        assert contents(fresh.get("dtd")) == contents(small_task())
+
+
+def test_verify_sees_a_tensor_that_its_pack_no_longer_names(store: Store) -> None:
+    """One digit of a digest in the pack's header differs: the index finds the bytes, a rebuild would not."""
+    store.add(small_task())
+    (pack,) = (store.path / "packs").glob("*/*.safetensors")
+    content = pack.read_bytes()
+    at = content.index(b'"sha256:') + 8
+    pack.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    report = verify(store.path)
+    assert report.damaged_packs == [pack.stem]
+    assert report.damaged == []
+    repair(store.path)
+    assert verify(store.path).ok
+    assert rebuild(store.path).problems == []
+    with Store(store.path) as fresh:
+        assert contents(fresh.get("dtd")) == contents(small_task())
+
+
+def test_an_emptied_pack_is_named(store: Store) -> None:
+    store.add(small_task())
+    (pack,) = (store.path / "packs").glob("*/*.safetensors")
+    pack.write_bytes(b"")
+    with Store(store.path) as fresh, pytest.raises(DamagedError, match="0 bytes on disk"):
+        fresh.get("dtd")

@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from pear_store import CheckpointError, Refused, Store, loading, read_checkpoint, write_checkpoint
+from pear_store import CheckpointError, Refused, Store, loading, make_task, read_checkpoint, write_checkpoint
 from pear_store import container as container_module
 from pear_store.checkpoint import KnownTensors
 from pear_store.forked import Worker, WorkerDiedError
@@ -136,3 +138,62 @@ def test_headers_found_good_change_no_verdict(tmp_path: Path) -> None:
         assert verdict() == fresh, at
         refused += isinstance(fresh, str)
     assert refused > length // 6
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_generator_is_read_source_by_source(tmp_path: Path) -> None:
+    """Its path may hold another task when the next is asked for."""
+
+    def one_path() -> Iterator[Path]:
+        for i in range(9):
+            write_checkpoint(tmp_path / "same", small_task(f"t{i}", seed=i))
+            yield tmp_path / "same"
+
+    def closed_after() -> Iterator[BinaryIO]:
+        for path in one_path():
+            with open(path, "rb") as file:
+                yield file
+
+    for given in (one_path(), closed_after()):
+        assert [one.name for group in load_groups(given, None) for one in group] == [f"t{i}" for i in range(9)]
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_two_adds_at_once_in_one_thread_both_end(files: list[Path]) -> None:
+    """The workers of the second hold the pipes of the first's."""
+    first, second = load_groups(files, None), load_groups(files, None)
+    next(first), next(second)
+    assert sum(map(len, first)) == sum(map(len, second)) == 26
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_without_a_process_more_files_are_read_here(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fork() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fork", no_fork)
+    assert sum(map(len, load_groups(files, None))) == 30
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_large_structures_are_not_kept(tmp_path: Path) -> None:
+    from pear_store import checkpoint
+
+    task = small_task()
+    checkpoint._GOOD_STRUCTURES.clear()
+    adapters = {"a0": {**task.record["adapters"]["a0"], "note": "x" * 100_000}}
+    write_checkpoint(tmp_path / "t", make_task({**task.record, "adapters": adapters}, task.tensors))
+    read_checkpoint(tmp_path / "t")
+    assert not checkpoint._GOOD_STRUCTURES
+    write_checkpoint(tmp_path / "t", task)
+    read_checkpoint(tmp_path / "t")
+    assert len(checkpoint._GOOD_STRUCTURES) == 1
+
+
+def test_a_record_of_other_mappings_is_taken() -> None:
+    task = small_task()
+    adapters = OrderedDict(task.record["adapters"])
+    assert make_task({**task.record, "adapters": adapters}, task.tensors).record["adapters"] == adapters
