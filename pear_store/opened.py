@@ -310,7 +310,7 @@ class OpenStore:
         """Drops all maps, and with them what was found good; buffers handed out stay valid."""
         with self._lock:
             self._maps.clear()
-            self._kept = {}
+            self._kept.clear()
 
 
 def is_store(path: Path) -> bool:

@@ -250,7 +250,8 @@ class Store:
     def add_many(self, sources: Iterable[Source], name: str | None = None) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
 
-        Many local files are read by forked processes, if this one has no threads.
+        A list or tuple of many local files is read ahead by forked processes, if this one has no threads, numpy's and
+        torch's included; other iterables are read one by one as they give their sources.
 
         Raises:
             DiskFullError: the group that did not fit is not there, all before it are.

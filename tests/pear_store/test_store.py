@@ -360,6 +360,21 @@ def test_a_pack_lost_while_mapped_is_replaced_and_gc_goes_on(store: Store) -> No
         assert [v["task"] for v in json.loads(opened.metadata()["pear"])["versions"]] == ["dtd"]
 
 
+def test_more_packs_are_read_than_files_may_be_open(store: Store) -> None:
+    for i in range(60):
+        store.add(small_task(f"t{i}", seed=i))
+    code = """
+import resource, sys
+from pear_store import Store
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+with Store(sys.argv[1]) as store:
+    for i in range(60):
+        store.get(f"t{i}")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def damage_row(store: Store, table: str, at: int) -> None:
     with store._open.read() as view:
         (key, row), *_ = view.rows(table)
