@@ -236,7 +236,7 @@ def main(out: Path, epochs: int) -> None:
 
     heading("5. Remove a task, collect what only it needed")
     store(*where, "rm", "upright", "--yes")
-    store(*where, "gc", "--yes")
+    store(*where, "gc", "--repack-all", "--yes")
     after = Router("pear_tiny", out / "pear.store").run(images[:20], ["digits"] * 20).logits
     assert isinstance(before, torch.Tensor)
     assert isinstance(after, torch.Tensor)
