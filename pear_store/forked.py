@@ -1,6 +1,7 @@
 """Work in a forked process: it has a core and an interpreter of its own, and its crash is not ours."""
 
 import fcntl
+import marshal
 import os
 import signal
 import threading
@@ -30,16 +31,14 @@ def can_fork() -> bool:
 class Worker:
     """A forked process that answers requests, one after the other, with what `work` returns for each.
 
-    Requests and answers are pickled. It ends when this process closes it or dies: its work must leave nothing undone.
+    Requests and answers are of Python's own plain types, as `marshal` takes them: data, never code. It ends when this
+    process closes it or dies: its work must leave nothing undone.
 
     Raises:
         OSError: there can be no more processes or files.
     """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
-        import pickle  # here, for commands that need no worker
-
-        self._pickle = pickle
         ends: list[int] = []
         try:
             for _ in range(2):
@@ -58,7 +57,7 @@ class Worker:
                 os.close(self_answer)
                 with open(request_end, "rb") as requests, open(answer_end, "wb") as answers:
                     while requests.peek(1):
-                        pickle.dump(work(pickle.load(requests)), answers, protocol=5)
+                        marshal.dump(work(marshal.load(requests)), answers)
                         answers.flush()
                 code = 0
             finally:
@@ -76,7 +75,7 @@ class Worker:
         if self._requests.closed or self._owner != os.getpid():
             return
         with suppress(BrokenPipeError):
-            self._pickle.dump(request, self._requests, protocol=5)
+            marshal.dump(request, self._requests)
             self._requests.flush()
 
     def answer(self) -> Any:
@@ -88,8 +87,8 @@ class Worker:
         try:
             if self._answers.closed or self._owner != os.getpid():
                 raise EOFError
-            return self._pickle.load(self._answers)
-        except (EOFError, self._pickle.UnpicklingError):
+            return marshal.load(self._answers)
+        except (EOFError, ValueError, TypeError):  # cut off where it died
             raise WorkerDiedError(self.close()) from None
 
     def close(self) -> int:

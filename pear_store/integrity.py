@@ -192,7 +192,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
         ours = set(sorted(ours)[::_OURS])
         if ours:  # on a core each: there most packs, here the index and the rest
             with suppress(OSError):  # no process more: all is done here
-                worker = Worker(lambda _: check_packs(path, subset, ours))
+                worker = Worker(lambda _: _plain(*check_packs(path, subset, ours)))
                 worker.ask(None)
         with opened.read() as view:
             lost = check_index(view)
@@ -211,7 +211,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
             if worker is not None:
                 with suppress(WorkerDiedError):
                     theirs, found, done = worker.answer()
-                    report.add(theirs)
+                    report.add(Report(**theirs))
                     bad |= found
             rest, found, _ = check_packs(path, subset, done | ours)
             report.add(rest)
@@ -225,6 +225,11 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
         if worker is not None:
             worker.close()
     return report
+
+
+def _plain(report: Report, bad: set[Digest], done: set[bytes]) -> tuple[dict[str, Any], set[Digest], set[bytes]]:
+    """What :func:`check_packs` found, in the types that a worker's answer is of."""
+    return asdict(report), bad, done
 
 
 def check_packs(

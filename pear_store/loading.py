@@ -16,7 +16,7 @@ from stat import S_ISREG
 
 from pear_store import sources
 from pear_store.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
-from pear_store.container import Place, parse_buffer
+from pear_store.container import parse_buffer
 from pear_store.digest import Digest, RawTensor
 from pear_store.errors import CheckpointError, PearStoreError
 from pear_store.forked import Worker, WorkerDiedError, can_fork
@@ -140,7 +140,9 @@ def _loaded(task: Task, name: str | None, where: str) -> Loaded:
     return Loaded(task.name, tensors, size_bytes, manifest, manifest_hash(manifest))
 
 
-_Read = tuple[str, dict[Digest, Place], int, bytes, bytes]
+_Placed = tuple[str, tuple[int, ...], int, int]
+"""A tensor in a slot: dtype, shape, offset and length in bytes"""
+_Read = tuple[str, dict[Digest, _Placed], int, bytes, bytes]
 """A file as a worker read it: a `Loaded` whose tensors lie at places in the slot"""
 _Answer = list[_Read | None]
 """One for each file; None where it is refused or does not fit, for this process to look at it"""
@@ -149,7 +151,7 @@ _Answer = list[_Read | None]
 class _InSlot(Mapping[Digest, RawTensor]):
     """Tensors in shared memory, made when they are asked for: most are stored already."""
 
-    def __init__(self, places: dict[Digest, Place], slot: memoryview) -> None:
+    def __init__(self, places: dict[Digest, _Placed], slot: memoryview) -> None:
         self._places, self._slot = places, slot
 
     def __getitem__(self, digest: Digest) -> RawTensor:
@@ -239,7 +241,7 @@ class _Workers:
             except (OSError, PearStoreError):
                 continue
             places = {
-                tensors[name].digest: Place(dtype, shape, start + offset, length)
+                tensors[name].digest: (dtype, shape, start + offset, length)
                 for name, (dtype, shape, offset, length) in header.places.items()
             }
             answer[-1] = (one.name, places, one.size_bytes, one.manifest, one.hash)

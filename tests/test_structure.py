@@ -16,6 +16,7 @@ ALLOWED = {
 }
 OURS = {*ALLOWED, "tests", "tools", "benchmarks"}
 HEAVY = {"torch", "timm", "torchvision"}
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "multiprocessing"}
 
 
 def imports(file: Path) -> set[str]:
@@ -32,6 +33,7 @@ def imports(file: Path) -> set[str]:
 def test_imports_run_one_way(package: str) -> None:
     for file in (ROOT / package).rglob("*.py"):
         assert imports(file) & OURS <= ALLOWED[package], file
+        assert not imports(file) & PICKLES, f"{file}: pickles run code; none is read, not even our own"
         if package == "pear_store":
             assert not imports(file) & HEAVY, file
         if file.name != "cli.py":
