@@ -433,9 +433,13 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
         copies: where good copies are: stores, task checkpoints, directories of them, fsspec URLs.
 
     Raises:
+        NotFoundError: one of the copies is not there; nothing was done.
         DamagedIndexError: the index is damaged; rebuild it first.
     """
-    path = Path(path)
+    path, copies = Path(path), list(copies)
+    for copy in copies:
+        if not sources.is_url(copy) and not Path(copy).exists():
+            raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
     report = verify(path)
     if report.index:
         raise DamagedIndexError(path / "index", report.index)

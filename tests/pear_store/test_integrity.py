@@ -402,3 +402,9 @@ def test_an_emptied_pack_is_named(store: Store) -> None:
     pack.write_bytes(b"")
     with Store(store.path) as fresh, pytest.raises(DamagedError, match="0 bytes on disk"):
         fresh.get("dtd")
+
+
+def test_repair_from_a_place_that_is_not_there_is_refused_first(store: Store, tmp_path: Path) -> None:
+    store.add(small_task())
+    with pytest.raises(NotFoundError, match="nowhere: no such store, file or directory; nothing was repaired"):
+        repair(store.path, [tmp_path / "nowhere"])
