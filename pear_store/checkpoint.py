@@ -229,23 +229,27 @@ def natural_key(position: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in position.split(".")]
 
 
+def outer_part(entry: Mapping[str, Any]) -> str:
+    """The part of an adapter that reaches d_out: `basis`, where `up` is a core that lies before it, else `up`."""
+    return "basis" if "basis" in entry else "up"
+
+
 def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
     """The record with every tensor name replaced; nothing else is touched, unknown keys included."""
     adapters = {}
     for name, entry in record["adapters"].items():
-        new = {**entry, "down": rename(entry["down"]), "up": rename(entry["up"])}
+        new = {**entry, **{part: rename(entry[part]) for part in PARTS if part in entry}}
         if "quant" in entry:
-            new["quant"] = {
-                **entry["quant"],
-                **{
-                    side: {**entry["quant"][side], "scale": rename(entry["quant"][side]["scale"])}
-                    for side in ("down", "up")
-                },
-            }
+            forms = {p: entry["quant"][p] for p in ("down", outer_part(entry))}
+            renamed = {part: {**form, "scale": rename(form["scale"])} for part, form in forms.items()}
+            new["quant"] = {**entry["quant"], **renamed}
         adapters[name] = new
     head = record["head"]
     if head is not None:
         head = {**head, "weight": rename(head["weight"]), "bias": rename(head["bias"])}
+        if "quant" in head:
+            form = head["quant"]["weight"]
+            head["quant"] = {**head["quant"], "weight": {**form, "scale": rename(form["scale"])}}
     return {**record, "adapters": adapters, "head": head}
 
 
@@ -253,13 +257,16 @@ def tensor_names(record: Mapping[str, Any]) -> set[str]:
     """Every tensor name that a record uses."""
     names: set[str] = set()
     for entry in record["adapters"].values():
-        names.add(entry["down"])
-        names.add(entry["up"])
+        names.update(entry[part] for part in PARTS if part in entry)
         if "quant" in entry:
-            names.update(entry["quant"][side]["scale"] for side in ("down", "up"))
+            names.update(entry["quant"][part]["scale"] for part in ("down", outer_part(entry)))
     if (head := record["head"]) is not None:
-        names.update((head["weight"], head["bias"]))
+        names.update(_head_names(head))
     return names
+
+
+def _head_names(head: Mapping[str, Any]) -> set[str]:
+    return {head["weight"], head["bias"]} | ({head["quant"]["weight"]["scale"]} if "quant" in head else set())
 
 
 def check_record(
@@ -304,11 +311,13 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
                 _GOOD_STRUCTURES.clear()
             _GOOD_STRUCTURES[structure] = named
     yield from _head_problems(record["head"], record["labels"], tensors)
-    head = record["head"] or {"weight": "", "bias": ""}
-    if unnamed := tensors.keys() - named - {head["weight"], head["bias"]}:
+    head = record["head"]
+    if unnamed := tensors.keys() - named - (set() if head is None else _head_names(head)):
         yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
 
 
+PARTS = ("down", "up", "basis")
+"""Of an adapter: what of it names tensors."""
 _STRUCTURE = ("activation", "adapters", "positions", "preprocess")
 _GOOD_STRUCTURES: dict[bytes, frozenset[str]] = {}
 """What of records was found good (the same for all tasks of one kind), with the tensors that it names"""
@@ -343,33 +352,40 @@ def _adapter_shape(entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     """(d_in, d_out) of an adapter whose shapes chain; else a ValueError."""
     if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
         raise ValueError("expected the tensor names 'down' and 'up'")
-    if "quant" not in entry:
-        down, up = (_tensor(entry[side], tensors, _FLOATS)[1] for side in ("down", "up"))
-    else:
-        down, up = _quantised_shapes(entry, entry["quant"], tensors)
-    if len(down) != 2 or len(up) != 2 or down[1] != up[0] or 0 in (*down, *up):
-        raise ValueError(f"down {list(down)} and up {list(up)} do not chain: expected [d_in, r] and [r, d_out]")
+    outer = outer_part(entry)
+    down, up = (
+        _coded_shape(part, entry[part], entry["quant"], axis, tensors)
+        if "quant" in entry
+        else _tensor(entry[part], tensors, _FLOATS)[1]
+        for part, axis in (("down", 1), (outer, 0))
+    )
+    core = _tensor(entry["up"], tensors, _FLOATS)[1] if outer == "basis" else None
+    chains = len(down) == len(up) == 2 and 0 not in (*down, *up)
+    if not chains or (down[1], up[0]) != ((up[0], up[0]) if core is None else core):
+        if core is None:
+            raise ValueError(f"down {list(down)} and up {list(up)} do not chain: expected [d_in, r] and [r, d_out]")
+        found = f"down {list(down)}, up {list(core)} and basis {list(up)}"
+        raise ValueError(f"{found} do not chain: expected [d_in, r], [r, s] and [s, d_out]")
     return down[0], up[1]
 
 
-def _quantised_shapes(
-    entry: Any, quant: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in (1, 4)):
-        raise ValueError("field 'quant': expected 'bits' 1 or 4")
-    shapes = []
-    for side, rank_axis in (("down", 1), ("up", 0)):
-        one = quant.get(side)
-        if not (isinstance(one, dict) and _is_sizes(one.get("shape"), 2)):
-            raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {side!r}")
-        shape = tuple(one["shape"])
-        packed_bytes = (math.prod(shape) * quant["bits"] + 7) // 8
-        if (found := _tensor(entry[side], tensors, ("U8",))[1]) != (packed_bytes,):
-            raise ValueError(f"{side}: {quant['bits']}-bit {list(shape)} is U8 [{packed_bytes}], found {list(found)}")
-        if (found := _tensor(one.get("scale"), tensors, _FLOATS)[1]) != (shape[rank_axis],):
-            raise ValueError(f"scale of {side}: expected [{shape[rank_axis]}], found {list(found)}")
-        shapes.append(shape)
-    return shapes[0], shapes[1]
+def _coded_shape(
+    side: str, stored: Any, quant: Any, rank_axis: int, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[int, ...]:
+    """The shape of the matrix that codes stand for; else a ValueError."""
+    allowed = (4, 8) if side == "weight" else (1, 4, 8)
+    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
+        raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
+    one = quant.get(side)
+    if not (isinstance(one, dict) and _is_sizes(one.get("shape"), 2)):
+        raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {side!r}")
+    shape = tuple(one["shape"])
+    packed_bytes = (math.prod(shape) * quant["bits"] + 7) // 8
+    if (found := _tensor(stored, tensors, ("U8",))[1]) != (packed_bytes,):
+        raise ValueError(f"{side}: {quant['bits']}-bit {list(shape)} is U8 [{packed_bytes}], found {list(found)}")
+    if (found := _tensor(one.get("scale"), tensors, _FLOATS)[1]) != (shape[rank_axis],):
+        raise ValueError(f"scale of {side}: expected [{shape[rank_axis]}], found {list(found)}")
+    return shape
 
 
 def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
@@ -402,7 +418,10 @@ def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tupl
     if not (isinstance(head, dict) and {"weight", "bias"} <= set(head)):
         yield "field 'head': expected null or the tensor names 'weight' and 'bias'"
     try:
-        weight = _tensor(head["weight"], tensors, _FLOATS)[1]
+        if "quant" in head:
+            weight = _coded_shape("weight", head["weight"], head["quant"], 0, tensors)
+        else:
+            weight = _tensor(head["weight"], tensors, _FLOATS)[1]
         bias = _tensor(head["bias"], tensors, _FLOATS)[1]
     except ValueError as error:
         yield f"field 'head': {error}"

@@ -14,7 +14,7 @@ import click
 from platformdirs import user_data_path
 
 from pear_store import sources
-from pear_store.checkpoint import natural_key
+from pear_store.checkpoint import PARTS, natural_key
 from pear_store.digest import ITEM_BYTES
 from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
@@ -224,7 +224,7 @@ def show(reference: str, as_json: bool) -> None:
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
             entry = task.record["adapters"][branch.adapter]
-            size = sum(task.tensors[entry[side]].size_bytes for side in ("down", "up"))
+            size = sum(task.tensors[entry[part]].size_bytes for part in PARTS if part in entry)
             bits = entry["quant"]["bits"] if "quant" in entry else 8 * ITEM_BYTES[task.tensors[entry["down"]].dtype]
             rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from pear_store.checkpoint import Task, map_tensor_names, tensor_names
+from pear_store.checkpoint import PARTS, Task, map_tensor_names, tensor_names
 from pear_store.digest import RawTensor
 
 
@@ -24,12 +24,15 @@ def with_plain_names(task: Task) -> Task:
     names: dict[str, str] = {}
     record: dict[str, Any] = dict(task.record)
     for adapter, entry in record["adapters"].items():
-        for side in ("down", "up"):
-            names.setdefault(entry[side], f"{adapter}.{side}")
-            if "quant" in entry:
-                names.setdefault(entry["quant"][side]["scale"], f"{adapter}.{side}.scale")
+        for part in PARTS:
+            if part in entry:
+                names.setdefault(entry[part], f"{adapter}.{part}")
+            if part in entry.get("quant", {}):
+                names.setdefault(entry["quant"][part]["scale"], f"{adapter}.{part}.scale")
     if record["head"] is not None:
         for side in ("weight", "bias"):
             names.setdefault(record["head"][side], f"head.{side}")
+        if "quant" in record["head"]:
+            names.setdefault(record["head"]["quant"]["weight"]["scale"], "head.weight.scale")
     tensors: dict[str, RawTensor] = {names[name]: task.tensors[name] for name in tensor_names(record)}
     return Task(map_tensor_names(record, names.__getitem__), tensors)

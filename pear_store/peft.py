@@ -187,7 +187,7 @@ def export_peft(
         alphas[position] = pair.scale * ranks[position]
     if task.record["head"] is not None:
         for side in ("weight", "bias"):
-            tensors[f"{_PREFIX}{head}.{side}"] = task.tensors[task.record["head"][side]]
+            tensors[f"{_PREFIX}{head}.{side}"] = _head_part(task, side)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
@@ -409,7 +409,7 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
     import numpy as np
 
     entries = [task.record["adapters"][branch.adapter] for branch in branches]
-    if len(branches) == 1 and "quant" not in entries[0]:
+    if len(branches) == 1 and "quant" not in entries[0] and "basis" not in entries[0]:
         down, up = (task.tensors[entries[0][side]] for side in ("down", "up"))
         return _Pair(_transposed(down), _transposed(up), branches[0].scale)
     downs = [_matrix(task, entry, "down") for entry in entries]
@@ -425,8 +425,22 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
     return _Pair(RawTensor("F32", a.shape, a.tobytes()), RawTensor("F32", b.shape, b.tobytes()), scale)
 
 
+def _head_part(task: Task, side: str) -> RawTensor:
+    """The head's weight or bias, dequantised to float32."""
+    head = task.record["head"]
+    stored = task.tensors[head[side]]
+    if side == "bias" or "quant" not in head:
+        return stored
+    one = head["quant"]["weight"]
+    matrix = dequantise(stored.data, _floats(task.tensors[one["scale"]]), tuple(one["shape"]), head["quant"]["bits"], 0)
+    return RawTensor("F32", matrix.shape, matrix.tobytes())
+
+
 def _matrix(task: Task, entry: Mapping[str, Any], side: str) -> NDArray[np.float32]:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised."""
+    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised, `up` times its basis."""
+    if side == "up" and "basis" in entry:
+        product: NDArray[np.float32] = _floats(task.tensors[entry["up"]]) @ _matrix(task, entry, "basis")
+        return product
     stored = task.tensors[entry[side]]
     if "quant" not in entry:
         return _floats(stored)

@@ -1,4 +1,4 @@
-"""Quantised adapters: from packed codes back to numbers (docs/design.md, section 5)."""
+"""Quantised adapters and heads: from packed codes back to numbers (docs/design.md, section 5)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ def dequantise(
     bits: int,
     rank_axis: int,
 ) -> NDArray[np.float32]:
-    """The float32 matrix that codes of a few bits stand for.
+    """The float32 matrix that codes of 1, 4 or 8 bits stand for.
 
-        1 bit:   w = scale · (2 code - 1)
-        4 bits:  w = scale · (2 code - 15) / 15
+        w = scale · (2 code - top) / top            top = 2^bits - 1
 
     Args:
         packed: uint8 [ceil(numel * bits / 8)]; codes lie row-major, the first in the lowest bits of its byte.
         scale: float32 [rank], one for each index of the rank axis.
-        shape: of the matrix, [d_in, rank] or [rank, d_out].
-        bits: 1 or 4.
-        rank_axis: 1 for `down`, 0 for `up`.
+        shape: of the matrix, [d_in, rank], [rank, d_out], or of a head [classes, features].
+        bits: 1, 4 or 8.
+        rank_axis: 1 for `down`, 0 for `up` and a head.
     Returns:
         float32 of `shape`.
     """

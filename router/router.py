@@ -29,7 +29,7 @@ from router.errors import (
 )
 from router.merge import Merge, Merger
 from router.preprocess import ImageLike, Preprocess, prepare
-from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape
+from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
 SHARED_ROWS, SHARED_ROWS_CPU = 512, 64
@@ -455,7 +455,7 @@ class Router:
             if found != expected:
                 raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
         if task.record["head"] is not None:
-            shape = task.tensors[task.record["head"]["weight"]].shape
+            shape = head_shape(task)
             if shape[1] != self._adapted.feature_width:
                 width = self._adapted.feature_width
                 raise TaskError(name, f"its head takes {shape[1]} features, the backbone gives {width}")

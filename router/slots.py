@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import Task
+from pear_store.checkpoint import outer_part
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
 from router.tensors import dequantise, to_numpy, to_torch
@@ -48,7 +49,8 @@ class Use:
             for side in (DOWN, UP):
                 found.setdefault((side, _stored_name(self.task, entry, _SIDES[side])), name)
         if (head := self.task.record["head"]) is not None:
-            found[HEAD, " ".join(self.task.tensors[head[part]].digest for part in ("weight", "bias"))] = ""
+            parts = [head["weight"], head["bias"], *([head["quant"]["weight"]["scale"]] if "quant" in head else [])]
+            found[HEAD, " ".join(self.task.tensors[part].digest for part in parts)] = ""
         return found
 
     @cached_property
@@ -57,7 +59,7 @@ class Use:
         found = {}
         for (side, stored), name in self._sources.items():
             if side == HEAD:
-                rows, width = self.task.tensors[self.task.record["head"]["weight"]].shape
+                rows, width = head_shape(self.task)
             else:
                 rows, width = adapter_shape(self.task, name, _SIDES[side])[:: 1 if side == UP else -1]
             found[side, stored] = (rows, width)
@@ -105,7 +107,7 @@ class Use:
     def write(self, key: Key, out: NDArray[np.float32]) -> None:
         """The values of a key into [elements]: rows of rank, or a head's weight and then its bias."""
         if key[0] == HEAD:
-            weight, bias = (to_numpy(self.task.tensors[self.task.record["head"][part]]) for part in ("weight", "bias"))
+            weight, bias = head_matrix(self.task), to_numpy(self.task.tensors[self.task.record["head"]["bias"]])
             out[: weight.size].reshape(weight.shape)[...] = weight
             out[weight.size :] = bias
         else:
@@ -480,28 +482,57 @@ def _columns(own: Ranks, of: Ranks) -> Ints:
 
 
 def _stored_name(task: Task, entry: Mapping[str, Any], side: str) -> str:
-    """Names the matrix that an adapter's side stands for: by digest, and for quantised ones by scale and form too."""
-    digest = task.tensors[entry[side]].digest
-    if "quant" not in entry:
-        return digest
-    quant = entry["quant"]
-    return f"{digest} {task.tensors[quant[side]['scale']].digest} {quant['bits']} {quant[side]['shape']}"
+    """Names the matrix that an adapter's side stands for: by digest, and by what else makes it, codes or a core."""
+    part = side if side == "down" else outer_part(entry)
+    name: str = task.tensors[entry[part]].digest
+    if "quant" in entry:
+        form = entry["quant"][part]
+        name += f" {task.tensors[form['scale']].digest} {entry['quant']['bits']} {form['shape']}"
+    return name if part == side else f"{task.tensors[entry['up']].digest} @ {name}"
 
 
 def adapter_matrix(task: Task, adapter: str, side: str) -> NDArray[np.floating[Any]]:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised; never write to it."""
+    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised, times its basis; never write to it."""
     entry = task.record["adapters"][adapter]
+    if side == "down" or "basis" not in entry:
+        return _part_matrix(task, entry, side)
+    core, basis = to_numpy(task.tensors[entry["up"]]), _part_matrix(task, entry, "basis")
+    product: NDArray[np.floating[Any]] = core.astype(np.float32) @ basis.astype(np.float32)
+    return product
+
+
+def _part_matrix(task: Task, entry: Mapping[str, Any], part: str) -> NDArray[np.floating[Any]]:
+    """`down`, or what of the adapter reaches d_out, dequantised."""
     if "quant" not in entry:
-        return to_numpy(task.tensors[entry[side]])
-    stored = to_torch(task.tensors[entry[side]], copy=False)
-    one = entry["quant"][side]
-    scale = to_torch(task.tensors[one["scale"]], copy=False)
-    found = dequantise(stored, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
+        return to_numpy(task.tensors[entry[part]])
+    stored, form = to_torch(task.tensors[entry[part]], copy=False), entry["quant"][part]
+    scale = to_torch(task.tensors[form["scale"]], copy=False)
+    found = dequantise(stored, scale, tuple(form["shape"]), entry["quant"]["bits"], 1 if part == "down" else 0)
     return found.numpy()  # type: ignore[no-any-return, unused-ignore]
 
 
 def adapter_shape(task: Task, adapter: str, side: str) -> tuple[int, int]:
     """The shape of :func:`adapter_matrix`."""
     entry = task.record["adapters"][adapter]
-    rows, columns = entry["quant"][side]["shape"] if "quant" in entry else task.tensors[entry[side]].shape
+    part = side if side == "down" else outer_part(entry)
+    rows, columns = entry["quant"][part]["shape"] if "quant" in entry else task.tensors[entry[part]].shape
+    if part == "basis":
+        rows = task.tensors[entry["up"]].shape[0]
     return rows, columns
+
+
+def head_shape(task: Task) -> tuple[int, int]:
+    """[classes, features] of a task's head."""
+    head = task.record["head"]
+    rows, columns = head["quant"]["weight"]["shape"] if "quant" in head else task.tensors[head["weight"]].shape
+    return rows, columns
+
+
+def head_matrix(task: Task) -> NDArray[np.floating[Any]]:
+    """The head's weight [classes, features], dequantised; never write to it."""
+    head = task.record["head"]
+    if "quant" not in head:
+        return to_numpy(task.tensors[head["weight"]])
+    one, stored = head["quant"]["weight"], to_torch(task.tensors[head["weight"]], copy=False)
+    scale = to_torch(task.tensors[one["scale"]], copy=False)
+    return dequantise(stored, scale, head_shape(task), head["quant"]["bits"], 0).numpy()  # type: ignore[no-any-return, unused-ignore]

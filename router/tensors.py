@@ -52,33 +52,46 @@ def from_torch(tensor: Tensor) -> RawTensor:
 
 
 def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
-    """Packs a matrix into codes of 1 or 4 bits with one float16 scale for each index of its rank axis.
+    """Packs a matrix into codes of 1, 4 or 8 bits with one float16 scale for each index of its rank axis.
 
-        1 bit:   w ≈ scale · (2 code - 1)              scale = mean |w|, the least squares choice
-        4 bits:  w ≈ scale · (2 code - 15) / 15        scale = max |w|
+        1 bit:   w ≈ scale · (2 code - 1)                      scale = mean |w|, the least squares choice
+        b bits:  w ≈ scale · (2 code - top) / top              scale = max |w|, top = 2^b - 1
 
     Codes lie row-major, the first in the lowest bits of its byte; the last byte is padded with zeros.
 
     Args:
-        matrix: float [d_in, rank] or [rank, d_out].
-        bits: 1 or 4.
-        rank_axis: 1 for `down`, 0 for `up`.
+        matrix: float [d_in, rank] or [rank, d_out]; of a head [classes, features], with its classes as rank axis.
+        bits: 1, 4 or 8.
+        rank_axis: 1 for `down`, 0 for `up` and a head.
     Returns:
         uint8 [ceil(numel * bits / 8)] and float16 [rank].
     """
     matrix = matrix.detach().float().cpu()
-    magnitude = matrix.abs()
-    scale = magnitude.mean(1 - rank_axis) if bits == 1 else magnitude.amax(1 - rank_axis)
-    scale = scale.half()
-    unit = matrix / scale.float().clamp_min(1e-12).unsqueeze(1 - rank_axis)
-    if bits == 1:
-        codes = (unit >= 0).to(torch.uint8).reshape(-1)
-    else:
-        codes = ((unit.clamp(-1, 1) * 15 + 15) / 2).round().clamp(0, 15).to(torch.uint8).reshape(-1)
+    codes, scale = _codes(matrix, bits, rank_axis)
+    codes = codes.to(torch.uint8).reshape(-1)
     per_byte = 8 // bits
     codes = torch.cat([codes, codes.new_zeros(-len(codes) % per_byte)]).view(-1, per_byte)
     shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
-    return (codes << shifts).sum(1, dtype=torch.uint8), scale
+    return (codes << shifts).sum(1, dtype=torch.uint8), scale.half().squeeze(1 - rank_axis)
+
+
+def _codes(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
+    """Codes as float32 of the matrix's shape, and its scales, rounded to float16, along the other axis of length 1."""
+    magnitude, across, top = matrix.abs(), 1 - rank_axis, 2**bits - 1
+    scale = magnitude.mean(across, keepdim=True) if bits == 1 else magnitude.amax(across, keepdim=True)
+    scale = scale.half().float()
+    unit = matrix / scale.clamp_min(1e-12)
+    codes = (unit >= 0).float() if bits == 1 else ((unit.clamp(-1, 1) * top + top) / 2).round().clamp(0, top)
+    return codes, scale
+
+
+def fake_quantise(matrix: Tensor, bits: int, rank_axis: int) -> Tensor:
+    """What :func:`quantise` and :func:`dequantise` make of a matrix; its gradient passes through unchanged."""
+    with torch.no_grad():
+        codes, scale = _codes(matrix.float(), bits, rank_axis)
+        top = 2**bits - 1
+        change = scale * (2 * codes - top) / top - matrix
+    return matrix + change  # type: ignore[no-any-return, unused-ignore]
 
 
 def dequantise(packed: Tensor, scale: Tensor, shape: tuple[int, int], bits: int, rank_axis: int) -> Tensor:

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_store import CheckpointError, NotFoundError, RawTensor, make_task, read_checkpoint, write_checkpoint
+from pear_store import CheckpointError, NotFoundError, RawTensor, Store, make_task, read_checkpoint, write_checkpoint
 from pear_store.container import read_container
 from pear_store.digest import tensor_digest
 from tests.conftest import container, floats, record, small_task, tensors
@@ -96,7 +96,7 @@ BAD_RECORDS = [
     ("metrics", None, "field 'metrics': expected an object"),
     ("metrics", {"x": float("inf")}, "record: inf is not a JSON number"),
     ("training", {"x": "\ud800"}, "record: 'utf-8' codec can't encode"),
-    ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 4"),
+    ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 4 or 8"),
     ("preprocess/crop_pct", 1e-6, "'crop_pct': expected a number from 0.05 to 4"),
     ("preprocess/std", [1e-300, 1, 1], "'std': expected 3 numbers above 0"),
 ]
@@ -145,8 +145,57 @@ def test_quantised_adapters_are_checked() -> None:
         make_task(made, {**packed, "a0.down": RawTensor("U8", (3,), b"\1\2\3")})
     with pytest.raises(CheckpointError, match=r"scale of up: expected \[2\], found \[1\]"):
         make_task(made, {**packed, "us": floats([1.0])})
-    with pytest.raises(CheckpointError, match="'bits' 1 or 4"):
+    with pytest.raises(CheckpointError, match="'bits' 1 or 4 or 8"):
         make_task({**made, "adapters": {"a0": {**made["adapters"]["a0"], "quant": {"bits": 3}}}}, packed)
+
+
+def cored(**changes: Any) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """One position borrows with a core, and the head is quantised."""
+    made = record(
+        adapters={
+            "a0": {"down": "a0.down", "up": "a0.up"},
+            "c1": {"down": "a0.down", "up": "c1.up", "basis": "a0.up"},
+        },
+        positions={"blocks.0.attn": [["a0", 1.0]], "blocks.1.attn": [["c1", 1.0]]},
+        head={"weight": "head.weight", "bias": "head.bias",
+              "quant": {"bits": 8, "weight": {"shape": [2, 6], "scale": "head.s"}}},
+    )  # fmt: skip
+    found = {
+        **tensors(), "c1.up": floats(np.eye(2)), "head.weight": RawTensor("U8", (12,), bytes(range(12))),
+        "head.s": floats([1.0, 0.5]),
+    }  # fmt: skip
+    return {**made, **changes}, found
+
+
+def test_cores_and_quantised_heads_are_stored_and_exported(tmp_path: Path) -> None:
+    made, found = cored()
+    write_checkpoint(tmp_path / "t", make_task(made, found))
+    assert read_checkpoint(tmp_path / "t").record == made
+    with Store.create(tmp_path / "s") as store:
+        store.add(tmp_path / "t")
+        assert not store.add(tmp_path / "t").changed
+        store.export("dtd", tmp_path / "again")
+    again = read_checkpoint(tmp_path / "again")
+    form = {"bits": 8, "weight": {"shape": [2, 6], "scale": "head.weight.scale"}}
+    assert again.record == {**made, "head": {**made["head"], "quant": form}}
+    assert again.tensors.keys() == found.keys() - {"head.s"} | {"head.weight.scale"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "message"),
+    [
+        ({}, {"c1.up": floats(np.eye(3))}, "up [3, 3] and basis [2, 6] do not chain: expected [d_in, r], [r, s]"),
+        ({}, {"c1.up": RawTensor("U8", (4,), b"1234")}, "'c1': tensor 'c1.up' is U8"),
+        ({}, {"head.s": floats([1.0])}, "field 'head': scale of weight: expected [2], found [1]"),
+        ({}, {"head.weight": RawTensor("U8", (11,), bytes(11))}, "weight: 8-bit [2, 6] is U8 [12], found [11]"),
+        ({"head": {"weight": "head.weight", "bias": "head.bias", "quant": {"bits": 1}}}, {}, "'bits' 4 or 8"),
+    ],
+)
+def test_bad_cores_and_heads_are_refused(changes: dict[str, Any], tensor: dict[str, RawTensor], message: str) -> None:
+    made, found = cored(**changes)
+    with pytest.raises(CheckpointError) as caught:
+        make_task(made, {**found, **tensor})
+    assert message in str(caught.value)
 
 
 def write(path: Path, content: bytes) -> Path:

@@ -21,7 +21,7 @@ from pear_store.manifest import to_manifest
 from pear_store.peft import describe_backbone, export_peft, import_peft
 from router import Backbone, Router
 from router.describe import describe
-from router.tensors import from_torch, quantise
+from router.tensors import from_torch, quantise, to_torch
 from tests.conftest import floats, record
 
 LABELS = ["oak", "elm", "ash"]
@@ -234,6 +234,25 @@ def pear_task(description: dict[str, Any]) -> Task:
         labels=LABELS,
     )
     return make_task(made, tensors)
+
+
+def test_cores_and_quantised_heads_are_exported_multiplied_out(
+    tmp_path: Path, backbone: Backbone, description: dict[str, Any]
+) -> None:
+    task = pear_task(description)
+    weight, scale = quantise(to_torch(task.tensors["head.weight"]), 8, 0)
+    found = {**task.tensors, "head.weight": from_torch(weight), "s": from_torch(scale),
+             "core": floats(np.linspace(-1, 1, 16).reshape(4, 4))}  # fmt: skip
+    made = {
+        **task.record,
+        "adapters": {**task.record["adapters"], "c": {"down": "shared.down", "up": "core", "basis": "shared.up"}},
+        "positions": {**task.record["positions"], "blocks.1.attn.qkv": [["c", 0.8]]},
+        "head": {**task.record["head"], "quant": {"bits": 8, "weight": {"shape": [3, 192], "scale": "s"}}},
+    }  # fmt: skip
+    cored = make_task(made, found)
+    export_peft(cored, tmp_path / "lora", linears=description["linears"])
+    model = PeftModel.from_pretrained(pear_tiny(), tmp_path / "lora").eval()
+    assert_same_outputs(model, logits(cored, backbone))
 
 
 def by_position(task: Task) -> dict[str, list[tuple[str, str, float]]]:

@@ -36,7 +36,7 @@ def tasks(draw: st.DrawFn) -> list[Task]:
             for _ in range(draw(st.integers(1, 2))):
                 kind = draw(st.integers(0, 2))  # few kinds: so tasks often share
                 rank = kind + 1
-                form = draw(st.sampled_from([*WHOLE, 1, 4]))
+                form = draw(st.sampled_from([*WHOLE, 1, 4, 8]))
                 name = f"{kind}-{form}-{'x'.join(map(str, WIDTHS[position]))}"
                 generator = torch.Generator().manual_seed(kind)
                 sides = {"down": (WIDTHS[position][0], rank), "up": (rank, WIDTHS[position][1])}
@@ -53,18 +53,33 @@ def tasks(draw: st.DrawFn) -> list[Task]:
                         "shape": list(shape),
                     }
                 adapters[name] = entry
+                if draw(st.booleans()):
+                    generator = torch.Generator().manual_seed(number)
+                    name = f"{name}-{number}"
+                    found[f"{name}.up"] = from_torch(torch.randn(rank, rank, generator=generator))
+                    adapters[name] = {**entry, "up": f"{name}.up", "basis": entry["up"]}
+                    if "quant" in entry:
+                        down, up = entry["quant"]["down"], entry["quant"]["up"]
+                        adapters[name]["quant"] = {"bits": form, "down": down, "basis": up}
                 positions[position].append([name, draw(st.sampled_from([0.0, 0.5, 1.0, -1.25]))])
         classes = draw(st.integers(0, 3))
+        head: dict[str, Any] = {"weight": "head.weight", "bias": "head.bias"}
         if classes:
             generator = torch.Generator().manual_seed(number)
-            found["head.weight"] = from_torch(torch.randn(classes, 192, generator=generator))
+            weight = torch.randn(classes, 192, generator=generator)
             found["head.bias"] = from_torch(torch.randn(classes, generator=generator))
+            found["head.weight"] = from_torch(weight)
+            if bits := draw(st.sampled_from([0, 4, 8])):
+                codes, scale = quantise(weight, bits, 0)
+                found["head.weight"], found["head.s"] = from_torch(codes), from_torch(scale)
+                head["quant"] = {"bits": bits, "weight": {"shape": [classes, 192], "scale": "head.s"}}
         about = record(
             f"t{number}", backbone={"model": "pear_tiny", "digest": pear_tiny().digest}, adapters=adapters,
             positions=positions, activation=draw(st.sampled_from(["identity", "relu", "gelu"])),
             labels=[str(i) for i in range(classes)],
         )  # fmt: skip
-        made.append(make_task({**about, "head": about["head"] if classes else None}, found))
+        about = {**about, "head": head if classes else None}
+        made.append(make_task(about, found))
     return made
 
 

@@ -23,8 +23,8 @@ from router import (
     UnknownTaskError,
     WrongBackboneError,
 )
-from router.slots import adapter_matrix
-from router.tensors import to_torch
+from router.slots import adapter_matrix, head_matrix
+from router.tensors import dequantise, from_torch, quantise, to_torch
 from tests.conftest import floats
 
 Maker = Callable[..., Task]
@@ -50,7 +50,7 @@ def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tens
     head = task.record["head"]
     if head is None:
         return features
-    return F.linear(features, to_torch(task.tensors[head["weight"]]), to_torch(task.tensors[head["bias"]]))
+    return F.linear(features, torch.tensor(head_matrix(task)), to_torch(task.tensors[head["bias"]]))
 
 
 @pytest.fixture
@@ -429,3 +429,42 @@ def test_a_checkpoint_file_can_be_added(backbone: Backbone, task_maker: Maker, t
     router = Router(backbone)
     assert router.add(tmp_path / "t.safetensors") == "t"
     assert len(router.run(torch.zeros(1, 3, 48, 48), "t")) == 1
+
+
+def test_a_core_is_a_matrix_between_down_and_up(backbone: Backbone, task_maker: Callable[..., Task]) -> None:
+    """A borrowed adapter with a core, and a head of codes, give what the multiplied-out task gives."""
+    plain = task_maker("plain")
+    down, up, core = (torch.randn(*shape) / 8 for shape in ((192, 4), (4, 192), (4, 4)))
+    codes, scale = quantise(to_torch(plain.tensors["head.weight"]), 8, 0)
+    found = {
+        "d": from_torch(down), "u": from_torch(up), "c": from_torch(core), "w": from_torch(codes),
+        "s": from_torch(scale),
+        "b": plain.tensors["head.bias"],
+    }  # fmt: skip
+    cored = make_task({
+        **plain.record, "task": "cored",
+        "adapters": {"a": {"down": "d", "up": "u"}, "c": {"down": "d", "up": "c", "basis": "u"}},
+        "positions": {"blocks.1.mlp": [["a", 0.5]], "blocks.3.attn": [["c", 2.0], ["a", 1.0]]},
+        "head": {"weight": "w", "bias": "b", "quant": {"bits": 8, "weight": {"shape": [3, 192], "scale": "s"}}},
+    }, found)  # fmt: skip
+    weight = dequantise(codes, scale, (3, 192), 8, 0)
+    out = {
+        "d": from_torch(down),
+        "u": from_torch(up),
+        "cu": from_torch(core @ up),
+        "w": from_torch(weight),
+        "b": found["b"],
+    }
+    multiplied = make_task({
+        **plain.record, "task": "multiplied",
+        "adapters": {"a": {"down": "d", "up": "u"}, "c": {"down": "d", "up": "cu"}},
+        "positions": cored.record["positions"], "head": {"weight": "w", "bias": "b"},
+    }, out)  # fmt: skip
+    router = Router(backbone)
+    for task in (plain, cored, multiplied):
+        router.add(task)
+    images = torch.randn(4, 3, 48, 48)
+    expected = router.run(images, "multiplied").logits
+    torch.testing.assert_close(router.run(images, "cored").logits, expected, atol=1e-5, rtol=1e-5)
+    mixed = router.run(images, ["cored", "plain", "cored", "multiplied"]).logits
+    torch.testing.assert_close(mixed[::2], expected[::2], atol=1e-5, rtol=1e-5)
