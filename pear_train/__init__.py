@@ -1,19 +1,30 @@
 """Trains tasks: adapter sets on a frozen backbone, pruned and shared."""
 
+from pear_train.base import Base, train_base
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Split, open_dataset
 from pear_train.errors import ConfigError, DataError, PearTrainError
-from pear_train.loop import Result, Step, train
+from pear_train.loop import Failed, Job, Result, Step, train, train_many
+from pear_train.plot import plot_result
+from pear_train.tasks import TaskEntry, read_tasks
 
 __all__ = [
+    "Base",
     "ConfigError",
     "DataError",
     "Dataset",
+    "Failed",
+    "Job",
     "PearTrainError",
     "Result",
     "Split",
     "Step",
+    "TaskEntry",
     "TrainConfig",
     "open_dataset",
+    "plot_result",
+    "read_tasks",
     "train",
+    "train_base",
+    "train_many",
 ]

@@ -7,12 +7,18 @@ from pear_train.errors import ConfigError
 METHODS = ("pear", "adapters", "linear")
 SHARING = ("nearest", "top", "similar", "none")
 KNOWLEDGE = ("none", "fold", "lowbit", "exact")
-IMPORTANCE = ("taylor", "random")
+BORROW = ("core", "scale")
+IMPORTANCE = ("taylor", "taylor_abs", "magnitude", "gradient", "random")
+DOWN = ("own", "common")
+AUGMENT = ("none", "flip", "crop", "flip+crop")
+SELECT = ("best", "last")
+TENSOR_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4", "Q1")
+HEAD_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one run; docs/results has what the defaults give on four tasks."""
+    """Options of one run; docs/training.md says how to choose them."""
 
     task: str
     method: str = "pear"
@@ -28,21 +34,32 @@ class TrainConfig:
     """Factor of a branch."""
     ratio: float = 0.5
     """Share of the adapters of each shape that is pruned, below 1."""
+    down: str = "own"
+    """own: trained; common: frozen, the same for all tasks of a backbone, so that only `up` is new to a store."""
     importance: str = "taylor"
-    """What ranks adapters: taylor, or random as a control."""
+    """What ranks adapters (pear_train/importance.py), or random as a control."""
     sharing: str = "nearest"
     """How a pruned position finds the kept adapter that it borrows; none leaves it empty."""
+    borrow: str = "core"
+    """What a borrowed branch has of its own: a core, a matrix of rank x rank between down and up, or only a scale."""
     borrowed_scale: float = 0.0
-    """Where a borrowed branch's scale starts, as a multiple of `scale`."""
+    """Where a borrowed branch's scale starts, as a multiple of `scale`; with a core, where that starts as so many times
+    the identity. A fold says itself where they start."""
     train_borrowed_scale: bool = True
-    knowledge: str = "none"
+    scale_lr: float = 10.0
+    """Learning rate of trained scales, as a multiple of `lr`."""
+    knowledge: str = "fold"
     """What is preserved of a pruned adapter at its own position."""
     knowledge_bits: int = 1
     """Bits of a low-bit knowledge checkpoint: 1 or 4."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     weight_decay: float = 1e-4
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
+    drop_branch: float = 0.0
+    """Probability that a position's branches are left out of a training step."""
+    augment: str = "none"
+    """What training images undergo: none, flip (left to right), crop (shifted by up to an eighth), flip+crop."""
     batch_size: int = 32
     seed: int = 0
     img_size: int | None = None
@@ -51,7 +68,17 @@ class TrainConfig:
     dtype: str = "auto"
     """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is fast."""
     tensor_dtype: str = "F16"
-    """What the task checkpoint's tensors are written in: F32, F16 or BF16."""
+    """What adapters are written in: F32, F16, BF16, or codes of 8, 4 or 1 bits (Q8, Q4, Q1), trained as such."""
+    head_dtype: str = "F16"
+    """What the head is written in: F32, F16, BF16, or a weight of codes of 8 or 4 bits (Q8, Q4)."""
+    select: str = "best"
+    """The epoch that is kept: the best on val (of those after pruning, the later of equals), or the last."""
+    patience: int | None = None
+    """Stop after so many epochs without a better val top-1 (counted after pruning); None never."""
+    base_blocks: int = 4
+    """Of a run with a base set: how many of the lowest blocks take the base's adapters frozen."""
+    bank_share: int = 1
+    """Of a run with a bank: stored adapters that a pruned position borrows."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -61,7 +88,12 @@ class TrainConfig:
             ("importance", self.importance, IMPORTANCE),
             ("activation", self.activation, ("identity", "relu", "gelu")),
             ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
-            ("tensor dtype", self.tensor_dtype, ("F32", "F16", "BF16")),
+            ("down", self.down, DOWN),
+            ("borrow", self.borrow, BORROW),
+            ("augment", self.augment, AUGMENT),
+            ("select", self.select, SELECT),
+            ("tensor dtype", self.tensor_dtype, TENSOR_DTYPES),
+            ("head dtype", self.head_dtype, HEAD_DTYPES),
             ("knowledge bits", self.knowledge_bits, (1, 4)),
         ):
             if value not in allowed:
@@ -71,13 +103,19 @@ class TrainConfig:
             ("rank", self.rank, 1),
             ("batch size", self.batch_size, 1),
             ("image size", self.img_size or 1, 1),
+            ("patience", 1 if self.patience is None else self.patience, 1),
+            ("base blocks", self.base_blocks, 0),
+            ("bank share", self.bank_share, 1),
         ):
             if number < low:
                 raise ConfigError(f"{name} {number}: expected at least {low}")
         if not 0 <= self.ratio < 1:
             raise ConfigError(f"ratio {self.ratio}: expected at least 0 and below 1")
-        if not self.lr > 0:
-            raise ConfigError(f"lr {self.lr}: expected above 0")
+        for name, rate in (("lr", self.lr), ("scale lr", self.scale_lr)):
+            if not rate > 0:
+                raise ConfigError(f"{name} {rate}: expected above 0")
+        if not 0 <= self.drop_branch < 1:
+            raise ConfigError(f"drop branch {self.drop_branch}: expected at least 0 and below 1")
         if self.method == "pear" and self.epochs < 2:
             raise ConfigError("epochs 1: method 'pear' needs at least 2, before and after pruning")
         if self.method == "pear" and not 0 < self.pruned_after < self.epochs:
@@ -85,10 +123,12 @@ class TrainConfig:
                 f"prune epoch {self.pruned_after} of {self.epochs} epochs: expected at least 1 before it (scores are 0 "
                 "while nothing is trained) and 1 after it"
             )
-        if self.knowledge == "fold" and self.activation != "identity":
-            raise ConfigError(f"knowledge 'fold' needs activation 'identity', found {self.activation!r}: no matrix")
-        if self.knowledge == "fold" and self.sharing == "none":
-            raise ConfigError("knowledge 'fold' puts pruned adapters into their sources: sharing 'none' has no sources")
+        if self.method == "pear" and self.knowledge == "fold" and self.activation != "identity":
+            raise ConfigError(
+                f"knowledge 'fold' needs activation 'identity', found {self.activation!r}: choose knowledge 'none'"
+            )
+        if self.method == "pear" and self.knowledge == "fold" and self.down == "common":
+            raise ConfigError("knowledge 'fold' rewrites down, which down 'common' forbids: choose knowledge 'none'")
 
     @property
     def pruned_after(self) -> int:

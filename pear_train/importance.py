@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 
-def taylor_scores(ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]) -> dict[str, float]:
-    """First-order Taylor importance of each adapter, as one group of weights.
+def gradient_scores(kind: str, ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]) -> dict[str, float]:
+    """What removing each adapter would do to the loss, from its gradient; each adapter as one group of weights.
 
-        I_k = mean over batches of ⟨up_k, ∂L/∂up_k⟩²
+        taylor:      I_k = mean over batches of ⟨up_k, ∂L/∂up_k⟩²
+        taylor_abs:  I_k = mean over batches of |⟨up_k, ∂L/∂up_k⟩|
+        gradient:    I_k = mean over batches of |∂L/∂up_k|²
 
-    The term is the loss's first-order change when the adapter is removed; for identity and relu it equals `down`'s,
-    as the branch is linear in each.
+    The inner product is the loss's first-order change when the adapter is removed; for identity and relu it equals
+    `down`'s, as the branch is linear in each.
 
     Args:
         ups: `up` [rank, d_out] of each adapter, requiring grad.
@@ -24,6 +26,19 @@ def taylor_scores(ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tenso
     for loss in losses:
         gradients = torch.autograd.grad(loss(), list(ups.values()))
         for (name, up), gradient in zip(ups.items(), gradients, strict=True):
-            totals[name] += float((up.detach().float() * gradient.float()).sum()) ** 2
+            gradient = gradient.float()
+            if kind == "gradient":
+                totals[name] += float(gradient.square().sum())
+            else:
+                change = float((up.detach().float() * gradient).sum())
+                totals[name] += change**2 if kind == "taylor" else abs(change)
         batches += 1
     return {name: total / max(1, batches) for name, total in totals.items()}
+
+
+def magnitude_scores(adapters: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The Frobenius norm of each adapter's matrix down · up, without forming it."""
+    return {
+        name: float(((down.t() @ down) * (up @ up.t())).sum().clamp_min(0).sqrt())
+        for name, (down, up) in adapters.items()
+    }

@@ -13,6 +13,7 @@ def lowbit_copy(down: Tensor, up: Tensor, bits: int) -> FrozenAdapter:
     """A frozen copy as its 1-bit or 4-bit form will be read back; quantising it again gives the same codes."""
     packed_down, packed_up = quantise(down, bits, rank_axis=1), quantise(up, bits, rank_axis=0)
     return FrozenAdapter(
+        "knowledge",
         dequantise(*packed_down, (down.shape[0], down.shape[1]), bits, rank_axis=1),
         dequantise(*packed_up, (up.shape[0], up.shape[1]), bits, rank_axis=0),
         bits,
@@ -21,7 +22,7 @@ def lowbit_copy(down: Tensor, up: Tensor, bits: int) -> FrozenAdapter:
 
 def exact_copy(down: Tensor, up: Tensor) -> FrozenAdapter:
     """A frozen float16 copy."""
-    return FrozenAdapter(down.detach().half().float(), up.detach().half().float(), None)
+    return FrozenAdapter("knowledge", down.detach().half().float(), up.detach().half().float())
 
 
 def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Tensor, Tensor, list[float]]:
@@ -61,3 +62,35 @@ def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Te
     down = (left @ (u[:, :rank] * root)).float()
     up = ((root.unsqueeze(1) * v[:rank]) @ right.t()).float()
     return down, up, scales
+
+
+def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One adapter of the first's rank, and a core for each position, that stand for several adapters best.
+
+        minimise over down, up and C:    Σ_j | down_j · up_j - down · C_j · up |²      (Frobenius)
+
+    by alternating the best basis on each side for the other (a Tucker decomposition along two modes). The columns of
+    `down` have norm 1, the rows of `up` the largest singular value of all cores, whose largest is then 1.
+
+    Args:
+        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of those it will stand for.
+    Returns:
+        down, up, and cores [rank, rank] in the order of `adapters`.
+    Source: higher-order orthogonal iteration, De Lathauwer et al. 2000; shared factors with a core for each layer as in
+        FacT, arXiv:2212.03145.
+    """
+    rank = adapters[0][0].shape[1]
+    pairs = [(down.detach().double(), up.detach().double()) for down, up in adapters]
+    # every Δ_j lies in the span of all downs and ups: work in bases of those, [n·rank]² instead of [d_in, d_out]
+    left, _ = torch.linalg.qr(torch.cat([down for down, _ in pairs], 1))
+    right, _ = torch.linalg.qr(torch.cat([up for _, up in pairs]).t())
+    deltas = [(left.t() @ down) @ (up @ right) for down, up in pairs]
+    v = torch.linalg.svd(torch.cat(deltas), full_matrices=False).Vh[:rank]
+    u = v.t()
+    for _ in range(steps):
+        u = torch.linalg.svd(torch.cat([delta @ v.t() for delta in deltas], 1), full_matrices=False).U[:, :rank]
+        v = torch.linalg.svd(torch.cat([u.t() @ delta for delta in deltas]), full_matrices=False).Vh[:rank]
+    cores = [u.t() @ delta @ v.t() for delta in deltas]
+    norm = max(float(torch.linalg.matrix_norm(core, 2)) for core in cores) or 1.0
+    down, up = (left @ u).float(), (norm * (v @ right.t())).float()
+    return down, up, [(core / norm).float() for core in cores]

@@ -14,12 +14,19 @@ def is_vtab(path: Path) -> bool:
     return (path / _LISTS["train"]).is_file()
 
 
-def open_vtab(path: Path) -> Dataset:
-    """Lines ``images/train800/000000.jpg 17``, paths relative to the folder; classes are named by their numbers."""
-    splits = {name: _read(path, file) for name, file in _LISTS.items()}
+def open_vtab(path: Path, whole: bool = False) -> Dataset:
+    """Lines ``images/train800/000000.jpg 17``, paths relative to the folder; classes are named by their numbers.
+
+    Args:
+        whole: train on all 1,000 images, as the benchmark's published numbers do; val is then part of train, and good
+            for nothing but looking at.
+    """
+    lists = {**_LISTS, "train": "train800val200.txt"} if whole else _LISTS
+    splits = {name: _read(path, file) for name, file in lists.items()}
     count = max(int(split.targets.max()) for split in splits.values() if len(split)) + 1
     classes = tuple(str(i) for i in range(count))
-    return Dataset(f"{path}: a VTAB-1k folder", classes, splits["train"], splits["val"], splits["test"])
+    described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
+    return Dataset(described, classes, splits["train"], splits["val"], splits["test"])
 
 
 def _read(path: Path, name: str) -> Split:

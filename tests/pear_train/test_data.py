@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pear_train import DataError, open_dataset
-from pear_train.data import Pixels
+from pear_train.data import Pixels, augment
 from router import Preprocess
 from tests.conftest import record
 
@@ -162,3 +162,32 @@ def test_pixels_are_what_the_router_sees(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", 0)
     assert torch.equal(Pixels(data.train, preprocess).images(rows), cached)
     assert torch.equal(preprocess([data.train.image(i) for i in (3, 0, 7)]), cached)
+
+
+def test_augmentation_flips_and_shifts_and_leaves_its_input_alone() -> None:
+    images = torch.arange(2 * 3 * 16 * 16, dtype=torch.float32).reshape(2, 3, 16, 16).repeat(8, 1, 1, 1)
+    before = images.clone()
+    generator = torch.Generator().manual_seed(0)
+    assert augment(images, "none", generator) is images
+    flipped = augment(images, "flip", generator)
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    assert bool((same ^ mirrored).all()) and 0 < int(mirrored.sum()) < 16
+    shifted = augment(images, "crop", generator)
+    assert shifted.shape == images.shape
+    inner = shifted[:, :, 4:12, 4:12]
+    offsets = {
+        (dy, dx)
+        for one, image in zip(inner, images, strict=True)
+        for dy in range(-2, 3)
+        for dx in range(-2, 3)
+        if torch.equal(one, image[:, 4 + dy : 12 + dy, 4 + dx : 12 + dx])
+    }
+    assert len(offsets) > 4  # up to an eighth of 16 pixels either way
+    assert all(
+        any(
+            torch.equal(one, image[:, 4 + dy : 12 + dy, 4 + dx : 12 + dx]) for dy in range(-2, 3) for dx in range(-2, 3)
+        )
+        for one, image in zip(inner, images, strict=True)
+    )
+    assert torch.equal(images, before)

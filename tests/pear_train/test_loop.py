@@ -12,8 +12,11 @@ from click.testing import CliRunner, Result
 from pear_store import Store, read_checkpoint
 from pear_train import ConfigError, DataError, TrainConfig, open_dataset, train
 from pear_train.cli import main
-from pear_train.loop import Step, _Run, stored_bytes
-from router import Backbone, Preprocess, Router
+from pear_train.data import Dataset
+from pear_train.loop import Job, Step, _Active, _Trainer
+from pear_train.record import stored_bytes
+from pear_train.run import TaskRun
+from router import AdaptedBackbone, Backbone, Preprocess, Router
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,21 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"task": "stripes", "epochs": 4, "prune_epoch": 2, "rank": 4, "dtype": "float32", **changes})
 
 
+def task_run(config: TrainConfig, backbone: Backbone, data: Dataset) -> TaskRun:
+    return TaskRun(config, AdaptedBackbone(backbone, torch.device("cpu"), torch.float32, for_training=True), data)
+
+
+def finish(run: TaskRun, backbone: Backbone, out: Path) -> Any:
+    """Trains a run to its end, keeping the last epoch's weights in it."""
+    trainer = _Trainer(backbone, run.config)
+    trainer.adapted = run.adapted
+    active = _Active(Job(run.config, lambda: run.dataset, out), run, 0.0)
+    while not run.finished:
+        trainer.step([active])
+        run.after_step()
+    return trainer.finish(active)
+
+
 @pytest.mark.parametrize("method", ["linear", "adapters", "pear"])
 def test_methods_learn_and_report_what_they_wrote(
     method: str, stripes: str, backbone: Backbone, tmp_path: Path
@@ -49,10 +67,12 @@ def test_methods_learn_and_report_what_they_wrote(
     assert stored_bytes(task) == (result.adapter_bytes, result.knowledge_bytes, result.head_bytes)
     assert result.file_bytes == (tmp_path / "t.safetensors").stat().st_size
     count = {"linear": 0, "adapters": 12, "pear": 6}[method]
-    assert result.adapter_bytes == count * 2 * 192 * 4 * 2
+    cores = len({*result.pruned, *result.borrowed.values()})
+    assert result.adapter_bytes == count * 2 * 192 * 4 * 2 + cores * 4 * 4 * 2
+    assert sum("basis" in entry for entry in task.record["adapters"].values()) == cores
     assert result.head_bytes == 2 * (3 * 192 + 3)
     borrowed = 6 if method == "pear" else 0
-    assert result.trainable_params == count * 2 * 192 * 4 + 3 * 193 + borrowed
+    assert result.trainable_params == count * 2 * 192 * 4 + 3 * 193 + cores * 16
     assert len(result.borrowed) == len(result.pruned) == borrowed
     assert task.record["metrics"] == {"val_top1": result.val_top1, "test_top1": result.test_top1}
     assert len(task.positions) == (0 if method == "linear" else 12)
@@ -72,28 +92,38 @@ def test_one_seed_gives_one_file_and_another_gives_another(stripes: str, backbon
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize(
-    ("sharing", "knowledge", "bits"),
+    ("sharing", "borrow", "knowledge", "bits"),
     [
-        ("nearest", "none", 1),
-        ("top", "exact", 1),
-        ("similar", "lowbit", 4),
-        ("none", "lowbit", 1),
-        ("similar", "fold", 1),
+        ("nearest", "scale", "none", 1),
+        ("nearest", "core", "none", 1),
+        ("top", "core", "exact", 1),
+        ("similar", "scale", "lowbit", 4),
+        ("none", "scale", "lowbit", 1),
+        ("similar", "scale", "fold", 1),
+        ("nearest", "core", "fold", 1),
     ],
 )
 def test_what_is_trained_is_what_is_routed(
-    activation: str, sharing: str, knowledge: str, bits: int, stripes: str, backbone: Backbone, tmp_path: Path
+    activation: str,
+    sharing: str,
+    borrow: str,
+    knowledge: str,
+    bits: int,
+    stripes: str,
+    backbone: Backbone,
+    tmp_path: Path,
 ) -> None:
     """Logits of the trainer's modules and of the router from the written file agree, single and mixed."""
     if knowledge == "fold" and activation != "identity":
         pytest.skip("fold is for identity: refused, see test_options_that_clash")
     data = open_dataset(stripes)
-    made = config(activation=activation, sharing=sharing, knowledge=knowledge, knowledge_bits=bits, tensor_dtype="F32")
-    run = _Run(made, backbone, data)
-    result = run.train(tmp_path / "t.safetensors", None)
+    made = config(activation=activation, sharing=sharing, borrow=borrow, knowledge=knowledge, knowledge_bits=bits,
+                  tensor_dtype="F32", head_dtype="F32", select="last")  # fmt: skip
+    run = task_run(made, backbone, data)
+    result = finish(run, backbone, tmp_path / "t.safetensors")
     rows = torch.arange(12)
     with torch.no_grad():
-        trained = run._logits(run.val_pixels, rows)
+        trained = run.head(run.features(run.val_pixels, rows))
     images = Preprocess(run.record)([data.val.image(i) for i in range(12)])
     router = Router(backbone)
     router.add(tmp_path / "t.safetensors")
@@ -105,19 +135,21 @@ def test_what_is_trained_is_what_is_routed(
     knowledge_share = {"none": 0, "fold": 0, "exact": 1 / 2, "lowbit": bits / 32}[knowledge]
     exact_bytes = 6 * 2 * 192 * 4 * 4
     scales = 6 * 2 * 4 * 2 if knowledge == "lowbit" else 0
-    assert result.adapter_bytes == exact_bytes
+    cores = len(run.adapters.cores())
+    assert (cores > 0) == (borrow == "core")
+    assert result.adapter_bytes == exact_bytes + cores * 4 * 4 * 4
     assert result.knowledge_bytes == exact_bytes * knowledge_share + scales
 
 
 def test_an_exact_knowledge_checkpoint_keeps_the_function(stripes: str, backbone: Backbone) -> None:
-    """Borrowing that starts at scale 0 beside an exact copy changes nothing but the copy's rounding."""
-    run = _Run(config(knowledge="exact"), backbone, open_dataset(stripes))
+    """Borrowing that starts at zero beside an exact copy changes nothing but the copy's rounding."""
+    run = task_run(config(knowledge="exact"), backbone, open_dataset(stripes))
     with torch.no_grad():
         for up in run.adapters.up.values():
             up.normal_(0, 0.1)
     rows = torch.arange(10)
     before = run.adapted.features(run.train_pixels.images(rows), run.adapters.position_weights())
-    run._prune()
+    run.prune()
     after = run.adapted.features(run.train_pixels.images(rows), run.adapters.position_weights())
     assert len(run.adapters.down) == 6
     torch.testing.assert_close(after, before, atol=2e-2, rtol=1e-2)
@@ -129,30 +161,30 @@ def test_an_exact_knowledge_checkpoint_keeps_the_function(stripes: str, backbone
 
 
 def test_sources_forget_their_moments_and_others_keep_them(stripes: str, backbone: Backbone) -> None:
-    run = _Run(config(ratio=0.25), backbone, open_dataset(stripes))
+    run = task_run(config(ratio=0.25, knowledge="none", borrow="scale"), backbone, open_dataset(stripes))
     for _ in range(2):
-        loss = run._logits(run.train_pixels, torch.arange(20)).square().mean()
+        loss = run.head(run.features(run.train_pixels, torch.arange(20))).square().mean()
         run.optimiser.zero_grad()
         loss.backward()
         run.optimiser.step()
     before = dict(run.adapters.up.items())
-    run._prune()
+    run.prune()
     sources = {run.adapters.own[source] for source in run.sources.values()}
     for name, parameter in before.items():
         kept = name in run.adapters.up
         assert (parameter in run.optimiser.state) == (kept and name not in sources)
     assert run.head.weight in run.optimiser.state
     trained = {id(p) for group in run.optimiser.param_groups for p in group["params"]}
-    assert {id(scale) for scale in run.adapters.scales()} <= trained
+    assert {id(scale) for scale in run.adapters.scales().values()} <= trained
     assert len(run.adapters.scales()) == 3
 
 
 def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
-    run = _Run(config(method="linear"), backbone, open_dataset(stripes))
+    run = task_run(config(method="linear"), backbone, open_dataset(stripes))
     rows = torch.tensor([5, 2])
     with torch.no_grad():
         direct = run.adapted.features(run.val_pixels.images(rows), {})
-    torch.testing.assert_close(run._features(run.val_pixels, rows), direct, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run.features(run.val_pixels, rows), direct, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +198,11 @@ def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: 
         ({"lr": 0.0}, "lr 0.0: expected above 0"),
         ({"sharing": "best"}, "sharing 'best': expected one of nearest, top, similar, none"),
         ({"knowledge": "fold", "activation": "relu"}, "knowledge 'fold' needs activation 'identity'"),
-        ({"knowledge": "fold", "sharing": "none"}, "sharing 'none' has no sources"),
+        ({"knowledge": "fold", "down": "common"}, "knowledge 'fold' rewrites down, which down 'common' forbids"),
+        ({"patience": 0}, "patience 0: expected at least 1"),
+        ({"drop_branch": 1.0}, "drop branch 1.0: expected at least 0 and below 1"),
+        ({"augment": "cutmix"}, "augment 'cutmix': expected one of none, flip, crop, flip\\+crop"),
+        ({"head_dtype": "Q1"}, "head dtype 'Q1': expected one of F16, BF16, F32, Q8, Q4"),
         ({"knowledge_bits": 2}, "knowledge bits 2: expected one of 1, 4"),
     ],
 )

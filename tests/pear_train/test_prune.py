@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_train.importance import taylor_scores
-from pear_train.knowledge import exact_copy, fold, lowbit_copy
+from pear_train.importance import gradient_scores, magnitude_scores
+from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
 
 WIDTHS = {f"blocks.{i}.{kind}": (8, 8) for i in range(4) for kind in ("attn", "mlp")}
@@ -21,11 +21,17 @@ def test_taylor_score_is_the_squared_change_of_the_loss() -> None:
     def loss(slope: torch.Tensor, without: str = "") -> torch.Tensor:
         return sum((up * slope).sum() * (name != without) for name, up in ups.items())
 
-    scores = taylor_scores(ups, [lambda s=s: loss(s) for s in slopes])
+    scores = gradient_scores("taylor", ups, [lambda s=s: loss(s) for s in slopes])
     expected = sum(float((loss(s) - loss(s, "a")).detach()) ** 2 for s in slopes) / 4
     assert scores["a"] == pytest.approx(expected, rel=1e-4)
     assert scores["b"] == 0
     assert ups["a"].grad is None
+    absolute = gradient_scores("taylor_abs", ups, [lambda s=s: loss(s) for s in slopes])
+    assert absolute["a"] == pytest.approx(
+        sum(abs(float((loss(s) - loss(s, "a")).detach())) for s in slopes) / 4, rel=1e-4
+    )
+    slope = gradient_scores("gradient", ups, [lambda s=s: loss(s) for s in slopes])
+    assert slope["b"] == pytest.approx(sum(float(s.square().sum()) for s in slopes) / 4, rel=1e-4)
 
 
 def test_taylor_terms_of_up_and_down_agree_for_identity_and_relu() -> None:
@@ -34,7 +40,7 @@ def test_taylor_terms_of_up_and_down_agree_for_identity_and_relu() -> None:
     x, y = torch.randn(7, 5), torch.randn(7, 3)
     for phi in (lambda h: h, torch.relu):
         loss = lambda: (phi(x @ down) @ up - y).square().mean()  # noqa: B023, E731
-        scores = taylor_scores({"up": up, "down": down}, [loss])
+        scores = gradient_scores("taylor", {"up": up, "down": down}, [loss])
         assert scores["up"] == pytest.approx(scores["down"], rel=1e-4)
 
 
@@ -119,6 +125,30 @@ def test_fold_is_exact_where_it_can_be_and_beats_what_it_replaces() -> None:
         float((d @ u * (near[0][0] @ near[0][1])).sum() / (near[0][0] @ near[0][1]).square().sum()) for d, u in near
     ]
     assert residual(near, down, up, scales) < residual(near, *near[0], scaled) < plain
+
+
+def test_magnitude_is_the_matrix_norm() -> None:
+    down, up = torch.randn(9, 3), torch.randn(3, 7)
+    assert magnitude_scores({"a": (down, up)})["a"] == pytest.approx(float((down @ up).norm()), rel=1e-5)
+
+
+def test_cores_are_exact_where_they_can_be_and_best_otherwise() -> None:
+    torch.manual_seed(1)
+    down, up = torch.randn(12, 3), torch.randn(3, 10)
+    alike = [(down @ torch.randn(3, 3), up) for _ in range(4)]  # one space each side: nothing is lost
+    d, u, cores = fold_cores(alike)
+    for (one, other), core in zip(alike, cores, strict=True):
+        torch.testing.assert_close(d @ core @ u, one @ other, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(d.norm(dim=0), torch.ones(3))
+    assert max(float(torch.linalg.matrix_norm(core, 2)) for core in cores) == pytest.approx(1, rel=1e-5)
+    apart = [(torch.randn(12, 3), torch.randn(3, 10)) for _ in range(4)]
+    d, u, cores = fold_cores(apart)
+    lost = sum(float((d @ core @ u - a @ b).square().sum()) for (a, b), core in zip(apart, cores, strict=True))
+    d1, u1, scales = fold(apart)
+    lost_by_scales = sum(float((s * d1 @ u1 - a @ b).square().sum()) for (a, b), s in zip(apart, scales, strict=True))
+    assert lost < 0.95 * lost_by_scales
+    zero = (torch.randn(12, 3), torch.zeros(3, 10))
+    assert all(bool(torch.isfinite(one).all()) for one in (*fold_cores([zero, zero])[:2], *fold_cores([zero, zero])[2]))
 
 
 def test_fold_of_nothing_trained() -> None:

@@ -1,0 +1,111 @@
+"""A run that was interrupted: its whole state in one file beside the task checkpoint to be, after every epoch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pear_train.adapters import FrozenAdapter, TrainedBranch
+from pear_train.record import fingerprint
+from pear_train.run import TaskRun
+from router.tensors import from_torch, to_torch
+
+_FORMAT = "pear-run/1"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def partial_path(out: Path) -> Path:
+    """Where the state of the run that will write `out` is kept."""
+    return out.with_name(out.name + ".partial")
+
+
+def save_partial(run: TaskRun, out: Path) -> None:
+    """Writes the state at an epoch's end, whole or not at all."""
+    tensors: dict[str, Tensor] = {f"now {name}": tensor for name, tensor in run.state().items()}
+    tensors.update({f"best {name}": tensor for name, tensor in run.best_state.items()})
+    for name, parameter in run.tensors().items():
+        for moment in _MOMENTS:
+            if moment in run.optimiser.state.get(parameter, {}):
+                tensors[f"{moment} {name}"] = torch.as_tensor(run.optimiser.state[parameter][moment])
+    tensors["generator"], tensors["dropping"] = run.generator.get_state(), run.dropping.get_state()
+    frozen: dict[str, Any] = {}
+    for name, adapter in run.adapters.frozen.items():
+        frozen[name] = {"role": adapter.role, "bits": adapter.bits, "entry": adapter.entry}
+        tensors[f"down {name}"], tensors[f"up {name}"] = adapter.down, adapter.up
+        tensors.update({f"raw {name} {key}": to_torch(raw) for key, raw in adapter.tensors.items()})
+    record = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint(run),
+        "epoch": run.epoch,
+        "best": [run.best, run.best_epoch],
+        "importance": run.importance,
+        "sources": run.sources,
+        "banked": run.banked,
+        "pruned": run.pruned,
+        "history": run.history,
+        "frozen": frozen,
+        "branches": {
+            position: [[one.adapter, float(torch.as_tensor(one.scale).detach()), isinstance(one.scale, nn.Parameter),
+                        one.core is not None]
+                       for one in branches]
+            for position, branches in run.adapters.branches.items()
+        },
+    }  # fmt: skip
+    path = partial_path(out)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary,
+              {"run": json.dumps(record)})  # fmt: skip
+    os.replace(temporary, path)
+
+
+def resume_partial(run: TaskRun, out: Path) -> bool:
+    """Brings a fresh run to where an interrupted one of the same options, data and backbone stood, if there is one."""
+    path = partial_path(out)
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {}).get("run", "{}"))
+            if record.get("format") != _FORMAT or record["fingerprint"] != fingerprint(run):
+                return False
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (OSError, SafetensorError, ValueError):
+        return False
+    adapters, device = run.adapters, run.device
+    adapters.frozen = {
+        name: FrozenAdapter(
+            one["role"], tensors[f"down {name}"], tensors[f"up {name}"], one["bits"], one["entry"],
+            {key.split(" ", 2)[2]: from_torch(tensors[key]) for key in tensors if key.startswith(f"raw {name} ")},
+        ).to(device)
+        for name, one in record["frozen"].items()
+    }  # fmt: skip
+    adapters.branches = {
+        position: [
+            TrainedBranch(
+                name,
+                nn.Parameter(torch.tensor(scale, device=device)) if trained else scale,
+                nn.Parameter(tensors[f"now core.{position} {i}"].to(device)) if cored else None,
+            )
+            for i, (name, scale, trained, cored) in enumerate(branches)
+        ]
+        for position, branches in record["branches"].items()
+    }
+    run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
+    run.pruned, run.history = record["pruned"], record["history"]
+    run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
+    if run.pruned:
+        adapters.drop_unused()
+        run.tell_optimiser()
+    run.restore({name: tensors[f"now {name}"] for name in run.tensors()})
+    run.best_state = {name: tensors[f"best {name}"].to(device) for name in run.tensors() if f"best {name}" in tensors}
+    run.optimiser.state.clear()
+    for name, parameter in run.tensors().items():
+        found = {m: tensors[f"{m} {name}"] for m in _MOMENTS if f"{m} {name}" in tensors}
+        if found:
+            run.optimiser.state[parameter] = {m: t if m == "step" else t.to(device) for m, t in found.items()}
+    run.generator.set_state(tensors["generator"])
+    run.dropping.set_state(tensors["dropping"])
+    return True

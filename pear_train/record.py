@@ -1,0 +1,161 @@
+"""From a run to its task checkpoint: what is written, and what it costs."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_store import RawTensor, Task, make_task
+from pear_store.checkpoint import PARTS, map_tensor_names
+from pear_train.run import TaskRun
+from router.tensors import from_torch, quantise
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
+
+
+def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
+    """The task as the run stands, tensors in the dtypes to be written."""
+    config, adapters = run.config, run.adapters
+    tensors: dict[str, RawTensor] = {}
+    entries: dict[str, Any] = {}
+    for name in adapters.used():
+        frozen = adapters.frozen.get(name)
+        if frozen is not None and frozen.entry is not None:  # a stored one goes back as it came, whatever its form
+            own = _names(name, frozen.entry)
+            stored = {key: value for key, value in frozen.entry.items() if key != "role"}
+            renamed = map_tensor_names({"adapters": {name: stored}, "head": None}, own.__getitem__)
+            entries[name] = renamed["adapters"][name]
+            tensors.update({own[old]: raw for old, raw in frozen.tensors.items()})
+            continue
+        entry: dict[str, Any] = {"down": f"{name}.down", "up": f"{name}.up"}
+        matrices = dict(zip(("down", "up"), adapters.matrices(name), strict=True))
+        bits, dtype = CODE_BITS.get(config.tensor_dtype), DTYPES.get(config.tensor_dtype, torch.float16)
+        if frozen is not None:
+            entry["role"] = "knowledge"
+            bits, dtype = frozen.bits, torch.float16
+        if bits is not None:
+            entry["quant"] = {"bits": bits}
+        for side, rank_axis in (("down", 1), ("up", 0)):
+            matrix = matrices[side]
+            if bits is not None:
+                entry["quant"][side] = _write_codes(tensors, f"{name}.{side}", matrix, bits, rank_axis)
+            else:
+                tensors[f"{name}.{side}"] = from_torch(matrix.to(dtype))
+        entries[name] = entry
+    positions: dict[str, list[list[Any]]] = {}
+    for i, (position, branches) in enumerate(adapters.branches.items()):
+        for j, branch in enumerate(branches):
+            name = branch.adapter
+            if branch.core is not None:
+                name = f"c{i}" if j == 0 else f"c{i}.{j}"
+                tensors[f"{name}.up"] = from_torch(branch.core.to(DTYPES.get(config.tensor_dtype, torch.float16)))
+                entries[name] = _with_core(entries[branch.adapter], f"{name}.up")
+            scale = float(torch.as_tensor(branch.scale).detach())
+            positions.setdefault(position, []).append([name, scale])
+    plain = {name for branches in positions.values() for name, _ in branches}
+    entries = {name: entry for name, entry in entries.items() if name in plain}
+    head: dict[str, Any] = {"weight": "head.weight", "bias": "head.bias"}
+    head_bits = CODE_BITS.get(config.head_dtype)
+    if head_bits is None:
+        tensors["head.weight"] = from_torch(run.head.weight.to(DTYPES[config.head_dtype]))
+    else:
+        form = _write_codes(tensors, "head.weight", run.head.weight, head_bits, rank_axis=0)
+        head["quant"] = {"bits": head_bits, "weight": form}
+    tensors["head.bias"] = from_torch(run.head.bias.to(DTYPES.get(config.head_dtype, torch.float16)))
+    record = {
+        "format": "pear-task/1",
+        "task": config.task,
+        "backbone": {"model": run.adapted.backbone.name, "digest": run.adapted.backbone.digest},
+        "activation": config.activation,
+        "adapters": entries,
+        "positions": positions,
+        "head": head,
+        "labels": list(run.dataset.classes),
+        "preprocess": run.record,
+        "metrics": metrics,
+        "training": {
+            **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
+            "data": run.dataset.description.partition(": ")[2],
+            "importance_score": config.importance,
+            "given": run.given,
+            "importance": run.importance,
+            "pruned": in_order(run),
+            "borrowed": run.sources,
+            "banked": run.banked,
+            "history": run.history,
+            "fingerprint": fingerprint(run),
+        },
+    }
+    return make_task(record, tensors, config.task)
+
+
+def in_order(run: TaskRun) -> list[str]:
+    """The pruned positions, in forward order."""
+    return sorted(run.pruned, key=list(run.adapters.own).index)
+
+
+def fingerprint(run: TaskRun) -> str:
+    """What a run depends on, as one sha256: options, backbone, labels of the data, bank and base."""
+    told = {
+        "config": {key: value for key, value in asdict(run.config).items() if key != "device"},
+        "backbone": run.adapted.backbone.digest,
+        "classes": run.dataset.classes,
+        "targets": [s.targets.tolist() for s in (run.dataset.train, run.dataset.val, run.dataset.test) if s],
+        "given": run.given,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def stored_bytes(task: Task) -> tuple[int, int, int]:
+    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once."""
+    counted: dict[str, tuple[str, int]] = {}
+
+    def count(kind: str, name: str) -> None:
+        tensor = task.tensors[name]
+        counted.setdefault(tensor.digest, (kind, tensor.size_bytes))
+
+    for entry in task.record["adapters"].values():
+        kind = "knowledge" if entry.get("role") == "knowledge" else "adapter"
+        for part in PARTS:
+            if part in entry:
+                count(kind, entry[part])
+            if part in entry.get("quant", {}):
+                count(kind, entry["quant"][part]["scale"])
+    if (head := task.record["head"]) is not None:
+        for side in ("weight", "bias"):
+            count("head", head[side])
+        if "quant" in head:
+            count("head", head["quant"]["weight"]["scale"])
+    adapter, knowledge, head_bytes = (
+        sum(size for kind, size in counted.values() if kind == wanted) for wanted in ("adapter", "knowledge", "head")
+    )
+    return adapter, knowledge, head_bytes
+
+
+def _write_codes(tensors: dict[str, RawTensor], name: str, matrix: Tensor, bits: int, rank_axis: int) -> dict[str, Any]:
+    packed, scale = quantise(matrix, bits, rank_axis)
+    tensors[name], tensors[f"{name}.scale"] = from_torch(packed), from_torch(scale)
+    return {"shape": list(matrix.shape), "scale": f"{name}.scale"}
+
+
+def _with_core(entry: Any, core: str) -> dict[str, Any]:
+    """A shared adapter's entry with a core of one's own before what was its `up`."""
+    made = {**entry, "up": core, "basis": entry["up"]}
+    if "quant" in entry:
+        made["quant"] = {"basis" if key == "up" else key: value for key, value in entry["quant"].items()}
+    return made
+
+
+def _names(name: str, entry: Any) -> dict[str, str]:
+    """Plain names for the tensors of a stored adapter."""
+    names: dict[str, str] = {}
+    for part in PARTS:
+        if part in entry:
+            names.setdefault(entry[part], f"{name}.{part}")
+        if part in entry.get("quant", {}):
+            names.setdefault(entry["quant"][part]["scale"], f"{name}.{part}.scale")
+    return names

@@ -1,0 +1,91 @@
+"""A file of tasks to train: TOML."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from pear_store.checkpoint import TASK_NAME
+from pear_train.config import TrainConfig
+from pear_train.errors import ConfigError
+
+_OPTIONS = {field.name: field for field in fields(TrainConfig) if field.name != "task"}
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task of a file: where its data lies, and its options."""
+
+    config: TrainConfig
+    data: str
+
+
+def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
+    """The tasks that a file names.
+
+        epochs = 30                     # options of all tasks: those of pear-train, with _ for -
+
+        [tasks.dtd]
+        data = "sets/dtd"               # relative to the file
+        ratio = 0.75                    # of this task alone
+
+    Args:
+        given: options that the file may override.
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key, a bad name or value: which task, and what was expected.
+    """
+    try:
+        record = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    tasks = record.pop("tasks", None)
+    if not isinstance(tasks, dict) or not tasks:
+        raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')
+    common = _checked(path, "the options of all tasks", record)
+    entries, folded = [], set()
+    for name, table in tasks.items():
+        where = f"task {name!r}"
+        if not TASK_NAME.fullmatch(name):
+            raise ConfigError(f"{path}: {where}: expected up to 100 letters, digits, '.', '_', '-'")
+        if name.casefold() in folded:
+            raise ConfigError(f"{path}: {where}: another task's name but for its case")
+        folded.add(name.casefold())
+        if not isinstance(table, dict) or not isinstance(table.get("data"), str):
+            raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')
+        options = _checked(path, where, {key: value for key, value in table.items() if key != "data"})
+        try:
+            config = TrainConfig(task=name, **{**given, **common, **options})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {where}: {error}") from None
+        beside = path.parent / table["data"]
+        entries.append(TaskEntry(config, str(beside) if beside.exists() else table["data"]))
+    return entries
+
+
+def _checked(path: Path, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names as fields, each of its field's type."""
+    found = {}
+    for key, value in options.items():
+        name = re.sub("-", "_", key)
+        if name not in _OPTIONS:
+            raise ConfigError(f"{path}: {where}: unknown option {key!r}: expected one of {', '.join(_OPTIONS)}")
+        allowed = {kind: _TYPES[kind] for kind in _kinds(_OPTIONS[name])}
+        good = any(type(value) in kinds for kinds in allowed.values())
+        if not good:
+            raise ConfigError(f"{path}: {where}: {key} = {value!r}: expected {' or '.join(allowed)}")
+        found[name] = float(value) if "float" in allowed else value
+    return found
+
+
+def _kinds(option: Field[Any]) -> list[str]:
+    """The types of an option's values, by name."""
+    kinds = get_args(option.type) or (option.type,)
+    return [kind.__name__ for kind in kinds if kind is not NoneType]
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}

@@ -1,0 +1,350 @@
+"""Several tasks at once, interrupted runs, banks, base sets, codes: small real problems."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from click.testing import Result as Ran
+
+from pear_store import Store, read_checkpoint
+from pear_train import ConfigError, Failed, Job, Result, TrainConfig, open_dataset, read_tasks, train, train_many
+from pear_train.cli import main
+from pear_train.loop import Step
+from pear_train.partial import partial_path
+from router import Backbone, Router
+from router.tensors import to_torch
+
+
+def write_stripes(path: Path, classes: int, count: int, seed: int = 0) -> Path:
+    """Classes of noisy waves of growing frequency."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {}
+    for name, n in (("train", count), ("val", 24), ("test", 24)):
+        y = np.arange(n) % classes
+        wave = np.sign(np.sin(np.arange(24)[None, :] * np.pi / (2 + 2 * y[:, None])))
+        x = rng.normal(128, 30, (n, 24, 24)) + 60 * wave[:, None, :]
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = np.clip(x, 0, 255).astype(np.uint8), y
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of three tasks, of different class counts and lengths."""
+    made = tmp_path_factory.mktemp("data")
+    for i, (classes, count) in enumerate(((2, 40), (3, 50), (4, 36))):
+        write_stripes(made / f"t{i}.npz", classes, count, i)
+    return made
+
+
+def config(name: str = "t0", **changes: Any) -> TrainConfig:
+    base = {"task": name, "epochs": 4, "prune_epoch": 2, "rank": 4, "batch_size": 16, "dtype": "float32",
+            "tensor_dtype": "F32", "head_dtype": "F32", "select": "last", "lr": 1e-2}  # fmt: skip
+    return TrainConfig(**{**base, **changes})
+
+
+def matrices(path: Path) -> dict[str, torch.Tensor]:
+    return {name: to_torch(raw).float() for name, raw in read_checkpoint(path).tensors.items()}
+
+
+def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    """Different ranks after pruning, class counts, batch counts and lengths; the third joins when a place is free."""
+    options: list[dict[str, Any]] = [
+        {"ratio": 0.5},
+        {"knowledge": "exact", "ratio": 0.75},
+        {"method": "adapters", "epochs": 3},
+    ]
+    jobs = []
+    for i, changes in enumerate(options):
+        made = config(f"t{i}", **{"dtype": "float32", **changes})
+        jobs.append(Job(made, lambda i=i: open_dataset(str(folder / f"t{i}.npz")), tmp_path / f"t{i}"))
+    steps: list[Step] = []
+    results = list(train_many(jobs, backbone, steps.append, together=2))
+    assert {result.task for result in results} == {"t0", "t1", "t2"}
+    firsts = [next(n for n, step in enumerate(steps) if step.task == f"t{i}") for i in range(3)]
+    assert firsts[1] == 1
+    assert firsts[2] > firsts[1] + 4
+    for job in jobs:
+        train(job.config, backbone, job.dataset(), tmp_path / "alone")
+        alone, together = matrices(tmp_path / "alone"), matrices(job.out)
+        assert alone.keys() == together.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, atol=2e-3, rtol=2e-2, msg=f"{job.config.task} {name}")
+        assert (
+            read_checkpoint(job.out).record["training"]["pruned"]
+            == read_checkpoint(tmp_path / "alone").record["training"]["pruned"]
+        )
+
+
+def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    jobs = [
+        Job(config("t0", lr=1e30), lambda: open_dataset(str(folder / "t0.npz")), tmp_path / "t0"),
+        Job(config("gone"), lambda: open_dataset("/nowhere"), tmp_path / "gone"),
+        Job(config("t1", epochs=3), lambda: open_dataset(str(folder / "t1.npz")), tmp_path / "t1"),
+    ]
+    results = {result.task: result for result in train_many(jobs, backbone, together=3)}
+    assert isinstance(results["t1"], Result)
+    assert isinstance(failed := results["t0"], Failed) and "lower the learning rate" in failed.error
+    assert isinstance(failed := results["gone"], Failed) and "no such file or folder" in failed.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t1"]
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from pear_train import TrainConfig, open_dataset, train
+from router import load_backbone
+config = TrainConfig(**eval(sys.argv[1]))
+result = train(config, load_backbone("pear_tiny"), open_dataset(sys.argv[2]), Path(sys.argv[3]),
+               lambda step: print(step.epoch, step.batch, flush=True))
+"""
+
+
+@pytest.mark.parametrize("knowledge", ["fold", "lowbit"])
+def test_a_killed_run_goes_on_to_the_same_file(knowledge: str, folder: Path, tmp_path: Path) -> None:
+    options = {**vars(config()), "epochs": 6, "knowledge": knowledge, "select": "best",
+               "drop_branch": 0.2, "augment": "flip+crop"}  # fmt: skip
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-c", _CHILD, repr(options), str(folder / "t0.npz")]
+    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
+    epochs = []
+    for until in ("2 1", "4 2", None):  # killed before pruning and after it
+        lines = []
+        with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                lines.append(line.strip())
+                if line.strip() == until:
+                    child.send_signal(signal.SIGKILL)
+        epochs.append(lines[0].split()[0])
+        assert partial_path(out).exists() == (until is not None)
+    assert epochs == ["1", "2", "4"]
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    data, out = open_dataset(str(folder / "t0.npz")), tmp_path / "out"
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: Step) -> None:
+        if step.epoch == 2:
+            raise Stop
+
+    for first, second, begins in (({}, {}, 2), ({}, {"lr": 2e-2}, 1), ({}, {"ratio": 0.25}, 1)):
+        with pytest.raises(Stop):
+            train(config(**first), backbone, data, out, stop)
+        seen: list[int] = []
+        train(config(**second), backbone, data, out, lambda step, seen=seen: seen.append(step.epoch))
+        assert seen[0] == begins
+    partial_path(out).write_bytes(b"torn")
+    train(config(), backbone, data, out)
+    assert not partial_path(out).exists()
+
+
+def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    made = config(epochs=40, patience=2, select="best")
+    result = train(made, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "out")
+    after = [one["val_top1"] for one in result.history[2:]]
+    assert result.epochs < 40
+    assert len(after) - 1 - after.index(max(after)) == 2
+    assert result.best_epoch > 2
+
+
+@pytest.mark.parametrize(("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q1", "BF16"), ("BF16", "F32")])
+def test_codes_are_trained_and_routed(
+    tensors: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    result = train(config(tensor_dtype=tensors, head_dtype=head, epochs=8), backbone,
+                   open_dataset(str(folder / "t0.npz")), tmp_path / "out")  # fmt: skip
+    task = read_checkpoint(tmp_path / "out")
+    bits = {"Q8": 8, "Q4": 4, "Q1": 1, "BF16": 16}[tensors]
+    scales = 6 * 2 * 4 * 2 if bits < 16 else 0
+    cores = sum("basis" in entry for entry in task.record["adapters"].values())
+    assert result.adapter_bytes == 6 * 2 * 192 * 4 * bits // 8 + scales + cores * 16 * 2
+    head_weight = {"Q8": 2 * 192 + 2 * 2, "Q4": 192 + 2 * 2, "BF16": 2 * 192 * 2, "F32": 2 * 192 * 4}[head]
+    assert result.head_bytes == head_weight + 2 * (4 if head == "F32" else 2)
+    assert result.test_top1 is not None and result.test_top1 > 0.7
+    with Store.create(tmp_path / "s") as store:
+        store.add(tmp_path / "out")
+        router = Router(backbone, store)
+        data = open_dataset(str(folder / "t0.npz"))
+        assert data.test is not None
+        logits = router.run([data.test.image(i) for i in range(24)], "t0").logits
+        assert float((logits.argmax(1) == data.test.targets).float().mean()) == pytest.approx(result.test_top1)
+        store.export("t0", tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again").record["head"] == task.record["head"]
+
+
+def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    for borrow in ("core", "scale"):
+        knowledge = "fold" if borrow == "core" else "none"
+        first = config("t0", borrow=borrow, knowledge=knowledge)
+        train(first, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "t0")
+        bank = [read_checkpoint(tmp_path / "t0")]
+        result = train(config("t1", borrow=borrow, knowledge=knowledge, bank_share=2), backbone,
+                       open_dataset(str(folder / "t1.npz")), tmp_path / "t1", bank=bank)  # fmt: skip
+        assert set(result.banked) == set(result.pruned)
+        with Store.create(tmp_path / f"s-{borrow}") as store:
+            store.add(tmp_path / "t0")
+            added = store.add(tmp_path / "t1")
+            used = sum(map(len, result.banked.values()))
+            assert used > 0
+            assert added.shared_bytes >= 2 * 192 * 4 * 4
+        stored = {tensor.digest for tensor in bank[0].tensors.values()}
+        task = read_checkpoint(tmp_path / "t1")
+        names = {name for names in result.banked.values() for name in names}
+        borrowed = [e for e in task.record["adapters"].values() if e["down"].split(".")[0] in names]
+        assert len(borrowed) >= len(names)
+        assert all(task.tensors[entry["down"]].digest in stored for entry in borrowed)
+        outer = [entry.get("basis", entry["up"]) for entry in borrowed]
+        assert all(task.tensors[name].digest in stored for name in outer)
+        router = Router(backbone)
+        router.add(task)
+        assert router.run(torch.zeros(1, 3, 48, 48), "t1").logits.shape == (1, 3)
+
+
+def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    data = open_dataset(str(folder / "t0.npz"))
+    train(config("t0"), backbone, data, tmp_path / "t0")
+    task = read_checkpoint(tmp_path / "t0")
+    stranger = type(task)({**task.record, "backbone": {"model": "x", "digest": "sha256:" + "0" * 64}}, task.tensors)
+    assert train(config("t0"), backbone, data, tmp_path / "t1", bank=[stranger]).banked == {}
+
+
+def test_common_down_is_the_same_for_every_task(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    for i in range(2):
+        train(config(f"t{i}", down="common", method="adapters", seed=i, tensor_dtype="F16"), backbone,
+              open_dataset(str(folder / f"t{i}.npz")), tmp_path / f"t{i}")  # fmt: skip
+    one, other = (read_checkpoint(tmp_path / f"t{i}") for i in range(2))
+    for i in range(12):
+        assert one.tensors[f"a{i}.down"].digest == other.tensors[f"a{i}.down"].digest
+        assert one.tensors[f"a{i}.up"].digest != other.tensors[f"a{i}.up"].digest
+    # the bytes that stores of any machine hold: a change of these strands them
+    assert one.tensors["a0.down"].digest == "sha256:813936eb4d3552190fe180b039b7af1ca51cdc1efc692cac66a984dda095ba63"
+    with Store.create(tmp_path / "s") as store:
+        store.add(tmp_path / "t0")
+        assert store.add(tmp_path / "t1").shared_bytes == 12 * 192 * 4 * 2
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+def run(*args: object) -> Ran:
+    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+
+FAST = ("--epochs", 3, "--prune-epoch", 1, "--rank", 4, "--batch-size", 16)
+
+
+def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> None:
+    file = folder / "tasks.toml"
+    tables = (
+        '[tasks.t0]\ndata = "t0.npz"',
+        '[tasks.t1]\ndata = "t1.npz"\nratio = 0.25',
+        '[tasks.gone]\ndata = "no.npz"',
+    )
+    file.write_text("\n".join(("lr = 0.01", *tables)))
+    done = run("--tasks", file, "--out", tmp_path / "out", "--together", 2, "--json", "--plot", *FAST)
+    assert done.exit_code == 1
+    rows = {row["task"]: row for row in json.loads(done.stdout)}
+    assert "no such file or folder" in rows["gone"]["error"]
+    assert len(rows["t0"]["pruned"]) == 6
+    assert len(rows["t1"]["pruned"]) == 3
+    assert (tmp_path / "out" / "t0.png").stat().st_size > 10_000
+    before = (tmp_path / "out" / "t0.safetensors").stat().st_mtime_ns
+    (folder / "no.npz").write_bytes((folder / "t2.npz").read_bytes())
+    again = run("--tasks", file, "--out", tmp_path / "out", "--json", *FAST)
+    assert again.exit_code == 0
+    assert [row["trained"] for row in json.loads(again.stdout)] == [False, False, True]
+    assert (tmp_path / "out" / "t0.safetensors").stat().st_mtime_ns == before
+    assert "2 of 3 are trained already" in again.stderr
+    shown = run("--tasks", file, "--out", tmp_path / "out", *FAST)
+    assert "was there" in shown.stdout
+
+
+def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    file = folder / "base.toml"
+    file.write_text('[tasks.t0]\ndata = "t0.npz"\n[tasks.t1]\ndata = "t1.npz"\n')
+    made = run("--tasks", file, "--make-base", "--out", tmp_path / "base", "--json", *FAST)
+    assert made.exit_code == 0, made.stderr
+    assert set(json.loads(made.stdout)["val_top1"]) == {"t0", "t1"}
+    base = read_checkpoint(tmp_path / "base")
+    assert base.record["head"] is None
+    done = run("--tasks", file, "--base", tmp_path / "base", "--base-blocks", 2, "--out", tmp_path / "out", *FAST)
+    assert done.exit_code == 0, done.stderr
+    with Store.create(tmp_path / "s") as store:
+        added = [store.add(tmp_path / "out" / f"t{i}.safetensors") for i in range(2)]
+        assert added[1].shared_bytes == 4 * 2 * 192 * 4 * 2
+        router = Router(backbone, store)
+        router.run_all(torch.zeros(3, 3, 48, 48), tasks=["t0", "t1"])
+    tasks = [read_checkpoint(tmp_path / "out" / f"t{i}.safetensors") for i in range(2)]
+    for task in tasks:
+        for position in ("blocks.0.attn", "blocks.1.mlp"):
+            entry = task.record["adapters"][task.positions[position][0].adapter]
+            mine = base.record["adapters"][base.positions[position][0].adapter]
+            assert task.tensors[entry["down"]].digest == base.tensors[mine["down"]].digest
+        assert all(position.split(".")[1] not in "01" for position in task.record["training"]["importance"])
+    wrong = run("t0", "--data", folder / "t0.npz", "--base", tmp_path / "base", "--out", tmp_path / "x", *FAST[:4],
+                "--rank", 2)  # fmt: skip
+    assert "to start from it, expected one of rank 2" in wrong.stderr
+
+
+def test_command_with_a_bank(folder: Path, tmp_path: Path) -> None:
+    assert run("t0", "--data", folder / "t0.npz", "--out", tmp_path / "t0", *FAST).exit_code == 0
+    with Store.create(tmp_path / "s") as store:
+        store.add(tmp_path / "t0")
+    done = run("t1", "--data", folder / "t1.npz", "--bank", tmp_path / "s", "--out", tmp_path / "t1", *FAST)
+    assert done.exit_code == 0, done.stderr
+    assert "bank b" in done.stdout
+    missing = run(
+        "t1", "--data", folder / "t1.npz", "--bank", tmp_path / "s", "--bank-tasks", "t9", "--out", tmp_path / "x"
+    )
+    assert missing.exit_code != 0 and "t9" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no task"),
+        ("[tasks.a]\n", "task 'a': expected data ="),
+        ("epoch = 3\n[tasks.a]\ndata = 'x'", "unknown option 'epoch': expected one of method, epochs"),
+        ("[tasks.a]\ndata = 'x'\nlr = 'high'", "task 'a': lr = 'high': expected float"),
+        ("[tasks.a]\ndata = 'x'\nratio = 2", "task 'a': ratio 2.0: expected at least 0 and below 1"),
+        ("[tasks.'../a']\ndata = 'x'", "task '../a': expected up to 100 letters"),
+        ("[tasks.a]\ndata = 'x'\n[tasks.A]\ndata = 'x'", "task 'A': another task's name but for its case"),
+        ("[tasks", "not a readable TOML file"),
+    ],
+)
+def test_mistakes_in_a_tasks_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.toml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read_tasks(tmp_path / "tasks.toml", {})
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--out", "x"], "expected either TASK with --data, or --tasks"),
+        (["t", "--out", "x"], "expected either TASK with --data, or --tasks"),
+        (["t", "--data", "d", "--tasks", "f", "--out", "x"], "expected either TASK with --data, or --tasks"),
+        (["t", "--data", "d", "--make-base", "--out", "x"], "--make-base needs --tasks"),
+        (["--tasks", "/nowhere.toml", "--out", "x"], "/nowhere.toml: no such file"),
+        (["t", "--data", "d", "--base", "/nowhere", "--out", "x"], "/nowhere"),
+        (["t", "--data", "d", "--bank", "/nowhere", "--out", "x"], "/nowhere"),
+    ],
+)
+def test_mistakes(args: list[str], message: str) -> None:
+    done = run(*args)
+    assert done.exit_code != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
