@@ -29,10 +29,14 @@ class Row:
 
 
 def colours(task: Task) -> dict[str, tuple[float, float, float]]:
-    """A colour for each adapter: along the rainbow in order of the position that owns it."""
+    """A colour for each adapter, the same where only cores differ: along the rainbow in order of first use."""
     owners = list(dict.fromkeys(branch.adapter for _, branches in positions(task) for branch in branches))
     trained = [name for name in owners if task.record["adapters"][name].get("role") != "knowledge"]
-    return {name: colorsys.hsv_to_rgb(0.92 * i / max(1, len(trained)), 0.72, 0.88) for i, name in enumerate(trained)}
+    downs = {name: task.record["adapters"][name]["down"] for name in trained}
+    order = {down: i for i, down in enumerate(dict.fromkeys(downs.values()))}
+    return {
+        name: colorsys.hsv_to_rgb(0.92 * order[down] / max(1, len(order)), 0.72, 0.88) for name, down in downs.items()
+    }
 
 
 def positions(task: Task) -> list[tuple[str, list[Any]]]:
@@ -82,7 +86,9 @@ def draw(rows: Sequence[Row], out: Path, title: str = "") -> None:
                 )  # fmt: skip
                 axes.add_patch(box)
                 if is_borrowed:
-                    axes.text(x, y, f"×{branch.scale:.2f}", ha="center", va="center", fontsize=7.5, color="#333333")
+                    cored = "basis" in task.record["adapters"][branch.adapter]
+                    how = "core" if cored else f"×{branch.scale:.2f}"
+                    axes.text(x, y, how, ha="center", va="center", fontsize=7.5, color="#333333")
             if any(branch.adapter not in palette for branch in branches):
                 axes.plot(x + 0.24, y - 0.24, "o", color="#333333", markersize=3)
             if is_borrowed and borrowed[position] in columns and used:

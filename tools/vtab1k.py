@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""VTAB-1k: trains all 19 tasks from the standard folders and prints the standard table.
+
+DIR holds a folder for each task, as the benchmark is passed around: cifar/train800val200.txt, cifar/test.txt,
+cifar/images/…. One set of options for all tasks, the last epoch, test looked at once; tune them with --tune, which
+trains on 800 images and reports val of the other 200, never test. What is trained already is not trained again.
+
+    python -m tools.vtab1k vtab-1k --out vtab-out                    # vit_base_patch16_224.augreg_in21k
+    python -m tools.vtab1k vtab-1k --out tune --tune --set ratio=0.75    # options are pear-train's
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from pear_store import PearStoreError, read_checkpoint
+from pear_train import Dataset, Failed, Job, PearTrainError, TrainConfig, train_many
+from pear_train.data.vtab import open_vtab
+from router import RouterError, load_backbone
+
+GROUPS = {
+    "natural": ("cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"),
+    "specialized": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
+    "structured": ("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi",
+                   "smallnorb_ele"),
+}  # fmt: skip
+CONVENTIONS: dict[str, Any] = {"epochs": 100, "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 64, "warmup": 0.1}
+"""Those of the published numbers."""
+PUBLISHED = {"linear": 60.5, "LoRA": 75.2, "FacT-TK": 75.7, "RepAdapter": 75.8, "AdaptFormer": 76.0, "Convpass": 76.4}
+"""Average of the three group means; ViT-B/16 in21k, a uniform re-run: tuned on val, last epoch (docs/method.md)."""
+
+
+@click.command(help=__doc__)
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where task checkpoints go.")
+@click.option("--backbone", default="vit_base_patch16_224.augreg_in21k", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path))
+@click.option("--tasks", help="Comma-separated; all 19 by default.")
+@click.option("--tune", is_flag=True, help="Train on 800 images, report val of 200.")
+@click.option("--together", default=1, show_default=True, type=click.IntRange(1), help="Tasks in one batch.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="OPTION=VALUE", help="An option of pear-train's, such as ratio=0.75."
+)
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    folder: Path, out: Path, backbone: str, weights: Path | None, tasks: str | None, tune: bool, together: int,
+    changes: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    names = tasks.split(",") if tasks else [name for group in GROUPS.values() for name in group]
+    try:
+        for name in names:
+            if not (folder / name).is_dir():
+                raise click.ClickException(f"{folder / name}: no such folder: expected VTAB-1k's task {name!r} there")
+        configs = {
+            name: TrainConfig(task=name, select="last", **{**CONVENTIONS, **_options(changes)}) for name in names
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        jobs = [
+            Job(configs[name], partial(_open, folder / name, tune), out / f"{name}.safetensors")
+            for name in names if not _is_done(out / f"{name}.safetensors", configs[name], tune)
+        ]  # fmt: skip
+        loaded = load_backbone(backbone, weights)
+        failed = False
+        for result in train_many(jobs, loaded, together=together):
+            if isinstance(result, Failed):
+                failed = True
+                click.echo(f"Error: {result.task}: {result.error}", err=True)
+            else:
+                click.echo(f"{result.task}: {result.seconds:.0f} s", err=True)
+    except (PearTrainError, RouterError, PearStoreError) as error:
+        raise click.ClickException(str(error)) from None
+    table = score(names, out, "val_top1" if tune else "test_top1")
+    if as_json:
+        click.echo(json.dumps(table))
+    else:
+        show(table, tune)
+    sys.exit(1 if failed else 0)
+
+
+def _open(path: Path, tune: bool) -> Dataset:
+    return replace(open_vtab(path), test=None) if tune else open_vtab(path, whole=True)
+
+
+def _options(changes: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    unknown = [name for name in found if name not in TrainConfig.__dataclass_fields__ or name == "task"]
+    if unknown:
+        raise click.ClickException(f"--set {unknown[0]}: expected an option of pear-train's")
+    return found
+
+
+def _is_done(path: Path, config: TrainConfig, tune: bool) -> bool:
+    if not path.exists():
+        return False
+    record = read_checkpoint(path).record["training"]
+    written = {**record, "importance": record.get("importance_score")}
+    same = all(written.get(key) == value for key, value in vars(config).items() if key not in ("task", "device"))
+    return same and ("together" in record["data"]) == (not tune)
+
+
+def score(names: list[str], out: Path, metric: str) -> dict[str, Any]:
+    """Top-1 of each task in %, the means of the groups, and their average; None where a task is missing."""
+    found: dict[str, Any] = {}
+    for name in names:
+        path = out / f"{name}.safetensors"
+        value = read_checkpoint(path).record["metrics"].get(metric) if path.exists() else None
+        found[name] = None if value is None else round(100 * value, 2)
+    means = {}
+    for group, members in GROUPS.items():
+        values = [found.get(name) for name in members]
+        means[group] = None if None in values else round(sum(values) / len(values), 2)  # type: ignore[arg-type]
+    whole = None if None in means.values() else round(sum(means.values()) / 3, 2)  # type: ignore[arg-type]
+    return {"tasks": found, **means, "average": whole}
+
+
+def show(table: dict[str, Any], tune: bool) -> None:
+    rows = [(name, value) for name, value in table["tasks"].items()]
+    rows += [(f"{group} (mean)", table[group]) for group in GROUPS]
+    rows.append(("average of the group means", table["average"]))
+    click.echo(tabulate(rows, headers=("task", "val, %" if tune else "test, %"), missingval="-", floatfmt=".2f"))
+    if not tune:
+        others = ", ".join(f"{name} {value}" for name, value in PUBLISHED.items())
+        click.echo(f"published, ViT-B/16 in21k, one set of options, last epoch: {others}")
+
+
+if __name__ == "__main__":
+    main()
