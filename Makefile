@@ -26,7 +26,8 @@ lint: $(VENV)/dev.installed
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/pear_tiny.py --data ../shared/data \
 		--deit ../shared/weights/deit_tiny_patch16_224.safetensors --out benchmarks/results/pear_tiny.json
-	$(BIN)/python benchmarks/four_tasks.py --shared ../shared --work runs/four_tasks --out docs/results
+	for stage in sweep sharing final; do $(BIN)/python benchmarks/study.py $$stage --shared ../shared || exit 1; done
+	$(BIN)/python benchmarks/study_report.py
 
 $(VENV)/%.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
