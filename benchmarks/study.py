@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from pear_train import Dataset, TrainConfig, open_dataset
 from pear_train.data import Pixels
-from pear_train.loop import Job, _Active, _Trainer
+from pear_train.loop import _Trainer
 from pear_train.record import stored_bytes, to_task
 from pear_train.run import TaskRun, in_batches, preprocess_record
 from router import Backbone, Preprocess, Router, load_backbone
@@ -190,9 +190,8 @@ class Study:
 
     def _steps(self, trainer: _Trainer, run: StudyRun, until: int) -> None:
         """Steps up to number `until` of the run; the step before pruning is the last that can be shared."""
-        active = _Active(Job(run.config, lambda: run.dataset, Path()), run, 0.0)
         while (run.epoch - 1) * run.batches + run.batch < until and not run.finished:
-            trainer.step([active])
+            trainer.step([(run, trainer.batch(run))])
             run.after_step()
 
     @torch.no_grad()

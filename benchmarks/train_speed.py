@@ -49,7 +49,7 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
         active = [trainer.start(Job(config, lambda: data, Path(os.devnull)), None, ()) for _ in range(count)]
 
         def step() -> None:
-            trainer.step(active)
+            trainer.step([(one.run, trainer.batch(one.run)) for one in active])
             for one in active:
                 one.run.optimiser.step()
 

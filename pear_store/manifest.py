@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from pear_store.checkpoint import PARTS, Task, map_tensor_names, tensor_names
+from pear_store.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
 from pear_store.digest import RawTensor
 
 
@@ -27,7 +27,8 @@ def with_plain_names(task: Task) -> Task:
         for part in PARTS:
             if part in entry:
                 names.setdefault(entry[part], f"{adapter}.{part}")
-            if part in entry.get("quant", {}):
+        if "quant" in entry:
+            for part in ("down", outer_part(entry)):
                 names.setdefault(entry["quant"][part]["scale"], f"{adapter}.{part}.scale")
     if record["head"] is not None:
         for side in ("weight", "bias"):

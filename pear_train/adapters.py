@@ -96,9 +96,7 @@ class AdapterSet(nn.Module):
         down, up = self.matrices(adapter)
         if self.bits is None or adapter in self.frozen:
             return down, up
-        if down.requires_grad:
-            down = fake_quantise(down, self.bits, rank_axis=1)
-        return down, fake_quantise(up, self.bits, rank_axis=0)
+        return fake_quantise(down, self.bits, rank_axis=1), fake_quantise(up, self.bits, rank_axis=0)
 
     def position_weights(self) -> dict[str, PositionWeights]:
         """What each position adds: its branches concatenated along the rank, scales in `up`."""

@@ -12,13 +12,14 @@ from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
 from pear_train.config import TrainConfig
 from pear_train.errors import ConfigError
 from router import AdaptedBackbone
-from router.slots import adapter_matrix
+from router.slots import adapter_matrix, adapter_shape
 
 
 class Bank:
     """The adapters of stored tasks, by the positions that use them.
 
-    Tasks of another backbone or activation are passed over: their adapters mean nothing here.
+    Tasks of another backbone or activation are passed over, and so is what stands at other positions than this run's,
+    or has not their widths: it means nothing here.
 
     Args:
         cores: adapters are borrowed with a new core: offer them without the one that a stored task has for them.
@@ -35,6 +36,8 @@ class Bank:
                 continue
             for position, branches in task.positions.items():
                 for branch in branches:
+                    if widths_of(task, branch.adapter) != adapted.widths.get(position):
+                        continue
                     frozen = stored_adapter(task, branch.adapter, "bank", with_core=not cores)
                     key = tuple(tensor.digest for tensor in frozen.tensors.values())
                     name = names.setdefault(key, f"b{len(names)}")
@@ -102,13 +105,18 @@ class Bank:
         return FrozenAdapter("bank", down, up / max(norm, 1e-12))
 
 
+def widths_of(task: Task, adapter: str) -> tuple[int, int]:
+    """(d_in, d_out) of a stored adapter."""
+    return adapter_shape(task, adapter, "down")[0], adapter_shape(task, adapter, "up")[1]
+
+
 def stored_adapter(task: Task, name: str, role: str, with_core: bool = True) -> FrozenAdapter:
     """An adapter of a task as it will be written again, tensor for tensor, with or without its core."""
     entry = dict(task.record["adapters"][name])
     if "basis" in entry and not with_core:
         entry["up"] = entry.pop("basis")
-        if "quant" in entry:
-            entry["quant"] = {"up" if key == "basis" else key: value for key, value in entry["quant"].items()}
+        if quant := entry.get("quant"):
+            entry["quant"] = {"bits": quant["bits"], "down": quant["down"], "up": quant["basis"]}
     plain = Task({**task.record, "adapters": {name: entry}}, task.tensors)
     down, up = (torch.from_numpy(adapter_matrix(plain, name, side).astype("f4")) for side in ("down", "up"))
     used = sorted(tensor_names({"adapters": {name: entry}, "head": None}))
@@ -139,7 +147,15 @@ def base_adapters(base: Task, adapted: AdaptedBackbone, positions: Sequence[str]
         raise ConfigError(f"{name}: its activation is {base.activation!r}: train with it, not {config.activation!r}")
     if strangers := [p for p in base.positions if p not in positions]:
         raise ConfigError(f"{name}: has adapters at {strangers[0]!r}: not among the positions {config.positions!r}")
-    level = adapted.levels.of
+    for position, branches in base.positions.items():
+        if (found := widths_of(base, branches[0].adapter)) != adapted.widths[position]:
+            raise ConfigError(f"{name}: widths {found} at {position!r}: the backbone's are {adapted.widths[position]}")
+    level, blocks = adapted.levels.of, len(adapted.levels.blocks)
+    if config.base_blocks >= blocks:
+        raise ConfigError(
+            f"base blocks {config.base_blocks}: {adapted.backbone.name} has {blocks} blocks at which tasks may part: "
+            "expected fewer than that"
+        )
     lower = [p for p in positions if level.get(p, 0) <= config.base_blocks]
     frozen = {p: base.positions[p] for p in lower if p in base.positions}
     used = dict.fromkeys(branch.adapter for branches in frozen.values() for branch in branches)

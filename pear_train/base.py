@@ -10,7 +10,7 @@ import torch
 from pear_store import make_task, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
-from pear_train.errors import ConfigError
+from pear_train.errors import ConfigError, DataError
 from pear_train.loop import Step
 from pear_train.record import to_task
 from pear_train.run import TaskRun
@@ -53,6 +53,7 @@ def train_base(
             sizes = f"{run.record['input_size'][1:]} and {first.record['input_size'][1:]}"
             raise ConfigError(f"base set: tasks of one input size expected, found {sizes}")
         run.adapters = first.adapters
+    own = [run.batches for run in runs]
     parameters = [*first.adapters.trained().values(), *(p for run in runs for p in run.head.parameters())]
     first.optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     first.batches = max(run.batches for run in runs)
@@ -61,15 +62,16 @@ def train_base(
             first.epoch, first.batch = epoch, batch
             first.before_step()
             rows = []
-            for run in runs:
-                if run is not first:
-                    run.batch = batch % run.batches
+            for run, batches in zip(runs, own, strict=True):
+                run.batch = batch % batches
                 rows.append(run.next_rows())
             images = torch.cat([run.images(r) for run, r in zip(runs, rows, strict=True)])
             features = adapted.features(images, first.step_weights(), first.autocast)
             parts = torch.split(features, [len(r) for r in rows])
             losses = [run.loss(part, r) for run, part, r in zip(runs, parts, rows, strict=True)]
             loss = torch.stack(losses).mean()
+            if not bool(torch.isfinite(loss)):
+                raise DataError(f"base set: the loss became {float(loss)}: lower the learning rate, it is {config.lr}")
             loss.backward()  # type: ignore[no-untyped-call]
             first.optimiser.step()
             if progress is not None:

@@ -32,6 +32,7 @@ from pear_train.data import open_dataset
 from pear_train.errors import ConfigError, PearTrainError
 from pear_train.loop import Failed, Job, Result, Step, train_many
 from pear_train.plot import plot_result
+from pear_train.record import is_done
 from pear_train.run import given_digest
 from pear_train.tasks import TaskEntry, read_tasks
 from router import RouterError, load_backbone
@@ -150,10 +151,11 @@ def main(
             _answer(asdict(made), as_json, f"{out}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes")
             return
         paths = {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries}
+        given = given_digest(start, offered)
         jobs = [
             Job(e.config, partial(open_dataset, e.data, data_root), paths[e.config.task])
             for e in entries
-            if not (many and _is_done(paths[e.config.task], e.config, given_digest(start, offered)))
+            if not (many and is_done(paths[e.config.task], e.config, loaded, Path(e.data).name, given))
         ]
         if len(jobs) < len(entries):
             click.echo(f"tasks     {len(entries) - len(jobs)} of {len(entries)} are trained already", err=True)
@@ -199,17 +201,6 @@ def _on_gpu(device: str | None) -> bool:
     import torch
 
     return torch.cuda.is_available() if device is None else device.startswith("cuda")
-
-
-def _is_done(path: Path, config: TrainConfig, given: str | None) -> bool:
-    """Whether a task checkpoint was trained with these options, base and bank."""
-    if not path.exists():
-        return False
-    record = read_checkpoint(path).record["training"]
-    written = {**record, "importance": record.get("importance_score")}
-    return record.get("given") == given and all(
-        written.get(k) == v for k, v in asdict(config).items() if k not in ("task", "device")
-    )
 
 
 class _Progress:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pear_store import Task, read_checkpoint, write_checkpoint
+from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels
 from pear_train.errors import PearTrainError
@@ -130,7 +130,7 @@ def train_many(
     waiting = iter(jobs)
     trainer: _Trainer | None = None
     active: list[_Active] = []
-    errors: tuple[type[Exception], ...] = (PearTrainError, RouterError) if careful else ()
+    errors: tuple[type[Exception], ...] = (PearTrainError, RouterError, PearStoreError) if careful else ()
     while True:
         while len(active) < together and (job := next(waiting, None)) is not None:
             try:
@@ -141,23 +141,29 @@ def train_many(
         if not active:
             return
         assert trainer is not None
-        key = _batch_key
-        for _, group in groupby(sorted((one for one in active if not one.run.finished), key=key), key):
-            trainer.step(list(group))
+        ready: list[tuple[_Active, _Batch]] = []
         for one in list(active):
             try:
-                ended = not one.run.finished and one.run.after_step()
+                ready.append((one, trainer.batch(one.run)))
             except errors as error:
                 active.remove(one)
                 yield Failed(one.job.config.task, str(error))
-                continue
-            if progress is not None:
-                progress(_progress(one.run, ended))
-            if one.run.finished:
-                active.remove(one)
-                yield trainer.finish(one)
-            elif ended:
-                save_partial(one.run, one.job.out)
+        ready.sort(key=lambda pair: _batch_key(pair[0].run))
+        for _, group in groupby(ready, lambda pair: _batch_key(pair[0].run)):
+            trainer.step([(one.run, batch) for one, batch in group])
+        for one, _ in ready:
+            try:
+                ended = one.run.after_step()
+                if progress is not None:
+                    progress(_progress(one.run, ended))
+                if one.run.finished:
+                    active.remove(one)
+                    yield trainer.finish(one)
+                elif ended:
+                    save_partial(one.run, one.job.out)
+            except errors as error:
+                active = [other for other in active if other is not one]
+                yield Failed(one.job.config.task, str(error))
 
 
 @dataclass
@@ -167,10 +173,18 @@ class _Active:
     began: float
 
 
-def _batch_key(one: _Active) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Batch:
+    """What a step of one task needs: its images, or for a task without adapters their features."""
+
+    rows: Tensor
+    images: Tensor | None
+    features: Tensor | None
+
+
+def _batch_key(run: TaskRun) -> tuple[Any, ...]:
     """Tasks of one key can share a batch."""
-    config = one.run.config
-    return (bool(one.run.adapters.branches), one.run.record["input_size"], config.activation, str(one.run.autocast))
+    return (bool(run.adapters.branches), run.record["input_size"], run.config.activation, str(run.autocast))
 
 
 class _Trainer:
@@ -187,32 +201,40 @@ class _Trainer:
         resume_partial(run, job.out)
         return _Active(job, run, began)
 
-    def step(self, group: list[_Active]) -> None:
-        """Gradients of one batch of each task."""
-        rows = [one.run.next_rows() for one in group]
-        for one in group:
-            one.run.before_step()
-        runs = [one.run for one in group]
-        if len(runs) == 1 or not runs[0].adapters.branches:
-            parts = [self._alone(run, r) for run, r in zip(runs, rows, strict=True)]
+    def batch(self, run: TaskRun) -> _Batch:
+        """The next batch of a task."""
+        rows = run.next_rows()
+        if run.adapters.branches:
+            return _Batch(rows, run.images(rows), None)
+        return _Batch(rows, None, run.features(run.train_pixels, rows))
+
+    def step(self, group: Sequence[tuple[TaskRun, _Batch]]) -> None:
+        """Gradients of one batch of each task; all have adapters, or none has."""
+        for run, _ in group:
+            run.before_step()
+        run, batch = group[0]
+        if batch.features is not None:
+            parts = [one.features for _, one in group]
+        elif len(group) == 1:
+            assert batch.images is not None
+            parts = [self.adapted.features(batch.images, run.step_weights(), run.autocast)]
         else:
-            parts = self._mixed(runs, rows)
-        losses = [run.loss(part, r) for run, part, r in zip(runs, parts, rows, strict=True)]
+            parts = self._mixed(group)
+        losses = []
+        for (run, batch), part in zip(group, parts, strict=True):
+            assert part is not None
+            losses.append(run.loss(part, batch.rows))
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _alone(self, run: TaskRun, rows: Tensor) -> Tensor:
-        if not run.adapters.branches:
-            return run.features(run.train_pixels, rows)
-        return self.adapted.features(run.images(rows), run.step_weights(), run.autocast)
-
-    def _mixed(self, runs: Sequence[TaskRun], rows: Sequence[Tensor]) -> list[Tensor]:
+    def _mixed(self, group: Sequence[tuple[TaskRun, _Batch]]) -> list[Tensor | None]:
         """Features of each task's batch from one forward; shorter batches are filled up with rows that do not count."""
-        longest = max(map(len, rows))
-        images = [run.images(r) for run, r in zip(runs, rows, strict=True)]
+        images = [batch.images for _, batch in group if batch.images is not None]
+        longest = max(map(len, images))
         filled = torch.cat([torch.cat([i, i[:1].expand(longest - len(i), *i.shape[1:])]) for i in images])
-        weights = stack_weights([run.step_weights() for run in runs], self.adapted.widths, runs[0].config.activation)
-        features = self.adapted.features(filled, weights, runs[0].autocast)
-        return [part[: len(r)] for part, r in zip(features.view(len(runs), longest, -1), rows, strict=True)]
+        run = group[0][0]
+        weights = stack_weights([one.step_weights() for one, _ in group], self.adapted.widths, run.config.activation)
+        features = self.adapted.features(filled, weights, run.autocast)
+        return [part[: len(i)] for part, i in zip(features.view(len(group), longest, -1), images, strict=True)]
 
     def finish(self, one: _Active) -> Result:
         """Writes the checkpoint, and evaluates it as it was written."""
@@ -221,8 +243,12 @@ class _Trainer:
         trainable = sum(p.numel() for group in run.optimiser.param_groups for p in group["params"])
         if run.config.select == "best":
             run.restore(run.best_state)
-        write_checkpoint(out, to_task(run, {}))
-        written = read_checkpoint(out)
+        looked_at = out.with_name(f".{out.name}.evaluated")  # a file at `out` says that the task is done
+        try:
+            write_checkpoint(looked_at, to_task(run, {}))
+            written = read_checkpoint(looked_at)
+        finally:
+            looked_at.unlink(missing_ok=True)
         router = Router(self.backbone, device=self.device)
         router.add(written)
         metrics = {"val_top1": _top1(router, written.name, run.val_pixels)}

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pear_train.adapters import FrozenAdapter, TrainedBranch
+from pear_train.errors import PearTrainError
 from pear_train.record import fingerprint
 from pear_train.run import TaskRun
 from router.tensors import from_torch, to_torch
@@ -25,7 +26,11 @@ def partial_path(out: Path) -> Path:
 
 
 def save_partial(run: TaskRun, out: Path) -> None:
-    """Writes the state at an epoch's end, whole or not at all."""
+    """Writes the state at an epoch's end, whole or not at all.
+
+    Raises:
+        PearTrainError: the disk is full, or does not allow it; an older state is untouched.
+    """
     tensors: dict[str, Tensor] = {f"now {name}": tensor for name, tensor in run.state().items()}
     tensors.update({f"best {name}": tensor for name, tensor in run.best_state.items()})
     for name, parameter in run.tensors().items():
@@ -58,9 +63,15 @@ def save_partial(run: TaskRun, out: Path) -> None:
     }  # fmt: skip
     path = partial_path(out)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary,
-              {"run": json.dumps(record)})  # fmt: skip
-    os.replace(temporary, path)
+    try:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary,
+                  {"run": json.dumps(record)})  # fmt: skip
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise PearTrainError(f"{path}: the run's state cannot be written: {error}") from None
 
 
 def resume_partial(run: TaskRun, out: Path) -> bool:

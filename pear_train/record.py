@@ -3,14 +3,17 @@
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pear_store import RawTensor, Task, make_task
-from pear_store.checkpoint import PARTS, map_tensor_names
+from pear_store import PearStoreError, RawTensor, Task, make_task, read_checkpoint
+from pear_store.checkpoint import PARTS, map_tensor_names, outer_part, tensor_names
+from pear_train.config import TrainConfig
 from pear_train.run import TaskRun
+from router import Backbone
 from router.tensors import from_torch, quantise
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -80,6 +83,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
         "training": {
             **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
             "data": run.dataset.description.partition(": ")[2],
+            "data_name": Path(run.dataset.description.partition(": ")[0]).name,
             "importance_score": config.importance,
             "given": run.given,
             "importance": run.importance,
@@ -91,6 +95,23 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
         },
     }
     return make_task(record, tensors, config.task)
+
+
+def is_done(path: Path, config: TrainConfig, backbone: Backbone, data_name: str, given: str | None) -> bool:
+    """Whether a whole task checkpoint lies there that was trained with these options, backbone, data, base and bank."""
+    try:
+        record = read_checkpoint(path).record
+    except PearStoreError:  # none, or none that is any good
+        return False
+    training = {**record["training"], "importance": record["training"].get("importance_score")}
+    wanted = {key: value for key, value in asdict(config).items() if key not in ("task", "device")}
+    return (
+        record["backbone"]["digest"] == backbone.digest
+        and "val_top1" in record["metrics"]
+        and training.get("data_name") == data_name
+        and training.get("given") == given
+        and all(training.get(key) == value for key, value in wanted.items())
+    )
 
 
 def in_order(run: TaskRun) -> list[str]:
@@ -120,11 +141,8 @@ def stored_bytes(task: Task) -> tuple[int, int, int]:
 
     for entry in task.record["adapters"].values():
         kind = "knowledge" if entry.get("role") == "knowledge" else "adapter"
-        for part in PARTS:
-            if part in entry:
-                count(kind, entry[part])
-            if part in entry.get("quant", {}):
-                count(kind, entry["quant"][part]["scale"])
+        for name in sorted(tensor_names({"adapters": {"": entry}, "head": None})):
+            count(kind, name)
     if (head := task.record["head"]) is not None:
         for side in ("weight", "bias"):
             count("head", head[side])
@@ -146,7 +164,8 @@ def _with_core(entry: Any, core: str) -> dict[str, Any]:
     """A shared adapter's entry with a core of one's own before what was its `up`."""
     made = {**entry, "up": core, "basis": entry["up"]}
     if "quant" in entry:
-        made["quant"] = {"basis" if key == "up" else key: value for key, value in entry["quant"].items()}
+        quant = entry["quant"]
+        made["quant"] = {"bits": quant["bits"], "down": quant["down"], "basis": quant["up"]}
     return made
 
 
@@ -156,6 +175,7 @@ def _names(name: str, entry: Any) -> dict[str, str]:
     for part in PARTS:
         if part in entry:
             names.setdefault(entry[part], f"{name}.{part}")
-        if part in entry.get("quant", {}):
+    if "quant" in entry:
+        for part in ("down", outer_part(entry)):
             names.setdefault(entry["quant"][part]["scale"], f"{name}.{part}.scale")
     return names

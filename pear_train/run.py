@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import Task
+from pear_store.manifest import manifest_hash, to_manifest
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank, base_adapters
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels, augment
-from pear_train.errors import DataError
+from pear_train.errors import ConfigError, DataError
 from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
@@ -62,8 +63,8 @@ class TaskRun:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
         self.given = given_digest(base, bank)
-        self.bank = Bank(bank, adapted, config.activation, cores=config.borrow == "core")
         self.adapters = self._make_adapters(base).to(self.device)
+        self.bank = Bank(bank, adapted, config.activation, cores=config.borrow == "core")
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -95,6 +96,8 @@ class TaskRun:
         common, bits = config.down == "common", {"Q8": 8, "Q4": 4, "Q1": 1}.get(config.tensor_dtype)
         given = None if base is None else base_adapters(base, adapted, positions, config)
         trained = [p for p in positions if given is None or p not in given.frozen]
+        if positions and not trained:
+            raise ConfigError(f"positions {config.positions!r}: all lie in blocks that take the base set frozen")
         widths = {position: adapted.widths[position] for position in trained}
         made = AdapterSet(widths, config.rank, config.activation, config.scale, self.generator, common, bits)
         if given is not None:
@@ -382,9 +385,11 @@ class TaskRun:
 
 
 def given_digest(base: Task | None, bank: Sequence[Task]) -> str | None:
-    """A sha256 of what base and bank hold; None without either."""
-    given = sorted({tensor.digest for task in (*([base] if base else []), *bank) for tensor in task.tensors.values()})
-    return hashlib.sha256("\n".join(given).encode()).hexdigest() if given else None
+    """A sha256 of what base and bank are; None without either."""
+    lines = [f"bank {manifest_hash(to_manifest(task)).hex()}" for task in bank]
+    if base is not None:
+        lines.append(f"base {manifest_hash(to_manifest(base)).hex()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else None
 
 
 def in_batches(pixels: Pixels, size: int = EVAL_BATCH) -> list[Tensor]:

@@ -46,7 +46,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
     tasks = record.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')
-    common = _checked(path, "the options of all tasks", record)
+    common = checked_options(f"{path}: the options of all tasks", record)
     entries, folded = [], set()
     for name, table in tasks.items():
         where = f"task {name!r}"
@@ -57,7 +57,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         folded.add(name.casefold())
         if not isinstance(table, dict) or not isinstance(table.get("data"), str):
             raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')
-        options = _checked(path, where, {key: value for key, value in table.items() if key != "data"})
+        options = checked_options(f"{path}: {where}", {key: value for key, value in table.items() if key != "data"})
         try:
             config = TrainConfig(task=name, **{**given, **common, **options})
         except ConfigError as error:
@@ -67,17 +67,21 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
     return entries
 
 
-def _checked(path: Path, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names as fields, each of its field's type."""
+def checked_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names as fields of TrainConfig, each of its field's type.
+
+    Raises:
+        ConfigError: beginning with `where`: an option that there is not, or a value of another type.
+    """
     found = {}
     for key, value in options.items():
         name = re.sub("-", "_", key)
         if name not in _OPTIONS:
-            raise ConfigError(f"{path}: {where}: unknown option {key!r}: expected one of {', '.join(_OPTIONS)}")
+            raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(_OPTIONS)}")
         allowed = {kind: _TYPES[kind] for kind in _kinds(_OPTIONS[name])}
         good = any(type(value) in kinds for kinds in allowed.values())
         if not good:
-            raise ConfigError(f"{path}: {where}: {key} = {value!r}: expected {' or '.join(allowed)}")
+            raise ConfigError(f"{where}: {key} = {value!r}: expected {' or '.join(allowed)}")
         found[name] = float(value) if "float" in allowed else value
     return found
 

@@ -22,6 +22,8 @@ from tabulate import tabulate
 from pear_store import PearStoreError, read_checkpoint
 from pear_train import Dataset, Failed, Job, PearTrainError, TrainConfig, train_many
 from pear_train.data.vtab import open_vtab
+from pear_train.record import is_done
+from pear_train.tasks import checked_options
 from router import RouterError, load_backbone
 
 GROUPS = {
@@ -30,10 +32,11 @@ GROUPS = {
     "structured": ("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi",
                    "smallnorb_ele"),
 }  # fmt: skip
-CONVENTIONS: dict[str, Any] = {"epochs": 100, "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 64, "warmup": 0.1}
+CONVENTIONS: dict[str, Any] = {"epochs": 100, "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 64, "warmup": 0.1,
+                               "select": "last"}  # fmt: skip
 """Those of the published numbers."""
 PUBLISHED = {"linear": 60.5, "LoRA": 75.2, "FacT-TK": 75.7, "RepAdapter": 75.8, "AdaptFormer": 76.0, "Convpass": 76.4}
-"""Average of the three group means; ViT-B/16 in21k, a uniform re-run: tuned on val, last epoch (docs/method.md)."""
+"""Average of the three group means; ViT-B/16 in21k, a uniform re-run: tuned on val, last epoch."""
 
 
 @click.command(help=__doc__)
@@ -57,15 +60,21 @@ def main(
         for name in names:
             if not (folder / name).is_dir():
                 raise click.ClickException(f"{folder / name}: no such folder: expected VTAB-1k's task {name!r} there")
-        configs = {
-            name: TrainConfig(task=name, select="last", **{**CONVENTIONS, **_options(changes)}) for name in names
-        }
+        options = {**CONVENTIONS, **_options(changes)}
+        configs = {name: TrainConfig(task=name, **options) for name in names}
+        loaded = load_backbone(backbone, weights)
         out.mkdir(parents=True, exist_ok=True)
+
+        def done(name: str) -> bool:
+            path = out / f"{name}.safetensors"
+            if not is_done(path, configs[name], loaded, name, None):
+                return False
+            return ("together" in read_checkpoint(path).record["training"]["data"]) == (not tune)
+
         jobs = [
             Job(configs[name], partial(_open, folder / name, tune), out / f"{name}.safetensors")
-            for name in names if not _is_done(out / f"{name}.safetensors", configs[name], tune)
+            for name in names if not done(name)
         ]  # fmt: skip
-        loaded = load_backbone(backbone, weights)
         failed = False
         for result in train_many(jobs, loaded, together=together):
             if isinstance(result, Failed):
@@ -75,7 +84,7 @@ def main(
                 click.echo(f"{result.task}: {result.seconds:.0f} s", err=True)
     except (PearTrainError, RouterError, PearStoreError) as error:
         raise click.ClickException(str(error)) from None
-    table = score(names, out, "val_top1" if tune else "test_top1")
+    table = score([name for name in names if done(name)], names, out, "val_top1" if tune else "test_top1")
     if as_json:
         click.echo(json.dumps(table))
     else:
@@ -92,30 +101,18 @@ def _options(changes: tuple[str, ...]) -> dict[str, Any]:
     for change in changes:
         name, _, value = change.partition("=")
         try:
-            found[name.replace("-", "_")] = json.loads(value)
+            found[name] = json.loads(value)
         except ValueError:
-            found[name.replace("-", "_")] = value
-    unknown = [name for name in found if name not in TrainConfig.__dataclass_fields__ or name == "task"]
-    if unknown:
-        raise click.ClickException(f"--set {unknown[0]}: expected an option of pear-train's")
-    return found
+            found[name] = value
+    return checked_options("--set", found)
 
 
-def _is_done(path: Path, config: TrainConfig, tune: bool) -> bool:
-    if not path.exists():
-        return False
-    record = read_checkpoint(path).record["training"]
-    written = {**record, "importance": record.get("importance_score")}
-    same = all(written.get(key) == value for key, value in vars(config).items() if key not in ("task", "device"))
-    return same and ("together" in record["data"]) == (not tune)
-
-
-def score(names: list[str], out: Path, metric: str) -> dict[str, Any]:
+def score(done: list[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:
     """Top-1 of each task in %, the means of the groups, and their average; None where a task is missing."""
     found: dict[str, Any] = {}
     for name in names:
         path = out / f"{name}.safetensors"
-        value = read_checkpoint(path).record["metrics"].get(metric) if path.exists() else None
+        value = read_checkpoint(path).record["metrics"].get(metric) if name in done else None
         found[name] = None if value is None else round(100 * value, 2)
     means = {}
     for group, members in GROUPS.items():

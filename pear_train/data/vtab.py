@@ -26,7 +26,7 @@ def open_vtab(path: Path, whole: bool = False) -> Dataset:
     count = max(int(split.targets.max()) for split in splits.values() if len(split)) + 1
     classes = tuple(str(i) for i in range(count))
     described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
-    return Dataset(described, classes, splits["train"], splits["val"], splits["test"])
+    return Dataset(described, classes, splits["train"], splits["val"], splits["test"], all_in_train=False)
 
 
 def _read(path: Path, name: str) -> Split:

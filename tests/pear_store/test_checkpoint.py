@@ -181,6 +181,26 @@ def test_cores_and_quantised_heads_are_stored_and_exported(tmp_path: Path) -> No
     assert again.tensors.keys() == found.keys() - {"head.s"} | {"head.weight.scale"}
 
 
+def test_strange_keys_beside_codes_are_kept_and_do_no_harm(tmp_path: Path) -> None:
+    made = change("adapters/a0/quant", {
+        "bits": 1, "down": {"shape": [6, 2], "scale": "ds"}, "up": {"shape": [2, 6], "scale": "us"}, "basis": 7,
+    })  # fmt: skip
+    found = {
+        **{name: t for name, t in tensors().items() if name.startswith("head")},
+        "a0.down": RawTensor("U8", (2,), b"\1\2"), "a0.up": RawTensor("U8", (2,), b"\3\4"),
+        "ds": floats([1.0, 2.0]), "us": floats([1.0, 2.0]),
+    }  # fmt: skip
+    with Store.create(tmp_path / "s") as store:
+        store.add(write_and_name(tmp_path / "t", make_task(made, found)))
+        store.export("dtd", tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again").record["adapters"]["a0"]["quant"]["basis"] == 7
+
+
+def write_and_name(path: Path, task: Any) -> Path:
+    write_checkpoint(path, task)
+    return path
+
+
 @pytest.mark.parametrize(
     ("changes", "tensor", "message"),
     [

@@ -50,7 +50,7 @@ def finish(run: TaskRun, backbone: Backbone, out: Path) -> Any:
     trainer.adapted = run.adapted
     active = _Active(Job(run.config, lambda: run.dataset, out), run, 0.0)
     while not run.finished:
-        trainer.step([active])
+        trainer.step([(run, trainer.batch(run))])
         run.after_step()
     return trainer.finish(active)
 

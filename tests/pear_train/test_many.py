@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,28 @@ import torch
 from click.testing import CliRunner
 from click.testing import Result as Ran
 
-from pear_store import Store, read_checkpoint
-from pear_train import ConfigError, Failed, Job, Result, TrainConfig, open_dataset, read_tasks, train, train_many
+from pear_store import Store, make_task, read_checkpoint, write_checkpoint
+from pear_train import (
+    ConfigError,
+    Failed,
+    Job,
+    Result,
+    Split,
+    TrainConfig,
+    open_dataset,
+    read_tasks,
+    train,
+    train_base,
+    train_many,
+)
 from pear_train.cli import main
 from pear_train.loop import Step
 from pear_train.partial import partial_path
-from router import Backbone, Router
+from pear_train.record import is_done
+from pear_train.run import given_digest
+from router import Backbone, ImageError, Router
 from router.tensors import to_torch
+from tests.conftest import floats
 
 
 def write_stripes(path: Path, classes: int, count: int, seed: int = 0) -> Path:
@@ -94,6 +110,50 @@ def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, t
     assert isinstance(failed := results["t0"], Failed) and "lower the learning rate" in failed.error
     assert isinstance(failed := results["gone"], Failed) and "no such file or folder" in failed.error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t1"]
+
+
+def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
+    folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    """An unreadable test image shows only at the end; a disk that fills up, in between."""
+    good = open_dataset(str(folder / "t0.npz"))
+    assert good.test is not None
+
+    def unreadable(_: int) -> Any:
+        raise ImageError("0.png: cannot be read")
+
+    bad = replace(good, test=Split(unreadable, good.test.targets))
+    (tmp_path / "full").mkdir()
+    jobs = [
+        Job(config("bad"), lambda: bad, tmp_path / "bad"),
+        Job(config("full"), lambda: good, tmp_path / "full" / "gone" / "full"),
+        Job(config("t0"), lambda: good, tmp_path / "t0"),
+    ]
+    results = {result.task: result for result in train_many(jobs, backbone, together=3)}
+    assert isinstance(failed := results["bad"], Failed) and "cannot be read" in failed.error
+    assert isinstance(failed := results["full"], Failed) and "the run's state cannot be written" in failed.error
+    assert isinstance(results["t0"], Result)
+    assert not (tmp_path / "bad").exists()
+    assert partial_path(tmp_path / "bad").exists()
+    again = list(train_many([Job(config("bad"), lambda: good, tmp_path / "bad")], backbone))
+    assert isinstance(again[0], Result) and not partial_path(tmp_path / "bad").exists()
+    task = read_checkpoint(tmp_path / "bad")
+    assert is_done(tmp_path / "bad", config("bad"), backbone, "t0.npz", None)
+    for changes in ({"metrics": {}}, {"backbone": {"model": "x", "digest": "sha256:" + "0" * 64}}):
+        write_checkpoint(tmp_path / "bad", make_task({**task.record, **changes}, task.tensors))
+        assert not is_done(tmp_path / "bad", config("bad"), backbone, "t0.npz", None)
+    write_checkpoint(tmp_path / "bad", task)
+    assert not is_done(tmp_path / "bad", config("bad"), backbone, "t1.npz", None)
+    assert not is_done(tmp_path / "bad", config("bad", lr=1e-3), backbone, "t0.npz", None)
+    (tmp_path / "bad").write_bytes(b"torn")
+    assert not is_done(tmp_path / "bad", config("bad"), backbone, "t0.npz", None)
+
+
+def test_what_a_run_is_given_tells_base_from_bank(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    train(config("t0", method="adapters", epochs=1), backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "t0")
+    task = read_checkpoint(tmp_path / "t0")
+    assert given_digest(None, []) is None
+    assert given_digest(task, []) != given_digest(None, [task])
 
 
 _CHILD = """
@@ -218,6 +278,43 @@ def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backb
     task = read_checkpoint(tmp_path / "t0")
     stranger = type(task)({**task.record, "backbone": {"model": "x", "digest": "sha256:" + "0" * 64}}, task.tensors)
     assert train(config("t0"), backbone, data, tmp_path / "t1", bank=[stranger]).banked == {}
+
+
+def test_strange_stored_tasks_are_passed_over_or_refused(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    """Of the right backbone by name, but with adapters of other widths, as a hostile checkpoint may have."""
+    data = open_dataset(str(folder / "t0.npz"))
+    train(config("t0", method="adapters", epochs=1), backbone, data, tmp_path / "t0")
+    task = read_checkpoint(tmp_path / "t0")
+    small = {
+        f"a{i}.{side}": floats(np.ones(shape)) for i in range(12) for side, shape in (("down", (5, 2)), ("up", (2, 5)))
+    }
+    head = {name: tensor for name, tensor in task.tensors.items() if name.startswith("head")}
+    odd = make_task(task.record, {**head, **small})
+    assert not any(train(config("t1"), backbone, data, tmp_path / "t1", bank=[odd]).banked.values())
+    with pytest.raises(ConfigError, match=r"widths \(5, 5\) at 'blocks.0.attn': the backbone's are \(192, 192\)"):
+        train(config("t1"), backbone, data, tmp_path / "t1", base=odd)
+    with pytest.raises(ConfigError, match="has 6 blocks at which tasks may part: expected fewer"):
+        train(config("t1", base_blocks=6), backbone, data, tmp_path / "t1", base=task)
+
+
+@pytest.mark.parametrize("bits", ["Q4", "Q1"])
+def test_common_down_in_codes_is_trained_as_it_is_written(
+    bits: str, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = open_dataset(str(folder / "t0.npz"))
+    result = train(config("t0", down="common", method="adapters", tensor_dtype=bits), backbone, data, tmp_path / "t0")
+    assert result.history[-1]["val_top1"] == result.val_top1
+
+
+def test_a_base_of_tasks_of_unequal_length(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    """The first is the shortest: it begins again, and is seen in every step."""
+    write_stripes(tmp_path / "short.npz", 2, 20)
+    data = [open_dataset(str(tmp_path / "short.npz")), open_dataset(str(folder / "t1.npz"))]
+    steps: list[Step] = []
+    made = train_base([config("short", augment="crop"), config("t1")], backbone, data, tmp_path / "base", steps.append)
+    assert len(steps) == 4 * 4
+    assert all(np.isfinite(step.loss) for step in steps)
+    assert set(made.val_top1) == {"short", "t1"}
 
 
 def test_common_down_is_the_same_for_every_task(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
