@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pear_store.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
@@ -19,17 +20,25 @@ def manifest_hash(manifest: bytes) -> bytes:
     return hashlib.sha256(manifest).digest()
 
 
+def plain_names(adapter: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """For each tensor name that an adapter's entry uses, one after its use."""
+    names: dict[str, str] = {}
+    for part in PARTS:
+        if part in entry:
+            names.setdefault(entry[part], f"{adapter}.{part}")
+    if "quant" in entry:
+        for part in ("down", outer_part(entry)):
+            names.setdefault(entry["quant"][part]["scale"], f"{adapter}.{part}.scale")
+    return names
+
+
 def with_plain_names(task: Task) -> Task:
     """The task with its tensors named after their use (``a3.down``, ``head.weight``) instead of by digest."""
     names: dict[str, str] = {}
     record: dict[str, Any] = dict(task.record)
     for adapter, entry in record["adapters"].items():
-        for part in PARTS:
-            if part in entry:
-                names.setdefault(entry[part], f"{adapter}.{part}")
-        if "quant" in entry:
-            for part in ("down", outer_part(entry)):
-                names.setdefault(entry["quant"][part]["scale"], f"{adapter}.{part}.scale")
+        for stored, plain in plain_names(adapter, entry).items():
+            names.setdefault(stored, plain)
     if record["head"] is not None:
         for side in ("weight", "bias"):
             names.setdefault(record["head"][side], f"head.{side}")

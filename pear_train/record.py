@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pear_store import PearStoreError, RawTensor, Task, make_task, read_checkpoint
-from pear_store.checkpoint import PARTS, map_tensor_names, outer_part, tensor_names
+from pear_store.checkpoint import map_tensor_names, tensor_names
+from pear_store.manifest import plain_names
 from pear_train.config import TrainConfig
 from pear_train.run import TaskRun
 from router import Backbone
@@ -28,7 +29,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
     for name in adapters.used():
         frozen = adapters.frozen.get(name)
         if frozen is not None and frozen.entry is not None:  # a stored one goes back as it came, whatever its form
-            own = _names(name, frozen.entry)
+            own = plain_names(name, frozen.entry)
             stored = {key: value for key, value in frozen.entry.items() if key != "role"}
             renamed = map_tensor_names({"adapters": {name: stored}, "head": None}, own.__getitem__)
             entries[name] = renamed["adapters"][name]
@@ -167,15 +168,3 @@ def _with_core(entry: Any, core: str) -> dict[str, Any]:
         quant = entry["quant"]
         made["quant"] = {"bits": quant["bits"], "down": quant["down"], "basis": quant["up"]}
     return made
-
-
-def _names(name: str, entry: Any) -> dict[str, str]:
-    """Plain names for the tensors of a stored adapter."""
-    names: dict[str, str] = {}
-    for part in PARTS:
-        if part in entry:
-            names.setdefault(entry[part], f"{name}.{part}")
-    if "quant" in entry:
-        for part in ("down", outer_part(entry)):
-            names.setdefault(entry["quant"][part]["scale"], f"{name}.{part}.scale")
-    return names
