@@ -11,7 +11,6 @@ variant's own.
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,6 +75,12 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
     return peft_step
 
 
+def resident_peak() -> int:
+    """Bytes; not getrusage's, which a child inherits from the process that started it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 @click.command(help=__doc__)
 @click.option("--weights", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -87,11 +92,7 @@ def main(weights: Path, device: str, rounds: int, out: Path, memory: str | None)
         step = stepper(memory, weights, device)
         for _ in range(3):
             step()
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if device == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
         click.echo(json.dumps(peak))
         return
     steps = {name: stepper(name, weights, device) for name in VARIANTS}
