@@ -55,7 +55,7 @@ def difference(rows: Rows, a: str, b: str, sets: list[str], seeds: list[int]) ->
         means = [one[chosen][:, random.integers(0, one.shape[1], one.shape[1])].mean() for one in pairs.values()]
         draws.append(np.mean(means))
     low, high = np.percentile(draws, [2.5, 97.5])
-    return (*(100 * float(v) for v in (np.mean([one.mean() for one in pairs.values()]), low, high)),)  # type: ignore[return-value]
+    return 100 * float(np.mean([one.mean() for one in pairs.values()])), 100 * float(low), 100 * float(high)
 
 
 @click.command(help=__doc__)

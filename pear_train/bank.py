@@ -91,10 +91,11 @@ class Bank:
             adapters.branches.update(before)
             for name in units:
                 adapters.frozen.pop(name, None)
-        return {
-            p: sorted(names, key=lambda name, p=p: -float(slopes[p, name].square().sum()))[:count]  # type: ignore[misc]
-            for p, names in candidates.items()
-        }
+        chosen = {}
+        for p, names in candidates.items():
+            steepness = {name: float(slopes[p, name].square().sum()) for name in names}
+            chosen[p] = sorted(names, key=steepness.__getitem__, reverse=True)[:count]
+        return chosen
 
     def _unit(self, adapter: FrozenAdapter) -> FrozenAdapter:
         """An adapter's directions with norm 1: of all that a core allows, or of its one matrix."""

@@ -13,6 +13,7 @@ DOWN = ("own", "common")
 AUGMENT = ("none", "flip", "crop", "flip+crop")
 SELECT = ("best", "last")
 TENSOR_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4", "Q1")
+CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
 HEAD_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4")
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from pear_store import PearStoreError, RawTensor, Task, make_task, read_checkpoint
 from pear_store.checkpoint import map_tensor_names, tensor_names
 from pear_store.manifest import plain_names
-from pear_train.config import TrainConfig
+from pear_train.config import CODE_BITS, TrainConfig
 from pear_train.run import TaskRun
 from router import Backbone
 from router.tensors import from_torch, quantise
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
 
 
 def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:

@@ -12,7 +12,7 @@ from pear_store import Task
 from pear_store.manifest import manifest_hash, to_manifest
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank, base_adapters
-from pear_train.config import TrainConfig
+from pear_train.config import CODE_BITS, TrainConfig
 from pear_train.data import Dataset, Pixels, augment
 from pear_train.errors import ConfigError, DataError
 from pear_train.importance import gradient_scores, magnitude_scores
@@ -93,7 +93,7 @@ class TaskRun:
         config, adapted = self.config, self.adapted
         positions = [] if config.method == "linear" else choose_positions(adapted.backbone.module, config.positions)
         adapted.attach(positions)
-        common, bits = config.down == "common", {"Q8": 8, "Q4": 4, "Q1": 1}.get(config.tensor_dtype)
+        common, bits = config.down == "common", CODE_BITS.get(config.tensor_dtype)
         given = None if base is None else base_adapters(base, adapted, positions, config)
         trained = [p for p in positions if given is None or p not in given.frozen]
         if positions and not trained:

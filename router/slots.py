@@ -507,8 +507,9 @@ def _part_matrix(task: Task, entry: Mapping[str, Any], part: str) -> NDArray[np.
         return to_numpy(task.tensors[entry[part]])
     stored, form = to_torch(task.tensors[entry[part]], copy=False), entry["quant"][part]
     scale = to_torch(task.tensors[form["scale"]], copy=False)
-    found = dequantise(stored, scale, tuple(form["shape"]), entry["quant"]["bits"], 1 if part == "down" else 0)
-    return found.numpy()  # type: ignore[no-any-return, unused-ignore]
+    axis, shape = 1 if part == "down" else 0, tuple(form["shape"])
+    found: NDArray[np.floating[Any]] = dequantise(stored, scale, shape, entry["quant"]["bits"], axis).numpy()
+    return found
 
 
 def adapter_shape(task: Task, adapter: str, side: str) -> tuple[int, int]:
@@ -535,4 +536,5 @@ def head_matrix(task: Task) -> NDArray[np.floating[Any]]:
         return to_numpy(task.tensors[head["weight"]])
     one, stored = head["quant"]["weight"], to_torch(task.tensors[head["weight"]], copy=False)
     scale = to_torch(task.tensors[one["scale"]], copy=False)
-    return dequantise(stored, scale, head_shape(task), head["quant"]["bits"], 0).numpy()  # type: ignore[no-any-return, unused-ignore]
+    found: NDArray[np.floating[Any]] = dequantise(stored, scale, head_shape(task), head["quant"]["bits"], 0).numpy()
+    return found

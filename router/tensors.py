@@ -91,7 +91,8 @@ def fake_quantise(matrix: Tensor, bits: int, rank_axis: int) -> Tensor:
         codes, scale = _codes(matrix.float(), bits, rank_axis)
         top = 2**bits - 1
         change = scale * (2 * codes - top) / top - matrix
-    return matrix + change  # type: ignore[no-any-return, unused-ignore]
+    rounded: Tensor = matrix + change
+    return rounded
 
 
 def dequantise(packed: Tensor, scale: Tensor, shape: tuple[int, int], bits: int, rank_axis: int) -> Tensor:

@@ -116,10 +116,14 @@ def score(done: list[str], names: list[str], out: Path, metric: str) -> dict[str
         found[name] = None if value is None else round(100 * value, 2)
     means = {}
     for group, members in GROUPS.items():
-        values = [found.get(name) for name in members]
-        means[group] = None if None in values else round(sum(values) / len(values), 2)  # type: ignore[arg-type]
-    whole = None if None in means.values() else round(sum(means.values()) / 3, 2)  # type: ignore[arg-type]
-    return {"tasks": found, **means, "average": whole}
+        means[group] = _mean([found.get(name) for name in members])
+    return {"tasks": found, **means, "average": _mean(list(means.values()))}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Rounded to 0.01; None where one is missing."""
+    there = [value for value in values if value is not None]
+    return round(sum(there) / len(there), 2) if len(there) == len(values) else None
 
 
 def show(table: dict[str, Any], tune: bool) -> None:

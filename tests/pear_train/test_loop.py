@@ -90,18 +90,20 @@ def test_one_seed_gives_one_file_and_another_gives_another(stripes: str, backbon
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu"])
+FORMS = [
+    ("nearest", "scale", "none", 1),
+    ("nearest", "core", "none", 1),
+    ("top", "core", "exact", 1),
+    ("similar", "scale", "lowbit", 4),
+    ("none", "scale", "lowbit", 1),
+]
+FOLDS = [("similar", "scale", "fold", 1), ("nearest", "core", "fold", 1)]
+"""For identity alone: test_options_that_clash."""
+
+
 @pytest.mark.parametrize(
-    ("sharing", "borrow", "knowledge", "bits"),
-    [
-        ("nearest", "scale", "none", 1),
-        ("nearest", "core", "none", 1),
-        ("top", "core", "exact", 1),
-        ("similar", "scale", "lowbit", 4),
-        ("none", "scale", "lowbit", 1),
-        ("similar", "scale", "fold", 1),
-        ("nearest", "core", "fold", 1),
-    ],
+    ("activation", "sharing", "borrow", "knowledge", "bits"),
+    [("identity", *form) for form in FORMS + FOLDS] + [("relu", *form) for form in FORMS],
 )
 def test_what_is_trained_is_what_is_routed(
     activation: str,
@@ -114,8 +116,6 @@ def test_what_is_trained_is_what_is_routed(
     tmp_path: Path,
 ) -> None:
     """Logits of the trainer's modules and of the router from the written file agree, single and mixed."""
-    if knowledge == "fold" and activation != "identity":
-        pytest.skip("fold is for identity: refused, see test_options_that_clash")
     data = open_dataset(stripes)
     made = config(activation=activation, sharing=sharing, borrow=borrow, knowledge=knowledge, knowledge_bits=bits,
                   tensor_dtype="F32", head_dtype="F32", select="last")  # fmt: skip
