@@ -252,7 +252,9 @@ def _answer_many(
             "task": row["task"],
             "val %": "" if row["val_top1"] is None else f"{100 * row['val_top1']:.1f}",
             "test %": "" if row["test_top1"] is None else f"{100 * row['test_top1']:.1f}",
-            "result": row.get("error") or ("was there" if row["trained"] is False else f"{row['seconds']:.0f} s"),
+            "result": "failed, see above"
+            if "error" in row
+            else ("was there" if row["trained"] is False else f"{row['seconds']:.0f} s"),
         }
         for row in rows
     ]

@@ -1,6 +1,7 @@
 """Backbones: loading, digest, input sizes, and the attachment of branches at positions."""
 
 import copy
+import difflib
 import fnmatch
 import hashlib
 import re
@@ -94,7 +95,8 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise BackboneError(f"backbone {backbone!r}: {error}") from None
-        near = ", ".join(timm.list_models(f"*{backbone[:12]}*")[:5])
+        known = timm.list_models()
+        near = ", ".join(difflib.get_close_matches(backbone.partition(".")[0], known, 5))
         hint = f"; did you mean {near}?" if near else "; timm.list_models() has the names"
         raise BackboneError(f"backbone {backbone!r}: timm has no model of that name{hint}") from None
     except Exception as error:  # whatever a download can raise: hub, requests, urllib, OSError

@@ -121,7 +121,7 @@ def test_a_size_that_cannot_be_is_said() -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("pear_tinny", None, "timm has no model of that name"),
+        ("pear_tinny", None, "timm has no model of that name; did you mean pear_tiny"),
         ("pear_tiny", "nowhere.safetensors", "nowhere.safetensors: no such file"),
         ("deit_tiny_patch16_224", WEIGHTS, "are these another model's weights"),
     ],
