@@ -102,7 +102,7 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         packs[pack].needed = True
         return packs[pack]
 
-    needed = 0
+    manifests = 0
     recording = view.packs_in("names", 8) | view.packs_in("tags", 12) | view.packs_in("removed", 32)
     for key, value in view.every("versions"):
         if key in dropped:
@@ -119,8 +119,8 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
             if marks[manifest.number]:
                 continue
             marks[manifest.number] = 1
+            manifests += 1
             for number in manifest.tensors:
-                needed += not marks[number]
                 marks[number] = 1
         except IndexError:
             raise DamagedError("the index's count of numbers", "too small") from None
@@ -147,6 +147,7 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
             marked.removed_bytes += sum(compress(row.lengths, fresh))
             packs[pack].contents = ContentsRow(row.numbers, row.lengths, dead)
     marked.lost = packs.pop(NO_PACK).contents
+    needed = marks.count(1) - manifests
     if marked.kept_tensors != needed:
         raise DamagedError("index table contents", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
     return marked

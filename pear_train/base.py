@@ -73,7 +73,7 @@ def train_base(
             if not bool(torch.isfinite(loss)):
                 raise DataError(f"base set: the loss became {float(loss)}: lower the learning rate, it is {config.lr}")
             loss.backward()  # type: ignore[no-untyped-call]
-            first.optimiser.step()
+            first.move()
             if progress is not None:
                 done = batch == first.batches - 1
                 val = sum(run.accuracy(run.val_pixels) for run in runs) / len(runs) if done else None

@@ -27,13 +27,14 @@ class TrainConfig:
     epochs: int = 20
     prune_epoch: int | None = None
     """Epochs before pruning; None for two fifths of all."""
-    positions: str = "blocks"
-    """A preset (blocks, attn, mlp, qkv, linear) or comma-separated patterns of module paths."""
+    positions: str = "auto"
+    """Comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns of module paths; auto: qkv,mlp, or blocks
+    where a backbone has no such modules that run."""
     rank: int = 8
     activation: str = "identity"
     scale: float = 1.0
     """Factor of a branch."""
-    ratio: float = 0.5
+    ratio: float = 0.75
     """Share of the adapters of each shape that is pruned, below 1."""
     down: str = "own"
     """own: trained; common: frozen, the same for all tasks of a backbone, so that only `up` is new to a store."""
@@ -57,6 +58,8 @@ class TrainConfig:
     weight_decay: float = 1e-4
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
+    max_grad_norm: float = 1.0
+    """Gradients of all weights together are scaled down to this norm."""
     drop_branch: float = 0.0
     """Probability that a position's branches are left out of a training step."""
     augment: str = "none"
@@ -112,7 +115,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} {number}: expected at least {low}")
         if not 0 <= self.ratio < 1:
             raise ConfigError(f"ratio {self.ratio}: expected at least 0 and below 1")
-        for name, rate in (("lr", self.lr), ("scale lr", self.scale_lr)):
+        for name, rate in (("lr", self.lr), ("scale lr", self.scale_lr), ("max grad norm", self.max_grad_norm)):
             if not rate > 0:
                 raise ConfigError(f"{name} {rate}: expected above 0")
         if not 0 <= self.drop_branch < 1:

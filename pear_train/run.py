@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pear_train.errors import ConfigError, DataError
 from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
-from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, add_branch, choose_positions
+from router import AdaptedBackbone, Backbone, BackboneError, PositionWeights, Preprocess, add_branch, choose_positions
 
 EVAL_BATCH = 100
 SCORE_BATCH = 50
@@ -91,8 +92,7 @@ class TaskRun:
 
     def _make_adapters(self, base: Task | None) -> AdapterSet:
         config, adapted = self.config, self.adapted
-        positions = [] if config.method == "linear" else choose_positions(adapted.backbone.module, config.positions)
-        adapted.attach(positions)
+        positions = [] if config.method == "linear" else attached(adapted, config.positions)
         common, bits = config.down == "common", CODE_BITS.get(config.tensor_dtype)
         given = None if base is None else base_adapters(base, adapted, positions, config)
         trained = [p for p in positions if given is None or p not in given.frozen]
@@ -171,7 +171,7 @@ class TaskRun:
         Raises:
             DataError: the loss is no number any more.
         """
-        self.optimiser.step()
+        self.move()
         self.batch += 1
         if self.batch < self.batches:
             return False
@@ -192,6 +192,12 @@ class TaskRun:
         self.finished = self.epoch == self.config.epochs or stalled
         self.epoch, self.batch = self.epoch + 1, 0
         return True
+
+    def move(self) -> None:
+        """A step of the optimiser along the gradients, which are clipped."""
+        trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
+        self.optimiser.step()
 
     def _stalled(self) -> int:
         """Epochs since val got better than it had ever been (after pruning)."""
@@ -382,6 +388,18 @@ class TaskRun:
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors().items():
             tensor.copy_(state[name])
+
+
+def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
+    """The positions of a choice, attached; of `auto` those of qkv and mlp if they run, else those of blocks."""
+    module = adapted.backbone.module
+    if choice != "auto":
+        positions = choose_positions(module, choice)
+        adapted.attach(positions)
+        return positions
+    with suppress(BackboneError):
+        return attached(adapted, "qkv,mlp")
+    return attached(adapted, "blocks")
 
 
 def given_digest(base: Task | None, bank: Sequence[Task]) -> str | None:

@@ -175,20 +175,22 @@ def _without_classifier(module: nn.Module) -> nn.Module:
     return module
 
 
+def _selects(choice: str, name: str, module: nn.Module) -> bool:
+    if choice not in POSITION_PRESETS:
+        return fnmatch.fnmatchcase(name, choice)
+    fits = re.fullmatch(POSITION_PRESETS[choice], name) is not None
+    return fits and (choice != "linear" or isinstance(module, nn.Linear))
+
+
 def choose_positions(module: nn.Module, choice: str) -> list[str]:
-    """The module paths that a preset's name or comma-separated shell patterns select, in forward order of blocks.
+    """The module paths that comma-separated presets and shell patterns select, in forward order of blocks.
 
     Raises:
         BackboneError: nothing matches.
     """
     named = [(name, m) for name, m in module.named_modules() if name]
-    if choice in POSITION_PRESETS:
-        pattern = re.compile(POSITION_PRESETS[choice])
-        linear = choice == "linear"
-        found = [n for n, m in named if pattern.fullmatch(n) and (isinstance(m, nn.Linear) or not linear)]
-    else:
-        patterns = [part.strip() for part in choice.split(",")]
-        found = [n for n, _ in named if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    wanted = [part.strip() for part in choice.split(",")]
+    found = [name for name, part in named if any(_selects(one, name, part) for one in wanted)]
     if not found:
         presets = ", ".join(POSITION_PRESETS)
         some = ", ".join(n for n, m in named if isinstance(m, nn.Linear))[:120]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner, Result
 
@@ -15,8 +16,8 @@ from pear_train.cli import main
 from pear_train.data import Dataset
 from pear_train.loop import Job, Step, _Active, _Trainer
 from pear_train.record import stored_bytes
-from pear_train.run import TaskRun
-from router import AdaptedBackbone, Backbone, Preprocess, Router
+from pear_train.run import TaskRun, attached
+from router import AdaptedBackbone, Backbone, BackboneError, Preprocess, Router, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"task": "stripes", "epochs": 4, "prune_epoch": 2, "rank": 4, "dtype": "float32", **changes})
+    base = {"task": "stripes", "epochs": 4, "prune_epoch": 2, "rank": 4, "positions": "blocks", "ratio": 0.5}
+    return TrainConfig(**{**base, "dtype": "float32", **changes})
 
 
 def task_run(config: TrainConfig, backbone: Backbone, data: Dataset) -> TaskRun:
@@ -276,3 +278,31 @@ def test_mistakes(args: list[str], code: int, message: str, stripes: str, tmp_pa
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "t").exists()
+
+
+def test_auto_takes_qkv_and_mlp_or_blocks_where_no_qkv_runs(backbone: Backbone) -> None:
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
+    assert attached(adapted, "auto") == attached(adapted, "qkv,mlp")
+    torch.manual_seed(0)
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=5, img_size=28, depth=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 28, 28)}
+    eva = AdaptedBackbone(load_backbone(model), torch.device("cpu"), torch.float32)
+    assert attached(eva, "auto") == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    with pytest.raises(BackboneError, match="runs 0 times"):
+        attached(eva, "qkv,mlp")
+
+
+def test_gradients_are_clipped_together(stripes: str, backbone: Backbone) -> None:
+    moved = []
+    for limit in (1e-3, 1e9):
+        run = task_run(config(max_grad_norm=limit), backbone, open_dataset(stripes))
+        trainer = _Trainer(backbone, run.config)
+        trainer.adapted = run.adapted
+        trainer.step([(run, trainer.batch(run))])
+        before = torch.cat([p.grad.flatten() for p in run.tensors().values() if p.grad is not None])
+        run.move()
+        after = torch.cat([p.grad.flatten() for p in run.tensors().values() if p.grad is not None])
+        moved.append((float(before.norm()), float(after.norm())))
+    (norm, clipped), (same, kept) = moved
+    assert norm == same == kept > 1e-3
+    assert clipped == pytest.approx(1e-3, rel=1e-3)

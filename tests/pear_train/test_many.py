@@ -62,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(name: str = "t0", **changes: Any) -> TrainConfig:
     base = {"task": name, "epochs": 4, "prune_epoch": 2, "rank": 4, "batch_size": 16, "dtype": "float32",
-            "tensor_dtype": "F32", "head_dtype": "F32", "select": "last", "lr": 1e-2}  # fmt: skip
+            "tensor_dtype": "F32", "head_dtype": "F32", "select": "last", "lr": 1e-2, "positions": "blocks",
+            "ratio": 0.5}  # fmt: skip
     return TrainConfig(**{**base, **changes})
 
 
@@ -339,7 +340,7 @@ def run(*args: object) -> Ran:
     return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
 
 
-FAST = ("--epochs", 3, "--prune-epoch", 1, "--rank", 4, "--batch-size", 16)
+FAST = ("--epochs", 3, "--prune-epoch", 1, "--rank", 4, "--batch-size", 16, "--positions", "blocks", "--ratio", 0.5)
 
 
 def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> None:
@@ -390,7 +391,7 @@ def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbon
             mine = base.record["adapters"][base.positions[position][0].adapter]
             assert task.tensors[entry["down"]].digest == base.tensors[mine["down"]].digest
         assert all(position.split(".")[1] not in "01" for position in task.record["training"]["importance"])
-    wrong = run("t0", "--data", folder / "t0.npz", "--base", tmp_path / "base", "--out", tmp_path / "x", *FAST[:4],
+    wrong = run("t0", "--data", folder / "t0.npz", "--base", tmp_path / "base", "--out", tmp_path / "x", *FAST,
                 "--rank", 2)  # fmt: skip
     assert "to start from it, expected one of rank 2" in wrong.stderr
 

@@ -149,6 +149,10 @@ def test_presets_and_patterns(backbone: Backbone) -> None:
     assert choose_positions(backbone.module, "blocks.[01].mlp.fc1, blocks.5.attn") == [
         "blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "blocks.5.attn",
     ]  # fmt: skip
+    both = choose_positions(backbone.module, "qkv, mlp,blocks.5.attn")
+    assert len(both) == 13
+    assert both[:2] == ["blocks.0.attn.qkv", "blocks.0.mlp"]
+    assert both[-3:] == ["blocks.5.attn", "blocks.5.attn.qkv", "blocks.5.mlp"]
     with pytest.raises(BackboneError, match="positions 'layers' match no module; presets: blocks"):
         choose_positions(backbone.module, "layers")
 
