@@ -8,14 +8,18 @@ which are the same to the bit. benchmarks/study_report.py makes the tables and p
 
     python benchmarks/study.py sweep --shared ../shared
     python benchmarks/study.py final --shared ../shared --seeds 1
+
+Several processes of a thread each (OMP_NUM_THREADS=1, --processes 2 --process 0, and 1) get more done than one
+of several threads.
 """
 
 import copy
 import json
 import os
 import platform
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pear_store import Store, Task, read_checkpoint
 from pear_train import Dataset, TrainConfig, open_dataset
+from pear_train.base import train_base
 from pear_train.data import Pixels
 from pear_train.loop import _Trainer
 from pear_train.record import stored_bytes, to_task
-from pear_train.run import TaskRun, in_batches, preprocess_record
+from pear_train.run import TaskRun, fast_precision, in_batches, preprocess_record
 from router import Backbone, Preprocess, Router, load_backbone
 
+DEVICE = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 GROUPS = {
     "natural": ("cifar10", "dtd10", "chars74k36", "sign_digits"),
@@ -133,6 +140,7 @@ class Study:
         for number, plan in enumerate(sorted(todo, key=lambda plan: order[plan.before_pruning])):
             began = time.perf_counter()
             row = self.peer(plan) if plan.peer else self.ours(plan)
+            row.pop("task", None)
             row["seconds"] = round(time.perf_counter() - began, 1)
             self.write(plan, row)
             shown = f"{100 * row['val_top1']:.1f}" + (f" test {100 * row['test_top1']:.1f}" if plan.test else "")
@@ -150,7 +158,7 @@ class Study:
 
     # ---- ours ---------------------------------------------------------------------------------
 
-    def ours(self, plan: Plan, base: Any = None, bank: Any = ()) -> dict[str, Any]:
+    def ours(self, plan: Plan, base: Task | None = None, bank: Sequence[Task] = ()) -> dict[str, Any]:
         config, backbone = self.config(plan), self.backbone(plan.backbone)
         run = self.trained(plan, config, base, bank)
         task = to_task(run, {})
@@ -161,7 +169,7 @@ class Study:
             "val_loss": float(F.cross_entropy(logits, run.val_pixels.targets)),
             "train_loss": run.history[-1]["loss"],
             "adapter_bytes": adapter, "knowledge_bytes": knowledge, "head_bytes": head,
-            "pruned": run.pruned, "importance": run.importance, "borrowed": run.sources,
+            "task": task, "pruned": run.pruned, "importance": run.importance, "borrowed": run.sources,
             "scales": [round(float(s), 4) for s in run.adapters.scales().values()],
         }  # fmt: skip
         if plan.test:
@@ -173,9 +181,9 @@ class Study:
             row |= {"test_top1": top1(found, pixels.targets), "right": bits(found, pixels.targets)}
         return row
 
-    def trained(self, plan: Plan, config: TrainConfig, base: Any = None, bank: Any = ()) -> StudyRun:
+    def trained(self, plan: Plan, config: TrainConfig, base: Task | None = None, bank: Sequence[Task] = ()) -> StudyRun:
         """A run at its end, from the epochs before pruning if another had the same."""
-        key = plan.before_pruning + repr((base, [t.name for t in bank]))
+        key = plan.before_pruning + repr((base and base.name, [t.name for t in bank]))
         trainer = self._trainers.setdefault(plan.backbone, _Trainer(self.backbone(plan.backbone), config))
         if self._kept is None or self._kept[0] != key or config.method == "linear":
             run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
@@ -223,6 +231,13 @@ class Study:
         batches = -(-len(train) // config.batch_size)
         steps, warmup = config.epochs * batches, max(1, round(config.warmup * config.epochs * batches))
         body.eval()  # as the frozen backbones of our runs are
+        precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, fast_precision(DEVICE))
+
+        def features(images: Tensor) -> Tensor:
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                found: Tensor = body(images)
+            return found.float()
+
         for epoch in range(config.epochs):
             order = torch.randperm(len(train), generator=generator)
             total = 0.0
@@ -232,15 +247,16 @@ class Study:
                 cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup)))))
                 for group in optimiser.param_groups:
                     group["lr"] = config.lr * ((step + 1) / warmup if step < warmup else cosine)
-                loss = F.cross_entropy(head(body(train.images(rows))), train.targets[rows])
+                loss = F.cross_entropy(head(features(train.images(rows))), train.targets[rows])
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
 
         @torch.no_grad()
         def logits(pixels: Pixels) -> Tensor:
-            return torch.cat([head(body(pixels.images(rows))) for rows in in_batches(pixels)])
+            return torch.cat([head(features(pixels.images(rows))) for rows in in_batches(pixels)])
 
         found = logits(val)
         row = {
@@ -295,57 +311,88 @@ def bits(logits: Tensor, targets: Tensor) -> str:
 # ---- plans ------------------------------------------------------------------------------------
 
 
-def sweep() -> Iterator[Plan]:
-    """Learning rates on pear_tiny, four sets (one a group, and one more), one seed, 10 epochs; val only."""
-    for lr in (5e-3, 1e-2):
-        for name, options in (
-            ("unpruned", {"method": "adapters"}),
-            ("pear 0.5", {"ratio": 0.5}),
-            ("pear 0.75", {"ratio": 0.75}),
-        ):
-            for dataset in SWEEP_SETS:
-                yield Plan("sweep", f"{name}, lr {lr:g}", "tiny", dataset, 0, {"epochs": 10, "lr": lr, **options})
-    for lr in (1e-2, 2e-2):
-        for name, options, peer in (("LoRA qkv r=2", {}, "lora-qkv:2"), ("unpruned r=2", {"method": "adapters"}, None)):
-            for dataset in SWEEP_SETS:
-                options = options if peer else {"method": "adapters", "rank": 2}
-                yield Plan("sweep", f"{name}, lr {lr:g}", "tiny", dataset, 0, {"epochs": 10, "lr": lr, **options}, peer)
+BASE: dict[str, Any] = {"epochs": 8, "dtype": "bfloat16"}
 
 
-FINAL: dict[str, Any] = {"epochs": 8}
-LR = {"ours": 5e-3, "r=2": 1e-2, "lora 2": 2e-2, "lora 8": 1e-2, "qkv": 1e-2}
-"""Each the better of two on val in the sweep; those of rank 8 at qkv were not swept: half of LoRA's at rank 2."""
+def shape() -> Iterator[Plan]:
+    """Where, how wide, how much of it and how fast, beside LoRA; DeiT-tiny, four sets; val only."""
+    inf = float("inf")
+    ours: tuple[tuple[str, int, float | None, float, dict[str, Any]], ...] = (
+        # positions, rank, ratio (None: unpruned), lr, what else
+        *(("blocks", r, q, lr, {"max_grad_norm": inf}) for r, q, lr in (
+            (8, 0.75, 5e-3), (16, 0.92, 5e-3), (8, None, 5e-3), (8, 0.75, 1e-2), (16, 0.92, 1e-2), (24, 0.96, 5e-3))),
+        *(("qkv", r, q, lr, {"max_grad_norm": inf}) for r, q, lr in (
+            (8, 0.75, 1e-2), (16, 0.92, 1e-2), (8, None, 1e-2), (4, 0.5, 1e-2), (12, 0.84, 1e-2))),
+        ("linear", 6, 0.92, 5e-3, {"max_grad_norm": inf}),
+        ("qkv", 8, 0.75, 1e-2, {"max_grad_norm": inf, "prune_epoch": 5}),
+        ("qkv", 8, 0.75, 1e-2, {}), ("qkv", 8, None, 1e-2, {}),
+        ("blocks", 24, 0.96, 5e-3, {}), ("blocks", 24, 0.96, 1e-2, {}), ("blocks", 24, 0.96, 2e-3, {}),
+        ("blocks", 16, 0.92, 5e-3, {}),
+        *(("qkv,mlp", r, q, lr, more) for r, q, lr, more in (
+            (8, 0.85, 5e-3, {}), (8, 0.85, 5e-3, {"seed": 1}), (8, 0.85, 7e-3, {}), (8, 0.92, 5e-3, {}),
+            (8, 0.85, 5e-3, {"sharing": "none", "knowledge": "none"}), (8, None, 5e-3, {}),
+            (12, 0.92, 5e-3, {}), (12, 0.92, 5e-3, {"seed": 1}), (16, 0.92, 5e-3, {}),
+            (12, 0.92, 5e-3, {"sharing": "none", "knowledge": "none"}), (12, 0.92, 5e-3, {"importance": "random"}),
+            (2, None, 1e-2, {}), (2, None, 5e-3, {}))),
+    )  # fmt: skip
+    for positions, rank, ratio, lr, more in ours:
+        pruning = {"method": "adapters"} if ratio is None else {"ratio": ratio}
+        yield from shaped({"positions": positions, "rank": rank, "lr": lr, **pruning, **more})
+    for rank, lr, more in (
+        (2, 2e-2, {"max_grad_norm": inf}), (2, 1e-2, {"max_grad_norm": inf}), (8, 1e-2, {"max_grad_norm": inf}),
+        (8, 2e-2, {"max_grad_norm": inf}), (2, 2e-2, {}), (2, 2e-2, {"seed": 1}), (8, 1e-2, {}),
+    ):  # fmt: skip
+        yield from shaped({"lr": lr, **more}, f"lora-qkv:{rank}")
+
+
+def shaped(told: dict[str, Any], peer: str | None = None) -> Iterator[Plan]:
+    """A row of `shape` on its four sets, named by its options."""
+    options = {**BASE, **told}
+    seed = options.pop("seed", 0)
+    rest = {k: v for k, v in options.items() if k not in ("positions", "rank", "ratio", "method", "lr", *BASE)}
+    if rest.get("max_grad_norm") == float("inf"):
+        rest = {"unclipped": "", **{k: v for k, v in rest.items() if k != "max_grad_norm"}}
+    what = "unpruned" if options.get("method") == "adapters" else f"pear {options.get('ratio')}"
+    name = f"LoRA qkv r={peer.partition(':')[2]}" if peer else f"{options['positions']} r={options['rank']}, {what}"
+    name += f", lr {options['lr']:g}" + "".join(f", {key} {value}".rstrip() for key, value in rest.items())
+    for dataset in SWEEP_SETS:
+        yield Plan("shape", name, "deit96", dataset, seed, options, peer)
+
+
+OURS: dict[str, Any] = {"positions": "qkv,mlp", "rank": 8, "lr": 5e-3}
+"""Of the final table; lr the better of two or more on val, as of everything there."""
 
 
 def final() -> Iterator[Plan]:
     """The table: 12 sets, DeiT-tiny at 96 pixels; test, once."""
-    ours = {
-        "unpruned r=8": {"method": "adapters"},
-        "pear 0.5": {},
-        "pear 0.75": {"ratio": 0.75},
-        "pear 0.75, no sharing": {"ratio": 0.75, "sharing": "none", "knowledge": "none"},
+    pear = {
+        **OURS,
+        "method": "pear",
+        "sharing": "nearest",
+        "borrow": "core",
+        "knowledge": "fold",
+        "importance": "taylor",
+    }
+    small = {**pear, "rank": 12, "ratio": 0.92}
+    ours: dict[str, dict[str, Any]] = {
+        "unpruned r=8": {**OURS, "method": "adapters"},
+        "pear r=8, 0.5": {**pear, "ratio": 0.5},
+        "pear r=8, 0.75": {**pear, "ratio": 0.75},
+        "pear r=8, 0.75, random importance": {**pear, "ratio": 0.75, "importance": "random"},
+        "pear r=8, 0.75, no sharing": {**pear, "ratio": 0.75, "sharing": "none", "knowledge": "none"},
+        "pear r=12, 0.92": small,
+        "pear r=12, 0.92, no sharing": {**small, "sharing": "none", "knowledge": "none"},
+        "unpruned r=2": {**OURS, "method": "adapters", "rank": 2, "lr": 1e-2},
         "linear": {"method": "linear", "epochs": 60, "lr": 1e-2},
-        "pear 0.5, qkv": {"positions": "qkv", "lr": LR["qkv"]},
-        "pear 0.75, qkv": {"positions": "qkv", "lr": LR["qkv"], "ratio": 0.75},
-    }
-    controls = {
-        "pear 0.75, random importance": {"ratio": 0.75, "importance": "random"},
-        "unpruned r=2": {"method": "adapters", "rank": 2, "lr": LR["r=2"]},
-    }
-
-    def plan(name: str, dataset: str, seed: int, options: dict[str, Any], peer: str | None = None) -> Plan:
-        return Plan("final", name, "deit96", dataset, seed, {**FINAL, "lr": LR["ours"], **options}, peer, True)
-
+    }  # fmt: skip
+    lora = {2: 2e-2, 8: 1e-2}
     for seed in range(SEEDS):
         for dataset in SETS:
-            for rank in (2, 8):
-                yield plan(f"LoRA qkv r={rank}", dataset, seed, {"lr": LR[f"lora {rank}"]}, f"lora-qkv:{rank}")
+            for rank, lr in lora.items():
+                name, options = f"LoRA qkv r={rank}", {**BASE, "lr": lr}
+                yield Plan("final", name, "deit96", dataset, seed, options, f"lora-qkv:{rank}", True)
             for name, options in ours.items():
-                yield plan(name, dataset, seed, options)
-    for seed in range(SEEDS):
-        for dataset in SETS:
-            for name, options in controls.items():
-                yield plan(name, dataset, seed, options)
+                yield Plan("final", name, "deit96", dataset, seed, {**BASE, **options}, None, True)
 
 
 def sharing() -> Iterator[Plan]:
@@ -369,18 +416,85 @@ def sharing() -> Iterator[Plan]:
             yield Plan("sharing", name, "tiny", dataset, 0, {**base, **options})
 
 
-STAGES: dict[str, Callable[[], Iterator[Plan]]] = {"sweep": sweep, "sharing": sharing, "final": final}
+ORDERS = 3
+ACROSS: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
+
+
+def across(study: "Study", kept: Path, process: int, processes: int) -> None:
+    """Tasks added one after another in three orders, each borrowing from the bank of those before it; and all tasks
+    upon one base set, whose lowest four blocks they share. Tasks are kept in `kept`, from which a run goes on."""
+    for order in range(ORDERS):
+        if order % processes == process:
+            sets = random.Random(order).sample(SETS, len(SETS))
+            upon(study, f"bank, order {order}", sets, kept / f"bank{order}", None, bank=True)
+    if ORDERS % processes == process:
+        kept.mkdir(parents=True, exist_ok=True)
+        if not (path := kept / "base.safetensors").exists():
+            members = ("dtd10", "rsscn7", "mnist", "mnist_count8")  # the first of each group
+            configs = [study.config(Plan("across", "base", "deit96", s, 0, ACROSS)) for s in members]
+            data = [open_dataset(str(study.shared / "data" / f"{name}.npz")) for name in members]
+            train_base(configs, study.backbone("deit96"), data, path)
+        upon(study, "base of 4 tasks", list(SETS), kept / "base", read_checkpoint(path), bank=False)
+
+
+def upon(study: "Study", name: str, sets: list[str], kept: Path, base: Task | None, bank: bool) -> None:
+    """Trains the sets in order, each with what is there by then; rows say what each adds to a store."""
+    with Store.create(kept / "store") as store:
+        router = Router(study.backbone("deit96"), store)
+        for number, dataset in enumerate(sets, 1):
+            plan = Plan("across", name, "deit96", dataset, 0, ACROSS, None, True)
+            before = [store.get(s) for s in sets[: number - 1]] if bank else []
+            if plan.key in study.done:
+                continue
+            known = {t.digest for one in store.tasks() for t in store.get(one.task).tensors.values()}
+            began = time.perf_counter()
+            row = study.ours(plan, base, before)
+            task = row.pop("task")
+            fresh = {t.digest: t.size_bytes for t in task.tensors.values() if t.digest not in known}
+            head = sum(fresh.get(t.digest, 0) for n, t in task.tensors.items() if n.startswith("head"))
+            store.add(task)
+            row |= {"number": number, "new_adapter_bytes": sum(fresh.values()) - head}
+            if number == len(sets):
+                row["compute_saved"] = compute_saved(router, sets)
+            row["seconds"] = round(time.perf_counter() - began, 1)
+            study.write(plan, row)
+            click.echo(f"{name} {number}/{len(sets)} {dataset}: test {100 * row['test_top1']:.1f}")
+
+
+def compute_saved(router: Router, tasks: list[str]) -> float:
+    """The share of the blocks' work that run_all saves over a forward for each task, counted in rows of blocks."""
+    router.refresh()
+    images = torch.zeros(1, 3, 96, 96)
+    router.run_all(images, tasks[:1])
+    (module,) = router._adapted._sized.values()
+    blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0] == "blocks"]
+    rows: list[int] = []
+    hooks = [block.register_forward_hook(lambda _, args, __: rows.append(len(args[0]))) for block in blocks]
+    router.run_all(images, tasks)
+    for hook in hooks:
+        hook.remove()
+    return 1 - sum(rows) / (len(blocks) * len(tasks))
+
+
+STAGES: dict[str, Callable[[], Iterator[Plan]]] = {"shape": shape, "sharing": sharing, "final": final}
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(tuple(STAGES)))
+@click.argument("stage", type=click.Choice((*STAGES, "across")))
 @click.option("--shared", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--seeds", default=1, show_default=True, help="Of the final table.")
-def main(stage: str, shared: Path, results: Path, seeds: int) -> None:
+@click.option("--process", default=0, show_default=True, help="This process's number of --processes.")
+@click.option("--processes", default=1, show_default=True, help="How many share the work, by data sets.")
+def main(stage: str, shared: Path, results: Path, seeds: int, process: int, processes: int) -> None:
     global SEEDS
     SEEDS = seeds
-    Study(shared, results).do(list(STAGES[stage]()))
+    if stage == "across":
+        across(Study(shared, results), Path("runs/study"), process, processes)
+        return
+    plans = list(STAGES[stage]())
+    sets = list(dict.fromkeys(plan.dataset for plan in plans))
+    Study(shared, results).do([plan for plan in plans if sets.index(plan.dataset) % processes == process])
 
 
 SEEDS = 1
