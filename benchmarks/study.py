@@ -6,8 +6,8 @@ and started at will. Sweeps look at val only, with the weights of the last epoch
 stage `final` alone. Runs that differ only in what happens after pruning share the epochs before it,
 which are the same to the bit. benchmarks/study_report.py makes the tables and plots.
 
-    python benchmarks/study.py sweep --shared ../shared
-    python benchmarks/study.py final --shared ../shared --seeds 1
+    python benchmarks/study.py shape --shared ../shared
+    python benchmarks/study.py final --shared ../shared --seeds 3
 
 Several processes of a thread each (OMP_NUM_THREADS=1, --processes 2 --process 0, and 1) get more done than one
 of several threads.
@@ -294,8 +294,10 @@ def adapt(model: nn.Module, peer: str) -> tuple[nn.Module, int]:
     else:
         raise click.ClickException(f"unknown peer {peer!r}")
     made = peft.get_peft_model(model, config)
-    count = sum(p.numel() for p in made.parameters() if p.requires_grad)
-    return made, count
+    trained = {name: p.numel() for name, p in made.named_parameters() if p.requires_grad}
+    if kind.startswith("vblora"):  # of the 90 logits a vector it keeps the best two: their indices and one weight
+        return made, sum(count * 2 // 90 if "logits" in name else count for name, count in trained.items())
+    return made, sum(trained.values())
 
 
 def top1(logits: Tensor, targets: Tensor) -> float:
@@ -322,18 +324,20 @@ def shape() -> Iterator[Plan]:
         *(("blocks", r, q, lr, {"max_grad_norm": inf}) for r, q, lr in (
             (8, 0.75, 5e-3), (16, 0.92, 5e-3), (8, None, 5e-3), (8, 0.75, 1e-2), (16, 0.92, 1e-2), (24, 0.96, 5e-3))),
         *(("qkv", r, q, lr, {"max_grad_norm": inf}) for r, q, lr in (
-            (8, 0.75, 1e-2), (16, 0.92, 1e-2), (8, None, 1e-2), (4, 0.5, 1e-2), (12, 0.84, 1e-2))),
+            (8, 0.75, 1e-2), (16, 0.92, 1e-2), (16, 0.92, 2e-2), (8, None, 1e-2), (4, 0.5, 1e-2),
+            (12, 0.84, 1e-2))),
         ("linear", 6, 0.92, 5e-3, {"max_grad_norm": inf}),
         ("qkv", 8, 0.75, 1e-2, {"max_grad_norm": inf, "prune_epoch": 5}),
+        ("qkv", 8, 0.75, 1e-2, {"max_grad_norm": inf, "drop_branch": 0.1}),
         ("qkv", 8, 0.75, 1e-2, {}), ("qkv", 8, None, 1e-2, {}),
         ("blocks", 24, 0.96, 5e-3, {}), ("blocks", 24, 0.96, 1e-2, {}), ("blocks", 24, 0.96, 2e-3, {}),
         ("blocks", 16, 0.92, 5e-3, {}),
         *(("qkv,mlp", r, q, lr, more) for r, q, lr, more in (
             (8, 0.85, 5e-3, {}), (8, 0.85, 5e-3, {"seed": 1}), (8, 0.85, 7e-3, {}), (8, 0.92, 5e-3, {}),
             (8, 0.85, 5e-3, {"sharing": "none", "knowledge": "none"}), (8, None, 5e-3, {}),
-            (12, 0.92, 5e-3, {}), (12, 0.92, 5e-3, {"seed": 1}), (16, 0.92, 5e-3, {}),
+            (12, 0.92, 5e-3, {}), (12, 0.92, 5e-3, {"seed": 1}), (12, 0.92, 7e-3, {}), (16, 0.92, 5e-3, {}),
             (12, 0.92, 5e-3, {"sharing": "none", "knowledge": "none"}), (12, 0.92, 5e-3, {"importance": "random"}),
-            (2, None, 1e-2, {}), (2, None, 5e-3, {}))),
+            (2, None, 2e-2, {}), (2, None, 1e-2, {}), (2, None, 5e-3, {}), (1, None, 1e-2, {}), (1, None, 2e-2, {}))),
     )  # fmt: skip
     for positions, rank, ratio, lr, more in ours:
         pruning = {"method": "adapters"} if ratio is None else {"ratio": ratio}
@@ -343,6 +347,9 @@ def shape() -> Iterator[Plan]:
         (8, 2e-2, {"max_grad_norm": inf}), (2, 2e-2, {}), (2, 2e-2, {"seed": 1}), (8, 1e-2, {}),
     ):  # fmt: skip
         yield from shaped({"lr": lr, **more}, f"lora-qkv:{rank}")
+    for peer, rates in (("full", (1e-4, 3e-4, 1e-3)), ("vera:64", (2e-2, 5e-2, 1e-1)), ("vblora:4", (5e-3, 2e-2))):
+        for lr in rates:
+            yield from shaped({"lr": lr}, peer)
 
 
 def shaped(told: dict[str, Any], peer: str | None = None) -> Iterator[Plan]:
@@ -353,7 +360,12 @@ def shaped(told: dict[str, Any], peer: str | None = None) -> Iterator[Plan]:
     if rest.get("max_grad_norm") == float("inf"):
         rest = {"unclipped": "", **{k: v for k, v in rest.items() if k != "max_grad_norm"}}
     what = "unpruned" if options.get("method") == "adapters" else f"pear {options.get('ratio')}"
-    name = f"LoRA qkv r={peer.partition(':')[2]}" if peer else f"{options['positions']} r={options['rank']}, {what}"
+    if peer:
+        kind, _, rank = peer.partition(":")
+        name = {"lora-qkv": f"LoRA qkv r={rank}", "full": "full fine-tuning", "vera": f"VeRA qkv r={rank}",
+                "vblora": f"VB-LoRA r={rank}"}[kind]  # fmt: skip
+    else:
+        name = f"{options['positions']} r={options['rank']}, {what}"
     name += f", lr {options['lr']:g}" + "".join(f", {key} {value}".rstrip() for key, value in rest.items())
     for dataset in SWEEP_SETS:
         yield Plan("shape", name, "deit96", dataset, seed, options, peer)
@@ -382,7 +394,12 @@ def final() -> Iterator[Plan]:
         "pear r=8, 0.75, no sharing": {**pear, "ratio": 0.75, "sharing": "none", "knowledge": "none"},
         "pear r=12, 0.92": small,
         "pear r=12, 0.92, no sharing": {**small, "sharing": "none", "knowledge": "none"},
+        "pear r=12, 0.92, random importance": {**small, "importance": "random"},
+        "pear r=12, 0.75": {**small, "ratio": 0.75},
+        "pear r=12, 0.5": {**small, "ratio": 0.5},
+        "unpruned r=12": {**OURS, "method": "adapters", "rank": 12},
         "unpruned r=2": {**OURS, "method": "adapters", "rank": 2, "lr": 1e-2},
+        "unpruned r=1": {**OURS, "method": "adapters", "rank": 1, "lr": 2e-2},
         "linear": {"method": "linear", "epochs": 60, "lr": 1e-2},
     }  # fmt: skip
     lora = {2: 2e-2, 8: 1e-2}
@@ -396,8 +413,8 @@ def final() -> Iterator[Plan]:
 
 
 def sharing() -> Iterator[Plan]:
-    """What a pruned position may have: pear_tiny, four sets, one seed, ratio 0.75; val only."""
-    base = {"epochs": 10, "lr": 5e-3, "ratio": 0.75}
+    """What a pruned position may have, where most are pruned; DeiT-tiny, four sets; val only."""
+    base = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
     forms: dict[str, dict[str, Any]] = {
         "nothing": {"sharing": "none", "knowledge": "none"},
         "plain: top, scale 1, fixed": {"sharing": "top", "borrow": "scale", "knowledge": "none", "borrowed_scale": 1.0,
@@ -413,7 +430,7 @@ def sharing() -> Iterator[Plan]:
     }  # fmt: skip
     for dataset in SWEEP_SETS:
         for name, options in forms.items():
-            yield Plan("sharing", name, "tiny", dataset, 0, {**base, **options})
+            yield Plan("sharing", name, "deit96", dataset, 0, {**base, **options})
 
 
 ORDERS = 3

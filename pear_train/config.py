@@ -30,11 +30,11 @@ class TrainConfig:
     positions: str = "auto"
     """Comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns of module paths; auto: qkv,mlp, or blocks
     where a backbone has no such modules that run."""
-    rank: int = 8
+    rank: int = 12
     activation: str = "identity"
     scale: float = 1.0
     """Factor of a branch."""
-    ratio: float = 0.75
+    ratio: float = 0.92
     """Share of the adapters of each shape that is pruned, below 1."""
     down: str = "own"
     """own: trained; common: frozen, the same for all tasks of a backbone, so that only `up` is new to a store."""
