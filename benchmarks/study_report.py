@@ -38,6 +38,8 @@ PAIRS = (
     ("pear r=12, 0.92", "pear r=8, 0.75"),
     ("unpruned r=2", "LoRA qkv r=2"),
 )
+MARKERS = "os^vD<>Pp*hX8dH1234+x"
+PEAR, CONTROL, LORA = "tab:green", "tab:grey", "tab:blue"
 Rows = dict[tuple[str, str, int], dict[str, Any]]
 
 
@@ -140,7 +142,7 @@ def text(every: list[dict[str, Any]], final: Rows, names: list[str], sets: list[
         if shared
     ]
     one = next(iter(final.values()))
-    across = table_across(every, final)
+    across, codes = table_across(every, final), table_codes(every, final)
 
     def show(rows: list[dict[str, Any]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
@@ -154,7 +156,7 @@ norm 1, for peers as for ours.
 ## Final table
 
 Test top-1 in %, DeiT-tiny (ImageNet-1k) at 96 pixels, {one["options"]["epochs"]} epochs, {len(seeds)} seed(s), the last epoch, test looked at once.
-{len(sets)} of 12 sets are run so far: {", ".join(sets)}. The linear probe has 60 epochs. Learning rates were chosen on val of
+Sets: {", ".join(sets)}. The linear probe has 60 epochs. Learning rates were chosen on val of
 other runs (below), one for all sets: {", ".join(f"{n}: {next(r for (m, _, _), r in final.items() if m == n)['options']['lr']:g}" for n in names)}.
 
 {show(table)}
@@ -182,6 +184,13 @@ frozen. Alone: "pear r=12, 0.92" of the table, seed 0. New bytes: float16, what 
 
 {show(across)}
 
+## Few bits
+
+The same at seed 0 with adapters trained as codes of 8, 4 or 1 bits and heads rounded to codes. The intervals do not hold the spread
+between seeds.
+
+{show(codes)}
+
 ## What was tried on val
 
 Val top-1 in %, the last epoch, 200 images a set: a difference of two points between two rows may be the seed's. Named by positions, rank,
@@ -190,6 +199,27 @@ peers as for ours.
 
 {show(shapes)}
 """  # noqa: E501
+
+
+def table_codes(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]]:
+    """What few bits cost, beside float16."""
+    sets = [s for group in GROUPS.values() for s in group]
+    rows: Rows = {("float16", s, 0): final["pear r=12, 0.92", s, 0] for s in sets}
+    rows |= {(r["name"], r["dataset"], 0): r for r in every if r["stage"] == "codes"}
+    table = []
+    for name in complete_names(rows, sets):
+        mean, low, high = difference(rows, name, "float16", sets, [0])
+        table.append({
+            "tensors": name, "test top-1": f"{100 * np.mean([rows[name, s, 0]['test_top1'] for s in sets]):.2f}",
+            "against float16": f"{mean:+.2f}", "95 %": f"{low:+.2f} to {high:+.2f}",
+            **{f"{kind} bytes": f"{np.mean([rows[name, s, 0][f'{kind}_bytes'] for s in sets]):,.0f}"
+               for kind in ("adapter", "head")},
+        })  # fmt: skip
+    return table
+
+
+def complete_names(rows: Rows, sets: list[str]) -> list[str]:
+    return [name for name in dict.fromkeys(n for n, _, _ in rows) if all((name, s, 0) in rows for s in sets)]
 
 
 def table_across(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]]:
@@ -222,23 +252,26 @@ def table_across(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any
 def plot(final: Rows, names: list[str], sets: list[str], seeds: list[int], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    top1 = {n: 100 * float(np.mean([final[n, s, k]["test_top1"] for s in sets for k in seeds])) for n in names}
     for axes, title, kinds in zip(
         figure.subplots(1, 2, sharey=True),
         ("adapter bytes a task", "adapter and head bytes a task"),
         (("adapter_bytes", "knowledge_bytes"), ("adapter_bytes", "knowledge_bytes", "head_bytes")),
         strict=True,
     ):
-        for name in names:
+        for name, marker in zip(sorted(set(names) - {"linear"}, key=lambda n: -top1[n]), MARKERS, strict=False):
             rows = [final[name, s, k] for s in sets for k in seeds]
             size = np.mean([sum(r[kind] for kind in kinds) for r in rows]) / 1024
-            top1 = 100 * np.mean([r["test_top1"] for r in rows])
-            colour = "tab:green" if name.startswith("pear") and "," not in name else "tab:grey"
-            axes.plot(size, top1, "o", color="tab:blue" if "LoRA" in name else colour)
-            axes.annotate(name, (size, top1), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            control = name.startswith("unpruned") or name.endswith(("random importance", "no sharing"))
+            colour = LORA if "LoRA" in name else CONTROL if control else PEAR
+            axes.plot(size, top1[name], marker, color=colour, label=name if axes is figure.axes[0] else None)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{title}, KiB (float16)")
-        axes.margins(x=0.25)
-    figure.axes[0].set_ylabel(f"test top-1, %, mean of {len(sets)} sets")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"test top-1, %, mean of {len(sets)} sets\n(a linear probe: {top1['linear']:.1f})")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
