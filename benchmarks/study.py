@@ -351,9 +351,15 @@ def shape() -> Iterator[Plan]:
         ("full", (1e-4, 3e-4, 1e-3)),
         ("vera:64", (2e-2, 5e-2, 1e-1)),
         ("vblora:4", (5e-3, 2e-2, 5e-2)),
+        ("lora:1", (5e-3, 1e-2, 2e-2)),
+        ("lora:2", (5e-3, 1e-2)),
     ):
         for lr in rates:
             yield from shaped({"lr": lr}, peer)
+
+
+PEERS = {"lora-qkv": "LoRA qkv", "lora": "LoRA all Linears", "vera": "VeRA qkv", "vblora": "VB-LoRA",
+         "full": "full fine-tuning"}  # fmt: skip
 
 
 def shaped(told: dict[str, Any], peer: str | None = None) -> Iterator[Plan]:
@@ -366,8 +372,7 @@ def shaped(told: dict[str, Any], peer: str | None = None) -> Iterator[Plan]:
     what = "unpruned" if options.get("method") == "adapters" else f"pear {options.get('ratio')}"
     if peer:
         kind, _, rank = peer.partition(":")
-        name = {"lora-qkv": f"LoRA qkv r={rank}", "full": "full fine-tuning", "vera": f"VeRA qkv r={rank}",
-                "vblora": f"VB-LoRA r={rank}"}[kind]  # fmt: skip
+        name = PEERS[kind] + (f" r={rank}" if rank else "")
     else:
         name = f"{options['positions']} r={options['rank']}, {what}"
     name += f", lr {options['lr']:g}" + "".join(f", {key} {value}".rstrip() for key, value in rest.items())
