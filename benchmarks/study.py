@@ -332,6 +332,7 @@ def shape() -> Iterator[Plan]:
         ("qkv", 8, 0.75, 1e-2, {}), ("qkv", 8, None, 1e-2, {}),
         ("blocks", 24, 0.96, 5e-3, {}), ("blocks", 24, 0.96, 1e-2, {}), ("blocks", 24, 0.96, 2e-3, {}),
         ("blocks", 16, 0.92, 5e-3, {}),
+        *(("mlp", 4, None, lr, {"activation": "relu"}) for lr in (5e-3, 1e-2, 2e-2)),  # the form of AdaptFormer
         *(("qkv,mlp", r, q, lr, more) for r, q, lr, more in (
             (8, 0.85, 5e-3, {}), (8, 0.85, 5e-3, {"seed": 1}), (8, 0.85, 7e-3, {}), (8, 0.92, 5e-3, {}),
             (8, 0.85, 5e-3, {"sharing": "none", "knowledge": "none"}), (8, None, 5e-3, {}),
