@@ -183,8 +183,12 @@ class Study:
 
     def trained(self, plan: Plan, config: TrainConfig, base: Task | None = None, bank: Sequence[Task] = ()) -> StudyRun:
         """A run at its end, from the epochs before pruning if another had the same."""
-        key = plan.before_pruning + repr((base and base.name, [t.name for t in bank]))
         trainer = self._trainers.setdefault(plan.backbone, _Trainer(self.backbone(plan.backbone), config))
+        if base is not None or bank:
+            run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
+            self._steps(trainer, run, config.epochs * run.batches)
+            return run
+        key = plan.before_pruning
         if self._kept is None or self._kept[0] != key or config.method == "linear":
             run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
             stop = (
