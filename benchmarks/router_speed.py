@@ -106,10 +106,10 @@ def outside(router: Router, call: Callable[[], object]) -> float:
     for _ in range(3):
         branches = forward = 0.0
 
-        def timed_branch(*args: Any) -> torch.Tensor:
+        def timed_branch(*args: Any, **options: Any) -> torch.Tensor:
             nonlocal branches
             start = time.perf_counter()
-            found = add_branch(*args)
+            found = add_branch(*args, **options)
             branches += time.perf_counter() - start
             return found
 
