@@ -24,6 +24,9 @@ from router.kernels import add_branch_fused, use_fused
 from router.ops import PositionWeights, add_branch
 from router.tensors import from_torch
 
+PART_BYTES = 5 * 2**20
+"""On a CPU, a block whose input has more bytes takes it in parts: what it computes on the way then stays in
+caches, and in memory that the allocator keeps. Found with 2 threads (benchmarks/README.md, the router)."""
 POSITION_PRESETS = {
     "blocks": r".*blocks\.\d+\.(attn|mlp)",
     "attn": r".*blocks\.\d+\.attn",
@@ -255,6 +258,9 @@ class AdaptedBackbone:
         self._weights: Mapping[str, PositionWeights] = {}
         self._grow: Mapping[str, Tensor] = {}
         self._growing: set[nn.Module] = set()
+        self._most_bytes: int | None = None
+        self._part: tuple[int, int, int] | None = None
+        """The rows that a block is given at present: first, end, and of how many."""
         self._in_place = False
         self._owned: set[str] = set()
         """Positions whose output is memory of its own, which may be written to."""
@@ -310,19 +316,23 @@ class AdaptedBackbone:
         grow: Mapping[str, Tensor] = MappingProxyType({}),
         matrices: Mapping[str, nn.Parameter] = MappingProxyType({}),
         compiled: bool = False,
+        in_parts: bool = False,
     ) -> Tensor:
         """Pooled features [batch, d] of normalised images [batch, 3, h, w], with branches at the given positions.
 
         Args:
             grow: block of `levels` -> int64, the row that each row from there on continues.
             matrices: position -> weight to use in place of its Linear's own, this time.
+            in_parts: blocks may take a large batch in parts.
 
         Raises:
             ImageError: a size that this backbone cannot take.
             BackboneError: it does not compile into one graph.
         """
         module = self._module((images.shape[2], images.shape[3]))
-        if grow:
+        self._most_bytes = PART_BYTES if in_parts and self.device.type == "cpu" else None
+        large = self._most_bytes is not None and images.numel() * self.dtype.itemsize > self._most_bytes
+        if grow or large:  # a first block's input has about as many bytes as the images
             self._hook_blocks(module)
         self._weights, self._grow = weights, grow
         self._in_place = autocast is None and not torch.is_grad_enabled()
@@ -361,7 +371,10 @@ class AdaptedBackbone:
             return
         self._growing.add(module)
         for block in self.levels.blocks:
-            module.get_submodule(block).register_forward_pre_hook(self._grower(block))
+            part = cast(Any, module.get_submodule(block))
+            part.register_forward_pre_hook(self._grower(block))
+            if not any(other.startswith(f"{block}.") for other in self.levels.blocks):
+                part.forward = self._by_parts(part.forward)
 
     def _grower(self, block: str) -> Any:
         def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -369,6 +382,27 @@ class AdaptedBackbone:
             return None if rows is None else (args[0].index_select(0, rows), *args[1:])
 
         return grow
+
+    def _by_parts(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            count = 1 if self._most_bytes is None else min(len(x), -(-x.nbytes // self._most_bytes))
+            if count <= 1:
+                return run(x, *args, **options)
+            out: Tensor | None = None
+            rows = -(-len(x) // count)
+            try:
+                for start in range(0, len(x), rows):
+                    stop = min(start + rows, len(x))
+                    self._part = start, stop, len(x)
+                    found = run(x[start:stop], *args, **options)
+                    out = found.new_empty(len(x), *found.shape[1:]) if out is None else out
+                    out[start:stop] = found
+            finally:
+                self._part = None
+            assert out is not None
+            return out
+
+        return forward
 
     def inputs(
         self, images: Tensor, weights: Mapping[str, PositionWeights], positions: Iterable[str]
@@ -416,6 +450,8 @@ class AdaptedBackbone:
             weights = self._weights.get(position)
             if weights is None:
                 return None
+            if self._part is not None:
+                weights = weights.of_rows(*self._part)
             op = add_branch_fused if use_fused(output, args[0], weights) else add_branch
             return op(output, args[0], weights, in_place=self._in_place and position in self._owned)
 

@@ -27,6 +27,20 @@ class PositionWeights:
     up: Tensor
     activation: Activation
 
+    def of_rows(self, start: int, stop: int, count: int) -> "PositionWeights":
+        """The weights of the rows from `start` to `stop` of a batch of `count`."""
+        if self.down.ndim == 2:
+            return self
+        run = count // len(self.down)
+        first, last = start // run, (stop - 1) // run
+        units: slice | Tensor = slice(first, last + 1)
+        if first != last and (start % run or stop % run):
+            units = torch.arange(start, stop, device=self.down.device) // run
+        masks = self.activation
+        if not isinstance(masks, str):
+            masks = {name: mask[units] for name, mask in masks.items()}
+        return PositionWeights(self.down[units], self.up[units], masks)
+
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
     """φ(h), elementwise; rows by mask where they differ."""

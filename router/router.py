@@ -32,7 +32,7 @@ from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
-SHARED_ROWS, SHARED_ROWS_CPU = 512, 64
+SHARED_ROWS = 512
 """Most rows of one forward in which images are shared: more would only cost memory."""
 
 Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
@@ -308,7 +308,7 @@ class Router:
             self._slots.check([known.use for known in tasks.values()], self._pinned_keys())
         logits: list[Tensor] = [torch.empty(0)] * len(names)
         for rows, batch, picked in self._batches(images, image_of, names, tasks):
-            for part in _parts(picked, SHARED_ROWS_CPU if self.device.type == "cpu" else SHARED_ROWS):
+            for part in _parts(picked, SHARED_ROWS):
                 found = self._forward(batch, picked[part], [tasks[names[rows[i]]] for i in part])
                 for i, values in zip(part, found, strict=True):
                     logits[rows[i]] = values
@@ -365,7 +365,9 @@ class Router:
         grow = {self._adapted.levels.blocks[i - 1]: self._index(rows) for i, rows in walk.grow.items()}
         if compiled or not np.array_equal(walk.start, np.arange(len(images))):  # graphs tell a copy from a given tensor
             images = images.index_select(0, torch.from_numpy(walk.start).to(images.device))
-        features = self._adapted.features(images, weights, grow=grow, matrices=matrices, compiled=compiled)
+        features = self._adapted.features(
+            images, weights, grow=grow, matrices=matrices, compiled=compiled, in_parts=not compiled
+        )
         return self._heads(features, walk.end, task_of, loaded)
 
     def _adds(self, use: Use, number: int, shared: bool) -> list[Hashable]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pear_store import Task, make_task
 from router import Backbone, Router, choose_positions, load_backbone
+from router import backbone as backbone_module
 from router.backbone import AdaptedBackbone
 from router.trie import bucket, by_level, plan
 from tests.makers import floats, record
@@ -138,3 +139,32 @@ def test_run_all_equals_separate_runs(name: str) -> None:
         torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
     different = (together["t0"].logits - together["t1"].logits).abs().max()
     assert different > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, choice, _ = model_of(name)
+    size = backbone.input_size[0]
+    images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
+    mixes = (["t0"] * 7, ["t1", "t2"] * 3 + ["t3"], ["t0", "t0", "t0", "t1", "t1", "t1", "t2"])
+    found: list[list[torch.Tensor]] = []
+    seen: list[int] = []
+    for limit in (backbone_module.PART_BYTES, 1, 3 * 4 * size * size * 3):
+        monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
+        router = Router(backbone, merge=False)
+        for task in tree_of(backbone, choice, size).values():
+            router.add(task)
+        module = router._adapted._module((size, size))
+        last = module.get_submodule(router._adapted.levels.blocks[-1])
+        inner = next(part for _, part in last.named_modules() if isinstance(part, torch.nn.LayerNorm))
+        inner.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        outs = [router.run(images[: len(mix)], mix).logits for mix in mixes]
+        outs.append(router.run(images[:6], ["t0", "t1"] * 3).logits)  # two runs of three rows
+        outs += [one.logits for one in router.run_all(images, ["t0", "t1", "t2", "t3"]).values()]
+        found.append([out if isinstance(out, torch.Tensor) else torch.stack(out) for out in outs])
+        if limit == 1:
+            assert set(seen) == {1}
+        seen.clear()
+    for whole, single, several in zip(*found, strict=True):
+        torch.testing.assert_close(single, whole, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(several, whole, atol=2e-5, rtol=1e-4)
