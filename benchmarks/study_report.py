@@ -73,8 +73,10 @@ def difference(rows: Rows, a: str, b: str, sets: list[str], seeds: list[int]) ->
 def main(results: Path, out: Path) -> None:
     every = [json.loads(line) for line in results.read_text().splitlines()]
     final: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "final"}
-    names = list(dict.fromkeys(name for name, _, _ in final))
     seeds = sorted({seed for _, _, seed in final})
+    found = {name: complete(final, [name], seeds) for name, _, _ in final}
+    most = max(map(len, found.values()))
+    names = [name for name, sets in found.items() if len(sets) == most]
     sets = complete(final, names, seeds)
     (out / "study.md").write_text(text(every, final, names, sets, seeds))
     plot(final, names, sets, seeds, out / "study.png")
