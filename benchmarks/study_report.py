@@ -19,14 +19,10 @@ DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAIRS = (
     ("pear r=8, 0.5", "unpruned r=8"),
     ("pear r=8, 0.75", "unpruned r=8"),
-    ("pear r=12, 0.5", "unpruned r=12"),
-    ("pear r=12, 0.75", "unpruned r=12"),
-    ("pear r=12, 0.92", "unpruned r=12"),
     ("pear r=12, 0.92", "unpruned r=8"),
     ("pear r=12, 0.92", "LoRA qkv r=2"),
     ("pear r=8, 0.75", "LoRA qkv r=2"),
     ("pear r=12, 0.92", "LoRA qkv r=8"),
-    ("pear r=12, 0.75", "LoRA qkv r=8"),
     ("pear r=8, 0.75", "LoRA qkv r=8"),
     ("pear r=8, 0.75", "pear r=8, 0.75, random importance"),
     ("pear r=8, 0.75", "pear r=8, 0.75, no sharing"),
@@ -237,7 +233,7 @@ def table_across(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any
         runs = [rows for name, rows in whole.items() if name.startswith(kind)]
         rows: Rows = {("with", s, k): run[s] for k, run in enumerate(runs) for s in sets}
         against = {}
-        for other in ("pear r=12, 0.92", "unpruned r=12"):
+        for other in ("pear r=12, 0.92", "unpruned r=8"):
             rows |= {(other, s, k): final[other, s, 0] for k in range(len(runs)) for s in sets}
             mean, low, high = difference(rows, "with", other, sets, list(range(len(runs))))
             against[f"− {other}, alone"] = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
