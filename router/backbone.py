@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import router.pear_tiny  # noqa: F401  (registers the embedded backbone with timm)
 from pear_store import Digest, tensor_digest
@@ -258,6 +259,7 @@ class AdaptedBackbone:
         self._weights: Mapping[str, PositionWeights] = {}
         self._grow: Mapping[str, Tensor] = {}
         self._growing: set[nn.Module] = set()
+        self._divided: set[nn.Module] = set()
         self._most_bytes: int | None = None
         self._part: tuple[int, int, int] | None = None
         """The rows that a block is given at present: first, end, and of how many."""
@@ -268,19 +270,26 @@ class AdaptedBackbone:
         self._run_dry([])
 
     @cached_property
+    def _blocks(self) -> "_Blocks":
+        try:
+            return _find_blocks(_share(self.backbone.module).to("meta"), self.backbone.input_size)
+        except Exception:  # whatever a model may do that the meta device cannot
+            return _Blocks([], [], [])
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether blocks may take large batches in parts."""
+        return self.device.type == "cpu" and bool(self._blocks.in_parts)
+
+    @cached_property
     def levels(self) -> Levels:
         """Where this backbone's batches may grow, found by growing one on the meta device.
 
         No blocks where that fails: then only the images, but no part of the forward, are shared.
         """
         module = _share(self.backbone.module)
-        modules = dict(module.named_modules())
-        try:
-            order = _grown(module.to("meta"), self.backbone.input_size, ())
-        except Exception:  # whatever a model may do that the meta device cannot
-            return Levels((), dict.fromkeys(modules, 0))
-        rows = [n for n, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList)]
-        blocks = [n for n in order if n.rpartition(".")[0] in rows and order.count(n) == 1]
+        order, blocks = self._blocks.order or [name for name, _ in module.named_modules()], self._blocks.alone
+        module.to("meta")
         if not _may_grow(module, self.backbone.input_size, blocks):
             blocks = [block for block in blocks if _may_grow(module, self.backbone.input_size, [block])]
         of: dict[str, int] = {}
@@ -331,9 +340,11 @@ class AdaptedBackbone:
         """
         module = self._module((images.shape[2], images.shape[3]))
         self._most_bytes = PART_BYTES if in_parts and self.device.type == "cpu" else None
-        large = self._most_bytes is not None and images.numel() * self.dtype.itemsize > self._most_bytes
-        if grow or large:  # a first block's input has about as many bytes as the images
+        if self._most_bytes is not None and images.numel() * self.dtype.itemsize > self._most_bytes:
+            self._divide_blocks(module)  # a first block's input has about as many bytes as the images
+        if grow:
             self._hook_blocks(module)
+            self._divide_blocks(module)
         self._weights, self._grow = weights, grow
         self._in_place = autocast is None and not torch.is_grad_enabled()
         linears = {module.get_submodule(position): matrix for position, matrix in matrices.items()}
@@ -371,10 +382,15 @@ class AdaptedBackbone:
             return
         self._growing.add(module)
         for block in self.levels.blocks:
+            module.get_submodule(block).register_forward_pre_hook(self._grower(block))
+
+    def _divide_blocks(self, module: nn.Module) -> None:
+        if module in self._divided:
+            return
+        self._divided.add(module)
+        for block in self._blocks.in_parts:
             part = cast(Any, module.get_submodule(block))
-            part.register_forward_pre_hook(self._grower(block))
-            if not any(other.startswith(f"{block}.") for other in self.levels.blocks):
-                part.forward = self._by_parts(part.forward)
+            part.forward = self._by_parts(part.forward)
 
     def _grower(self, block: str) -> Any:
         def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -384,7 +400,7 @@ class AdaptedBackbone:
         return grow
 
     def _by_parts(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        def forward(x: Tensor, /, *args: Any, **options: Any) -> Tensor:
             count = 1 if self._most_bytes is None else min(len(x), -(-x.nbytes // self._most_bytes))
             if count <= 1:
                 return run(x, *args, **options)
@@ -516,36 +532,68 @@ def _aliases(y: Tensor, x: Tensor, module: nn.Module) -> bool:
     return y.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
 
-def _grown(module: nn.Module, size: tuple[int, int], blocks: Collection[str]) -> list[str]:
-    """Runs two images and one more row from each block on; the modules in the order in which they run.
+@dataclass(frozen=True)
+class _Blocks:
+    """Children of lists of modules that run once, and take one tensor of the batch's rows."""
 
-    Raises:
-        Exception: whatever a module raises whose input has grown while something else has not.
-    """
+    order: list[str]
+    """All modules, in the order in which they run."""
+    alone: list[str]
+    """Blocks that are given no other tensor of the batch's rows."""
+    in_parts: list[str]
+    """Those that return one tensor of as many rows, and hold no other block."""
+
+
+_IMAGES = 11
+"""In a dry run: no number that models' own sizes are likely to be multiples of."""
+
+
+def _find_blocks(module: nn.Module, size: tuple[int, int]) -> _Blocks:
+    """The blocks of a module on the meta device."""
     order: list[str] = []
+    alone, plain = set(), set()
 
-    def before(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         order.append(name)
-        return (torch.cat([args[0], args[0][-1:]]), *args[1:]) if name in blocks else None
+        others = [one for one in tree_leaves((args[1:], options)) if isinstance(one, Tensor) and one.ndim]
+        whole = bool(args) and isinstance(args[0], Tensor) and args[0].ndim > 0 and len(args[0]) == _IMAGES
+        if whole and all(len(one) % _IMAGES for one in others):
+            alone.add(name)
 
-    handles = [
-        part.register_forward_pre_hook(lambda _, args, name=name: before(name, args))
-        for name, part in module.named_modules()
-    ]
+    def after(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim and len(output) == _IMAGES:
+            plain.add(name)
+
+    handles: list[Any] = []
+    for name, part in module.named_modules():
+        handles += [
+            part.register_forward_pre_hook(lambda _, a, o, name=name: before(name, a, o), with_kwargs=True),
+            part.register_forward_hook(lambda _, __, output, name=name: after(name, output)),
+        ]
     try:
         with torch.inference_mode():
-            features = module(torch.zeros(2, 3, *size, device="meta"))
+            module(torch.zeros(_IMAGES, 3, *size, device="meta"))
     finally:
         for handle in handles:
             handle.remove()
-    if len(features) != 2 + len(blocks):
-        raise ValueError(f"{len(features)} rows came out: expected {2 + len(blocks)}")
-    return order
+    lists = {n for n, m in module.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)}
+    found = [n for n in order if n in alone and n.rpartition(".")[0] in lists and order.count(n) == 1]
+    inner = [n for n in found if not any(other.startswith(f"{n}.") for other in found)]
+    return _Blocks(order, found, [n for n in inner if n in plain])
 
 
 def _may_grow(module: nn.Module, size: tuple[int, int], blocks: Collection[str]) -> bool:
+    """Whether a batch of two images on the meta device may get one more row from each block on."""
+
+    def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return torch.cat([args[0], args[0][-1:]]), *args[1:]
+
+    handles = [module.get_submodule(block).register_forward_pre_hook(grow) for block in blocks]
     try:
-        _grown(module, size, blocks)
-    except Exception:
+        with torch.inference_mode():
+            return len(module(torch.zeros(2, 3, *size, device="meta"))) == 2 + len(blocks)
+    except Exception:  # whatever a module raises whose input has grown while something else has not
         return False
-    return True
+    finally:
+        for handle in handles:
+            handle.remove()

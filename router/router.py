@@ -32,8 +32,9 @@ from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
-SHARED_ROWS = 512
-"""Most rows of one forward in which images are shared: more would only cost memory."""
+SHARED_ROWS, SHARED_ROWS_WHOLE = 512, 64
+"""Most rows of one forward in which images are shared: more would only cost memory; on a CPU whose blocks take them
+whole, fewer."""
 
 Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
 
@@ -308,7 +309,8 @@ class Router:
             self._slots.check([known.use for known in tasks.values()], self._pinned_keys())
         logits: list[Tensor] = [torch.empty(0)] * len(names)
         for rows, batch, picked in self._batches(images, image_of, names, tasks):
-            for part in _parts(picked, SHARED_ROWS):
+            whole = self.device.type == "cpu" and len(rows) > SHARED_ROWS_WHOLE and not self._adapted.takes_parts
+            for part in _parts(picked, SHARED_ROWS_WHOLE if whole else SHARED_ROWS):
                 found = self._forward(batch, picked[part], [tasks[names[rows[i]]] for i in part])
                 for i, values in zip(part, found, strict=True):
                     logits[rows[i]] = values

@@ -290,6 +290,10 @@ def test_auto_takes_qkv_and_mlp_or_blocks_where_no_qkv_runs(backbone: Backbone) 
     assert attached(eva, "auto") == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
     with pytest.raises(BackboneError, match="runs 0 times"):
         attached(eva, "qkv,mlp")
+    model = timm.create_model("eva02_base_patch14_224", num_classes=5, img_size=28, depth=1, embed_dim=48, num_heads=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 28, 28)}
+    apart = AdaptedBackbone(load_backbone(model), torch.device("cpu"), torch.float32)
+    assert attached(apart, "auto") == ["blocks.0.attn", "blocks.0.mlp"], "q, k and v have modules of their own"
 
 
 def test_gradients_are_clipped_together(stripes: str, backbone: Backbone) -> None:

@@ -168,3 +168,30 @@ def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.Monke
     for whole, single, several in zip(*found, strict=True):
         torch.testing.assert_close(single, whole, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(several, whole, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mvitv2_tiny", {"img_size": 64}),  # blocks give tuples
+        ("gcvit_xxtiny", {}),  # blocks take a second tensor of the images
+    ],
+)
+def test_blocks_that_take_or_give_more_than_one_tensor_stay_whole(
+    name: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone_module, "PART_BYTES", 1)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    size = options.get("img_size", 224)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+    backbone = load_backbone(model)
+    router = Router(backbone, merge=False)
+    tasks = tree_of(backbone, "*.mlp", int(str(size)))
+    for task in tasks.values():
+        router.add(task)
+    images = torch.randn(3, 3, *backbone.input_size, generator=torch.Generator().manual_seed(1))
+    together = router.run_all(images, list(tasks))
+    for task in tasks:
+        alone = torch.stack([torch.as_tensor(router.run(image[None], task).logits[0]) for image in images])
+        torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
