@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
 
         for count in (1, 16, 64):
             title = "one task" if count == 1 else f"{count} tasks"
-            found[f"pear {mode}, {title}"] = (over, lambda n, count=count: run(n, rows(count, n)))  # type: ignore[misc]
+            found[f"pear {mode}, {title}"] = (over, lambda n, count=count: run(n, rows(count, n)))
 
     add_pear("eager", "bare", fused=False, compile=False)
     add_pear("triton", "bare", fused=True, compile=False)
@@ -87,7 +88,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
         for count in (16, 64):
             found[f"peft {title}, {count} tasks"] = (
                 "bare",
-                lambda n, model=model, count=count: model(images[:n], adapter_names=rows(count, n)),  # type: ignore[misc]
+                lambda n, model=model, count=count: model(images[:n], adapter_names=rows(count, n)),
             )
     if not missing:
         from adapters.composition import BatchSplit
@@ -102,8 +103,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
             split(pixel_values=images[:n])
 
         for count in (16, 64):
-            call = lambda n, count=count: run_split(n, count)  # noqa: E731
-            found[f"adapterhub BatchSplit, {count} tasks"] = ("hf bare", call)
+            found[f"adapterhub BatchSplit, {count} tasks"] = ("hf bare", partial(run_split, count=count))
     return found
 
 

@@ -86,7 +86,7 @@ def make_tasks(backbone: Backbone, positions: str, names: list[str], activation:
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("vit_base_patch16_224", num_classes=0).eval()  # type: ignore[no-any-return]
+    return timm.create_model("vit_base_patch16_224", num_classes=0).eval()
 
 
 def share_weights(model: nn.Module, bare: nn.Module) -> None:

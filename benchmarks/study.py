@@ -220,7 +220,7 @@ class Study:
         torch.manual_seed(plan.seed)
         kwargs = {"img_size": config.img_size} if config.img_size else {}
         model = timm.create_model(self.backbone(plan.backbone).name, num_classes=0, **kwargs)
-        state = self.backbone(plan.backbone).sized(tuple(record["input_size"][1:])).state_dict()  # type: ignore[arg-type]
+        state = self.backbone(plan.backbone).sized(tuple(record["input_size"][1:])).state_dict()
         model.load_state_dict(state)
         for part in model.modules():
             if hasattr(part, "fused_attn"):

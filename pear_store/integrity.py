@@ -157,10 +157,10 @@ def _checked(path: str | Path, subset: tuple[int, int]) -> str:
     return json.dumps(asdict(report))
 
 
-def _from_json(found: dict[str, object]) -> Report:
-    report = Report(**found)  # type: ignore[arg-type]
-    report.damaged = [Damage(**one) for one in found["damaged"]]  # type: ignore[attr-defined]
-    report.damaged_manifests = [Damage(**one) for one in found["damaged_manifests"]]  # type: ignore[attr-defined]
+def _from_json(found: dict[str, Any]) -> Report:
+    report = Report(**found)
+    report.damaged = [Damage(**one) for one in found["damaged"]]
+    report.damaged_manifests = [Damage(**one) for one in found["damaged_manifests"]]
     return report
 
 

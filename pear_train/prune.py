@@ -1,6 +1,7 @@
 """Which positions lose their adapter, and whose they borrow."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ def choose_sources(
         return {}
     order = {position: i for i, position in enumerate(importance)}
     sources = {}
+
+    def apart(one: str, other: str) -> tuple[int, int]:
+        return abs(order[other] - order[one]), order[other]
+
     for shape in dict.fromkeys(widths[position] for position in pruned):
         lost = sorted((p for p in pruned if widths[p] == shape), key=lambda p: (importance[p], order[p]))
         kept = [p for p in importance if widths[p] == shape and p not in pruned]
@@ -50,11 +55,11 @@ def choose_sources(
                 sources[position] = ranked[i % len(ranked)]
             elif rule == "similar":
                 assert similarity is not None
-                sources[position] = max(kept, key=lambda p, q=position: similarity(q, p))  # type: ignore[misc]
+                sources[position] = max(kept, key=partial(similarity, position))
             else:
                 kind = position.rpartition(".")[2]
                 alike = [p for p in kept if p.rpartition(".")[2] == kind] or kept
-                sources[position] = min(alike, key=lambda p, q=position: (abs(order[p] - order[q]), order[p]))  # type: ignore[misc]
+                sources[position] = min(alike, key=partial(apart, position))
     return sources
 
 

@@ -54,7 +54,7 @@ def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
     store.gc(repack_all=True)
     for name, number in (("one", 1), ("two", 1), ("dtd", 3)):
         task = store.get(name)
-        found = scope["read_task"](store.path, name)  # type: ignore[operator]
+        found = scope["read_task"](store.path, name)
         assert found == (number, task.record, {digest: bytes(t.data) for digest, t in task.tensors.items()})
 
 

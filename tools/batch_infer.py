@@ -158,7 +158,7 @@ def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
     """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
     if device.type != "cuda":
         return way.normalise(pixels).to(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
     stream.synchronize()  # holds up this thread only

@@ -180,7 +180,7 @@ def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.T
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
     try:
-        return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+        return column.cast(pa.string()).to_pylist()
     except pa.ArrowException:  # lists, structs, bytes that are no text
         return [json.dumps(value, ensure_ascii=False, default=str) for value in column.to_pylist()]
 

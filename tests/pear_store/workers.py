@@ -76,7 +76,7 @@ def add_files_and_acknowledge(path: str, folder: str) -> None:
     """Adds a folder's files through forked workers, a few a commit; prints the workers, then the name of what is in."""
     loading.GROUP_TASKS, loading.GROUP_BYTES = 4, 1 << 14
     loading.can_fork = lambda: True  # numpy, imported by the makers of tasks, has threads that idle
-    os.sched_getaffinity = lambda pid: {0, 1}  # type: ignore[assignment]
+    os.sched_getaffinity = lambda pid: {0, 1}
     with Store(path) as store:
         results = store.add_many(sorted(Path(folder).iterdir()))
         first = next(results)

@@ -1,5 +1,8 @@
 """Importance, pruning, sharing and knowledge: the maths."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,9 +41,12 @@ def test_taylor_terms_of_up_and_down_agree_for_identity_and_relu() -> None:
     torch.manual_seed(0)
     down, up = torch.randn(5, 2, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     x, y = torch.randn(7, 5), torch.randn(7, 3)
-    for phi in (lambda h: h, torch.relu):
-        loss = lambda: (phi(x @ down) @ up - y).square().mean()  # noqa: B023, E731
-        scores = gradient_scores("taylor", {"up": up, "down": down}, [loss])
+
+    def loss(phi: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return (phi(x @ down) @ up - y).square().mean()
+
+    for phi in (torch.nn.Identity(), torch.relu):
+        scores = gradient_scores("taylor", {"up": up, "down": down}, [partial(loss, phi)])
         assert scores["up"] == pytest.approx(scores["down"], rel=1e-4)
 
 

@@ -267,7 +267,7 @@ def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) 
     listed = ImageList.scan(write(work / "list.csv", rows), ["image", "task"])
     router = Idle(backbone)
     with Store(work / "s") as store:
-        infer(router, store, listed, work / "out.csv", options(8))  # type: ignore[arg-type]
+        infer(router, store, listed, work / "out.csv", options(8))
     assert [shape for shape, _ in router.asked if shape[2] == 48] == [(8, 3, 48, 48)] * 7 + [(4, 3, 48, 48)]
     assert [shape for shape, _ in router.asked if shape[2] == 64] == [(8, 3, 64, 64)] * 5
     assert all(len(set(tasks)) == 1 for _, tasks in router.asked)
@@ -321,7 +321,7 @@ def test_decoding_goes_on_while_the_router_runs(
     decoded = [threading.Event() for _ in range(6)]
 
     def watched(images: list[str], ways: list[Preprocess]) -> list[Any]:
-        found = decode(images, ways)  # type: ignore[arg-type]
+        found = decode(images, ways)
         decoded[int(Path(images[0]).stem)].set()
         return found
 
