@@ -398,7 +398,6 @@ def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
         adapted.attach(positions)
         return positions
     with suppress(BackboneError):
-        choose_positions(module, "qkv")  # else only the MLPs would have adapters
         return attached(adapted, "qkv,mlp")
     return attached(adapted, "blocks")
 

@@ -190,16 +190,16 @@ def choose_positions(module: nn.Module, choice: str) -> list[str]:
     """The module paths that comma-separated presets and shell patterns select, in forward order of blocks.
 
     Raises:
-        BackboneError: nothing matches.
+        BackboneError: one of them matches nothing.
     """
     named = [(name, m) for name, m in module.named_modules() if name]
     wanted = [part.strip() for part in choice.split(",")]
-    found = [name for name, part in named if any(_selects(one, name, part) for one in wanted)]
-    if not found:
-        presets = ", ".join(POSITION_PRESETS)
-        some = ", ".join(n for n, m in named if isinstance(m, nn.Linear))[:120]
-        raise BackboneError(f"positions {choice!r} match no module; presets: {presets}; or a pattern over {some}, …")
-    return found
+    for one in wanted:
+        if not any(_selects(one, name, part) for name, part in named):
+            presets = ", ".join(POSITION_PRESETS)
+            some = ", ".join(n for n, m in named if isinstance(m, nn.Linear))[:120]
+            raise BackboneError(f"positions {one!r} match no module; presets: {presets}; or a pattern over {some}, …")
+    return [name for name, part in named if any(_selects(one, name, part) for one in wanted)]
 
 
 def _axes(x: object) -> int:

@@ -155,6 +155,8 @@ def test_presets_and_patterns(backbone: Backbone) -> None:
     assert both[-3:] == ["blocks.5.attn", "blocks.5.attn.qkv", "blocks.5.mlp"]
     with pytest.raises(BackboneError, match="positions 'layers' match no module; presets: blocks"):
         choose_positions(backbone.module, "layers")
+    with pytest.raises(BackboneError, match="positions 'nope' match no module"):
+        choose_positions(backbone.module, "qkv,nope")
 
 
 FAMILIES = {
