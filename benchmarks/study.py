@@ -27,6 +27,7 @@ from typing import Any
 import click
 import timm
 import torch
+from study_peers import adapt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -276,34 +277,6 @@ class Study:
         return row
 
 
-def adapt(model: nn.Module, peer: str) -> tuple[nn.Module, int]:
-    """A model with what the peer trains, and how many numbers it has to keep for a task."""
-    if peer == "full":
-        return model, sum(p.numel() for p in model.parameters())
-    import peft
-
-    kind, *numbers = peer.split(":")
-    linears = ["qkv"] if kind.endswith("-qkv") or kind == "vera" else ["qkv", "proj", "fc1", "fc2"]
-    rank = int(numbers[0])
-    targets = r"blocks\.\d+\..*(" + "|".join(linears) + ")"
-    config: Any
-    if kind.startswith("lora"):
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=int(numbers[1]) if len(numbers) > 1 else rank, target_modules=targets
-        )
-    elif kind == "vera":
-        config = peft.VeraConfig(r=rank, target_modules=targets, save_projection=False)
-    elif kind.startswith("vblora"):
-        config = peft.VBLoRAConfig(r=rank, target_modules=targets, num_vectors=90, vector_length=64)
-    else:
-        raise click.ClickException(f"unknown peer {peer!r}")
-    made = peft.get_peft_model(model, config)
-    trained = {name: p.numel() for name, p in made.named_parameters() if p.requires_grad}
-    if kind.startswith("vblora"):  # of the 90 logits a vector it keeps the best two: their indices and one weight
-        return made, sum(count * 2 // 90 if "logits" in name else count for name, count in trained.items())
-    return made, sum(trained.values())
-
-
 def top1(logits: Tensor, targets: Tensor) -> float:
     return float((logits.argmax(1) == targets).float().mean())
 
@@ -452,25 +425,85 @@ def codes() -> Iterator[Plan]:
             yield Plan("codes", f"adapters {adapter}, head {head}", "deit96", dataset, 0, options, None, True)
 
 
+def knobs() -> Iterator[Plan]:
+    """One option at a time from the default, where no other stage turns it; DeiT-tiny, four sets; val only."""
+    default: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
+    unpruned: dict[str, Any] = {"method": "adapters"}
+    turned: dict[str, dict[str, Any]] = {
+        "the default": {},
+        **{f"prune_epoch {n} of 8 (default 3)": {"prune_epoch": n} for n in (1, 2, 5, 6)},
+        **{f"ratio {ratio} (default 0.92)": {"ratio": ratio} for ratio in (0.5, 0.75, 0.84)},
+        "unpruned": unpruned,
+        **{f"scale {scale} (default 1)": {"scale": scale} for scale in (0.5, 2.0)},
+        **{f"warmup {share} (default 0.1)": {"warmup": share} for share in (0.0, 0.3)},
+        **{f"weight_decay {decay} (default 1e-4)": {"weight_decay": decay} for decay in (0.1, 1.0)},
+        "drop_branch 0.1 (default 0)": {"drop_branch": 0.1},
+        **{f"augment {augment} (default none)": {"augment": augment} for augment in ("flip", "crop")},
+        **{f"sharing {rule} (default nearest)": {"sharing": rule} for rule in ("top", "similar")},
+        "importance taylor_abs (default taylor)": {"importance": "taylor_abs"},
+        "knowledge lowbit, 4 bits (default fold)": {"knowledge": "lowbit", "knowledge_bits": 4},
+        "knowledge exact (default fold)": {"knowledge": "exact"},
+        **{f"unpruned, activation {name}": {**unpruned, "activation": name} for name in ("relu", "gelu")},
+        "unpruned, augment crop": {**unpruned, "augment": "crop"},
+        "unpruned, down common": {**unpruned, "down": "common"},
+        "lr 0.0025 (default 0.005)": {"lr": 2.5e-3},
+        "epochs 16 (default of the study: 8)": {"epochs": 16},
+        "unpruned r=8, epochs 16": {**unpruned, "rank": 8, "epochs": 16},
+    }  # fmt: skip
+    for dataset in SWEEP_SETS:
+        for name, options in turned.items():
+            yield Plan("knobs", name, "deit96", dataset, 0, {**default, **options})
+
+
+def peers() -> Iterator[Plan]:
+    """Forms of other papers at about the default's bytes, three learning rates each; DeiT-tiny, four sets; val only."""
+    forms = {"adapter+:3": "Adapter+, r=3", "repadapter:2": "RepAdapter, r=2", "fact:10": "FacT-TT, r=10"}
+    for dataset in SWEEP_SETS:
+        for peer, name in forms.items():
+            for lr in (5e-3, 1e-2, 2e-2):
+                yield Plan("peers", f"{name}, lr {lr:g}", "deit96", dataset, 0, {**BASE, "lr": lr}, peer)
+
+
+def pixels() -> Iterator[Plan]:
+    """224 pixels: three sets, one seed; test. Options as at 96 pixels."""
+    ours: dict[str, dict[str, Any]] = {
+        "pear r=12, 0.92": {**OURS, "rank": 12, "ratio": 0.92},
+        "unpruned r=8": {**OURS, "method": "adapters"},
+        "linear": {"method": "linear", "epochs": 60, "lr": 1e-2},
+    }
+    for dataset in ("dtd10", "rsscn7", "mnist_location16"):
+        yield Plan("pixels", "LoRA qkv r=2", "deit224", dataset, 0, {**BASE, "lr": 2e-2}, "lora-qkv:2", True)
+        for name, options in ours.items():
+            yield Plan("pixels", name, "deit224", dataset, 0, {**BASE, **options}, None, True)
+
+
 ORDERS = 3
+BASES = {"base of 4 tasks": ("dtd10", "rsscn7", "mnist", "mnist_count8"), "base of 12 tasks": SETS}
+"""Of the first, a task of each group."""
 ACROSS: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
 
 
 def across(study: "Study", kept: Path, process: int, processes: int) -> None:
     """Tasks added one after another in three orders, each borrowing from the bank of those before it; and all tasks
-    upon one base set, whose lowest four blocks they share. Tasks are kept in `kept`, from which a run goes on."""
-    for order in range(ORDERS):
-        if order % processes == process:
-            sets = random.Random(order).sample(SETS, len(SETS))
-            upon(study, f"bank, order {order}", sets, kept / f"bank{order}", None, bank=True)
-    if ORDERS % processes == process:
-        kept.mkdir(parents=True, exist_ok=True)
-        if not (path := kept / "base.safetensors").exists():
-            members = ("dtd10", "rsscn7", "mnist", "mnist_count8")  # the first of each group
-            configs = [study.config(Plan("across", "base", "deit96", s, 0, ACROSS)) for s in members]
-            data = [open_dataset(str(study.shared / "data" / f"{name}.npz")) for name in members]
-            train_base(configs, study.backbone("deit96"), data, path)
-        upon(study, "base of 4 tasks", list(SETS), kept / "base", read_checkpoint(path), bank=False)
+    upon a base set, whose lowest four blocks they share. Tasks are kept in `kept`, from which a run goes on."""
+    kept.mkdir(parents=True, exist_ok=True)
+    whats = [*(f"bank, order {order}" for order in range(ORDERS)), *BASES]
+    for number, what in enumerate(whats):
+        sets = random.Random(number).sample(SETS, len(SETS)) if what not in BASES else list(SETS)
+        if number % processes != process or all(plan_upon(what, dataset).key in study.done for dataset in sets):
+            continue
+        base, path = None, kept / f"{what.replace(' ', '-')}.safetensors"
+        if what in BASES:
+            if not path.exists():
+                configs = [study.config(plan_upon("base", member)) for member in BASES[what]]
+                data = [open_dataset(str(study.shared / "data" / f"{name}.npz")) for name in BASES[what]]
+                train_base(configs, study.backbone("deit96"), data, path)
+            base = read_checkpoint(path)
+        upon(study, what, sets, path.with_suffix(""), base, bank=what not in BASES)
+
+
+def plan_upon(what: str, dataset: str) -> Plan:
+    return Plan("across", what, "deit96", dataset, 0, ACROSS, None, True)
 
 
 def upon(study: "Study", name: str, sets: list[str], kept: Path, base: Task | None, bank: bool) -> None:
@@ -478,7 +511,7 @@ def upon(study: "Study", name: str, sets: list[str], kept: Path, base: Task | No
     with Store.create(kept / "store") as store:
         router = Router(study.backbone("deit96"), store)
         for number, dataset in enumerate(sets, 1):
-            plan = Plan("across", name, "deit96", dataset, 0, ACROSS, None, True)
+            plan = plan_upon(name, dataset)
             before = [store.get(s) for s in sets[: number - 1]] if bank else []
             if plan.key in study.done:
                 continue
@@ -512,7 +545,9 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
     return 1 - sum(rows) / (len(blocks) * len(tasks))
 
 
-STAGES: dict[str, Callable[[], Iterator[Plan]]] = {"shape": shape, "sharing": sharing, "codes": codes, "final": final}
+STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
+    stage.__name__: stage for stage in (shape, knobs, sharing, codes, peers, pixels, final)
+}
 
 
 @click.command(help=__doc__)

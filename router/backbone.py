@@ -290,8 +290,14 @@ class AdaptedBackbone:
         module = _share(self.backbone.module)
         order, blocks = self._blocks.order or [name for name, _ in module.named_modules()], self._blocks.alone
         module.to("meta")
-        if not _may_grow(module, self.backbone.input_size, blocks):
-            blocks = [block for block in blocks if _may_grow(module, self.backbone.input_size, [block])]
+        may_grow = partial(_may_grow, module, self.backbone.input_size)
+        if not may_grow(blocks):
+            kinds: dict[str, list[str]] = {}
+            for block in blocks:  # layer1.0 and layer2.3 are of one kind, layer1.0.downsample.0 is of another
+                kinds.setdefault(re.sub(r"\d+", "*", block), []).append(block)
+            growing = {block for kind in kinds.values() if may_grow(kind) for block in kind}
+            blocks = [block for block in blocks if block in growing]
+            blocks = blocks if may_grow(blocks) else []
         of: dict[str, int] = {}
         level = 0
         for name in order:
