@@ -39,10 +39,7 @@ def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Te
         down and up, their norms balanced, and the scales in the order of `adapters`.
     """
     rank = adapters[0][0].shape[1]
-    # every Δ_j lies in the span of all downs and ups: work in bases of those, [n·rank]² instead of [d_in, d_out]
-    left, _ = torch.linalg.qr(torch.cat([down.detach().double() for down, _ in adapters], 1))
-    right, _ = torch.linalg.qr(torch.cat([up.detach().double() for _, up in adapters]).t())
-    cores = [(left.t() @ down.detach().double()) @ (up.detach().double() @ right) for down, up in adapters]
+    left, right, cores = _in_bases(adapters)
     scales = [1.0] + [0.0] * (len(adapters) - 1)
     u, s, v = torch.linalg.svd(cores[0], full_matrices=False)
     for _ in range(steps):
@@ -80,11 +77,7 @@ def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tu
         FacT, arXiv:2212.03145.
     """
     rank = adapters[0][0].shape[1]
-    pairs = [(down.detach().double(), up.detach().double()) for down, up in adapters]
-    # every Δ_j lies in the span of all downs and ups: work in bases of those, [n·rank]² instead of [d_in, d_out]
-    left, _ = torch.linalg.qr(torch.cat([down for down, _ in pairs], 1))
-    right, _ = torch.linalg.qr(torch.cat([up for _, up in pairs]).t())
-    deltas = [(left.t() @ down) @ (up @ right) for down, up in pairs]
+    left, right, deltas = _in_bases(adapters)
     v = torch.linalg.svd(torch.cat(deltas), full_matrices=False).Vh[:rank]
     u = v.t()
     for _ in range(steps):
@@ -94,3 +87,12 @@ def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tu
     norm = max(float(torch.linalg.matrix_norm(core, 2)) for core in cores) or 1.0
     down, up = (left @ u).float(), (norm * (v @ right.t())).float()
     return down, up, [(core / norm).float() for core in cores]
+
+
+def _in_bases(adapters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Orthonormal bases, float64, of all downs and of all ups, [d_in, k] and [d_out, k], and each adapter's matrix in
+    them: of at most n · rank squared entries instead of d_in x d_out."""
+    pairs = [(down.detach().double(), up.detach().double()) for down, up in adapters]
+    left, _ = torch.linalg.qr(torch.cat([down for down, _ in pairs], 1))
+    right, _ = torch.linalg.qr(torch.cat([up for _, up in pairs]).t())
+    return left, right, [(left.t() @ down) @ (up @ right) for down, up in pairs]
