@@ -433,6 +433,7 @@ def knobs() -> Iterator[Plan]:
         "the default": {},
         **{f"prune_epoch {n} of 8 (default 3)": {"prune_epoch": n} for n in (1, 2, 5, 6)},
         **{f"ratio {ratio} (default 0.92)": {"ratio": ratio} for ratio in (0.5, 0.75, 0.84)},
+        **{f"positions {one} (default qkv,mlp)": {"positions": one} for one in ("attn", "blocks", "mlp")},
         "unpruned": unpruned,
         **{f"scale {scale} (default 1)": {"scale": scale} for scale in (0.5, 2.0)},
         **{f"warmup {share} (default 0.1)": {"warmup": share} for share in (0.0, 0.3)},

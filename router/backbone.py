@@ -397,7 +397,7 @@ class AdaptedBackbone:
         self._divided.add(module)
         for block in self._blocks.in_parts:
             part = cast(Any, module.get_submodule(block))
-            part.forward = self._by_parts(part.forward)
+            part.forward = self._by_parts(block, part.forward)
 
     def _grower(self, block: str) -> Any:
         def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -409,13 +409,12 @@ class AdaptedBackbone:
 
         return grow
 
-    def _by_parts(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _by_parts(self, block: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(x: Tensor, /, *args: Any, **options: Any) -> Tensor:
-            count = 1 if self._most_bytes is None else min(len(x), -(-x.nbytes // self._most_bytes))
-            if count <= 1:
+            rows = self._part_rows(block, x)
+            if rows >= len(x):
                 return run(x, *args, **options)
             out: Tensor | None = None
-            rows = -(-len(x) // count)
             try:
                 for start in range(0, len(x), rows):
                     stop = min(start + rows, len(x))
@@ -429,6 +428,18 @@ class AdaptedBackbone:
             return out
 
         return forward
+
+    def _part_rows(self, block: str, x: Tensor) -> int:
+        """How many rows a block takes at once: of a batch that is too large, equal parts, which end where the runs of
+        rows do that one task's branches serve, or divide them."""
+        parts = 1 if self._most_bytes is None else min(len(x), -(-x.nbytes // self._most_bytes))
+        rows = -(-len(x) // parts)
+        if parts > 1:
+            inside = f"{block}."
+            units = [len(w.down) for p, w in self._weights.items() if w.down.ndim == 3 and p.startswith(inside)]
+            run = len(x) // max(units, default=len(x))
+            rows = rows // run * run if run <= rows else -(-run // -(-run // rows))
+        return rows
 
     def inputs(
         self, images: Tensor, weights: Mapping[str, PositionWeights], positions: Iterable[str]

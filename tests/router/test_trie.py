@@ -195,3 +195,29 @@ def test_blocks_that_take_or_give_more_than_one_tensor_stay_whole(
     for task in tasks:
         alone = torch.stack([torch.as_tensor(router.run(image[None], task).logits[0]) for image in images])
         torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "tasks", "limit", "expected"),
+    [(6, 2, 7, [6] * 2), (6, 2, 5, [3] * 4), (6, 2, 2, [2] * 6), (2, 4, 3, [2] * 4), (2, 4, 7, [4] * 2)],
+)
+def test_parts_end_where_a_tasks_rows_do_or_divide_them(
+    images: int, tasks: int, limit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, choice, _ = model_of("vit_tiny_patch16_224")
+    size = backbone.input_size[0]
+    router = Router(backbone, merge=False)
+    for task in tree_of(backbone, choice, size).values():
+        router.add(task)
+    names = [f"t{i}" for i in range(tasks)]
+    asked = torch.zeros(images, 3, size, size)
+    router.run_all(asked, names)
+    given: list[torch.Tensor] = []
+    last = router._adapted._module((size, size)).get_submodule(router._adapted.levels.blocks[-1])
+    inner = next(part for _, part in last.named_modules() if isinstance(part, torch.nn.LayerNorm))
+    inner.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    router.run_all(asked, names)
+    monkeypatch.setattr(backbone_module, "PART_BYTES", limit * given.pop()[:1].nbytes)
+    given.clear()
+    router.run_all(asked, names)
+    assert [len(x) for x in given] == expected
