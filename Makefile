@@ -26,7 +26,7 @@ lint: $(VENV)/dev.installed
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/pear_tiny.py --data ../shared/data \
 		--deit ../shared/weights/deit_tiny_patch16_224.safetensors --out benchmarks/results/pear_tiny.json
-	for stage in shape knobs sharing across codes peers pixels; do $(BIN)/python benchmarks/study.py $$stage --shared ../shared || exit 1; done
+	for stage in shape knobs decay sharing across codes peers pixels; do $(BIN)/python benchmarks/study.py $$stage --shared ../shared || exit 1; done
 	$(BIN)/python benchmarks/study.py final --shared ../shared --seeds 3
 	$(BIN)/python benchmarks/study_report.py
 

@@ -454,6 +454,42 @@ def knobs() -> Iterator[Plan]:
     for dataset in SWEEP_SETS:
         for name, options in turned.items():
             yield Plan("knobs", name, "deit96", dataset, 0, {**default, **options})
+        for decay in (1e-4, 0.1, 0.3, 1.0):
+            more: dict[str, Any] = {} if decay == 1e-4 else {"weight_decay": decay}
+            rows: dict[str, tuple[dict[str, Any], str | None]] = {
+                "unpruned r=8": ({**default, **unpruned, "rank": 8}, None),
+                "LoRA qkv r=2": ({**BASE, "lr": 2e-2}, "lora-qkv:2"),
+                "LoRA qkv r=8": ({**BASE, "lr": 1e-2}, "lora-qkv:8"),
+            }
+            if decay == 0.1:
+                rows["ratio 0.5"] = {**default, "ratio": 0.5}, None
+                rows["prune_epoch 2"] = {**default, "weight_decay": decay, "prune_epoch": 2}, None
+            if decay == 0.3:
+                rows["pear"] = default, None
+            for what, (options, peer) in rows.items():
+                name = what + (f", weight_decay {decay:g}" if more else "")
+                yield Plan("knobs", name, "deit96", dataset, 0, {**options, **more}, peer)
+
+
+def decay() -> Iterator[Plan]:
+    """Learning rate and weight decay together, for ours and for LoRA; DeiT-tiny, four sets; val only."""
+    pear: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
+    unpruned: dict[str, Any] = {**BASE, **OURS, "method": "adapters"}
+    rows: tuple[tuple[str, dict[str, Any], str | None, tuple[tuple[float, float], ...]], ...] = (
+        ("pear r=12, 0.92", pear, None, ((5e-3, 3), (1e-2, 0.3), (1e-2, 1), (1e-2, 3), (2e-2, 1))),
+        ("LoRA qkv r=2", BASE, "lora-qkv:2", ((2e-2, 3), (1e-2, 1), (4e-2, 1))),
+        ("LoRA qkv r=8", BASE, "lora-qkv:8", ((1e-2, 3), (2e-2, 1))),
+        ("unpruned r=8", {**unpruned, "rank": 8}, None, ((5e-3, 3), (1e-2, 1))),
+        ("unpruned r=1", {**unpruned, "rank": 1}, None, ((2e-2, 1),)),
+        ("unpruned r=2", {**unpruned, "rank": 2}, None, ((1e-2, 1), (2e-2, 1))),
+    )
+    for dataset in SWEEP_SETS:
+        for name, options, peer, pairs in rows:
+            for lr, weight_decay in pairs:
+                told = {**options, "lr": lr, "weight_decay": float(weight_decay)}
+                yield Plan(
+                    "decay", f"{name}, lr {lr:g}, weight_decay {weight_decay:g}", "deit96", dataset, 0, told, peer
+                )
 
 
 def peers() -> Iterator[Plan]:
@@ -547,7 +583,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
-    stage.__name__: stage for stage in (shape, knobs, sharing, codes, peers, pixels, final)
+    stage.__name__: stage for stage in (shape, knobs, decay, sharing, codes, peers, pixels, final)
 }
 
 

@@ -144,10 +144,16 @@ established; losses say more). All rows but those scored otherwise share the epo
 
 ## One option at a time
 
-From the default (positions qkv,mlp, rank 12, ratio 0.92, lr 0.005), four sets, one seed, val. The rows without `unpruned` share what they can
-of the epochs before pruning.
+From the default (positions qkv,mlp, rank 12, ratio 0.92, lr 0.005), four sets, one seed, val. Rows that differ only after pruning share
+the epochs before it.
 
 {show(sweep(every, "knobs", "what is turned"))}
+
+## Learning rate and weight decay together
+
+Weight decay of the final table is 1e-4. The last rows of the table above and these turn it, for LoRA as for ours; val.
+
+{show(sweep(every, "decay", "what"))}
 
 ## Forms of other papers
 
