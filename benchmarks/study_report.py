@@ -35,6 +35,8 @@ PAIRS = (
     ("unpruned r=2", "LoRA qkv r=2"),
     ("LoRA qkv r=2, weight_decay 1", "LoRA qkv r=2"),
     ("LoRA qkv r=8, weight_decay 1", "LoRA qkv r=8"),
+    ("pear r=12, 0.92", "LoRA qkv r=2, weight_decay 1"),
+    ("pear r=12, 0.92", "LoRA qkv r=8, weight_decay 1"),
     ("pear r=12, 0.92, weight_decay 0.1", "pear r=12, 0.92"),
     ("pear r=12, 0.92, weight_decay 0.1", "LoRA qkv r=2, weight_decay 1"),
     ("pear r=12, 0.92, weight_decay 0.1", "LoRA qkv r=8, weight_decay 1"),
