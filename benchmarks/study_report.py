@@ -115,10 +115,11 @@ def text(every: list[dict[str, Any]], final: Rows, names: list[str], sets: list[
             )
     one = next(iter(final.values()))
     across, codes, large = table_across(every, final), table_codes(every, final), table_pixels(every)
-    members = " and ".join(f"for {', '.join(of)}" if len(of) < len(sets) else "for all 12" for of in BASES.values())
+    bases = [of for name, of in BASES.items() if name in {row["upon"] for row in across}]
+    members = " and ".join(f"for {', '.join(of)}" if len(of) < len(sets) else "for all 12" for of in bases)
 
     def show(rows: list[dict[str, Any]]) -> str:
-        return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) if rows else "Not run yet."
 
     return f"""# The study: accuracy per byte
 
