@@ -186,7 +186,8 @@ def _write(handle: int, run: list[bytes | bytearray | memoryview], at: int) -> i
         while rest:
             rest = rest[os.write(handle, rest) :]
     if size and hasattr(os, "posix_fadvise"):  # pages that are dirty Linux begins to write, and keeps
-        os.posix_fadvise(handle, at, size, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice
+            os.posix_fadvise(handle, at, size, os.POSIX_FADV_DONTNEED)
     return size
 
 

@@ -568,7 +568,7 @@ class _Blocks:
 def _room(rows: int, like: Tensor) -> Tensor:
     """Memory on the CPU for [rows, ...] of a tensor's type and shape but for the first axis, not yet written.
 
-    By way of NumPy, which asks the system for huge pages: with small ones, first use of 77 MB takes five times as long.
+    By way of NumPy, which asks the system for huge pages: with small ones, the first use of so much costs far more.
     """
     room = np.empty(rows * like[:1].nbytes, np.uint8)
     return torch.from_numpy(room).view(like.dtype).view(rows, *like.shape[1:])
