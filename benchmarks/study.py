@@ -505,6 +505,28 @@ def decay() -> Iterator[Plan]:
                 )
 
 
+def recipe() -> Iterator[Plan]:
+    """Learning rate, weight decay and warm-up of the table's rows, with equal effort; all 12 sets, one seed; val only."""
+    pear: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
+    rows: tuple[tuple[str, dict[str, Any], str | None, tuple[tuple[float, float, float], ...]], ...] = (
+        ("pear r=12, 0.92", pear, None,
+         ((7e-3, 1, 0.1), (1e-2, 1, 0.3), (5e-3, 1, 0.1), (5e-3, 0.3, 0.1), (1e-2, 0.3, 0.3))),
+        ("unpruned r=8", {**BASE, **OURS, "method": "adapters", "rank": 8}, None,
+         ((1e-2, 1, 0.1), (5e-3, 1, 0.1), (5e-3, 0.3, 0.1), (1e-2, 1, 0.3), (1e-2, 0.3, 0.3))),
+        ("LoRA qkv r=2", BASE, "lora-qkv:2",
+         ((2e-2, 0.3, 0.1), (2e-2, 1, 0.3), (1e-2, 1, 0.1), (3e-2, 1, 0.3), (3e-2, 0.3, 0.3))),
+        ("LoRA qkv r=8", BASE, "lora-qkv:8",
+         ((2e-2, 1, 0.1), (1e-2, 0.3, 0.1), (1e-2, 1, 0.3), (5e-3, 1, 0.1), (2e-2, 1, 0.3))),
+    )  # fmt: skip
+    for turn in range(5):
+        for name, options, peer, triples in rows:
+            lr, weight_decay, warmup = triples[turn]
+            told = {**options, "lr": lr, "weight_decay": weight_decay, "warmup": warmup}
+            what = f"{name}, lr {lr:g}, weight_decay {weight_decay:g}, warmup {warmup:g}"
+            for dataset in SETS:
+                yield Plan("recipe", what, "deit96", dataset, 0, told, peer)
+
+
 def peers() -> Iterator[Plan]:
     """Forms of other papers at about the default's bytes, three learning rates each; DeiT-tiny, four sets; val only."""
     forms = {"adapter+:3": "Adapter+, r=3", "repadapter:2": "RepAdapter, r=2", "fact:10": "FacT-TT, r=10"}
@@ -596,7 +618,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
-    stage.__name__: stage for stage in (shape, knobs, decay, sharing, codes, peers, pixels, final, tuned)
+    stage.__name__: stage for stage in (shape, knobs, decay, recipe, sharing, codes, peers, pixels, final, tuned)
 }
 
 

@@ -402,25 +402,34 @@ class AdaptedBackbone:
     def _grower(self, block: str) -> Any:
         def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             rows = self._grow.get(block)
-            if rows is None:
+            if rows is None or self._grows_within(block):
                 return None
-            room = _room(len(rows), args[0]) if self._most_bytes else None
-            return torch.index_select(args[0], 0, rows, out=room), *args[1:]
+            return args[0].index_select(0, rows), *args[1:]
 
         return grow
 
+    def _grows_within(self, block: str) -> bool:
+        """Whether a block's own forward grows its input, part by part, so that it never lies in memory as a whole.
+
+        A block that is a position itself is given it grown: its branches need it.
+        """
+        return block in self._blocks.in_parts and block not in self._weights
+
     def _by_parts(self, block: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(x: Tensor, /, *args: Any, **options: Any) -> Tensor:
-            rows = self._part_rows(block, x)
-            if rows >= len(x):
-                return run(x, *args, **options)
+            grown = self._grow.get(block) if self._grows_within(block) else None
+            count = len(x) if grown is None else len(grown)
+            rows = self._part_rows(block, count, x[:1].nbytes)
+            if rows >= count:
+                return run(x if grown is None else x.index_select(0, grown), *args, **options)
             out: Tensor | None = None
             try:
-                for start in range(0, len(x), rows):
-                    stop = min(start + rows, len(x))
-                    self._part = start, stop, len(x)
-                    found = run(x[start:stop], *args, **options)
-                    out = _room(len(x), found) if out is None else out
+                for start in range(0, count, rows):
+                    stop = min(start + rows, count)
+                    part = x[start:stop] if grown is None else x.index_select(0, grown[start:stop])
+                    self._part = start, stop, count
+                    found = run(part, *args, **options)
+                    out = _room(count, found) if out is None else out
                     out[start:stop] = found
             finally:
                 self._part = None
@@ -429,15 +438,15 @@ class AdaptedBackbone:
 
         return forward
 
-    def _part_rows(self, block: str, x: Tensor) -> int:
+    def _part_rows(self, block: str, count: int, row_bytes: int) -> int:
         """How many rows a block takes at once: of a batch that is too large, equal parts, which end where the runs of
         rows do that one task's branches serve, or divide them."""
-        parts = 1 if self._most_bytes is None else min(len(x), -(-x.nbytes // self._most_bytes))
-        rows = -(-len(x) // parts)
+        parts = 1 if self._most_bytes is None else min(count, -(-count * row_bytes // self._most_bytes))
+        rows = -(-count // parts)
         if parts > 1:
             inside = f"{block}."
             units = [len(w.down) for p, w in self._weights.items() if w.down.ndim == 3 and p.startswith(inside)]
-            run = len(x) // max(units, default=len(x))
+            run = count // max(units, default=count)
             rows = rows // run * run if run <= rows else -(-run // -(-run // rows))
         return rows
 

@@ -221,3 +221,29 @@ def test_parts_end_where_a_tasks_rows_do_or_divide_them(
     given.clear()
     router.run_all(asked, names)
     assert [len(x) for x in given] == expected
+
+
+@pytest.mark.parametrize("limit", [1, backbone_module.PART_BYTES])
+@pytest.mark.parametrize(("choice", "first_given"), [("blocks.?", 6), ("*.mlp", 3)])
+def test_a_block_grows_within_unless_its_branches_need_it_grown(
+    choice: str, first_given: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
+    backbone, _, _ = model_of("vit_tiny_patch16_224")
+    size = backbone.input_size[0]
+    router = Router(backbone, merge=False)
+    tasks = tree_of(backbone, choice, size)
+    for task in tasks.values():
+        router.add(task)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    names = ["t0", "t2"]  # they differ from the second position on
+    apart = router._adapted.levels.blocks[1]
+    alone = {name: router.run(images, name).logits for name in names}
+    given: list[int] = []
+    block = router._adapted._module((size, size)).get_submodule(apart)
+    router.run_all(images, names)
+    block.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    together = router.run_all(images, names)
+    assert given == [first_given]
+    for name in names:
+        torch.testing.assert_close(together[name].logits, alone[name], atol=2e-5, rtol=1e-4)
