@@ -3,8 +3,8 @@
 
 Each run is one row of benchmarks/results/study.jsonl; what is there is not repeated, so the script may be stopped
 and started at will. Sweeps look at val only, with the weights of the last epoch; test is looked at in the
-stage `final` alone. Runs that differ only in what happens after pruning share the epochs before it,
-which are the same to the bit. benchmarks/study_report.py makes the tables and plots.
+stages `final`, `tuned` and `table`, and where tasks stand upon others. Runs that differ only in what happens after
+pruning share the epochs before it, which are the same to the bit. benchmarks/study_report.py makes tables and plots.
 
     python benchmarks/study.py shape --shared ../shared
     python benchmarks/study.py final --shared ../shared --seeds 3
@@ -397,16 +397,44 @@ def final() -> Iterator[Plan]:
 
 
 def tuned() -> Iterator[Plan]:
-    """The table's main rows with weight decay chosen as well, by mean val top-1 in `knobs` and `decay`; test, once."""
+    """A first try with weight decay chosen as well, on val of four sets (`knobs`, `decay`); one seed."""
     rows: dict[str, tuple[dict[str, Any], str | None]] = {
         "LoRA qkv r=2, weight_decay 1": ({**BASE, "lr": 2e-2, "weight_decay": 1.0}, "lora-qkv:2"),
         "pear r=12, 0.92, weight_decay 0.1": ({**BASE, **OURS, "rank": 12, "ratio": 0.92, "weight_decay": 0.1}, None),
         "LoRA qkv r=8, weight_decay 1": ({**BASE, "lr": 1e-2, "weight_decay": 1.0}, "lora-qkv:8"),
     }
+    for name, (options, peer) in rows.items():
+        for dataset in SETS:
+            yield Plan("tuned", name, "deit96", dataset, 0, options, peer, True)
+
+
+def table() -> Iterator[Plan]:
+    """The final table, with the options that `recipe` chose; test, once."""
+
+    def chosen(lr: float, weight_decay: float, warmup: float) -> dict[str, Any]:
+        return {**BASE, "lr": lr, "weight_decay": weight_decay, "warmup": warmup}
+
+    wide = {"positions": "qkv,mlp", "rank": 12, "ratio": 0.92, **chosen(1e-2, 1.0, 0.3)}
+    eight = {"positions": "qkv,mlp", "rank": 8, **chosen(1e-2, 1.0, 0.1)}
+    small = {"positions": "qkv,mlp", "method": "adapters", **chosen(2e-2, 1.0, 0.1)}
+    rows: dict[str, tuple[dict[str, Any], str | None]] = {
+        "pear r=12, 0.92": (wide, None),
+        "LoRA qkv r=2": (chosen(2e-2, 1.0, 0.1), "lora-qkv:2"),
+        "unpruned r=8": ({**eight, "method": "adapters"}, None),
+        "LoRA qkv r=8": (chosen(1e-2, 1.0, 0.3), "lora-qkv:8"),
+        "pear r=12, 0.84": ({**wide, "ratio": 0.84}, None),
+        "pear r=12, 0.92, random importance": ({**wide, "importance": "random"}, None),
+        "pear r=12, 0.92, no sharing": ({**wide, "sharing": "none", "knowledge": "none"}, None),
+        "pear r=8, 0.5": ({**eight, "ratio": 0.5}, None),
+        "pear r=8, 0.75": ({**eight, "ratio": 0.75}, None),
+        "unpruned r=1": ({**small, "rank": 1}, None),
+        "unpruned r=2": ({**small, "rank": 2}, None),
+        "linear": ({"method": "linear", **chosen(1e-2, 0.1, 0.1), "epochs": 60}, None),
+    }
     for seed in range(SEEDS):
-        for name, (options, peer) in rows.items():
-            for dataset in SETS:
-                yield Plan("tuned", name, "deit96", dataset, seed, options, peer, True)
+        for dataset in SETS:
+            for name, (options, peer) in rows.items():
+                yield Plan("table", name, "deit96", dataset, seed, options, peer, True)
 
 
 def sharing() -> Iterator[Plan]:
@@ -506,20 +534,23 @@ def decay() -> Iterator[Plan]:
 
 
 def recipe() -> Iterator[Plan]:
-    """Learning rate, weight decay and warm-up of the table's rows, with equal effort; all 12 sets, one seed; val only."""
+    """Learning rate, weight decay, warm-up of the table's rows, with equal effort; 12 sets, one seed; val only."""
     pear: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
     rows: tuple[tuple[str, dict[str, Any], str | None, tuple[tuple[float, float, float], ...]], ...] = (
         ("pear r=12, 0.92", pear, None,
-         ((7e-3, 1, 0.1), (1e-2, 1, 0.3), (5e-3, 1, 0.1), (5e-3, 0.3, 0.1), (1e-2, 0.3, 0.3))),
+         ((7e-3, 1, 0.1), (1e-2, 1, 0.3), (14e-3, 1, 0.3), (1e-2, 2, 0.3))),
         ("unpruned r=8", {**BASE, **OURS, "method": "adapters", "rank": 8}, None,
-         ((1e-2, 1, 0.1), (5e-3, 1, 0.1), (5e-3, 0.3, 0.1), (1e-2, 1, 0.3), (1e-2, 0.3, 0.3))),
+         ((1e-2, 1, 0.1), (5e-3, 1, 0.1), (1e-2, 1, 0.3), (1e-2, 2, 0.1))),
         ("LoRA qkv r=2", BASE, "lora-qkv:2",
-         ((2e-2, 0.3, 0.1), (2e-2, 1, 0.3), (1e-2, 1, 0.1), (3e-2, 1, 0.3), (3e-2, 0.3, 0.3))),
+         ((2e-2, 0.3, 0.1), (2e-2, 1, 0.3), (3e-2, 1, 0.3), (2e-2, 2, 0.1))),
         ("LoRA qkv r=8", BASE, "lora-qkv:8",
-         ((2e-2, 1, 0.1), (1e-2, 0.3, 0.1), (1e-2, 1, 0.3), (5e-3, 1, 0.1), (2e-2, 1, 0.3))),
+         ((2e-2, 1, 0.1), (1e-2, 1, 0.3), (1e-2, 0.3, 0.1), (1e-2, 2, 0.3))),
+        *((f"unpruned r={r}", {**BASE, **OURS, "method": "adapters", "rank": r}, None, ((2e-2, 1, 0.1),))
+          for r in (1, 2)),
+        ("linear", {**BASE, "method": "linear", "epochs": 60}, None, ((1e-2, 0.1, 0.1), (1e-2, 1, 0.1))),
     )  # fmt: skip
-    for turn in range(5):
-        for name, options, peer, triples in rows:
+    for turn in range(4):
+        for name, options, peer, triples in (row for row in rows if turn < len(row[3])):
             lr, weight_decay, warmup = triples[turn]
             told = {**options, "lr": lr, "weight_decay": weight_decay, "warmup": warmup}
             what = f"{name}, lr {lr:g}, weight_decay {weight_decay:g}, warmup {warmup:g}"
@@ -618,7 +649,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
-    stage.__name__: stage for stage in (shape, knobs, decay, recipe, sharing, codes, peers, pixels, final, tuned)
+    stage.__name__: stage for stage in (shape, knobs, decay, recipe, sharing, codes, peers, pixels, final, tuned, table)
 }
 
 
