@@ -130,8 +130,9 @@ class Study:
             "task": plan.dataset,
             "select": "last",
             "seed": plan.seed,
+            "lr": 5e-3, "weight_decay": 1e-4, "warmup": 0.1,  # where rows name none
             "img_size": int(pixels) if pixels else None,
-        }
+        }  # fmt: skip
         return TrainConfig(**{**common, **plan.options})
 
     def do(self, plans: list[Plan]) -> None:

@@ -54,9 +54,10 @@ class TrainConfig:
     """What is preserved of a pruned adapter at its own position."""
     knowledge_bits: int = 1
     """Bits of a low-bit knowledge checkpoint: 1 or 4."""
-    lr: float = 5e-3
-    weight_decay: float = 1e-4
-    warmup: float = 0.1
+    lr: float = 1e-2
+    weight_decay: float = 1.0
+    """Of AdamW, as a multiple of the learning rate."""
+    warmup: float = 0.3
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
     max_grad_norm: float = 1.0
     """Gradients of all weights together are scaled down to this norm."""
