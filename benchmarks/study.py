@@ -423,7 +423,6 @@ def table() -> Iterator[Plan]:
         "LoRA qkv r=2": (chosen(2e-2, 1.0, 0.1), "lora-qkv:2"),
         "unpruned r=8": ({**eight, "method": "adapters"}, None),
         "LoRA qkv r=8": (chosen(1e-2, 1.0, 0.3), "lora-qkv:8"),
-        "pear r=12, 0.84": ({**wide, "ratio": 0.84}, None),
         "pear r=12, 0.92, random importance": ({**wide, "importance": "random"}, None),
         "pear r=12, 0.92, no sharing": ({**wide, "sharing": "none", "knowledge": "none"}, None),
         "pear r=8, 0.5": ({**eight, "ratio": 0.5}, None),
