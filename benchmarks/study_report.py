@@ -76,7 +76,7 @@ def main(results: Path, out: Path) -> None:
 
 
 class Standings:
-    """The rows of a stage that looks at test: methods that were run on most sets, and the seeds that all of them have."""
+    """A stage that looks at test: methods that were run on most sets, and the seeds that all of them have."""
 
     def __init__(self, every: list[dict[str, Any]], stage: str) -> None:
         self.rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == stage}
