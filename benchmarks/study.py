@@ -548,6 +548,9 @@ def recipe() -> Iterator[Plan]:
         *((f"unpruned r={r}", {**BASE, **OURS, "method": "adapters", "rank": r}, None, ((2e-2, 1, 0.1),))
           for r in (1, 2)),
         ("linear", {**BASE, "method": "linear", "epochs": 60}, None, ((1e-2, 0.1, 0.1), (1e-2, 1, 0.1))),
+        ("pear r=8, 0.92", {**pear, "rank": 8}, None, ((1e-2, 1, 0.1), (14e-3, 1, 0.3))),
+        ("LoRA qkv r=1", BASE, "lora-qkv:1", ((2e-2, 1, 0.1), (4e-2, 1, 0.1))),
+        ("pear r=4, 0.92", {**pear, "rank": 4}, None, ((2e-2, 1, 0.1), (14e-3, 1, 0.1))),
     )  # fmt: skip
     for turn in range(4):
         for name, options, peer, triples in (row for row in rows if turn < len(row[3])):
