@@ -277,11 +277,6 @@ class AdaptedBackbone:
         except Exception:  # whatever a model may do that the meta device cannot
             return _Blocks([], [], [])
 
-    @property
-    def takes_parts(self) -> bool:
-        """Whether blocks may take large batches in parts."""
-        return self.device.type == "cpu" and bool(self._blocks.in_parts)
-
     @cached_property
     def levels(self) -> Levels:
         """Where this backbone's batches may grow, found by growing one on the meta device.

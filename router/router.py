@@ -32,9 +32,9 @@ from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
-SHARED_ROWS, SHARED_ROWS_WHOLE = 512, 64
-"""Most rows of one forward in which images are shared: more would only cost memory; on a CPU whose blocks take them
-whole, fewer."""
+SHARED_ROWS, SHARED_ROWS_CPU = 512, 64
+"""Rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few, several
+images go together up to fewer rows, and rows of one image, whose trunk is computed once, up to as many."""
 
 Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
 
@@ -309,8 +309,8 @@ class Router:
             self._slots.check([known.use for known in tasks.values()], self._pinned_keys())
         logits: list[Tensor] = [torch.empty(0)] * len(names)
         for rows, batch, picked in self._batches(images, image_of, names, tasks):
-            whole = self.device.type == "cpu" and len(rows) > SHARED_ROWS_WHOLE and not self._adapted.takes_parts
-            for part in _parts(picked, SHARED_ROWS_WHOLE if whole else SHARED_ROWS):
+            together = SHARED_ROWS_CPU if self.device.type == "cpu" else SHARED_ROWS
+            for part in _parts(picked, together, SHARED_ROWS):
                 found = self._forward(batch, picked[part], [tasks[names[rows[i]]] for i in part])
                 for i, values in zip(part, found, strict=True):
                     logits[rows[i]] = values
@@ -491,20 +491,20 @@ def _same_images(images: Images) -> Ints:
     return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], np.int64)
 
 
-def _parts(image_of: Ints, limit: int) -> list[Ints]:
-    """Rows of each forward: all, or where images repeat, those of a few whole images at a time."""
+def _parts(image_of: Ints, together: int, most: int) -> list[Ints]:
+    """Rows of each forward: all, or where images repeat, of whole images up to `together`, or of one up to `most`."""
     count = len(image_of)
-    if count <= limit or len(np.unique(image_of)) == count:
+    if count <= together or len(np.unique(image_of)) == count:
         return [np.arange(count)]
     by_image = np.argsort(image_of, kind="stable")
     starts = np.flatnonzero(np.diff(image_of[by_image], prepend=-1)).tolist()
     parts, begin = [], 0
     for start, stop in zip(starts, [*starts[1:], count], strict=True):
-        if stop - begin > limit and start > begin:
+        if stop - begin > together and start > begin:
             parts.append(by_image[begin:start])
             begin = start
     parts.append(by_image[begin:])
-    return [part[i : i + limit] for part in parts for i in range(0, len(part), limit)]
+    return [part[i : i + most] for part in parts for i in range(0, len(part), most)]
 
 
 def _check_images(images: Images) -> None:

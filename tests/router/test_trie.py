@@ -1,5 +1,7 @@
 """What is shared, and that sharing changes nothing but rounding."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from pear_store import Task, make_task
 from router import Backbone, Router, choose_positions, load_backbone
 from router import backbone as backbone_module
+from router import router as router_module
 from router.backbone import AdaptedBackbone
 from router.trie import bucket, by_level, plan
 from tests.makers import floats, record
@@ -247,3 +250,40 @@ def test_a_block_grows_within_unless_its_branches_need_it_grown(
     assert given == [first_given]
     for name in names:
         torch.testing.assert_close(together[name].logits, alone[name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "SHARED_ROWS_CPU", 4)
+    monkeypatch.setattr(router_module, "SHARED_ROWS", 6)
+    backbone, choice, _ = model_of("vit_tiny_patch16_224")
+    size = backbone.input_size[0]
+    router = Router(backbone, merge=False)
+    for task in tree_of(backbone, choice, size).values():
+        router.add(task)
+    images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
+    alone = {name: router.run(images, name).logits for name in ("t0", "t1", "t2")}
+    rows: list[int] = []
+    features = router._adapted.features
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        found = features(*args, **options)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(router._adapted, "features", counted)
+    for asked, names, expected in ((3, ["t0", "t1"], [4, 2]), (2, ["t0", "t1", "t2"], [3, 3])):
+        together = router.run_all(images[:asked], names)
+        assert rows == expected
+        rows.clear()
+        for name in names:
+            torch.testing.assert_close(together[name].logits, alone[name][:asked], atol=2e-5, rtol=1e-4)
+    router.run(images, ["t0"] * 7)
+    assert rows == [7], "images that do not repeat go together"
+    rows.clear()
+    monkeypatch.setattr(router_module, "SHARED_ROWS_CPU", 1)
+    router.run_all(images[:1], ["t0", "t1", "t2"])
+    assert rows == [3], "one image's trunk runs once"
+    rows.clear()
+    monkeypatch.setattr(router_module, "SHARED_ROWS", 2)
+    router.run_all(images[:1], ["t0", "t1", "t2"])
+    assert rows == [2, 1]
