@@ -32,9 +32,9 @@ from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
-SHARED_ROWS, SHARED_ROWS_CPU = 512, 64
-"""Rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few, several
-images go together up to fewer rows, and rows of one image, whose trunk is computed once, up to as many."""
+SHARED_ROWS, SHARED_PIXELS_CPU = 512, 64 * 224 * 224
+"""Most rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few,
+rows of several images have together at most so many pixels; rows of one, whose trunk runs once, may have more."""
 
 Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
 
@@ -309,7 +309,8 @@ class Router:
             self._slots.check([known.use for known in tasks.values()], self._pinned_keys())
         logits: list[Tensor] = [torch.empty(0)] * len(names)
         for rows, batch, picked in self._batches(images, image_of, names, tasks):
-            together = SHARED_ROWS_CPU if self.device.type == "cpu" else SHARED_ROWS
+            fitting = SHARED_PIXELS_CPU // (batch.shape[2] * batch.shape[3])
+            together = min(SHARED_ROWS, fitting) if self.device.type == "cpu" else SHARED_ROWS
             for part in _parts(picked, together, SHARED_ROWS):
                 found = self._forward(batch, picked[part], [tasks[names[rows[i]]] for i in part])
                 for i, values in zip(part, found, strict=True):

@@ -253,10 +253,10 @@ def test_a_block_grows_within_unless_its_branches_need_it_grown(
 
 
 def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "SHARED_ROWS_CPU", 4)
-    monkeypatch.setattr(router_module, "SHARED_ROWS", 6)
     backbone, choice, _ = model_of("vit_tiny_patch16_224")
     size = backbone.input_size[0]
+    monkeypatch.setattr(router_module, "SHARED_PIXELS_CPU", 4 * size * size)
+    monkeypatch.setattr(router_module, "SHARED_ROWS", 6)
     router = Router(backbone, merge=False)
     for task in tree_of(backbone, choice, size).values():
         router.add(task)
@@ -280,7 +280,7 @@ def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(mon
     router.run(images, ["t0"] * 7)
     assert rows == [7], "images that do not repeat go together"
     rows.clear()
-    monkeypatch.setattr(router_module, "SHARED_ROWS_CPU", 1)
+    monkeypatch.setattr(router_module, "SHARED_PIXELS_CPU", 1)
     router.run_all(images[:1], ["t0", "t1", "t2"])
     assert rows == [3], "one image's trunk runs once"
     rows.clear()
