@@ -3,9 +3,9 @@
     python benchmarks/router_speed.py PART [PART ...] --out benchmarks/results/router_speed.json
 
 A part's figures are written under its name, those of other parts are kept. ViT-B/16 with random weights, normalised
-tensors, 2 threads; adapters of rank 8 at the preset `blocks` (24 positions), random and about as small as trained ones:
-with far larger ones merged, the bare backbone itself takes a percent longer. Everything that is compared runs
-interleaved in one process, in an order that moves on; times are medians in seconds, ratios medians over the rounds.
+tensors, 2 threads; adapters of rank 8 at the preset `blocks` (24 positions), random, about as small as trained ones.
+Everything that is compared runs interleaved in one process, in an order that moves on; times are medians in seconds,
+ratios medians over the rounds.
 """
 
 import argparse

@@ -148,8 +148,8 @@ norm 1, for peers as for ours.
 ## Final table
 
 Test top-1 in %, DeiT-tiny (ImageNet-1k) at 96 pixels, {one["options"]["epochs"]} epochs, {len(best.seeds)} seed(s), the last epoch, test looked at once.
-Sets: {", ".join(best.sets)}. Learning rate, weight decay and warm-up were chosen by the mean val top-1 of all 12 sets at seed 0 (below): of six tries each for Pear r=12 0.92, LoRA and
-unpruned r=8, of two or three for the others; Pear's controls have Pear's, Pear r=8 has unpruned r=8's. One choice for all sets. The linear probe
+Sets: {", ".join(best.sets)}. Learning rate, weight decay and warm-up were chosen by the mean val top-1 of all 12 sets at seed 0 (below): of six tries each for Pear r=12 0.92 and LoRA, five for
+unpruned r=8, two or three for the others; Pear's controls have Pear's, Pear r=8 has unpruned r=8's. One choice for all sets. The linear probe
 has 60 epochs.
 
 {show(best.table())}

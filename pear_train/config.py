@@ -56,7 +56,7 @@ class TrainConfig:
     """Bits of a low-bit knowledge checkpoint: 1 or 4."""
     lr: float = 1e-2
     weight_decay: float = 1.0
-    """Of AdamW, as a multiple of the learning rate."""
+    """Of AdamW: a step shrinks weights by the learning rate times this."""
     warmup: float = 0.3
     """Share of the steps over which the learning rate rises; it then falls along a cosine."""
     max_grad_norm: float = 1.0

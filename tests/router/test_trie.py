@@ -93,13 +93,17 @@ def model_of(name: str) -> tuple[Backbone, str, int]:
     return load_backbone(model), positions, blocks
 
 
-def tree_of(backbone: Backbone, choice: str, size: int) -> dict[str, Task]:
+TREE = ["t0", "t1", "t2", "t3"]
+
+
+def tree_of(backbone: Backbone, choice: str) -> dict[str, Task]:
     """Four tasks that share their first positions: two and two the same half, all the same first one."""
+    size = backbone.input_size[0]
     adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
     positions = choose_positions(backbone.module, choice)
     adapted.attach(positions)
     made = {}
-    for task in range(4):
+    for task, name in enumerate(TREE):
         tensors, branches = {}, {}
         for i, position in enumerate(positions):
             kind = 0 if i == 0 else task // 2 if i < len(positions) // 2 else task
@@ -108,7 +112,6 @@ def tree_of(backbone: Backbone, choice: str, size: int) -> dict[str, Task]:
             tensors[f"a{i}.down"] = floats(generator.normal(size=(d_in, 3)) / d_in**0.5)
             tensors[f"a{i}.up"] = floats(generator.normal(size=(3, d_out)) / 2)
             branches[position] = [[f"a{i}", 0.7]]
-        name = f"t{task}"
         adapters = {f"a{i}": {"down": f"a{i}.down", "up": f"a{i}.up"} for i in range(len(positions))}
         tensors["head.weight"] = floats(np.random.default_rng(task).normal(size=(2, adapted.feature_width)))
         tensors["head.bias"] = floats(np.zeros(2))
@@ -120,24 +123,29 @@ def tree_of(backbone: Backbone, choice: str, size: int) -> dict[str, Task]:
     return made
 
 
+def router_of(backbone: Backbone, choice: str) -> Router:
+    """A router with the tasks of `tree_of`."""
+    router = Router(backbone, merge=False)
+    for task in tree_of(backbone, choice).values():
+        router.add(task)
+    return router
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_run_all_equals_separate_runs(name: str) -> None:
     backbone, choice, blocks = model_of(name)
     size = backbone.input_size[0]
-    router = Router(backbone, merge=False)
-    tasks = tree_of(backbone, choice, size)
-    for task in tasks.values():
-        router.add(task)
+    router = router_of(backbone, choice)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     rows: list[int] = []
     module = router._adapted._module((size, size))
     last = router._adapted.levels.blocks[-1]
     for block in (router._adapted.levels.blocks[0], last):
         module.get_submodule(block).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    together = router.run_all(images, list(tasks))
+    together = router.run_all(images, TREE)
     assert sum(b.startswith(("blocks", "layers", "stages")) for b in router._adapted.levels.blocks) >= blocks
     assert rows[0] == 3, "the trunk runs once for each image"
-    for task in tasks:
+    for task in TREE:
         alone = router.run(images, task).logits
         torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
     different = (together["t0"].logits - together["t1"].logits).abs().max()
@@ -154,9 +162,7 @@ def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.Monke
     seen: list[int] = []
     for limit in (backbone_module.PART_BYTES, 1, 3 * 4 * size * size * 3):
         monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
-        router = Router(backbone, merge=False)
-        for task in tree_of(backbone, choice, size).values():
-            router.add(task)
+        router = router_of(backbone, choice)
         module = router._adapted._module((size, size))
         last = module.get_submodule(router._adapted.levels.blocks[-1])
         inner = next(part for _, part in last.named_modules() if isinstance(part, torch.nn.LayerNorm))
@@ -189,13 +195,10 @@ def test_blocks_that_take_or_give_more_than_one_tensor_stay_whole(
     size = options.get("img_size", 224)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
     backbone = load_backbone(model)
-    router = Router(backbone, merge=False)
-    tasks = tree_of(backbone, "*.mlp", int(str(size)))
-    for task in tasks.values():
-        router.add(task)
+    router = router_of(backbone, "*.mlp")
     images = torch.randn(3, 3, *backbone.input_size, generator=torch.Generator().manual_seed(1))
-    together = router.run_all(images, list(tasks))
-    for task in tasks:
+    together = router.run_all(images, TREE)
+    for task in TREE:
         alone = torch.stack([torch.as_tensor(router.run(image[None], task).logits[0]) for image in images])
         torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
 
@@ -209,9 +212,7 @@ def test_parts_end_where_a_tasks_rows_do_or_divide_them(
 ) -> None:
     backbone, choice, _ = model_of("vit_tiny_patch16_224")
     size = backbone.input_size[0]
-    router = Router(backbone, merge=False)
-    for task in tree_of(backbone, choice, size).values():
-        router.add(task)
+    router = router_of(backbone, choice)
     names = [f"t{i}" for i in range(tasks)]
     asked = torch.zeros(images, 3, size, size)
     router.run_all(asked, names)
@@ -234,10 +235,7 @@ def test_a_block_grows_within_unless_its_branches_need_it_grown(
     monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
     backbone, _, _ = model_of("vit_tiny_patch16_224")
     size = backbone.input_size[0]
-    router = Router(backbone, merge=False)
-    tasks = tree_of(backbone, choice, size)
-    for task in tasks.values():
-        router.add(task)
+    router = router_of(backbone, choice)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     names = ["t0", "t2"]  # they differ from the second position on
     apart = router._adapted.levels.blocks[1]
@@ -257,9 +255,7 @@ def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(mon
     size = backbone.input_size[0]
     monkeypatch.setattr(router_module, "SHARED_PIXELS_CPU", 4 * size * size)
     monkeypatch.setattr(router_module, "SHARED_ROWS", 6)
-    router = Router(backbone, merge=False)
-    for task in tree_of(backbone, choice, size).values():
-        router.add(task)
+    router = router_of(backbone, choice)
     images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
     alone = {name: router.run(images, name).logits for name in ("t0", "t1", "t2")}
     rows: list[int] = []
