@@ -10,7 +10,8 @@ pruning share the epochs before it, which are the same to the bit. benchmarks/st
     python benchmarks/study.py final --shared ../shared --seeds 3
 
 Several processes of a thread each (OMP_NUM_THREADS=1, --processes 2 --process 0, and 1) get more done than one
-of several threads.
+of several threads. Rows are the same row whatever the precision of their forwards, which each of them names: --dtype
+float32 on a CPU that is no faster in bfloat16.
 """
 
 import copy
@@ -20,7 +21,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ class Plan:
 
     @property
     def key(self) -> str:
-        return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, self.options, self.peer])
+        """What makes this run this run: not the precision of its forwards."""
+        told = {name: value for name, value in self.options.items() if name != "dtype"}
+        return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer])
 
     @property
     def before_pruning(self) -> str:
@@ -81,6 +84,11 @@ class Plan:
         return json.dumps(
             [self.backbone, self.dataset, self.seed, told, self.peer, self.options.get("method") == "linear"]
         )
+
+
+def plan_of(row: dict[str, Any]) -> Plan:
+    """What a row of the results was to do."""
+    return Plan(**{f.name: row[f.name] for f in fields(Plan)})
 
 
 class StudyRun(TaskRun):
@@ -104,9 +112,8 @@ class StudyRun(TaskRun):
 class Study:
     def __init__(self, shared: Path, results: Path) -> None:
         self.shared, self.results = shared, results
-        self.done = (
-            {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
-        )
+        rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        self.done = {plan_of(row).key for row in rows}
         self._backbones: dict[str, Backbone] = {}
         self._kept: tuple[str, StudyRun] | None = None
         self._trainers: dict[str, _Trainer] = {}
@@ -152,7 +159,7 @@ class Study:
 
     def write(self, plan: Plan, row: dict[str, Any]) -> None:
         versions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
-        record = {**asdict(plan), "key": plan.key, **row, "machine": versions}
+        record = {**asdict(plan), **row, "machine": versions}
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -409,8 +416,8 @@ def tuned() -> Iterator[Plan]:
             yield Plan("tuned", name, "deit96", dataset, 0, options, peer, True)
 
 
-def table() -> Iterator[Plan]:
-    """The final table, with the options that `recipe` chose; test, once."""
+def chosen_rows() -> dict[str, tuple[dict[str, Any], str | None]]:
+    """The final table's rows, with the options that `recipe` chose: options, and the peer if it is one."""
 
     def chosen(lr: float, weight_decay: float, warmup: float) -> dict[str, Any]:
         return {**BASE, "lr": lr, "weight_decay": weight_decay, "warmup": warmup}
@@ -418,7 +425,7 @@ def table() -> Iterator[Plan]:
     wide = {"positions": "qkv,mlp", "rank": 12, "ratio": 0.92, **chosen(1e-2, 1.0, 0.3)}
     eight = {"positions": "qkv,mlp", "rank": 8, **chosen(1e-2, 1.0, 0.1)}
     small = {"positions": "qkv,mlp", "method": "adapters", **chosen(2e-2, 1.0, 0.1)}
-    rows: dict[str, tuple[dict[str, Any], str | None]] = {
+    return {
         "pear r=12, 0.92": (wide, None),
         "LoRA qkv r=2": (chosen(2e-2, 1.0, 0.1), "lora-qkv:2"),
         "unpruned r=8": ({**eight, "method": "adapters"}, None),
@@ -431,9 +438,13 @@ def table() -> Iterator[Plan]:
         "unpruned r=2": ({**small, "rank": 2}, None),
         "linear": ({"method": "linear", **chosen(1e-2, 0.1, 0.1), "epochs": 60}, None),
     }
+
+
+def table() -> Iterator[Plan]:
+    """The final table; test, once."""
     for seed in range(SEEDS):
         for dataset in SETS:
-            for name, (options, peer) in rows.items():
+            for name, (options, peer) in chosen_rows().items():
                 yield Plan("table", name, "deit96", dataset, seed, options, peer, True)
 
 
@@ -571,53 +582,70 @@ def peers() -> Iterator[Plan]:
 
 
 def pixels() -> Iterator[Plan]:
-    """224 pixels: three sets, one seed; test. Options as at 96 pixels."""
-    ours: dict[str, dict[str, Any]] = {
-        "pear r=12, 0.92": {**OURS, "rank": 12, "ratio": 0.92},
-        "unpruned r=8": {**OURS, "method": "adapters"},
-        "linear": {"method": "linear", "epochs": 60, "lr": 1e-2},
-    }
+    """224 pixels: three sets, one seed; test. Options as at 96 pixels, nothing tuned again."""
     for dataset in ("dtd10", "rsscn7", "mnist_location16"):
-        yield Plan("pixels", "LoRA qkv r=2", "deit224", dataset, 0, {**BASE, "lr": 2e-2}, "lora-qkv:2", True)
-        for name, options in ours.items():
-            yield Plan("pixels", name, "deit224", dataset, 0, {**BASE, **options}, None, True)
+        for name in ("pear r=12, 0.92", "LoRA qkv r=2", "unpruned r=8", "linear"):
+            options, peer = chosen_rows()[name]
+            yield Plan("pixels", name, "deit224", dataset, 0, options, peer, True)
 
 
-ORDERS = 3
-BASES = {"base of 4 tasks": ("dtd10", "rsscn7", "mnist", "mnist_count8"), "base of 12 tasks": SETS}
-"""Of the first, a task of each group."""
-ACROSS: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
+UPPER = ",".join(f"blocks.{block}.{part}" for block in ("[4-9]", "1[01]") for part in ("attn.qkv", "mlp"))
+GROUP_EACH = ("dtd10", "rsscn7", "mnist", "mnist_count8")
 
 
-def across(study: "Study", kept: Path, process: int, processes: int) -> None:
+@dataclass(frozen=True)
+class Upon:
+    """How tasks come one after another: from a bank of those before, or upon a base set trained for `base`."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    bank: bool = False
+    base: tuple[str, ...] = ()
+    order: int | None = None
+
+    @property
+    def sets(self) -> list[str]:
+        return list(SETS) if self.order is None else random.Random(self.order).sample(SETS, len(SETS))
+
+
+UPON = {
+    "base of 12 tasks": Upon(base=SETS),
+    "base of 4 tasks": Upon(base=GROUP_EACH),
+    "lowest four blocks bare": Upon({"positions": UPPER}),
+    **{f"bank, order {order}": Upon(bank=True, order=order) for order in range(3)},
+}
+
+
+def across(study: "Study", kept: Path, process: int, processes: int, dtype: str) -> None:
     """Tasks added one after another in three orders, each borrowing from the bank of those before it; and all tasks
-    upon a base set, whose lowest four blocks they share. Tasks are kept in `kept`, from which a run goes on."""
-    kept.mkdir(parents=True, exist_ok=True)
-    whats = [*(f"bank, order {order}" for order in range(ORDERS)), *BASES]
-    for number, what in enumerate(whats):
-        sets = random.Random(number).sample(SETS, len(SETS)) if what not in BASES else list(SETS)
-        if number % processes != process or all(plan_upon(what, dataset).key in study.done for dataset in sets):
+    upon a base set, whose lowest four blocks they share, or with those blocks bare. Tasks are kept in `kept`, from
+    which a run goes on."""
+    for number, (name, how) in enumerate(UPON.items()):
+        plans = [replace(plan, options={**plan.options, "dtype": dtype}) for plan in plans_upon(name)]
+        if number % processes != process or all(plan.key in study.done for plan in plans):
             continue
-        base, path = None, kept / f"{what.replace(' ', '-')}.safetensors"
-        if what in BASES:
+        base, folder = None, kept / name.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        if how.base:
+            path = folder / "base.safetensors"
             if not path.exists():
-                configs = [study.config(plan_upon("base", member)) for member in BASES[what]]
-                data = [open_dataset(str(study.shared / "data" / f"{name}.npz")) for name in BASES[what]]
+                configs = [study.config(plan) for member in how.base for plan in plans if plan.dataset == member]
+                data = [open_dataset(str(study.shared / "data" / f"{member}.npz")) for member in how.base]
                 train_base(configs, study.backbone("deit96"), data, path)
             base = read_checkpoint(path)
-        upon(study, what, sets, path.with_suffix(""), base, bank=what not in BASES)
+        upon(study, plans, folder / "store", base, how.bank)
 
 
-def plan_upon(what: str, dataset: str) -> Plan:
-    return Plan("across", what, "deit96", dataset, 0, ACROSS, None, True)
+def plans_upon(name: str) -> list[Plan]:
+    how, (options, _) = UPON[name], chosen_rows()["pear r=12, 0.92"]
+    return [Plan("across", name, "deit96", one, 0, {**options, **how.options}, None, True) for one in how.sets]
 
 
-def upon(study: "Study", name: str, sets: list[str], kept: Path, base: Task | None, bank: bool) -> None:
-    """Trains the sets in order, each with what is there by then; rows say what each adds to a store."""
-    with Store.create(kept / "store") as store:
+def upon(study: "Study", plans: list[Plan], kept: Path, base: Task | None, bank: bool) -> None:
+    """Trains the tasks in order, each with what is there by then; rows say what each adds to a store."""
+    sets = [plan.dataset for plan in plans]
+    with Store.create(kept) as store:
         router = Router(study.backbone("deit96"), store)
-        for number, dataset in enumerate(sets, 1):
-            plan = plan_upon(name, dataset)
+        for number, plan in enumerate(plans, 1):
             before = [store.get(s) for s in sets[: number - 1]] if bank else []
             if plan.key in study.done:
                 continue
@@ -633,7 +661,7 @@ def upon(study: "Study", name: str, sets: list[str], kept: Path, base: Task | No
                 row["compute_saved"] = compute_saved(router, sets)
             row["seconds"] = round(time.perf_counter() - began, 1)
             study.write(plan, row)
-            click.echo(f"{name} {number}/{len(sets)} {dataset}: test {100 * row['test_top1']:.1f}")
+            click.echo(f"{plan.name} {number}/{len(sets)} {plan.dataset}: test {100 * row['test_top1']:.1f}")
 
 
 def compute_saved(router: Router, tasks: list[str]) -> float:
@@ -661,15 +689,16 @@ STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
 @click.option("--shared", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--seeds", default=1, show_default=True, help="Of the final table.")
+@click.option("--dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True)
 @click.option("--process", default=0, show_default=True, help="This process's number of --processes.")
 @click.option("--processes", default=1, show_default=True, help="How many share the work, by data sets.")
-def main(stage: str, shared: Path, results: Path, seeds: int, process: int, processes: int) -> None:
+def main(stage: str, shared: Path, results: Path, seeds: int, dtype: str, process: int, processes: int) -> None:
     global SEEDS
     SEEDS = seeds
     if stage == "across":
-        across(Study(shared, results), Path("runs/study"), process, processes)
+        across(Study(shared, results), Path("runs/across"), process, processes, dtype)
         return
-    plans = list(STAGES[stage]())
+    plans = [replace(plan, options={**plan.options, "dtype": dtype}) for plan in STAGES[stage]()]
     sets = list(dict.fromkeys(plan.dataset for plan in plans))
     Study(shared, results).do([plan for plan in plans if sets.index(plan.dataset) % processes == process])
 

@@ -71,7 +71,7 @@ class TrainConfig:
     """Pixels of a side; None for the backbone's own."""
     device: str | None = None
     dtype: str = "auto"
-    """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is fast."""
+    """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is faster."""
     tensor_dtype: str = "F16"
     """What adapters are written in: F32, F16, BF16, or codes of 8, 4 or 1 bits (Q8, Q4, Q1), trained as such."""
     head_dtype: str = "F16"

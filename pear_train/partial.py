@@ -16,7 +16,7 @@ from pear_train.record import fingerprint
 from pear_train.run import TaskRun
 from router.tensors import from_torch, to_torch
 
-_FORMAT = "pear-run/1"
+_FORMAT = "pear-run/2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -46,6 +46,7 @@ def save_partial(run: TaskRun, out: Path) -> None:
     record = {
         "format": _FORMAT,
         "fingerprint": fingerprint(run),
+        "precision": str(run.precision).removeprefix("torch."),
         "epoch": run.epoch,
         "best": [run.best, run.best_epoch],
         "importance": run.importance,
@@ -107,6 +108,7 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
     run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
     run.pruned, run.history = record["pruned"], record["history"]
     run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
+    run.precision = getattr(torch, record["precision"])
     if run.pruned:
         adapters.drop_unused()
         run.tell_optimiser()
