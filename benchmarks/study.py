@@ -665,14 +665,15 @@ def upon(study: "Study", plans: list[Plan], kept: Path, base: Task | None, bank:
 
 
 def compute_saved(router: Router, tasks: list[str]) -> float:
-    """The share of the blocks' work that run_all saves over a forward for each task, counted in rows of blocks."""
+    """The share of the blocks' work that run_all saves over a forward for each task, counted in rows that blocks give:
+    one in which tasks part counts as not shared."""
     router.refresh()
     images = torch.zeros(1, 3, 96, 96)
     router.run_all(images, tasks[:1])
     (module,) = router._adapted._sized.values()
     blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0] == "blocks"]
     rows: list[int] = []
-    hooks = [block.register_forward_hook(lambda _, args, __: rows.append(len(args[0]))) for block in blocks]
+    hooks = [block.register_forward_hook(lambda _, __, given: rows.append(len(given))) for block in blocks]
     router.run_all(images, tasks)
     for hook in hooks:
         hook.remove()
