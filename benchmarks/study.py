@@ -584,7 +584,7 @@ def peers() -> Iterator[Plan]:
 def pixels() -> Iterator[Plan]:
     """224 pixels: three sets, one seed; test. Options as at 96 pixels, nothing tuned again."""
     for dataset in ("dtd10", "rsscn7", "mnist_location16"):
-        for name in ("pear r=12, 0.92", "LoRA qkv r=2", "unpruned r=8", "linear"):
+        for name in ("pear r=12, 0.92", "LoRA qkv r=2", "linear", "unpruned r=8"):
             options, peer = chosen_rows()[name]
             yield Plan("pixels", name, "deit224", dataset, 0, options, peer, True)
 
