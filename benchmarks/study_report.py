@@ -146,7 +146,8 @@ class Standings:
 
 def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
-    across, codes, large = table_across(every, best.rows), table_codes(every, final.rows), table_pixels(every)
+    across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
+    codes, large = table_codes(every, final.rows), table_pixels(every)
 
     def show(rows: list[dict[str, Any]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) if rows else "Not run yet."
@@ -226,10 +227,10 @@ Three sets, one seed, test; options of the final table at 96 pixels, nothing tun
 
 ## Tasks upon others
 
-The 12 tasks added one after another, as Pear r=12 0.92 of the final table, seed 0. Bank: pruned positions also borrow from the tasks before, in three
+The 12 tasks added one after another, as Pear r=12 0.92 of the final table, seed 0; "earlier options": as that of the earlier table, beside its rows. Bank: pruned positions also borrow from the tasks before, in three
 orders. Base: an adapter set trained for all 12 or for four of them (a task of each group: {", ".join(UPON["base of 4 tasks"].base)}) together, whose lowest
-four blocks all tasks share and keep frozen, and from which they start above; beside it, tasks without adapters in those blocks. Differences with
-95 % intervals over images and orders, not over seeds. New bytes: float16, what a store has to add, the head left out.
+four blocks all tasks share and keep frozen, and from which they start above. Differences with 95 %
+intervals over images and orders, not over seeds. New bytes: float16, what a store has to add, the head left out.
 
 {show(across)}
 
@@ -330,12 +331,13 @@ def complete_names(rows: Rows, sets: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(n for n, _, _ in rows) if all((name, s, 0) in rows for s in sets)]
 
 
-def table_across(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]]:
-    """What a task costs and gains that comes upon others, beside the same task alone."""
+def table_across(every: list[dict[str, Any]], alone: Rows, now: bool) -> list[dict[str, Any]]:
+    """What a task costs and gains that comes upon others, beside the same task alone; `now`: with the options that the
+    final table has, else with those that an earlier one had."""
     orders: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     wanted = {plan.key for name in UPON for plan in plans_upon(name)}
     for r in every:
-        if r["stage"] == "across" and plan_of(r).key in wanted:
+        if r["stage"] == "across" and (plan_of(r).key in wanted) == now:
             orders[r["name"]][r["dataset"]] = r
     sets = [s for group in GROUPS.values() for s in group]
     whole = {name: rows for name, rows in orders.items() if set(rows) == set(sets)}
@@ -345,14 +347,14 @@ def table_across(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any
         rows: Rows = {("with", s, k): run[s] for k, run in enumerate(runs) for s in sets}
         against = {}
         for other in ("pear r=12, 0.92", "unpruned r=8"):
-            rows |= {(other, s, k): final[other, s, 0] for k in range(len(runs)) for s in sets}
+            rows |= {(other, s, k): alone[other, s, 0] for k in range(len(runs)) for s in sets}
             mean, low, high = difference(rows, "with", other, sets, list(range(len(runs))))
             against[f"− {other}, alone"] = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
         fresh = {number: [r["new_adapter_bytes"] for run in runs for r in run.values() if r["number"] == number]
                  for number in range(1, len(sets) + 1)}  # fmt: skip
         saved = np.mean([r["compute_saved"] for run in runs for r in run.values() if r["number"] == len(sets)])
         table.append({
-            "upon": kind, "runs of 12 tasks": len(runs),
+            "upon": kind if now else f"{kind}, earlier options", "runs of 12 tasks": len(runs),
             "test top-1": f"{100 * np.mean([r['test_top1'] for run in runs for r in run.values()]):.2f}",
             **against, **{f"new adapter bytes, task {n}": f"{np.mean(fresh[n]):,.0f}" for n in (1, 6, 12)},
             "run_all saves": f"{100 * saved:.1f} %",
