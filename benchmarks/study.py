@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from pear_store import Store, Task, read_checkpoint
 from pear_train import Dataset, TrainConfig, open_dataset
+from pear_train.adapters import AdapterSet
 from pear_train.base import train_base
 from pear_train.data import Pixels
 from pear_train.loop import _Trainer
@@ -109,6 +110,21 @@ class StudyRun(TaskRun):
         return made
 
 
+@torch.no_grad()
+def initialise(adapters: AdapterSet, how: str) -> None:
+    """Other starts than a uniform `down` in ±1/√d_in and an `up` of 0."""
+    generator = torch.Generator().manual_seed(0)
+    for down, up in zip(adapters.down.values(), adapters.up.values(), strict=True):
+        size = 1 / (3 * down.shape[0]) ** 0.5  # a uniform entry's deviation
+        if how == "down orthogonal":
+            q = torch.linalg.qr(torch.randn(down.shape, generator=generator)).Q
+            down.copy_(q * size * down.shape[0] ** 0.5)
+        elif how == "down 3 times as large":
+            down.mul_(3)
+        elif how == "up random":
+            up.copy_(torch.randn(up.shape, generator=generator) * 0.1 * size)
+
+
 class Study:
     def __init__(self, shared: Path, results: Path) -> None:
         self.shared, self.results = shared, results
@@ -140,7 +156,8 @@ class Study:
             "lr": 5e-3, "weight_decay": 1e-4, "warmup": 0.1,  # where rows name none
             "img_size": int(pixels) if pixels else None,
         }  # fmt: skip
-        return TrainConfig(**{**common, **plan.options})
+        told = {name: value for name, value in plan.options.items() if name != "init"}
+        return TrainConfig(**{**common, **told})
 
     def do(self, plans: list[Plan]) -> None:
         """Does what is not done yet, runs with common first epochs one after another."""
@@ -200,6 +217,7 @@ class Study:
         key = plan.before_pruning
         if self._kept is None or self._kept[0] != key or config.method == "linear":
             run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
+            initialise(run.adapters, plan.options.get("init", ""))
             stop = (
                 config.epochs if config.method == "linear" else TrainConfig(task="x", epochs=config.epochs).pruned_after
             )
@@ -469,6 +487,14 @@ def sharing() -> Iterator[Plan]:
             yield Plan("sharing", name, "deit96", dataset, 0, {**base, **options})
 
 
+def init() -> Iterator[Plan]:
+    """How adapters start, beside the final table's Pear; DeiT-tiny, four sets; val only."""
+    options, _ = chosen_rows()["pear r=12, 0.92"]
+    for dataset in SWEEP_SETS:
+        for how in ("the default", "down orthogonal", "down 3 times as large", "up random"):
+            yield Plan("init", how, "deit96", dataset, 0, {**options, "init": how})
+
+
 def codes() -> Iterator[Plan]:
     """Adapters and heads in few bits: 12 sets, one seed; test, beside the table's `pear r=12, 0.92`."""
     for dataset in SETS:
@@ -681,7 +707,8 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
-    stage.__name__: stage for stage in (shape, knobs, decay, recipe, sharing, codes, peers, pixels, final, tuned, table)
+    stage.__name__: stage
+    for stage in (shape, knobs, decay, recipe, sharing, init, codes, peers, pixels, final, tuned, table)
 }
 
 
