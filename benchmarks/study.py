@@ -116,10 +116,7 @@ def initialise(adapters: AdapterSet, how: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for down, up in zip(adapters.down.values(), adapters.up.values(), strict=True):
         size = 1 / (3 * down.shape[0]) ** 0.5  # a uniform entry's deviation
-        if how == "down orthogonal":
-            q = torch.linalg.qr(torch.randn(down.shape, generator=generator)).Q
-            down.copy_(q * size * down.shape[0] ** 0.5)
-        elif how == "down 3 times as large":
+        if how == "down 3 times as large":
             down.mul_(3)
         elif how == "up random":
             up.copy_(torch.randn(up.shape, generator=generator) * 0.1 * size)
@@ -491,7 +488,7 @@ def init() -> Iterator[Plan]:
     """How adapters start, beside the final table's Pear; DeiT-tiny, four sets; val only."""
     options, _ = chosen_rows()["pear r=12, 0.92"]
     for dataset in SWEEP_SETS:
-        for how in ("the default", "down orthogonal", "down 3 times as large", "up random"):
+        for how in ("the default", "down 3 times as large", "up random"):
             yield Plan("init", how, "deit96", dataset, 0, {**options, "init": how})
 
 

@@ -207,7 +207,7 @@ the epochs before it.
 ## How adapters start
 
 Pear r=12 0.92 as in the final table, four sets, one seed, val; by default `down` is uniform in ±1/√d_in and `up` is 0. Random `up`: normal, a
-tenth of `down`'s deviation; orthogonal `down`: of the same norm.
+tenth of `down`'s deviation.
 
 {show(sweep(every, "init", "start"))}
 
