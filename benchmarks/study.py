@@ -122,6 +122,13 @@ def initialise(adapters: AdapterSet, how: str) -> None:
             up.copy_(torch.randn(up.shape, generator=generator) * 0.1 * size)
 
 
+def leave_k(adapters: AdapterSet) -> None:
+    """Keeps k's columns of `up` at fused qkv modules where they are, at 0."""
+    for name, up in adapters.up.items():
+        if up.shape[1] == 3 * adapters.down[name].shape[0]:
+            up.register_hook(lambda gradient: torch.cat([(q := gradient.chunk(3, 1))[0], 0 * q[1], q[2]], 1))
+
+
 class Study:
     def __init__(self, shared: Path, results: Path) -> None:
         self.shared, self.results = shared, results
@@ -215,12 +222,16 @@ class Study:
         if self._kept is None or self._kept[0] != key or config.method == "linear":
             run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
             initialise(run.adapters, plan.options.get("init", ""))
+            if plan.options.get("init") == "q and v alone":
+                leave_k(run.adapters)
             stop = (
                 config.epochs if config.method == "linear" else TrainConfig(task="x", epochs=config.epochs).pruned_after
             )
             self._steps(trainer, run, (config.prune_epoch or stop) * run.batches - 1)
             self._kept = (key, run)
         run = self._kept[1].fork(config)
+        if plan.options.get("init") == "q and v alone":  # hooks are not copied
+            leave_k(run.adapters)
         self._steps(trainer, run, config.epochs * run.batches)
         return run
 
@@ -488,7 +499,7 @@ def init() -> Iterator[Plan]:
     """How adapters start, beside the final table's Pear; DeiT-tiny, four sets; val only."""
     options, _ = chosen_rows()["pear r=12, 0.92"]
     for dataset in SWEEP_SETS:
-        for how in ("the default", "down 3 times as large", "up random"):
+        for how in ("the default", "down 3 times as large", "up random", "q and v alone"):
             yield Plan("init", how, "deit96", dataset, 0, {**options, "init": how})
 
 

@@ -204,10 +204,10 @@ the epochs before it.
 
 {show(sweep(every, "knobs", "what is turned"))}
 
-## How adapters start
+## How adapters start, and q and v alone
 
 Pear r=12 0.92 as in the final table, four sets, one seed, val; by default `down` is uniform in ±1/√d_in and `up` is 0. Random `up`: normal, a
-tenth of `down`'s deviation.
+tenth of `down`'s deviation. q and v alone: k's columns of `up` at the fused qkv stay 0 (bytes as written, with the zeros).
 
 {show(sweep(every, "init", "start"))}
 
