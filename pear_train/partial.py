@@ -46,7 +46,7 @@ def save_partial(run: TaskRun, out: Path) -> None:
     record = {
         "format": _FORMAT,
         "fingerprint": fingerprint(run),
-        "precision": str(run.precision).removeprefix("torch."),
+        "precision": run.precision,
         "epoch": run.epoch,
         "best": [run.best, run.best_epoch],
         "importance": run.importance,
@@ -108,7 +108,7 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
     run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
     run.pruned, run.history = record["pruned"], record["history"]
     run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
-    run.precision = getattr(torch, record["precision"])
+    run.precision = record["precision"]
     if run.pruned:
         adapters.drop_unused()
         run.tell_optimiser()

@@ -85,7 +85,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             "data": run.dataset.description.partition(": ")[2],
             "data_name": Path(run.dataset.description.partition(": ")[0]).name,
             "importance_score": config.importance,
-            "precision": str(run.precision).removeprefix("torch."),
+            "precision": run.precision,
             "given": run.given,
             "importance": run.importance,
             "pruned": in_order(run),

@@ -62,8 +62,9 @@ class TaskRun:
     ) -> None:
         self.config, self.adapted, self.dataset = config, adapted, dataset
         self.device = adapted.device
-        self.precision = fast_precision(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
-        """Of the forward; a run that goes on keeps it, whatever is fast where it does."""
+        measured = config.dtype == "auto"
+        self.precision = str(fast_precision(self.device)).removeprefix("torch.") if measured else config.dtype
+        """Of the forward, float32 or bfloat16; a run that goes on keeps it, whatever is fast where it does."""
         self.record = preprocess_record(adapted.backbone, config.img_size)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
@@ -239,7 +240,7 @@ class TaskRun:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        return None if self.precision == torch.float32 else self.precision
+        return torch.bfloat16 if self.precision == "bfloat16" else None
 
     # ---- pruning and sharing ------------------------------------------------------------------
 
