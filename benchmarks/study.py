@@ -496,7 +496,7 @@ def sharing() -> Iterator[Plan]:
 
 
 def init() -> Iterator[Plan]:
-    """How adapters start, beside the final table's Pear; DeiT-tiny, four sets; val only."""
+    """How adapters start, and q and v alone, beside the final table's Pear; DeiT-tiny, four sets; val only."""
     options, _ = chosen_rows()["pear r=12, 0.92"]
     for dataset in SWEEP_SETS:
         for how in ("the default", "down 3 times as large", "up random", "q and v alone"):
@@ -623,7 +623,6 @@ def pixels() -> Iterator[Plan]:
             yield Plan("pixels", name, "deit224", dataset, 0, options, peer, True)
 
 
-UPPER = ",".join(f"blocks.{block}.{part}" for block in ("[4-9]", "1[01]") for part in ("attn.qkv", "mlp"))
 GROUP_EACH = ("dtd10", "rsscn7", "mnist", "mnist_count8")
 
 
@@ -631,7 +630,6 @@ GROUP_EACH = ("dtd10", "rsscn7", "mnist", "mnist_count8")
 class Upon:
     """How tasks come one after another: from a bank of those before, or upon a base set trained for `base`."""
 
-    options: dict[str, Any] = field(default_factory=dict)
     bank: bool = False
     base: tuple[str, ...] = ()
     order: int | None = None
@@ -644,15 +642,13 @@ class Upon:
 UPON = {
     "base of 12 tasks": Upon(base=SETS),
     "base of 4 tasks": Upon(base=GROUP_EACH),
-    "lowest four blocks bare": Upon({"positions": UPPER}),
     **{f"bank, order {order}": Upon(bank=True, order=order) for order in range(3)},
 }
 
 
 def across(study: "Study", kept: Path, process: int, processes: int, dtype: str) -> None:
     """Tasks added one after another in three orders, each borrowing from the bank of those before it; and all tasks
-    upon a base set, whose lowest four blocks they share, or with those blocks bare. Tasks are kept in `kept`, from
-    which a run goes on."""
+    upon a base set, whose lowest four blocks they share. Tasks are kept in `kept`, from which a run goes on."""
     for number, (name, how) in enumerate(UPON.items()):
         plans = [replace(plan, options={**plan.options, "dtype": dtype}) for plan in plans_upon(name)]
         if number % processes != process or all(plan.key in study.done for plan in plans):
@@ -671,7 +667,7 @@ def across(study: "Study", kept: Path, process: int, processes: int, dtype: str)
 
 def plans_upon(name: str) -> list[Plan]:
     how, (options, _) = UPON[name], chosen_rows()["pear r=12, 0.92"]
-    return [Plan("across", name, "deit96", one, 0, {**options, **how.options}, None, True) for one in how.sets]
+    return [Plan("across", name, "deit96", one, 0, options, None, True) for one in how.sets]
 
 
 def upon(study: "Study", plans: list[Plan], kept: Path, base: Task | None, bank: bool) -> None:
