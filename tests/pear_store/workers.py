@@ -1,6 +1,8 @@
 """What the store tests run in processes of their own."""
 
+import json
 import os
+import random
 import time
 from itertools import chain
 from pathlib import Path
@@ -84,3 +86,52 @@ def add_files_and_acknowledge(path: str, folder: str) -> None:
         for result in chain([first], results):
             assert isinstance(result, Added)
             print(result.task, flush=True)
+
+
+def change_and_say(path: str, seed: int) -> None:
+    """Changes a store in many ways; says as JSON what it should hold: ["plan", state] before, ["done", state] after.
+
+    A state is {"versions": {"t0@2": seed of its tensors}, "tags": {"t0": {"prod": 2}}}.
+    """
+    rng = random.Random(seed)
+    versions: dict[str, int] = {}
+    tags: dict[str, dict[str, int]] = {}
+    highest: dict[str, int] = {}
+
+    def say(word: str) -> None:
+        text = json.dumps([word, {"versions": versions, "tags": tags}]) + "\n"
+        os.write(1, text.encode())
+
+    store = Store(path)
+    say("done")
+    for step in range(24):
+        work = ["add", "add", "many", "remove", "tag", "gc", "add", "repack", "rebuild"][step % 9]
+        if work in ("add", "many"):
+            added = []
+            for name in rng.sample(["t0", "t1", "t2", "t3", "t4"], 3 if work == "many" else 1):
+                highest[name] = highest.get(name, 0) + 1
+                versions[f"{name}@{highest[name]}"] = 100 * step + len(added)
+                added.append(small_task(name, seed=100 * step + len(added)))
+            say("plan")
+            for result in store.add_many(added):
+                assert isinstance(result, Added) and result.changed, result
+        elif work == "remove":
+            name, _, number = rng.choice(sorted(versions)).partition("@")
+            if int(number) in tags.get(name, {}).values():
+                continue
+            del versions[f"{name}@{number}"]
+            say("plan")
+            store.remove(f"{name}@{number}")
+        elif work == "tag":
+            name, _, number = rng.choice(sorted(versions)).partition("@")
+            tags.setdefault(name, {})["prod"] = int(number)
+            say("plan")
+            store.tag(f"{name}@{number}", "prod")
+        elif work == "rebuild":
+            store.close()
+            rebuild(path)
+            store = Store(path)
+        else:
+            store.gc(repack_all=work == "repack")
+        say("done")
+    store.close()

@@ -1,0 +1,176 @@
+"""Power is lost: on a real ext4 whose image is copied under load, and in a model that drops what nothing had synced."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pear_store import Store, rebuild, verify
+from tests.makers import small_task
+from tests.pear_store.power import CALLS, Replay
+from tests.pear_store.test_store import contents, keep_log
+
+LOSSES = int(os.environ.get("PEAR_POWER_LOSSES", "24"))
+"""Simulated losses of power."""
+CUTS = int(os.environ.get("PEAR_POWER_CUTS", "1"))
+"""Losses of power on a real ext4."""
+ROOT = Path(__file__).parents[2]
+
+State = dict[str, Any]
+
+
+def _command(call: str) -> list[str]:
+    return [sys.executable, "-c", f"from tests.pear_store.workers import *; {call}"]
+
+
+def state_of(path: Path) -> State:
+    """All that a store holds, in the words of `change_and_say`; every tensor is read."""
+    found: State = {"versions": {}, "tags": {}}
+    with Store(path) as store:
+        for version in store.versions():
+            reference = f"{version.task}@{version.version}"
+            found["versions"][reference] = contents(store.get(reference))
+            for tag in version.tags:
+                found["tags"].setdefault(version.task, {})[tag] = version.version
+    return found
+
+
+def _with_contents(state: State) -> State:
+    made = {name: contents(small_task(name.partition("@")[0], seed=seed)) for name, seed in state["versions"].items()}
+    return {"versions": made, "tags": state["tags"]}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store before `change_and_say`, and the trace of what that did to it."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    folder = tmp_path_factory.mktemp("power")
+    path, trace = folder / "s", folder / "trace"
+    Store.create(path).close()
+    shutil.copytree(path, folder / "before")
+    call = _command(f"change_and_say({str(path)!r}, 1)")
+    options = ["-f", "-y", "-xx", "-s", str(1 << 24), "-e", f"trace={CALLS}", "-o", str(trace)]
+    ended = subprocess.run(["strace", *options, *call], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    if ended.returncode and "ptrace" in ended.stderr.lower():
+        pytest.skip("strace may not trace here")
+    assert ended.returncode == 0, ended.stderr
+    final = state_of(path)
+    shutil.rmtree(path)
+    shutil.copytree(folder / "before", path)
+    replay = Replay(path, trace)
+    count = sum(1 for _ in replay.steps())
+    replay.disk.sync_all()
+    replay.disk.lose_power(random.Random(0), folder / "after")
+    assert state_of(folder / "after") == final == _with_contents(json.loads(replay.said[-1])[1])
+    keep_log(f"power loss, recorded: {count} calls that change the disk, 24 changes of a store")
+    return path, trace
+
+
+def test_power_loss_at_any_call_loses_nothing_acknowledged(recorded: tuple[Path, Path], tmp_path: Path) -> None:
+    path, trace = recorded
+    count = sum(1 for _ in Replay(path, trace).steps())
+    rng = random.Random(7)
+    moments = sorted(rng.randrange(count) for _ in range(LOSSES))
+    replay = Replay(path, trace)
+    lost, rebuilt = tmp_path / "lost", tmp_path / "rebuilt"
+    for step, name in enumerate(replay.steps()):
+        while moments and moments[0] == step:
+            moments.pop(0)
+            said = [json.loads(line) for line in replay.said]
+            if not any(word == "done" for word, _ in said):
+                continue
+            done = next(state for word, state in reversed(said) if word == "done")
+            allowed = [_with_contents(done), _with_contents(said[-1][1])]
+            replay.disk.lose_power(rng, lost)
+            where = f"step {step}, {name}, after {said[-1]}"
+            shutil.copytree(lost, rebuilt)
+            assert state_of(lost) in allowed, where
+            assert verify(lost).ok, where
+            shutil.rmtree(rebuilt / "index", ignore_errors=True)
+            rebuild(rebuilt)
+            assert state_of(rebuilt) in allowed, f"rebuilt: {where}"
+            shutil.rmtree(rebuilt)
+            with Store(lost) as store:  # and it works on
+                store.add(small_task("after", seed=99))
+                store.gc(repack_all=True)
+            shutil.rmtree(lost)
+    keep_log(f"power loss, simulated: {LOSSES} losses at {count} calls, nothing acknowledged was lost")
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A mounted ext4, and the file that is its disk."""
+    image, mounted = tmp_path / "disk.img", tmp_path / "mounted"
+    mounted.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(96 << 20)
+    if shutil.which("mkfs.ext4") is None or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
+        pytest.skip("needs mkfs.ext4")
+    if subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a loop device")
+    try:
+        yield mounted, image
+    finally:
+        subprocess.run(["umount", "-l", mounted], check=True)
+
+
+def _writes_of(mounted: Path) -> list[str]:
+    """The block device's counts of writes done and under way."""
+    device = os.stat(mounted).st_dev
+    fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+    return [fields[4], fields[6], fields[8]]
+
+
+def test_power_cuts_on_ext4_lose_nothing_acknowledged(ext4: tuple[Path, Path], tmp_path: Path) -> None:
+    """The disk is copied while a store is written to, as it is at that moment; the copy is mounted as after a cut."""
+    mounted, image = ext4
+    rng = random.Random(3)
+    copied, again, output = tmp_path / "copy.img", tmp_path / "again", tmp_path / "output"
+    again.mkdir()
+    kept = 0
+    for cut in range(CUTS):
+        path = mounted / f"s{cut}"
+        Store.create(path).close()
+        subprocess.run(["sync", "-f", mounted], check=True)
+        with open(output, "wb") as said:
+            process = subprocess.Popen(_command(f"change_and_say({str(path)!r}, {cut})"), stdout=said, cwd=ROOT)
+        while not output.stat().st_size:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        for _ in range(100):  # until no write came meanwhile: then the copy is the disk at one moment
+            process.send_signal(signal.SIGSTOP)
+            before, said_before = _writes_of(mounted), output.read_text()
+            shutil.copyfile(image, copied)
+            if before == _writes_of(mounted) and before[2] == "0":
+                break
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+        else:
+            pytest.fail("the disk was never still")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run(["mount", "-o", "loop", copied, again], check=True)
+        try:
+            lines = [json.loads(line) for line in said_before.splitlines()]
+            done = next(state for word, state in reversed(lines) if word == "done")
+            allowed = [_with_contents(done), _with_contents(lines[-1][1])]
+            assert state_of(again / f"s{cut}") in allowed, lines[-1]
+            assert verify(again / f"s{cut}").ok
+            shutil.rmtree(again / f"s{cut}" / "index")
+            rebuild(again / f"s{cut}")
+            assert state_of(again / f"s{cut}") in allowed, f"rebuilt: {lines[-1]}"
+            kept += len(done["versions"])
+        finally:
+            subprocess.run(["umount", "-l", again], check=True)
+        shutil.rmtree(path)
+    keep_log(f"power loss on ext4: {CUTS} cuts, {kept} acknowledged versions, 0 lost")
