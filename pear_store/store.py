@@ -195,6 +195,7 @@ class Store:
         if is_store(path):
             return cls(path)
         fresh = path / f"index-{fresh_name()}"
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             # what a killed or a simultaneous create leaves is ours, too
             if path.exists() and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
@@ -207,8 +208,8 @@ class Store:
             release_index(open_index(fresh, create=True))
             sync_directory(fresh)
             os.rename(fresh, path / "index")  # whole or not at all; fails if another process was first
-            sync_directory(path)
-            sync_directory(path.parent)
+            for folder in {path, path.parent, *(folder.parent for folder in new)}:
+                sync_directory(folder)
         except NotADirectoryError:
             raise FormatError(f"{path}: not a directory; choose another place") from None
         except OSError as error:

@@ -25,6 +25,8 @@ CUTS = int(os.environ.get("PEAR_POWER_CUTS", "1"))
 """Losses of power on a real ext4."""
 ROOT = Path(__file__).parents[2]
 
+STORE = Path("one/two/store")
+
 State = dict[str, Any]
 
 
@@ -51,47 +53,51 @@ def _with_contents(state: State) -> State:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A store before `change_and_say`, and the trace of what that did to it."""
+    """An empty directory, and the trace of what `change_and_say` did in it to a store at STORE."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
     folder = tmp_path_factory.mktemp("power")
-    path, trace = folder / "s", folder / "trace"
-    Store.create(path).close()
-    shutil.copytree(path, folder / "before")
-    call = _command(f"change_and_say({str(path)!r}, 1)")
+    root, trace = folder / "disk", folder / "trace"
+    root.mkdir()
+    call = _command(f"change_and_say({str(root / STORE)!r}, 1)")
     options = ["-f", "-y", "-xx", "-s", str(1 << 24), "-e", f"trace={CALLS}", "-o", str(trace)]
     ended = subprocess.run(["strace", *options, *call], capture_output=True, text=True, cwd=ROOT, timeout=300)
     if ended.returncode and "ptrace" in ended.stderr.lower():
         pytest.skip("strace may not trace here")
     assert ended.returncode == 0, ended.stderr
-    final = state_of(path)
-    shutil.rmtree(path)
-    shutil.copytree(folder / "before", path)
-    replay = Replay(path, trace)
+    final = state_of(root / STORE)
+    shutil.rmtree(root)
+    root.mkdir()
+    replay = Replay(root, trace)
     count = sum(1 for _ in replay.steps())
     replay.disk.sync_all()
     replay.disk.lose_power(random.Random(0), folder / "after")
-    assert state_of(folder / "after") == final == _with_contents(json.loads(replay.said[-1])[1])
+    assert state_of(folder / "after" / STORE) == final == _with_contents(json.loads(replay.said[-1])[1])
     keep_log(f"power loss, recorded: {count} calls that change the disk, 24 changes of a store")
-    return path, trace
+    return root, trace
 
 
 def test_power_loss_at_any_call_loses_nothing_acknowledged(recorded: tuple[Path, Path], tmp_path: Path) -> None:
-    path, trace = recorded
-    count = sum(1 for _ in Replay(path, trace).steps())
+    root, trace = recorded
+    count = sum(1 for _ in Replay(root, trace).steps())
     rng = random.Random(7)
     moments = sorted(rng.randrange(count) for _ in range(LOSSES))
-    replay = Replay(path, trace)
-    lost, rebuilt = tmp_path / "lost", tmp_path / "rebuilt"
+    replay = Replay(root, trace)
+    disk, rebuilt = tmp_path / "lost", tmp_path / "rebuilt"
+    lost = disk / STORE
     for step, name in enumerate(replay.steps()):
         while moments and moments[0] == step:
             moments.pop(0)
             said = [json.loads(line) for line in replay.said]
-            if not any(word == "done" for word, _ in said):
+            if not said:  # the store is being made
+                replay.disk.lose_power(rng, disk)
+                with Store.create(lost) as store:
+                    store.add(small_task("first"))
+                shutil.rmtree(disk)
                 continue
             done = next(state for word, state in reversed(said) if word == "done")
             allowed = [_with_contents(done), _with_contents(said[-1][1])]
-            replay.disk.lose_power(rng, lost)
+            replay.disk.lose_power(rng, disk)
             where = f"step {step}, {name}, after {said[-1]}"
             shutil.copytree(lost, rebuilt)
             assert state_of(lost) in allowed, where
@@ -103,7 +109,7 @@ def test_power_loss_at_any_call_loses_nothing_acknowledged(recorded: tuple[Path,
             with Store(lost) as store:  # and it works on
                 store.add(small_task("after", seed=99))
                 store.gc(repack_all=True)
-            shutil.rmtree(lost)
+            shutil.rmtree(disk)
     keep_log(f"power loss, simulated: {LOSSES} losses at {count} calls, nothing acknowledged was lost")
 
 
@@ -140,8 +146,6 @@ def test_power_cuts_on_ext4_lose_nothing_acknowledged(ext4: tuple[Path, Path], t
     kept = 0
     for cut in range(CUTS):
         path = mounted / f"s{cut}"
-        Store.create(path).close()
-        subprocess.run(["sync", "-f", mounted], check=True)
         with open(output, "wb") as said:
             process = subprocess.Popen(_command(f"change_and_say({str(path)!r}, {cut})"), stdout=said, cwd=ROOT)
         while not output.stat().st_size:

@@ -102,7 +102,7 @@ def change_and_say(path: str, seed: int) -> None:
         text = json.dumps([word, {"versions": versions, "tags": tags}]) + "\n"
         os.write(1, text.encode())
 
-    store = Store(path)
+    store = Store.create(path)
     say("done")
     for step in range(24):
         work = ["add", "add", "many", "remove", "tag", "gc", "add", "repack", "rebuild"][step % 9]
