@@ -18,6 +18,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -416,11 +417,14 @@ def judged(measured: dict[str, Any]) -> list[dict[str, Any]]:
 @click.option("--peers-venv", type=click.Path(path_type=Path), help="Where DVC is or goes.  [default: WORK/peers]")
 def main(out: Path, tasks: int, repeats: int, work: Path, peers_venv: Path | None) -> None:
     compileall.compile_dir(Path(pear_store.__file__).parent, quiet=1)  # as an installer does, for an editable one, too
-    work = work.absolute() / "store_peers_data"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work.absolute()) as folder:
+        run(out, tasks, repeats, Path(folder), peers_venv or work.absolute() / "peers")
+
+
+def run(out: Path, tasks: int, repeats: int, work: Path, peers_venv: Path) -> None:
     notes = [] if DROP_CACHES else ["not root, so drop_caches was not used: cold means posix_fadvise alone"]
-    peers = find_peers(work, peers_venv or work.parent / "peers")
+    peers = find_peers(work, peers_venv)
     notes += [f"{name} could not be had: left out" for name in ("restic", "dvc") if name not in {p.name for p in peers}]
     noise = [{"load": os.getloadavg(), "fsync_4kib_s": fsync_s(work)}]
     for folder, count, seed in (("tasks", tasks, 1), ("ones", SINGLES, 2)):
@@ -439,7 +443,6 @@ def main(out: Path, tasks: int, repeats: int, work: Path, peers_venv: Path | Non
     out.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(json.dumps(record), parse_float=lambda text: round(float(text), 6))
     out.write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(work)
     verdict = {True: "met", False: "MISSED", None: None}
     table = [[row["figure"], row["measured"], row["target"], verdict[row["met"]]] for row in rows]
     click.echo(tabulate(table, ["figure", "measured", "target", ""], floatfmt=".3f", missingval="-"))

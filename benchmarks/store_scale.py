@@ -12,10 +12,10 @@ import os
 import platform
 import random
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -106,9 +106,12 @@ def reads(store: Store, path: Path, count: int) -> dict[str, float]:
 @click.option("--tasks", default=100_000, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/store_scale"), show_default=True)
 def main(out: Path, tasks: int, work: Path) -> None:
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    path = work / "store"
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        measure(out, tasks, Path(folder) / "store")
+
+
+def measure(out: Path, tasks: int, path: Path) -> None:
     adds, read, done = [], [], 0
     with Store.create(path) as store:
         while done < tasks:
@@ -154,7 +157,6 @@ def main(out: Path, tasks: int, work: Path) -> None:
     draw(adds, again, out.with_suffix(".png"))
     for name, value in figures.items():
         click.echo(f"{name:<28} {value:8.3f}  {TARGETS.get(name, '')}")
-    shutil.rmtree(work)
 
 
 def draw(adds: list[dict[str, float]], again: dict[str, float], path: Path) -> None:

@@ -3,11 +3,15 @@
 
 The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .jsonl, .parquet) with columns `image` (a path or
 any fsspec URL) and `task` (a task's name, or name@version). The output has the list's rows in its order, with all its
-columns, then `version`, `label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. A row that
-cannot be served, because its image is unreadable or its task unknown, gets its `error` and costs no other row anything.
+columns, then `version`, `label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. If an image is
+unreadable or a task unknown, only that row fails: `error` says why.
+
+A list's own columns are never replaced. If one has the name of a result, the list is refused: --prefix pear_ then names
+the results `pear_label`, `pear_error` and so on.
 
 With --tasks all, or --tasks a,b,c, the list needs no column `task`: every image goes through all these tasks, and
-the output has a row for each image and task. `all` are the tasks that the store has for this backbone.
+the output has a row for each image and task, which the column `task` names. `all` are the tasks that the store has for
+this backbone.
 
 The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
 goes on after the last finished part, with the tasks' versions that it began with.
@@ -30,6 +34,7 @@ from typing import Any, TypeVar
 import click
 import pyarrow as pa
 import torch
+from platformdirs import user_data_path
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +49,8 @@ PART_BATCHES = 16
 """Batches in a part: what an interruption costs, and the window in which rows of one preprocessing meet."""
 AHEAD = 2
 """Batches that are decoded and on the device before their turn."""
+TASK = pa.field("task", pa.string())
+"""A result, too, where every image goes through many tasks."""
 RESULTS = pa.schema(
     [
         ("version", pa.int64()),
@@ -158,7 +165,7 @@ def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
     """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
     if device.type != "cuda":
         return way.normalise(pixels).to(device)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
     stream.synchronize()  # holds up this thread only
@@ -198,20 +205,30 @@ def fill(results: list[Result], predictions: Predictions, top: int) -> None:
             result["error"] = f"task {task.partition('@')[0]!r} has no head: it gives features, not classes"
 
 
-def output_schema(listed: pa.Schema, every: list[str]) -> pa.Schema:
-    added = [*([pa.field("task", pa.string())] if every else []), *RESULTS]
-    names = {field.name for field in added}
-    return pa.schema([*(field for field in listed if field.name not in names), *added])
+def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
+    """The list's columns, then those of the results.
+
+    Raises:
+        ClickException: the list has a column of a result's name.
+    """
+    added = [field.with_name(prefix + field.name) for field in ([TASK] if with_task else []) + list(RESULTS)]
+    taken = [field.name for field in added if field.name in listed.schema.names]
+    if taken:
+        raise click.ClickException(
+            f"{listed.path}: has columns of its own with names of results: {', '.join(taken)}; none is ever replaced: "
+            f"rename them, or give {'another --prefix' if prefix else '--prefix pear_'}"
+        )
+    return pa.schema([*listed.schema, *added])
 
 
 def output(part: Part, schema: pa.Schema, every: list[str]) -> pa.Table:
     """A part's rows of the output."""
     rows, each = part.table.num_rows, len(every) or 1
-    columns = dict(zip(RESULTS.names, pa.Table.from_pylist(part.results, RESULTS).columns, strict=True))
+    results = pa.Table.from_pylist(part.results, RESULTS).columns
     if every:
-        columns["task"] = pa.array([task.partition("@")[0] for task in every] * rows, pa.string())
+        results.insert(0, pa.array([task.partition("@")[0] for task in every] * rows, pa.string()))
     listed = part.table.take(pa.array([row for row in range(rows) for _ in range(each)], pa.int64()))
-    return pa.Table.from_arrays([columns[n] if n in columns else listed[n] for n in schema.names], schema=schema)
+    return pa.Table.from_arrays([*listed.columns, *results], schema=schema)
 
 
 def infer(
@@ -220,19 +237,22 @@ def infer(
     """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
 
     Raises:
-        ClickException: an unfinished run with other options, or another one now, has this output.
+        ClickException: an unfinished run with other options, or another one now, has this output; or the list has a
+            column of a result's name.
         RouterError, PearStoreError: tasks for all that cannot be run, or tasks that do not fit into the slots together.
     """
+    prefix: str = options["prefix"]
+    schema = output_schema(listed, options["tasks"] is not None, prefix)
     plan = {**options, "list": listed.digest, "store": str(store.path.resolve()), "backbone": router.backbone.digest}
     with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart)) as parts:
         every: list[str] = parts.chosen
-        schema = output_schema(listed.schema, every)
         versions: dict[str, int] = {}
         resumed = 0
         for table in parts.tables():
             resumed += table.num_rows // (len(every) or 1)
             if not every:
-                asked = zip(table["task"].cast(pa.string()).to_pylist(), table["version"].to_pylist(), strict=True)
+                names = table["task"].cast(pa.string()).to_pylist()
+                asked = zip(names, table[f"{prefix}version"].to_pylist(), strict=True)
                 versions |= {name: version for name, version in asked if version}
         tables = enumerate(listed.tables(PART_BATCHES * options["batch_size"]))
         left = ((number, table) for number, table in tables if not parts.has(number))
@@ -254,7 +274,7 @@ def infer(
         errors = total = 0
         for table in parts.tables():
             total += table.num_rows
-            errors += table.num_rows - table["error"].null_count
+            errors += table.num_rows - table[f"{prefix}error"].null_count
         parts.finish(out, schema, parts.tables())
     images = listed.rows - resumed
     return {
@@ -293,7 +313,10 @@ def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--store", "where", required=True, type=click.Path(), help="The store that holds the tasks.")
+@click.option(
+    "--store", "where", type=click.Path(path_type=Path), envvar="PEAR_STORE", default=user_data_path("pear") / "store",
+    help="The store that holds the tasks [default: $PEAR_STORE, else the user's data directory].",
+)  # fmt: skip
 @click.option("--tasks", help="Through which tasks every image goes: all, or names with commas.")
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
@@ -301,12 +324,13 @@ def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes in `topk`.")
 @click.option("--device", help="Such as cpu or cuda [default: cuda where there is one].")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--prefix", default="", help="What the results' names begin with, such as pear_.")
 @click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run of this output had done.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
-    source: Path, out: Path, where: str, tasks: str | None, backbone: str, weights: str | None, batch_size: int,
-    top: int, device: str | None, dtype: str, slot_bytes: int | None, restart: bool, as_json: bool,
+    source: Path, out: Path, where: Path, tasks: str | None, backbone: str, weights: str | None, batch_size: int,
+    top: int, device: str | None, dtype: str, prefix: str, slot_bytes: int | None, restart: bool, as_json: bool,
 ) -> None:  # fmt: skip
     for path in (source, out):
         if path.suffix not in FORMATS:
@@ -317,9 +341,9 @@ def main(
         raise click.UsageError(f"{out}: is the list itself; choose another output")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     listed = ImageList.scan(source, ["image"] if tasks else ["image", "task"])
-    options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks}
+    options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks, "prefix": prefix}
     try:
-        with Store(where) as store:
+        with Store(where.expanduser()) as store:
             precision = getattr(torch, dtype)
             router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
             report = infer(router, store, listed, out, options, restart)

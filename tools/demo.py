@@ -34,6 +34,8 @@ Labelled = dict[str, list[tuple[Picture, str]]]
 """Pictures with their class names, by split."""
 METHODS = ("linear", "adapters", "pear")
 SIDE = 48
+MARK = ".pear-demo"
+"""A file that says that the demo made its folder."""
 
 
 # ---- real images from installed packages ------------------------------------------------------
@@ -139,6 +141,30 @@ def write_folder(root: Path, labelled: Labelled) -> None:
 # ---- the demo ---------------------------------------------------------------------------------
 
 
+def empty_folder(out: Path) -> None:
+    """Makes the demo's folder, or removes what an earlier demo left there.
+
+    Raises:
+        ClickException: the folder holds something else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / MARK).is_file():
+        raise click.ClickException(f"{out}: holds files, and the demo did not make it: choose another --out")
+    own = {MARK, "data", "pear.store", "table.txt", "adapters.png"}
+    own |= {f"{task}-{method}.safetensors" for task in TASKS for method in METHODS}
+    strange = sorted(path.name for path in out.iterdir() if path.name not in own)
+    if strange:
+        raise click.ClickException(
+            f"{out}: holds {strange[0]!r}, which is not the demo's: move it, or choose another --out"
+        )
+    (out / MARK).touch()
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+
+
 def heading(text: str) -> None:
     click.secho(f"\n{text}", bold=True)
 
@@ -172,11 +198,10 @@ def timed(what: str) -> Iterator[None]:
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True)
 @click.option("--epochs", default=14, show_default=True)
 def main(out: Path, epochs: int) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    empty_folder(out)
     samples: dict[str, list[Picture]] = {}
     tests: dict[str, list[tuple[Picture, str]]] = {}
     heading("1. Real images, from installed packages, as image folders")

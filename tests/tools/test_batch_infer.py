@@ -132,9 +132,9 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["array.jsonl", "o.csv"], "array.jsonl: cannot be read as .jsonl: line 1: expected an object, found list"),
         (["unlike.jsonl", "o.csv"], "unlike.jsonl: cannot be read as .jsonl: column 'id' has values of unlike types"),
         (["nested.jsonl", "o.csv"], "nested.jsonl: column 'image' holds struct<a: int64>: expected text"),
-        (["list.csv", "o.csv", "--tasks", "a,zebra"], "no task 'zebra'"),
-        (["list.csv", "o.csv", "--tasks", "foreign"], "was made for backbone vit_huge"),
-        (["list.csv", "o.csv", "--tasks", "all", "--store", "empty"], "empty: holds no task for backbone pear_tiny"),
+        (["bad.csv", "o.csv", "--tasks", "a,zebra"], "no task 'zebra'"),
+        (["bad.csv", "o.csv", "--tasks", "foreign"], "was made for backbone vit_huge"),
+        (["bad.csv", "o.csv", "--tasks", "all", "--store", "empty"], "empty: holds no task for backbone pear_tiny"),
         (["list.csv", "o.csv", "--store", "nowhere"], "nowhere: no store there"),
         (["list.csv", "o.csv", "--backbone", "vit_none"], "timm has no model of that name"),
     ],
@@ -183,18 +183,61 @@ def test_what_a_csv_says_is_kept_to_the_letter(work: Path) -> None:
 
 def test_values_of_every_kind_come_through(work: Path) -> None:
     rows = [{"image": str(work / "0.png"), "task": "a", "tags": ["x", "é"], "box": {"x": 1.5}, "n": 1, "seen": True},
-            {"image": str(work / "1.png"), "task": "b", "n": 2.5, "note": "late", "label": "older"}]  # fmt: skip
+            {"image": str(work / "1.png"), "task": "b", "n": 2.5, "note": "late"}]  # fmt: skip
     (work / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for suffix in (".jsonl", ".parquet", ".csv"):
         assert run(work / "list.jsonl", work / f"out{suffix}", "--store", work / "s").exit_code == 0
     first, second = map(json.loads, (work / "out.jsonl").read_text().splitlines())
     assert (first["tags"], first["box"], first["n"], first["note"]) == (["x", "é"], {"x": 1.5}, 1, None)
     assert (second["tags"], second["n"], second["seen"], second["note"]) == (None, 2.5, None, "late")
-    assert second["label"].startswith("b-")
     assert read(work / "out.csv")[0]["tags"] == '["x", "é"]'
-    again = run(work / "out.parquet", work / "again.jsonl", "--store", work / "s")
+    again = run(work / "out.parquet", work / "again.jsonl", "--store", work / "s", "--prefix", "pear_")
     assert again.exit_code == 0
-    assert (work / "again.jsonl").read_text() == (work / "out.jsonl").read_text()
+    for before, after in zip(*((work / f).read_text().splitlines() for f in ("out.jsonl", "again.jsonl")), strict=True):
+        row = json.loads(after)
+        assert json.loads(before) == {name: value for name, value in row.items() if not name.startswith("pear_")}
+        assert (row["pear_label"], row["pear_topk"]) == (row["label"], row["topk"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> None:
+    own = {name: [f"my {name}", ""] for name in ("version", "label", "probability", "topk", "error")}
+    rows = pd.DataFrame({"image": [str(work / "0.png")] * 2, "task": ["a", "zebra"], **own})
+    for name in own:
+        listed = write(work / f"list{suffix}", rows[["image", "task", name]])
+        done = run(listed, work / f"out{suffix}", "--store", work / "s")
+        assert done.exit_code == 1
+        assert f"columns of its own with names of results: {name}; none is ever replaced" in done.stderr
+        assert "rename them, or give --prefix pear_" in done.stderr
+        assert not (work / f"out{suffix}").exists()
+        assert not (work / f"out{suffix}.parts").exists()
+    listed = write(work / f"list{suffix}", rows)
+    done = run(listed, work / f"many{suffix}", "--store", work / "s", "--tasks", "a,b")
+    assert "names of results: task, version, label, probability, topk, error;" in done.stderr
+    for out, wanted, more in (("out", [], []), ("many", ["--tasks", "a,b"], ["task"])):
+        assert run(listed, work / f"{out}{suffix}", "--store", work / "s", "--prefix", "pear_", *wanted).exit_code == 0
+        found = read(work / f"{out}{suffix}")
+        assert list(found[0]) == [*rows.columns, *(f"pear_{name}" for name in (*more, *own))]
+        assert (found[0]["label"], found[0]["error"]) == ("my label", "my error")
+        assert found[0]["pear_label"].startswith("a-")
+        assert found[0]["pear_error"] is None
+    assert "no task 'zebra'" in read(work / f"out{suffix}")[1]["pear_error"]
+    done = run(work / f"out{suffix}", work / f"third{suffix}", "--store", work / "s", "--prefix", "pear_")
+    assert "give another --prefix" in done.stderr
+
+
+def test_the_store_comes_from_the_environment_too(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(work))
+    listed = write(work / "list.csv", pd.DataFrame({"image": [str(work / "0.png")], "task": ["a"]}))
+    for number, where in enumerate((str(work / "s"), "~/s", "s")):
+        monkeypatch.setenv("PEAR_STORE", where)
+        assert run(listed, work / f"{number}.csv").exit_code == 0
+    assert run(listed, work / "3.csv", "--store=~/s").exit_code == 0
+    assert not (work / "~").exists()
+    monkeypatch.setenv("PEAR_STORE", str(work / "nowhere"))
+    assert "nowhere: no store there" in run(listed, work / "4.csv").stderr
+    assert run(listed, work / "4.csv", "--store", work / "s").exit_code == 0
 
 
 def test_rows_without_image_or_task_cost_only_themselves(work: Path) -> None:
@@ -258,7 +301,7 @@ class Idle:
 
 
 def options(size: int) -> dict[str, Any]:
-    return {"batch_size": size, "top": 1, "dtype": "float32", "device": "cpu", "tasks": None}
+    return {"batch_size": size, "top": 1, "dtype": "float32", "device": "cpu", "tasks": None, "prefix": ""}
 
 
 def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) -> None:
@@ -381,7 +424,7 @@ def test_kill_9_and_the_same_command_give_what_an_uninterrupted_run_gives(work: 
     [
         (0, ".csv", ()),
         (1, ".csv", ()),
-        (3, ".csv", ("--tasks", "b,a")),
+        (3, ".csv", ("--tasks", "b,a", "--prefix", "p_")),
         (4, ".jsonl", ()),
         (5, ".parquet", ()),
         (5, ".csv", ()),
@@ -432,7 +475,7 @@ def interrupted(work: Path, monkeypatch: pytest.MonkeyPatch, *args: object) -> l
     return given
 
 
-@pytest.mark.parametrize("wanted", [(), ("--tasks", "all")])
+@pytest.mark.parametrize("wanted", [(), ("--tasks", "all", "--prefix", "p_")])
 def test_a_resumed_run_keeps_the_versions_it_began_with(
     work: Path, monkeypatch: pytest.MonkeyPatch, task_maker: Callable[..., Task], wanted: tuple[str, ...]
 ) -> None:
@@ -441,11 +484,12 @@ def test_a_resumed_run_keeps_the_versions_it_began_with(
         store.add(task_maker("a", seed=77))
         store.add(task_maker("c", seed=78))
     assert run(*given).exit_code == 0
+    p = "p_" if wanted else ""
     found = read(work / "out.csv")
-    assert {row["version"] for row in found if row["task"] == "a"} == {1}
-    assert "c" not in {row["task"] for row in found}
+    assert {row[f"{p}version"] for row in found if row[f"{p}task"] == "a"} == {1}
+    assert "c" not in {row[f"{p}task"] for row in found}
     assert run(*given).exit_code == 0  # a new run
-    assert {row["version"] for row in read(work / "out.csv") if row["task"] == "a"} == {2}
+    assert {row[f"{p}version"] for row in read(work / "out.csv") if row[f"{p}task"] == "a"} == {2}
 
 
 def test_an_unfinished_run_is_not_mixed_with_another(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +554,7 @@ def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -
     bar = tools.batch_infer.tqdm
     monkeypatch.setattr(tools.batch_infer, "tqdm", lambda **given: (bars.append(bar(**given)), bars[-1])[1])
     given = [long_list(work, 60), work / "out.csv", "--store", work / "s", "--batch-size", 2]
-    for more in ([], ["--tasks", "a,b,features"]):
+    for more in ([], ["--tasks", "a,b,features", "--prefix", "p_"]):
         assert run(*given, *more).exit_code == 0
     assert [(one.n, one.total) for one in bars] == [(60, 60), (180, 180)]
 

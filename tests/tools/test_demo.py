@@ -10,7 +10,7 @@ from PIL import Image
 
 from pear_store import Task, make_task, write_checkpoint
 from tools import adapter_map
-from tools.demo import TASKS, write_folder
+from tools.demo import TASKS, empty_folder, main, write_folder
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -26,6 +26,27 @@ def test_images_are_real_and_splits_are_apart(task: str, tmp_path: Path) -> None
                 assert seen.setdefault(picture.tobytes(), split) == split
     write_folder(tmp_path, {"train": made["train"][:3]})
     assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
+def test_the_demo_removes_only_what_it_made(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "thesis.txt").write_text("mine")
+    done = CliRunner().invoke(main, ["--out", str(out)])
+    assert (done.exit_code, "mine: holds files, and the demo did not make it" in done.stderr) == (1, True)
+    assert (out / "data" / "thesis.txt").read_text() == "mine"
+    out = tmp_path / "demo"
+    empty_folder(out)
+    write_folder(out / "data" / "digits", {"train": [(np.zeros((4, 4), np.uint8), "0")]})
+    (out / "table.txt").write_text("table")
+    (out / "pear.store").symlink_to(tmp_path / "mine")
+    empty_folder(out)
+    assert [path.name for path in out.iterdir()] == [".pear-demo"]
+    assert (tmp_path / "mine" / "data" / "thesis.txt").exists()
+    (out / "notes.txt").write_text("mine")
+    done = CliRunner().invoke(main, ["--out", str(out)])
+    assert (done.exit_code, "demo: holds 'notes.txt', which is not the demo's" in done.stderr) == (1, True)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_the_map_is_drawn(task_maker: Callable[..., Task], tmp_path: Path) -> None:
