@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import Preprocess
 from router.preprocess import ImageLike
@@ -27,13 +29,21 @@ class Split:
 
     image: Callable[[int], ImageLike]
     targets: Tensor
+    names: tuple[str, ...] = ()
+    """Of the images within the data set, such as ``cat/1.jpg``; where a layout has no names, their numbers."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(map(str, range(len(self.targets)))))
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def subset(self, indices: Tensor) -> "Split":
         chosen = indices.tolist()
-        return Split(lambda i: self.image(chosen[i]), self.targets[indices])
+        return Split(
+            lambda i: self.image(chosen[i]), self.targets[indices], tuple(self.names[index] for index in chosen)
+        )
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,7 @@ class Dataset:
     """Refuse a class without a training image; VTAB-1k has such."""
 
     def __post_init__(self) -> None:
-        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if split is None:
-                continue
+        for name, split in self.splits.items():
             if len(split) == 0:
                 raise DataError(f"{self.description}: the {name} split is empty")
             if int(split.targets.min()) < 0 or int(split.targets.max()) >= len(self.classes):
@@ -61,6 +69,25 @@ class Dataset:
         if self.all_in_train and (counts == 0).any():
             missing = self.classes[int((counts == 0).nonzero()[0])]
             raise DataError(f"{self.description}: class {missing!r} has no training image")
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that there are, by name: train, val and, where it is not absent, test."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256, in hex, of class names and of every picture: its split, name within the data set, class, content.
+
+        It does not depend on where the data lies, on file times, or on the options of a run. The first look reads every
+        file once (it does not decode them); later looks cost nothing. The content is a file's bytes, an array's values
+        or, of a data set that timm opens, the decoded pixels.
+        """
+        return fingerprint(
+            self.classes,
+            [(name, split.names, split.targets.tolist(), split.image) for name, split in self.splits.items()],
+        )
 
     def sizes(self) -> str:
         test = "no" if self.test is None else len(self.test)

@@ -58,4 +58,5 @@ def _read(path: Path) -> tuple[tuple[str, ...], Split]:
             raise DataError(f"{folder}: class folder without images: add some, or remove the folder")
         files += images
         labels += [label] * len(images)
-    return tuple(folder.name for folder in folders), Split(files.__getitem__, torch.tensor(labels))
+    names = tuple(Path(file).relative_to(path).as_posix() for file in files)
+    return tuple(folder.name for folder in folders), Split(files.__getitem__, torch.tensor(labels), names)

@@ -33,7 +33,7 @@ def _read(path: Path, name: str) -> Split:
     file = path / name
     if not file.is_file():
         raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
-    images, labels = [], []
+    images, labels, names = [], [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -41,5 +41,6 @@ def _read(path: Path, name: str) -> Split:
         if not image or not label.isdecimal():
             raise DataError(f"{file}, line {number}: {line[:80]!r}: expected an image path, a space, a class number")
         images.append(str(path / image))
+        names.append(image)
         labels.append(int(label))
-    return Split(images.__getitem__, torch.tensor(labels, dtype=torch.long))
+    return Split(images.__getitem__, torch.tensor(labels, dtype=torch.long), tuple(names))

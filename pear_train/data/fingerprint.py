@@ -1,0 +1,47 @@
+"""What a data set is, as one sha256: a change of any picture, class or split shows in it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+
+import numpy as np
+from PIL import Image
+
+from router.preprocess import ImageLike
+
+
+def picture_digest(image: ImageLike) -> str:
+    """A sha256 of a file's bytes, an array's values or a PIL image's pixels; "unreadable" if it cannot be read.
+
+    A picture behind a URL is not downloaded for this: it counts as unreadable, so only its name tells it apart.
+    """
+    try:
+        if isinstance(image, str | PathLike):
+            with open(image, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(image, Image.Image):
+            values, told = image.tobytes(), f"{image.mode} {image.size} {image.getpalette()}"
+        else:
+            values, told = np.ascontiguousarray(image).tobytes(), f"{image.dtype} {image.shape}"
+    except Exception:  # a broken file, in whatever way Pillow says so; the check before the first epoch names it
+        return "unreadable"
+    return hashlib.sha256(told.encode() + values).hexdigest()
+
+
+def fingerprint(
+    classes: Sequence[str], splits: Sequence[tuple[str, Sequence[str], Sequence[int], Callable[[int], ImageLike]]]
+) -> str:
+    """A sha256 of class names and, for each split, of every picture's name, class and content, in order.
+
+    Args:
+        splits: name of the split, names and classes of its pictures, and the pictures by number.
+    """
+    whole = hashlib.sha256(json.dumps(["pear-data/1", *classes]).encode())
+    with ThreadPoolExecutor() as workers:  # files are read and hashed without the GIL
+        for split, names, targets, image in splits:
+            digests = workers.map(lambda i, image=image: picture_digest(image(i)), range(len(names)))
+            for name, target, digest in zip(names, targets, digests, strict=True):
+                whole.update(json.dumps([split, name, target, digest]).encode())
+    return whole.hexdigest()
