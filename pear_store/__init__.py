@@ -11,15 +11,18 @@ from pear_store.errors import (
     NameTakenError,
     NotFoundError,
     PearStoreError,
+    SourceError,
     TaggedError,
 )
 from pear_store.gc import GcResult
 from pear_store.integrity import Damage, Repaired, Report, repair, verify
 from pear_store.loading import Refused
+from pear_store.reading import Access, read_source
 from pear_store.recovery import Rebuilt, rebuild
 from pear_store.store import Added, Diff, PositionDiff, Stats, Store, Version
 
 __all__ = [
+    "Access",
     "Added",
     "Branch",
     "CheckpointError",
@@ -40,6 +43,7 @@ __all__ = [
     "Refused",
     "Repaired",
     "Report",
+    "SourceError",
     "Stats",
     "Store",
     "TaggedError",
@@ -47,6 +51,7 @@ __all__ = [
     "Version",
     "make_task",
     "read_checkpoint",
+    "read_source",
     "rebuild",
     "repair",
     "tensor_digest",

@@ -20,6 +20,7 @@ from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
 from pear_store.integrity import verify as verify_store
 from pear_store.loading import Refused
+from pear_store.reading import Access
 from pear_store.recovery import rebuild as rebuild_store
 from pear_store.sources import Source
 from pear_store.store import Added, Store, Version
@@ -58,6 +59,13 @@ def store_option(command: F) -> F:
 
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")(command)
+
+
+def allow_option(command: F) -> F:
+    return click.option(
+        "--allow", "allowed", multiple=True, metavar="PROTOCOL", envvar="PEAR_ALLOW",
+        help="Also open URLs of this protocol, and chains of allowed ones; may be repeated [default: $PEAR_ALLOW].",
+    )(command)  # fmt: skip
 
 
 def yes_option(command: F) -> F:
@@ -125,15 +133,17 @@ def init(as_json: bool) -> None:
 @main.command()
 @click.argument("given", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="SOURCE...")
 @click.option("--name", help="Store the one task under this name.")
+@allow_option
 @store_option
 @json_option
 @click.pass_context
-def add(ctx: click.Context, given: tuple[str, ...], name: str | None, as_json: bool) -> None:
+def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: tuple[str, ...], as_json: bool) -> None:
     """Add task checkpoints: files, directories of them, fsspec URLs, or - for standard input.
 
     A refused file costs only itself, and the exit code says so.
     """
-    files = list(sources.expand(given))
+    access = Access(allowed=frozenset(allowed))
+    files = list(sources.expand(given, access))
     if name is not None and len(files) > 1:
         raise click.UsageError(f"--name goes with one task, there are {len(files)}")
     rows: list[dict[str, Any]] = []
@@ -141,7 +151,7 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, as_json: b
     stop: PearStoreError | None = None
     with Store(_path()) as store:
         given_files: list[Source] = [sys.stdin.buffer if file == "-" else file for file in files]
-        results = store.add_many(given_files, name)
+        results = store.add_many(given_files, name, access)
         for file in files:
             try:
                 result: Added | Refused = next(results)

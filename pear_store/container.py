@@ -7,7 +7,6 @@ hostile header can cost; every file written here opens with the ``safetensors`` 
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pear_store.digest import ITEM_BYTES, RawTensor
-from pear_store.errors import CheckpointError, NotFoundError
+from pear_store.errors import CheckpointError
+from pear_store.reading import LFS_POINTER, is_lfs_pointer, open_regular_file
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 4 * 1024**3
@@ -120,7 +120,7 @@ def parse_buffer(data: memoryview, where: str | Path) -> tuple[Header, dict[str,
     Raises:
         CheckpointError: it is not a file that safetensors could have written.
     """
-    length = _header_length(bytes(data[:8]), where, len(data))
+    length = _header_length(bytes(data[:64]), where, len(data))
     header = _checked_header(bytes(data[8 : 8 + length]), where, len(data))
     tensors = {
         name: RawTensor.unchecked(p.dtype, p.shape, data[p.offset : p.offset + p.length], p.length)
@@ -134,7 +134,9 @@ def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
         raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
     if len(start) < 8:
         raise CheckpointError(where, f"{file_bytes} bytes: too short for a safetensors file")
-    length = int.from_bytes(start, "little")
+    if is_lfs_pointer(start):
+        raise CheckpointError(where, LFS_POINTER)
+    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(where, f"header of {length} bytes: at most {MAX_HEADER_BYTES} are read; not safetensors?")
     if 8 + length > file_bytes:
@@ -244,17 +246,12 @@ def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTenso
 
     Raises:
         NotFoundError: there is no such file.
+        SourceError: it is no regular file, or may not be read.
         CheckpointError: it is not a file that safetensors could have written.
     """
     try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return parse_container(file, path)
+        with open_regular_file(path) as file:
             return _parse(file, path, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise CheckpointError(path, "a directory: expected a task checkpoint file") from None
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
 

@@ -8,7 +8,8 @@ PearStoreError            exit code 1
 ├── DiskFullError         6   no space left where the store lives
 ├── NameTakenError        7   a task name that differs from a stored one in case only
 ├── FormatError           8   a store written by a newer Pear, or a directory that is no store
-└── TaggedError           9   a version that may not be removed, because a tag holds it
+├── TaggedError           9   a version that may not be removed, because a tag holds it
+└── SourceError          10   a file or URL that is not opened: no regular file, no permission, a protocol not allowed
 """
 
 import errno
@@ -86,6 +87,16 @@ class TaggedError(PearStoreError):
             f"{task}@{version} is tagged {tag!r} and was kept; untag it first: 'pear-store tag --delete {task}@{tag}'"
         )
         self.task, self.version, self.tag = task, version, tag
+
+
+class SourceError(PearStoreError):
+    """A file or URL of the user's that is not opened or cannot be read."""
+
+    exit_code = 10
+
+    def __init__(self, source: str | Path, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source, self.problem = str(source), problem
 
 
 def from_os_error(error: OSError, path: Path) -> PearStoreError:

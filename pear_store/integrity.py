@@ -43,6 +43,7 @@ from pear_store.pack import (
     pack_path,
     read_records,
 )
+from pear_store.reading import is_url
 
 _OURS = 4
 """Of so many packs, one is checked beside the index, the others in a process of their own."""
@@ -438,7 +439,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
     """
     path, copies = Path(path), list(copies)
     for copy in copies:
-        if not sources.is_url(copy) and not Path(copy).exists():
+        if not is_url(copy) and not Path(copy).exists():
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
     report = verify(path)
     if report.index:
@@ -466,7 +467,7 @@ def _good_copies(
     found: dict[Digest, RawTensor] = {}
     found_manifests: dict[str, bytes] = {}
     for copy in copies:
-        if not sources.is_url(copy) and is_store(Path(copy)):
+        if not is_url(copy) and is_store(Path(copy)):
             with ExitStack() as stack:
                 other = OpenStore(Path(copy))
                 stack.callback(other.close)

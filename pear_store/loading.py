@@ -21,6 +21,7 @@ from pear_store.digest import Digest, RawTensor
 from pear_store.errors import CheckpointError, PearStoreError
 from pear_store.forked import Worker, WorkerDiedError, can_fork
 from pear_store.manifest import manifest_hash, to_manifest
+from pear_store.reading import Access, is_url
 from pear_store.sources import Source
 
 GROUP_TASKS = 200
@@ -55,7 +56,7 @@ class Refused:
 Group = list[Loaded | Refused]
 
 
-def load_groups(given: Iterable[Source], name: str | None) -> Iterator[Group]:
+def load_groups(given: Iterable[Source], name: str | None, access: Access | None = None) -> Iterator[Group]:
     """The sources in order, in groups of what one commit takes.
 
     A group's tensors are good until the next group is asked for. Only a list or tuple is read ahead: what comes from
@@ -66,7 +67,7 @@ def load_groups(given: Iterable[Source], name: str | None) -> Iterator[Group]:
         first = next(chunks, [])
         if len(first) < len(given):
             try:
-                workers = _Workers(min(cores, _WORKERS), name)
+                workers = _Workers(min(cores, _WORKERS), name, access)
             except OSError:  # there can be no process more
                 pass
             else:
@@ -74,7 +75,7 @@ def load_groups(given: Iterable[Source], name: str | None) -> Iterator[Group]:
                     yield from workers.load(chain([first], chunks))
                 return
     known = KnownTensors()
-    yield from _split(load(source, name, known) for source in given)
+    yield from _split(load(source, name, known, access) for source in given)
 
 
 def _chunks(pending: Iterator[Source]) -> Iterator[list[Source]]:
@@ -94,7 +95,7 @@ def _take(pending: Iterator[Source]) -> Iterator[Source]:
 
 def _file_bytes(source: Source) -> int | None:
     """Of a local regular file; None for any other source."""
-    if not isinstance(source, str | os.PathLike) or sources.is_url(source):
+    if not isinstance(source, str | os.PathLike) or is_url(source):
         return None
     try:
         found = os.stat(source)
@@ -119,10 +120,12 @@ def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
         yield group
 
 
-def load(source: Source, name: str | None, known: KnownTensors | None = None) -> Loaded | Refused:
+def load(
+    source: Source, name: str | None, known: KnownTensors | None = None, access: Access | None = None
+) -> Loaded | Refused:
     """One source, read and checked, under another name if given."""
     try:
-        return _loaded(sources.read_task(source, known), name, sources.label(source))
+        return _loaded(sources.read_task(source, known, access), name, sources.label(source))
     except PearStoreError as error:
         return Refused(error)
 
@@ -168,8 +171,8 @@ class _InSlot(Mapping[Digest, RawTensor]):
 class _Workers:
     """Processes that read groups of files into slots of shared memory, each ahead by a slot or two."""
 
-    def __init__(self, count: int, name: str | None) -> None:
-        self._name = name
+    def __init__(self, count: int, name: str | None, access: Access | None) -> None:
+        self._name, self._access = name, access
         self._known = KnownTensors()
         self._slots = [[mmap.mmap(-1, GROUP_BYTES) for _ in range(_SLOTS)] for _ in range(count)]
         self._workers: list[Worker] = []
@@ -216,7 +219,9 @@ class _Workers:
             with suppress(WorkerDiedError):  # whatever it died of, the files are read here
                 answer = self._workers[place[0]].answer()
         yield from _split(
-            load(source, self._name, self._known) if one is None else Loaded(one[0], _InSlot(one[1], data), *one[2:])
+            load(source, self._name, self._known, self._access)
+            if one is None
+            else Loaded(one[0], _InSlot(one[1], data), *one[2:])
             for source, one in zip(chunk, answer, strict=True)
         )
 

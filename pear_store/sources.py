@@ -7,7 +7,7 @@ from typing import BinaryIO, TypeAlias
 
 from pear_store.checkpoint import KnownTensors, Task, read_checkpoint, task_from_container
 from pear_store.container import parse_container
-from pear_store.errors import CheckpointError, NotFoundError, PearStoreError
+from pear_store.reading import Access, check_url, is_url, open_source
 
 Source: TypeAlias = Task | str | Path | BinaryIO
 
@@ -21,54 +21,40 @@ def label(source: Source) -> str:
     return str(getattr(source, "name", "stream"))
 
 
-def is_url(source: object) -> bool:
-    return isinstance(source, str) and "://" in source
-
-
-def read_task(source: Source, known: KnownTensors | None = None) -> Task:
+def read_task(source: Source, known: KnownTensors | None = None, access: Access | None = None) -> Task:
     """A source's task, checked whole; `known` are tensors of sources read before.
 
     Raises:
         NotFoundError: there is nothing at the path or URL.
         CheckpointError: it is no task checkpoint.
-        PearStoreError: a URL cannot be read.
+        SourceError: it is not opened, or cannot be read.
     """
     if isinstance(source, Task):
         return source
-    if isinstance(source, Path):
+    if isinstance(source, Path) or (isinstance(source, str) and not is_url(source)):
         return read_checkpoint(source, known)
     if not isinstance(source, str):
         return task_from_container(*parse_container(source, label(source)), label(source), known)
-    if not is_url(source):
-        return read_checkpoint(source, known)
-    import fsspec  # here: its import takes longer than most commands
-
-    try:
-        with fsspec.open(source, "rb") as file:
-            return task_from_container(*parse_container(file, source), source, known)
-    except PearStoreError:
-        raise
-    except FileNotFoundError:
-        raise NotFoundError(f"{source}: no such file") from None
-    except Exception as error:  # each file system has its own
-        raise CheckpointError(source, f"cannot be read: {error}") from None
+    with open_source(source, access) as file:
+        return task_from_container(*parse_container(file, source), source, known)
 
 
-def expand(sources: Iterable[str]) -> Iterator[str]:
+def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str]:
     """Paths and URLs, with each directory replaced by the ``.safetensors`` files below it, by name.
 
     A directory that has none, or cannot be listed, comes back as it is, for `add` to refuse.
     """
     for source in sources:
-        found = list(_files_below(source))
+        found = list(_files_below(source, access or Access()))
         yield from found or [source]
 
 
-def _files_below(source: str) -> Iterator[str]:
+def _files_below(source: str, access: Access) -> Iterator[str]:
     if is_url(source):
-        import fsspec
-
         try:
+            check_url(source, access)
+            import fsspec
+
             fs, path = fsspec.core.url_to_fs(source)
             if not path.endswith(".safetensors") and fs.isdir(path):
                 below = (file for file in fs.find(path) if file.endswith(".safetensors"))

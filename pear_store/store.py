@@ -44,6 +44,7 @@ from pear_store.loading import Group, Loaded, Refused, load_groups
 from pear_store.manifest import manifest_hash, with_plain_names
 from pear_store.opened import OpenStore, PackGoneError, is_store, name_row, version_row
 from pear_store.pack import PackedTag, PackedVersion, Records, WrittenPack, sync_directory, write_pack
+from pear_store.reading import Access
 from pear_store.sources import Source
 
 _PARTS = ("packs", "tmp", "damaged", "lock")
@@ -234,21 +235,24 @@ class Store:
 
     # ---- adding -------------------------------------------------------------------------------
 
-    def add(self, source: Source, name: str | None = None) -> Added:
+    def add(self, source: Source, name: str | None = None, access: Access | None = None) -> Added:
         """Adds one task, under another name if given; durable when it returns.
 
         Args:
             source: a task, a path, an fsspec URL, or a binary file object of a task checkpoint.
+            access: which URLs may be opened, where the default is not enough.
 
         Raises:
             PearStoreError: the source is refused, or the disk is full; nothing was changed.
         """
-        (result,) = self.add_many([source], name)
+        (result,) = self.add_many([source], name, access)
         if isinstance(result, Refused):
             raise result.error
         return result
 
-    def add_many(self, sources: Iterable[Source], name: str | None = None) -> Iterator[Added | Refused]:
+    def add_many(
+        self, sources: Iterable[Source], name: str | None = None, access: Access | None = None
+    ) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
 
         A list or tuple of many local files is read ahead by forked processes, if this one has no threads, numpy's and
@@ -258,7 +262,7 @@ class Store:
             DiskFullError: the group that did not fit is not there, all before it are.
         """
         found_good = _FoundGood()
-        for group in load_groups(sources, name):
+        for group in load_groups(sources, name, access):
             yield from self._commit(group, found_good)
 
     def _commit(self, group: Group, found_good: "_FoundGood") -> list[Added | Refused]:

@@ -48,7 +48,7 @@ def test_sources_directories_urls_and_standard_input(where: Path) -> None:
     empty.mkdir()
     assert "a directory" in run("--store", where / "s", "add", empty).stderr
     unknown = run("--store", where / "s", "add", "nosuch://x/y.safetensors")
-    assert (unknown.exit_code, "cannot be read" in unknown.stderr) == (4, True)
+    assert (unknown.exit_code, "protocol 'nosuch' is not opened" in unknown.stderr) == (10, True)
 
 
 def test_log_tag_diff(where: Path) -> None:
