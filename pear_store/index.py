@@ -15,16 +15,18 @@ has one of its numbers; its bytes are checked against their hash). A task's newe
 that a version which a damaged page hides is missed.
 """
 
+import atexit
 import errno
 import fcntl
+import importlib
 import os
 import struct
 import threading
 import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -342,6 +344,14 @@ State = tuple[tuple[int, int], int]
 """An environment and a commit to it"""
 
 
+class _Inherited:
+    """In a forked child, what stands for a transaction of its parent: ending that one would free the parent's place
+    among LMDB's readers, and what it reads may be overwritten."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PearStoreError("this began before the process was forked: begin it again in the child")
+
+
 class View:
     """One transaction's rows, by table and key."""
 
@@ -352,6 +362,32 @@ class View:
         self._tables = tables
         self.environment = environment
         self.wrote = False
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked since this view was begun, so that it is the parent's."""
+        return isinstance(self._txn, _Inherited)
+
+    def begin(self, environment: lmdb.Environment, write: bool) -> None:
+        self._txn = environment.begin(write=write)
+
+    def check_own(self) -> None:
+        """Raises a PearStoreError in a child that was forked since this view was begun."""
+        if self.is_inherited:
+            self.commit()
+
+    def commit(self) -> None:
+        self._txn.commit()
+
+    def end(self) -> None:
+        """Ends the transaction; what was not committed is undone."""
+        if not self.is_inherited:
+            self._txn.abort()
+
+    def forget(self) -> lmdb.Transaction:
+        """Leaves the transaction to the parent of this process; returns it, for it may not be destroyed."""
+        txn, self._txn = self._txn, cast(lmdb.Transaction, _Inherited())
+        return txn
 
     @property
     def id(self) -> int:
@@ -495,11 +531,14 @@ class Index:
         self.path = path
         self.pid = os.getpid()
         self._file = str(path / "data.mdb")
+        self._views: set[View] = set()
+        self._closed = False
         with self._translated():
+            before = None if create else self._found()
             _reserve_lock(path / "lock.mdb")
             for size in _MAP_BYTES:
                 try:
-                    self._env = lmdb.open(
+                    self._env = _open_environment(
                         str(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
                         writemap=False, metasync=True,
                         readahead=False,  # a fault would read megabytes around a page
@@ -508,8 +547,10 @@ class Index:
                 except lmdb.MemoryError:
                     if size == _MAP_BYTES[-1]:
                         raise
-            found = os.stat(self._file)
-            self.identity = (found.st_dev, found.st_ino)
+            self.identity = self._found()
+            if before not in (None, self.identity):  # a rebuild replaced it meanwhile, and which of both is open?
+                self._env.close()
+                raise IndexReplacedError
             self._env.reader_check()
             meta: Any = self._env.open_db(b"meta", create=create)
             if create:
@@ -527,30 +568,72 @@ class Index:
                     f"{INDEX_FORMAT.decode()!r}; {remedy}"
                 )
             self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
+        _processes.indexes.add(self)
 
     @property
     def is_current(self) -> bool:
         """Whether the environment is still the one that the directory holds."""
         try:
-            found = os.stat(self._file)
+            return self._found() == self.identity
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == self.identity
+
+    def _found(self) -> tuple[int, int]:
+        found = os.stat(self._file)
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        self._env.close()
+        """Closes the environment, once the last view of it has ended."""
+        self._closed = True
+        if not self._views and self in _processes.indexes:
+            _processes.indexes.discard(self)
+            self._env.close()
 
-    @contextmanager
-    def read(self) -> Iterator[View]:
-        """A consistent view, untouched by writers."""
+    def forget(self) -> list[Any]:
+        """In a forked child: leaves all to the parent. Returns what may not be destroyed in here."""
+        left = [self._env, *(view.forget() for view in self._views)]
+        self._views.clear()
+        return left
+
+    def read(self) -> AbstractContextManager[View]:
+        """A consistent view, untouched by writers. It begins at once; the caller enters it at once.
+
+        Raises:
+            IndexReplacedError: it was closed, because another took its place.
+        """
         with self._translated():
             try:
-                txn = self._env.begin()
+                view = self._begin()
             except lmdb.MapResizedError:
                 self._env.set_mapsize(0)
-                txn = self._env.begin()
-            with txn:
-                yield View(txn, self._tables, self.identity)
+                view = self._begin()
+        return self._within(view)
+
+    def _begin(self, write: bool = False) -> View:
+        view = View(cast(lmdb.Transaction, None), self._tables, self.identity)
+        self._views.add(view)
+        try:
+            if self._closed:  # seen by now, or else its closing sees this view
+                raise IndexReplacedError
+            view.begin(self._env, write)
+        except BaseException:
+            self._discard(view)
+            raise
+        return view
+
+    def _discard(self, view: View) -> None:
+        self._views.discard(view)
+        if self._closed:
+            self.close()
+
+    @contextmanager
+    def _within(self, view: View) -> Iterator[View]:
+        with self._translated():
+            try:
+                yield view
+            finally:
+                view.end()
+                self._discard(view)
 
     def write(self, change: Callable[[View], T]) -> T:
         """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow.
@@ -568,8 +651,10 @@ class Index:
         with self._translated():
             while True:
                 try:
-                    with self._env.begin(write=True) as txn:
-                        return change(View(txn, self._tables, self.identity))
+                    with self._within(self._begin(write=True)) as view:
+                        result = change(view)
+                        view.commit()
+                        return result
                 except lmdb.MapFullError:
                     self._env.set_mapsize(self._env.info()["map_size"] * 2)
                 except lmdb.MapResizedError:
@@ -588,6 +673,8 @@ class Index:
             raise DamagedIndexError(self.path, str(error)) from None
         except (lmdb.Error, OSError) as error:
             code = getattr(error, "code", None) or getattr(error, "errno", None)
+            if code == errno.ENOENT:
+                raise IndexReplacedError from None
             full = code in (errno.ENOSPC, errno.EDQUOT)
             if code == errno.EIO or "Input/output error" in str(error):
                 full = _free_bytes(self.path.parent) < _FULL_BYTES
@@ -602,53 +689,124 @@ def write_lock(root: Path) -> Iterator[None]:
 
     LMDB has a lock of its own, but in the environment that a rebuild replaces.
     """
-    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    held = _HeldLock()
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with _processes.opening:  # a fork meanwhile would give the child a lock that it does not know of
+            held.handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            _processes.locks.add(held)
+        fcntl.flock(held.handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        _processes.locks.discard(held)
+        held.close()
 
 
-_open: dict[tuple[int, int, int], tuple[Index, int]] = {}
-_lock = threading.Lock()
+# ---- processes ------------------------------------------------------------------------------------------------------
+#
+# A forked child has copies of its parent's environments, transactions and locks. It uses none and ends none:
+#
+# - to close an environment would wait for ever for threads that the child does not have;
+# - to end a transaction would free the parent's place among the readers, whose pages a writer then overwrites;
+# - the lock on the file "lock" is one for both as long as either has the file open, so the child closes its copy.
 
 
-def _after_fork() -> None:
-    """Lets go of the parent's environments in a forked child; LMDB forbids using them there."""
-    for index, _ in _open.values():
-        index.close()
-    _open.clear()
-    _lock.release()
+@dataclass(eq=False)
+class _HeldLock:
+    """The open file "lock"; -1: not open in this process."""
+
+    handle: int = -1
+
+    def close(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
+@dataclass
+class _Processes:
+    """What this process has open, and what it must never destroy because it is its parent's."""
+
+    open: dict[tuple[int, int, int], tuple[Index, int]] = field(default_factory=dict)
+    """Environments by process and file, and how many stores use each"""
+    indexes: set[Index] = field(default_factory=set)
+    """All that are not closed, those included that wait for their last view"""
+    locks: set[_HeldLock] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of `open`"""
+    opening: Any = field(default_factory=threading.RLock)  # reentrant: a signal's handler may fork
+    parents: list[Any] = field(default_factory=list)
+
+    def after_fork(self) -> None:
+        """In a forked child."""
+        self.lock, self.opening = threading.Lock(), threading.RLock()
+        for held in self.locks:
+            held.close()
+        for index in self.indexes:
+            self.parents += index.forget()
+        for kept in (self.open, self.indexes, self.locks):
+            kept.clear()
+        if self.parents:
+            atexit.register(_keep_for_ever, self.parents)
+
+
+def _keep_for_ever(objects: list[Any]) -> None:
+    """Gives each a reference that nobody owns: the end of the interpreter would destroy, that is close, them."""
+    import ctypes
+
+    for one in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+
+_processes = _Processes()
+os.register_at_fork(
+    before=lambda: _processes.opening.acquire(),
+    after_in_parent=lambda: _processes.opening.release(),
+    after_in_child=lambda: _processes.after_fork(),
+)
+
+
+def _open_environment(path: str, **options: Any) -> lmdb.Environment:
+    """lmdb.open, also in a forked child: py-lmdb refuses what it believes this process to have open, and in a child it
+    believes that of what the parent has open."""
+    if not _processes.parents:
+        return lmdb.open(path, **options)
+    identity: Any = importlib.import_module("lmdb._envid")
+    keys = identity.env_keys
+    identity.env_keys = lambda asked, subdir: () if asked is path else keys(asked, subdir)
+    try:
+        return lmdb.open(path, **options)
+    finally:
+        identity.env_keys = keys
 
 
 def open_index(path: Path, create: bool = False) -> Index:
-    """This process's environment for the directory, opened once however many stores use it."""
-    with _lock:
+    """This process's environment for the directory, opened once however many stores use it.
+
+    Raises:
+        IndexReplacedError: there is none at this moment, or it was replaced while it was opened.
+    """
+    with _processes.lock:
         try:
             found = os.stat(path / "data.mdb")
             key = (os.getpid(), found.st_dev, found.st_ino)
         except FileNotFoundError:
             key = (0, 0, 0)
-        index, uses = _open.get(key, (None, 0))
+        index, uses = _processes.open.get(key, (None, 0))
         if index is None:
             index = Index(path, create)
-        _open[(index.pid, *index.identity)] = (index, uses + 1)
+        _processes.open[(index.pid, *index.identity)] = (index, uses + 1)
         return index
 
 
 def release_index(index: Index) -> None:
     """Closes the environment when its last user has released it."""
-    with _lock:
+    with _processes.lock:
         key = (index.pid, *index.identity)
-        if index.pid != os.getpid() or key not in _open:
+        if key not in _processes.open:  # the parent's
             return
-        _, uses = _open[key]
+        _, uses = _processes.open[key]
         if uses > 1:
-            _open[key] = (index, uses - 1)
+            _processes.open[key] = (index, uses - 1)
         else:
-            del _open[key]
+            del _processes.open[key]
             index.close()

@@ -5,8 +5,8 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +34,7 @@ from pear_store.index import (
 from pear_store.pack import Records, WrittenPack, find_unfinished, pack_path, place_pack
 
 _OPEN_PACKS = 1024
+_TRIES = 100
 _KEPT_TASKS = 2048
 """Of some 10 KB each, for 24 tensors"""
 T = TypeVar("T")
@@ -59,14 +60,20 @@ class OpenStore:
     def __init__(self, path: Path) -> None:
         """Raises a NotFoundError if there is no store at `path`."""
         self.path = path
-        if not is_store(path):
-            raise NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
         self._kept: dict[bytes, tuple[bytes, dict[str, RawTensor]]] = {}
         self._kept_at: State | None = None
         self._closed = False
-        self._index = open_index(path / "index")
+        self._index = self._open_index()
+
+    def _open_index(self) -> Index:
+        for _ in range(_TRIES):
+            if not is_store(self.path):
+                raise NotFoundError(f"{self.path}: no store there; make one with 'pear-store init --store {self.path}'")
+            with suppress(IndexReplacedError):
+                return open_index(self.path / "index")
+        raise PearStoreError(f"{self.path / 'index'}: replaced again and again while it was opened; run again later")
 
     def close(self) -> None:
         """Releases the index; buffers handed out stay valid."""
@@ -81,20 +88,19 @@ class OpenStore:
             raise PearStoreError(f"{self.path}: this store was closed")
         if self._index.pid != os.getpid():
             self._lock = threading.Lock()  # another thread of the parent may have held it
-            self._index = open_index(self.path / "index")
+            self._index = self._open_index()
         elif not self._index.is_current:
             with self._lock:
-                if not is_store(self.path):
-                    raise NotFoundError(f"{self.path}: the store is no longer there")
-                if not self._index.is_current:  # others may still read the old one: it goes with its last user
-                    self._index = open_index(self.path / "index")
+                if not self._index.is_current:
+                    old, self._index = self._index, self._open_index()
+                    release_index(old)  # others may still read it: it is closed with its last view
         return self._index
 
-    @contextmanager
-    def read(self) -> Iterator[View]:
-        """A consistent view of the index, untouched by writers."""
-        with self.index.read() as view:
-            yield view
+    def read(self) -> AbstractContextManager[View]:
+        """A consistent view of the index, untouched by writers. It begins at once; the caller enters it at once."""
+        while True:
+            with suppress(IndexReplacedError):  # a rebuild replaced it, another thread closed it
+                return self.index.read()
 
     def write(self, change: Callable[[View], T]) -> T:
         """Runs `change` in the one write transaction there can be, and commits; possibly more than once.
@@ -130,9 +136,12 @@ class OpenStore:
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
         """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
         tmp/ after the commit, or all their names if it failed."""
+        process = os.getpid()
         try:
             result = self.write(change)
         except BaseException:
+            if os.getpid() != process:  # forked meanwhile: it is the parent that still commits them
+                raise
             for pack in packs:
                 if pack.path.exists() and pack.path.stat().st_nlink == 1:
                     pack.path.unlink(missing_ok=True)

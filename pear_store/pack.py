@@ -105,6 +105,7 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
     path = root / "tmp" / f"{fresh_name()}.safetensors"
     state = hashlib.sha256()
     size = 0
+    process = os.getpid()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     sync = _Sync(handle)
     try:
@@ -119,7 +120,8 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
         path.rename(pack.path)
     except BaseException:
         os.close(handle)
-        path.unlink(missing_ok=True)
+        if os.getpid() == process:  # else forked meanwhile: the parent still writes it
+            path.unlink(missing_ok=True)
         raise
     sync.start(apart=size >= _SYNC_APART_BYTES)
     return pack

@@ -443,6 +443,7 @@ class Store:
                 row = NameRow.decode(key, value)
                 if row.newest:
                     yield _version(view, row.name, row.newest, tags)
+                    view.check_own()
 
     def versions(self, task: str | None = None) -> list[Version]:
         """Every version, of one task or of all, by name and number.
