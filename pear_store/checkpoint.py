@@ -26,7 +26,7 @@ TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TAG_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 _FLOATS = ("F32", "F16", "BF16")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _REQUIRED = (
     "format", "task", "backbone", "activation", "adapters", "positions", "head", "labels", "preprocess",
     "metrics", "training",
@@ -409,7 +409,7 @@ def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
-    if not (isinstance(labels, list) and all(isinstance(x, str) and not _CONTROL.search(x) for x in labels)):
+    if not (isinstance(labels, list) and all(isinstance(x, str) and not CONTROL.search(x) for x in labels)):
         yield "field 'labels': expected a list of texts without control characters"
     if head is None:
         if labels:

@@ -15,6 +15,7 @@ from platformdirs import user_data_path
 
 from pear_store import sources
 from pear_store.checkpoint import PARTS, natural_key
+from pear_store.container import read_json
 from pear_store.digest import ITEM_BYTES
 from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
@@ -500,22 +501,30 @@ def plot(file: Path, references: tuple[str, ...]) -> None:
 @click.option("--backbone", help="timm name of the backbone [default: pear.json's].")
 @click.option("--digest", help="The backbone's digest, where timm or its weights are not at hand.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@click.option(
-    "--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of class names, one a line."
-)
-@click.option(
-    "--preprocess", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file of the preprocessing."
-)
+@click.option("--labels", type=click.Path(path_type=Path), help="UTF-8 file of class names, one a line.")
+@click.option("--preprocess", metavar="timm|FILE", help="The model's own preprocessing (timm), or a JSON file of it.")
+@click.option("--features-only", is_flag=True, help="Take a LoRA without a classifier: its task gives features.")
 @store_option
 @json_option
 def import_peft(
     folder: Path, name: str | None, backbone: str | None, digest: str | None, weights: str | None,
-    labels: Path | None, preprocess: Path | None, as_json: bool,
+    labels: Path | None, preprocess: str | None, features_only: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Add a LoRA that Hugging Face PEFT saved for a timm model.
 
-    Reads FOLDER's adapter_config.json and adapter_model.safetensors. Labels, preprocessing and backbone come from the
-    options, else from a pear.json beside them, as export-peft writes; preprocessing else from timm.
+    Reads FOLDER's adapter_config.json and adapter_model.safetensors. Name, backbone, labels and preprocessing come from
+    the options, else from a pear.json beside them, as export-peft writes. What neither says is asked for: with another
+    preprocessing than in training, a task can lose most of its accuracy.
+
+    The JSON of --preprocess, here for a LoRA that was trained on whole pictures at 96 pixels:
+
+    \b
+    {"input_size": [3, 96, 96],            3, height, width in pixels
+     "mean": [0.5, 0.5, 0.5],              subtracted from red, green, blue in 0 to 1
+     "std": [0.5, 0.5, 0.5],               then divided by
+     "interpolation": "bicubic",           nearest, bilinear, bicubic, box, hamming or lanczos
+     "crop_pct": 1.0,                      how much of the resized picture is kept
+     "crop_mode": "squash"}                center, squash or border, as in timm
     """
     from pear_store import peft
 
@@ -524,9 +533,11 @@ def import_peft(
         described = {"model": backbone, "digest": digest} if digest else peft.describe_backbone(backbone, weights)
         if described is None:
             raise PearStoreError(f"backbone {backbone!r}: nothing installed here can hash it; give --digest")
+    if preprocess == "timm" and not (described and "preprocess" in described):
+        raise click.UsageError("--preprocess timm asks timm for the model: give --backbone MODEL, without --digest")
     task = peft.import_peft(
-        folder, name=name, backbone=described, labels=labels.read_text("utf-8").splitlines() if labels else None,
-        preprocess=json.loads(preprocess.read_text("utf-8")) if preprocess else None,
+        folder, name=name, backbone=described, labels=peft.read_labels(labels) if labels else None,
+        preprocess=_preprocess(preprocess, described), features_only=features_only,
     )  # fmt: skip
     with Store(_path()) as store:
         result = store.add(task)
@@ -536,13 +547,24 @@ def import_peft(
         click.echo(_added_line(result))
 
 
+def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
+    if choice == "timm" and described:
+        return described["preprocess"]
+    return None if choice is None else read_json(choice)
+
+
 @main.command("export-peft")
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @store_option
 def export_peft(reference: str, folder: Path, weights: str | None) -> None:
-    """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model."""
+    """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model.
+
+    PEFT's LoRA lies at Linear modules and has no activation. So tasks that import-peft added can go, and tasks that
+    were trained with 'pear-train --positions qkv' or '--positions linear' and the activation identity (the default).
+    The default positions of pear-train include whole mlp blocks, which are no Linears: such a task cannot go.
+    """
     from pear_store import peft
 
     with Store(_path()) as store:

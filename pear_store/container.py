@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pear_store.digest import ITEM_BYTES, RawTensor
-from pear_store.errors import CheckpointError
-from pear_store.reading import LFS_POINTER, is_lfs_pointer, open_regular_file
+from pear_store.errors import CheckpointError, SourceError
+from pear_store.reading import LFS_POINTER, is_lfs_pointer, open_regular_file, read_text
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 4 * 1024**3
@@ -47,6 +47,19 @@ def strict_json(text: str | bytes) -> Any:
     value = parse_json(text)
     check_json(value)
     return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON of a UTF-8 file of the user's, as :func:`strict_json`.
+
+    Raises:
+        NotFoundError, SourceError: it cannot be read, or is no such JSON.
+    """
+    text = read_text(path)
+    try:
+        return strict_json(text)
+    except ValueError as error:
+        raise SourceError(path, f"not valid JSON: {error}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -186,6 +199,8 @@ def _parse_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
         raise CheckpointError(where, f"header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(where, f"header: expected a JSON object, found {type(header).__name__}")
+    if not _is_unicode("".join(header)):
+        raise CheckpointError(where, "header: a tensor's name is no Unicode text: it holds half a surrogate pair")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(where, "header field '__metadata__': expected an object of strings")
@@ -200,6 +215,14 @@ def _parse_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
     if end < file_bytes:
         raise CheckpointError(where, f"{file_bytes - end} bytes after the last tensor: expected none")
     return Header(metadata, places, file_bytes)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:

@@ -18,15 +18,17 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from pear_store.checkpoint import FORMAT, Branch, Task, make_task, natural_key
-from pear_store.container import container_chunks, read_container, strict_json
+from pear_store.checkpoint import CONTROL, FORMAT, Branch, Task, make_task, natural_key
+from pear_store.container import container_chunks, read_container, read_json
 from pear_store.digest import ITEM_BYTES, RawTensor
-from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, from_os_error
+from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError, from_os_error
 from pear_store.quant import dequantise
+from pear_store.reading import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +41,8 @@ BACKBONES = "pear_store.backbones"
 _PREFIX = "base_model.model."
 _WRAPPED = _PREFIX + "timm_model."  # a timm model inside transformers' TimmWrapper
 _LORA_KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
-_MAX_JSON_BYTES = 16 * 1024 * 1024
-_MAX_PATTERN = 200
+_MAX_PATTERN, _MAX_PATTERNS, _PATTERN_BYTES = 200, 1000, 1 << 18
+_MAX_NAME, _MAX_MATCHES = 500, 1_000_000
 
 # What the outputs of a trained LoRA do not depend on, and what import_peft itself looks at. Any other field that is
 # set is some variant of LoRA, refused: this list is of PEFT 0.21, and a newer one's variants are in none of it.
@@ -81,6 +83,21 @@ def describe_backbone(model: str, weights: str | Path | None = None) -> dict[str
     return None
 
 
+def read_labels(path: str | Path) -> list[str]:
+    """Class names from a UTF-8 file, one a line.
+
+    Raises:
+        NotFoundError, SourceError: it cannot be read; a line is empty, or holds control characters.
+    """
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    labels = lines[:-1] if lines[-1] == "" else lines
+    for number, label in enumerate(labels, 1):
+        if not label.strip() or CONTROL.search(label):
+            found = "empty" if not label.strip() else f"{label[:80]!r}"
+            raise SourceError(path, f"line {number} is {found}: expected a class name without control characters")
+    return labels
+
+
 def import_peft(
     folder: str | Path,
     *,
@@ -88,6 +105,7 @@ def import_peft(
     backbone: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    features_only: bool = False,
 ) -> Task:
     """The task that a folder written by PEFT's ``save_pretrained`` holds.
 
@@ -98,9 +116,11 @@ def import_peft(
         folder: with ``adapter_config.json``, ``adapter_model.safetensors`` and, optionally, ``pear.json``.
         name: the task's; where None, as ``pear.json`` says. So too for the rest.
         backbone: as :func:`describe_backbone` gives it; "model" and "digest" suffice, with "linears" and "head"
-            positions and classifier are checked, and "preprocess" stands in where nothing else says it.
+            positions and classifier are checked.
         labels: one for each row of the classifier.
-        preprocess: as in a task's record.
+        preprocess: as in a task's record: what the LoRA was trained with. The model's own is the "preprocess" of
+            :func:`describe_backbone`; it is never assumed.
+        features_only: takes a LoRA without a classifier, whose task gives features and no labels.
     Raises:
         NotFoundError: the folder, or its ``adapter_config.json``, is not there.
         CheckpointError: anything that is not plain LoRA on Linear modules and one linear classifier, or that a task
@@ -110,7 +130,7 @@ def import_peft(
     config = _read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
     pairs, head = _read_weights(folder, config)
-    sidecar = _read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
+    sidecar = _read_sidecar(folder / SIDECAR)
     record = _describe(folder, sidecar, name, backbone)
     if backbone is not None:
         _check_modules(pairs, head, backbone, folder / WEIGHTS)
@@ -122,10 +142,20 @@ def import_peft(
             f"field 'labels': the classifier has {classes} rows and no names for them: give labels (--labels), or "
             f'write {{"labels": […]}} to {SIDECAR}',
         )
-    preprocess = preprocess or sidecar.get("preprocess") or (backbone or {}).get("preprocess")
+    if labels is None and not features_only:
+        raise CheckpointError(
+            folder,
+            "holds no classifier (modules_to_save names none): the task would give features, not labels; say "
+            "features_only (--features-only) if that is what you want",
+        )
+    if features_only and head:
+        raise CheckpointError(folder, f"holds classifier {next(iter(head))!r}: features only was asked for")
+    preprocess = sidecar.get("preprocess") if preprocess is None else preprocess
     if preprocess is None:
         raise CheckpointError(
-            folder, f"field 'preprocess': nothing says it: give preprocess (--preprocess), or write it to {SIDECAR}"
+            folder,
+            "field 'preprocess': nothing says which pictures the LoRA was trained on: give preprocess (--preprocess "
+            f"timm for the model's own, or a JSON file), or write it to {SIDECAR}",
         )
     tensors: dict[str, RawTensor] = {}
     owners: dict[tuple[str, str], str] = {}
@@ -214,21 +244,18 @@ def export_peft(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
+        value = read_json(path)
+    except NotFoundError:
         raise NotFoundError(f"{path}: no such file; expected a folder that PEFT's save_pretrained wrote") from None
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
-    if len(text) > _MAX_JSON_BYTES:
-        raise CheckpointError(path, f"more than {_MAX_JSON_BYTES} bytes: larger files are not read")
-    try:
-        value = strict_json(text)
-    except ValueError as error:
-        raise CheckpointError(path, f"not valid JSON: {error}") from None
+    except SourceError as error:
+        raise CheckpointError(path, error.problem) from None
     if not isinstance(value, dict):
         raise CheckpointError(path, f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    return _read_json(path) if os.path.lexists(path) else {}
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -239,7 +266,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(path, f"field {key!r}: expected {expected}, found {config.get(key)!r:.80}")
 
     expect(config.get("peft_type") == "LORA", "peft_type", "'LORA'")
-    for key in config.keys() - _KNOWN_FIELDS:
+    for key in sorted(config.keys() - _KNOWN_FIELDS):
         expect(not config[key], key, "plain LoRA, without this variant")
     expect(config.get("bias", "none") == "none", "bias", "'none': no bias of the backbone may be trained")
     expect(not config.get("fan_in_fan_out"), "fan_in_fan_out", "false, as for every Linear")
@@ -253,10 +280,10 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
     for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(key) or {}
         expect(isinstance(patterns, dict) and all(map(good, patterns.values())), key, "module patterns with numbers")
+        expect(len(patterns) <= _MAX_PATTERNS, key, f"at most {_MAX_PATTERNS} patterns")
         for pattern in patterns:
-            # a repeated group can take a regular expression's matcher years
-            if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern) or not _compiles(pattern):
-                expected = f"a regular expression of at most {_MAX_PATTERN} characters without repeated groups"
+            if len(pattern) > _MAX_PATTERN or _compiled(pattern) is None:
+                expected = f"a regular expression of at most {_MAX_PATTERN} characters that RE2 takes"
                 raise CheckpointError(path, f"field {key!r}: expected {expected}, found {pattern!r:.80}")
 
 
@@ -273,8 +300,11 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, _P
     lora: dict[str, dict[str, RawTensor]] = {}
     saved: dict[str, dict[str, RawTensor]] = {}
     for key, tensor in tensors.items():
-        if not key.startswith(prefix):
-            raise CheckpointError(path, f"tensor {key!r:.120}: expected a name that starts with {prefix!r}")
+        if not key.startswith(prefix) or len(key) > _MAX_NAME:
+            raise CheckpointError(
+                path,
+                f"tensor {key!r:.120}: expected a name of at most {_MAX_NAME} characters that starts with {prefix!r}",
+            )
         name = key.removeprefix(prefix)
         module, _, leaf = name.rpartition(".")
         if match := _LORA_KEY.fullmatch(name):
@@ -286,6 +316,10 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, _P
             raise CheckpointError(path, f"tensor {key!r:.120}: expected {expected}")
     if not lora:
         raise CheckpointError(path, "no tensors of a LoRA: expected lora_A.weight and lora_B.weight of some module")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if (count := len(config.get(field) or {})) * len(lora) > _MAX_MATCHES:
+            problem = f"{count} patterns for {len(lora)} modules: expected at most {_MAX_MATCHES:,} pairs of them"
+            raise CheckpointError(folder / CONFIG, f"field {field!r}: {problem}")
     _check_saved(saved, config, path)
     matched = prefix.removeprefix(_PREFIX)  # PEFT matches patterns with the path below base_model.model
     pairs = {
@@ -320,7 +354,7 @@ def _check_saved(saved: Mapping[str, Mapping[str, RawTensor]], config: Mapping[s
         raise CheckpointError(path, f"modules_to_save: expected the classifier alone, found {', '.join(sorted(saved))}")
     for module, leaves in saved.items():
         shape = leaves["weight"].shape if "weight" in leaves else ()
-        if len(shape) != 2 or ("bias" in leaves and leaves["bias"].shape != shape[:1]):
+        if len(shape) != 2 or 0 in shape or ("bias" in leaves and leaves["bias"].shape != shape[:1]):
             found = ", ".join(f"{leaf} {list(tensor.shape)}" for leaf, tensor in sorted(leaves.items(), reverse=True))
             raise CheckpointError(path, f"{module!r}: expected weight [classes, d] and bias [classes], found {found}")
 
@@ -386,7 +420,7 @@ def _check_modules(pairs: Mapping[str, _Pair], head: Iterable[str], backbone: Ma
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that ends the module's path at a dot, as PEFT's get_pattern_key picks it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if (compiled := _compiled(pattern)) is not None and compiled.match(module):
             return value
     return (patterns or {}).get(module, default)
 
@@ -396,12 +430,17 @@ def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
     return {f"^{re.escape(position)}": value for position, value in values.items() if value != default}
 
 
-def _compiles(pattern: str) -> bool:
+@lru_cache(2 * _MAX_PATTERNS)
+def _compiled(pattern: str) -> Any:
+    """The pattern as PEFT anchors it, by RE2, whose time is linear whatever the pattern; None if it is none."""
+    import re2
+
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, _PATTERN_BYTES
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+        return re2.compile(rf"(?:.*\.)?(?:{pattern})$", options)
+    except re2.error:
+        return None
 
 
 def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:

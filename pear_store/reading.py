@@ -9,6 +9,7 @@ How others use it:
 A caller keeps one `Access` and hands it down. Only a command reads options and the environment to build one.
 """
 
+import codecs
 import os
 import re
 import stat
@@ -29,6 +30,7 @@ PROTOCOLS = frozenset(
 )  # fmt: skip
 """What URLs may begin with. Each of these only moves bytes: none interprets, unpacks or caches what it reads."""
 MAX_SOURCE_BYTES = 4 * 1024**3
+MAX_TEXT_BYTES = 16 * 1024**2
 LFS_POINTER = "a Git LFS pointer, not the file that it stands for; 'git lfs pull' fetches that"
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
@@ -120,6 +122,26 @@ def read_source(source: str | Path, access: Access | None = None, most_bytes: in
     if is_lfs_pointer(data):
         raise SourceError(source, LFS_POINTER)
     return data
+
+
+def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file, without the mark (BOM) that some editors begin one with.
+
+    Raises:
+        NotFoundError, SourceError: as :func:`read_source`; or the text is no UTF-8: names the line and the remedy.
+    """
+    data = read_source(source, most_bytes=most_bytes).removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise SourceError(source, "is UTF-16: expected UTF-8; save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SourceError(
+            source,
+            f"line {line}: byte 0x{data[error.start]:02x} is no UTF-8; save the file as UTF-8, or convert it: "
+            "iconv -f latin1 -t utf-8",
+        ) from None
 
 
 def _local_path(source: str | Path, access: Access) -> str | Path | None:

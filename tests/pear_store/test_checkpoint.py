@@ -12,7 +12,16 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_store import CheckpointError, NotFoundError, RawTensor, Store, make_task, read_checkpoint, write_checkpoint
+from pear_store import (
+    CheckpointError,
+    NotFoundError,
+    RawTensor,
+    SourceError,
+    Store,
+    make_task,
+    read_checkpoint,
+    write_checkpoint,
+)
 from pear_store.container import read_container
 from pear_store.digest import tensor_digest
 from tests.conftest import container, floats, record, small_task, tensors
@@ -290,7 +299,7 @@ def test_a_duplicate_among_many_keys_is_found_at_once(tmp_path: Path) -> None:
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such file"):
         read_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="a directory"):
+    with pytest.raises(SourceError, match="a directory"):
         read_checkpoint(tmp_path)
 
 
