@@ -22,8 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from pear_train.data import Dataset, Pixels, open_dataset
-from pear_train.loop import fast_precision, preprocess_record
+from pear_train.run import preprocess_record
 from router import AdaptedBackbone, Backbone, Preprocess, choose_positions, load_backbone
+from router.precision import fast_precision
 
 CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -39,8 +39,9 @@ from pear_train.base import train_base
 from pear_train.data import Pixels
 from pear_train.loop import _Trainer
 from pear_train.record import stored_bytes, to_task
-from pear_train.run import TaskRun, fast_precision, in_batches, preprocess_record
+from pear_train.run import TaskRun, in_batches, preprocess_record
 from router import Backbone, Preprocess, Router, load_backbone
+from router.precision import fast_precision
 
 DEVICE = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"

@@ -1,10 +1,8 @@
 """One task in training: its adapters, head, optimiser and schedule, and the pruning (docs/design.md, section 4)."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
 from router import AdaptedBackbone, Backbone, BackboneError, PositionWeights, Preprocess, add_branch, choose_positions
+from router.precision import fast_precision
 
 EVAL_BATCH = 100
 SCORE_BATCH = 50
@@ -62,8 +61,9 @@ class TaskRun:
     ) -> None:
         self.config, self.adapted, self.dataset = config, adapted, dataset
         self.device = adapted.device
-        measured = config.dtype == "auto"
-        self.precision = str(fast_precision(self.device)).removeprefix("torch.") if measured else config.dtype
+        self.precision = config.dtype
+        if config.dtype == "auto":
+            self.precision = str(fast_precision(self.device)).removeprefix("torch.")
         """Of the forward, float32 or bfloat16; a run that goes on keeps it, whatever is fast where it does."""
         self.record = preprocess_record(adapted.backbone, config.img_size)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -416,28 +416,3 @@ def given_digest(base: Task | None, bank: Sequence[Task]) -> str | None:
 def in_batches(pixels: Pixels, size: int = EVAL_BATCH) -> list[Tensor]:
     """Row numbers of a split in order, `size` at a time."""
     return [torch.arange(start, min(start + size, len(pixels))) for start in range(0, len(pixels), size)]
-
-
-def fast_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes it faster than float32: a GPU that has it, a CPU that shows it."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _product_gain() > 1.2 else torch.float32
-
-
-@cache
-def _product_gain() -> float:
-    """How many times as fast this CPU multiplies matrices in bfloat16 as in float32, measured once in a process.
-
-    What its instructions promise does not say: a CPU with AVX-512 BF16 and without AMX may be half as fast in it.
-    """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 192, dtype=dtype)
-        taken = []
-        for _ in range(8):
-            began = time.perf_counter()
-            x @ w
-            taken.append(time.perf_counter() - began)
-        seconds[dtype] = min(taken)
-    return seconds[torch.float32] / seconds[torch.bfloat16]

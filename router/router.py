@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.merge import Merge, Merger
+from router.precision import fast_precision
 from router.preprocess import ImageLike, Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
@@ -102,7 +103,8 @@ class Router:
         store: a store's directory or an open Store to look tasks up in.
         weights: a local safetensors file with the weights of a backbone given by name.
         device: such as "cpu", "cuda" or "mps"; the backbone's own where a module is given, else the CPU.
-        dtype: compute precision: torch.float32 (default), bfloat16 or float16.
+        dtype: compute precision: torch.float32 (default), bfloat16 or float16; "auto": bfloat16 where the device is
+            faster in it, else float32.
         slot_bytes: the most bytes that loaded tasks may take on the device, heads included; None for no limit.
         merge: "auto" merges a task that runs alone often into copies of the backbone's matrices, where its positions
             are Linears without activation; True does so at once, False never. One task at a time; the copies are
@@ -122,7 +124,7 @@ class Router:
         *,
         weights: str | Path | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         slot_bytes: int | None = None,
         merge: Merge = "auto",
         compile: bool | str = False,
@@ -137,8 +139,10 @@ class Router:
         if device is None:
             device = next(self.backbone.module.parameters()).device
         self.device = open_device(device)
+        if dtype == "auto":
+            dtype = fast_precision(self.device)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise BackboneError(f"dtype {dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
+            raise BackboneError(f"dtype {dtype}: expected torch.float32, torch.bfloat16, torch.float16 or 'auto'")
         dtype = dtype or torch.float32
         backend = "inductor" if compile is True else compile or None
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype, compile=backend)

@@ -32,7 +32,7 @@ from pear_train.cli import main
 from pear_train.loop import Step
 from pear_train.partial import partial_path
 from pear_train.record import is_done
-from pear_train.run import fast_precision, given_digest
+from pear_train.run import given_digest
 from router import Backbone, ImageError, Router
 from router.tensors import to_torch
 from tests.conftest import floats
@@ -211,12 +211,6 @@ def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: 
     assert not partial_path(out).exists()
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(0.5, "float32"), (1.0, "float32"), (2.0, "bfloat16")])
-def test_precision_is_what_the_cpu_shows_to_be_fast(gain: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pear_train.run._product_gain", lambda: gain)
-    assert fast_precision(torch.device("cpu")) == getattr(torch, chosen)
-
-
 def test_a_run_goes_on_in_the_precision_it_began_in(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,10 +220,10 @@ def test_a_run_goes_on_in_the_precision_it_began_in(
         if step.epoch == 2:
             raise InterruptedError
 
-    monkeypatch.setattr("pear_train.run._product_gain", lambda: 2.0)
+    monkeypatch.setattr("pear_train.run.fast_precision", lambda device: torch.bfloat16)
     with pytest.raises(InterruptedError):
         train(config(dtype="auto"), backbone, data, out, stop)
-    monkeypatch.setattr("pear_train.run._product_gain", lambda: 0.5)
+    monkeypatch.setattr("pear_train.run.fast_precision", lambda device: torch.float32)
     train(config(dtype="auto"), backbone, data, out)
     assert read_checkpoint(out).record["training"]["precision"] == "bfloat16"
     train(config(dtype="auto"), backbone, data, out)
