@@ -10,6 +10,7 @@ import pytest
 from pear_store import Store
 from pear_store.cli import main
 from tests.conftest import floats, small_task
+from tools import batch_infer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -21,7 +22,9 @@ def reference() -> str:
         "0 done, 1 other errors, 2 usage,\n3 not found, 4 no valid checkpoint, 5 damage, 6 disk full, 7 name taken, "
         "8 not a store that this Pear reads, 9 tagged,\n10 a file or URL that is not opened.\n"
     ]
-    commands = [("pear-store", main), *((f"pear-store {n}", main.commands[n]) for n in sorted(main.commands))]
+    commands: list[tuple[str, click.Command]] = [("pear-store", main)]
+    commands += [(f"pear-store {name}", main.commands[name]) for name in sorted(main.commands)]
+    commands += [("tools/batch_infer.py", batch_infer.main)]
     for name, command in commands:
         settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
         with click.Context(command, info_name=name, **settings) as context:

@@ -1,10 +1,16 @@
 #!/usr/bin/env python3
 """Predict for a list of images of any length, each with its own task or each through many, on one backbone.
 
-The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .jsonl, .parquet) with columns `image` (a path or
-any fsspec URL) and `task` (a task's name, or name@version). The output has the list's rows in its order, with all its
-columns, then `version`, `label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. If an image is
-unreadable or a task unknown, only that row fails: `error` says why.
+The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .jsonl, .parquet). Its column `image` holds paths or
+URLs, and in Parquet also encoded images, or structs of bytes and path as Hugging Face writes them. Its column `task`
+holds tasks' names, or name@version. The output has the list's rows in its order, with all its columns, then `version`,
+`label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. Images that the list holds are not
+written again: the output's `image` is their path.
+
+A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
+
+If a row cannot be served, only that row fails: `error` says why. A line of the list that cannot be read is such a row.
+If no row at all could be served, the exit code is 1.
 
 A list's own columns are never replaced. If one has the name of a result, the list is refused: --prefix pear_ then names
 the results `pear_label`, `pear_error` and so on.
@@ -14,24 +20,31 @@ the output has a row for each image and task, which the column `task` names. `al
 this backbone.
 
 The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
-goes on after the last finished part, with the tasks' versions that it began with.
+goes on after the last finished part, with the tasks' versions that it began with. OUT.run.json says which run wrote
+OUT. If that was the same run (the same list, options, store and backbone), there is nothing to do. If it was another,
+OUT is replaced only with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
 
     python tools/batch_infer.py list.csv predictions.parquet --store pear.store --backbone pear_tiny
 """
 
+import codecs
+import errno
 import json
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import PIL.Image
 import pyarrow as pa
 import torch
 from platformdirs import user_data_path
@@ -39,10 +52,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
+from pear_store.reading import Access, read_source
 from router import ImageError, Predictions, Preprocess, Router, RouterError, decode
+from router.preprocess import ImageLike
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # its neighbours, also where it is run as a file
-from tools.lists import FORMATS, ImageList
+from tools.lists import FORMATS, Image, ImageList, ListError, Rows, check_writable
 from tools.parts import Parts
 
 PART_BATCHES = 16
@@ -69,7 +84,7 @@ class Part:
     """Rows of the list that are worked off and written together."""
 
     number: int
-    table: pa.Table
+    rows: Rows
     results: list[Result]
     """One for each row, or one for each row and task."""
 
@@ -78,7 +93,7 @@ class Part:
 class Ask:
     """What a row asks of an image in one preprocessing."""
 
-    image: str
+    image: ImageLike
     way: Preprocess
     tasks: list[str]
     results: list[Result]
@@ -116,19 +131,25 @@ class Tasks:
 
 
 def batches(
-    tables: Iterable[tuple[int, pa.Table]], tasks: Tasks, every: list[str], size: int, device: torch.device
+    numbered: Iterable[tuple[int, Rows]],
+    tasks: Tasks,
+    every: list[str],
+    size: int,
+    device: torch.device,
+    place: Callable[[Image], ImageLike],
 ) -> Iterator[Batch | Part]:
-    """Of each numbered table: its batches, filled with rows of the same preprocessings, then the part they make up."""
-    for number, table in tables:
-        images = table["image"].cast(pa.string()).to_pylist()
-        names = [every] * len(images) if every else [[name] for name in table["task"].cast(pa.string()).to_pylist()]
-        part = Part(number, table, [])
+    """Of each numbered part of a list: batches filled with rows of the same preprocessings, then the part they make up.
+
+    `place` says where an image of the list is.
+    """
+    for number, rows in numbered:
+        part = Part(number, rows, [])
         groups: dict[tuple[object, ...], list[list[Ask]]] = {}
-        for image, row in zip(images, names, strict=True):
+        for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
             asks: dict[object, Ask] = {}
-            for name in row:
+            for asked in every or (name,):
                 part.results.append(result := dict.fromkeys(RESULTS.names))
-                known = tasks.find(name)
+                known = fault or tasks.find(asked)
                 if isinstance(known, str):
                     result["error"] = known
                     continue
@@ -136,7 +157,13 @@ def batches(
                 if not image:
                     result["error"] = "no image is named"
                     continue
-                ask = asks.setdefault(way.key, Ask(image, way, [], []))
+                if way.key not in asks:
+                    try:
+                        asks[way.key] = Ask(place(image), way, [], [])
+                    except ImageError as error:
+                        result["error"] = str(error)
+                        continue
+                ask = asks[way.key]
                 ask.tasks.append(task)
                 ask.results.append(result)
             if asks:
@@ -159,6 +186,25 @@ def load(asks: list[Ask], device: torch.device) -> Iterator[Batch]:
     for found in good.values():
         images = to_device(found[0][0].way, torch.stack([pixels for _, pixels in found]), device)
         yield Batch([ask for ask, _ in found], images)
+
+
+def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
+    """Where an image of the list is: relative paths begin in the folder.
+
+    Raises:
+        ImageError: it is no image, or `access` does not let it through.
+    """
+    try:
+        if isinstance(image, str) and access.root is not None:
+            image = read_source(image, access)
+        if isinstance(image, bytes):
+            return PIL.Image.open(BytesIO(image))
+    except PIL.UnidentifiedImageError:
+        raise ImageError("the list holds no image there that Pillow can read") from None
+    except (PearStoreError, OSError, ValueError) as error:
+        raise ImageError(str(error)) from None
+    here = os.path.join(folder, image)
+    return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
 
 
 def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
@@ -186,23 +232,52 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 def serve(router: Router, batch: Batch, every: bool, top: int) -> None:
-    """Runs a batch and fills its results in."""
-    if not every:
-        predictions = router.run(batch.images, [ask.tasks[0] for ask in batch.asks])
-        fill([ask.results[0] for ask in batch.asks], predictions, top)
+    """Runs a batch and fills its results in. If it cannot be run as one, each task's rows are run by themselves."""
+    try:
+        predictions = run(router, batch, every)
+    except (RouterError, PearStoreError) as error:
+        alone = list(by_task(batch))
+        if len(alone) > 1:
+            for one in alone:
+                serve(router, one, every, top)
+        else:
+            for ask in batch.asks:
+                for result in ask.results:
+                    result["error"] = str(error)
         return
-    tasks = batch.asks[0].tasks
-    for column, predictions in enumerate(router.run_all(batch.images, tasks).values()):
-        fill([ask.results[column] for ask in batch.asks], predictions, top)
+    for column, found in enumerate(predictions):
+        fill([ask.results[column] for ask in batch.asks], found, top)
+
+
+def run(router: Router, batch: Batch, every: bool) -> list[Predictions]:
+    """For each task that all rows have in common, or of each row's own task, what it says."""
+    if every:
+        return list(router.run_all(batch.images, batch.asks[0].tasks).values())
+    return [router.run(batch.images, [ask.tasks[0] for ask in batch.asks])]
+
+
+def by_task(batch: Batch) -> Iterator[Batch]:
+    """The batch in batches of one task each."""
+    rows: dict[str, list[tuple[int, Ask]]] = {}
+    for row, ask in enumerate(batch.asks):
+        for task, result in zip(ask.tasks, ask.results, strict=True):
+            rows.setdefault(task, []).append((row, Ask(ask.image, ask.way, [task], [result])))
+    for found in rows.values():
+        yield Batch([ask for _, ask in found], batch.images[[row for row, _ in found]])
 
 
 def fill(results: list[Result], predictions: Predictions, top: int) -> None:
-    for result, task, found in zip(results, predictions.tasks, predictions.topk(top), strict=True):
+    """Fills the results of one batch in."""
+    finite = [bool(logits.isfinite().all()) for logits in predictions.logits]
+    for result, task, good, found in zip(results, predictions.tasks, finite, predictions.topk(top), strict=True):
         best = [(label, round(probability, 6)) for label, probability in found]
-        if best:
-            result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
+        name = task.partition("@")[0]
+        if not best:
+            result["error"] = f"task {name!r} has no head: it gives features, not classes"
+        elif not good:
+            result["error"] = f"task {name!r} gave logits that are not finite numbers; try --dtype float32"
         else:
-            result["error"] = f"task {task.partition('@')[0]!r} has no head: it gives features, not classes"
+            result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
 
 
 def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
@@ -223,69 +298,110 @@ def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
 
 def output(part: Part, schema: pa.Schema, every: list[str]) -> pa.Table:
     """A part's rows of the output."""
-    rows, each = part.table.num_rows, len(every) or 1
+    rows, each = part.rows.table.num_rows, len(every) or 1
     results = pa.Table.from_pylist(part.results, RESULTS).columns
     if every:
         results.insert(0, pa.array([task.partition("@")[0] for task in every] * rows, pa.string()))
-    listed = part.table.take(pa.array([row for row in range(rows) for _ in range(each)], pa.int64()))
+    listed = part.rows.table.take(pa.array([row for row in range(rows) for _ in range(each)], pa.int64()))
     return pa.Table.from_arrays([*listed.columns, *results], schema=schema)
 
 
 def infer(
-    router: Router, store: Store, listed: ImageList, out: Path, options: dict[str, Any], restart: bool = False
+    router: Router,
+    store: Store,
+    listed: ImageList,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    root: Path | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
 
     Raises:
-        ClickException: an unfinished run with other options, or another one now, has this output; or the list has a
-            column of a result's name.
-        RouterError, PearStoreError: tasks for all that cannot be run, or tasks that do not fit into the slots together.
+        ClickException: the output may not be replaced; an unfinished run with other options, or another one now, has
+            it; the list has a column of a result's name, or cannot be read to its end.
+        RouterError, PearStoreError: tasks for all that cannot be run.
     """
     prefix: str = options["prefix"]
     schema = output_schema(listed, options["tasks"] is not None, prefix)
-    plan = {**options, "list": listed.digest, "store": str(store.path.resolve()), "backbone": router.backbone.digest}
-    with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart)) as parts:
+    check_writable(out, schema)
+    folder = (root or listed.path.parent).resolve()
+    place = partial(find_image, folder, Access(root=root))
+    plan = {
+        **options, "list": listed.digest, "encoding": listed.encoding, "root": str(root and folder),
+        "folder": str(folder), "store": str(store.path.resolve()), "backbone": router.backbone.digest,
+    }  # fmt: skip
+    with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:
+        if parts.finished is not None:
+            return {**parts.finished, "images": 0, "resumed_images": listed.rows, "seconds": 0.0, "images_per_s": 0.0,
+                    "finished_before": True, "out": str(out)}  # fmt: skip
         every: list[str] = parts.chosen
         versions: dict[str, int] = {}
         resumed = 0
         for table in parts.tables():
             resumed += table.num_rows // (len(every) or 1)
             if not every:
-                names = table["task"].cast(pa.string()).to_pylist()
-                asked = zip(names, table[f"{prefix}version"].to_pylist(), strict=True)
-                versions |= {name: version for name, version in asked if version}
-        tables = enumerate(listed.tables(PART_BATCHES * options["batch_size"]))
-        left = ((number, table) for number, table in tables if not parts.has(number))
-        work = batches(left, Tasks(router, store, versions), every, options["batch_size"], router.device)
-        began = time.perf_counter()
-        each, served = len(every) or 1, 0
-        with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
-            for item in ahead(work, AHEAD):
-                if isinstance(item, Batch):
-                    serve(router, item, bool(every), options["top"])
-                    rows = sum(len(ask.results) for ask in item.asks)
-                    served += rows
-                    bar.update(rows)
-                else:
-                    parts.write(item.number, output(item, schema, every))
-                    bar.update(len(item.results) - served)  # those that cannot be served
-                    served = 0
-        seconds = time.perf_counter() - began
-        errors = total = 0
-        for table in parts.tables():
-            total += table.num_rows
-            errors += table.num_rows - table[f"{prefix}error"].null_count
-        parts.finish(out, schema, parts.tables())
-    images = listed.rows - resumed
-    return {
-        "predictions": total - errors,
-        "errors": errors,
-        "images": images,
-        "resumed_images": resumed,
-        "seconds": round(seconds, 3),
-        "images_per_s": round(images / seconds, 2),
-        "out": str(out),
-    }
+                asked = zip(listed.tasks(table), table[f"{prefix}version"].to_pylist(), strict=True)
+                versions |= {name: version for name, version in asked if name and version}
+        try:
+            began = time.perf_counter()
+            work_off(router, listed, parts, Tasks(router, store, versions), schema, resumed, place, options)
+            seconds = time.perf_counter() - began
+            errors = total = 0
+            first = None
+            for table in parts.tables():
+                total += table.num_rows
+                found = table[f"{prefix}error"].drop_null()
+                errors += len(found)
+                first = first or (found[0].as_py() if len(found) else None)
+            images = listed.rows - resumed
+            report = {
+                "predictions": total - errors,
+                "errors": errors,
+                "first_error": first,
+                "images": images,
+                "resumed_images": resumed,
+                "seconds": round(seconds, 3),
+                "images_per_s": round(images / seconds, 2),
+                "finished_before": False,
+                "out": str(out),
+            }
+            parts.finish(schema, parts.tables(), report)
+        except ListError:  # so the corrected list is not taken for other options
+            parts.give_up()
+            raise
+    return report
+
+
+def work_off(
+    router: Router,
+    listed: ImageList,
+    parts: Parts,
+    tasks: Tasks,
+    schema: pa.Schema,
+    resumed: int,
+    place: Callable[[Image], ImageLike],
+    options: dict[str, Any],
+) -> None:
+    """Serves all rows whose parts are not there yet; `resumed` is how many rows are done."""
+    every: list[str] = parts.chosen
+    numbered = enumerate(listed.parts(PART_BATCHES * options["batch_size"]))
+    left = ((number, rows) for number, rows in numbered if not parts.has(number))
+    work = batches(left, tasks, every, options["batch_size"], router.device, place)
+    each, served = len(every) or 1, 0
+    with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
+        for item in ahead(work, AHEAD):
+            if isinstance(item, Batch):
+                serve(router, item, bool(every), options["top"])
+                done = sum(len(ask.results) for ask in item.asks)
+                served += done
+                bar.update(done)
+            else:
+                parts.write(item.number, output(item, schema, every))
+                bar.update(len(item.results) - served)  # those that cannot be served
+                served = 0
 
 
 def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
@@ -310,6 +426,15 @@ def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
     return chosen
 
 
+def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
+    try:
+        "".encode(name)
+        name = codecs.lookup(name).name
+    except LookupError:
+        raise click.BadParameter(f"{name!r} is no text encoding: expected such as utf-8, latin-1 or cp1252") from None
+    return "utf-8-sig" if name == "utf-8" else name
+
+
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
@@ -326,38 +451,72 @@ def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
 @click.option("--prefix", default="", help="What the results' names begin with, such as pear_.")
 @click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
+@click.option(
+    "--root", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Relative paths begin here, and nothing outside is opened [default: the list's folder, without a limit].",
+)  # fmt: skip
+@click.option(
+    "--encoding", default="utf-8", show_default=True, callback=_encoding,
+    help="Of a list in CSV or JSON lines, such as latin-1.",
+)  # fmt: skip
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run of this output had done.")
+@click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
     source: Path, out: Path, where: Path, tasks: str | None, backbone: str, weights: str | None, batch_size: int,
-    top: int, device: str | None, dtype: str, prefix: str, slot_bytes: int | None, restart: bool, as_json: bool,
+    top: int, device: str | None, dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str,
+    restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     for path in (source, out):
         if path.suffix not in FORMATS:
             raise click.UsageError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
-    if not out.parent.is_dir():
-        raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
-    if source.exists() and out.exists() and out.samefile(source):
-        raise click.UsageError(f"{out}: is the list itself; choose another output")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    listed = ImageList.scan(source, ["image"] if tasks else ["image", "task"])
     options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks, "prefix": prefix}
     try:
+        if not out.parent.is_dir():
+            raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
+        if source.exists() and out.exists() and out.samefile(source):
+            raise click.UsageError(f"{out}: is the list itself; choose another output")
+        listed = ImageList.scan(source, ["image"] if tasks else ["image", "task"], encoding)
         with Store(where.expanduser()) as store:
             precision = getattr(torch, dtype)
             router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
-            report = infer(router, store, listed, out, options, restart)
-    except (RouterError, PearStoreError, OSError, pa.ArrowException) as error:
-        raise click.ClickException(str(error)) from None
+            report = infer(router, store, listed, out, options, root=root, restart=restart, overwrite=overwrite)
+    except KeyboardInterrupt:
+        raise _failure("interrupted; the same command goes on after the last finished part", 130) from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _failure(f"out of memory: try a smaller --batch-size or --slot-bytes; {error}") from None
+    except OSError as error:
+        hint = "; finished parts are kept: free some space and run the same command" if _is_full(error) else ""
+        raise _failure(f"{error.filename or out}: {error.strerror or error}{hint}") from None
+    except (RouterError, PearStoreError, pa.ArrowException) as error:
+        raise _failure(str(error), getattr(error, "exit_code", 1)) from None
+    show(report, as_json)
+    if listed.rows and not report["predictions"]:
+        raise _failure(f"nothing could be served: {report['errors']} errors, the first: {report['first_error']}")
+
+
+def _failure(text: str, exit_code: int = 1) -> click.ClickException:
+    failure = click.ClickException(text)
+    failure.exit_code = exit_code  # type: ignore[misc]
+    return failure
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report))
         return
-    resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
-    click.echo(
-        f"{report['images']} images in {report['seconds']:.1f} s, {report['images_per_s']:.1f} images/s{resumed}",
-        err=True,
-    )
-    click.echo(f"{report['predictions']} predictions, {report['errors']} errors: {out}")
+    if report["finished_before"]:
+        click.echo("finished before: the same list, options, store and backbone; --overwrite runs it again", err=True)
+    else:
+        resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
+        speed = f"{report['images_per_s']:.1f} images/s"
+        click.echo(f"{report['images']} images in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
+    click.echo(f"{report['predictions']} predictions, {report['errors']} errors: {report['out']}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,61 @@
-"""Lists of images in CSV, JSON lines or Parquet: tables in, tables out, never whole in memory."""
+"""Lists of images in CSV, JSON lines or Parquet: tables in, tables out, never whole in memory.
 
+A line of CSV or JSON lines that cannot be read is a row without values, and a fault that names the line.
+"""
+
+import base64
 import csv
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pear_store import PearStoreError
+from pear_store.reading import open_regular_file
+
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536
+TABLE_BYTES = 64 << 20
+"""About the most that is held of a list whose rows are large, such as one that holds its images."""
+LINE_CHARACTERS = 16 << 20
+COLUMNS = 10_000
+EXACT = 2**53
+"""Up to here, float64 holds every integer."""
+JSON_TEXT = {b"pear": b"json"}
+"""Metadata of a column of JSON lines whose values are of unlike types: it is held as JSON texts."""
+FAULT = pa.field("", pa.string())
+Image = str | bytes
+
+
+class ListError(click.ClickException):
+    """A list that cannot be read, or not be written in the wanted format."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a list."""
+
+    table: pa.Table
+    """What the output keeps of them, with the list's schema."""
+    images: list[Image | None]
+    """Paths and URLs as the list has them, or encoded images."""
+    tasks: list[str | None]
+    faults: list[str | None]
+    """Why a row cannot be served at all."""
 
 
 @dataclass(frozen=True)
@@ -26,71 +66,270 @@ class ImageList:
     schema: pa.Schema
     rows: int
     digest: str
+    encoding: str
+    source: pa.Schema
+    """The columns as they are in the file. Images that a list holds are not in `schema`: their paths are."""
+    most_rows: int
+    """How many rows fit into a table."""
+    signature: tuple[int, ...]
 
     @classmethod
-    def scan(cls, path: Path, needed: Iterable[str]) -> "ImageList":
-        """Raises a ClickException for what cannot be read to its end, or lacks a column."""
-        if not path.is_file():
-            raise click.ClickException(f"{path}: no such file")
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            schema, rows = {".csv": _scan_csv, ".jsonl": _scan_jsonl, ".parquet": _scan_parquet}[path.suffix](path)
-        except (pa.ArrowException, ValueError, OSError, csv.Error, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise click.ClickException(f"{path}: cannot be read as {path.suffix}: {reason}") from None
-        for name in needed:
-            if name not in schema.names:
-                found = ", ".join(schema.names) or "none"
-                expected = " and ".join(needed)
-                raise click.ClickException(f"{path}: column {name!r} is missing: expected {expected}, found {found}")
-            try:
-                pa.nulls(0, schema.field(name).type).cast(pa.string())
-            except pa.ArrowException:
-                kind = schema.field(name).type
-                raise click.ClickException(f"{path}: column {name!r} holds {kind}: expected text") from None
-        return cls(path, schema, rows, digest)
+    def scan(cls, path: Path, needed: Iterable[str], encoding: str = "utf-8-sig") -> "ImageList":
+        """Raises a ListError for what cannot be read to its end, or lacks a column."""
+        with _reading(path), _open(path) as file:
+            signature = _signature(file)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            most_rows = ROW_GROUP_ROWS
+            if path.suffix == ".parquet":
+                source, rows, most_rows = _scan_parquet(path)
+            elif path.suffix == ".csv":
+                source, rows = _scan_csv(path, encoding)
+            else:
+                source, rows = _scan_jsonl(path, encoding, needed)
+            schema = source
+            for name in needed:
+                schema = _check_column(path, schema, name, needed)
+        return cls(path, schema, rows, digest, encoding, source, most_rows, signature)
 
-    def tables(self, rows: int) -> Iterator[pa.Table]:
-        """The list in tables of that many rows, the last one shorter."""
+    def parts(self, rows: int) -> Iterator[Rows]:
+        """The list in parts of that many rows, or fewer where rows are large; the last one is shorter."""
+        with _reading(self.path):
+            for table in recut(self._tables(), min(rows, self.most_rows)):
+                yield self._rows(table)
+            with _open(self.path) as file:
+                if _signature(file) != self.signature:
+                    raise ValueError("it was changed while it was read")
+
+    def tasks(self, table: pa.Table) -> list[str | None]:
+        """The column `task` of rows of the output, as texts."""
+        texts, _ = _texts_asked(table.column("task"), self.schema.field("task"))
+        return texts
+
+    def _tables(self) -> Iterator[pa.Table]:
+        """Tables of the list's own columns, then the rows' faults."""
         if self.path.suffix == ".parquet":
-            batches = _open_parquet(self.path).iter_batches(batch_size=CHUNK_ROWS)
-            return recut((pa.Table.from_batches([b]).replace_schema_metadata() for b in batches), rows)
-        if self.path.suffix == ".jsonl":
-            return recut((pa.Table.from_pylist(chunk, self.schema) for chunk in _jsonl_chunks(self.path)), rows)
-        texts = pa.schema([(name, pa.string()) for name in self.schema.names])
-        chunks = (pa.Table.from_arrays(columns, schema=texts) for columns in _csv_chunks(self.path)[1])
-        return recut((chunk.cast(self.schema) for chunk in chunks), rows)
+            with _open(self.path) as file:
+                batches = _parquet(file).iter_batches(batch_size=min(CHUNK_ROWS, self.most_rows))
+                for batch in batches:
+                    table = pa.Table.from_batches([batch]).replace_schema_metadata().cast(self.source)
+                    yield table.append_column(FAULT, pa.nulls(table.num_rows, pa.string()))
+        elif self.path.suffix == ".jsonl":
+            for chunk in _jsonl_chunks(self.path, self.encoding):
+                columns = [_json_column(field, [row.get(field.name) for row, _ in chunk]) for field in self.source]
+                faults = pa.array([fault for _, fault in chunk], pa.string())
+                yield pa.Table.from_arrays([*columns, faults], schema=self.source.append(FAULT))
+        else:
+            for texts, faults in _csv_chunks(self.path, self.encoding)[1]:
+                columns = [column.cast(field.type) for column, field in zip(texts, self.source, strict=True)]
+                yield pa.Table.from_arrays([*columns, faults], schema=self.source.append(FAULT))
+
+    def _rows(self, table: pa.Table) -> Rows:
+        faults = table.columns[-1].to_pylist()
+        columns = dict(zip(self.source.names, table.columns[:-1], strict=True))
+        images, paths, found = _images_asked(columns["image"], self.source.field("image"))
+        faults = [fault or more for fault, more in zip(faults, found, strict=True)]
+        if paths is not None:
+            columns["image"] = paths
+        tasks: list[str | None] = [None] * len(images)
+        if "task" in self.source.names:
+            tasks, found = _texts_asked(columns["task"], self.source.field("task"))
+            faults = [fault or more for fault, more in zip(faults, found, strict=True)]
+        return Rows(pa.Table.from_arrays(list(columns.values()), schema=self.schema), images, tasks, faults)
 
 
-def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of that many."""
+def recut(tables: Iterable[pa.Table], rows: int, most_bytes: int | None = None) -> Iterator[pa.Table]:
+    """The same rows in tables of that many, or where they have more than `most_bytes`, of fewer."""
     held: pa.Table | None = None
     for table in tables:
         held = table if held is None else pa.concat_tables([held, table])
         while held.num_rows >= rows:
             yield held.slice(0, rows)
             held = held.slice(rows)
+        if held.num_rows and most_bytes is not None and held.nbytes > most_bytes:
+            yield held
+            held = None
     if held is not None and held.num_rows:
         yield held
 
 
-def _scan_parquet(path: Path) -> tuple[pa.Schema, int]:
-    with _open_parquet(path) as file:
-        return file.schema_arrow.remove_metadata(), file.metadata.num_rows
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever a reader raises into a ListError."""
+    try:
+        yield
+    except PearStoreError as error:  # the file cannot be opened; its text names it
+        raise click.ClickException(str(error)) from None
+    except (pa.ArrowException, ValueError, OSError, OverflowError, csv.Error, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ListError(path, f"cannot be read as {path.suffix}: {reason:.500}") from None
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pages, not whole column chunks, in memory
+def _open(path: Path) -> BinaryIO:
+    return open_regular_file(path)
 
 
-def _scan_csv(path: Path) -> tuple[pa.Schema, int]:
+def _signature(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# ---- columns ------------------------------------------------------------------------------------
+
+
+def _check_column(path: Path, schema: pa.Schema, name: str, needed: Iterable[str]) -> pa.Schema:
+    """The schema, where images are paths only.
+
+    Raises:
+        ListError: the column is missing, or holds something else than what it is for.
+    """
+    if name not in schema.names:
+        found = ", ".join(f"{name:.40}" if name.isprintable() else f"{name!r:.40}" for name in schema.names[:20])
+        more = f" and {len(schema.names) - 20} more" if len(schema.names) > 20 else ""
+        expected = " and ".join(needed)
+        raise ListError(path, f"column {name!r} is missing: expected {expected}, found {found or 'none'}{more}")
+    field = schema.field(name)
+    if name == "image" and _holds_images(field.type):
+        return schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
+    if pa.types.is_nested(field.type):
+        also = ", images, or structs of bytes and path" if name == "image" else ""
+        raise ListError(path, f"column {name!r} holds {field.type!s:.200}: expected text{also}")
+    return schema
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Whether a column holds encoded images, alone or as Hugging Face's structs of bytes and path."""
+    if not pa.types.is_struct(kind):
+        return _is_binary(kind)
+    fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    if not fields or not fields.keys() <= {"bytes", "path"}:
+        return False
+    data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
+    text = pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
+    return text and (_is_binary(data) or pa.types.is_null(data))
+
+
+def _images_asked(
+    column: pa.ChunkedArray, field: pa.Field
+) -> tuple[list[Image | None], pa.ChunkedArray | None, list[str | None]]:
+    """Images; their paths where the column holds images; and rows' faults."""
+    if not _holds_images(field.type):
+        texts, faults = _texts_asked(column, field)
+        return list(texts), None, faults
+    values = column.to_pylist()
+    if _is_binary(field.type):
+        return values, pa.chunked_array([pa.nulls(len(values), pa.string())]), [None] * len(values)
+    structs = [value or {} for value in values]
+    paths = pa.chunked_array([pa.array([struct.get("path") for struct in structs], pa.string())])
+    return [struct.get("bytes") or struct.get("path") for struct in structs], paths, [None] * len(values)
+
+
+def _texts_asked(column: pa.ChunkedArray, field: pa.Field) -> tuple[list[str | None], list[str | None]]:
+    """A column as texts, and rows' faults."""
+    if not _is_json_text(field):
+        texts = column.cast(pa.string()).to_pylist()
+        return texts, [None] * len(texts)
+    texts, faults = [], []
+    for value in map(_from_json_text, column.to_pylist()):
+        good = value is None or isinstance(value, str | int)
+        texts.append(None if value is None or not good else str(value))
+        faults.append(None if good else f"{field.name} is {_shown(value)}: expected text")
+    return texts, faults
+
+
+def _shown(value: object) -> str:
+    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
+
+
+def _is_json_text(field: pa.Field) -> bool:
+    return bool(field.metadata) and JSON_TEXT.items() <= field.metadata.items()
+
+
+def _from_json_text(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+# ---- Parquet ------------------------------------------------------------------------------------
+
+
+def _scan_parquet(path: Path) -> tuple[pa.Schema, int, int]:
+    with _open(path) as file, _parquet(file) as parquet:
+        schema, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
+        twice = _twice(schema.names)
+        if twice is not None:
+            raise ValueError(f"two columns are named {twice!r}: rename one")
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+        most = max(1, min(ROW_GROUP_ROWS, int(TABLE_BYTES / max(1, row_bytes))))
+        return (
+            pa.schema([field.with_type(_held_as(field.name, field.type)) for field in schema]),
+            metadata.num_rows,
+            most,
+        )
+
+
+def _parquet(file: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # pages, not whole column chunks, in memory
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
+    """The type, views as what they are views of (rows of views cannot be taken), extensions as what holds them."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _held_as(name, kind.storage_type)
+    if pa.types.is_struct(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        twice = _twice(field.name for field in fields)
+        if twice is not None:
+            raise ValueError(f"column {name!r} has two fields named {twice!r}: rename one")
+        return pa.struct([field.with_type(_held_as(name, field.type)) for field in fields])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_held_as(name, kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_held_as(name, kind.value_type)))
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines. Bytes that are not of the encoding come as lone surrogates; a long line comes in pieces."""
+    with (
+        _open(path) as binary,
+        open(binary.fileno(), encoding=encoding, errors="surrogateescape", newline="", closefd=False) as file,
+    ):
+        number, whole = 1, True
+        while line := file.readline(LINE_CHARACTERS):
+            yield number, line
+            whole = line.endswith(("\n", "\r"))
+            number += whole
+
+
+def _foreign_byte(line: str) -> tuple[int, int] | None:
+    """The first byte that is not of the encoding, and at which character of the line, counted from 1."""
+    if line.isascii():
+        return None
+    return next(((ord(c) - 0xDC00, i) for i, c in enumerate(line, 1) if "\udc80" <= c <= "\udcff"), None)
+
+
+# ---- CSV ----------------------------------------------------------------------------------------
+
+
+def _scan_csv(path: Path, encoding: str) -> tuple[pa.Schema, int]:
     """A column is of numbers where the numbers, written back, give the very text; else it is text."""
-    names, chunks = _csv_chunks(path)
+    names, chunks = _csv_chunks(path, encoding)
     kinds = {name: [pa.int64(), pa.float64()] if name not in ("image", "task") else [] for name in names}
     rows = 0
-    for columns in chunks:
-        rows += len(columns[0])
+    for columns, faults in chunks:
+        rows += len(faults)
         for name, column in zip(names, columns, strict=True):
             kinds[name] = [kind for kind in kinds[name] if _is_written_as(column, kind)]
     return pa.schema([(name, (*found, pa.string())[0] if rows else pa.string()) for name, found in kinds.items()]), rows
@@ -103,87 +342,264 @@ def _is_written_as(column: pa.Array, kind: pa.DataType) -> bool:
         return False
 
 
-def _csv_chunks(path: Path) -> tuple[list[str], Iterator[list[pa.Array]]]:
-    """The header, and the columns of some rows at a time, as text."""
-
-    def lines() -> Iterator[list[str]]:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            yield header
-            for row in reader:
-                if len(row) != len(header) and row:
-                    raise ValueError(f"line {reader.line_num} has {len(row)} fields, the header {len(header)}")
-                if row:
-                    yield row
-
-    rows = lines()
-    names = next(rows)
-    if len(set(names)) < len(names):
-        raise ValueError("two columns have one name")
-    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    return names, ([pa.array(column, pa.string()) for column in zip(*chunk, strict=True)] for chunk in chunks)
+def _csv_chunks(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[list[pa.Array], pa.Array]]]:
+    """The header; and of some rows at a time, the columns as text and the faults."""
+    records = _csv_records(path, encoding)
+    names = next(records)[0] or []
+    twice = _twice(names)
+    if twice is not None:
+        raise ValueError(f"two columns are named {twice!r}: rename one")
+    chunks = iter(lambda: list(islice(records, CHUNK_ROWS)), [])
+    empty = [None] * len(names)
+    return names, (
+        (
+            [pa.array(column, pa.string()) for column in zip(*(row or empty for row, _ in chunk), strict=True)],
+            pa.array([fault for _, fault in chunk], pa.string()),
+        )
+        for chunk in chunks
+    )
 
 
-def _scan_jsonl(path: Path) -> tuple[pa.Schema, int]:
-    schema, rows = pa.schema([]), 0
-    for chunk in _jsonl_chunks(path):
+def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, str | None]]:
+    """The header, then rows: each its fields, or why they cannot be told."""
+    reader = csv.reader(_csv_lines(path, encoding), strict=True)
+    width: int | None = None
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            reason = str(error)
+            if "unexpected end" in reason or "field larger" in reason:
+                limit = csv.field_size_limit()
+                reason = (
+                    f"a quote that never closes, or a field of more than {limit} characters (JSON lines can have those)"
+                )
+            raise ValueError(f"line {first}: {reason}") from None
+        if width is None:
+            if any("\0" in name for name in row):
+                raise ValueError(
+                    "line 1 holds NUL bytes: it is no text, or of another encoding (try --encoding utf-16)"
+                )
+            width = len(row)
+            yield row, None
+        elif row and len(row) != width:
+            yield None, f"line {first} of the list has {len(row)} fields, the header {width}"
+        elif any("\0" in field for field in row):
+            yield None, f"line {first} of the list holds NUL bytes"
+        elif row:
+            yield row, None
+    if width is None:
+        yield [], None
+
+
+def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
+    """Raises a ValueError for a line of another encoding, or one that is too long."""
+    for number, line in _lines(path, encoding):
+        found = _foreign_byte(line)
+        if found is not None:
+            byte, at = found
+            name = "UTF-8" if encoding == "utf-8-sig" else encoding
+            other = "utf-16" if number == at == 1 and byte in (0xFE, 0xFF) else "latin-1"
+            raise ValueError(
+                f"line {number} is not {name}: byte 0x{byte:02x} at character {at}; "
+                f"save the list as UTF-8, or say what it is, such as --encoding {other}"
+            )
+        if len(line) >= LINE_CHARACTERS:
+            raise ValueError(f"line {number} has more than {LINE_CHARACTERS} characters: is it CSV?")
+        yield line
+
+
+# ---- JSON lines ---------------------------------------------------------------------------------
+
+
+def _scan_jsonl(path: Path, encoding: str, needed: Iterable[str]) -> tuple[pa.Schema, int]:
+    kinds: dict[str, pa.DataType | None] = {}
+    """None for unlike types."""
+    large: set[str] = set()
+    """Columns with integers that float64 cannot hold."""
+    rows, faults, first = 0, 0, ""
+    for chunk in _jsonl_chunks(path, encoding):
         rows += len(chunk)
-        names = dict.fromkeys(name for row in chunk for name in row)
-        found = pa.schema([(name, _json_type(name, [row.get(name) for row in chunk])) for name in names])
-        schema = pa.unify_schemas([schema, found], promote_options="permissive")
-    return schema, rows
+        for _, fault in chunk:
+            faults += fault is not None
+            first = first or fault or ""
+        for name in dict.fromkeys(name for row, _ in chunk for name in row):
+            values = [row.get(name) for row, _ in chunk]
+            if any(type(value) is int and abs(value) > EXACT for value in values):
+                large.add(name)
+            found = _json_type(values)
+            kinds[name] = _both(kinds[name], found) if name in kinds else found
+        if len(kinds) > COLUMNS:
+            raise ValueError(f"more than {COLUMNS} names: expected rows that have their names in common")
+    if rows and faults == rows:
+        raise ValueError(f"none of {rows} lines is a row; {first}")
+    if not rows:
+        kinds = dict.fromkeys(needed, pa.string())
+    for name in large:
+        if kinds[name] is not None and pa.types.is_floating(kinds[name]):
+            kinds[name] = None
+    text = pa.field("", pa.string(), metadata=JSON_TEXT)
+    return pa.schema([text.with_name(n) if kind is None else pa.field(n, kind) for n, kind in kinds.items()]), rows
 
 
-def _json_type(name: str, values: list[object]) -> pa.DataType:
+def _json_type(values: list[object]) -> pa.DataType | None:
     try:
-        return pa.array(values).type
-    except (pa.ArrowException, OverflowError) as error:
-        raise ValueError(f"column {name!r} has values of unlike types: {error}") from None
+        found = pa.array(values).type
+    except (pa.ArrowException, OverflowError):
+        return None
+    return None if _has_empty_struct(found) else found
 
 
-def _jsonl_chunks(path: Path) -> Iterator[list[dict[str, Any]]]:
-    def lines() -> Iterator[dict[str, Any]]:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"line {number}: {error}") from None
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number}: expected an object, found {type(row).__name__}")
-                    yield row
+def _both(first: pa.DataType | None, second: pa.DataType | None) -> pa.DataType | None:
+    if first is None or second is None:
+        return None
+    try:
+        schemas = [pa.schema([("", kind)]) for kind in (first, second)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return None
 
-    rows = lines()
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    """Parquet has none."""
+    if pa.types.is_struct(kind):
+        return not kind.num_fields or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pa.types.is_list(kind)) and _has_empty_struct(kind.value_type)
+
+
+def _json_column(field: pa.Field, values: list[Any]) -> pa.Array:
+    if _is_json_text(field):
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.array(values, field.type)
+
+
+def _jsonl_chunks(path: Path, encoding: str) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
+    """Some rows at a time: each its values and, if it has none, why."""
+    rows = _jsonl_rows(path, encoding)
     return iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
 
 
+def _jsonl_rows(path: Path, encoding: str) -> Iterator[tuple[dict[str, Any], str | None]]:
+    skipped = 0
+    for number, line in _lines(path, encoding):
+        if number == skipped:
+            continue
+        if len(line) >= LINE_CHARACTERS:
+            skipped = number
+            yield {}, f"line {number} of the list has more than {LINE_CHARACTERS} characters"
+        elif line.strip():
+            try:
+                yield _json_row(line), None
+            except (ValueError, RecursionError) as error:
+                reason = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                yield {}, f"line {number} of the list is no JSON object: {reason}"
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    """Raises a ValueError or RecursionError for what is none, or cannot be written again."""
+    found = _foreign_byte(line)
+    if found is not None:
+        raise ValueError(f"byte 0x{found[0]:02x} at character {found[1]} is not UTF-8")
+    row = json.loads(line, object_pairs_hook=_object)
+    if not isinstance(row, dict):
+        raise ValueError(f"found {_shown(row):.40}")
+    if "\\u" in line:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the name {_twice(name for name, _ in pairs)!r:.60} is there twice")
+    return found
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def check_writable(path: Path, schema: pa.Schema) -> None:
+    """Raises a ListError if a list of that schema cannot be written to such a file."""
+    if path.suffix == ".parquet":
+        try:
+            pq.write_table(schema.empty_table(), BytesIO())
+        except pa.ArrowException as error:
+            raise ListError(path, f"cannot be written as .parquet: {error}; choose .jsonl or .csv") from None
+
+
 def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Raises a ListError for values that the format cannot hold."""
+    try:
+        _write(file, suffix, schema, tables)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}; choose another format") from None
+
+
+def _write(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     if suffix == ".parquet":
-        with pq.ParquetWriter(file, schema) as writer:
-            for table in recut(tables, ROW_GROUP_ROWS):
-                writer.write_table(table)
+        plain = pa.schema([field.remove_metadata() for field in schema])
+        with pq.ParquetWriter(file, plain) as writer:
+            for table in recut(tables, ROW_GROUP_ROWS, TABLE_BYTES):
+                columns = map(_unquoted, table.columns, schema)
+                writer.write_table(pa.Table.from_arrays(list(columns), schema=plain))
         return
     with file.open("w", newline="", encoding="utf-8") as out:
         if suffix == ".csv":
             rows = csv.writer(out, lineterminator="\n")
             rows.writerow(schema.names)
             for table in tables:
-                rows.writerows(zip(*map(_texts, table.columns), strict=True))
+                rows.writerows(zip(*map(_texts, table.columns, schema), strict=True))
         else:
             for table in tables:
-                for row in table.to_pylist():
-                    row = {name: None if _not_finite(value) else value for name, value in row.items()}
-                    out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                for values in zip(*map(_values, table.columns, schema), strict=True):
+                    row = dict(zip(schema.names, values, strict=True))
+                    out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    try:
-        return column.cast(pa.string()).to_pylist()
-    except pa.ArrowException:  # lists, structs, bytes that are no text
-        return [json.dumps(value, ensure_ascii=False, default=str) for value in column.to_pylist()]
+def _unquoted(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    """The column; one of JSON texts has those of texts as these themselves."""
+    if not _is_json_text(field):
+        return column
+    values = [(text, _from_json_text(text)) for text in column.to_pylist()]
+    return pa.chunked_array([pa.array([v if isinstance(v, str) else text for text, v in values], pa.string())])
 
 
-def _not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _texts(column: pa.ChunkedArray, field: pa.Field) -> list[str | None]:
+    if pa.types.is_nested(field.type) or _is_binary(field.type):
+        return [v if v is None or isinstance(v, str) else _dumped(v) for v in _values(column, field)]
+    texts: list[str | None] = _unquoted(column, field).cast(pa.string()).to_pylist()
+    return texts
+
+
+def _dumped(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _values(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
+    """Values that JSON can hold: bytes as base64, numbers that are not finite as null, times as text."""
+    kind, types = field.type, pa.types
+    if types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if _is_json_text(field):
+        return [_plain(_from_json_text(text)) for text in column.to_pylist()]
+    if types.is_nested(kind) or types.is_floating(kind) or _is_binary(kind):
+        return [_plain(value) for value in column.to_pylist()]
+    if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind):
+        return column.to_pylist()  # type: ignore[no-any-return]
+    return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

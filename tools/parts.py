@@ -1,8 +1,13 @@
-"""A long run's finished parts, beside its output: what is finished stays finished."""
+"""A long run's finished parts, beside its output: what is finished stays finished.
+
+OUT.parts holds the parts while the run is under way; OUT.run.json says afterwards which run wrote OUT.
+"""
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -15,30 +20,44 @@ import pyarrow.parquet as pq
 
 from tools.lists import write_list
 
+RECORD = {"run", "plan", "sha256", "report"}
+"""What OUT.run.json holds."""
+
 
 class Parts:
     """A folder with the finished parts of a run, for one process at a time.
 
-    A file gets its name when it is whole and durable, so a run may be killed at any moment.
+    A file gets its name when it is whole and durable, so a run may be killed at any moment. An output is replaced only
+    if a run wrote it and nobody changed it since.
 
     Args:
         out: the output; the folder is beside it.
         plan: what makes it the same run when it is taken up again.
         chosen: makes what is decided once, when the run begins, and kept.
         restart: forget what an unfinished run had done.
+        overwrite: replace the output of a finished run.
 
     Raises:
-        ClickException: another process writes this output, or the folder is another run's, or none's.
+        ClickException: another process writes this output; the folder is another run's, or none's; or the output is
+            there, and may not be replaced.
     """
 
-    def __init__(self, out: Path, plan: dict[str, Any], chosen: Callable[[], Any], restart: bool) -> None:
+    finished: dict[str, Any] | None = None
+    """What an earlier run of the same plan reported, if it finished: then there is nothing to do."""
+
+    def __init__(
+        self, out: Path, plan: dict[str, Any], chosen: Callable[[], Any], restart: bool = False, overwrite: bool = False
+    ) -> None:
         self.folder = out.with_name(out.name + ".parts")
+        self._out, self._record = out, out.with_name(out.name + ".run.json")
+        self._plan, self._staged = self.folder / "plan.json", self.folder / "run.json"
+        self._content = plan
+        self._own = re.compile(rf"(plan\.json|run\.json|\d{{8}}\.parquet|{re.escape(out.name)})(\.tmp)?")
         self.folder.mkdir(exist_ok=True)
-        self._plan = self.folder / "plan.json"
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.chosen = self._begin(plan, chosen, restart)
+            self.chosen = self._begin(chosen, restart, overwrite)
         except BlockingIOError:
             os.close(self._lock)
             raise click.ClickException(f"{out}: another run is writing it") from None
@@ -48,26 +67,89 @@ class Parts:
             os.close(self._lock)
             raise
 
-    def _begin(self, plan: dict[str, Any], chosen: Callable[[], Any], restart: bool) -> Any:
-        if self._plan.exists() and not restart:
-            began = json.loads(self._plan.read_text())
-            if began["plan"] != plan:
-                was = began["plan"]
-                differ = ", ".join(
-                    f"{key} was {was.get(key)}, is {plan[key]}" for key in plan if was.get(key) != plan[key]
-                )
-                raise click.ClickException(
-                    f"{self.folder}: holds an unfinished run of other options ({differ}): repeat those, or --restart"
-                )
-            return began["chosen"]
-        strange = next((p.name for p in self.folder.iterdir() if p.suffix != ".tmp"), None)
-        if strange and not self._plan.exists():
-            raise click.ClickException(f"{self.folder}: holds {strange} and no unfinished run: remove or rename it")
-        self._empty()
-        made = {"plan": plan, "chosen": chosen()}
-        with self._named(self._plan) as file:
-            file.write_text(json.dumps(made))
-        return made["chosen"]
+    def _begin(self, chosen: Callable[[], Any], restart: bool, overwrite: bool) -> Any:
+        began = _read(self._plan, {"plan", "chosen", "run"})
+        strange = [p.name for p in self.folder.iterdir() if not self._own.fullmatch(p.name)]
+        if not strange and began is None:
+            strange = [p.name for p in self.folder.iterdir() if p.suffix != ".tmp"]
+        if strange:
+            raise click.ClickException(f"{self.folder}: holds {min(strange)}, which is not of a run: move it")
+        if began is not None and self._has_finished(began):
+            began = None
+        if began is not None and not restart and self._goes_on(began):
+            self._check_replaceable()
+        else:
+            self.finished = self._earlier(overwrite)
+            if self.finished is not None:
+                return None
+            self._empty()
+            began = {"plan": self._content, "chosen": chosen(), "run": os.urandom(8).hex()}
+            with self._named(self._plan) as file:
+                file.write_text(json.dumps(began))
+        self._run = began["run"]
+        return began["chosen"]
+
+    def _has_finished(self, began: dict[str, Any]) -> bool:
+        """Whether that run was killed after the output got its name; does what it left to do."""
+        for path in (self._staged, self._record):
+            record = _read(path, RECORD)
+            if record is not None and record["run"] == began["run"] and _is_of(self._out, record):
+                if path == self._staged:
+                    os.replace(self._staged, self._record)
+                    _sync(self._record.parent)
+                self._empty()
+                return True
+        return False
+
+    def _goes_on(self, began: dict[str, Any]) -> bool:
+        """Whether this run goes on with the unfinished one; False if that had done nothing.
+
+        Raises:
+            ClickException: the unfinished one has other options.
+        """
+        if began["plan"] == self._content or not self.has(0):
+            return bool(began["plan"] == self._content)
+        raise click.ClickException(
+            f"{self.folder}: holds an unfinished run of other options ({self._differences(began['plan'])}): "
+            "repeat those, or --restart"
+        )
+
+    def _earlier(self, overwrite: bool) -> dict[str, Any] | None:
+        """What the finished run reported that wrote the output, if this is the same run."""
+        earlier = self._check_replaceable()
+        if earlier is None or overwrite or not earlier["report"]["predictions"]:
+            return None
+        if earlier["plan"] != self._content:
+            raise click.ClickException(
+                f"{self._out}: was written with other options ({self._differences(earlier['plan'])}): "
+                "choose another output, or --overwrite"
+            )
+        report: dict[str, Any] = earlier["report"]
+        return report
+
+    def _differences(self, was: dict[str, Any]) -> str:
+        plan = self._content
+        return ", ".join(f"{key} was {was.get(key)}, is {plan[key]}" for key in plan if was.get(key) != plan[key])
+
+    def _check_replaceable(self) -> dict[str, Any] | None:
+        """The record of the run that wrote the output; None if there is no output.
+
+        Raises:
+            ClickException: the output, or the record, is something else.
+        """
+        for path in (self._out, self._record):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                kind = "a link" if path.is_symlink() else "no regular file"
+                raise click.ClickException(f"{path}: is {kind}, and is not replaced: choose another output")
+        record = _read(self._record, RECORD)
+        if self._record.exists() and record is None:
+            raise click.ClickException(f"{self._record}: is there, and was not written by a run: move it")
+        if not self._out.exists():
+            return None
+        if record is None or not _is_of(self._out, record):
+            found = "was changed since a run wrote it" if record else "is there, and was not written by a run"
+            raise click.ClickException(f"{self._out}: {found}: it is not replaced: move it, or choose another output")
+        return record
 
     def has(self, number: int) -> bool:
         return self._part(number).exists()
@@ -83,14 +165,28 @@ class Parts:
                 return
             yield pq.read_table(self._part(number), partitioning=None)
 
-    def finish(self, out: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-        """Writes the output, whole or not at all, and gives the folder up."""
-        with self._named(out) as file:
-            write_list(file, out.suffix, schema, tables)
+    def finish(self, schema: pa.Schema, tables: Iterable[pa.Table], report: dict[str, Any]) -> None:
+        """Writes the output and the record of this run, whole or not at all, and gives the folder up."""
+        with self._named(self._out) as file:
+            write_list(file, self._out.suffix, schema, tables)
+            record = {"run": self._run, "plan": self._content, "sha256": _sha256(file), "report": report}
+            with self._named(self._staged) as staged:
+                staged.write_text(json.dumps(record))
+            self._check_replaceable()  # something may have been put there meanwhile
+        os.replace(self._staged, self._record)
+        _sync(self._record.parent)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Forgets the finished parts."""
         self._empty()
-        self.folder.rmdir()
+        with suppress(OSError):  # something was put there
+            self.folder.rmdir()
 
     def close(self) -> None:
+        if self.finished is not None:
+            with suppress(OSError):
+                self.folder.rmdir()
         os.close(self._lock)
 
     def _part(self, number: int) -> Path:
@@ -107,7 +203,27 @@ class Parts:
 
     def _empty(self) -> None:
         for path in sorted(self.folder.iterdir(), key=lambda path: path == self._plan):  # the plan last: see _begin
-            path.unlink()
+            if self._own.fullmatch(path.name):
+                path.unlink()
+
+
+def _read(path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """A JSON object with these keys; None if there is no such file, or it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.keys() >= keys else None
+
+
+def _is_of(out: Path, record: dict[str, Any]) -> bool:
+    """Whether the output is what the run of that record wrote."""
+    return out.is_file() and not out.is_symlink() and _sha256(out) == record["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
