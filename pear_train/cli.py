@@ -28,7 +28,7 @@ from pear_train.config import (
     TENSOR_DTYPES,
     TrainConfig,
 )
-from pear_train.data import open_dataset
+from pear_train.data import DataOptions, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
 from pear_train.loop import Failed, Job, Result, Step, train_many
 from pear_train.plot import plot_result
@@ -38,11 +38,11 @@ from pear_train.tasks import TaskEntry, read_tasks
 from router import RouterError, load_backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
-_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+_DEFAULTS = {field.name: field.default for kind in (TrainConfig, DataOptions) for field in fields(kind)}
 
 
 def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
-    """An option whose default is the TrainConfig field's."""
+    """An option whose default is the field's of TrainConfig or DataOptions."""
     name = flag.split("/")[0].removeprefix("--").replace("-", "_")
     return click.option(flag, default=_DEFAULTS[name], help=help, show_default=_DEFAULTS[name] is not None, **settings)
 
@@ -98,6 +98,11 @@ def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
 @_option("--dtype", "Precision of training.", type=click.Choice(("auto", "float32", "bfloat16")))
 @_option("--tensor-dtype", "What adapters are written in; Q8, Q4, Q1: codes.", type=click.Choice(TENSOR_DTYPES))
 @_option("--head-dtype", "What the head is written in.", type=click.Choice(HEAD_DTYPES))
+@_option("--train-split", "Folder of the train split [default: recognised by its name].", type=str)
+@_option("--val-split", "Folder of the val split; none: hold a tenth of train out.", type=str)
+@_option("--test-split", "Folder of the test split; none: there is no test split.", type=str)
+@_option("--no-splits", "The folders are classes, even if they are called train or test.", is_flag=True)
+@_option("--skip-unreadable", "Train without pictures that cannot be read.", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def main(
     task: str | None,
@@ -136,17 +141,19 @@ def main(
         else:
             if not TASK_NAME.fullmatch(str(task)):
                 raise ConfigError(f"task name {task!r}: expected up to 100 letters, digits, '.', '_', '-'")
-            entries = [TaskEntry(TrainConfig(task=str(task), **options), str(data))]
+            entries = [TaskEntry.of(str(task), str(data), options)]
         start, offered = (None if base is None else read_checkpoint(base)), _bank(bank, bank_tasks)
         if many:
             out.mkdir(parents=True, exist_ok=True)
         else:
-            dataset = open_dataset(entries[0].data, data_root)  # before the backbone: a mistake shows at once
+            dataset = open_dataset(
+                entries[0].data, data_root, entries[0].data_options
+            )  # before the backbone: a mistake shows at once
             click.echo(f"data      {dataset.description}; {dataset.sizes()}", err=True)
         loaded = load_backbone(backbone, weights)
         click.echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
         if make_base:
-            datasets = [open_dataset(entry.data, data_root) for entry in entries]
+            datasets = [open_dataset(entry.data, data_root, entry.data_options) for entry in entries]
             with _Progress("base") as bar:
                 made = train_base([entry.config for entry in entries], loaded, datasets, out, bar.show)
             _answer(asdict(made), as_json, f"{out}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes")
@@ -154,7 +161,7 @@ def main(
         paths = {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries}
         given = given_digest(start, offered)
         jobs = [
-            Job(e.config, partial(open_dataset, e.data, data_root), paths[e.config.task])
+            Job(e.config, partial(open_dataset, e.data, data_root, e.data_options), paths[e.config.task])
             for e in entries
             if not (many and is_done(paths[e.config.task], e.config, loaded, Path(e.data).name, given))
         ]

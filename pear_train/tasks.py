@@ -3,16 +3,20 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+from pear_store import PearStoreError
 from pear_store.checkpoint import TASK_NAME
 from pear_train.config import TrainConfig
-from pear_train.errors import ConfigError
+from pear_train.data.options import DataOptions
+from pear_train.data.text import read_text
+from pear_train.errors import ConfigError, DataError
 
-_OPTIONS = {field.name: field for field in fields(TrainConfig) if field.name != "task"}
+_OF_DATA = {f.name: f for f in fields(DataOptions)}
+_OF_RUN = {f.name: f for f in fields(TrainConfig) if f.name != "task"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,14 @@ class TaskEntry:
 
     config: TrainConfig
     data: str
+    data_options: DataOptions = field(default_factory=DataOptions)
+
+    @classmethod
+    def of(cls, task: str, data: str, options: Mapping[str, Any]) -> "TaskEntry":
+        """From options of the run and of the data together."""
+        of_data = {name: value for name, value in options.items() if name in _OF_DATA}
+        others = {name: value for name, value in options.items() if name not in _OF_DATA}
+        return cls(TrainConfig(task=task, **others), data, DataOptions(**of_data))
 
 
 def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
@@ -38,15 +50,15 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         ConfigError: no such file, no TOML, an unknown key, a bad name or value: which task, and what was expected.
     """
     try:
-        record = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        record = tomllib.loads(read_text(path))
+    except (DataError, PearStoreError) as error:
+        raise ConfigError(str(error)) from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
     tasks = record.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')
-    common = checked_options(f"{path}: the options of all tasks", record)
+    common = checked_options(f"{path}: the options of all tasks", record, _OF_RUN | _OF_DATA)
     entries, folded = [], set()
     for name, table in tasks.items():
         where = f"task {name!r}"
@@ -57,18 +69,21 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         folded.add(name.casefold())
         if not isinstance(table, dict) or not isinstance(table.get("data"), str):
             raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')
-        options = checked_options(f"{path}: {where}", {key: value for key, value in table.items() if key != "data"})
+        told = {key: value for key, value in table.items() if key != "data"}
+        options = checked_options(f"{path}: {where}", told, _OF_RUN | _OF_DATA)
         try:
-            config = TrainConfig(task=name, **{**given, **common, **options})
+            beside = path.parent / table["data"]
+            data = str(beside) if beside.exists() else table["data"]
+            entries.append(TaskEntry.of(name, data, {**given, **common, **options}))
         except ConfigError as error:
             raise ConfigError(f"{path}: {where}: {error}") from None
-        beside = path.parent / table["data"]
-        entries.append(TaskEntry(config, str(beside) if beside.exists() else table["data"]))
     return entries
 
 
-def checked_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names as fields of TrainConfig, each of its field's type.
+def checked_options(
+    where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]] = _OF_RUN
+) -> dict[str, Any]:
+    """Options by their names as fields, those of TrainConfig by default, each of its field's type.
 
     Raises:
         ConfigError: beginning with `where`: an option that there is not, or a value of another type.
@@ -76,9 +91,9 @@ def checked_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in options.items():
         name = re.sub("-", "_", key)
-        if name not in _OPTIONS:
-            raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(_OPTIONS)}")
-        allowed = {kind: _TYPES[kind] for kind in _kinds(_OPTIONS[name])}
+        if name not in known:
+            raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(known)}")
+        allowed = {kind: _TYPES[kind] for kind in _kinds(known[name])}
         good = any(type(value) in kinds for kinds in allowed.values())
         if not good:
             raise ConfigError(f"{where}: {key} = {value!r}: expected {' or '.join(allowed)}")

@@ -3,5 +3,6 @@
 from pear_train.data.augment import augment
 from pear_train.data.dataset import Dataset, Pixels, Split
 from pear_train.data.open import open_dataset
+from pear_train.data.options import DataOptions
 
-__all__ = ["Dataset", "Pixels", "Split", "augment", "open_dataset"]
+__all__ = ["DataOptions", "Dataset", "Pixels", "Split", "augment", "open_dataset"]

@@ -1,6 +1,8 @@
 """What a data set is to the trainer, and how images become batches."""
 
-from collections.abc import Callable
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pear_store.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import Preprocess
@@ -21,6 +24,12 @@ LOOKED_FOR = (
 
 CACHE_BYTES = 4 * 1024**3
 """Pixels of a split are kept in memory up to this size, and decoded anew for every batch beyond it."""
+
+MOST_CLASSES = 100_000
+MOST_FAULTS = 1_000
+"""Faults that one message lists."""
+UNEVEN = 10
+"""A class with so many times the training images of another is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +66,64 @@ class Dataset:
     test: Split | None
     all_in_train: bool = True
     """Refuse a class without a training image; VTAB-1k has such."""
+    notes: tuple[str, ...] = ()
+    """What was left out, and why."""
+    skip_unreadable: bool = False
+    """Train without pictures that cannot be read, rather than refuse."""
 
     def __post_init__(self) -> None:
+        raise_all([f"{self.description}: {fault}" for fault in self._faults()])
+
+    def _faults(self) -> Iterator[str]:
+        if len(self.classes) < 2:
+            yield f"only one class, {', '.join(map(repr, self.classes))}: expected at least two"
+        for name in self.classes:
+            if CONTROL.search(name):
+                yield f"class {name!r}: expected a name in UTF-8 without line breaks or other control characters"
+        for name, count in Counter(self.classes).items():
+            if count > 1:
+                yield f"class {name!r} is named {count} times: expected different names"
+        sound = True
         for name, split in self.splits.items():
             if len(split) == 0:
-                raise DataError(f"{self.description}: the {name} split is empty")
-            if int(split.targets.min()) < 0 or int(split.targets.max()) >= len(self.classes):
-                found = f"{int(split.targets.min())}..{int(split.targets.max())}"
-                raise DataError(f"{self.description}: {name} labels {found}, expected 0..{len(self.classes) - 1}")
-        counts = torch.bincount(self.train.targets, minlength=len(self.classes))
-        if self.all_in_train and (counts == 0).any():
-            missing = self.classes[int((counts == 0).nonzero()[0])]
-            raise DataError(f"{self.description}: class {missing!r} has no training image")
+                yield f"the {name} split is empty"
+                continue
+            low, high = int(split.targets.min()), int(split.targets.max())
+            if low < 0 or high >= len(self.classes):
+                sound = False
+                yield f"{name} labels {low}..{high}, expected 0..{len(self.classes) - 1}"
+        if self.all_in_train and sound:
+            for name, count in zip(self.classes, self.counts["train"], strict=True):
+                if count == 0:
+                    yield f"class {name!r} has no training image"
+
+    @cached_property
+    def counts(self) -> dict[str, list[int]]:
+        """For each split, how many images each class has."""
+        return {
+            name: torch.bincount(split.targets, minlength=len(self.classes)).tolist()
+            for name, split in self.splits.items()
+        }
+
+    def warnings(self) -> Iterator[str]:
+        """What a person should know before training, a line each."""
+        train = self.counts["train"]
+        few = [name for name, count in zip(self.classes, train, strict=True) if count < 2]
+        if few:
+            yield f"fewer than 2 training images: {listed(few)}"
+        folded: dict[str, list[str]] = {}
+        for name in self.classes:
+            folded.setdefault(name.casefold(), []).append(name)
+        for names in folded.values():
+            if len(names) > 1:
+                yield f"classes whose names differ only by case: {listed(names)}"
+        most, least = max(train), min(train)
+        if most >= UNEVEN * max(1, least):
+            of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
+            yield (
+                f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}; top-1 hides how a "
+                "rare class does: look at the recall of each class"
+            )
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -88,6 +143,12 @@ class Dataset:
             self.classes,
             [(name, split.names, split.targets.tolist(), split.image) for name, split in self.splits.items()],
         )
+
+    def table(self) -> str:
+        """Every class with its images in each split, several a line: ``cat 8/1/1``."""
+        columns = zip(*self.counts.values(), strict=True)
+        cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
+        return f"{'/'.join(self.splits)}: " + ", ".join(cells)
 
     def sizes(self) -> str:
         test = "no" if self.test is None else len(self.test)
@@ -117,17 +178,56 @@ class Pixels:
             return torch.stack(list(workers.map(lambda i: self._preprocess.pixels(self._split.image(i)), indices)))
 
 
-def hold_out(targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Splits indices in two, class by class and always the same way: (rest, held out).
+def listed(names: list[str]) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
+
+def hold_out(split: Split, share: float, salt: str) -> tuple[Tensor, Tensor]:
+    """Splits a split's indices in two, class by class and always the same way: (rest, held out).
+
+    An image's own name decides: those are held out whose hash lies below `share`, and the one with the lowest hash of
+    each class. So an image that comes or goes moves no other, unless it is the only one of its class that is held out.
     Every class with at least two images gives at least one to each side.
+
+    Args:
+        salt: makes choices independent of each other.
     """
-    generator = torch.Generator().manual_seed(0)
-    rest, held = [], []
-    for label in sorted(set(targets.tolist())):
-        indices = (targets == label).nonzero().flatten()
-        indices = indices[torch.randperm(len(indices), generator=generator)]
-        count = min(max(1, round(share * len(indices))), len(indices) - 1)
-        held.append(indices[:count])
-        rest.append(indices[count:])
-    return torch.cat(rest).sort().values, torch.cat(held).sort().values
+    chance = [_hash(f"{salt}/{name}") for name in split.names]
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(split.targets.tolist()):
+        of_class.setdefault(label, []).append(index)
+    held = []
+    for indices in of_class.values():
+        indices.sort(key=lambda index: chance[index])
+        count = max(1, sum(chance[index] < share for index in indices))
+        held += indices[: min(count, len(indices) - 1)]
+    rest = sorted(set(range(len(split))).difference(held))
+    return torch.tensor(rest, dtype=torch.long), torch.tensor(sorted(held), dtype=torch.long)
+
+
+def _hash(name: str) -> float:
+    """A number in 0..1 that a name always has."""
+    data = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(data[:8], "big") / 2**64
+
+
+def raise_all(faults: list[str]) -> None:
+    """Raises a DataError with all faults, one a line, if there are any."""
+    if len(faults) == 1:
+        raise DataError(faults[0])
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:MOST_FAULTS])
+        more = f"\n  and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+        raise DataError(f"{len(faults)} faults in the data:{listed}{more}")
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers.
+
+    Raises:
+        DataError: more than `MOST_CLASSES`.
+    """
+    if count > MOST_CLASSES:
+        raise DataError(f"class number {count - 1}: expected 0 to {MOST_CLASSES - 1}")
+    return tuple(map(str, range(count)))

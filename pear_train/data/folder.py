@@ -1,62 +1,86 @@
 """Image folders: one folder of images per class."""
 
+import os
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from pear_train.data.dataset import LOOKED_FOR, Dataset, Split, hold_out
-from pear_train.errors import DataError
+from pear_train.data.dataset import LOOKED_FOR, Dataset, Split, hold_out, listed, raise_all
+from pear_train.data.layout import by_folder, choose_splits, lone_folder
+from pear_train.data.listing import Listing, describe_skipped, list_pictures
+from pear_train.data.options import DataOptions
 
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_STRAY = "pictures outside of class folders"
 
 
-def open_folder(path: Path) -> Dataset:
+def open_folder(path: Path, options: DataOptions) -> Dataset:
     """Classes as folders, below train/, val/ and test/ or directly; what is missing is held out of train.
 
-    A missing val is a tenth of train; without any split folders, a tenth goes to test, too.
+    A missing val is a tenth of train; without any split folders, a tenth goes to test, too. Sub-folders and links are
+    followed. What is left out is in the data set's `notes`.
     """
-    found = {split: next((path / n for n in names if (path / n).is_dir()), None) for split, names in _SPLITS.items()}
-    if found["train"] is None:
-        if any(found.values()):
-            there = ", ".join(f"{folder.name}/" for folder in found.values() if folder)
-            raise DataError(f"{path}: has {there} but no train/: expected train/, or classes without split folders")
-        classes, whole = _read(path)
-        rest, test = hold_out(whole.targets, 0.1)
-        train, val = hold_out(whole.targets[rest], 0.1)
-        described = f"{path}: an image folder (a tenth of each class held out for val, a tenth for test)"
-        return Dataset(described, classes, whole.subset(rest[train]), whole.subset(rest[val]), whole.subset(test))
-    classes, train_split = _read(found["train"])
-    others = {}
+    described, listing = f"{path}: an image folder", list_pictures(path)
+    while not options.of_folders and (inside := lone_folder(listing)) is not None:
+        path, outside = path / inside, listing.skipped
+        described, listing = f"{described}, in its only folder {inside}/", list_pictures(path)
+        for reason, paths in outside.items():
+            listing.skipped.setdefault(reason, []).extend(p for p in paths if not p.startswith(f"{inside}/"))
+    for stray in by_folder(listing.pictures)[0]:
+        listing.skip(_STRAY, stray)
+    chosen = choose_splits(path, listing.pictures, options)
+    if not chosen:
+        classes, whole = _read(path, "", listing)
+        raise_all(listing.faults)
+        rest, test = hold_out(whole, 0.1, "test")
+        kept = whole.subset(rest)
+        train, val = hold_out(kept, 0.1, "val")
+        described += " (about a tenth of each class held out for val, a tenth for test)"
+        notes = describe_skipped(listing.skipped)
+        return Dataset(described, classes, kept.subset(train), kept.subset(val), whole.subset(test), notes=notes)
+    tops = {folder.split("/")[0] for folder in chosen.values()}
+    for folder in listing.folders_in(""):
+        if folder not in tops:
+            listing.skip("folders that are no split", f"{folder}/")
+    read = {name: _read(path, chosen[name], listing) for name in ("train", "val", "test") if name in chosen}
+    classes = read["train"][0]
     for name in ("val", "test"):
-        folder = found[name]
-        if folder is not None:
-            other, others[name] = _read(folder)
-            if other != classes:
-                odd = sorted(set(other) ^ set(classes))[0]
-                raise DataError(
-                    f"{folder}: class {odd!r} is not in both this and {found['train']}: expected equal classes"
-                )
-    described = f"{path}: an image folder with " + ", ".join(f"{f.name}/" for f in found.values() if f)
-    if "val" not in others:
-        rest, held = hold_out(train_split.targets, 0.1)
-        others["val"], train_split = train_split.subset(held), train_split.subset(rest)
-        described += " (a tenth of train held out for val)"
-    return Dataset(described, classes, train_split, others["val"], others.get("test"))
+        odd = sorted(set(read[name][0]) ^ set(classes)) if name in read else []
+        if odd:
+            these = f"{path / chosen[name]}: {'class' if len(odd) == 1 else 'classes'} {listed(odd)}"
+            both = f"{'is' if len(odd) == 1 else 'are'} not in both this and {path / chosen['train']}"
+            listing.faults.append(f"{these} {both}: expected equal classes")
+    raise_all(listing.faults)
+    splits = {name: split for name, (_, split) in read.items()}
+    described += " with " + ", ".join(f"{chosen[name]}/" for name in splits)
+    if "val" not in splits:
+        rest, held = hold_out(splits["train"], 0.1, "val")
+        splits["val"], splits["train"] = splits["train"].subset(held), splits["train"].subset(rest)
+        described += " (about a tenth of train held out for val)"
+    notes = describe_skipped(listing.skipped)
+    return Dataset(described, classes, splits["train"], splits["val"], splits.get("test"), notes=notes)
 
 
-def _read(path: Path) -> tuple[tuple[str, ...], Split]:
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+def _read(path: Path, split: str, listing: Listing) -> tuple[tuple[str, ...], Split]:
+    """Class names and pictures of a split's folder ("": of the whole); what is wrong goes to `listing.faults`."""
+    direct, below = by_folder(listing.below(split))
+    if split and [*below] == [split] and not direct and by_folder(below[split])[1]:  # as in seg_train/seg_train/
+        split = f"{split}/{split}"
+        direct, below = by_folder(listing.below(split))
+    start = f"{split}/" if split else ""
+    for picture in direct if split else ():
+        listing.skip(_STRAY, f"{start}{picture}")
+    folders = listing.folders_in(split)
     if not folders:
-        raise DataError(f"{path}: holds no folders; looked for {LOOKED_FOR}")
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        images = sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in extensions)
-        if not images:
-            raise DataError(f"{folder}: class folder without images: add some, or remove the folder")
-        files += images
-        labels += [label] * len(images)
-    names = tuple(Path(file).relative_to(path).as_posix() for file in files)
-    return tuple(folder.name for folder in folders), Split(files.__getitem__, torch.tensor(labels), names)
+        listing.faults.append(f"{path / split}: holds no folders; looked for {LOOKED_FOR}")
+    for folder in folders:
+        if folder not in below:
+            left_out = listing.skipped_below(f"{start}{folder}")
+            why = f" ({'; '.join(left_out)})" if left_out else ""
+            listing.faults.append(
+                f"{path / split / folder}: class folder without images{why}: add some, or remove the folder"
+            )
+    classes = tuple(sorted(below))
+    names = tuple(f"{start}{folder}/{rest}" for folder in classes for rest in below[folder])
+    labels = [label for label, folder in enumerate(classes) for _ in below[folder]]
+    files = [os.path.join(path, name) for name in names]
+    return classes, Split(files.__getitem__, torch.tensor(labels, dtype=torch.long), names)

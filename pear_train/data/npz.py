@@ -1,13 +1,15 @@
 """NumPy archives: x_train, y_train, x_val, y_val, x_test, y_test, classes."""
 
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.data.dataset import Dataset, Split, hold_out, numbered
 from pear_train.errors import DataError
 
 
@@ -19,7 +21,7 @@ def open_npz(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a NumPy archive: {error}") from None
     splits = {}
     for name in ("train", "val", "test"):
@@ -30,14 +32,21 @@ def open_npz(path: Path) -> Dataset:
     described = f"{path}: a NumPy archive"
     train = splits["train"]
     if "val" not in splits:
-        rest, held = hold_out(train.targets, 0.1)
+        rest, held = hold_out(train, 0.1, "val")
         splits["val"], train = train.subset(held), train.subset(rest)
-        described += " (a tenth of train held out for val)"
+        described += " (about a tenth of train held out for val)"
     if "classes" in arrays:
-        classes = tuple(str(name) for name in arrays["classes"])
+        classes = tuple(_class_names(path, arrays["classes"]))
     else:
-        classes = tuple(str(i) for i in range(int(splits["train"].targets.max()) + 1))
+        classes = numbered(int(splits["train"].targets.max()) + 1 if len(splits["train"]) else 0)
     return Dataset(described, classes, train, splits["val"], splits.get("test"))
+
+
+def _class_names(path: Path, names: np.ndarray[Any, Any]) -> Iterator[str]:
+    if names.ndim != 1:
+        raise DataError(f"{path}: classes is {names.dtype} {list(names.shape)}: expected a list of names")
+    for name in names.tolist():
+        yield name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
 
 
 def _split(path: Path, name: str, arrays: dict[str, Any]) -> Split:

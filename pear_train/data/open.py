@@ -1,33 +1,40 @@
 """Opens what --data names, and says what it was taken for."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pear_train.data.dataset import LOOKED_FOR, Dataset
 from pear_train.data.folder import open_folder
 from pear_train.data.npz import open_npz
+from pear_train.data.options import DataOptions
 from pear_train.data.timm_data import open_timm
 from pear_train.data.vtab import is_vtab, open_vtab
 from pear_train.errors import DataError
 
 
-def open_dataset(data: str, root: Path | None = None) -> Dataset:
+def open_dataset(data: str, root: Path | None = None, options: DataOptions | None = None) -> Dataset:
     """Opens an image folder, a VTAB-1k folder, an .npz file, or a data set that timm knows by name.
 
     Args:
         data: a path, or ``torch/…``, ``hfds/…``, ``tfds/…``, ``wds/…``.
         root: where a named data set lies or is downloaded to.
+        options: which folders are splits, where their names do not say; whether to skip unreadable pictures.
     Raises:
         DataError: it is none of these, or not usable.
     """
-    path = Path(data)
+    path, options = Path(data), options or DataOptions()
+    return replace(_open(data, path, root, options), skip_unreadable=options.skip_unreadable)
+
+
+def _open(data: str, path: Path, root: Path | None, options: DataOptions) -> Dataset:
+    if options.of_folders and (not path.is_dir() or is_vtab(path)):
+        raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
     if path.is_file():
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return open_npz(path)
         raise DataError(f"{data}: a file that does not end in .npz; looked for {LOOKED_FOR}")
     if path.is_dir():
-        reader: Callable[[Path], Dataset] = open_vtab if is_vtab(path) else open_folder
-        return reader(path)
+        return open_vtab(path) if is_vtab(path) else open_folder(path, options)
     if data.split("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
         return open_timm(data, root)
     raise DataError(f"{data}: no such file or folder; looked for {LOOKED_FOR}")

@@ -1,5 +1,6 @@
 """Data sets that timm.data.create_dataset knows by name."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from platformdirs import user_cache_path
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
-from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.data.dataset import Dataset, Split, hold_out, numbered
 from pear_train.errors import DataError
 
 _TEST_SPLITS = ("test", "validation", "val")
@@ -27,17 +28,18 @@ def open_timm(name: str, root: Path | None) -> Dataset:
     root = root or user_cache_path("pear") / "datasets"
     root.mkdir(parents=True, exist_ok=True)
     train, names = _open(name, root, "train")
-    test = None
+    test, notes = None, []
     for split in ("validation",) if name.lower().startswith("torch/") else _TEST_SPLITS:
         try:
             test, _ = _open(name, root, split)
             break
-        except DataError:
-            continue
-    classes = names or tuple(str(i) for i in range(int(train.targets.max()) + 1))
-    rest, held = hold_out(train.targets, 0.1)
-    described = f"{name}: a data set that timm knows (a tenth of train held out for val)"
-    return Dataset(described, classes, train.subset(rest), train.subset(held), test)
+        except DataError as error:
+            notes.append(str(error))
+    classes = names or numbered(int(train.targets.max()) + 1 if len(train) else 0)
+    rest, held = hold_out(train, 0.1, "val")
+    described = f"{name}: a data set that timm knows (about a tenth of train held out for val)"
+    without = tuple(notes) if test is None else ()
+    return Dataset(described, classes, train.subset(rest), train.subset(held), test, notes=without)
 
 
 def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
@@ -48,7 +50,16 @@ def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
     except Exception as error:  # whatever torchvision, datasets, tensorflow_datasets or a download can raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{name}: timm could not open its {split} split in {root}: {reason}") from None
-    return Split(lambda i: _image(items[i][0]), targets), _class_names(found)
+    return Split(lambda i: _image(items[i][0]), targets, _names(found, root)), _class_names(found)
+
+
+def _names(found: Any, root: Path) -> tuple[str, ...]:
+    """Paths of the images' files, where the reader has such."""
+    for owner in (found, getattr(found, "reader", None)):
+        samples = getattr(owner, "samples", None) or ()
+        if samples and all(isinstance(sample[0], str) for sample in samples):
+            return tuple(os.path.relpath(sample[0], root) for sample in samples)
+    return ()
 
 
 def _targets(found: Any, items: Sequence[Any]) -> list[int]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from pear_train.data.dataset import Dataset, Split
+from pear_train.data.dataset import Dataset, Split, numbered
+from pear_train.data.text import read_text
 from pear_train.errors import DataError
 
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
@@ -23,8 +24,8 @@ def open_vtab(path: Path, whole: bool = False) -> Dataset:
     """
     lists = {**_LISTS, "train": "train800val200.txt"} if whole else _LISTS
     splits = {name: _read(path, file) for name, file in lists.items()}
-    count = max(int(split.targets.max()) for split in splits.values() if len(split)) + 1
-    classes = tuple(str(i) for i in range(count))
+    count = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0) + 1
+    classes = numbered(count)
     described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
     return Dataset(described, classes, splits["train"], splits["val"], splits["test"], all_in_train=False)
 
@@ -34,11 +35,11 @@ def _read(path: Path, name: str) -> Split:
     if not file.is_file():
         raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
     images, labels, names = [], [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         image, _, label = line.strip().rpartition(" ")
-        if not image or not label.isdecimal():
+        if not image or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{file}, line {number}: {line[:80]!r}: expected an image path, a space, a class number")
         images.append(str(path / image))
         names.append(image)

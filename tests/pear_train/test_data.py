@@ -16,7 +16,7 @@ from tests.conftest import record
 def picture(path: Path, value: int, grey: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (12, 10) if grey else (12, 10, 3)
-    Image.fromarray(np.full(shape, value, np.uint8)).save(path)
+    Image.fromarray(np.full(shape, value % 256, np.uint8)).save(path)
 
 
 def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10, suffix: str = ".png") -> Path:
@@ -33,13 +33,13 @@ def images_of(split: object) -> list[object]:
 def test_folder_of_classes_is_held_out_always_alike(tmp_path: Path) -> None:
     data = open_dataset(str(folder(tmp_path / "d", count=20)))
     assert data.classes == ("cat", "dog")
-    assert (len(data.train), len(data.val), len(data.test)) == (32, 4, 4)
+    assert (len(data.train), len(data.val), len(data.test)) == (33, 4, 3)
     parts = [set(images_of(split)) for split in (data.train, data.val, data.test)]
     assert len(set.union(*parts)) == 40
-    assert "an image folder (a tenth of each class held out" in data.description
+    assert "an image folder (about a tenth of each class held out" in data.description
     again = open_dataset(str(tmp_path / "d"))
     assert [images_of(s) for s in (again.train, again.val)] == [images_of(s) for s in (data.train, data.val)]
-    assert torch.bincount(data.val.targets).tolist() == [2, 2]
+    assert min(min(counts) for counts in data.counts.values()) >= 1
 
 
 def test_folder_with_splits(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_folder_mistakes(tmp_path: Path) -> None:
         open_dataset(str(root))
     folder(tmp_path / "s" / "train")
     folder(tmp_path / "s" / "test", classes=("cat", "bird"))
-    with pytest.raises(DataError, match="class 'bird' is not in both"):
+    with pytest.raises(DataError, match="classes 'bird', 'dog' are not in both"):
         open_dataset(str(tmp_path / "s"))
     folder(tmp_path / "t" / "test")
     with pytest.raises(DataError, match=r"has test/ but no train/"):
