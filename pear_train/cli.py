@@ -28,7 +28,7 @@ from pear_train.config import (
     TENSOR_DTYPES,
     TrainConfig,
 )
-from pear_train.data import DataOptions, open_dataset
+from pear_train.data import DataOptions, Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
 from pear_train.loop import Failed, Job, Result, Step, train_many
 from pear_train.plot import plot_result
@@ -145,15 +145,10 @@ def main(
         start, offered = (None if base is None else read_checkpoint(base)), _bank(bank, bank_tasks)
         if many:
             out.mkdir(parents=True, exist_ok=True)
-        else:
-            dataset = open_dataset(
-                entries[0].data, data_root, entries[0].data_options
-            )  # before the backbone: a mistake shows at once
-            click.echo(f"data      {dataset.description}; {dataset.sizes()}", err=True)
+        datasets = [] if many else [_open(entry, data_root) for entry in entries]  # first: a mistake shows at once
         loaded = load_backbone(backbone, weights)
         click.echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
         if make_base:
-            datasets = [open_dataset(entry.data, data_root, entry.data_options) for entry in entries]
             with _Progress("base") as bar:
                 made = train_base([entry.config for entry in entries], loaded, datasets, out, bar.show)
             _answer(asdict(made), as_json, f"{out}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes")
@@ -161,7 +156,7 @@ def main(
         paths = {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries}
         given = given_digest(start, offered)
         jobs = [
-            Job(e.config, partial(open_dataset, e.data, data_root, e.data_options), paths[e.config.task])
+            Job(e.config, partial(_open, e, data_root) if many else lambda: datasets[0], paths[e.config.task])
             for e in entries
             if not (many and is_done(paths[e.config.task], e.config, loaded, Path(e.data).name, given))
         ]
@@ -188,6 +183,16 @@ def main(
         click.echo(json.dumps(asdict(results[0])))
     else:
         _print(results[0], out)
+
+
+def _open(entry: TaskEntry, root: Path | None) -> Dataset:
+    """Opens a task's data, and says on stderr what it was taken for."""
+    dataset = open_dataset(entry.data, root, entry.data_options)
+    lines = [f"data      {dataset.description}; {dataset.sizes()}", f"classes   {dataset.table()}"]
+    lines += [f"skipped   {note}" for note in dataset.notes]
+    lines += [f"Warning: {entry.data}: {warning}" for warning in dataset.warnings()]
+    tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar, if there is one
+    return dataset
 
 
 def _bank(path: Path | None, names: str | None) -> list[Task]:

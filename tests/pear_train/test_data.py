@@ -42,6 +42,32 @@ def test_folder_of_classes_is_held_out_always_alike(tmp_path: Path) -> None:
     assert min(min(counts) for counts in data.counts.values()) >= 1
 
 
+def test_an_image_that_comes_or_goes_moves_no_other(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", count=40)
+    for i in range(40):
+        picture(root / "dog" / "more" / f"{i}.png", i)
+    where = membership(root)
+    alone = [name for name, split in where.items() if [where[n] for n in where if n[:3] == name[:3]].count(split) == 1]
+    for name in sorted(where)[::7]:
+        if name in alone:
+            continue
+        (root / name).rename(tmp_path / "aside.png")
+        assert membership(root) == {other: split for other, split in where.items() if other != name}
+        (tmp_path / "aside.png").rename(root / name)
+    picture(root / "cat" / "new.png", 1)
+    (root / "bird").symlink_to(root / "cat")
+    moved = {name for name, split in membership(root).items() if where.get(name, split) != split}
+    assert not moved
+    few = membership(folder(tmp_path / "few", classes=("a", "b", "c"), count=3))
+    for label in "abc":  # a small class has one of each
+        assert sorted(split for name, split in few.items() if name.startswith(label)) == ["test", "train", "val"]
+
+
+def membership(root: Path) -> dict[str, str]:
+    data = open_dataset(str(root))
+    return {name: split for split, images in data.splits.items() for name in images.names}
+
+
 def test_folder_with_splits(tmp_path: Path) -> None:
     for split, count in (("train", 8), ("validation", 3), ("test", 2)):
         folder(tmp_path / "d" / split, count=count, suffix=".jpg")
@@ -74,9 +100,28 @@ def test_vtab(tmp_path: Path) -> None:
     (tmp_path / "v" / "val200.txt").write_text("images/a.jpg\n")
     with pytest.raises(DataError, match=r"val200.txt, line 1: 'images/a.jpg': expected an image path, a space"):
         open_dataset(str(tmp_path / "v"))
+    (tmp_path / "v" / "val200.txt").write_bytes(b"images/val200/000000.jpg 0\nimages/caf\xe9.jpg 1\n")
+    with pytest.raises(DataError, match="val200.txt, line 2: byte 0xe9 is not UTF-8: save the file as UTF-8"):
+        open_dataset(str(tmp_path / "v"))
+    (tmp_path / "v" / "val200.txt").write_text("images/val200/000000.jpg 0\n", "utf-16")
+    with pytest.raises(DataError, match="val200.txt: UTF-16 text: save the file as UTF-8"):
+        open_dataset(str(tmp_path / "v"))
+    for label in ("100000", "1" * 20, "1" * 5000):
+        (tmp_path / "v" / "val200.txt").write_text(f"images/val200/000000.jpg {label}\n")
+        with pytest.raises(DataError, match="expected 0 to 99999|expected an image path"):
+            open_dataset(str(tmp_path / "v"))
     (tmp_path / "v" / "val200.txt").unlink()
     with pytest.raises(DataError, match=r"val200.txt: no such file; a VTAB-1k folder has"):
         open_dataset(str(tmp_path / "v"))
+
+
+def test_vtab_lists_with_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
+    root = vtab(tmp_path / "v")
+    before = open_dataset(str(root))
+    for name in ("train800.txt", "val200.txt", "test.txt"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes().replace(b"\n", b"\r\n"))
+    data = open_dataset(str(root))
+    assert images_of(data.train) == images_of(before.train) and data.fingerprint == before.fingerprint
 
 
 def archive(path: Path, **changes: object) -> Path:
@@ -109,12 +154,20 @@ def test_npz(tmp_path: Path) -> None:
         ({"y_val": np.zeros(3, np.int64)}, r"y_val is int64 \[3\]: expected integers \[4\]"),
         ({"y_val": np.full(4, 7)}, r"val labels 7\.\.7, expected 0\.\.1"),
         ({"y_train": np.zeros(20, np.int64)}, "class 'two' has no training image"),
+        ({"y_train": np.zeros(20, np.int64), "y_val": None, "x_val": None, "classes": None}, "only one class, '0'"),
+        ({"y_train": np.arange(20) * 10**6, "classes": None}, "class number 19000000: expected 0 to 99999"),
+        ({"classes": np.array(["a", "a"])}, "class 'a' is named 2 times: expected different names"),
+        ({"classes": np.array("ab")}, r"classes is <U2 \[\]: expected a list of names"),
         ({"classes": np.array([{"a": 1}], dtype=object)}, "not a NumPy archive: Object arrays cannot be loaded"),
     ],
 )
 def test_bad_npz(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_dataset(str(archive(tmp_path / "d.npz", **changes)))
+
+
+def test_npz_class_names_may_be_bytes(tmp_path: Path) -> None:
+    assert open_dataset(str(archive(tmp_path / "d.npz", classes=np.array([b"one", b"two"])))).classes == ("one", "two")
 
 
 def test_names_that_timm_knows(tmp_path: Path) -> None:
