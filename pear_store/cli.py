@@ -372,6 +372,8 @@ def gc(keep: int | None, older_than: float | None, repack_all: bool, as_json: bo
         f"{result.removed_bytes:,} bytes; kept {result.kept_tensors} tensors, {result.kept_bytes:,} bytes; "
         f"{result.dead_bytes:,} dead bytes in packs"
     )
+    for path in result.foreign:
+        click.echo(f"not Pear's, left alone: {path}", err=True)
     if result.dead_bytes * 10 > result.kept_bytes and not repack_all:
         click.echo("the dead bytes lie beside live ones in packs that stay; --repack-all frees them", err=True)
 

@@ -9,7 +9,8 @@ PearStoreError            exit code 1
 ├── NameTakenError        7   a task name that differs from a stored one in case only
 ├── FormatError           8   a store written by a newer Pear, or a directory that is no store
 ├── TaggedError           9   a version that may not be removed, because a tag holds it
-└── SourceError          10   a file or URL that is not opened: no regular file, no permission, a protocol not allowed
+├── SourceError          10   a file or URL that is not opened: no regular file, no permission, a protocol not allowed
+└── AccessError          11   the system does not let this process read or write the store
 """
 
 import errno
@@ -99,8 +100,22 @@ class SourceError(PearStoreError):
         self.source, self.problem = str(source), problem
 
 
+class AccessError(PearStoreError):
+    """A store, or a part of it, that this process may not read or write."""
+
+    exit_code = 11
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: {reason}; to read a store, all of it must be readable; to change it, all of it must be writable"
+        )
+        self.path = str(path)
+
+
 def from_os_error(error: OSError, path: Path) -> PearStoreError:
     """An operating system's error at a store as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessError(path, (error.strerror or str(error)).lower())
     return PearStoreError(f"{path}: {error.strerror or error}")

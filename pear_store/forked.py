@@ -28,6 +28,13 @@ def can_fork() -> bool:
         return False
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
 class Worker:
     """A forked process that answers requests, one after the other, with what `work` returns for each.
 

@@ -13,6 +13,7 @@ from operator import gt
 from pathlib import Path
 
 from pear_store.digest import Digest, RawTensor, from_digest, is_digest
+from pear_store.directory import FAN_NAME, PACK_NAME, WRITTEN_NAME, Folder, open_folder
 from pear_store.errors import DamagedError, PearStoreError, from_os_error
 from pear_store.index import (
     NO_PACK,
@@ -33,7 +34,7 @@ from pear_store.index import (
     version_key,
 )
 from pear_store.opened import OpenStore, name_row, version_row
-from pear_store.pack import Records, WrittenPack, bare_header, pack_path, read_records, sync_directory, write_pack
+from pear_store.pack import Records, WrittenPack, bare_header, pack_path, read_records, unlink_pack, write_pack
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
@@ -52,6 +53,8 @@ class GcResult:
     kept_bytes: int
     dead_bytes: int
     dry_run: bool
+    foreign: tuple[str, ...] = ()
+    """What lies in the store's folders and is not Pear's, links included; it was left alone"""
 
 
 @dataclass
@@ -204,6 +207,7 @@ def collect(
     packs: list[WrittenPack] = []
 
     as_of: State | None = None
+    foreign: list[str] = []
 
     def sweep(view: View) -> tuple[int, Marked]:
         nonlocal as_of
@@ -228,7 +232,7 @@ def collect(
         removed = len(dropped)
     else:
         removed, marked = opened.write_packs(sweep, packs)
-        opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
+        foreign = opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
     victims = _victims(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
     if not dry_run:
@@ -236,26 +240,44 @@ def collect(
             dead_bytes, as_of = _repack(opened, step, marked, as_of)
             left += dead_bytes
     return GcResult(
-        removed, marked.removed_tensors, marked.removed_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run
-    )
+        removed, marked.removed_tensors, marked.removed_bytes, marked.kept_tensors, marked.kept_bytes, left, dry_run,
+        tuple(foreign),
+    )  # fmt: skip
 
 
-def unlink_orphans(path: Path, view: View) -> None:
-    """Unlinks files that the index does not know; under the write lock, so that no add counts on one."""
-    for folder in (path / "packs").iterdir():
-        gone = False
-        for file in folder.glob("*.safetensors") if folder.is_dir() else ():
-            with suppress(ValueError):
-                if view.get("packs", bytes.fromhex(file.stem)) is None:
-                    file.unlink(missing_ok=True)
-                    gone = True
-        if gone:
-            sync_directory(folder)
+def unlink_orphans(path: Path, view: View) -> list[str]:
+    """Unlinks files that the index does not know; under the write lock, so that no add counts on one. Returns the
+    paths of what is not Pear's, which stays."""
+    foreign: list[str] = []
+    with open_folder(path, "packs") as packs:
+        for fan in packs.names():
+            if not (FAN_NAME.fullmatch(fan) and packs.is_folder(fan)):
+                foreign.append(str(packs.path / fan))
+                continue
+            with packs.folder(fan) as folder:
+                foreign += _unlink_packs_unknown_to(view, folder)
     an_hour_ago = time.time() - 3600
-    for file in (path / "tmp").iterdir():  # what a crashed add left; a living one takes seconds
-        with suppress(FileNotFoundError):
-            if file.stat().st_mtime < an_hour_ago:
-                file.unlink()
+    with suppress(FileNotFoundError), open_folder(path, "tmp") as tmp:
+        for name in tmp.names():  # what a crashed add left; a living one takes seconds
+            with suppress(FileNotFoundError):
+                if not (WRITTEN_NAME.fullmatch(name) and tmp.is_file(name)):
+                    foreign.append(str(tmp.path / name))
+                elif tmp.look(name).st_mtime < an_hour_ago:
+                    tmp.unlink(name)
+    return foreign
+
+
+def _unlink_packs_unknown_to(view: View, folder: Folder) -> list[str]:
+    foreign = []
+    gone = False
+    for name in folder.names():
+        if not (PACK_NAME.fullmatch(name) and name[:2] == folder.path.name and folder.is_file(name)):
+            foreign.append(str(folder.path / name))
+        elif view.get("packs", bytes.fromhex(name[:64])) is None:
+            gone = folder.unlink(name) or gone
+    if gone:
+        folder.sync()
+    return foreign
 
 
 def drop_settled_removals(path: Path, view: View) -> None:
@@ -315,14 +337,14 @@ def unlink_packs(opened: OpenStore, packs: Sequence[bytes]) -> None:
     """Unlinks packs that no row names any more; under the write lock, for a rebuild may have come to name one again."""
 
     def unlink(view: View) -> None:
-        folders = set()
+        fans = set()
         for pack in packs:
             if view.get("packs", pack) is None:
-                file = pack_path(opened.path, pack)
-                file.unlink(missing_ok=True)
-                folders.add(file.parent)
-        for folder in folders:
-            sync_directory(folder)
+                unlink_pack(opened.path, pack)
+                fans.add(pack.hex()[:2])
+        for fan in fans:
+            with suppress(FileNotFoundError), open_folder(opened.path, "packs", fan) as folder:
+                folder.sync()
 
     opened.write(unlink)
 

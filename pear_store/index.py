@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import lmdb
 
 from pear_store.digest import ITEM_BYTES, fresh_name
+from pear_store.directory import check_index, open_folder
 from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
 INDEX_FORMAT = b"3"
@@ -512,7 +513,10 @@ def _reserve_lock(path: Path) -> None:
     if path.exists() or not path.parent.exists():
         return
     with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
+        else:  # macOS
+            file.write(bytes(_LOCK_BYTES))
 
 
 def _free_bytes(path: Path) -> int:
@@ -534,6 +538,7 @@ class Index:
         self._views: set[View] = set()
         self._closed = False
         with self._translated():
+            check_index(path)
             before = None if create else self._found()
             _reserve_lock(path / "lock.mdb")
             for size in _MAP_BYTES:
@@ -692,7 +697,8 @@ def write_lock(root: Path) -> Iterator[None]:
     held = _HeldLock()
     try:
         with _processes.opening:  # a fork meanwhile would give the child a lock that it does not know of
-            held.handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            with open_folder(root) as folder:
+                held.handle = folder.open("lock", os.O_RDWR | os.O_CREAT)
             _processes.locks.add(held)
         fcntl.flock(held.handle, fcntl.LOCK_EX)
         yield

@@ -19,7 +19,7 @@ from pear_store.checkpoint import TASK_NAME, KnownTensors, Task, task_from_conta
 from pear_store.container import parse_buffer
 from pear_store.digest import Digest, RawTensor
 from pear_store.errors import CheckpointError, PearStoreError
-from pear_store.forked import Worker, WorkerDiedError, can_fork
+from pear_store.forked import Worker, WorkerDiedError, can_fork, cores
 from pear_store.manifest import manifest_hash, to_manifest
 from pear_store.reading import Access, is_url
 from pear_store.sources import Source
@@ -62,12 +62,12 @@ def load_groups(given: Iterable[Source], name: str | None, access: Access | None
     A group's tensors are good until the next group is asked for. Only a list or tuple is read ahead: what comes from
     elsewhere may be gone, or another, when the next is asked for.
     """
-    if isinstance(given, list | tuple) and can_fork() and (cores := len(os.sched_getaffinity(0))) > 1:
+    if isinstance(given, list | tuple) and can_fork() and (count := cores()) > 1:
         chunks = _chunks(iter(given))
         first = next(chunks, [])
         if len(first) < len(given):
             try:
-                workers = _Workers(min(cores, _WORKERS), name, access)
+                workers = _Workers(min(count, _WORKERS), name, access)
             except OSError:  # there can be no process more
                 pass
             else:
@@ -234,7 +234,7 @@ class _Workers:
         for path in paths:
             answer.append(None)
             try:
-                with open(path, "rb", buffering=0) as file:
+                with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
                     size = os.fstat(file.fileno()).st_size
                     start, end = end, end + (size + 7) // 8 * 8
                     if end > len(memory) or file.readinto(memory[start:]) != size:
@@ -251,3 +251,8 @@ class _Workers:
             }
             answer[-1] = (one.name, places, one.size_bytes, one.manifest, one.hash)
         return answer
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """For what was a regular file when it was looked at, and may be a pipe by now."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pear_store.digest import Digest, RawTensor, from_digest, tensor_digest
+from pear_store.directory import open_folder
 from pear_store.errors import DamagedError, NotFoundError, PearStoreError, from_os_error
 from pear_store.index import (
     Index,
@@ -31,7 +33,16 @@ from pear_store.index import (
     version_key,
     write_lock,
 )
-from pear_store.pack import Records, WrittenPack, find_unfinished, pack_path, place_pack
+from pear_store.pack import (
+    Records,
+    WrittenPack,
+    find_unfinished,
+    open_pack,
+    pack_path,
+    place_pack,
+    unlink_pack,
+    unlink_written,
+)
 
 _OPEN_PACKS = 1024
 _TRIES = 100
@@ -128,10 +139,11 @@ class OpenStore:
                 raise from_os_error(error, self.path) from None
 
     def _unlink_unfinished(self, view: View) -> None:
-        for name, pack in find_unfinished(self.path):
+        unfinished = find_unfinished(self.path)
+        for pack in unfinished:
             if view.get("packs", pack) is None:
-                pack_path(self.path, pack).unlink(missing_ok=True)
-            name.unlink(missing_ok=True)
+                unlink_pack(self.path, pack)
+        unlink_written(self.path, unfinished)
 
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
         """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
@@ -142,14 +154,11 @@ class OpenStore:
         except BaseException:
             if os.getpid() != process:  # forked meanwhile: it is the parent that still commits them
                 raise
-            for pack in packs:
-                if pack.path.exists() and pack.path.stat().st_nlink == 1:
-                    pack.path.unlink(missing_ok=True)
+            unlink_written(self.path, (pack.hash for pack in packs), unless_placed=True)
             with suppress(PearStoreError):
                 self.write(lambda view: None)
             raise
-        for pack in packs:
-            pack.path.unlink(missing_ok=True)
+        unlink_written(self.path, (pack.hash for pack in packs))
         return result
 
     def enter(
@@ -284,7 +293,7 @@ class OpenStore:
 
     def _map_file(self, pack: bytes, expected: bytes | None, hinted: bool) -> MappedPack:
         try:
-            with open(pack_path(self.path, pack), "rb") as file:
+            with open_pack(pack_path(self.path, pack)) as file:
                 found = os.fstat(file.fileno())
                 right = hinted or (expected and found.st_size == PackRow.decode(pack, expected).file_bytes)
                 if not right or not found.st_size:
@@ -331,7 +340,10 @@ def is_store(path: Path) -> bool:
             return False
         with write_lock(path):
             if not (path / "index" / "data.mdb").exists():
-                (path / "index.new").rename(path / "index")
+                with open_folder(path) as folder:
+                    folder.check("index.new", stat.S_IFDIR)
+                    folder.rename("index.new", "index")
+                    folder.sync()
         return True
     except OSError:  # a name that is too long, a folder that may not be entered
         return False

@@ -4,6 +4,7 @@ The records let the index be rebuilt from the packs alone. They do not depend on
 version numbers are never used twice, a removal outweighs the version it names, and of tags the latest counts.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
 from pear_store.digest import Digest, RawTensor, fresh_name
-from pear_store.errors import CheckpointError, DamagedError
+from pear_store.directory import PACK_NAME, Folder, open_folder
+from pear_store.errors import AccessError, CheckpointError, DamagedError, SourceError, from_os_error
+from pear_store.reading import open_regular
 
 FORMAT = "pear-pack/1"
 
@@ -102,11 +105,16 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
     """Writes a pack into the store's tmp/, where it is synced while the caller goes on (:func:`place_pack` waits)."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
     head, places = lay_out(named, pack_metadata(records))
-    path = root / "tmp" / f"{fresh_name()}.safetensors"
+    with open_folder(root, "tmp", create=True) as tmp:
+        return _write_pack(tmp, named, head, places)
+
+
+def _write_pack(tmp: Folder, named: Mapping[str, RawTensor], head: bytes, places: Mapping[str, Place]) -> WrittenPack:
+    name = f"{fresh_name()}.safetensors"
     state = hashlib.sha256()
     size = 0
     process = os.getpid()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = tmp.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     sync = _Sync(handle)
     try:
         for run in _runs((head, *(named[name].data for name in places))):
@@ -114,14 +122,15 @@ def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records
                 state.update(chunk)
             size += _write(handle, run, size)
         pack = WrittenPack(
-            path.with_stem(state.hexdigest()), state.digest(), size, sum(t.size_bytes for t in tensors.values()),
+            tmp.path / f"{state.hexdigest()}.safetensors", state.digest(), size,
+            sum(tensor.size_bytes for tensor in named.values()),
             {Digest(name): place for name, place in places.items()}, sync.wait,
         )  # fmt: skip
-        path.rename(pack.path)
+        tmp.rename(name, pack.path.name)
     except BaseException:
         os.close(handle)
         if os.getpid() == process:  # else forked meanwhile: the parent still writes it
-            path.unlink(missing_ok=True)
+            tmp.unlink(name)
         raise
     sync.start(apart=size >= _SYNC_APART_BYTES)
     return pack
@@ -200,27 +209,66 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
     before it committed, and unlinks what nobody was promised (:func:`find_unfinished`).
     """
     pack.wait_synced()
-    target = pack_path(root, pack.hash)
-    if not target.parent.exists():
-        target.parent.mkdir()
-        sync_directory(target.parent.parent)
-    if not target.exists():  # it is there already when a commit is run again
+    name, fan = pack.path.name, pack.path.name[:2]
+    with open_folder(root, "tmp") as tmp, open_folder(root, "packs", fan, create=True) as folder:
         try:
-            os.link(pack.path, target)
-        except OSError:  # a file system without hard links
-            os.rename(pack.path, target)
-    sync_directory(target.parent)
+            folder.check(name)  # it is there already when a commit is run again
+        except FileNotFoundError:
+            try:
+                tmp.link(name, name, folder)
+            except OSError:  # a file system without hard links
+                tmp.rename(name, name, folder)
+        folder.sync()
 
 
-def find_unfinished(root: Path) -> list[tuple[Path, bytes]]:
-    """Files of tmp/ that were given their own name, too: (path in tmp/, pack hash). Under the write lock, each is
-    either committed or was left by a process that died."""
-    found = []
-    for entry in os.scandir(root / "tmp"):
-        with suppress(FileNotFoundError, ValueError):
-            if entry.stat().st_nlink > 1:
-                found.append((Path(entry.path), bytes.fromhex(Path(entry.path).stem)))
-    return found
+def find_unfinished(root: Path) -> list[bytes]:
+    """Packs in tmp/ that were given their own name, too. Under the write lock, each is either committed or was left
+    by a process that died."""
+    with suppress(FileNotFoundError), open_folder(root, "tmp") as tmp:
+        return [bytes.fromhex(name[:64]) for name in tmp.names() if PACK_NAME.fullmatch(name) and _is_linked(tmp, name)]
+    return []
+
+
+def _is_linked(folder: Folder, name: str) -> bool:
+    try:
+        return folder.is_file(name) and folder.look(name).st_nlink > 1
+    except FileNotFoundError:
+        return False
+
+
+def unlink_pack(root: Path, pack: bytes) -> None:
+    """Deletes a pack's file, if there is one."""
+    name = f"{pack.hex()}.safetensors"
+    with suppress(FileNotFoundError), open_folder(root, "packs", name[:2]) as folder:
+        folder.unlink(name)
+
+
+def unlink_written(root: Path, packs: Iterable[bytes], unless_placed: bool = False) -> None:
+    """Deletes packs' names in tmp/; `unless_placed`: only of those that have no other name."""
+    with suppress(FileNotFoundError), open_folder(root, "tmp") as tmp:
+        for pack in packs:
+            name = f"{pack.hex()}.safetensors"
+            if not (unless_placed and _is_linked(tmp, name)):
+                tmp.unlink(name)
+
+
+def open_pack(path: Path) -> BinaryIO:
+    """Opens a pack's file for reading. A link to it is followed: what is read is checked.
+
+    Raises:
+        AccessError: it may not be read.
+        DamagedError: it is no regular file, or cannot be opened.
+        OSError: there is none; too many files are open.
+    """
+    try:
+        return open_regular(path, path)
+    except SourceError as error:
+        raise DamagedError(f"pack {path.stem}", error.problem) from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EMFILE, errno.ENFILE):
+            raise
+        found = from_os_error(error, path)
+        raise found if isinstance(found, AccessError) else DamagedError(f"pack {path.stem}", str(found)) from None
 
 
 def read_records(path: Path) -> tuple[Header, Records, list[str]]:
@@ -230,7 +278,7 @@ def read_records(path: Path) -> tuple[Header, Records, list[str]]:
         DamagedError: the header or the record cannot be trusted at all.
     """
     try:
-        with open(path, "rb") as file:
+        with open_pack(path) as file:
             header = read_header(file, path, os.fstat(file.fileno()).st_size)
     except CheckpointError as error:
         raise DamagedError(f"pack {path.stem}", error.problem) from None
@@ -249,9 +297,9 @@ def read_records(path: Path) -> tuple[Header, Records, list[str]]:
 def bare_header(file: Path) -> Header | None:
     """A pack's header though its record is damaged; None if even that cannot be read."""
     try:
-        with open(file, "rb") as handle:
-            return read_header(handle, file, file.stat().st_size)
-    except (OSError, CheckpointError):
+        with open_pack(file) as handle:
+            return read_header(handle, file, os.fstat(handle.fileno()).st_size)
+    except (OSError, CheckpointError, DamagedError):
         return None
 
 
@@ -290,12 +338,3 @@ def _number(value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**32:
         raise ValueError
     return value
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames and new files in a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -67,17 +67,21 @@ def open_regular_file(path: str | Path, root: Path | None = None) -> BinaryIO:
         SourceError: it is a directory, a pipe, a device or a socket; may not be read; or lies outside of `root`.
     """
     try:
-        inside = path if root is None else _inside(path, root)
-        _check_regular(os.stat(inside), path)  # first: opening a device can do something
-        descriptor = os.open(inside, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        return open_regular(path if root is None else _inside(path, root), path)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise SourceError(path, f"cannot be read: {error.strerror}") from None
     except ValueError:  # a null byte, or text that file names cannot hold
         raise NotFoundError(f"{str(path)!r}: no such file") from None
+
+
+def open_regular(path: str | Path, name: str | Path) -> BinaryIO:
+    """Like :func:`open_regular_file`, with the system's own errors; `name` is what messages call the file."""
+    _check_regular(os.stat(path), name)  # first: opening a device can do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        _check_regular(os.fstat(descriptor), path)
+        _check_regular(os.fstat(descriptor), name)
         return open(descriptor, "rb")
     except BaseException:
         with suppress(OSError):

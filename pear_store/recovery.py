@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pear_store.checkpoint import tensor_names
 from pear_store.digest import Digest, from_digest, is_digest, tensor_digest
+from pear_store.directory import open_folder
 from pear_store.errors import DamagedError, NotFoundError, from_os_error
 from pear_store.index import (
     NO_PACK,
@@ -30,7 +32,7 @@ from pear_store.index import (
 )
 from pear_store.manifest import manifest_hash
 from pear_store.opened import name_row
-from pear_store.pack import Records, bare_header, pack_path, read_records, sync_directory
+from pear_store.pack import Records, bare_header, open_pack, pack_path, read_records
 
 
 @dataclass
@@ -55,33 +57,29 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
         NotFoundError: there are no packs.
         DiskFullError: no space for a second index; nothing was changed.
     """
-    import shutil  # here, as in pear_store.store
-
     path = Path(path)
     if not (path / "packs").is_dir():
         raise NotFoundError(f"{path}: no store there: expected a folder 'packs'")
     result = Rebuilt()
     try:
-        with write_lock(path):
-            fresh = path / "index.new"
-            shutil.rmtree(fresh, ignore_errors=True)
-            work = path / "index.build"
-            shutil.rmtree(work, ignore_errors=True)
-            for folder in (work, path / "tmp"):
-                folder.mkdir(exist_ok=True)
-            index = open_index(work, create=True)
+        with write_lock(path), open_folder(path) as store:
+            store.remove_index("index.new")
+            store.remove_index("index.build")
+            with store.folder("index.build", create=True), store.folder("tmp", create=True):
+                index = open_index(path / "index.build", create=True)
             try:
                 index.fill(lambda view: _fill(view, path, result, progress))
             finally:
                 release_index(index)
-            sync_directory(work)
-            work.rename(fresh)
-            if (path / "index").exists():
-                old = path / f"index.old-{time.time_ns()}"
-                (path / "index").rename(old)
-                result.old_index = str(old)
-            fresh.rename(path / "index")
-            sync_directory(path)
+            with store.folder("index.build") as built:
+                built.sync()
+            store.rename("index.build", "index.new")
+            with suppress(FileNotFoundError):
+                old = f"index.old-{time.time_ns()}"
+                store.rename("index", old)  # a link, too: what it leads to is not touched
+                result.old_index = str(path / old)
+            store.rename("index.new", "index")
+            store.sync()
     except OSError as error:
         raise from_os_error(error, path) from None
     return result
@@ -140,8 +138,11 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
     except DamagedError as error:
         bare = bare_header(file)
         if bare is None:
-            (path / "damaged").mkdir(exist_ok=True)
-            file.rename(path / "damaged" / file.name)  # gc would take it for an orphan
+            with (
+                open_folder(path) as store, store.folder("damaged", create=True) as damaged,
+                open_folder(path, "packs", file.parent.name) as folder,
+            ):  # fmt: skip
+                folder.rename(file.name, file.name, damaged)  # gc would take it for an orphan
             result.problems.append(f"{error.what}: {error.found}; moved to {path / 'damaged'}")
             return
         result.problems.append(f"{error.what}: {error.found}; its tensors are kept, the versions it recorded are not")
@@ -189,10 +190,10 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
 
 def _is_good(path: Path, digest: Digest, row: TensorRow) -> bool:
     try:
-        with open(pack_path(path, row.pack), "rb") as file:
+        with open_pack(pack_path(path, row.pack)) as file:
             file.seek(row.offset)
             return tensor_digest(row.dtype, row.shape, file.read(row.length)) == digest
-    except OSError:
+    except (OSError, DamagedError):
         return False
 
 

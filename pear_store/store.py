@@ -13,6 +13,7 @@ from types import TracebackType
 from pear_store import gc, mounts
 from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
 from pear_store.digest import Digest, RawTensor, fresh_name, from_digest
+from pear_store.directory import open_folder, sync_directory
 from pear_store.errors import (
     DamagedError,
     DamagedIndexError,
@@ -43,7 +44,7 @@ from pear_store.index import (
 from pear_store.loading import Group, Loaded, Refused, load_groups
 from pear_store.manifest import manifest_hash, with_plain_names
 from pear_store.opened import OpenStore, PackGoneError, is_store, name_row, version_row
-from pear_store.pack import PackedTag, PackedVersion, Records, WrittenPack, sync_directory, write_pack
+from pear_store.pack import PackedTag, PackedVersion, Records, WrittenPack, write_pack
 from pear_store.reading import Access
 from pear_store.sources import Source
 
@@ -203,12 +204,15 @@ class Store:
                 raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
             if any((path / "packs").glob("*/*.safetensors")):
                 raise FormatError(f"{path}: packs without an index; 'pear-store rebuild' makes it anew from them")
-            for part in (path / "packs", path / "tmp", fresh):
-                part.mkdir(parents=True, exist_ok=True)
-            (path / "lock").touch()
-            release_index(open_index(fresh, create=True))
-            sync_directory(fresh)
-            os.rename(fresh, path / "index")  # whole or not at all; fails if another process was first
+            path.mkdir(parents=True, exist_ok=True)
+            with open_folder(path) as root:
+                for part in ("packs", "tmp", fresh.name):
+                    with root.folder(part, create=True):
+                        pass
+                os.close(root.open("lock", os.O_RDWR | os.O_CREAT))
+                release_index(open_index(fresh, create=True))
+                sync_directory(fresh)
+                root.rename(fresh.name, "index")  # whole or not at all; fails if another process was first
             for folder in {path, path.parent, *(folder.parent for folder in new)}:
                 sync_directory(folder)
         except NotADirectoryError:
@@ -216,9 +220,8 @@ class Store:
         except OSError as error:
             if not is_store(path):
                 raise from_os_error(error, path) from None
-        import shutil  # here: it takes longer to import than a store to open
-
-        shutil.rmtree(fresh, ignore_errors=True)
+        with open_folder(path) as root:
+            root.remove_index(fresh.name)
         return cls(path)
 
     def close(self) -> None:

@@ -1,0 +1,180 @@
+"""A store's own folders and files: opened without following links, and changed relative to the open folder.
+
+What lies in a store may have come with a copy or an archive: a link in the place of a folder, a pipe in the place of a
+file. Nothing behind a link is created, renamed or deleted. Only regular files with Pear's own names are deleted.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pear_store.errors import FormatError, PearStoreError
+
+PACK_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+WRITTEN_NAME = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.safetensors")
+"""Of files in tmp/"""
+FAN_NAME = re.compile(r"[0-9a-f]{2}")
+"""Of the folders in packs/"""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_INDEX_FILES = ("data.mdb", "lock.mdb")
+
+
+class Folder:
+    """An open folder of a store; its methods take names of what lies in it."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.descriptor))
+
+    def look(self, name: str) -> os.stat_result:
+        """Of the entry itself, not of what a link leads to."""
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def is_file(self, name: str) -> bool:
+        """Whether it is a regular file, and no link to one."""
+        return stat.S_ISREG(self.look(name).st_mode)
+
+    def is_folder(self, name: str) -> bool:
+        return stat.S_ISDIR(self.look(name).st_mode)
+
+    def open(self, name: str, flags: int) -> int:
+        """The descriptor of a regular file.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        with suppress(FileNotFoundError):
+            self.check(name)  # first: opening a device can do something
+        descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            self.check(name)
+        return descriptor
+
+    def unlink(self, name: str) -> bool:
+        """Deletes a regular file; says whether there was one."""
+        try:
+            if not self.is_file(name):
+                return False
+            os.unlink(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def rename(self, name: str, to: str, folder: "Folder | None" = None) -> None:
+        os.rename(name, to, src_dir_fd=self.descriptor, dst_dir_fd=(folder or self).descriptor)
+
+    def link(self, name: str, to: str, folder: "Folder") -> None:
+        """Gives a file a second name in another folder."""
+        os.link(name, to, src_dir_fd=self.descriptor, dst_dir_fd=folder.descriptor, follow_symlinks=False)
+
+    def sync(self) -> None:
+        """Makes renames and new files in it durable."""
+        os.fsync(self.descriptor)
+
+    @contextmanager
+    def folder(self, name: str, create: bool = False) -> Iterator["Folder"]:
+        """A folder in this one; made durably if it is not there and may be created.
+
+        Raises:
+            FormatError: a link or something else is in its place.
+        """
+        try:
+            descriptor = self._open_folder(name)
+        except FileNotFoundError:
+            if not create:
+                raise
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=self.descriptor)
+                self.sync()
+            descriptor = self._open_folder(name)
+        try:
+            yield Folder(self.path / name, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _open_folder(self, name: str) -> int:
+        try:
+            return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.descriptor)
+        except NotADirectoryError:
+            self.check(name, stat.S_IFDIR)
+            raise
+
+    def check(self, name: str, kind: int = stat.S_IFREG) -> None:
+        """Raises a FormatError if there is something of another kind, a link included."""
+        found = stat.S_IFMT(self.look(name).st_mode)
+        if found != kind:
+            raise FormatError(
+                f"{self.path / name}: {_KINDS.get(found, 'a device')}, expected {_KINDS[kind]} of the store's own; "
+                "nothing behind it was touched: put the right one in its place, or move it away"
+            )
+
+    def remove_index(self, name: str) -> None:
+        """Deletes the folder of an index that is not in use.
+
+        Raises:
+            PearStoreError: there is something else in it, which stays.
+        """
+        try:
+            with self.folder(name) as index:
+                for file in _INDEX_FILES:
+                    index.unlink(file)
+                if left := index.names():
+                    raise PearStoreError(f"{index.path / left[0]}: not a file of Pear's; move it away and run again")
+            os.rmdir(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            pass
+
+
+@contextmanager
+def open_folder(root: Path, *names: str, create: bool = False) -> Iterator[Folder]:
+    """A store's directory, which may be a link, or a folder in it, which may not; `create`: the last one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: a link or something else is in its place.
+    """
+    descriptor = os.open(root, _FOLDER)
+    try:
+        found = Folder(root, descriptor)
+        if not names:
+            yield found
+        elif len(names) == 1:
+            with found.folder(names[0], create) as inner:
+                yield inner
+        else:
+            with found.folder(names[0]) as outer, outer.folder(names[1], create) as inner:
+                yield inner
+    finally:
+        os.close(descriptor)
+
+
+def check_index(path: Path) -> None:
+    """That an index is a folder of its own with regular files, or is not there.
+
+    Raises:
+        FormatError: it is not.
+    """
+    with suppress(FileNotFoundError), open_folder(path.parent, path.name) as index:
+        for name in _INDEX_FILES:
+            with suppress(FileNotFoundError):
+                index.check(name)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new files in a directory durable."""
+    with open_folder(path) as folder:
+        folder.sync()
+
+
+_KINDS = {
+    stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}  # fmt: skip
