@@ -43,19 +43,21 @@ def test_a_child_forked_while_threads_use_the_store_uses_it_too(store: Store, wo
 def test_a_child_leaves_the_lock_to_its_parent(store: Store) -> None:
     """The lock is one for both as long as the child has the file open, too."""
     store.add(small_task())
-    born, stay, gone = multiprocessing.Event(), multiprocessing.Event(), []
+    born, stay = os.pipe(), os.pipe()
+    gone: list[int] = []
 
     def fork_in_the_write(view: object) -> None:
         child = os.fork()
         if child == 0:
-            born.set()
-            stay.wait(LIMIT_S)
+            os.write(born[1], b"!")
+            os.close(stay[1])
+            os.read(stay[0], 1)
             os._exit(0)
         gone.append(child)
 
     store._open.write(fork_in_the_write)
     try:
-        assert born.wait(LIMIT_S)
+        assert os.read(born[0], 1) == b"!"
         with open(store.path / "lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the child still has it
         with open(store.path / "lock", "rb") as file:
@@ -64,7 +66,8 @@ def test_a_child_leaves_the_lock_to_its_parent(store: Store) -> None:
             with open(store.path / "lock", "rb") as other, pytest.raises(BlockingIOError):  # no child gives it away
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
-        stay.set()
+        for end in (*born, *stay):
+            os.close(end)
         os.waitpid(gone[0], 0)
 
 
