@@ -52,7 +52,7 @@ def test_the_whole_round(where: Path) -> None:
     assert json.loads(run(*store, "rm", "svhn", "--yes", "--json").stdout)[0]["task"] == "svhn"
     done = json.loads(run(*store, "gc", "--yes", "--json").stdout)
     assert done == {"removed_versions": 0, "removed_tensors": 4, "removed_bytes": size, "kept_tensors": 4,
-                    "kept_bytes": size, "dead_bytes": size, "dry_run": False}  # fmt: skip
+                    "kept_bytes": size, "dead_bytes": size, "dry_run": False, "foreign": []}  # fmt: skip
     assert [row["task"] for row in json.loads(run(*store, "ls", "--json", "--all").stdout)] == ["dtd"]
 
 
