@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +27,7 @@ TAG_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 _FLOATS = ("F32", "F16", "BF16")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_MAX_NAME = 1000
 _REQUIRED = (
     "format", "task", "backbone", "activation", "adapters", "positions", "head", "labels", "preprocess",
     "metrics", "training",
@@ -225,8 +226,9 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
 
 
 def natural_key(position: str) -> list[tuple[int, str]]:
-    """Sort key that puts blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in position.split(".")]
+    """Sort key that puts blocks.2 before blocks.10, and words before numbers."""
+    parts = ((part, part.lstrip("0")) for part in position.split("."))
+    return [(len(number), number) if part.isascii() and part.isdigit() else (0, part) for part, number in parts]
 
 
 def outer_part(entry: Mapping[str, Any]) -> str:
@@ -298,9 +300,11 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         backbone.get("digest")
     ):
         yield "field 'backbone': expected a model name and a digest 'sha256:' + 64 hex digits"
+    yield from _name_problems("field 'backbone'", [backbone["model"]])
     for key in ("metrics", "training"):
         if not isinstance(record[key], dict):
             yield f"field {key!r}: expected an object"
+    yield from _name_problems("field 'metrics'", record["metrics"])
     structure = _structure_key(record, tensors)
     named = None if structure is None else _GOOD_STRUCTURES.get(structure)
     if named is None:
@@ -314,6 +318,13 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
     head = record["head"]
     if unnamed := tensors.keys() - named - (set() if head is None else _head_names(head)):
         yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
+
+
+def _name_problems(where: str, names: Iterable[Any]) -> Iterator[str]:
+    for name in names:
+        if not isinstance(name, str) or len(name) > _MAX_NAME or CONTROL.search(name):
+            expected = f"at most {_MAX_NAME} characters, none of them a control character"
+            yield f"{where}: name {_short(name)}: expected {expected}"
 
 
 PARTS = ("down", "up", "basis")
@@ -339,6 +350,7 @@ def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[s
     shapes: dict[str, tuple[int, int]] = {}
     if not isinstance(record["adapters"], dict):
         yield "field 'adapters': expected an object"
+    yield from _name_problems("field 'adapters'", record["adapters"])
     for name, entry in record["adapters"].items():
         try:
             shapes[name] = _adapter_shape(entry, tensors)
@@ -391,6 +403,7 @@ def _coded_shape(
 def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     if not isinstance(positions, dict):
         yield "field 'positions': expected an object"
+    yield from _name_problems("field 'positions'", positions)
     for position, branches in positions.items():
         field_name = f"field 'positions', {_short(position)}"
         if not (isinstance(branches, list) and branches):

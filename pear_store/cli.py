@@ -1,6 +1,6 @@
 """The pear-store command: a thin twin of :class:`pear_store.Store`."""
 
-import json
+import math
 import os
 import sys
 import warnings
@@ -25,11 +25,12 @@ from pear_store.reading import Access
 from pear_store.recovery import rebuild as rebuild_store
 from pear_store.sources import Source
 from pear_store.store import Added, Store, Version
+from pear_store.terminal import PrintableGroup, echo, echo_json, echo_table
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class StoreGroup(click.Group):
+class StoreGroup(PrintableGroup):
     """Turns a PearStoreError into one stderr line and that error's exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
@@ -37,12 +38,12 @@ class StoreGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PearStoreError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    click.echo(f"Warning: {message}", err=True)
+    echo(f"Warning: {message}", err=True)
 
 
 def _keep_store(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
@@ -83,18 +84,6 @@ def _path(ctx: click.Context | None = None) -> Path:
     return chosen or user_data_path("pear") / "store"
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from tabulate import tabulate
-
-    click.echo(
-        tabulate(rows, headers="keys", disable_numparse=True, colalign=["left"] + ["right"] * (len(rows[0]) - 1))
-    )
-
-
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
     """Names of tasks, and after ``@`` their versions and tags."""
     try:
@@ -126,9 +115,9 @@ def init(as_json: bool) -> None:
     with Store.create(path):
         pass
     if as_json:
-        _print_json({"store": str(path)})
+        echo_json({"store": str(path)})
     else:
-        click.echo(f"store at {path}")
+        echo(f"store at {path}")
 
 
 @main.command()
@@ -162,13 +151,13 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: t
             if isinstance(result, Refused):
                 exit_code = exit_code or result.error.exit_code
                 rows.append({"file": file, "error": str(result.error)})
-                click.echo(f"Error: {result.error}", err=True)
+                echo(f"Error: {result.error}", err=True)
             else:
                 rows.append({"file": file, **asdict(result)})
                 if not as_json:
-                    click.echo(_added_line(result))
+                    echo(_added_line(result))
     if as_json:
-        _print_json(rows)
+        echo_json(rows)
     if stop is not None:
         raise stop
     ctx.exit(exit_code)
@@ -190,9 +179,9 @@ def ls(every: bool, as_json: bool) -> None:
     with Store(_path()) as store:
         versions = store.versions() if every else store.tasks()
     if as_json:
-        _print_json([_version_json(version) for version in versions])
+        echo_json([_version_json(version) for version in versions])
     elif versions:
-        _print_table([_version_row(version) for version in versions])
+        echo_table([_version_row(version) for version in versions])
 
 
 def _version_json(version: Version) -> dict[str, Any]:
@@ -223,14 +212,14 @@ def show(reference: str, as_json: bool) -> None:
         version = store.resolve(reference)
         task = store.get(f"{version.task}@{version.version}", copy=False)
     if as_json:
-        _print_json({**_version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)})
+        echo_json({**_version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)})
         return
-    click.echo(f"{version.task}@{version.version}, added {_time(version.time_ns)}, {version.size_bytes:,} tensor bytes")
-    click.echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
-    click.echo(f"activation  {task.activation}")
-    click.echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
+    echo(f"{version.task}@{version.version}, added {_time(version.time_ns)}, {version.size_bytes:,} tensor bytes")
+    echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
+    echo(f"activation  {task.activation}")
+    echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
     for key, value in task.record["metrics"].items():
-        click.echo(f"{key:<11} {value}")
+        echo(f"{key:<11} {value}")
     rows = []
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
@@ -240,7 +229,7 @@ def show(reference: str, as_json: bool) -> None:
             rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
     if rows:
-        _print_table(rows)
+        echo_table(rows)
 
 
 @main.command()
@@ -252,9 +241,9 @@ def log(reference: str, as_json: bool) -> None:
     with Store(_path()) as store:
         versions = store.versions(store.resolve(reference).task)[::-1]
     if as_json:
-        _print_json([{**_version_json(v), "tags": list(v.tags), "time_ns": v.time_ns} for v in versions])
+        echo_json([{**_version_json(v), "tags": list(v.tags), "time_ns": v.time_ns} for v in versions])
     else:
-        _print_table([_version_row(version) for version in versions])
+        echo_table([_version_row(version) for version in versions])
 
 
 @main.command()
@@ -268,7 +257,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
         found = store.diff(a, b)
     if as_json:
         value = asdict(found)
-        _print_json({**value, "a": _version_json(found.a), "b": _version_json(found.b)})
+        echo_json({**value, "a": _version_json(found.a), "b": _version_json(found.b)})
         return
     rows = [
         {"position": p.position, "change": p.change, "shared": f"{p.shared_bytes:,}", "only first":
@@ -276,10 +265,10 @@ def diff(a: str, b: str, as_json: bool) -> None:
         for p in sorted(found.positions, key=lambda p: natural_key(p.position))
     ]  # fmt: skip
     if rows:
-        _print_table(rows)
-    click.echo(f"head        {found.head}")
-    click.echo(f"record      {'differs in ' + ', '.join(found.fields) if found.fields else 'equal'}")
-    click.echo(
+        echo_table(rows)
+    echo(f"head        {found.head}")
+    echo(f"record      {'differs in ' + ', '.join(found.fields) if found.fields else 'equal'}")
+    echo(
         f"bytes       {found.shared_bytes:,} shared, {found.only_a_bytes:,} only in {found.a.task}@{found.a.version}, "
         f"{found.only_b_bytes:,} only in {found.b.task}@{found.b.version}"
     )
@@ -298,10 +287,10 @@ def tag(reference: str, tag: str | None, delete: bool, as_json: bool) -> None:
     with Store(_path()) as store:
         version = store.untag(reference) if tag is None else store.tag(reference, tag)
     if as_json:
-        _print_json({**_version_json(version), "tags": list(version.tags)})
+        echo_json({**_version_json(version), "tags": list(version.tags)})
     else:
         name = reference if tag is None else f"{version.task}@{tag}"
-        click.echo(f"{'removed tag' if delete else 'tagged'} {name}: version {version.version}")
+        echo(f"{'removed tag' if delete else 'tagged'} {name}: version {version.version}")
 
 
 @main.command()
@@ -320,9 +309,9 @@ def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> 
                 click.confirm(f"Remove {names}?", abort=True, err=True)
             found = store.remove(*references)
     if as_json:
-        _print_json([_version_json(version) for version in found])
+        echo_json([_version_json(version) for version in found])
     else:
-        click.echo(f"{'would remove' if dry_run else 'removed'} {names}")
+        echo(f"{'would remove' if dry_run else 'removed'} {names}")
 
 
 class Duration(click.ParamType[float]):
@@ -331,14 +320,14 @@ class Duration(click.ParamType[float]):
     name = "age"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}.get(str(value)[-1:])
+        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}.get(str(value)[-1:], math.nan)
         try:
-            return float(str(value)[:-1]) * (unit or float("nan")) if unit else self._bad(value)
+            seconds = float(str(value)[:-1]) * unit
         except ValueError:
-            return self._bad(value)
-
-    def _bad(self, value: Any) -> float:
-        self.fail(f"{value!r}: expected a number and s, m, h, d or w, such as 90d")
+            seconds = math.nan
+        if not 0 <= seconds < 1e12:
+            self.fail(f"{value!r}: expected a number and s, m, h, d or w, such as 90d")
+        return seconds
 
 
 @main.command()
@@ -364,10 +353,10 @@ def gc(keep: int | None, older_than: float | None, repack_all: bool, as_json: bo
                 )  # fmt: skip
         result = store.gc(dry_run, repack_all, keep, older_than)
     if as_json:
-        _print_json(asdict(result))
+        echo_json(asdict(result))
         return
     versions = f"{result.removed_versions} versions, " if result.removed_versions else ""
-    click.echo(
+    echo(
         f"{'would remove' if dry_run else 'removed'} {versions}{result.removed_tensors} tensors, "
         f"{result.removed_bytes:,} bytes; kept {result.kept_tensors} tensors, {result.kept_bytes:,} bytes; "
         f"{result.dead_bytes:,} dead bytes in packs"
@@ -375,7 +364,7 @@ def gc(keep: int | None, older_than: float | None, repack_all: bool, as_json: bo
     for path in result.foreign:
         click.echo(f"not Pear's, left alone: {path}", err=True)
     if result.dead_bytes * 10 > result.kept_bytes and not repack_all:
-        click.echo("the dead bytes lie beside live ones in packs that stay; --repack-all frees them", err=True)
+        echo("the dead bytes lie beside live ones in packs that stay; --repack-all frees them", err=True)
 
 
 class Subset(click.ParamType[tuple[int, int]]):
@@ -387,7 +376,8 @@ class Subset(click.ParamType[tuple[int, int]]):
         if isinstance(value, tuple):
             return value
         part, _, parts = str(value).partition("/")
-        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        digits = part.isdecimal() and parts.isdecimal() and len(part) < 10 and len(parts) < 10
+        if not (digits and 1 <= int(part) <= int(parts)):
             self.fail(f"{value!r}: expected n/t with n from 1 to t, such as 1/7")
         return int(part), int(parts)
 
@@ -408,25 +398,26 @@ def verify(ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tupl
         raise click.UsageError("COPIES go with --repair")
     if mend:
         mended = repair(_path(), copies)
-        click.echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
+        echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
     report = verify_store(_path(), subset)
     if as_json:
-        _print_json(asdict(report))
+        echo_json(asdict(report))
     else:
-        click.echo(f"{report.tensors:,} tensors in {report.packs:,} packs, {report.bytes:,} bytes hashed")
+        echo(f"{report.tensors:,} tensors in {report.packs:,} packs, {report.bytes:,} bytes hashed")
         if report.index:
-            click.echo(f"index: {report.index}")
+            echo(f"index: {report.index}")
         for pack in report.damaged_packs:
-            click.echo(f"damaged pack {pack}")
+            echo(f"damaged pack {pack}")
         _print_damage("tensor", report.damaged)
         _print_damage("manifest", report.damaged_manifests)
-        click.echo("all good" if report.ok else "\n".join(report.advice))
+        for line in ["all good"] if report.ok else report.advice:
+            echo(line)
     ctx.exit(0 if report.ok else 5)
 
 
 def _print_damage(kind: str, found: list[Damage]) -> None:
     for damage in found:
-        click.echo(f"damaged or missing {kind} {damage.digest}: hits {', '.join(damage.versions) or 'no version'}")
+        echo(f"damaged or missing {kind} {damage.digest}: hits {', '.join(damage.versions) or 'no version'}")
 
 
 @main.command()
@@ -436,13 +427,13 @@ def rebuild(as_json: bool) -> None:
     """Make the index anew from the packs alone; the old one is kept beside it."""
     found = rebuild_store(_path())
     if as_json:
-        _print_json(asdict(found))
+        echo_json(asdict(found))
         return
     for problem in found.problems:
-        click.echo(f"Warning: {problem}", err=True)
-    click.echo(f"{found.tasks} tasks, {found.versions} versions, {found.tensors} tensors from {found.packs} packs")
+        echo(f"Warning: {problem}", err=True)
+    echo(f"{found.tasks} tasks, {found.versions} versions, {found.tensors} tensors from {found.packs} packs")
     if found.old_index:
-        click.echo(f"the old index is in {found.old_index}; remove it when 'pear-store verify' finds all good")
+        echo(f"the old index is in {found.old_index}; remove it when 'pear-store verify' finds all good")
 
 
 @main.command()
@@ -459,9 +450,9 @@ def export(reference: str, file: Path, force: bool, as_json: bool) -> None:
         version = store.resolve(reference)
         size = store.export(f"{version.task}@{version.version}", file)
     if as_json:
-        _print_json({"task": version.task, "version": version.version, "file": str(file), "file_bytes": size})
+        echo_json({"task": version.task, "version": version.version, "file": str(file), "file_bytes": size})
     else:
-        click.echo(f"wrote {version.task}@{version.version} to {file}, {size:,} bytes")
+        echo(f"wrote {version.task}@{version.version} to {file}, {size:,} bytes")
 
 
 @main.command()
@@ -472,10 +463,10 @@ def stats(as_json: bool) -> None:
     with Store(_path()) as store:
         result = store.stats()
     if as_json:
-        _print_json(asdict(result))
+        echo_json(asdict(result))
         return
     for key, value in asdict(result).items():
-        click.echo(f"{key.replace('_', ' '):<14} {value:>16,}")
+        echo(f"{key.replace('_', ' '):<14} {value:>16,}")
 
 
 @main.command()
@@ -494,7 +485,7 @@ def plot(file: Path, references: tuple[str, ...]) -> None:
             plotting.plot(store, file, references)
         except ImportError as error:
             raise PearStoreError(f"plot needs matplotlib: {error}; pip install 'pear-adapters[demo]'") from None
-    click.echo(f"wrote {file}")
+    echo(f"wrote {file}")
 
 
 @main.command("import-peft")
@@ -544,9 +535,9 @@ def import_peft(
     with Store(_path()) as store:
         result = store.add(task)
     if as_json:
-        _print_json([{"file": str(folder), **asdict(result)}])
+        echo_json([{"file": str(folder), **asdict(result)}])
     else:
-        click.echo(_added_line(result))
+        echo(_added_line(result))
 
 
 def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
@@ -573,12 +564,12 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
         task = store.get(reference, copy=False)
         described = peft.describe_backbone(task.backbone_model, weights)
         if described is None:
-            click.echo(f"Warning: {task.backbone_model} is not known here: positions were not checked", err=True)
+            echo(f"Warning: {task.backbone_model} is not known here: positions were not checked", err=True)
         head = described["head"] if described else "head"
         if head is None:
             raise PearStoreError(f"{task.backbone_model} has several classifiers: PEFT cannot hold the task's one head")
         peft.export_peft(task, folder, linears=described["linears"] if described else None, head=head)
-    click.echo(f"wrote {folder}")
+    echo(f"wrote {folder}")
 
 
 @main.command()

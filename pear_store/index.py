@@ -544,7 +544,7 @@ class Index:
             for size in _MAP_BYTES:
                 try:
                     self._env = _open_environment(
-                        str(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
+                        os.fsencode(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
                         writemap=False, metasync=True,
                         readahead=False,  # a fault would read megabytes around a page
                     )  # fmt: skip
@@ -771,7 +771,7 @@ os.register_at_fork(
 )
 
 
-def _open_environment(path: str, **options: Any) -> lmdb.Environment:
+def _open_environment(path: bytes, **options: Any) -> lmdb.Environment:
     """lmdb.open, also in a forked child: py-lmdb refuses what it believes this process to have open, and in a child it
     believes that of what the parent has open."""
     if not _processes.parents:

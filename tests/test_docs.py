@@ -73,6 +73,9 @@ def test_the_promises_name_tests_that_exist() -> None:
             "test_property",
             "test_checkpoint",
             "test_hostile",
+            "test_terminal",
+            "test_reading",
+            "test_foreign",
         )
 
 

@@ -1,0 +1,62 @@
+"""What reaches a terminal: lines without control characters. All commands print through here."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+Row = Mapping[str, Any]
+
+
+def printable(value: object) -> str:
+    r"""A value's text on one line: what a terminal would obey or could not show is escaped, as ``\x1b``."""
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
+def echo(line: object = "", err: bool = False) -> None:
+    """Prints one line; characters that the stream's encoding lacks are escaped, too."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def echo_json(value: Any) -> None:
+    """Prints one JSON value, in ASCII."""
+    click.echo(json.dumps(value, allow_nan=False))
+
+
+def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **settings: Any) -> None:
+    """Prints rows under their keys; by default the first column is aligned left, the others right."""
+    from tabulate import tabulate
+
+    shown = [{printable(key): printable(value) for key, value in row.items()} for row in rows]
+    align = colalign or ["left"] + ["right"] * (len(rows[0]) - 1)
+    for line in tabulate(shown, headers="keys", disable_numparse=True, colalign=align, **settings).splitlines():
+        echo(line)
+
+
+class PrintableGroup(click.Group):
+    """A group of commands whose usage errors, too, are printable."""
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **settings)
+        except click.ClickException as error:
+            vars(error)["message"] = printable(error.message)
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = printable(error.message)
+            raise
