@@ -462,6 +462,9 @@ def _preprocess_problems(preprocess: Any) -> Iterator[str]:
     for key, (good, expected) in checks.items():
         if key not in preprocess or not good(preprocess[key]):
             yield f"field 'preprocess', {key!r}: expected {expected}, found {_short(preprocess.get(key))}"
+    reading = preprocess.get("reading", 0)  # which of these rules it knows is the router's to say
+    if type(reading) is not int or reading < 0:
+        yield f"field 'preprocess', 'reading': expected an integer of at least 0, found {_short(reading)}"
 
 
 def _tensor(

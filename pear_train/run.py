@@ -20,6 +20,7 @@ from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
 from router import AdaptedBackbone, Backbone, BackboneError, PositionWeights, Preprocess, add_branch, choose_positions
+from router.pictures import READING
 from router.precision import fast_precision
 
 EVAL_BATCH = 100
@@ -39,6 +40,7 @@ def preprocess_record(backbone: Backbone, img_size: int | None) -> dict[str, Any
         "interpolation": config.get("interpolation", "bicubic"),
         "crop_pct": 1.0,
         "crop_mode": "squash",
+        "reading": READING,
     }
 
 

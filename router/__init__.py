@@ -12,7 +12,8 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.ops import PositionWeights, add_branch
-from router.preprocess import Prepared, Preprocess, decode, open_image, prepare
+from router.pictures import Limits, open_image
+from router.preprocess import Prepared, Preprocess, decode, prepare
 from router.router import Predictions, Router
 from router.slots import SlotStats
 
@@ -22,6 +23,7 @@ __all__ = [
     "BackboneError",
     "ClosedError",
     "ImageError",
+    "Limits",
     "PositionWeights",
     "Predictions",
     "Prepared",

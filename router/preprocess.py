@@ -4,7 +4,7 @@ Images are decoded and resized in worker threads (Pillow releases the GIL). Work
 an image asked for several times is opened once, and prepared once for each preprocessing.
 """
 
-import io
+import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,29 +13,41 @@ from functools import cache
 from os import PathLike, fspath
 from typing import Any
 
-import fsspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 
 from router.errors import ImageError
+from router.pictures import LIMITS, ImageLike, Limits, Picture, check_reading, errors_named, opened
 
-ImageLike = Image.Image | NDArray[np.uint8] | str | PathLike[str]
-"""A PIL image, a uint8 array [h, w], [h, w, 1] or [h, w, 3], or a path or URL that fsspec opens."""
+MAX_ASPECT = 256
+"""Of pictures that are resized in proportion; to 224 pixels in height, such a one has 13 megapixels."""
 
 
 class Preprocess:
-    """timm's evaluation transform in two steps: to pixels of the input size, then normalised."""
+    """A task's way to read pictures, then timm's evaluation transform: to pixels of the input size, then normalised.
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    Args:
+        record: a task's `preprocess`.
+        limits: what may be opened as a picture.
+
+    Raises:
+        RouterError: the record asks for a way of reading that this Pear does not know.
+    """
+
+    def __init__(self, record: Mapping[str, Any], limits: Limits = LIMITS) -> None:
+        self.reading = check_reading(record)
+        self.limits = limits
         self.size: tuple[int, int] = (int(record["input_size"][1]), int(record["input_size"][2]))
-        self.key = tuple(
-            tuple(record[name]) if isinstance(record[name], list | tuple) else record[name]
-            for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        self.key = (
+            self.reading,
+            *(
+                tuple(record[name]) if isinstance(record[name], list | tuple) else record[name]
+                for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+            ),
         )
+        self._mode: str = record["crop_mode"]
+        self._resized = [math.floor(side / float(record["crop_pct"])) for side in self.size]
         self._mean = torch.tensor(record["mean"], dtype=torch.float32).view(1, 3, 1, 1)
         self._std = torch.tensor(record["std"], dtype=torch.float32).view(1, 3, 1, 1)
         self._transform = transforms_imagenet_eval(
@@ -48,9 +60,38 @@ class Preprocess:
         )
 
     def pixels(self, image: ImageLike) -> Tensor:
-        """uint8 [3, h, w] of the input size."""
-        pixels: Tensor = self._transform(open_image(image))
+        """uint8 [3, h, w] of the input size.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        with opened(image, self.limits) as picture:
+            return self.resized(picture)
+
+    def resized(self, picture: Picture) -> Tensor:
+        """uint8 [3, h, w] of the input size.
+
+        Raises:
+            ImageError: the picture cannot be decoded, or is too long to be resized.
+        """
+        rgb = picture.rgb(self.reading)
+        if not self._can_resize(*rgb.size):
+            raise ImageError(
+                f"{picture.name}: {rgb.width} x {rgb.height} pixels are too long: this task keeps "
+                "proportions, and cannot resize such to its input size: cut it into pieces"
+            )
+        with errors_named(picture.name):
+            pixels: Tensor = self._transform(rgb)
         return pixels
+
+    def _can_resize(self, width: int, height: int) -> bool:
+        """Whether resizing in proportion leaves a pixel of either side, and no more memory than MAX_ASPECT allows."""
+        if self._mode == "squash":
+            return True
+        ratios = (width / self._resized[1], height / self._resized[0])
+        ratio = max(ratios) if self._mode == "border" else min(ratios)
+        sides = (round(width / ratio), round(height / ratio))
+        return min(sides) >= 1 and sides[0] * sides[1] <= MAX_ASPECT * self._resized[0] * self._resized[1]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """float32 [batch, 3, h, w] from uint8 [batch, 3, h, w], on its device."""
@@ -112,22 +153,29 @@ def decode(images: Sequence[ImageLike], ways: Sequence[Preprocess]) -> list[Tens
     Rows with the same image (one object, or equal paths) and preprocessing are given the same tensor.
     """
     images = list(images)  # an array's rows are made anew at each look: hold them, for they are told apart by id
-    asked: dict[Hashable, tuple[ImageLike, dict[Hashable, Preprocess]]] = {}
-    names = [fspath(image) if isinstance(image, str | PathLike) else id(image) for image in images]
+    asked: dict[Hashable, tuple[ImageLike, Limits, dict[Hashable, Preprocess]]] = {}
+    sources = [fspath(image) if isinstance(image, str | PathLike) else id(image) for image in images]
+    names = [(source, way.limits) for source, way in zip(sources, ways, strict=True)]
     for name, image, way in zip(names, images, ways, strict=True):
-        asked.setdefault(name, (image, {}))[1].setdefault(way.key, way)
+        asked.setdefault(name, (image, way.limits, {}))[2].setdefault(way.key, way)
     run = _workers().map if len(asked) > 1 else map
     found = dict(zip(asked, run(_decode_one, asked.values()), strict=True))
     return [found[name][way.key] for name, way in zip(names, ways, strict=True)]
 
 
-def _decode_one(asked: tuple[ImageLike, dict[Hashable, Preprocess]]) -> dict[Hashable, Tensor | ImageError]:
-    image, ways = asked
+def _decode_one(asked: tuple[ImageLike, Limits, dict[Hashable, Preprocess]]) -> dict[Hashable, Tensor | ImageError]:
+    image, limits, ways = asked
+    found: dict[Hashable, Tensor | ImageError] = {}
     try:
-        opened = open_image(image)
+        with opened(image, limits) as picture:
+            for key, way in ways.items():
+                try:
+                    found[key] = way.resized(picture)
+                except ImageError as error:
+                    found[key] = error
     except ImageError as error:
         return dict.fromkeys(ways, error)
-    return {key: way.pixels(opened) for key, way in ways.items()}
+    return found
 
 
 @cache
@@ -136,38 +184,3 @@ def _workers() -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
-
-
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB PIL image.
-
-    Raises:
-        ImageError: what is given is no image, or cannot be read.
-    """
-    if isinstance(image, Image.Image):
-        try:
-            return image.convert("RGB")
-        except Exception as error:  # a lazily read file may be truncated, gone or of an odd mode
-            raise ImageError(f"image {getattr(image, 'filename', '') or image!r}: cannot be read: {error}") from None
-    if isinstance(image, np.ndarray):
-        shape = image.shape
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3)):
-            found = f"{image.dtype} {list(shape)}"
-            raise ImageError(f"array image {found}: expected uint8 [h, w], [h, w, 1] or [h, w, 3]")
-        if 0 in shape:
-            raise ImageError(f"array image {list(shape)} is empty")
-        return Image.fromarray(image.squeeze(2) if image.ndim == 3 and shape[2] == 1 else image).convert("RGB")
-    if isinstance(image, PathLike):
-        image = fspath(image)
-    if not isinstance(image, str):
-        raise ImageError(f"image of type {type(image).__name__}: expected a PIL image, a uint8 array or a path")
-    try:
-        with fsspec.open(image, "rb") as file:
-            data = file.read()
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"{image}: no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{image}: not an image that Pillow can read") from None
-    except Exception as error:  # whatever a file system of fsspec or a decoder of Pillow can raise
-        raise ImageError(f"{image}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None

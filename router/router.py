@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import NotFoundError, Store, Task, read_checkpoint
+from pear_store.reading import Access
 from router.backbone import AdaptedBackbone, Backbone, load_backbone, open_device
 from router.errors import (
     BackboneError,
@@ -28,8 +29,9 @@ from router.errors import (
     WrongBackboneError,
 )
 from router.merge import Merge, Merger
+from router.pictures import MAX_PIXELS, ImageLike, Limits, check_reading
 from router.precision import fast_precision
-from router.preprocess import ImageLike, Preprocess, prepare
+from router.preprocess import Preprocess, prepare
 from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape
 from router.trie import Ints, bucket, by_level, plan
 
@@ -37,7 +39,7 @@ SHARED_ROWS, SHARED_PIXELS_CPU = 512, 64 * 224 * 224
 """Most rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few,
 rows of several images have together at most so many pixels; rows of one, whose trunk runs once, may have more."""
 
-Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8]
+Images = Tensor | Sequence[ImageLike] | NDArray[np.uint8] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Router:
             not counted in slot_bytes.
         compile: run mixed batches through torch.compile; a string names its backend. Batches are padded to powers
             of two. Nothing is merged, and batches that share images run eagerly.
+        max_pixels: pictures with more pixels are refused before they are decoded.
+        access: which paths and URLs of pictures may be opened; by default all files, and URLs of usual protocols.
 
     Raises:
         RouterError: the backbone cannot be loaded.
@@ -128,11 +132,14 @@ class Router:
         slot_bytes: int | None = None,
         merge: Merge = "auto",
         compile: bool | str = False,
+        max_pixels: int = MAX_PIXELS,
+        access: Access | None = None,
     ) -> None:
         if merge not in (True, False, "auto"):
             raise RouterError(f"merge {merge!r}: expected 'auto', True or False")
         if slot_bytes is not None and slot_bytes < 1:
             raise RouterError(f"slot_bytes {slot_bytes}: expected at least 1, or None for no limit")
+        self._limits = Limits(max_pixels, access or Access())
         self._own_store = isinstance(store, str | Path)
         self.store = Store(store) if isinstance(store, str | Path) else store
         self.backbone = load_backbone(backbone, weights)
@@ -256,8 +263,9 @@ class Router:
         object or path again in a list, or a tensor expanded along the batch.
 
         Args:
-            images: float tensor [batch, 3, h, w], normalised; or a list of PIL images, uint8 arrays [h, w], [h, w, 1]
-                or [h, w, 3], or fsspec paths, to which each task's own preprocessing is applied.
+            images: float tensor [batch, 3, h, w], normalised; or a list of PIL images, uint8 or uint16 arrays [h, w],
+                [h, w, 1], [h, w, 3] or [h, w, 4], paths, URLs or files' bytes, to which each task's own preprocessing
+                is applied.
             task: ``name`` or ``name@version``; or one for each image.
 
         Raises:
@@ -428,7 +436,9 @@ class Router:
                     raise UnknownTaskError(str(error)) from None
                 self._check(name, task)
             self._count += 1
-            self._known[name] = _Known(Use(self._count, task, self._adapted.dtype), Preprocess(task.preprocess))
+            self._known[name] = _Known(
+                Use(self._count, task, self._adapted.dtype), Preprocess(task.preprocess, self._limits)
+            )
             self._live.add(self._count)
             return self._known[name]
 
@@ -452,6 +462,7 @@ class Router:
                 name, task.backbone_model, task.backbone_digest, self.backbone.name, self.backbone.digest
             )
         try:
+            check_reading(task.preprocess)
             if not task.positions.keys() <= self._adapted.widths.keys():
                 with self._device_lock:
                     self._adapted.attach(task.positions)
@@ -520,7 +531,7 @@ def _check_images(images: Images) -> None:
             raise ImageError(f"images {found}: expected a normalised float tensor [batch, 3, h, w]")
     elif isinstance(images, np.ndarray):
         if images.ndim != 4:
-            raise ImageError(f"images {images.dtype} {list(images.shape)}: expected an array [batch, h, w, 1 or 3]")
+            raise ImageError(f"images {images.dtype} {list(images.shape)}: expected an array [batch, h, w, 1, 3 or 4]")
     elif isinstance(images, str):
         raise ImageError(f"images is one path, {images!r}: expected a list of images")
     elif not isinstance(images, list | tuple):

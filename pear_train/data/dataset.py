@@ -14,7 +14,7 @@ from pear_store.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import Preprocess
-from router.preprocess import ImageLike
+from router.pictures import ImageLike
 
 LOOKED_FOR = (
     "a folder with one folder of images per class (or train/, val/ and test/ of such), a VTAB-1k folder with "

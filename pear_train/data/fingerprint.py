@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from router.preprocess import ImageLike
+from pear_store.reading import open_regular_file
+from router.pictures import ImageLike
 
 
 def picture_digest(image: ImageLike) -> str:
@@ -19,10 +21,12 @@ def picture_digest(image: ImageLike) -> str:
     """
     try:
         if isinstance(image, str | PathLike):
-            with open(image, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with open_regular_file(Path(image)) as file:
+                return hashlib.sha256(file.read()).hexdigest()
         if isinstance(image, Image.Image):
             values, told = image.tobytes(), f"{image.mode} {image.size} {image.getpalette()}"
+        elif isinstance(image, bytes):
+            values, told = image, "file"
         else:
             values, told = np.ascontiguousarray(image).tobytes(), f"{image.dtype} {image.shape}"
     except Exception:  # a broken file, in whatever way Pillow says so; the check before the first epoch names it

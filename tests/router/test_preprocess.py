@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 import router.preprocess
-from router import ImageError, Preprocess, decode, prepare
+from router import ImageError, Limits, Preprocess, decode, prepare
+from router.pictures import Picture
 from tests.makers import record
 
 
@@ -32,14 +34,13 @@ def files(tmp_path: Path) -> list[str]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each path, or kind of object, was opened."""
     count: Counter[str] = Counter()
-    plain = router.preprocess.open_image
+    plain = router.preprocess.opened
 
-    def open_image(image: Any) -> Image.Image:
-        if not isinstance(image, Image.Image):
-            count[str(image) if isinstance(image, str | Path) else type(image).__name__] += 1
-        return plain(image)
+    def opened(image: Any, limits: Limits) -> AbstractContextManager[Picture]:
+        count[str(image) if isinstance(image, str | Path) else type(image).__name__] += 1
+        return plain(image, limits)
 
-    monkeypatch.setattr(router.preprocess, "open_image", open_image)
+    monkeypatch.setattr(router.preprocess, "opened", opened)
     return count
 
 
@@ -61,9 +62,9 @@ def test_an_image_is_opened_once_and_prepared_once_for_each_preprocessing(
     files: list[str], opened: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared: Counter[int] = Counter()
-    plain = Preprocess.pixels
+    plain = Preprocess.resized
     monkeypatch.setattr(
-        Preprocess, "pixels", lambda self, image: (prepared.update([self.size[0]]), plain(self, image))[1]
+        Preprocess, "resized", lambda self, picture: (prepared.update([self.size[0]]), plain(self, picture))[1]
     )
     array = np.zeros((9, 9, 3), np.uint8)
     images = [files[0], Path(files[0]), files[0], array, array]
@@ -83,9 +84,9 @@ def test_rows_of_one_array_are_told_apart() -> None:
 
 def test_decoding_runs_in_workers_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=30)  # broken unless two images are being opened at once
-    plain = router.preprocess.open_image
-    monkeypatch.setattr(router.preprocess, "open_image", lambda image: (both.wait(), plain(image))[1])
-    monkeypatch.setattr(Preprocess, "pixels", lambda self, image: torch.zeros(3, 1, 1, dtype=torch.uint8))
+    monkeypatch.setattr(
+        Preprocess, "resized", lambda self, picture: (both.wait(), torch.zeros(3, 1, 1, dtype=torch.uint8))[1]
+    )
     found = decode([np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8)], [way()] * 2)
     assert all(isinstance(one, torch.Tensor) for one in found)
 

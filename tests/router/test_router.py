@@ -178,9 +178,9 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
         (
             np.zeros((48, 40, 3), np.uint8),
             "a",
-            r"images uint8 \[48, 40, 3\]: expected an array \[batch, h, w, 1 or 3\]",
+            r"images uint8 \[48, 40, 3\]: expected an array \[batch, h, w, 1, 3 or 4\]",
         ),
-        (["nowhere://x/a.png"], "a", "nowhere://x/a.png: cannot be read: Protocol not known: nowhere"),
+        (["nowhere://x/a.png"], "a", "nowhere://x/a.png: protocol 'nowhere' is not opened unless allowed"),
     ],
 )
 def test_image_mistakes(router: Router, images: object, task: object, message: str) -> None:

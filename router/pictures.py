@@ -1,0 +1,434 @@
+"""The one way in which anything becomes an RGB picture. docs/pictures.md says what happens to each kind.
+
+A task's record says by which rule its pictures were read (`preprocess`, key `reading`), and is served by the same one:
+
+    0   Pillow's convert("RGB"), as timm and torchvision read; for records without the key
+    1   upright, all of a 16-bit range, transparency on white, colours in sRGB
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from io import BytesIO
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms, features
+
+from pear_store.errors import PearStoreError
+from pear_store.reading import LFS_POINTER, Access, is_lfs_pointer, open_source
+from router.errors import ImageError, RouterError
+
+with suppress(ImportError):  # whoever has it can read HEIC
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+ImageLike = Image.Image | NDArray[Any] | str | PathLike[str] | bytes
+"""A PIL image; a uint8 or uint16 array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; a path or URL; or a file's bytes."""
+
+READINGS = (0, 1)
+"""The rules that this Pear knows."""
+READING = 1
+"""The rule for new tasks."""
+
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused unless asked for, because a file of 200 KB can hold more. Decoded, it takes up to 1 GB.
+It is below Pillow's own limit of 89 million."""
+PIXELS_IN_FLIGHT = max(128_000_000, 16_000_000 * (os.cpu_count() or 1))
+"""Pictures that are decoded at the same time have at most so many pixels together, unless there is only one."""
+
+_FORMATS = (
+    "JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "HEIF", "MPO", "DDS", "PSD", "QOI",
+    "SGI", "SUN", "PCX", "TGA",
+)  # fmt: skip
+"""Of Pillow's formats those that are pictures. Others run a program (EPS), decode before their size can be checked
+(icons), or are no pictures (HDF5, MPEG)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be opened as a picture.
+
+    Args:
+        max_pixels: width times height; larger pictures are refused before they are decoded.
+        access: which paths and URLs may be opened.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    access: Access = field(default_factory=Access)
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise ImageError(f"max_pixels {self.max_pixels}: expected at least 1")
+
+
+LIMITS = Limits()
+"""Of those who ask for no others."""
+
+
+class Picture:
+    """A picture whose header has been read; its pixels are decoded by the first call of :meth:`rgb`."""
+
+    def __init__(self, name: str, source: Image.Image | NDArray[Any]) -> None:
+        self.name = name
+        self._source = source
+        height, width = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
+        self.size: tuple[int, int] = (height, width)
+        self._read: dict[int, Image.Image] = {}
+
+    def rgb(self, reading: int) -> Image.Image:
+        """The picture in mode RGB, by one of READINGS. What is given out is not for changing.
+
+        Raises:
+            ImageError: it cannot be decoded, or has pixels that this rule refuses.
+        """
+        if reading not in self._read:
+            with errors_named(self.name):
+                source = self._source
+                if isinstance(source, np.ndarray):
+                    source = _from_array(source, self.name, reading)
+                self._read[reading] = source.convert("RGB") if reading == 0 else _rgb(source, self.name)
+        return self._read[reading]
+
+    def forget(self) -> None:
+        """Lets the pixels go, whoever still holds this."""
+        self._read.clear()
+        del self._source
+
+
+@contextmanager
+def opened(image: ImageLike, limits: Limits = LIMITS) -> Iterator[Picture]:
+    """Reads a picture's header. As long as it is open, its pixels count towards PIXELS_IN_FLIGHT.
+
+    Raises:
+        ImageError: it is no picture, cannot be read, or is larger than `limits` allow.
+    """
+    name = _name(image)
+    with ExitStack() as files:
+        with errors_named(name):
+            picture = Picture(name, _source(image, name, limits, files))
+            _check_size(picture, limits)
+        with _in_flight().hold(picture.size[0] * picture.size[1]):
+            try:
+                yield picture
+            finally:
+                picture.forget()
+
+
+def open_image(image: ImageLike, *, reading: int = READING, limits: Limits = LIMITS) -> Image.Image:
+    """An RGB PIL image, by one of READINGS.
+
+    Raises:
+        ImageError: what is given is no image, cannot be read, or is larger than `limits` allow.
+    """
+    with opened(image, limits) as picture:
+        return picture.rgb(reading)
+
+
+def check_reading(preprocess: Mapping[str, Any]) -> int:
+    """The rule by which a task's pictures are read.
+
+    Raises:
+        RouterError: this Pear does not know it.
+    """
+    reading: int = preprocess.get("reading", 0)
+    if reading not in READINGS:
+        known = " or ".join(map(str, READINGS))
+        raise RouterError(f"field 'preprocess', 'reading': expected {known}, found {reading!r}: a newer Pear knows it")
+    return reading
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """What the names of picture files end in, in lower case with the dot."""
+    return frozenset(ext for ext, kind in Image.registered_extensions().items() if kind in _formats())
+
+
+@contextmanager
+def errors_named(name: str) -> Iterator[None]:
+    """Turns whatever Pillow or a file system raises for a picture into an ImageError that names it."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except PearStoreError as error:
+        raise ImageError(str(error)) from None
+    except Exception as error:  # a decoder of Pillow can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name}: cannot be read: {reason}") from None
+
+
+# ---- from what is given to a PIL image or an array --------------------------------------------
+
+
+def _name(image: object) -> str:
+    if isinstance(image, Image.Image):
+        return f"image {getattr(image, 'filename', '') or image!r}"
+    if isinstance(image, np.ndarray):
+        return f"array image {image.dtype} {list(image.shape)}"
+    if isinstance(image, bytes):
+        return f"image of {len(image)} bytes"
+    return fspath(image) if isinstance(image, str | PathLike) else f"image of type {type(image).__name__}"
+
+
+def _source(image: ImageLike, name: str, limits: Limits, files: ExitStack) -> Image.Image | NDArray[Any]:
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ImageError(f"{name} is empty")
+        return image
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3):
+            raise ImageError(f"{name}: {_ARRAYS}")
+        if 0 in image.shape:
+            raise ImageError(f"{name} is empty")
+        return image
+    if isinstance(image, bytes):
+        return _open_file(BytesIO(image), name)
+    if not isinstance(image, str | PathLike):
+        raise ImageError(f"{name}: expected a PIL image, an array, a path, or a file's bytes")
+    path = image if isinstance(image, str) else Path(fspath(image))
+    return _open_file(files.enter_context(open_source(path, limits.access)), name)
+
+
+def _open_file(file: BinaryIO, name: str) -> Image.Image:
+    start = file.read(16)
+    for kind in _formats():  # as Image.open does, whose own limit of pixels comes too late or too early
+        factory, accepts = Image.OPEN[kind]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this kind after all
+            if accepts is None or accepts(start) is True:
+                file.seek(0)
+                return factory(file, "")
+    file.seek(0)
+    raise ImageError(f"{name}: {_what(file.read(1024))}")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _what(start: bytes) -> str:
+    """What a file is that Pillow cannot read, by its first bytes."""
+    if is_lfs_pointer(start):
+        return LFS_POINTER
+    if not start:
+        return "an empty file"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        return "a HEIC picture, which Pillow does not read by itself: pip install pillow-heif, or convert it"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for prefix, what in _OTHERS:
+        if text.startswith(prefix):
+            return f"{what}, not an image that Pillow can read"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of a kind that Pillow cannot read, such as 32 bits for each of several channels: convert it"
+    return "not an image that Pillow can read"
+
+
+_OTHERS = (
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML file"),
+    (b"%pdf", "a PDF file"),
+    (b"%!ps", "a PostScript file"),
+    (b"\0\0\1\0", "an icon"),
+    (b"icns", "an icon"),
+    (b"\x89hdf", "an HDF5 file"),
+)
+
+
+def _check_size(picture: Picture, limits: Limits) -> None:
+    height, width = picture.size
+    if height * width > limits.max_pixels:
+        raise ImageError(
+            f"{picture.name}: {width} x {height} pixels, the limit is {limits.max_pixels}: if you trust where it comes "
+            f"from, give max_pixels (--max-pixels) of at least {height * width}, else make it smaller"
+        )
+
+
+class _InFlight:
+    """Bounds the memory of pictures that are decoded at the same time."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._pixels = most, 0
+        self._turn, self._freed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        with self._turn, self._freed:  # in turn: small pictures do not overtake a large one for ever
+            self._freed.wait_for(lambda: self._pixels == 0 or self._pixels + pixels <= self._most)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._pixels -= pixels
+                self._freed.notify_all()
+
+
+@cache
+def _in_flight() -> _InFlight:
+    return _InFlight(PIXELS_IN_FLIGHT)
+
+
+os.register_at_fork(after_in_child=_in_flight.cache_clear)  # a child decodes none of its parent's pictures
+
+
+# ---- rule 1 -----------------------------------------------------------------------------------
+
+_ARRAYS = "expected uint8 or uint16 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]"
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each EXIF orientation upright."""
+
+
+def _from_array(array: NDArray[Any], name: str, reading: int) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if reading == 0 and (array.dtype != np.uint8 or channels not in (1, 3)):
+        raise ImageError(f"{name}: expected uint8 [h, w], [h, w, 1] or [h, w, 3]")
+    if array.dtype.kind == "f":
+        raise ImageError(f"{name}: {_ARRAYS}; floats have no fixed range: scale them to 0..255 in uint8")
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2 or channels not in (1, 3, 4):
+        raise ImageError(f"{name}: {_ARRAYS}")
+    if array.dtype.itemsize == 2:
+        array = _upper_bits(array, 16)
+    return Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array)
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Mode RGB by rule 1."""
+    depth, tiff = _sample_depth(image), getattr(image, "tag_v2", {})
+    if 50706 in tiff:
+        raise ImageError(f"{name}: a camera's raw file (DNG); Pillow reads only its thumbnail: develop it first")
+    if any(kind != 1 for kind in tiff.get(339, (1,))) and image.mode != "F":
+        raise ImageError(f"{name}: signed integer pixels have no fixed range: scale them to 8 or 16 bits")
+    inverted = tiff.get(262) == 0 and image.mode.startswith("I;16")  # Pillow does so for all other depths
+    image.load()
+    profile: bytes = image.info.get("icc_profile") or b""
+    turn = _orientation(image)
+    colours, alpha = _eight_bits(image, name, depth)
+    if inverted:
+        colours = colours.point(lambda value: 255 - value)
+    colours = _srgb(colours, profile)
+    if alpha is not None:
+        colours = _on_white(colours, alpha)
+    if turn is not None:
+        colours = colours.transpose(turn)
+        for told in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # that it is still to be turned
+            colours.info.pop(told, None)
+    return colours
+
+
+def _sample_depth(image: Image.Image) -> int:
+    """Bits that a sample has in a PNG or TIFF file; 0 where it is not known."""
+    if image.format == "TIFF":
+        return int(getattr(image, "tag_v2", {}).get(258, (0,))[0])
+    if image.format == "PNG" and (tiles := getattr(image, "tile", [])):
+        raw = tiles[0][3]  # such as L, L;4, 1 or RGB;16B
+        return 1 if raw == "1" else int(raw.partition(";")[2].rstrip("B") or 8) if isinstance(raw, str) else 0
+    return 0
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF that cannot be parsed says nothing
+        return None
+
+
+def _eight_bits(image: Image.Image, name: str, depth: int) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of 8 bits in mode L, RGB or CMYK, and the alpha channel if it hides anything."""
+    mode, key = image.mode, image.info.get("transparency")
+    alpha = None
+    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):  # these two: 16 bits, by their standards
+        kind = "floating-point" if mode == "F" else "32-bit integer"
+        raise ImageError(f"{name}: {kind} pixels have no fixed range: scale them to 8 or 16 bits per channel")
+    if mode == "I" or mode.startswith("I;16"):
+        values = np.asarray(image)
+        if key is not None:
+            alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        image = Image.fromarray(_upper_bits(values, depth if depth in range(9, 16) else 16))
+    elif mode in ("1", "L", "RGB") and key is not None:
+        alpha = _keyed(image, key, depth)
+    elif mode in ("La", "RGBa"):
+        image = image.convert(mode.upper())
+    elif mode == "PA" or (mode == "P" and image.has_transparency_data):
+        image = image.convert("RGBA")
+    if image.mode in ("LA", "RGBA"):
+        alpha = image.getchannel("A")
+        image = image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "CMYK"):  # P, YCbCr, LAB, HSV, RGBX
+        image = image.convert("RGB")
+    return image, None if alpha is None or alpha.getextrema() == (255, 255) else alpha
+
+
+def _upper_bits(values: NDArray[Any], depth: int) -> NDArray[np.uint8]:
+    """The 8 upper bits of `depth`: 0 to 0, the largest value to 255; as Pillow reads colours of 16 bits."""
+    return (values >> (depth - 8)).astype(np.uint8)
+
+
+def _keyed(image: Image.Image, key: Any, depth: int) -> Image.Image:
+    """Alpha where one colour is transparent (PNG's tRNS). Pillow scales pixels to 8 bits, but not the key."""
+    top = 2**depth - 1 if 0 < depth < 8 else 255
+    scaled = [value >> 8 if depth == 16 else min(value * 255 // top, 255) for value in np.atleast_1d(key).tolist()]
+    values = np.atleast_3d(np.asarray(image.convert("L") if image.mode == "1" else image))
+    return Image.fromarray(np.where((values == scaled).all(2), 0, 255).astype(np.uint8))
+
+
+def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
+    """The picture on white; on black if white shapes would vanish on white."""
+    flat = Image.new("RGB", colours.size, "white")
+    flat.paste(colours, mask=alpha)
+    if all(low == 255 for low, _ in flat.getextrema()) and len(set(alpha.getextrema())) == 2:  # type: ignore[misc]
+        flat.paste("black", (0, 0, *flat.size))
+        flat.paste(colours, mask=alpha)
+    return flat
+
+
+# ---- colour profiles --------------------------------------------------------------------------
+
+
+def _srgb(colours: Image.Image, profile: bytes) -> Image.Image:
+    """Mode RGB in sRGB; colours without a usable profile are taken for sRGB."""
+    if profile and (transform := _transform(profile, colours.mode)) is not None:
+        return transform.apply(colours)
+    return colours.convert("RGB") if colours.mode != "RGB" else colours
+
+
+@lru_cache(32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """To sRGB; None if the profile is broken, of other colours, or sRGB: moves no level of 255 by more than 2."""
+    if not features.check("littlecms2"):
+        raise OSError("it has a colour profile, and this Pillow was built without LittleCMS, which applies those")
+    try:
+        found = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if found.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        transform = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, struct.error):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.linspace(0, 255, 18).astype(np.uint8)
+    grid = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+    probe = Image.fromarray(grid[np.newaxis])
+    moved = np.abs(np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB")))
+    return None if moved.max() <= 2 else transform
