@@ -11,6 +11,7 @@ import io
 import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ import pear_store.cli
 import pear_train.cli
 from pear_store import read_checkpoint
 from router import Router, load_backbone
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # its neighbours, also where it is run as a file
 from tools.adapter_map import Row, draw
 
 Picture = NDArray[np.uint8]
