@@ -408,6 +408,8 @@ def verify(ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tupl
             echo(f"index: {report.index}")
         for pack in report.damaged_packs:
             echo(f"damaged pack {pack}")
+        for pack in report.unknown_packs:
+            echo(f"pack {pack} records what the index never had")
         _print_damage("tensor", report.damaged)
         _print_damage("manifest", report.damaged_manifests)
         for line in ["all good"] if report.ok else report.advice:

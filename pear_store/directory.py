@@ -14,7 +14,8 @@ from pathlib import Path
 from pear_store.errors import FormatError, PearStoreError
 
 PACK_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-WRITTEN_NAME = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.safetensors")
+INTENT_NAME = re.compile(r"[0-9a-f]{64}\.placing")
+WRITTEN_NAME = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.safetensors|[0-9a-f]{64}\.placing")
 """Of files in tmp/"""
 FAN_NAME = re.compile(r"[0-9a-f]{2}")
 """Of the folders in packs/"""

@@ -5,6 +5,8 @@ version needs keeps its row as long as its pack stays, for a later add may need 
 """
 
 import time
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,9 +14,10 @@ from itertools import compress, groupby
 from operator import gt
 from pathlib import Path
 
+from pear_store.container import Header
 from pear_store.digest import Digest, RawTensor, from_digest, is_digest
-from pear_store.directory import FAN_NAME, PACK_NAME, WRITTEN_NAME, Folder, open_folder
-from pear_store.errors import DamagedError, PearStoreError, from_os_error
+from pear_store.directory import WRITTEN_NAME, open_folder
+from pear_store.errors import DamagedError, DamagedIndexError, PearStoreError, from_os_error
 from pear_store.index import (
     NO_PACK,
     ContentsRow,
@@ -30,11 +33,20 @@ from pear_store.index import (
     name_key,
     parse_tag_key,
     parse_version_key,
-    tag_key,
     version_key,
 )
 from pear_store.opened import OpenStore, name_row, version_row
-from pear_store.pack import Records, WrittenPack, bare_header, pack_path, read_records, unlink_pack, write_pack
+from pear_store.pack import (
+    Records,
+    WrittenPack,
+    bare_header,
+    is_unfinished,
+    pack_path,
+    read_records,
+    unlink_pack,
+    write_pack,
+)
+from pear_store.recorded import Recorded, rows_of
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
@@ -78,6 +90,8 @@ class Marked:
 
     marks: bytearray
     packs: dict[bytes, PackUse] = field(default_factory=dict)
+    recorded: Counter[bytes] = field(default_factory=Counter)
+    """How many rows name each pack as the one that records what they say"""
     versions: int = 0
     logical_bytes: int = 0
     kept_tensors: int = 0
@@ -94,10 +108,17 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
     Raises:
         DamagedError: an index row cannot be trusted, so nothing may be called dead.
     """
-    marked = Marked(bytearray(view.next_number()))
+    count = view.next_number()
+    try:
+        marked = Marked(bytearray(count))
+    except MemoryError:
+        raise DamagedError("the index's count of numbers", f"no memory for {count} marks") from None
     marks, packs = marked.marks, marked.packs
     for pack, value in view.every("packs"):
         packs[pack] = PackUse(PackRow.decode(pack, value))
+    expected = len(packs) + (view.get("contents", NO_PACK) is not None)
+    if view.count("contents") != expected:
+        raise DamagedError("index table contents", f"{view.count('contents')} rows, expected {expected}")
 
     def need(pack: bytes) -> PackUse:
         if pack not in packs:
@@ -105,58 +126,101 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         packs[pack].needed = True
         return packs[pack]
 
-    manifests = 0
-    recording = view.packs_in("names", 8) | view.packs_in("tags", 12) | view.packs_in("removed", 32)
+    manifests = array("I")
+    newest: dict[bytes, bytes] = {}
+    recorded = marked.recorded
     for key, value in view.every("versions"):
+        newest[key[:-5]] = key[-4:]
         if key in dropped:
             continue
         manifest_hash, pack, _, size_bytes = VersionRow.fields(key, value)
         marked.versions += 1
         marked.logical_bytes += size_bytes
-        recording.add(pack)
+        recorded[pack] += 1
         found = view.get("manifests", manifest_hash)
         if found is None:
             raise DamagedError(f"manifest of version {'@'.join(map(str, parse_version_key(key)))}", "missing")
         manifest = ManifestRow.decode(manifest_hash, found)
+        manifests.append(manifest.number)
         try:
-            if marks[manifest.number]:
-                continue
-            marks[manifest.number] = 1
-            manifests += 1
             for number in manifest.tensors:
-                marks[number] = 1
+                marks[number] = TENSOR
         except IndexError:
             raise DamagedError("the index's count of numbers", "too small") from None
-    for pack in recording:
+    recorded.update(_recording(view, newest))
+    for pack in recorded:
         need(pack)
     packs[NO_PACK] = PackUse(PackRow(0, 0))
-    for pack, value in view.every("contents"):
-        row = ContentsRow.decode(pack, value)
+    needed = marks.count(TENSOR)
+    try:
+        for number in manifests:
+            if marks[number] == TENSOR:
+                raise DamagedError(f"index number {number}", "both a tensor and a manifest have it")
+            marks[number] = MANIFEST
+    except IndexError:
+        raise DamagedError("the index's count of numbers", "too small") from None
+    for pack, row in view.every_contents():
         try:
             live = bytes(map(marks.__getitem__, row.numbers))
         except IndexError:
             raise DamagedError("the index's count of numbers", "too small") from None
-        if count := live.count(1):
+        if pack not in packs or MANIFEST in live:
+            raise DamagedError(f"contents of pack {pack.hex()}", "it lists what is no tensor, or no pack")
+        if count := live.count(TENSOR):
             use = need(pack)
             use.live_bytes = sum(compress(row.lengths, live))
             marked.kept_tensors += count
             marked.kept_bytes += use.live_bytes
         dead = live.translate(_OTHER)
         if dead != row.removed:
-            if pack not in packs:
-                raise DamagedError(f"pack {pack.hex()}", "the index does not list it")
             fresh = bytes(map(gt, dead, row.removed))
             marked.removed_tensors += fresh.count(1)
             marked.removed_bytes += sum(compress(row.lengths, fresh))
             packs[pack].contents = ContentsRow(row.numbers, row.lengths, dead)
     marked.lost = packs.pop(NO_PACK).contents
-    needed = marks.count(1) - manifests
     if marked.kept_tensors != needed:
         raise DamagedError("index table contents", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
     return marked
 
 
-_OTHER = bytes([1, 0]) + bytes(254)
+TENSOR, MANIFEST = 1, 2
+"""What a mark says of a number that a version needs"""
+
+
+def is_needed(marks: bytearray, row: TensorRow) -> bool:
+    return row.number < len(marks) and marks[row.number] == TENSOR
+
+
+def _recording(view: View, newest: dict[bytes, bytes]) -> list[bytes]:
+    """The packs that record names, tags and removals, one for each; `newest` are the versions' tasks and newest
+    numbers, as in keys.
+
+    Raises:
+        DamagedError: a row is damaged, or contradicts the versions.
+    """
+    packs = []
+    for key, value in view.every("names"):
+        name, last, highest, pack = NameRow.fields(key, value)
+        packs.append(pack)
+        if newest.pop(name, _NONE) != last.to_bytes(4, "big") or last > highest or name.lower() != key:
+            raise DamagedError(f"index row of {name!r}", f"its newest version is not {last}")
+    if newest:
+        raise DamagedError(f"index row of {min(newest)!r}", "missing")
+    for key, value in view.every("tags"):
+        tag = TagRow.decode(key, value)
+        packs.append(tag.pack)
+        task, text = parse_tag_key(key)
+        if tag.version and view.get("versions", version_key(task, tag.version)) is None:
+            raise DamagedError(f"tag {task}@{text}", f"there is no version {tag.version}")
+    for key, value in view.every("removed"):
+        packs.append(RemovedRow.decode(key, value).pack)
+        if view.get("versions", key) is not None:
+            raise DamagedError("version {}@{}".format(*parse_version_key(key)), "both there and removed")
+    return packs
+
+
+_OTHER = bytes([1, 0]) + bytes(254)  # of marks, whether a number is not needed
+_NONE = bytes(4)
 
 
 def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
@@ -208,12 +272,16 @@ def collect(
 
     as_of: State | None = None
     foreign: list[str] = []
+    gone: list[bytes] = []
 
     def sweep(view: View) -> tuple[int, Marked]:
         nonlocal as_of
+        recorded = Recorded(opened.path)
+        unlisted = recorded.find_unlisted(view)
+        _refuse_unknown(opened.path, unlisted.unknown)
         drop_settled_removals(opened.path, view)
-        gone = list(expired(view, keep, older_than_s))
-        packs[:] = remove_versions(opened, view, gone)
+        doomed = list(expired(view, keep, older_than_s))
+        packs[:] = remove_versions(opened, view, doomed)
         marked = mark(view)
         drop_manifests(view, marked.marks)
         for pack, use in marked.packs.items():
@@ -221,18 +289,24 @@ def collect(
                 view.put("contents", pack, use.contents.encode(pack))
         if marked.lost is not None:
             view.put("contents", NO_PACK, marked.lost.encode(NO_PACK))
-        drop_packs(opened.path, view, [pack for pack, use in marked.packs.items() if not use.needed])
+        swept = [pack for pack, use in marked.packs.items() if not use.needed]
+        drop_packs(opened.path, view, swept, recorded)
+        gone[:] = [*unlisted.known, *swept]  # in this order: who recorded what was removed is asked of what was swept
+        foreign[:] = unlisted.foreign
+        set_aside(opened.path, unlisted.unreadable)
         as_of = view.state if view.wrote else view.before
-        return len(gone), marked
+        return len(doomed), marked
 
     if dry_run:
+        _refuse_unknown(opened.path, unknown_packs(opened))
         with opened.read() as view:
             dropped = list(expired(view, keep, older_than_s))
             marked = mark(view, frozenset(version_key(*one) for one in dropped))
         removed = len(dropped)
     else:
         removed, marked = opened.write_packs(sweep, packs)
-        foreign = opened.write(lambda view: unlink_orphans(opened.path, view))  # not before the rows' going is durable
+        unlink_packs(opened, gone)  # not before the rows' going is durable
+        foreign += clear_tmp(opened.path)
     victims = _victims(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)
     if not dry_run:
@@ -245,38 +319,45 @@ def collect(
     )  # fmt: skip
 
 
-def unlink_orphans(path: Path, view: View) -> list[str]:
-    """Unlinks files that the index does not know; under the write lock, so that no add counts on one. Returns the
-    paths of what is not Pear's, which stays."""
+def _refuse_unknown(path: Path, unknown: list[bytes]) -> None:
+    if unknown:
+        names = ", ".join(pack.hex() for pack in unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        raise DamagedIndexError(
+            path / "index", f"{len(unknown)} packs record what it never had, and nothing was removed: {names}"
+        )
+
+
+def unknown_packs(opened: OpenStore) -> list[bytes]:
+    """Packs that record what the index never had; without the write lock."""
+    with opened.read() as view:
+        found = Recorded(opened.path).find_unlisted(view)
+    # a pack that is being added has its name in tmp/ until the index lists it
+    done = [pack for pack in found.unknown if not is_unfinished(opened.path, pack)]
+    with opened.read() as view:
+        return [pack for pack in done if view.get("packs", pack) is None and pack_path(opened.path, pack).exists()]
+
+
+def set_aside(path: Path, packs: Iterable[bytes]) -> None:
+    """Moves packs that cannot be read into damaged/."""
+    for pack in packs:
+        name = pack_path(path, pack).name
+        with open_folder(path, "packs", name[:2]) as folder, open_folder(path, "damaged", create=True) as damaged:
+            folder.rename(name, name, damaged)
+            damaged.sync()
+            folder.sync()
+
+
+def clear_tmp(path: Path) -> list[str]:
+    """Unlinks what a crashed add left in tmp/; returns the paths of what is not Pear's, which stays."""
     foreign: list[str] = []
-    with open_folder(path, "packs") as packs:
-        for fan in packs.names():
-            if not (FAN_NAME.fullmatch(fan) and packs.is_folder(fan)):
-                foreign.append(str(packs.path / fan))
-                continue
-            with packs.folder(fan) as folder:
-                foreign += _unlink_packs_unknown_to(view, folder)
     an_hour_ago = time.time() - 3600
     with suppress(FileNotFoundError), open_folder(path, "tmp") as tmp:
-        for name in tmp.names():  # what a crashed add left; a living one takes seconds
+        for name in tmp.names():  # a living add takes seconds
             with suppress(FileNotFoundError):
                 if not (WRITTEN_NAME.fullmatch(name) and tmp.is_file(name)):
                     foreign.append(str(tmp.path / name))
                 elif tmp.look(name).st_mtime < an_hour_ago:
                     tmp.unlink(name)
-    return foreign
-
-
-def _unlink_packs_unknown_to(view: View, folder: Folder) -> list[str]:
-    foreign = []
-    gone = False
-    for name in folder.names():
-        if not (PACK_NAME.fullmatch(name) and name[:2] == folder.path.name and folder.is_file(name)):
-            foreign.append(str(folder.path / name))
-        elif view.get("packs", bytes.fromhex(name[:64])) is None:
-            gone = folder.unlink(name) or gone
-    if gone:
-        folder.sync()
     return foreign
 
 
@@ -295,42 +376,65 @@ def drop_settled_removals(path: Path, view: View) -> None:
 
 def drop_manifests(view: View, marks: bytearray) -> None:
     """Deletes the manifests that no version has. Those that one has were found whole when they were marked."""
-    view.delete_where("manifests", lambda _, value: not _is_marked(marks, ManifestRow.number_of(value)))
+
+    def dead(key: bytes, value: bytes) -> bool:
+        number = ManifestRow.number_of(value)
+        if number < len(marks) and marks[number] == MANIFEST:
+            return False
+        if ManifestRow.decode(key, value).number >= len(marks):
+            raise DamagedError("the index's count of numbers", "too small")
+        return True
+
+    view.delete_where("manifests", dead)
 
 
-def _is_marked(marks: bytearray, number: int) -> bool:
-    return number < len(marks) and marks[number] == 1
-
-
-def contents_of(view: View, pack: bytes) -> ContentsRow:
-    """The row that says what the index lists in a pack.
+def drop_packs(path: Path, view: View, packs: Sequence[bytes], recorded: Recorded | None = None) -> None:
+    """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold; with `recorded`, looks
+    whether all is known that they record.
 
     Raises:
-        DamagedError: it is missing or damaged.
+        DamagedError: a tensor's row names such a pack, the pack's own row does not list it; or it is not known.
     """
-    return ContentsRow.decode(pack, view.get("contents", pack) or b"")
-
-
-def drop_packs(path: Path, view: View, packs: Sequence[bytes]) -> None:
-    """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold."""
-    unread = set()
+    unread: dict[bytes, set[int]] = {}
     for pack in packs:
-        header = bare_header(pack_path(path, pack))
-        if header is None:
-            unread.add(pack)
-            continue
-        deleted = 0
-        for name in filter(is_digest, header.places):
+        listed = set(view.contents(pack).numbers)
+        header, records = _read(pack_path(path, pack))
+        if recorded is not None and not recorded.knows(view, pack, records):
+            _refuse_unknown(path, [pack])
+        for name in filter(is_digest, header.places if header else ()):
             value = view.get("tensors", key := from_digest(Digest(name)))
             if value is not None and TensorRow.peek(value).pack == pack:
+                _check_listed(key, value, listed)
                 view.delete("tensors", key)
-                deleted += 1
-        if deleted != len(contents_of(view, pack).numbers):
-            unread.add(pack)
+        if listed:
+            unread[pack] = listed
     if unread:  # missing or damaged
-        view.delete_where("tensors", lambda _, value: TensorRow.peek(value).pack in unread)
+
+        def dead(key: bytes, value: bytes) -> bool:
+            listed = unread.get(TensorRow.peek(value).pack)
+            if listed is not None:
+                _check_listed(key, value, listed)
+            return listed is not None
+
+        view.delete_where("tensors", dead)
     for pack in packs:
         view.drop_pack(pack)
+
+
+def _read(file: Path) -> tuple[Header | None, Records]:
+    """A pack's header and records, as far as they can be read."""
+    try:
+        header, records, _ = read_records(file)
+    except DamagedError:
+        return bare_header(file), Records()
+    return header, records
+
+
+def _check_listed(key: bytes, value: bytes, listed: set[int]) -> None:
+    row = TensorRow.decode(key, value)
+    if row.number not in listed:
+        raise DamagedError(f"contents of pack {row.pack.hex()}", f"its tensor {row.number} is not listed")
+    listed.remove(row.number)
 
 
 def unlink_packs(opened: OpenStore, packs: Sequence[bytes]) -> None:
@@ -405,7 +509,7 @@ class Contents:
         self.records.highest.update(other.records.highest)
 
 
-def _needed_of(opened: OpenStore, view: View, pack: bytes, marks: bytearray) -> Contents:
+def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Contents:
     """What is still needed of a pack, by the pack's own header.
 
     Raises:
@@ -420,34 +524,18 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marks: bytearray) -> 
             continue
         value = view.get("tensors", key := from_digest(Digest(name)))
         row = TensorRow.decode(key, value) if value is not None else None
-        if row is not None and row.pack == pack and marks[row.number]:
+        if row is not None and row.pack == pack and is_needed(marked.marks, row):
             digest = Digest(name)
             found.tensors[digest] = opened.tensor(view, digest, row)
             found.numbers[digest] = row.number
-    live = sum(map(marks.__getitem__, contents_of(view, pack).numbers))
+    live = bytes(map(marked.marks.__getitem__, view.contents(pack).numbers)).count(TENSOR)
     if live != len(found.tensors):
         raise DamagedError(
             f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
         )
-    for version in records.versions:
-        current = version_row(view, version.task, version.version)
-        if current is not None and current.pack == pack:
-            found.records.versions.append(version)
-    for task, number in records.removed:
-        key = version_key(task, number)
-        value = view.get("removed", key)
-        if value is not None and RemovedRow.decode(key, value).pack == pack:
-            found.records.removed.append((task, number))
-    for tag in records.tags:
-        key = tag_key(tag.task, tag.tag)
-        value = view.get("tags", key)
-        if value is not None and TagRow.decode(key, value).pack == pack:
-            found.records.tags.append(tag)
-    removed = (task for task, _ in records.removed)
-    for task in {*records.highest, *(version.task for version in records.versions), *removed}:
-        known = name_row(view, task)
-        if known is not None and known.name == task and known.pack == pack:
-            found.records.highest[task] = known.highest
+    found.records = rows_of(view, pack, records)
+    if len(found.records) != marked.recorded[pack] or not Recorded(opened.path).knows(view, pack, records):
+        raise DamagedError(f"pack {pack.hex()}", "its records are not what the index says")
     return found
 
 
@@ -483,16 +571,16 @@ def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: Stat
         moved.clear()
         left = 0
         contents = Contents()
-        marks = marked.marks if view.before == as_of else mark(view).marks
+        now = marked if view.before == as_of else mark(view)
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
             try:
-                contents.merge(_needed_of(opened, view, pack, marks))
+                contents.merge(_needed_of(opened, view, pack, now))
                 moved.append(pack)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
                 left += marked.packs[pack].dead_bytes
-        drop_manifests(view, marks)  # of what was removed meanwhile: their tensors' rows go, too
+        drop_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
         drop_packs(opened.path, view, moved)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))

@@ -11,8 +11,8 @@
     meta       format, id, next_number
 
 Rows are little-endian structs that end with a CRC32 of key and row, because LMDB pages have no checksum (a manifest's
-has one of its numbers; its bytes are checked against their hash). A task's newest version is in its name's row, too, so
-that a version which a damaged page hides is missed.
+has one of its numbers; its bytes are checked against their hash). Only the format has none: other text is refused. A
+task's newest version is in its name's row, too, so that a version which a damaged page hides is missed.
 """
 
 import atexit
@@ -37,7 +37,9 @@ from pear_store.digest import ITEM_BYTES, fresh_name
 from pear_store.directory import check_index, open_folder
 from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
-INDEX_FORMAT = b"3"
+INDEX_FORMAT = b"4"
+UNSEALED_FORMAT = b"3"
+"""Like 4, but the rows of `meta` have no checksum. The first write adds it."""
 TABLES = ("tensors", "packs", "contents", "manifests", "versions", "names", "tags", "removed", "meta")
 _DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
@@ -118,10 +120,16 @@ class ContentsRow:
         return _sealed(key, len(self.numbers).to_bytes(4, "little") + body)
 
     @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "ContentsRow":
+    def decode(cls, key: bytes, row: bytes, at_most: int) -> "ContentsRow":
+        """The row, if it lists no more tensors than the index has: few bytes can say that they stand for terabytes."""
         row = _unsealed(key, row)
         count = int.from_bytes(row[:4], "little")
-        body = zlib.decompressobj().decompress(row[4:], 13 * count)
+        if count > at_most:
+            raise DamagedError(f"contents of pack {key.hex()}", f"it lists {count} tensors, the index has {at_most}")
+        try:
+            body = zlib.decompressobj().decompress(row[4:], 13 * count + 1)
+        except zlib.error:
+            body = b""
         if len(body) != 13 * count:
             raise DamagedError(f"contents of pack {key.hex()}", "its length is wrong")
         return cls(array("I", body[: 4 * count]), array("Q", body[4 * count : 12 * count]), body[12 * count :])
@@ -255,12 +263,27 @@ class NameRow:
     pack: bytes
 
     def encode(self, key: bytes) -> bytes:
-        return _sealed(key, struct.pack("<II32s", self.newest, self.highest, self.pack) + self.name.encode("ascii"))
+        return _sealed(key, _NAME.pack(self.newest, self.highest, self.pack) + self.name.encode("ascii"))
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "NameRow":
+        name, newest, highest, pack = cls.fields(key, row)
+        try:
+            return cls(name.decode("ascii"), newest, highest, pack)
+        except UnicodeDecodeError:
+            raise DamagedError(f"index row {key!r}", "its name is not ASCII") from None
+
+    @staticmethod
+    def fields(key: bytes, row: bytes) -> tuple[bytes, int, int, bytes]:
+        """Name, newest, highest and pack."""
         body = _unsealed(key, row)
-        return cls(body[40:].decode("ascii"), *struct.unpack_from("<II32s", body))
+        if len(body) < _NAME.size:
+            raise DamagedError(f"index row {key!r}", "its length is wrong")
+        newest, highest, pack = _NAME.unpack_from(body)
+        return body[_NAME.size :], newest, highest, pack
+
+
+_NAME = struct.Struct("<II32s")
 
 
 @dataclass(frozen=True)
@@ -457,18 +480,6 @@ class View:
             return cursor.key(), cursor.value()
         return None
 
-    def packs_in(self, table: str, at: int) -> set[bytes]:
-        """The distinct packs, or NO_PACK, that a table's rows name at a byte.
-
-        Raises:
-            DamagedError: a row cannot be trusted.
-        """
-        found = set()
-        for key, value in self.every(table):
-            _unsealed(key, value)
-            found.add(value[at : at + 32])
-        return found
-
     def delete_where(self, table: str, dead: Callable[[bytes, bytes], bool]) -> None:
         """Walks a table once and deletes the rows that `dead` picks by key and value."""
         cursor: Any = self._txn.cursor(db=self._tables[table])
@@ -494,18 +505,79 @@ class View:
 
     def unlist_tensors(self, pack: bytes, numbers: Container[int]) -> None:
         """Takes tensors that moved elsewhere from a pack's contents."""
-        row = self.get("contents", pack)
-        if row is not None:
-            self.put("contents", pack, ContentsRow.decode(pack, row).without(numbers).encode(pack))
+        if self.get("contents", pack) is not None:
+            self.put("contents", pack, self.contents(pack).without(numbers).encode(pack))
+
+    def contents(self, pack: bytes) -> ContentsRow:
+        """What the index lists in a pack.
+
+        Raises:
+            DamagedError: the row is missing or damaged.
+        """
+        return ContentsRow.decode(pack, self.get("contents", pack) or b"", self.count("tensors"))
+
+    def every_contents(self) -> Iterator[tuple[bytes, ContentsRow]]:
+        """Like :meth:`every`, of `contents`."""
+        at_most = self.count("tensors")
+        for pack, row in self.every("contents"):
+            yield pack, ContentsRow.decode(pack, row, at_most)
 
     def take_numbers(self, count: int) -> int:
         """The first of `count` tensor numbers that were never used."""
-        first = int.from_bytes(self.get("meta", b"next_number") or b"", "little")
-        self.put("meta", b"next_number", (first + count).to_bytes(8, "little"))
+        first = self.next_number()
+        if first + count > 1 << 32:
+            raise PearStoreError("the index has used up its 2^32 numbers; 'pear-store rebuild' counts them anew")
+        if count:
+            self.put_meta(b"next_number", (first + count).to_bytes(8, "little"))
         return first
 
     def next_number(self) -> int:
-        return int.from_bytes(self.get("meta", b"next_number") or b"", "little")
+        """One more than the highest number that a tensor or manifest ever had.
+
+        Raises:
+            DamagedError: the row cannot be trusted.
+        """
+        body = self.meta(b"next_number")
+        if not body and self._is_unsealed and not (self.count("contents") or self.count("manifests")):
+            return 0
+        if len(body) != 8:
+            raise DamagedError("the index's count of numbers", "missing or of a wrong length")
+        return int.from_bytes(body, "little")
+
+    @property
+    def _is_unsealed(self) -> bool:
+        return self.get("meta", b"format") == UNSEALED_FORMAT
+
+    def meta(self, key: bytes) -> bytes:
+        """A row of `meta`, its checksum checked; empty if there is none."""
+        row = self.get("meta", key)
+        return row or b"" if not row or self._is_unsealed else _unsealed(key, row)
+
+    def put_meta(self, key: bytes, body: bytes) -> None:
+        self.put("meta", key, _sealed(key, body))
+
+    def seal_meta(self) -> None:
+        """Makes an index of format 3 one of format 4.
+
+        Raises:
+            DamagedError: the count of numbers, which had no checksum, contradicts the numbers in use.
+        """
+        if not self._is_unsealed:
+            return
+        number, store = self.next_number(), self.meta(b"id")
+        for _, contents in self.every_contents():
+            self._check_below(number, contents.numbers)
+        for key, row in self.every("manifests"):
+            manifest = ManifestRow.decode(key, row)
+            self._check_below(number, (manifest.number, *manifest.tensors))
+        self.put("meta", b"format", INDEX_FORMAT)
+        self.put_meta(b"next_number", number.to_bytes(8, "little"))
+        self.put_meta(b"id", store)
+
+    @staticmethod
+    def _check_below(next_number: int, numbers: Iterable[int]) -> None:
+        if max(numbers, default=-1) >= next_number:
+            raise DamagedError("the index's count of numbers", f"{next_number}, though higher ones are in use")
 
 
 def _reserve_lock(path: Path) -> None:
@@ -561,13 +633,17 @@ class Index:
             if create:
                 with self._env.begin(write=True, db=meta) as txn:
                     txn.put(b"format", INDEX_FORMAT)
-                    txn.put(b"id", fresh_name().encode())
+                    txn.put(b"id", _sealed(b"id", fresh_name().encode()))
+                    txn.put(b"next_number", _sealed(b"next_number", bytes(8)))
             with self._env.begin(db=meta) as txn:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
-            if found_format != INDEX_FORMAT:
+            self._sealed = found_format == INDEX_FORMAT
+            if not self._sealed and found_format != UNSEALED_FORMAT:
                 self._env.close()
                 older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
-                remedy = "'pear-store rebuild' makes it anew from the packs" if older else "use the Pear that wrote it"
+                remedy = "'pear-store rebuild' makes it anew from the packs"
+                if not older:
+                    remedy = f"use the Pear that wrote it; if none did, it is damaged, and {remedy}"
                 raise FormatError(
                     f"{path.parent}: index format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
                     f"{INDEX_FORMAT.decode()!r}; {remedy}"
@@ -649,6 +725,12 @@ class Index:
         with self._translated(), write_lock(self.path.parent):
             if not self.is_current:
                 raise IndexReplacedError
+            if not self._sealed:
+                try:
+                    self.fill(View.seal_meta)
+                except DamagedError as error:
+                    raise DamagedIndexError(self.path, f"{error.what}: {error.found}") from None
+                self._sealed = True
             return self.fill(change)
 
     def fill(self, change: Callable[[View], T]) -> T:

@@ -1,6 +1,7 @@
 """Checks a store, and mends it from good copies."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,9 @@ from pear_store.errors import (
 from pear_store.forked import Worker, WorkerDiedError, can_fork
 from pear_store.index import (
     NO_PACK,
-    ContentsRow,
     ManifestRow,
     NameRow,
+    PackRow,
     RemovedRow,
     TagRow,
     TensorRow,
@@ -33,7 +34,7 @@ from pear_store.index import (
     parse_version_key,
 )
 from pear_store.manifest import manifest_hash, to_manifest
-from pear_store.opened import OpenStore, is_store, version_row
+from pear_store.opened import OpenStore, is_store
 from pear_store.pack import (
     PackedTag,
     PackedVersion,
@@ -44,6 +45,7 @@ from pear_store.pack import (
     read_records,
 )
 from pear_store.reading import is_url
+from pear_store.recorded import Recorded, count_rows, rows_of
 
 _OURS = 4
 """Of so many packs, one is checked beside the index, the others in a process of their own."""
@@ -69,6 +71,8 @@ class Report:
     damaged_packs: list[str] = field(default_factory=list)
     """Packs that cannot be read as such, though each of their tensors may be good"""
     damaged_manifests: list[Damage] = field(default_factory=list)
+    unknown_packs: list[str] = field(default_factory=list)
+    """Packs that record what the index never had"""
     index: str | None = None
     """What is wrong with the index; None: nothing"""
     advice: list[str] = field(default_factory=list)
@@ -79,10 +83,11 @@ class Report:
         self.packs += other.packs
         self.bytes += other.bytes
         self.damaged_packs = sorted({*self.damaged_packs, *other.damaged_packs})
+        self.unknown_packs = sorted({*self.unknown_packs, *other.unknown_packs})
 
     @property
     def ok(self) -> bool:
-        return not (self.damaged or self.damaged_packs or self.damaged_manifests or self.index)
+        return not (self.damaged or self.damaged_packs or self.damaged_manifests or self.unknown_packs or self.index)
 
 
 @dataclass
@@ -167,7 +172,7 @@ def _from_json(found: dict[str, Any]) -> Report:
 
 def _advice(report: Report) -> list[str]:
     advice = []
-    if report.index:
+    if report.index or report.unknown_packs:
         advice.append("run 'pear-store rebuild': it makes the index anew from the packs")
     if report.damaged or report.damaged_manifests:
         advice.append(
@@ -196,19 +201,12 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
                 worker = Worker(lambda _: _plain(*check_packs(path, subset, ours)))
                 worker.ask(None)
         with opened.read() as view:
-            lost = check_index(view)
-            bad_manifests = set()
-            known: dict[str, int] = {}
-            for key, row in view.rows("manifests"):
-                manifest = ManifestRow.manifest_of(row)
-                if manifest_hash(manifest) != key:
-                    bad_manifests.add(key)
-                    continue
-                _check_numbers(view, key, row, manifest, known)
+            lost, bad_manifests = check_index(view)
+            counted = count_rows(view)
             report, bad, done = Report(), set(), set()
             for pack in sorted(ours):
                 if pack[0] % subset[1] == subset[0] - 1:
-                    bad |= _check_pack(opened, pack, report)
+                    bad |= _check_pack(opened, pack, report, counted)
             if worker is not None:
                 with suppress(WorkerDiedError):
                     theirs, found, done = worker.answer()
@@ -221,6 +219,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
         with opened.read() as view:  # what was added meanwhile may be hit, too
             report.damaged = _hit(view, bad)
             report.damaged_manifests = _hit_manifests(view, bad_manifests)
+        report.unknown_packs = sorted({*report.unknown_packs, *(pack.hex() for pack in gc.unknown_packs(opened))})
     finally:
         opened.close()
         if worker is not None:
@@ -246,81 +245,118 @@ def check_packs(
         while True:
             with opened.read() as view:
                 packs = {pack for pack, _ in view.rows("packs") if pack[0] % subset[1] == subset[0] - 1}
+                counted = count_rows(view)
             if packs <= done:  # else a gc moved something meanwhile, or an add brought more
                 return report, bad, done
             for pack in sorted(packs - done):
-                bad |= _check_pack(opened, pack, report)
+                bad |= _check_pack(opened, pack, report, counted)
             done |= packs
     finally:
         opened.close()
 
 
-def check_index(view: View) -> set[Digest]:
-    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has.
+def check_index(view: View) -> tuple[set[Digest], set[bytes]]:
+    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has, and the
+    manifests that are damaged.
 
     Raises:
         DamagedError: naming the first row that cannot be trusted.
     """
+    view.meta(b"id")
     gc.mark(view)
-    newest: dict[str, int] = {}
-    for key, _ in view.every("versions"):
-        task, number = parse_version_key(key)
-        newest[task] = number
+    for table in ("versions", "removed"):
+        for key, _ in view.every(table):
+            parse_version_key(key)
     for key, value in view.every("names"):
-        row = NameRow.decode(key, value)
-        if row.newest != newest.pop(row.name, 0) or row.newest > row.highest:
-            raise DamagedError(f"index row of {row.name!r}", f"its newest version is not {row.newest}")
-    if newest:
-        raise DamagedError(f"index row of {min(newest)!r}", "missing")
-    for key, value in view.every("tags"):
-        task, tag = parse_tag_key(key)
-        tagged = TagRow.decode(key, value)
-        if tagged.version and version_row(view, task, tagged.version) is None:
-            raise DamagedError(f"tag {task}@{tag}", f"there is no version {tagged.version}")
-    listed_in: dict[int, bytes] = {}
-    for pack, value in view.every("contents"):
-        for number in ContentsRow.decode(pack, value).numbers:
-            if listed_in.setdefault(number, pack) != pack:
+        NameRow.decode(key, value)
+    listed_in: dict[int, tuple[bytes, int]] = {}
+    for pack, row in view.every_contents():
+        tensor_bytes = view.get("packs", pack)
+        if tensor_bytes is not None and sum(row.lengths) > PackRow.decode(pack, tensor_bytes).tensor_bytes:
+            raise DamagedError(f"contents of pack {pack.hex()}", "more bytes than the pack has")
+        for number, length in zip(row.numbers, row.lengths, strict=True):
+            if listed_in.setdefault(number, (pack, length)) != (pack, length):
                 raise DamagedError(f"contents of pack {pack.hex()}", f"its tensor {number} is another's, too")
+    numbers = set(listed_in)
+    next_number = view.next_number()
+    if max(numbers, default=-1) >= next_number:
+        raise DamagedError("the index's count of numbers", "too small")
     lost = set()
     for key, value in view.every("tensors"):
         place = TensorRow.decode(key, value)
-        if listed_in.pop(place.number, None) != place.pack:
+        if len(key) != 32 or listed_in.pop(place.number, None) != (place.pack, place.length):
             raise DamagedError(f"tensor {to_digest(key)}", f"its number {place.number} is not one of its pack's")
         if place.pack == NO_PACK:
             lost.add(to_digest(key))
     if listed_in:
         raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
-    return lost
+    bad_manifests, sizes = _check_manifests(view, numbers, next_number)
+    for key, value in view.every("versions"):
+        version = VersionRow.decode(key, value)
+        if version.size_bytes > sizes.get(version.manifest, version.size_bytes):  # fewer: some were lost once
+            raise DamagedError("version {}@{}".format(*parse_version_key(key)), "more bytes than its tensors have")
+    return lost, bad_manifests
 
 
-def _check_numbers(view: View, key: bytes, row: bytes, manifest: bytes, known: dict[str, int]) -> None:
-    """That a manifest's numbers are those of the tensors that it names; `known` are numbers looked up before."""
-    numbers = set()
+def _check_manifests(view: View, numbers: set[int], next_number: int) -> tuple[set[bytes], dict[bytes, int]]:
+    """Checks manifests against the tensors that they name; returns those that are damaged, and the others' tensor
+    bytes. `numbers` are those in use, and come to be all."""
+    bad: set[bytes] = set()
+    sizes: dict[bytes, int] = {}
+    known: dict[str, tuple[int, int]] = {}
+    for key, value in view.every("manifests"):
+        row = ManifestRow.decode(key, value)
+        if row.number in numbers or row.number >= next_number:
+            raise DamagedError(f"index row of manifest {key.hex()}", f"its number {row.number} is not its own")
+        numbers.add(row.number)
+        manifest = ManifestRow.manifest_of(value)
+        if manifest_hash(manifest) != key:
+            bad.add(key)
+        else:
+            sizes[key] = _check_numbers(view, key, row, manifest, known)
+    return bad, sizes
+
+
+def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, known: dict[str, tuple[int, int]]) -> int:
+    """Checks that a manifest's numbers are those of the tensors that it names; returns the tensors' bytes. `known` are
+    numbers and lengths looked up before."""
+    numbers, size = set(), 0
     for name in tensor_names(json.loads(manifest)):
-        number = known.get(name)
-        if number is None:
+        found = known.get(name)
+        if found is None:
             value = view.get("tensors", from_digest(Digest(name)))
             if value is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
             if len(known) == _KNOWN_NUMBERS:
                 known.clear()
-            known[name] = number = TensorRow.number_of(value)
-        numbers.add(number)
-    if numbers != set(ManifestRow.decode(key, row).tensors):
+            place = TensorRow.peek(value)
+            known[name] = found = place.number, place.length
+        numbers.add(found[0])
+        size += found[1]
+    if numbers != set(row.tensors):
         raise DamagedError(f"index row of manifest {key.hex()}", "its numbers are not those of its tensors")
+    return size
 
 
 _KNOWN_NUMBERS = 50_000
 
 
-def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
-    """Enters what is found into the report; returns the tensors that are damaged."""
+def _check_pack(opened: OpenStore, pack: bytes, report: Report, counted: Counter[bytes]) -> set[Digest]:
+    """Enters what is found into the report; returns the tensors that are damaged.
+
+    `counted` are the rows that name each pack as recording them, maybe as of before.
+    """
     bad: set[Digest] = set()
     with opened.read() as view:
         try:
-            header, _, problems = read_records(pack_path(opened.path, pack))
+            header, records, problems = read_records(pack_path(opened.path, pack))
             sound = not problems
+            sizes = PackRow(header.file_bytes, sum(place.length for place in header.places.values()))
+            sound &= sizes.encode(pack) == view.get("packs", pack)
+            rows = len(rows_of(view, pack, records))
+            sound &= rows == counted[pack] or rows == count_rows(view)[pack]
+            if not Recorded(opened.path).knows(view, pack, records):
+                report.unknown_packs.append(pack.hex())
             mapped = opened.map_of(view, pack)
         except DamagedError:
             with opened.read() as now:
@@ -340,7 +376,7 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report) -> set[Digest]:
                 sound = False
             if raw_digest(dtype, shape, mapped.view[offset : offset + length]) != key:
                 bad.add(Digest(name))
-        if report.tensors - before != len(gc.contents_of(view, pack).numbers):
+        if report.tensors - before != len(view.contents(pack).numbers):
             sound = False
         if not sound:  # its header does not tell what is in it: look at each row
             report.damaged_packs.append(pack.hex())
@@ -442,8 +478,9 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
         if not is_url(copy) and not Path(copy).exists():
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
     report = verify(path)
-    if report.index:
-        raise DamagedIndexError(path / "index", report.index)
+    if report.index or report.unknown_packs:
+        problem = report.index or f"{len(report.unknown_packs)} packs record what it never had"
+        raise DamagedIndexError(path / "index", problem)
     result = Repaired()
     if report.ok:
         return result
@@ -523,7 +560,7 @@ def _rewrite(
         stays: set[bytes] = set()
         marks = gc.mark(view).marks
         for digest, place in _rows_in(view, hit):
-            if not marks[place.number]:
+            if not gc.is_needed(marks, place):
                 continue  # no version needs it
             try:
                 contents.tensors[digest] = opened.tensor(view, digest, place)

@@ -12,13 +12,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
 from pear_store.digest import Digest, RawTensor, fresh_name
-from pear_store.directory import PACK_NAME, Folder, open_folder
+from pear_store.directory import FAN_NAME, INTENT_NAME, PACK_NAME, Folder, open_folder
 from pear_store.errors import AccessError, CheckpointError, DamagedError, SourceError, from_os_error
 from pear_store.reading import open_regular
 
@@ -33,6 +35,10 @@ class PackedVersion:
     version: int
     time_ns: int
     manifest: bytes
+
+    @cached_property
+    def hash(self) -> bytes:
+        return hashlib.sha256(self.manifest).digest()
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,15 @@ class Records:
     tags: list[PackedTag] = field(default_factory=list)
     highest: dict[str, int] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        return bool(self.versions or self.removed or self.tags or self.highest)
+    def highest_numbers(self) -> dict[str, int]:
+        """The highest number of each task that anything in here names."""
+        found = dict(self.highest)
+        for task, number in chain(((v.task, v.version) for v in self.versions), self.removed):
+            found[task] = max(number, found.get(task, 0))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.versions) + len(self.removed) + len(self.tags) + len(self.highest)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,23 @@ class WrittenPack:
 def pack_path(root: Path, pack: bytes) -> Path:
     name = pack.hex()
     return root / "packs" / name[:2] / f"{name}.safetensors"
+
+
+def find_packs(root: Path, foreign: list[str]) -> Iterator[bytes]:
+    """The hashes of the files that lie where packs belong; appends the paths of what else is there. Links are not
+    followed."""
+    with open_folder(root, "packs") as packs:
+        for fan in packs.names():
+            if not (FAN_NAME.fullmatch(fan) and packs.is_folder(fan)):
+                foreign.append(str(packs.path / fan))
+                continue
+            with packs.folder(fan) as folder:
+                for name in folder.names():
+                    with suppress(FileNotFoundError):
+                        if PACK_NAME.fullmatch(name) and name[:2] == fan and folder.is_file(name):
+                            yield bytes.fromhex(name[:64])
+                        else:
+                            foreign.append(str(folder.path / name))
 
 
 def pack_metadata(records: Records) -> dict[str, str]:
@@ -216,16 +246,25 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
         except FileNotFoundError:
             try:
                 tmp.link(name, name, folder)
-            except OSError:  # a file system without hard links
+            except OSError:  # a file system without hard links: an empty file says the same
+                os.close(tmp.open(_intent(pack.hash), os.O_WRONLY | os.O_CREAT))
                 tmp.rename(name, name, folder)
         folder.sync()
 
 
+def _intent(pack: bytes) -> str:
+    return f"{pack.hex()}.placing"
+
+
 def find_unfinished(root: Path) -> list[bytes]:
-    """Packs in tmp/ that were given their own name, too. Under the write lock, each is either committed or was left
-    by a process that died."""
+    """Packs that tmp/ says were given their own name. Under the write lock, each is either committed or was left by a
+    process that died."""
     with suppress(FileNotFoundError), open_folder(root, "tmp") as tmp:
-        return [bytes.fromhex(name[:64]) for name in tmp.names() if PACK_NAME.fullmatch(name) and _is_linked(tmp, name)]
+        return [
+            bytes.fromhex(name[:64])
+            for name in tmp.names()
+            if (PACK_NAME.fullmatch(name) and _is_linked(tmp, name)) or INTENT_NAME.fullmatch(name)
+        ]
     return []
 
 
@@ -250,6 +289,8 @@ def unlink_written(root: Path, packs: Iterable[bytes], unless_placed: bool = Fal
             name = f"{pack.hex()}.safetensors"
             if not (unless_placed and _is_linked(tmp, name)):
                 tmp.unlink(name)
+            if not unless_placed:
+                tmp.unlink(_intent(pack))
 
 
 def open_pack(path: Path) -> BinaryIO:
@@ -269,6 +310,11 @@ def open_pack(path: Path) -> BinaryIO:
             raise
         found = from_os_error(error, path)
         raise found if isinstance(found, AccessError) else DamagedError(f"pack {path.stem}", str(found)) from None
+
+
+def is_unfinished(root: Path, pack: bytes) -> bool:
+    """Whether tmp/ says that a pack's commit is not through; once it is, a view that is begun later lists the pack."""
+    return any((root / "tmp" / name).exists() for name in (f"{pack.hex()}.safetensors", _intent(pack)))
 
 
 def read_records(path: Path) -> tuple[Header, Records, list[str]]:

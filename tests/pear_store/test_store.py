@@ -519,7 +519,7 @@ def test_another_index_format_is_refused(tmp_path: Path, found: str, remedy: str
     index = open_index(tmp_path / "s" / "index")
     index.write(lambda view: view.put("meta", b"format", found.encode()))
     release_index(index)
-    with pytest.raises(FormatError, match=f"index format '{found}': this Pear reads '3'; {remedy}"):
+    with pytest.raises(FormatError, match=f"index format '{found}': this Pear reads '4'; {remedy}"):
         Store(tmp_path / "s")
     rebuild(tmp_path / "s")
     with Store(tmp_path / "s") as store:

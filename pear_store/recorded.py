@@ -1,0 +1,164 @@
+"""What packs record, held against what the index says.
+
+A pack may record what the index never had: it came from a copy of the store, or the index is an old one from a backup.
+No such pack is ever deleted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pear_store.digest import Digest, from_digest, is_digest
+from pear_store.errors import DamagedError
+from pear_store.index import (
+    NO_PACK,
+    NameRow,
+    RemovedRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+    View,
+    tag_key,
+    version_key,
+)
+from pear_store.opened import name_row, version_row
+from pear_store.pack import Records, find_packs, pack_path, read_records
+
+
+@dataclass
+class Unlisted:
+    """Packs that the index does not list."""
+
+    known: list[bytes] = field(default_factory=list)
+    """The index knows all that they record, and misses none of their tensors. A gc that died leaves those"""
+    unknown: list[bytes] = field(default_factory=list)
+    """They record what the index never had, or hold tensors that it misses"""
+    unreadable: list[bytes] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    """Paths of what is no pack"""
+
+
+class Recorded:
+    """The packs' records, as far as they were looked at. For one view at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._marks: dict[bytes, frozenset[tuple[str, int, bytes]]] = {}
+
+    def find_unlisted(self, view: View) -> Unlisted:
+        """Looks at each pack that the index does not list. Under the write lock, or what is being added is found."""
+        unlisted = Unlisted()
+        for pack in find_packs(self._path, unlisted.foreign):
+            if view.get("packs", pack) is None:
+                try:
+                    header, records, problems = read_records(pack_path(self._path, pack))
+                except DamagedError:
+                    unlisted.unreadable.append(pack)
+                    continue
+                is_known = not problems and self.knows(view, pack, records)
+                is_known = is_known and not self._holds_lost(view, header.places)
+                (unlisted.known if is_known else unlisted.unknown).append(pack)
+        return unlisted
+
+    def knows(self, view: View, pack: bytes, records: Records) -> bool:
+        """Whether the index knows all that a pack records, or something later about the same."""
+        return all(self._known(view, pack, records))
+
+    def _known(self, view: View, pack: bytes, records: Records) -> Iterator[bool]:
+        for version in records.versions:
+            mark = (version.task, version.version, version.hash)
+            row = version_row(view, version.task, version.version)
+            if row is not None:
+                yield row.manifest == version.hash and self._has(row.pack, mark, pack)
+            else:  # removed? of two copies of a store, each may have had its own second version
+                removed = self._removed(view, version.task, version.version)
+                yield removed is not None and self._has(removed.recorded_in, mark, pack)
+        for task, number in records.removed:
+            removed = self._removed(view, task, number)  # none: no file records that version any more
+            yield version_row(view, task, number) is None
+            yield removed is None or self._has(removed.pack, (task, number, b""), pack)
+        for task, number in records.highest_numbers().items():
+            name = name_row(view, task)
+            yield name is not None and name.highest >= number
+            if name is not None and name.highest == number:
+                yield self._has(name.pack, (name.name, number, b"highest"), pack)
+        for tag in records.tags:
+            value = view.get("tags", key := tag_key(tag.task, tag.tag))
+            current = TagRow(0, 0, NO_PACK) if value is None else TagRow.decode(key, value)
+            yield current.time_ns >= tag.time_ns
+            yield self._has(current.pack, (f"{tag.task}@{tag.tag}", current.time_ns, b""), pack)
+
+    @staticmethod
+    def _removed(view: View, task: str, number: int) -> RemovedRow | None:
+        value = view.get("removed", key := version_key(task, number))
+        return None if value is None else RemovedRow.decode(key, value)
+
+    def _has(self, pack: bytes, mark: tuple[str, int, bytes], asking: bytes) -> bool:
+        """Whether the pack that a row names records what the row says; the one that asks does."""
+        if pack == asking:
+            return True
+        if pack not in self._marks:
+            try:
+                _, records, _ = read_records(pack_path(self._path, pack))
+            except DamagedError:
+                records = Records()
+            self._marks[pack] = frozenset(_marks(records))
+        return mark in self._marks[pack]
+
+    def _holds_lost(self, view: View, names: Iterable[str]) -> bool:
+        """Whether a tensor is among these that the index lists where no file is."""
+        there: dict[bytes, bool] = {}
+        for name in filter(is_digest, names):
+            value = view.get("tensors", from_digest(Digest(name)))
+            if value is not None:
+                pack = TensorRow.peek(value).pack
+                if pack not in there:
+                    there[pack] = pack != NO_PACK and pack_path(self._path, pack).exists()
+                if not there[pack]:
+                    return True
+        return False
+
+
+def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:
+    """One for each thing that is recorded."""
+    for version in records.versions:
+        yield version.task, version.version, version.hash
+    for task, number in records.removed:
+        yield task, number, b""
+    for tag in records.tags:
+        yield f"{tag.task}@{tag.tag}", tag.time_ns, b""
+    for task, number in records.highest_numbers().items():
+        yield task, number, b"highest"
+
+
+def count_rows(view: View) -> Counter[bytes]:
+    """How many rows name each pack as the one that records what they say."""
+    count: Counter[bytes] = Counter()
+    count.update(VersionRow.decode(key, value).pack for key, value in view.rows("versions"))
+    count.update(NameRow.decode(key, value).pack for key, value in view.rows("names"))
+    count.update(TagRow.decode(key, value).pack for key, value in view.rows("tags"))
+    count.update(RemovedRow.decode(key, value).pack for key, value in view.rows("removed"))
+    return count
+
+
+def rows_of(view: View, pack: bytes, records: Records) -> Records:
+    """Those of a pack's records that a row names this pack for, each as the row says it."""
+    current = Records()
+    for version in records.versions:
+        row = version_row(view, version.task, version.version)
+        if row is not None and (row.pack, row.manifest, row.time_ns) == (pack, version.hash, version.time_ns):
+            current.versions.append(version)
+    for task, number in records.removed:
+        value = view.get("removed", key := version_key(task, number))
+        if value is not None and RemovedRow.decode(key, value).pack == pack:
+            current.removed.append((task, number))
+    for tag in records.tags:
+        value = view.get("tags", key := tag_key(tag.task, tag.tag))
+        if value is not None and TagRow.decode(key, value) == TagRow(tag.version or 0, tag.time_ns, pack):
+            current.tags.append(tag)
+    for task, number in records.highest_numbers().items():
+        name = name_row(view, task)
+        if name is not None and (name.name, name.highest, name.pack) == (task, number, pack):
+            current.highest[task] = number
+    return current
