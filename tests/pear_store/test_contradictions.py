@@ -425,7 +425,7 @@ def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkey
     """Where there are no hard links, an empty file in tmp/ says that a pack was placed and not yet committed."""
     import pear_store.opened as opened
 
-    def no_link(*args: object) -> None:
+    def no_link(*args: object, **options: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("os.link", no_link)
