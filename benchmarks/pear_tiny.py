@@ -33,8 +33,9 @@ CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 def features(adapted: AdaptedBackbone, preprocess: Preprocess, dataset: Dataset) -> dict[str, Any]:
     out = {}
     for name, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
+        assert split is not None, f"{dataset}: no split {name}"
         pixels = Pixels(split, preprocess)
-        rows = torch.arange(len(pixels)).split(100)
+        rows = torch.arange(len(pixels)).split(100)  # type: ignore[no-untyped-call]
         x = torch.cat([adapted.features(pixels.images(part), {}) for part in rows])
         out[name] = (x, pixels.targets.numpy())
     mean, std = out["train"][0].mean(0), out["train"][0].std(0).clamp_min(1e-6)
@@ -43,7 +44,8 @@ def features(adapted: AdaptedBackbone, preprocess: Preprocess, dataset: Dataset)
 
 def probe(data: dict[str, Any]) -> float:
     """Test top-1 of the C that is best on val (the smaller of equals)."""
-    best, chosen = -1.0, None
+    best = -1.0
+    chosen: Any = None
     for c in CHOICES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -66,7 +68,7 @@ def rate(step: Any, images: int, seconds: float = 5.0) -> float:
     return images / sorted(times)[len(times) // 2]
 
 
-def speed(backbone: Backbone) -> dict[str, float]:
+def speed(backbone: Backbone) -> dict[str, Any]:
     """Images a second at batch 64 on 2 threads, in the precision that pear-train chooses: inference, training the
     adapters of all block positions (as pear-train does), and training every weight."""
     torch.set_num_threads(2)
@@ -86,9 +88,9 @@ def speed(backbone: Backbone) -> dict[str, float]:
 
     def train_adapters() -> None:
         adapters.zero_grad()
-        adapted.features(images, adapters.position_weights(), autocast).square().mean().backward()
+        adapted.features(images, adapters.position_weights(), autocast).square().mean().backward()  # type: ignore[no-untyped-call]
 
-    whole = timm.create_model("pear_tiny", pretrained=True)
+    whole: Any = timm.create_model("pear_tiny", pretrained=True)
     for block in whole.blocks:
         block.attn.fused_attn = False
 

@@ -45,7 +45,12 @@ Call = Callable[[int], object]
 def op(fused: bool) -> Any:
     """Takes the plain op, or the Triton kernel, whatever is faster."""
     asked = []
-    with mock.patch.object(kernels, "_fused_is_faster", lambda *_: (asked.append(1), fused)[1]):
+
+    def fused_is_faster(*_: object) -> bool:
+        asked.append(1)
+        return fused
+
+    with mock.patch.object(kernels, "_fused_is_faster", fused_is_faster):
         yield
     if fused and not asked:
         raise click.ClickException("the router never asked for the Triton kernel: this figure would be the plain op's")
@@ -72,13 +77,16 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
         for task in tasks:
             router.add(task)
 
-        def run(n: int, names: list[str]) -> None:
+        def run(count: int, n: int) -> None:
             with op(fused):
-                router.run(images[:n], names)
+                router.run(images[:n], rows(count, n))
 
         for count in (1, 16, 64):
             title = "one task" if count == 1 else f"{count} tasks"
-            found[f"pear {mode}, {title}"] = (over, lambda n, count=count: run(n, rows(count, n)))
+            found[f"pear {mode}, {title}"] = (over, partial(run, count))
+
+    def run_peft(model: Any, count: int, n: int) -> object:
+        return model(images[:n], adapter_names=rows(count, n))
 
     add_pear("eager", "bare", fused=False, compile=False)
     add_pear("triton", "bare", fused=True, compile=False)
@@ -86,10 +94,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
     for title, pattern in (("48 linears", LINEARS_48), ("24 linears", LINEARS_24)):
         model = peft_model(pattern, bare, NAMES)
         for count in (16, 64):
-            found[f"peft {title}, {count} tasks"] = (
-                "bare",
-                lambda n, model=model, count=count: model(images[:n], adapter_names=rows(count, n)),
-            )
+            found[f"peft {title}, {count} tasks"] = ("bare", partial(run_peft, model, count))
     if not missing:
         from adapters.composition import BatchSplit
 

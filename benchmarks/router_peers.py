@@ -26,6 +26,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,10 @@ def peft_model(pattern: str, bare: nn.Module, names: list[str] = NAMES) -> Any:
     return model.eval()
 
 
-def check_tasks_differ(run: Callable[[Tensor], Tensor]) -> None:
+def check_tasks_differ(run: Callable[[Tensor], Tensor | list[Tensor]]) -> None:
     """One image for two tasks must not give the same: else what is timed is not what it is called."""
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    first, second = run(torch.cat([image, image])).float()
+    first, second = (logits.float() for logits in run(torch.cat([image, image])))
     assert not torch.allclose(first, second, atol=1e-3), "the tasks' adapters do not run"
 
 
@@ -165,7 +166,7 @@ def hf_vit() -> Any:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
+    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()  # type: ignore[no-untyped-call]
 
 
 def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype, names: list[str] = NAMES) -> Any:
@@ -202,7 +203,8 @@ def adapterhub_contestants(dtype: torch.dtype) -> dict[str, Call]:
 
         def run(images: Tensor) -> Tensor:
             model.active_adapters = BatchSplit(*NAMES[: len(images)], batch_sizes=[1] * len(images))
-            return model(pixel_values=images.to(dtype)).last_hidden_state
+            found: Tensor = model(pixel_values=images.to(dtype)).last_hidden_state
+            return found
 
         check_tasks_differ(run)
         contestants[f"adapterhub BatchSplit, {method}"] = lambda n: run(images[:n])
@@ -299,7 +301,7 @@ def loads(repeats: int, _: int) -> dict[str, Any]:
                     found[f"pear, {title}, {count} loaded"] = _load_figures(load, [])
     # On a narrow ViT-B/16 of as many blocks: what a switch costs does not depend on the width, and is lost in the
     # noise of a whole ViT-B's forward. PEFT's figure above is of its own call.
-    narrow = timm.models.VisionTransformer(img_size=32, embed_dim=64, num_heads=2, num_classes=0, class_token=True)
+    narrow: Any = timm.models.VisionTransformer(img_size=32, embed_dim=64, num_heads=2, num_classes=0, class_token=True)
     narrow.pretrained_cfg = {"architecture": "narrow", "input_size": (3, 32, 32)}
     small = load_backbone(narrow.eval())
     images = torch.randn(1, 3, 32, 32)
@@ -327,12 +329,14 @@ def _load_figures(load: list[float], turn: list[float]) -> dict[str, float]:
     return figures | ({"switch_ms": round(statistics.median(turn), 3)} if turn else {})
 
 
+def in_turns(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, n: int, images: int) -> dict[str, Any]:
+    return taking_turns(make(dtype), n, images)
+
+
 SECTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "loads": loads,
     **{
-        f"{name} {str(dtype).removeprefix('torch.')}": (
-            lambda n, images, make=make, dtype=dtype: taking_turns(make(dtype), n, images)
-        )
+        f"{name} {str(dtype).removeprefix('torch.')}": partial(in_turns, make, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for name, make in (
             ("peft", peft_contestants),
@@ -352,7 +356,7 @@ def go_where_adapterhub_is(folder: Path) -> str | None:
         venv.create(folder, with_pip=True)
         site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         (site / "below.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ADAPTERHUB]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ADAPTERHUB]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return f"{ADAPTERHUB} could not be installed: {done.stderr.strip().splitlines()[-1]}"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pear_store import Digest, RawTensor, Store, Task
 from router import AdaptedBackbone, Backbone, Router, add_branch, choose_positions, load_backbone
 
 MODEL, SIZE, RANK, CLASSES, BLOCKS = "vit_base_patch16_224", 224, 8, 47, 12
+Calls = dict[str, Callable[[], object]]
 _NOISE = (0.02 * np.random.default_rng(0).normal(size=4_000_000)).astype("<f4").tobytes()
 
 
@@ -84,7 +86,7 @@ class Times(dict[str, list[float]]):
         return round(statistics.median(a / b for a, b in zip(self[one], self[other], strict=True)), 4)
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> Times:
+def interleaved(calls: Calls, repeats: int) -> Times:
     """All in each round, in an order that moves on by one, after a round that does not count."""
     times = Times({name: [] for name in calls})
     names = list(calls)
@@ -153,14 +155,18 @@ class Bench:
 
     @torch.inference_mode()
     def bare(self) -> torch.Tensor:
-        return self.bare_model(self.images.to(self.dtype))
+        found: torch.Tensor = self.bare_model(self.images.to(self.dtype))
+        return found
 
     def mixed(self) -> dict[str, Any]:
         """A batch of as many tasks as images, and one task unmerged, over bare."""
         made = [self.tasks.make(f"t{i}", i) for i in range(len(self.images))]
         names = [task.name for task in made]
         router = self.router(made)
-        calls = {"mixed": lambda: router.run(self.images, names), "one": lambda: router.run(self.images, names[0])}
+        calls: Calls = {
+            "mixed": lambda: router.run(self.images, names),
+            "one": lambda: router.run(self.images, names[0]),
+        }
         return {**self.over_bare(calls), "outside_the_backbone": {n: outside(router, c) for n, c in calls.items()}}
 
     def merged(self) -> dict[str, Any]:
@@ -171,11 +177,14 @@ class Bench:
             start = time.perf_counter()
             merged.run(self.images[:1], "t")
             merge_s = time.perf_counter() - start
-        calls = {"merged": lambda: merged.run(self.images, "t"), "unmerged": lambda: unmerged.run(self.images, "t")}
+        calls: Calls = {
+            "merged": lambda: merged.run(self.images, "t"),
+            "unmerged": lambda: unmerged.run(self.images, "t"),
+        }
         shares = {"merged": outside(merged, calls["merged"]), "unmerged": outside(unmerged, calls["unmerged"])}
         return {**self.over_bare(calls), "outside_the_backbone": shares, "merge_s": merge_s}
 
-    def over_bare(self, calls: dict[str, Callable[[], object]]) -> dict[str, Any]:
+    def over_bare(self, calls: Calls) -> dict[str, Any]:
         found = interleaved({"bare": self.bare, **calls}, self.args.repeats)
         ratios = {name: found.ratio("bare", name) for name in calls}
         return {"images": len(self.images), "seconds": found.median(), "throughput_over_bare": ratios}
@@ -189,12 +198,12 @@ class Bench:
             routers[total] = self.router(made)
             routers[total].preload([task.name for task in made]).result()
         names = [f"t{i}" for i in range(count)]
-        calls = {str(n): (lambda router=router: router.run(self.images, names)) for n, router in routers.items()}
+        calls: Calls = {str(n): partial(router.run, self.images, names) for n, router in routers.items()}
         found = interleaved(calls, self.args.repeats)
         without = {}
         for total, router in routers.items():
             with _no_forward(router):
-                without[str(total)] = interleaved({"run": lambda router=router: router.run(self.images, names)}, 50)
+                without[str(total)] = interleaved({"run": partial(router.run, self.images, names)}, 50)
         return {
             "images": count, "seconds": found.median(),
             "over_16": {n: found.ratio(n, "16") for n in found},
@@ -249,19 +258,23 @@ class Bench:
         """16 tasks that share their first k blocks, and a tree of two levels, over the ideal from bare forwards."""
         count = 16
         trees: dict[str, tuple[Callable[[int], Callable[[int], int]], float]] = {}
+
+        def shares_first(k: int, task: int) -> Callable[[int], int]:
+            return lambda block: -1 if block < k else task
+
         for k in (0, 4, 8, 11):
-            trees[f"k={k}"] = (lambda t, k=k: lambda block: -1 if block < k else t, (k + count * (BLOCKS - k)) / BLOCKS)
+            trees[f"k={k}"] = (partial(shares_first, k), (k + count * (BLOCKS - k)) / BLOCKS)
         # 4 groups of 4: all share 4 blocks, a group shares 4 more
         trees["tree"] = (
             lambda t: lambda block: -1 if block < 4 else -2 - t // 4 if block < 8 else t,
             (4 + 4 * 4 + 4 * count) / BLOCKS,
         )
-        calls: dict[str, Callable[[], object]] = {"16_bare": lambda: [self.bare() for _ in range(count)]}
+        calls: Calls = {"16_bare": lambda: [self.bare() for _ in range(count)]}
         for name, (kinds, _) in trees.items():
             made = [self.tasks.make(f"t{t}", t, kinds(t)) for t in range(count)]
             router = self.router(made)
             names = [task.name for task in made]
-            calls[name] = lambda router=router, names=names: router.run_all(self.images, names)
+            calls[name] = partial(router.run_all, self.images, names)
         found = interleaved(calls, self.args.repeats)
         return {
             "images": len(self.images), "tasks": count, "seconds": found.median(),
@@ -278,7 +291,8 @@ class _no_forward:
 
     def __enter__(self) -> None:
         width = self._adapted.feature_width
-        self._adapted.features = lambda images, *_, **__: torch.zeros(len(images), width)
+        found: Any = self._adapted
+        found.features = lambda images, *_, **__: torch.zeros(len(images), width)
 
     def __exit__(self, *_: object) -> None:
         del self._adapted.features

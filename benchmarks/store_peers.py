@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
@@ -160,7 +161,7 @@ def make_tasks(folder: Path, count: int, pool_size: int, seed: int) -> None:
         for name, shape in names:
             shared, which = own_random.random() < SHARED, own_random.integers(pool_size)
             tensors[name] = pool[name][which] if shared else matrix(own_random, shape)
-        record = {
+        record: dict[str, Any] = {
             "format": "pear-task/1", "task": f"{folder.name}-{i:05d}", "activation": "relu", "head": None, "labels": [],
             "backbone": {"model": "vit_base_patch16_224", "digest": "sha256:" + "0" * 64},
             "adapters": {f"a{k:02d}": {side: f"a{k:02d}.{side}" for side in SHAPES} for k in range(ADAPTERS)},
@@ -175,7 +176,7 @@ def rotated(items: list[Any], by: int) -> list[Any]:
     return [*items[by % len(items) :], *items[: by % len(items)]]
 
 
-def interleaved(what: str, repeats: int, contestants: dict[str, Callable[[int], dict[str, Any]]]) -> Rows:
+def interleaved(what: str, repeats: int, contestants: Mapping[str, Callable[[int], dict[str, Any]]]) -> Rows:
     """Calls every contestant once a repeat, in an order that rotates."""
     found: Rows = {name: [] for name in contestants}
     for repeat in range(repeats):
@@ -215,7 +216,7 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def read(reader: str, store: Store, file: Path) -> dict[str, float]:
+def read(reader: str, store: Any, file: Path) -> dict[str, float]:
     """Reads a task, then one float of every page of its tensors; freeing them is not timed."""
     start = time.perf_counter()
     tensors = READERS[reader](store, file)
@@ -327,13 +328,30 @@ def measure(work: Path, ours: Contestant, peers: list[Contestant], repeats: int)
     """Everything that TARGETS judge, and more."""
     files = sorted((work / "tasks").iterdir())
     everyone = [ours, *peers]
-    bulk = interleaved("bulk", repeats, {c.name: lambda _, c=c: c.fill(work / "tasks") for c in everyone})
+
+    def fill(contestant: Contestant, _: int) -> dict[str, Any]:
+        return contestant.fill(work / "tasks")
+
+    def timed(contestant: Contestant, command: Sequence[str], _: int) -> dict[str, Any]:
+        return {"seconds": contestant.run(command)[0]}
+
+    def cold(reader: str, turn: int) -> dict[str, Any]:
+        found: dict[str, Any] = in_child(cold_read, reader, store, order[turn], warm.home, drop)
+        return found
+
+    def collected(contestant: Contestant, collector: Callable[[Contestant], dict[str, Any]], _: int) -> dict[str, Any]:
+        return on_copy(contestant, collector)
+
+    def add_one(contestant: Contestant, turn: int) -> dict[str, Any]:
+        return contestant.add_one(ones[turn])
+
+    bulk = interleaved("bulk", repeats, {c.name: partial(fill, c) for c in everyone})
     store = ours.home / ours.kept
     stats = json.loads(ours.run([*ours.add[:-1], "stats", "--json"])[1])
     sizes = {c.name: file_bytes(c) for c in everyone}
-    check = {c.name: lambda _, c=c: {"seconds": c.run(c.check)[0]} for c in everyone if c.check}
+    check = {c.name: partial(timed, c, c.check) for c in everyone if c.check}
     verify = interleaved("verify", repeats, check)
-    verbs = {verb: lambda _, verb=verb: {"seconds": ours.run([*ours.add[:-1], verb])[0]} for verb in ("--help", "ls")}
+    verbs = {verb: partial(timed, ours, [*ours.add[:-1], verb]) for verb in ("--help", "ls")}
     start = interleaved("start-up", STARTS, verbs)
 
     first, hot = in_child(hot_reads, store, files)
@@ -341,8 +359,8 @@ def measure(work: Path, ours: Contestant, peers: list[Contestant], repeats: int)
     warm.fill(work / "ones")
     drop = files_under(store) + files
     order = random.Random(1).choices(files, k=COLD_SAMPLES)
-    colds = {r: lambda i, r=r: in_child(cold_read, r, store, order[i], warm.home, drop) for r in READERS}
-    cold = interleaved("cold", COLD_SAMPLES, colds)
+    colds = {r: partial(cold, r) for r in READERS}
+    cold_rows = interleaved("cold", COLD_SAMPLES, colds)
 
     half = random.Random(0).sample([file.name for file in files], len(files) // 2)
     collect = {
@@ -350,12 +368,12 @@ def measure(work: Path, ours: Contestant, peers: list[Contestant], repeats: int)
         "pear_repack_all": (ours, lambda copy: in_child(pear_gc, copy.home / copy.kept, half, True)),
         **{c.name: (c, lambda copy: dvc_gc(copy, half)) for c in peers if c.name == "dvc"},
     }
-    gc = interleaved("gc", repeats, {k: lambda _, both=both: on_copy(*both) for k, both in collect.items()})
+    gc = interleaved("gc", repeats, {k: partial(collected, *both) for k, both in collect.items()})
     ones = sorted((work / "ones").iterdir())
-    single = interleaved("single", SINGLES, {c.name: lambda i, c=c: c.add_one(ones[i]) for c in everyone})
+    single = interleaved("single", SINGLES, {c.name: partial(add_one, c) for c in everyone})
     return {
         "bulk": bulk, "stats": stats, "file_bytes": sizes, "verify": verify, "start": start,
-        "first": first, "hot": hot, "cold": cold, "gc": gc, "single": single,
+        "first": first, "hot": hot, "cold": cold_rows, "gc": gc, "single": single,
     }  # fmt: skip
 
 
@@ -367,7 +385,7 @@ def ratio(kind: str, one: str, other: str, *keys: str) -> Callable[[dict[str, An
         if one not in rows or other not in rows:  # a peer that could not be had
             return None
         pairs = zip(rows[one], rows[other], strict=True)
-        return median(sum(a[key] for key in keys) / sum(b[key] for key in keys) for a, b in pairs)
+        return float(median(sum(a[key] for key in keys) / sum(b[key] for key in keys) for a, b in pairs))
 
     return figure
 

@@ -208,7 +208,8 @@ class Study:
             router.add(task)
             assert run.dataset.test is not None
             pixels = Pixels(run.dataset.test, Preprocess(run.record))
-            found = torch.cat([router.run(pixels.images(rows), plan.dataset).logits for rows in in_batches(pixels)])
+            parts = [router.run(pixels.images(rows), plan.dataset).logits for rows in in_batches(pixels)]
+            found = torch.cat([torch.stack(list(part)) for part in parts])
             row |= {"test_top1": top1(found, pixels.targets), "right": bits(found, pixels.targets)}
         return row
 
@@ -254,8 +255,8 @@ class Study:
         record = preprocess_record(self.backbone(plan.backbone), config.img_size)
         train, val = (Pixels(split, Preprocess(record)) for split in (data.train, data.val))
         torch.manual_seed(plan.seed)
-        kwargs = {"img_size": config.img_size} if config.img_size else {}
-        model = timm.create_model(self.backbone(plan.backbone).name, num_classes=0, **kwargs)
+        kwargs: dict[str, Any] = {"img_size": config.img_size} if config.img_size else {}
+        model: Any = timm.create_model(self.backbone(plan.backbone).name, num_classes=0, **kwargs)
         state = self.backbone(plan.backbone).sized(tuple(record["input_size"][1:])).state_dict()
         model.load_state_dict(state)
         for part in model.modules():
@@ -289,7 +290,7 @@ class Study:
                     group["lr"] = config.lr * ((step + 1) / warmup if step < warmup else cosine)
                 loss = F.cross_entropy(head(features(train.images(rows))), train.targets[rows])
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
@@ -299,7 +300,7 @@ class Study:
             return torch.cat([head(features(pixels.images(rows))) for rows in in_batches(pixels)])
 
         found = logits(val)
-        row = {
+        row: dict[str, Any] = {
             "val_top1": top1(found, val.targets), "val_loss": float(F.cross_entropy(found, val.targets)),
             "train_loss": total / len(train), "adapter_bytes": 2 * count, "knowledge_bytes": 0,
             "head_bytes": 2 * sum(p.numel() for p in head.parameters()),

@@ -64,7 +64,8 @@ def _adapter_plus(model: nn.Module, rank: int) -> None:
                 nn.init.zeros_(linear.bias)
 
         def forward(self, y: Tensor) -> Tensor:
-            return y + self.scale * self.up(nn.functional.gelu(self.down(y)))
+            found: Tensor = y + self.scale * self.up(nn.functional.gelu(self.down(y)))
+            return found
 
     for name in _blocks(model):
         _after(model, name, AdapterPlus(_width(model)))
@@ -107,9 +108,10 @@ def _fact(model: nn.Module, rank: int) -> None:
         cores[name.replace(".", "_")] = core
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            x = args[0].unflatten(-1, (wide_in, width)) @ shared["u"]  # [batch, token, wide_in, rank]
+            x = args[0].reshape(*args[0].shape[:-1], wide_in, width) @ shared["u"]  # [batch, token, wide_in, rank]
             h = torch.einsum("btir,iors->btos", x, core.to(x.dtype))
-            return y + (h @ shared["v"]).flatten(-2)
+            found: Tensor = y + (h @ shared["v"]).flatten(-2)
+            return found
 
         model.get_submodule(name).register_forward_hook(hook)
 

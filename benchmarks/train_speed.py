@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import peft
@@ -54,7 +55,7 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
 
         return step
     backbone = load_backbone(MODEL, weights)
-    model = timm.create_model(MODEL, num_classes=0, img_size=PIXELS)
+    model: Any = timm.create_model(MODEL, num_classes=0, img_size=PIXELS)
     model.load_state_dict(backbone.sized((PIXELS, PIXELS)).state_dict())
     if device == "cpu":
         for part in model.modules():
@@ -69,7 +70,7 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
 
     def peft_step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        F.cross_entropy(head(tuned(images)), targets).backward()
+        F.cross_entropy(head(tuned(images)), targets).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return peft_step

@@ -39,12 +39,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import PIL.Image
 import pyarrow as pa
 import torch
 from platformdirs import user_data_path
@@ -52,9 +50,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
-from pear_store.reading import Access, read_source
-from router import ImageError, Predictions, Preprocess, Router, RouterError, decode
-from router.preprocess import ImageLike
+from pear_store.cli import allow_option
+from pear_store.reading import Access
+from pear_store.terminal import echo, printable
+from router import ImageError, Limits, Predictions, Preprocess, Router, RouterError, decode
+from router.pictures import LIMITS, MAX_PIXELS, ImageLike
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # its neighbours, also where it is run as a file
 from tools.lists import FORMATS, Image, ImageList, ListError, Rows, check_writable
@@ -109,10 +109,15 @@ class Batch:
 
 
 class Tasks:
-    """What the names of tasks mean, looked up once: a task is run in the version it had then."""
+    """What the names of tasks mean, looked up once: a task is run in the version it had then.
 
-    def __init__(self, router: Router, store: Store, versions: dict[str, int]) -> None:
-        self._router, self._store, self._versions = router, store, versions
+    Args:
+        versions: those of an earlier run with the same options.
+        limits: what may be opened as a picture.
+    """
+
+    def __init__(self, router: Router, store: Store, versions: dict[str, int], limits: Limits = LIMITS) -> None:
+        self._router, self._store, self._versions, self._limits = router, store, versions, limits
         self.find = lru_cache(65_536)(self._find)
 
     def _find(self, name: str | None) -> tuple[str, int, Preprocess] | str:
@@ -125,7 +130,7 @@ class Tasks:
             version = self._versions[name]
             task = f"{name.partition('@')[0]}@{version}"
             self._router.check(task)
-            return task, version, Preprocess(self._store.get(task, copy=False).preprocess)
+            return task, version, Preprocess(self._store.get(task, copy=False).preprocess, self._limits)
         except (RouterError, PearStoreError) as error:
             return str(error)
 
@@ -157,13 +162,7 @@ def batches(
                 if not image:
                     result["error"] = "no image is named"
                     continue
-                if way.key not in asks:
-                    try:
-                        asks[way.key] = Ask(place(image), way, [], [])
-                    except ImageError as error:
-                        result["error"] = str(error)
-                        continue
-                ask = asks[way.key]
+                ask = asks.setdefault(way.key, Ask(place(image), way, [], []))
                 ask.tasks.append(task)
                 ask.results.append(result)
             if asks:
@@ -189,20 +188,9 @@ def load(asks: list[Ask], device: torch.device) -> Iterator[Batch]:
 
 
 def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
-    """Where an image of the list is: relative paths begin in the folder.
-
-    Raises:
-        ImageError: it is no image, or `access` does not let it through.
-    """
-    try:
-        if isinstance(image, str) and access.root is not None:
-            image = read_source(image, access)
-        if isinstance(image, bytes):
-            return PIL.Image.open(BytesIO(image))
-    except PIL.UnidentifiedImageError:
-        raise ImageError("the list holds no image there that Pillow can read") from None
-    except (PearStoreError, OSError, ValueError) as error:
-        raise ImageError(str(error)) from None
+    """The image as it can be opened from here: relative paths begin in the folder."""
+    if isinstance(image, bytes) or access.root is not None:
+        return image  # with a root, `access` lets them begin there
     here = os.path.join(folder, image)
     return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
 
@@ -313,7 +301,7 @@ def infer(
     out: Path,
     options: dict[str, Any],
     *,
-    root: Path | None = None,
+    access: Access | None = None,
     restart: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -327,11 +315,14 @@ def infer(
     prefix: str = options["prefix"]
     schema = output_schema(listed, options["tasks"] is not None, prefix)
     check_writable(out, schema)
-    folder = (root or listed.path.parent).resolve()
-    place = partial(find_image, folder, Access(root=root))
+    access = access or Access()
+    folder = (access.root or listed.path.parent).resolve()
+    place = partial(find_image, folder, access)
+    limits = Limits(options["max_pixels"], access)
     plan = {
-        **options, "list": listed.digest, "encoding": listed.encoding, "root": str(root and folder),
-        "folder": str(folder), "store": str(store.path.resolve()), "backbone": router.backbone.digest,
+        **options, "list": listed.digest, "encoding": listed.encoding, "root": access.root is not None,
+        "allowed": sorted(access.allowed), "folder": str(folder), "store": str(store.path.resolve()),
+        "backbone": router.backbone.digest,
     }  # fmt: skip
     with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:
         if parts.finished is not None:
@@ -347,7 +338,7 @@ def infer(
                 versions |= {name: version for name, version in asked if name and version}
         try:
             began = time.perf_counter()
-            work_off(router, listed, parts, Tasks(router, store, versions), schema, resumed, place, options)
+            work_off(router, listed, parts, Tasks(router, store, versions, limits), schema, resumed, place, options)
             seconds = time.perf_counter() - began
             errors = total = 0
             first = None
@@ -459,19 +450,25 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
     "--encoding", default="utf-8", show_default=True, callback=_encoding,
     help="Of a list in CSV or JSON lines, such as latin-1.",
 )  # fmt: skip
+@click.option(
+    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
+)
+@allow_option
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run of this output had done.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
     source: Path, out: Path, where: Path, tasks: str | None, backbone: str, weights: str | None, batch_size: int,
     top: int, device: str | None, dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str,
-    restart: bool, overwrite: bool, as_json: bool,
+    max_pixels: int, allowed: tuple[str, ...], restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     for path in (source, out):
         if path.suffix not in FORMATS:
             raise click.UsageError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks, "prefix": prefix}
+    options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks, "prefix": prefix,
+               "max_pixels": max_pixels}  # fmt: skip
+    access = Access(root, frozenset(allowed))
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
@@ -481,7 +478,10 @@ def main(
         with Store(where.expanduser()) as store:
             precision = getattr(torch, dtype)
             router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
-            report = infer(router, store, listed, out, options, root=root, restart=restart, overwrite=overwrite)
+            report = infer(router, store, listed, out, options, access=access, restart=restart, overwrite=overwrite)
+    except click.ClickException as error:
+        vars(error)["message"] = printable(error.message)
+        raise
     except KeyboardInterrupt:
         raise _failure("interrupted; the same command goes on after the last finished part", 130) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -497,7 +497,7 @@ def main(
 
 
 def _failure(text: str, exit_code: int = 1) -> click.ClickException:
-    failure = click.ClickException(text)
+    failure = click.ClickException(printable(text))
     failure.exit_code = exit_code  # type: ignore[misc]
     return failure
 
@@ -511,12 +511,12 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(report))
         return
     if report["finished_before"]:
-        click.echo("finished before: the same list, options, store and backbone; --overwrite runs it again", err=True)
+        echo("finished before: the same list, options, store and backbone; --overwrite runs it again", err=True)
     else:
         resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
         speed = f"{report['images_per_s']:.1f} images/s"
-        click.echo(f"{report['images']} images in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
-    click.echo(f"{report['predictions']} predictions, {report['errors']} errors: {report['out']}")
+        echo(f"{report['images']} images in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
+    echo(f"{report['predictions']} predictions, {report['errors']} errors: {report['out']}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -184,7 +185,7 @@ class Painter:
         side = int(min(image.size) * math.exp(rng.uniform(math.log(0.08), 0)))
         aspect = math.exp(rng.uniform(-0.4, 0.4))
         width, height = min(int(side * aspect) + 4, image.width), min(int(side / aspect) + 4, image.height)
-        x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+        x, y = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         crop = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
         if rng.random() < 0.3:
             turned = crop.rotate(rng.uniform(-180, 180), Image.Resampling.BILINEAR, expand=False)
@@ -343,8 +344,8 @@ def main(
         pool = torch.from_numpy(np.concatenate([job.result() for job in jobs]))
     click.echo(f"{len(pool)} pictures after {time.time() - began:.0f} s")
 
-    options = {} if teacher_file is None else {"pretrained_cfg_overlay": {"file": teacher_file}}
-    teacher = timm.create_model("deit_tiny_patch16_224", pretrained=True, img_size=SIDE, **options).eval()
+    options: dict[str, Any] = {} if teacher_file is None else {"pretrained_cfg_overlay": {"file": teacher_file}}
+    teacher: Any = timm.create_model("deit_tiny_patch16_224", pretrained=True, img_size=SIDE, **options).eval()
     small = torch.empty(len(pool), SIDE // 2, SIDE // 2, 3, dtype=torch.uint8)
     targets = torch.empty(len(pool), 37, 192, dtype=torch.float16)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -359,7 +360,7 @@ def main(
     width = torch.cat([width[:1], width[1:].mean(0, keepdim=True).expand(36, -1)])
     click.echo(f"teacher done after {time.time() - began:.0f} s")
 
-    student = student_from_teacher(teacher).train()
+    student: Any = student_from_teacher(teacher).train()
     for block in student.blocks:
         block.attn.fused_attn = False  # on CPU its backward is the slower one at 37 tokens
     decay = [p for p in student.parameters() if p.ndim >= 2]
@@ -390,7 +391,7 @@ def main(
         loss = F.smooth_l1_loss((got.float() - centre) / width, goal, reduction="none").mean(2, keepdim=True) * weight
         loss = loss.sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         schedule.step()

@@ -330,6 +330,31 @@ def test_root_confines_a_list_to_a_directory(work: Path, monkeypatch: pytest.Mon
     assert (done.exit_code, "does not exist" in done.stderr) == (2, True)
 
 
+def test_large_pictures_and_unlisted_protocols_are_opened_only_when_told_so(work: Path) -> None:
+    for column, options, problem in (
+        ("0.png", ["--max-pixels", 599], "give max_pixels (--max-pixels) of at least 600"),
+        (f"filecache::{(work / '0.png').as_uri()}", [], "say --allow filecache"),
+    ):
+        listed = write(work / "list.csv", pd.DataFrame({"image": [column, str(work / "1.png")], "task": ["a", "a"]}))
+        done = run(listed, work / "out.jsonl", "--store", work / "s", "--overwrite", *options)
+        assert "predictions, " in done.stdout
+        assert problem in read(work / "out.jsonl")[0]["error"]
+    done = run(
+        listed, work / "out.jsonl", "--store", work / "s", "--overwrite", "--allow", "filecache", "--allow", "file"
+    )
+    assert "2 predictions, 0 errors" in done.stdout
+
+
+def test_what_a_list_holds_does_not_reach_the_terminal(work: Path) -> None:
+    text = json.dumps({"image": "\x1b[2J.png", "task": "a\n\x1b]0;x"})
+    (work / "list.jsonl").write_text(text + "\n")
+    (work / "odd.jsonl").write_text(json.dumps({"\x1b[2J": 1}) + "\n")
+    for name in ("list", "odd"):
+        done = run(work / f"{name}.jsonl", work / "out.csv", "--store", work / "s")
+        assert done.exit_code == 1
+        assert "\x1b" not in done.output
+
+
 def test_a_run_that_serves_nothing_says_so(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     (work / "far").mkdir()
@@ -384,7 +409,7 @@ def test_images_that_a_parquet_list_holds(work: Path, backbone: Backbone, wanted
         found = read(work / "out.jsonl")
         assert [row["image"] for row in found] == (paths if not wanted else [path for path in paths for _ in "ab"])
         errors = [row["p_error" if wanted else "error"] for row in found]
-        assert "Pillow can read" in errors[4 if wanted else 2]
+        assert "not an image" in errors[4 if wanted else 2]
         assert (errors[-1] is None) == (paths == names) or "no image is named" in errors[-1]
         if not wanted:
             expected = Router(backbone, work / "s").run([str(work / "0.png"), str(work / "1.png")], ["a", "b"])
@@ -480,7 +505,15 @@ class Idle:
 
 
 def options(size: int) -> dict[str, Any]:
-    return {"batch_size": size, "top": 1, "dtype": "float32", "device": "cpu", "tasks": None, "prefix": ""}
+    return {
+        "batch_size": size,
+        "top": 1,
+        "dtype": "float32",
+        "device": "cpu",
+        "tasks": None,
+        "prefix": "",
+        "max_pixels": 10**6,
+    }
 
 
 def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) -> None:
