@@ -1,6 +1,5 @@
 """A task, and the task checkpoint: the one file by which tasks are exchanged (docs/design.md, section 5)."""
 
-import errno
 import json
 import marshal
 import math
@@ -16,7 +15,7 @@ from typing import Any
 
 from pear_store.container import check_json, container_chunks, parse_json, read_container
 from pear_store.digest import ITEM_BYTES, Digest, RawTensor, fresh_name, is_digest
-from pear_store.errors import CheckpointError, DiskFullError
+from pear_store.errors import CheckpointError, from_os_error
 
 FORMAT = "pear-task/1"
 ACTIVATIONS = ("identity", "relu", "gelu")
@@ -203,6 +202,7 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
 
     Raises:
         DiskFullError: no space left; a file already at `path` is untouched.
+        PearStoreError: it cannot be written; likewise.
     """
     path = Path(path)
     record = {**task.record, "digests": {name: tensor.digest for name, tensor in task.tensors.items()}}
@@ -219,9 +219,7 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(path) from None
-        raise CheckpointError(path, f"cannot be written: {error.strerror}") from None
+        raise from_os_error(error, path, "cannot be written") from None
     return size
 
 

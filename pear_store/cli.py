@@ -175,13 +175,19 @@ def _added_line(result: Added) -> str:
 @store_option
 @json_option
 def ls(every: bool, as_json: bool) -> None:
-    """List the tasks: newest version and tensor bytes of each."""
+    """List the tasks: newest version and tensor bytes of each, and its tags; TAG@2 is one of an older version."""
     with Store(_path()) as store:
         versions = store.versions() if every else store.tasks()
+        tags = {} if every else store.tags()
+    others = [{tag: number for tag, number in tags.get(v.task, {}).items() if number != v.version} for v in versions]
     if as_json:
-        echo_json([_version_json(version) for version in versions])
+        rows = zip(versions, others, strict=True)
+        echo_json([{**_version_json(v), **({"older_tags": older} if older else {})} for v, older in rows])
     elif versions:
-        echo_table([_version_row(version) for version in versions])
+        table = [_version_row(version) for version in versions]
+        for row, older in zip(table, others, strict=True):
+            row["tags"] = " ".join([row["tags"], *(f"{tag}@{number}" for tag, number in older.items())]).strip()
+        echo_table(table)
 
 
 def _version_json(version: Version) -> dict[str, Any]:

@@ -281,7 +281,12 @@ def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTenso
 
 def parse_container(stream: BinaryIO, where: str | Path) -> tuple[dict[str, str], dict[str, RawTensor]]:
     """Like :func:`read_container`, from a stream that cannot tell its length."""
-    content = stream.read(MAX_FILE_BYTES + 1)
+    try:
+        content = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise SourceError(where, f"cannot be read: {error.strerror or error}") from None
+    if not isinstance(content, bytes):
+        raise CheckpointError(where, f"its read gives {type(content).__name__}: expected a file opened in binary mode")
     return _parse(BytesIO(content), where, len(content))
 
 

@@ -112,10 +112,10 @@ class AccessError(PearStoreError):
         self.path = str(path)
 
 
-def from_os_error(error: OSError, path: Path) -> PearStoreError:
-    """An operating system's error at a store as one of ours."""
+def from_os_error(error: OSError, path: Path, failed: str = "") -> PearStoreError:
+    """An operating system's error at a store, or at what it writes, as one of ours; `failed` says at what."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessError(path, (error.strerror or str(error)).lower())
-    return PearStoreError(f"{path}: {error.strerror or error}")
+    return PearStoreError(f"{path}: {failed + ': ' if failed else ''}{error.strerror or error}")

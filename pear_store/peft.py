@@ -202,7 +202,11 @@ def export_peft(
         raise CheckpointError(task.name, "field 'positions': empty: PEFT loads no LoRA without an adapter")
     if linears is not None and (foreign := sorted(positions.keys() - linears.keys(), key=natural_key)):
         some = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-        raise CheckpointError(task.name, f"positions {some}: no Linear of {task.backbone_model}: PEFT LoRA needs one")
+        raise CheckpointError(
+            task.name,
+            f"positions {some}: no Linear of {task.backbone_model}: PEFT LoRA needs one; "
+            "such a task cannot go, train it with 'pear-train --positions linear' for that",
+        )
     tensors: dict[str, RawTensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

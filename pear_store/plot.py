@@ -4,12 +4,16 @@ import colorsys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from pear_store.checkpoint import Task, natural_key
+from pear_store.checkpoint import PARTS, Task, natural_key, outer_part
 from pear_store.errors import PearStoreError
 from pear_store.store import Store
 
 FORMATS = (".png", ".svg")
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+_STRIPES = 4
+"""Of more branches at one position, only some are drawn"""
 _LABELS = 60
 """More rows or columns than this are drawn without their names"""
 
@@ -17,9 +21,9 @@ _LABELS = 60
 def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None:
     """Draws tasks x positions to a .png or .svg file.
 
-    A cell has the colour of its adapter (of its first branch's): one colour is one pair of tensors, in whatever task
-    and position; grey ones are used once. Bars show each task's tensor bytes: what no task above it has, and what it
-    shares.
+    A cell has a stripe for each branch, in its adapter's colour. One colour is one pair of tensors, in whatever task
+    and position; a branch's own core has no say. Grey ones are used once. Bars show each task's bytes: those that no
+    task above it has, those that it shares with these, and what else it would take with an adapter for each branch.
 
     Raises:
         NotFoundError: no such task.
@@ -37,47 +41,64 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
     names = list(references) or [version.task for version in store.tasks()]
     if not names:
         raise PearStoreError(f"{store.path}: no task to draw")
-    cells: list[dict[str, str]] = []
+    cells: list[dict[str, list[str]]] = []
     new: list[int] = []
-    shared: list[int] = []
+    above: list[int] = []
+    within: list[int] = []
     seen: set[str] = set()
     for name in names:
         task = store.get(name, copy=False)
-        cells.append({position: _identity(task, branches[0].adapter) for position, branches in task.positions.items()})
+        cells.append({p: [_identity(task, b.adapter) for b in branches] for p, branches in task.positions.items()})
         sizes = {tensor.digest: tensor.size_bytes for tensor in task.tensors.values()}
         new.append(sum(size for digest, size in sizes.items() if digest not in seen))
-        shared.append(sum(sizes.values()) - new[-1])
+        above.append(sum(sizes.values()) - new[-1])
+        within.append(_shared_within(task))
         seen |= sizes.keys()
     columns = sorted({position for row in cells for position in row}, key=natural_key)
-    uses = Counter(adapter for row in cells for adapter in row.values())
+    uses = Counter(adapter for row in cells for branches in row.values() for adapter in branches)
     colours = _colours([adapter for adapter in uses if uses[adapter] > 1])
-    picture = np.ones((len(names), max(1, len(columns)), 3))
+    stripes = min(_STRIPES, max((len(branches) for row in cells for branches in row.values()), default=1))
+    picture = np.ones((len(names), max(1, len(columns)) * stripes, 3))
     for y, row in enumerate(cells):
         for x, position in enumerate(columns):
-            if position in row:
-                picture[y, x] = colours.get(row[position], (0.78, 0.78, 0.78))
+            for stripe in range(stripes if position in row else 0):
+                adapter = row[position][stripe * len(row[position]) // stripes]
+                picture[y, x * stripes + stripe] = colours.get(adapter, (0.78, 0.78, 0.78))
+    below = 0.06 * max(map(len, map(_shown, columns)), default=0) if len(columns) <= _LABELS else 0  # inches of names
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, width_ratios=[3, 1], layout="constrained",
-        figsize=(max(7, min(24, 0.25 * len(columns) + 4)), max(2.5, min(30, 0.25 * len(names) + 1.8))),
+figsize=(max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below),
     )  # fmt: skip
-    left.imshow(picture, aspect="auto", interpolation="nearest")
-    left.set_title("colour: an adapter used more than once; grey: once", fontsize=9, loc="left")
+    extent = (-0.5, max(1, len(columns)) - 0.5, len(names) - 0.5, -0.5)
+    left.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
+    left.set_title(
+        "colour: an adapter used more than once; grey: once; stripes: several branches", fontsize=9, loc="left"
+    )
     if max(len(columns), len(names)) <= _LABELS:  # lines between the cells
         left.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
         left.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
         left.grid(which="minor", color="white", linewidth=2)
         left.tick_params(which="minor", length=0)
+    plain: dict[str, Any] = {"fontsize": 7, "parse_math": False}
     if len(columns) <= _LABELS:
-        left.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-    left.set_yticks(*((range(len(names)), names) if len(names) <= _LABELS else ([], [])), fontsize=7)
-    rows = np.arange(len(names))
-    right.barh(rows, new, height=0.8, color="#4472a8", label="new")
-    right.barh(rows, shared, left=new, height=0.8, color="#cfd9e6", label="shared with tasks above")
-    saved = sum(shared) / max(1, sum(new) + sum(shared))
-    right.set_title(f"tensor bytes: {saved:.0%} saved", fontsize=9, loc="left")
-    right.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.06))
+        left.set_xticks(range(len(columns)), map(_shown, columns), rotation=90, **plain)
+    left.set_yticks(*((range(len(names)), map(_shown, names)) if len(names) <= _LABELS else ([], [])), **plain)
+    start = np.zeros(len(names))
+    unit, factor = next((u, f) for u, f in _UNITS if max(np.add(np.add(new, above), within)) >= f or f == 1)
+    for label, colour, sizes_bytes in (
+        ("new", "#4472a8", new),
+        ("shared with tasks above", "#9db8d6", above),
+        ("saved by sharing within the task", "#dfe5ec", within),
+    ):
+        right.barh(
+            np.arange(len(names)), np.divide(sizes_bytes, factor), left=start, height=0.8, color=colour, label=label
+        )
+        start = start + np.divide(sizes_bytes, factor)
+    saved = sum(above) + sum(within)
+    right.set_title(f"{saved / max(1, sum(new) + saved):.0%} saved by sharing", fontsize=9, loc="left")
+    right.set_xlabel(f"tensors, {unit}", fontsize=8)
     right.tick_params(labelsize=7)
-    right.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+    figure.legend(loc="outside lower right", ncols=3, fontsize=7, frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -87,8 +108,28 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
 
 
 def _identity(task: Task, adapter: str) -> str:
+    """What adapters have in common that differ in their cores alone."""
     entry = task.record["adapters"][adapter]
-    return f"{entry['down']} {entry['up']}"
+    return f"{entry['down']} {entry[outer_part(entry)]}"
+
+
+def _shared_within(task: Task) -> int:
+    """Bytes that a task would take besides if each branch had `down` and the part that reaches d_out for itself."""
+    entries = task.record["adapters"]
+    alone = sum(
+        task.tensors[entries[branch.adapter][part]].size_bytes
+        for branches in task.positions.values()
+        for branch in branches
+        for part in ("down", outer_part(entries[branch.adapter]))
+    )
+    used = {entry[part] for entry in entries.values() for part in PARTS if part in entry}
+    return max(0, alone - sum(task.tensors[name].size_bytes for name in used))
+
+
+def _shown(name: str) -> str:
+    """A name in one line of at most 40 characters."""
+    text = "".join(c if c.isprintable() else "?" for c in name)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _colours(adapters: list[str]) -> dict[str, tuple[float, float, float]]:

@@ -7,6 +7,7 @@ from typing import BinaryIO, TypeAlias
 
 from pear_store.checkpoint import KnownTensors, Task, read_checkpoint, task_from_container
 from pear_store.container import parse_container
+from pear_store.errors import CheckpointError
 from pear_store.reading import Access, check_url, is_url, open_source
 
 Source: TypeAlias = Task | str | Path | BinaryIO
@@ -34,6 +35,9 @@ def read_task(source: Source, known: KnownTensors | None = None, access: Access 
     if isinstance(source, Path) or (isinstance(source, str) and not is_url(source)):
         return read_checkpoint(source, known)
     if not isinstance(source, str):
+        if not hasattr(source, "read"):
+            expected = "expected a Task, a path, a URL or a binary file; add_many takes several"
+            raise CheckpointError("source", f"{type(source).__name__}: {expected}")
         return task_from_container(*parse_container(source, label(source)), label(source), known)
     with open_source(source, access) as file:
         return task_from_container(*parse_container(file, source), source, known)

@@ -469,6 +469,14 @@ class Store:
             raise NotFoundError(_unknown(task, self.path))
         return found
 
+    def tags(self) -> dict[str, dict[str, int]]:
+        """Every task's tags: {task: {tag: version}}."""
+        found: dict[str, dict[str, int]] = {}
+        with self._open.read() as view:
+            for (task, number), tags in _all_tags(view).items():
+                found.setdefault(task, {}).update(dict.fromkeys(tags, number))
+        return found
+
     def resolve(self, reference: str) -> Version:
         """The version that a reference stands for now.
 

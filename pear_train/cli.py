@@ -67,7 +67,11 @@ def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
 @_option("--method", "Prune and share, all adapters, or head only.", type=click.Choice(METHODS))
 @_option("--epochs", "Epochs in all.", type=int)
 @_option("--prune-epoch", "Epochs before pruning [default: two fifths of all].", type=int)
-@_option("--positions", "auto, or comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns.", type=str)
+@_option(
+    "--positions",
+    "auto, or presets (blocks, attn, mlp, qkv, linear: the last two for PEFT) or patterns, by commas.",
+    type=str,
+)
 @_option("--rank", "Rank of an adapter.", type=int)
 @_option("--activation", "Between down and up.", type=click.Choice(ACTIVATIONS))
 @_option("--scale", "Factor of a branch.", type=float)

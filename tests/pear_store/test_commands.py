@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pear_store import Store, Task, make_task, write_checkpoint
-from tests.conftest import floats, small_task
+from tests.conftest import floats, record, small_task, tensors
 from tests.pear_store.test_cli import run
 from tests.pear_store.test_store import flip, packs
 
@@ -131,6 +133,59 @@ def test_completion(where: Path, shell: str) -> None:
     done = subprocess.run([command], env=environment, capture_output=True, text=True)
     assert "dtd" in done.stdout
     assert "svhn" not in done.stdout
+
+
+def cored(name: str, seed: int = 0) -> Task:
+    """As pear-train makes them: positions borrow one adapter, each through a core of its own."""
+    stored = {**tensors(seed), **{f"core{i}": floats([[i, 1.0], [seed, 1.0]]) for i in range(3)}}
+    adapters = {f"c{i}": {"down": "a0.down", "up": f"core{i}", "basis": "a0.up"} for i in range(3)}
+    positions = {f"blocks.{i}.attn": [[f"c{i}", 1.0]] for i in range(3)}
+    return make_task(record(name, adapters=adapters, positions=positions), stored)
+
+
+def colours(picture: Path) -> set[tuple[int, ...]]:
+    """Of the cells: wide areas that are neither white nor grey nor bars."""
+    image = Image.open(picture).convert("RGB")
+    counts = image.getcolors(image.width * image.height) or []
+    wide = {rgb for count, rgb in counts if count > 2000 and isinstance(rgb, tuple)}
+    return {rgb for rgb in wide if max(rgb) - min(rgb) > 100}
+
+
+def test_a_plot_shows_what_cores_share(where: Path) -> None:
+    with Store.create(where / "real") as store:
+        store.add(cored("one"))
+        store.add(cored("two", seed=1))
+        made = cored("odd", seed=2)
+        evil = {
+            "$\\frac{": [["c0", 1.0]],
+            "x\x1b[2J" * 300: [["c1", 1.0]],
+            "b": [["c0", 1.0], ["c1", 1.0]],
+            "c": [["c2", 1.0]],
+        }
+        store.add(Task({**made.record, "positions": evil}, made.tensors))
+    assert run("--store", where / "real", "plot", where / "real.png").exit_code == 0
+    assert len(colours(where / "real.png")) == 3  # a colour for each task
+    text = svg(where / "real", where / "real.svg")
+    assert re.search(r"\b[1-9]\d?% saved by sharing", text) and "e5" not in text, text
+
+
+def svg(store: Path, file: Path, *names: str) -> str:
+    """A plot's texts, which its .svg keeps as comments."""
+    assert run("--store", store, "plot", file, *names).exit_code == 0
+    return " ".join(re.findall(r"<!-- (.*?) -->", file.read_text()))
+
+
+def test_ls_shows_tags_of_older_versions(where: Path) -> None:
+    store = ("--store", where / "s")
+    for version, tag in ((1, "first"), (2, "prod"), (3, "next")):
+        run(*store, "tag", f"dtd@{version}", tag)
+    row = next(line for line in run(*store, "ls").stdout.splitlines() if line.startswith("dtd"))
+    assert row.endswith("next first@1 prod@2")
+    rows = json.loads(run(*store, "ls", "--json").stdout)
+    assert rows[0]["tags"] == ["next"] and rows[0]["older_tags"] == {"first": 1, "prod": 2}
+    assert "older_tags" not in rows[1]
+    every = json.loads(run(*store, "ls", "--all", "--json").stdout)
+    assert [tag for row in every for tag in row.get("tags", [])] == ["first", "prod", "next"]
 
 
 def test_peft_there_and_back(where: Path, task_maker: Callable[..., Task]) -> None:

@@ -1,14 +1,28 @@
 """What is opened of what a user names, and what isn't."""
 
+import io
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from pear_store import Access, NotFoundError, PearStoreError, SourceError, Store, read_checkpoint, read_source
+from pear_store import (
+    Access,
+    Added,
+    CheckpointError,
+    NotFoundError,
+    PearStoreError,
+    Refused,
+    SourceError,
+    Store,
+    read_checkpoint,
+    read_source,
+)
 from pear_store.reading import is_url, open_regular_file, open_source
 from tests.conftest import small_task
 from tests.pear_store.test_cli import run
@@ -188,3 +202,23 @@ def test_add_takes_what_access_allows(tmp_path: Path, store: Store) -> None:
     assert run("--store", store.path, "add", chain).exit_code == 10
     done = run("--store", store.path, "add", chain, "--allow", "simplecache", "--allow", "memory")
     assert "is unchanged" in done.stdout
+
+
+def test_add_says_what_it_takes(tmp_path: Path, store: Store) -> None:
+    for source, message in (
+        ([tmp_path], "list: expected a Task, a path, a URL or a binary file; add_many takes several"),
+        (None, "NoneType: expected a Task"),
+        (b"a.safetensors", "bytes: expected a Task"),
+        (io.StringIO("{}"), "gives str: expected a file opened in binary mode"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            store.add(source)  # type: ignore[arg-type]
+    results = list(store.add_many([[tmp_path], small_task()]))  # type: ignore[list-item]
+    assert isinstance(results[0], Refused) and results[1] == Added("dtd", 1, True, 80, 0)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("pear-store"), "--store", store.path, "add", "-"],
+        stdin=folder, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    os.close(folder)
+    assert (done.returncode, b"cannot be read: Is a directory" in done.stderr) == (10, True)
