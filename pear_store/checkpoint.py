@@ -138,7 +138,7 @@ class KnownTensors:
     def remember(self, tensor: RawTensor) -> None:
         """Takes a checked tensor's digest down; the second time, a copy of it."""
         if tensor.digest not in self._seen:
-            if len(self._seen) == _SEEN:
+            if len(self._seen) >= _SEEN:
                 self._seen.clear()
             self._seen.add(tensor.digest)
         elif tensor.digest not in self._copies:
@@ -309,7 +309,7 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         yield from _structure_problems(record, tensors)
         named = frozenset(tensor_names({**record, "head": None}))
         if structure is not None and len(structure) <= _MAX_STRUCTURE_BYTES:
-            if len(_GOOD_STRUCTURES) == _MAX_STRUCTURES:
+            if len(_GOOD_STRUCTURES) >= _MAX_STRUCTURES:
                 _GOOD_STRUCTURES.clear()
             _GOOD_STRUCTURES[structure] = named
     yield from _head_problems(record["head"], record["labels"], tensors)

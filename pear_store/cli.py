@@ -17,6 +17,7 @@ from pear_store import sources
 from pear_store.checkpoint import PARTS, natural_key
 from pear_store.container import read_json
 from pear_store.digest import ITEM_BYTES
+from pear_store.directory import store_path
 from pear_store.errors import PearStoreError
 from pear_store.integrity import Damage, repair
 from pear_store.integrity import verify as verify_store
@@ -46,7 +47,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     echo(f"Warning: {message}", err=True)
 
 
-def _keep_store(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
+def _keep_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     if value is not None:
         ctx.find_root().meta["pear_store.path"] = value
 
@@ -54,7 +55,7 @@ def _keep_store(ctx: click.Context, _: click.Parameter, value: Path | None) -> N
 def store_option(command: F) -> F:
     """--store DIR, before or after the verb."""
     return click.option(
-        "--store", type=click.Path(path_type=Path), callback=_keep_store, expose_value=False, metavar="DIR",
+        "--store", type=click.Path(), callback=_keep_store, expose_value=False, metavar="DIR",
         help="The store's directory [default: $PEAR_STORE, else the user's data directory].",
     )(command)  # fmt: skip
 
@@ -81,7 +82,7 @@ def dry_run_option(command: F) -> F:
 def _path(ctx: click.Context | None = None) -> Path:
     ctx = ctx or click.get_current_context()
     chosen = ctx.find_root().meta.get("pear_store.path") or ctx.find_root().params.get("store_from_env")
-    return chosen or user_data_path("pear") / "store"
+    return store_path(chosen) if chosen else user_data_path("pear") / "store"
 
 
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
@@ -100,9 +101,9 @@ def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> lis
 
 @click.group(cls=StoreGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @store_option
-@click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(path_type=Path))
+@click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path())
 @click.version_option(package_name="pear-adapters")
-def main(store_from_env: Path | None) -> None:
+def main(store_from_env: str | None) -> None:
     """Keep many tasks of one backbone in one store, each distinct tensor once."""
 
 

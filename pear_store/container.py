@@ -167,7 +167,7 @@ def _checked_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
             return Header(metadata, places, file_bytes)
     found = _parse_header(text, where, file_bytes)
     if cut and len(tail) < _MAX_TAIL and _only_metadata(head) is not None:
-        if len(_TAILS) == _MAX_TAILS:
+        if len(_TAILS) >= _MAX_TAILS:  # several threads may pass it at once
             _TAILS.clear()
         _TAILS[tail] = ({n: p._replace(offset=p.offset - start) for n, p in found.places.items()}, file_bytes - start)
     return found
@@ -249,13 +249,14 @@ def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
     if offsets[1] - offsets[0] != length:
         problem = f"{dtype} {shape} is {length} bytes, data_offsets say {offsets[1] - offsets[0]}"
         raise CheckpointError(where, f"tensor {name!r}: {problem}")
-    if len(_LENGTHS) == 1000:
+    if len(_LENGTHS) >= _MAX_LENGTHS:
         _LENGTHS.clear()
     _LENGTHS[dtype, *shape] = (dtype, tuple(shape), length)
     return Place(dtype, tuple(shape), data_start + offsets[0], length)
 
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_MAX_LENGTHS = 1000
 _LENGTHS: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}
 """Dtype and shape that were found good, with their bytes"""
 

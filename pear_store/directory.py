@@ -169,6 +169,19 @@ def check_index(path: Path) -> None:
                 index.check(name)
 
 
+def store_path(path: str | Path) -> Path:
+    """A store's path as a user gave it: a leading ``~`` is the home directory.
+
+    Raises:
+        PearStoreError: it names the home of a user whom the system does not know.
+    """
+    expanded = os.path.expanduser(path)
+    if str(expanded).startswith("~"):
+        raise PearStoreError(f"{path}: no such user; a directory of that name is written {os.path.join('.', path)}")
+    found = Path(expanded)
+    return found.absolute() if str(found).startswith("~") else found  # Path has dropped a leading ./
+
+
 def sync_directory(path: Path) -> None:
     """Makes renames and new files in a directory durable."""
     with open_folder(path) as folder:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 _PIPE_BYTES = 1 << 20
+_LOOK_S = 0.5
+"""How often a worker looks whether its parent is still there"""
 
 
 class WorkerDiedError(Exception):
@@ -35,6 +37,17 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
+def end_with(parent: int) -> None:
+    """Has this process end soon after its parent did, whatever it does: nobody will take what it finds."""
+
+    def look(*_: object) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
+
+
 class Worker:
     """A forked process that answers requests, one after the other, with what `work` returns for each.
 
@@ -50,6 +63,7 @@ class Worker:
         try:
             for _ in range(2):
                 ends += os.pipe()
+            parent = os.getpid()
             self._pid = os.fork()
         except OSError:
             for end in ends:
@@ -60,6 +74,7 @@ class Worker:
         if self._pid == 0:
             code = 1
             try:
+                end_with(parent)
                 os.close(self_request)
                 os.close(self_answer)
                 with open(request_end, "rb") as requests, open(answer_end, "wb") as answers:

@@ -1,6 +1,7 @@
 """Checks a store, and mends it from good copies."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
@@ -12,6 +13,7 @@ from pear_store import gc, sources
 from pear_store.checkpoint import tensor_names
 from pear_store.container import Header
 from pear_store.digest import Digest, RawTensor, from_digest, is_digest, raw_digest, to_digest
+from pear_store.directory import PACK_NAME, store_path
 from pear_store.errors import (
     DamagedError,
     DamagedIndexError,
@@ -114,7 +116,7 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
     Raises:
         NotFoundError: there is no store.
     """
-    path = Path(path)
+    path = store_path(path)
     part, parts = subset
     if not 1 <= part <= parts:
         raise PearStoreError(f"subset {part}/{parts}: expected n/t with n from 1 to t")
@@ -145,7 +147,10 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
     import subprocess  # here, for it takes longer to import than most commands
     import sys
 
-    run = f"from pear_store.integrity import _checked; print(_checked({str(path)!r}, {subset!r}))"
+    run = (
+        "from pear_store.forked import end_with; from pear_store.integrity import _checked; "
+        f"end_with({os.getpid()}); print(_checked({os.fspath(path)!r}, {subset!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     if done.returncode:
         return None, f"reading it ended with exit code {done.returncode}"
@@ -205,7 +210,7 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
             counted = count_rows(view)
             report, bad, done = Report(), set(), set()
             for pack in sorted(ours):
-                if pack[0] % subset[1] == subset[0] - 1:
+                if _is_in(pack, subset):
                     bad |= _check_pack(opened, pack, report, counted)
             if worker is not None:
                 with suppress(WorkerDiedError):
@@ -232,6 +237,11 @@ def _plain(report: Report, bad: set[Digest], done: set[bytes]) -> tuple[dict[str
     return asdict(report), bad, done
 
 
+def _is_in(pack: bytes, subset: tuple[int, int]) -> bool:
+    """Whether a pack belongs to the n-th of t parts."""
+    return int.from_bytes(pack[:8], "big") % subset[1] == subset[0] - 1
+
+
 def check_packs(
     path: Path, subset: tuple[int, int], others: Set[bytes] = frozenset()
 ) -> tuple[Report, set[Digest], set[bytes]]:
@@ -244,7 +254,7 @@ def check_packs(
     try:
         while True:
             with opened.read() as view:
-                packs = {pack for pack, _ in view.rows("packs") if pack[0] % subset[1] == subset[0] - 1}
+                packs = {pack for pack, _ in view.rows("packs") if _is_in(pack, subset)}
                 counted = count_rows(view)
             if packs <= done:  # else a gc moved something meanwhile, or an add brought more
                 return report, bad, done
@@ -327,7 +337,7 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
             value = view.get("tensors", from_digest(Digest(name)))
             if value is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
-            if len(known) == _KNOWN_NUMBERS:
+            if len(known) >= _KNOWN_NUMBERS:
                 known.clear()
             place = TensorRow.peek(value)
             known[name] = found = place.number, place.length
@@ -441,7 +451,7 @@ def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Rep
                 needs.setdefault(name, []).append(f"{version.task}@{version.version}")
         if problems:
             report.damaged_packs.append(file.stem)
-        if header is None or not file.stem or int(file.stem[:2], 16) % subset[1] != subset[0] - 1:
+        if header is None or not (PACK_NAME.fullmatch(file.name) and _is_in(bytes.fromhex(file.stem), subset)):
             continue
         report.packs += 1
         for name, data in _tensors_of(file, header):
@@ -473,7 +483,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
         NotFoundError: one of the copies is not there; nothing was done.
         DamagedIndexError: the index is damaged; rebuild it first.
     """
-    path, copies = Path(path), list(copies)
+    path, copies = store_path(path), list(copies)
     for copy in copies:
         if not is_url(copy) and not Path(copy).exists():
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")

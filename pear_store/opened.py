@@ -33,6 +33,7 @@ from pear_store.index import (
     version_key,
     write_lock,
 )
+from pear_store.maps import map_file
 from pear_store.pack import (
     Records,
     WrittenPack,
@@ -44,7 +45,8 @@ from pear_store.pack import (
     unlink_written,
 )
 
-_OPEN_PACKS = 1024
+_OPEN_PACKS = 4096
+"""Maps that are kept; the system allows some 65,000 in a process, those included that only buffers handed out keep"""
 _TRIES = 100
 _KEPT_TASKS = 2048
 """Of some 10 KB each, for 24 tensors"""
@@ -81,7 +83,7 @@ class OpenStore:
     def _open_index(self) -> Index:
         for _ in range(_TRIES):
             if not is_store(self.path):
-                raise NotFoundError(f"{self.path}: no store there; make one with 'pear-store init --store {self.path}'")
+                raise no_store(self.path)
             with suppress(IndexReplacedError):
                 return open_index(self.path / "index")
         raise PearStoreError(f"{self.path / 'index'}: replaced again and again while it was opened; run again later")
@@ -283,9 +285,9 @@ class OpenStore:
         try:
             return self._map_file(pack, expected, view is None)
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise DamagedError(f"pack {pack.hex()}", f"it cannot be read: {error.strerror}") from None
-        self.forget_maps()  # each map holds a file open
+        self.forget_maps()
         try:
             return self._map_file(pack, expected, view is None)
         except OSError as error:
@@ -298,12 +300,12 @@ class OpenStore:
                 right = hinted or (expected and found.st_size == PackRow.decode(pack, expected).file_bytes)
                 if not right or not found.st_size:
                     raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
-                mapped_file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped_file = map_file(file.fileno(), found.st_size)
         except FileNotFoundError:
             raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
         if hasattr(mapped_file, "madvise"):  # else a fault reads megabytes around the tensor
             mapped_file.madvise(mmap.MADV_RANDOM)
-        mapped = MappedPack(mapped_file, memoryview(mapped_file), (found.st_dev, found.st_ino))
+        mapped = MappedPack(mapped_file, memoryview(mapped_file).toreadonly(), (found.st_dev, found.st_ino))
         with self._lock:
             self._maps[pack] = mapped
             while len(self._maps) > _OPEN_PACKS:
@@ -329,6 +331,13 @@ class OpenStore:
         with self._lock:
             self._maps.clear()
             self._kept.clear()
+
+
+def no_store(path: Path) -> NotFoundError:
+    """What to do where :func:`is_store` says that there is none."""
+    if (path / "packs").is_dir():
+        return NotFoundError(f"{path}: the store's index is gone; 'pear-store rebuild --store {path}' makes it anew")
+    return NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
 
 
 def is_store(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pear_store.checkpoint import tensor_names
 from pear_store.digest import Digest, from_digest, is_digest, tensor_digest
-from pear_store.directory import open_folder
+from pear_store.directory import open_folder, store_path
 from pear_store.errors import DamagedError, NotFoundError, from_os_error
 from pear_store.index import (
     NO_PACK,
@@ -57,7 +57,7 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
         NotFoundError: there are no packs.
         DiskFullError: no space for a second index; nothing was changed.
     """
-    path = Path(path)
+    path = store_path(path)
     if not (path / "packs").is_dir():
         raise NotFoundError(f"{path}: no store there: expected a folder 'packs'")
     result = Rebuilt()

@@ -13,7 +13,7 @@ from types import TracebackType
 from pear_store import gc, mounts
 from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
 from pear_store.digest import Digest, RawTensor, fresh_name, from_digest
-from pear_store.directory import open_folder, sync_directory
+from pear_store.directory import open_folder, store_path, sync_directory
 from pear_store.errors import (
     DamagedError,
     DamagedIndexError,
@@ -182,7 +182,7 @@ class Store:
             FormatError: another Pear wrote it.
             DamagedIndexError: its index cannot be opened.
         """
-        self.path = Path(path)
+        self.path = store_path(path)
         self._open = OpenStore(self.path)
         _warn_of_network(self.path)
 
@@ -193,7 +193,7 @@ class Store:
         Raises:
             FormatError: the directory holds something else.
         """
-        path = Path(path)
+        path = store_path(path)
         if is_store(path):
             return cls(path)
         fresh = path / f"index-{fresh_name()}"

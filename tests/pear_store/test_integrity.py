@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from pear_store import (
     NotFoundError,
     PearStoreError,
     Store,
+    integrity,
     rebuild,
     repair,
     verify,
@@ -64,6 +67,57 @@ def test_a_sound_store_is_all_good(filled: Path) -> None:
         verify(filled, (4, 3))
     with pytest.raises(NotFoundError, match="no store there"):
         verify(filled / "nothing")
+
+
+def test_parts_of_a_verify_have_packs_however_many_parts_there_are(store: Store) -> None:
+    for i in range(12):
+        store.add(small_task(f"t{i}", seed=i))
+    numbers = [
+        next(n for n in range(1, 3001) if integrity._is_in(bytes.fromhex(p.stem), (n, 3000))) for p in packs(store)
+    ]
+    assert max(numbers) > 256
+    assert [integrity.check_packs(store.path, (n, 3000))[0].packs for n in numbers] == [1] * 12
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_killed_verify_leaves_no_process(filled: Path, forks: bool) -> None:
+    """It waits for one byte of a pack, as a slow disk would have it; in a fork, or in a process of its own."""
+    code = (
+        "import sys, time\n"
+        "import pear_store.integrity as integrity\n"
+        f"integrity.can_fork = lambda: {forks}\n"
+        "integrity.raw_digest = integrity.read_digest = lambda *_: time.sleep(60)\n"
+        f"integrity.verify({str(filled)!r})\n"
+    )
+    if not forks:  # the process of its own is slow, too
+        (filled / "sitecustomize.py").write_text(
+            "import sys\nif 'end_with' in ' '.join(sys.orig_argv):\n    import time\n"
+            "    import pear_store.integrity as integrity\n    integrity.check = lambda *_: time.sleep(60)\n"
+        )
+    environment = {**os.environ, "PYTHONPATH": f"{filled}:{ROOT}"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    try:
+        wait_until(lambda: len(family(process.pid)) > (2 if forks else 1))
+        children = family(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not any(Path("/proc", str(child)).exists() for child in children))
+
+
+def family(process: int) -> list[int]:
+    """All that came from a process, itself included."""
+    found = [process]
+    for one in found:
+        found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    return found
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_damaged_tensor_is_named_with_the_tasks_it_hits_and_mended_from_another_store(

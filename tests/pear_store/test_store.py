@@ -1,6 +1,7 @@
 """The store's promises (docs/design.md, section 6)."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from pear_store import (
@@ -36,6 +38,7 @@ from pear_store import (
     verify,
     write_checkpoint,
 )
+from pear_store.cli import main
 from pear_store.index import open_index, release_index
 from pear_store.manifest import to_manifest
 from tests.conftest import floats, record, small_task, tensors
@@ -360,19 +363,87 @@ def test_a_pack_lost_while_mapped_is_replaced_and_gc_goes_on(store: Store) -> No
         assert [v["task"] for v in json.loads(opened.metadata()["pear"])["versions"]] == ["dtd"]
 
 
-def test_more_packs_are_read_than_files_may_be_open(store: Store) -> None:
+def test_more_packs_are_read_and_held_than_files_may_be_open(store: Store) -> None:
     for i in range(60):
         store.add(small_task(f"t{i}", seed=i))
     code = """
 import resource, sys
 from pear_store import Store
+from tests.makers import small_task
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 with Store(sys.argv[1]) as store:
-    for i in range(60):
-        store.get(f"t{i}")
+    held = [store.get(f"t{i}", copy=False) for i in range(60)]
+    for i, task in enumerate(held):
+        expected = {tensor.digest: bytes(tensor.data) for tensor in small_task(f"t{i}", seed=i).tensors.values()}
+        assert {tensor.digest: bytes(tensor.data) for tensor in task.tensors.values()} == expected
+        assert all(tensor.data.readonly for tensor in task.tensors.values())
+    store.add(small_task("new", seed=100))
+    store.gc(repack_all=True)
+    assert store.get("t7").name == "t7"
 """
-    done = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store.path)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_maps_that_nobody_holds_are_given_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pear_store.opened._OPEN_PACKS", 8)
+    monkeypatch.setattr("pear_store.opened._KEPT_TASKS", 8)
+    for i in range(40):
+        store.add(small_task(f"t{i}", seed=i))
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(store.path / "packs"))
+
+    for _ in range(2):
+        for i in range(40):
+            store.get(f"t{i}", copy=False)
+    assert 0 < maps() <= 17
+
+
+def test_a_system_with_too_many_maps_is_an_error_of_ours(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(small_task())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("pear_store.opened.map_file", refuse)
+    with pytest.raises(PearStoreError, match="Cannot allocate memory"):
+        store.get("dtd")
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_path: bool) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = Path("~/s") if as_path else "~/s"
+    with Store.create(path) as store:
+        assert store.path == tmp_path / "home" / "s"
+        store.add(small_task())
+    with Store(path) as store:
+        assert store.tasks()[0].task == "dtd"
+    assert verify(path).ok
+    assert repair(path).missing == []
+    assert rebuild(path).versions == 1
+    for arguments, environment in ((["ls", "--json"], {"PEAR_STORE": "~/s"}), (["--store", "~/s", "ls", "--json"], {})):
+        assert '"task": "dtd"' in CliRunner().invoke(main, arguments, env=environment).stdout
+    with pytest.raises(PearStoreError, match=r"~nobody-here/s: no such user; a directory of that name is written \./~"):
+        Store.create("~nobody-here/s")
+    assert os.listdir(tmp_path) == ["home"]
+    with Store.create("./~nobody-here"):
+        assert sorted(os.listdir(tmp_path)) == ["home", "~nobody-here"]
+
+
+def test_a_store_without_its_index_asks_for_a_rebuild(store: Store) -> None:
+    store.add(small_task())
+    store.close()
+    shutil.rmtree(store.path / "index")
+    with pytest.raises(NotFoundError, match="the store's index is gone; 'pear-store rebuild --store .*' makes it anew"):
+        Store(store.path)
+    rebuild(store.path)
+    with Store(store.path) as again:
+        assert contents(again.get("dtd")) == contents(small_task())
 
 
 def damage_row(store: Store, table: str, at: int) -> None:
