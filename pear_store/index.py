@@ -611,20 +611,25 @@ class Index:
         self._closed = False
         with self._translated():
             check_index(path)
-            before = None if create else self._found()
-            _reserve_lock(path / "lock.mdb")
-            for size in _MAP_BYTES:
-                try:
-                    self._env = _open_environment(
-                        os.fsencode(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
-                        writemap=False, metasync=True,
-                        readahead=False,  # a fault would read megabytes around a page
-                    )  # fmt: skip
-                    break
-                except lmdb.MemoryError:
-                    if size == _MAP_BYTES[-1]:
-                        raise
-            self.identity = self._found()
+            try:
+                before = None if create else self._found()
+                _reserve_lock(path / "lock.mdb")
+                for size in _MAP_BYTES:
+                    try:
+                        self._env = _open_environment(
+                            os.fsencode(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
+                            writemap=False, metasync=True,
+                            readahead=False,  # a fault would read megabytes around a page
+                        )  # fmt: skip
+                        break
+                    except lmdb.MemoryError:
+                        if size == _MAP_BYTES[-1]:
+                            raise
+                self.identity = self._found()
+            except (OSError, lmdb.Error) as error:
+                if getattr(error, "errno", None) == errno.ENOENT or str(error).endswith(os.strerror(errno.ENOENT)):
+                    raise IndexReplacedError from None
+                raise
             if before not in (None, self.identity):  # a rebuild replaced it meanwhile, and which of both is open?
                 self._env.close()
                 raise IndexReplacedError
@@ -760,8 +765,6 @@ class Index:
             raise DamagedIndexError(self.path, str(error)) from None
         except (lmdb.Error, OSError) as error:
             code = getattr(error, "code", None) or getattr(error, "errno", None)
-            if code == errno.ENOENT:
-                raise IndexReplacedError from None
             full = code in (errno.ENOSPC, errno.EDQUOT)
             if code == errno.EIO or "Input/output error" in str(error):
                 full = _free_bytes(self.path.parent) < _FULL_BYTES

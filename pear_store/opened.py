@@ -335,7 +335,7 @@ class OpenStore:
 
 def no_store(path: Path) -> NotFoundError:
     """What to do where :func:`is_store` says that there is none."""
-    if (path / "packs").is_dir():
+    if os.path.isdir(path / "packs"):
         return NotFoundError(f"{path}: the store's index is gone; 'pear-store rebuild --store {path}' makes it anew")
     return NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
 

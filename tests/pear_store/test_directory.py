@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pear_store import DamagedError, FormatError, PearStoreError, Store, rebuild, repair, verify
+from pear_store.pack import WrittenPack
 from tests.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
@@ -217,3 +218,22 @@ def test_a_system_without_linuxs_own_calls_is_enough(tmp_path: Path, monkeypatch
         assert (store.path / "index" / "lock.mdb").stat().st_blocks * 512 >= 128 << 10
         assert contents(store.get("t1")) == contents(small_task("t1", seed=1))
     assert verify(tmp_path / "s").ok
+
+
+def test_a_pack_that_vanishes_from_tmp_while_it_is_added_is_an_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a reason to begin again for ever."""
+    import pear_store.opened
+
+    place = pear_store.opened.place_pack
+
+    def empty_tmp_first(root: Path, pack: WrittenPack) -> None:
+        pack.path.unlink()
+        place(root, pack)
+
+    monkeypatch.setattr(pear_store.opened, "place_pack", empty_tmp_first)
+    with pytest.raises(PearStoreError, match="No such file"):
+        store.add(small_task())
+    monkeypatch.undo()
+    assert store.add(small_task()).changed
