@@ -206,8 +206,7 @@ class Study:
         if plan.test:
             router = Router(backbone, device=run.device)
             router.add(task)
-            assert run.dataset.test is not None
-            pixels = Pixels(run.dataset.test, Preprocess(run.record))
+            pixels = run.pixels["test"]
             parts = [router.run(pixels.images(rows), plan.dataset).logits for rows in in_batches(pixels)]
             found = torch.cat([torch.stack(list(part)) for part in parts])
             row |= {"test_top1": top1(found, pixels.targets), "right": bits(found, pixels.targets)}

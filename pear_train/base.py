@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,10 @@ def train_base(
     began = time.perf_counter()
     device = open_device(configs[0].device or ("cuda" if torch.cuda.is_available() else "cpu"))
     adapted = AdaptedBackbone(backbone, device, torch.float32, for_training=True)
-    runs = [TaskRun(config, adapted, dataset) for config, dataset in zip(configs, datasets, strict=True)]
+    # a base set is never tested
+    runs = [
+        TaskRun(config, adapted, replace(dataset, test=None)) for config, dataset in zip(configs, datasets, strict=True)
+    ]
     first, config = runs[0], configs[0]
     for run in runs[1:]:
         if run.record["input_size"] != first.record["input_size"]:

@@ -18,7 +18,7 @@ from pear_train.errors import PearTrainError
 from pear_train.partial import partial_path, resume_partial, save_partial
 from pear_train.record import in_order, stored_bytes, to_task
 from pear_train.run import TaskRun, in_batches
-from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, RouterError
+from router import AdaptedBackbone, Backbone, PositionWeights, Router, RouterError
 from router.backbone import open_device
 
 
@@ -253,7 +253,7 @@ class _Trainer:
         router.add(written)
         metrics = {"val_top1": _top1(router, written.name, run.val_pixels)}
         if run.dataset.test is not None:
-            metrics["test_top1"] = _top1(router, written.name, Pixels(run.dataset.test, Preprocess(run.record)))
+            metrics["test_top1"] = _top1(router, written.name, run.pixels["test"])
         task = to_task(run, metrics)
         file_bytes = write_checkpoint(out, task)
         partial_path(out).unlink(missing_ok=True)

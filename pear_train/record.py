@@ -84,6 +84,8 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
             "data": run.dataset.description.partition(": ")[2],
             "data_name": Path(run.dataset.description.partition(": ")[0]).name,
+            "images": run.dataset.counts,
+            "unreadable": run.dataset.unreadable_counts,
             "importance_score": config.importance,
             "precision": run.precision,
             "given": run.given,

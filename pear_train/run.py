@@ -14,7 +14,7 @@ from pear_store.manifest import manifest_hash, to_manifest
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank, base_adapters
 from pear_train.config import CODE_BITS, TrainConfig
-from pear_train.data import Dataset, Pixels, augment
+from pear_train.data import Dataset, Pixels, augment, read_pictures
 from pear_train.errors import ConfigError, DataError
 from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
@@ -61,13 +61,13 @@ class TaskRun:
         base: Task | None = None,
         bank: Sequence[Task] = (),
     ) -> None:
-        self.config, self.adapted, self.dataset = config, adapted, dataset
+        self.config, self.adapted = config, adapted
+        self.record = preprocess_record(adapted.backbone, config.img_size)
         self.device = adapted.device
         self.precision = config.dtype
         if config.dtype == "auto":
             self.precision = str(fast_precision(self.device)).removeprefix("torch.")
         """Of the forward, float32 or bfloat16; a run that goes on keeps it, whatever is fast where it does."""
-        self.record = preprocess_record(adapted.backbone, config.img_size)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
         self.given = given_digest(base, bank)
@@ -76,8 +76,8 @@ class TaskRun:
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        preprocess = Preprocess(self.record)
-        self.train_pixels, self.val_pixels = Pixels(dataset.train, preprocess), Pixels(dataset.val, preprocess)
+        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.record))
+        self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
         self.batches = -(-len(self.train_pixels) // config.batch_size)
         """Steps of an epoch."""
         self._frozen_features: dict[int, Tensor] = {}

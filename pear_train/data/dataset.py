@@ -1,10 +1,11 @@
 """What a data set is to the trainer, and how images become batches."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from pear_store.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
-from router import Preprocess
+from router import ImageError, Preprocess
 from router.pictures import ImageLike
 
 LOOKED_FOR = (
@@ -70,6 +71,10 @@ class Dataset:
     """What was left out, and why."""
     skip_unreadable: bool = False
     """Train without pictures that cannot be read, rather than refuse."""
+    unreadable: tuple[str, ...] = ()
+    """The images that it is without because they could not be read, with the reason."""
+    opened: "Dataset | None" = None
+    """The same with its unreadable images."""
 
     def __post_init__(self) -> None:
         raise_all([f"{self.description}: {fault}" for fault in self._faults()])
@@ -105,6 +110,13 @@ class Dataset:
             for name, split in self.splits.items()
         }
 
+    @property
+    def unreadable_counts(self) -> dict[str, int]:
+        """How many images each split is without because they could not be read; only splits that lack some."""
+        whole = {} if self.opened is None else self.opened.splits
+        missing = {name: len(split) - len(self.splits[name]) for name, split in whole.items()}
+        return {name: count for name, count in missing.items() if count}
+
     def warnings(self) -> Iterator[str]:
         """What a person should know before training, a line each."""
         train = self.counts["train"]
@@ -137,8 +149,11 @@ class Dataset:
 
         It does not depend on where the data lies, on file times, or on the options of a run. The first look reads every
         file once (it does not decode them); later looks cost nothing. The content is a file's bytes, an array's values
-        or, of a data set that timm opens, the decoded pixels.
+        or, of a data set that timm opens, the decoded pixels. Images that turn out to be unreadable are part of it, so
+        it is the same before and after they are left out.
         """
+        if self.opened is not None:
+            return self.opened.fingerprint
         return fingerprint(
             self.classes,
             [(name, split.names, split.targets.tolist(), split.image) for name, split in self.splits.items()],
@@ -156,26 +171,90 @@ class Dataset:
 
 
 class Pixels:
-    """A split's images at the input size, decoded once if they fit into memory."""
+    """A split's images at the input size, decoded once if they fit into memory. Making it decodes every image."""
 
     def __init__(self, split: Split, preprocess: Preprocess) -> None:
-        self._split, self._preprocess = split, preprocess
-        self.targets = split.targets
-        self._cache: Tensor | None = None
-        if len(split) * 3 * preprocess.size[0] * preprocess.size[1] <= CACHE_BYTES:
-            self._cache = self._decode(range(len(split)))
+        """Raises a DataError that names every image that cannot be read."""
+        self._decode_all(split, preprocess)
+        raise_all(list(self.unreadable.values()))
+
+    @classmethod
+    def readable(cls, split: Split, preprocess: Preprocess) -> "Pixels":
+        """The pixels of all images of a split that can be read; `unreadable` says of each other one why not."""
+        made = cls.__new__(cls)
+        made._decode_all(split, preprocess)
+        if made.unreadable:
+            made.kept = torch.tensor([i for i in range(len(split)) if i not in made.unreadable], dtype=torch.long)
+            made._split, made.targets = split.subset(made.kept), split.targets[made.kept]
+            made._cache = None if made._cache is None else made._cache[made.kept]
+        return made
+
+    def _decode_all(self, split: Split, preprocess: Preprocess) -> None:
+        self._split, self._preprocess, self.targets = split, preprocess, split.targets
+        self.kept = torch.arange(len(split))
+        """Numbers of the split's images that there are pixels of."""
+        self.unreadable: dict[int, str] = {}
+        shape = (len(split), 3, *preprocess.size)
+        self._cache = torch.zeros(shape, dtype=torch.uint8) if math.prod(shape) <= CACHE_BYTES else None
+        for i, pixels in enumerate(self._decode(range(len(split)))):
+            if isinstance(pixels, ImageError):
+                self.unreadable[i] = str(pixels)
+            elif self._cache is not None:
+                self._cache[i] = pixels
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def images(self, indices: Tensor) -> Tensor:
-        """Normalised float32 [batch, 3, h, w]."""
-        pixels = self._decode(indices.tolist()) if self._cache is None else self._cache[indices]
-        return self._preprocess.normalise(pixels)
+        """Normalised float32 [batch, 3, h, w].
 
-    def _decode(self, indices: "range | list[int]") -> Tensor:
+        Raises:
+            ImageError: an image that was readable before is not any more.
+        """
+        if self._cache is not None:
+            return self._preprocess.normalise(self._cache[indices])
+        decoded = []
+        for pixels in self._decode(indices.tolist()):
+            if isinstance(pixels, ImageError):
+                raise pixels
+            decoded.append(pixels)
+        return self._preprocess.normalise(torch.stack(decoded))
+
+    def _decode(self, indices: "range | list[int]") -> "Iterator[Tensor | ImageError]":
         with ThreadPoolExecutor() as workers:  # Pillow decodes and resizes without the GIL
-            return torch.stack(list(workers.map(lambda i: self._preprocess.pixels(self._split.image(i)), indices)))
+            yield from workers.map(self._decode_one, indices)
+
+    def _decode_one(self, index: int) -> "Tensor | ImageError":
+        try:
+            image = self._split.image(index)
+        except ImageError as error:
+            return error
+        except Exception as error:  # whatever a reader of timm, torchvision or datasets can raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return ImageError(f"image {self._split.names[index]}: cannot be read: {reason}")
+        try:
+            return self._preprocess.pixels(image)
+        except ImageError as error:
+            return error if isinstance(image, str) else ImageError(f"image {self._split.names[index]}: {error}")
+
+
+def read_pictures(dataset: Dataset, preprocess: Preprocess) -> tuple[Dataset, dict[str, Pixels]]:
+    """Decodes the images of all splits. Without those that cannot be read, if the data set says so.
+
+    Raises:
+        DataError: images that cannot be read, all of them named; or too few are left.
+    """
+    pixels = {name: Pixels.readable(split, preprocess) for name, split in dataset.splits.items()}
+    faults = [f"{name}: {fault}" for name, read in pixels.items() for fault in read.unreadable.values()]
+    if not faults:
+        return dataset, pixels
+    if not dataset.skip_unreadable:
+        count = f"{len(faults)} of {sum(map(len, dataset.splits.values()))} images cannot be read"
+        remedy = "mend or remove them, or train without them with --skip-unreadable"
+        raise_all(faults, f"{dataset.description}: {count}: {remedy}")
+    left = {name: split.subset(pixels[name].kept) for name, split in dataset.splits.items()}
+    train, val, test = left["train"], left["val"], left.get("test")
+    return replace(dataset, train=train, val=val, test=test, unreadable=tuple(faults), opened=dataset), pixels
 
 
 def listed(names: list[str]) -> str:
@@ -212,14 +291,14 @@ def _hash(name: str) -> float:
     return int.from_bytes(data[:8], "big") / 2**64
 
 
-def raise_all(faults: list[str]) -> None:
-    """Raises a DataError with all faults, one a line, if there are any."""
-    if len(faults) == 1:
+def raise_all(faults: list[str], told: str | None = None) -> None:
+    """Raises a DataError with all faults, one a line, if there are any; after a line that says what they are."""
+    if len(faults) == 1 and told is None:
         raise DataError(faults[0])
     if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:MOST_FAULTS])
-        more = f"\n  and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        raise DataError(f"{len(faults)} faults in the data:{listed}{more}")
+        lines = [told or f"{len(faults)} faults in the data:", *faults[:MOST_FAULTS]]
+        lines += [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise DataError("\n  ".join(lines))
 
 
 def numbered(count: int) -> tuple[str, ...]:

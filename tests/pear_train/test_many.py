@@ -114,16 +114,22 @@ def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, t
 
 
 def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
-    folder: Path, backbone: Backbone, tmp_path: Path
+    folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unreadable test image shows only at the end; a disk that fills up, in between."""
+    """A test image that goes while others train shows only at the end; a disk that fills up, in between."""
     good = open_dataset(str(folder / "t0.npz"))
-    assert good.test is not None
+    test = good.test
+    assert test is not None
+    looks: list[int] = []
 
-    def unreadable(_: int) -> Any:
-        raise ImageError("0.png: cannot be read")
+    def goes(number: int) -> Any:
+        looks.append(number)
+        if len(looks) > len(test):
+            raise ImageError("0.png: cannot be read")
+        return test.image(number)
 
-    bad = replace(good, test=Split(unreadable, good.test.targets))
+    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", 0)
+    bad = replace(good, test=Split(goes, test.targets))
     (tmp_path / "full").mkdir()
     jobs = [
         Job(config("bad"), lambda: bad, tmp_path / "bad"),
