@@ -32,6 +32,7 @@ from pear_train.data import DataOptions, Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
 from pear_train.loop import Failed, Job, Result, Step, train_many
 from pear_train.plot import plot_result
+from pear_train.recall import recall_rows, recall_warnings
 from pear_train.record import is_done
 from pear_train.run import given_digest
 from pear_train.tasks import TaskEntry, read_tasks
@@ -174,7 +175,10 @@ def main(
                 results.append(result)
                 if isinstance(result, Failed):
                     click.echo(f"Error: {result.task}: {result.error}", err=True)
-                elif plot:
+                    continue
+                for warning in recall_warnings(result.classes):
+                    tqdm.write(f"Warning: {result.task}: {warning}", file=sys.stderr)
+                if plot:
                     plot_result(result, paths[result.task].with_suffix(".png"))
     except (PearTrainError, RouterError, PearStoreError) as error:
         click.echo(f"Error: {error}", err=True)
@@ -308,6 +312,7 @@ def _print(result: Result, out: Path) -> None:
             rows.append({"position": position, "importance": f"{score / peak:.4f}", "": bar, "adapter": uses})
         click.echo(tabulate(rows, headers="keys", disable_numparse=True))
         click.echo("importance: how much the loss would change without the adapter, relative to the highest")
+    click.echo(tabulate(recall_rows(result.classes), headers="keys", disable_numparse=True))
     test = "no test split" if result.test_top1 is None else f"test {100 * result.test_top1:.1f} %"
     click.echo(f"{result.task} ({result.method}): val {100 * result.val_top1:.1f} %, {test}, {result.seconds:.0f} s")
     click.echo(

@@ -16,6 +16,7 @@ from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels
 from pear_train.errors import PearTrainError
 from pear_train.partial import partial_path, resume_partial, save_partial
+from pear_train.recall import by_class, recall_by_class
 from pear_train.record import in_order, stored_bytes, to_task
 from pear_train.run import TaskRun, in_batches
 from router import AdaptedBackbone, Backbone, PositionWeights, Router, RouterError
@@ -60,6 +61,8 @@ class Result:
     pruned: list[str]
     history: list[dict[str, float]]
     """For each epoch: loss, train_top1 (while it went on), val_top1 (at its end)."""
+    classes: dict[str, dict[str, Any]]
+    """For each class, `images` and `recall` by split; recall is None where a split has no image of the class."""
 
 
 @dataclass(frozen=True)
@@ -251,9 +254,11 @@ class _Trainer:
             looked_at.unlink(missing_ok=True)
         router = Router(self.backbone, device=self.device)
         router.add(written)
-        metrics = {"val_top1": _top1(router, written.name, run.val_pixels)}
-        if run.dataset.test is not None:
-            metrics["test_top1"] = _top1(router, written.name, run.pixels["test"])
+        metrics = {}
+        for split in [name for name in run.pixels if name != "train"]:
+            predicted, targets = _predicted(router, written.name, run.pixels[split]), run.pixels[split].targets
+            metrics[f"{split}_top1"] = int((predicted == targets).sum()) / len(targets)
+            run.recall[split] = recall_by_class(predicted, targets, len(written.labels))
         task = to_task(run, metrics)
         file_bytes = write_checkpoint(out, task)
         partial_path(out).unlink(missing_ok=True)
@@ -263,6 +268,7 @@ class _Trainer:
             adapter_bytes, knowledge_bytes, head_bytes, file_bytes, epochs,
             run.best_epoch if run.config.select == "best" else epochs, round(time.perf_counter() - one.began, 2),
             run.importance, run.sources, run.banked, in_order(run), run.history,
+            by_class(task.labels, task.record["training"]),
         )  # fmt: skip
 
 
@@ -299,10 +305,11 @@ def _progress(run: TaskRun, ended: bool) -> Step:
     )  # fmt: skip
 
 
-def _top1(router: Router, task: str, pixels: Pixels) -> float:
-    right = 0
+def _predicted(router: Router, task: str, pixels: Pixels) -> Tensor:
+    """The class of each image, as the router answers."""
+    predicted = []
     for rows in in_batches(pixels):
         logits = router.run(pixels.images(rows), task).logits
         assert isinstance(logits, Tensor)
-        right += int((logits.argmax(1) == pixels.targets[rows]).sum())
-    return right / len(pixels)
+        predicted.append(logits.argmax(1).cpu())
+    return torch.cat(predicted)

@@ -86,6 +86,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             "data_name": Path(run.dataset.description.partition(": ")[0]).name,
             "images": run.dataset.counts,
             "unreadable": run.dataset.unreadable_counts,
+            "recall": run.recall,
             "importance_score": config.importance,
             "precision": run.precision,
             "given": run.given,

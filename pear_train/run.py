@@ -90,6 +90,8 @@ class TaskRun:
         self.banked: dict[str, list[str]] = {}
         """The stored adapters that each pruned position borrows: names as `bank` gives them."""
         self.pruned: list[str] = []
+        self.recall: dict[str, list[float | None]] = {}
+        """For each split that was evaluated at the end, the recall of each class."""
         self.history: list[dict[str, float]] = []
         """For each epoch: loss and top-1 on train while it went on, top-1 on val at its end."""
         self.epoch, self.batch, self.order = 1, 0, torch.empty(0, dtype=torch.long)

@@ -1,0 +1,50 @@
+"""Figures of each class: a rare class that is never recognised is said, whatever top-1 says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from click.testing import CliRunner
+
+from pear_store import read_checkpoint
+from pear_train.cli import main
+from pear_train.recall import by_class, recall_by_class, recall_rows, recall_warnings
+
+
+def test_recall_by_class() -> None:
+    predicted, targets = torch.tensor([0, 0, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2])
+    assert recall_by_class(predicted, targets, 4) == [1.0, 0.5, 0.0, None]
+
+
+def test_a_class_that_is_never_recognised_is_named_with_its_counts() -> None:
+    training = {"images": {"train": [285, 15], "val": [28, 2]}, "recall": {"val": [1.0, 0.0]}}
+    told = by_class(["common", "rare"], training)
+    assert list(recall_warnings(told)) == [
+        "class 'rare': none of its 2 val images is recognised; it has 15 of 300 training images"
+    ]
+    assert recall_rows(told)[1] == {"class": "rare", "train": 15, "val": 2, "val recall %": "0.0"}
+    assert by_class(["a"], {}) == {"a": {"images": {}, "recall": {}}}  # of a checkpoint without them
+    assert list(recall_warnings(by_class(["a"], {}))) == [] and recall_rows(by_class(["a"], {})) == [{"class": "a"}]
+
+
+def test_the_command_reports_each_class(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"classes": np.array(["common", "rare"])}
+    for split, count in (("train", 48), ("val", 24), ("test", 24)):
+        arrays[f"x_{split}"] = rng.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)  # nothing to learn
+        arrays[f"y_{split}"] = (np.arange(count) % 24 == 0).astype(np.int64)
+    np.savez(tmp_path / "d.npz", **arrays)
+    args = ["t", "--data", str(tmp_path / "d.npz"), "--method", "linear", "--epochs", "1", "--img-size", "32"]
+    done = CliRunner().invoke(main, [*args, "--out", str(tmp_path / "t")])
+    assert done.exit_code == 0, done.stderr
+    assert "classes   train/val/test: common 46/23/23, rare 2/1/1" in done.stderr
+    assert "uneven classes: 46 training images of 'common', 2 of 'rare'" in done.stderr
+    assert "class 'rare': none of its 1 val images is recognised; it has 2 of 48 training images" in done.stderr
+    assert "val recall %" in done.stdout and "rare" in done.stdout
+    training = read_checkpoint(tmp_path / "t").record["training"]
+    assert training["images"] == {"train": [46, 2], "val": [23, 1], "test": [23, 1]}
+    assert training["recall"] == {"val": [1.0, 0.0], "test": [1.0, 0.0]}
+    as_json = CliRunner().invoke(main, [*args, "--out", str(tmp_path / "j"), "--json"])
+    told = json.loads(as_json.stdout)["classes"]
+    assert told["rare"] == {"images": {"train": 2, "val": 1, "test": 1}, "recall": {"val": 0.0, "test": 0.0}}
