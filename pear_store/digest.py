@@ -43,9 +43,14 @@ def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | bytearray | me
 
 def raw_digest(dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview) -> bytes:
     """The 32 bytes of :func:`tensor_digest`."""
-    state = _started(dtype, shape).copy()
+    state = begin_digest(dtype, shape)
     state.update(data)
     return state.digest()
+
+
+def begin_digest(dtype: str, shape: tuple[int, ...]) -> "hashlib._Hash":
+    """A digest that waits for the tensor's bytes."""
+    return _started(dtype, shape).copy()
 
 
 @lru_cache(256)

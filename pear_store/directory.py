@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pear_store.errors import FormatError, PearStoreError
+from pear_store.errors import FormatError, NotFoundError, PearStoreError, from_os_error
 
 PACK_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 INTENT_NAME = re.compile(r"[0-9a-f]{64}\.placing")
@@ -180,6 +180,16 @@ def store_path(path: str | Path) -> Path:
         raise PearStoreError(f"{path}: no such user; a directory of that name is written {os.path.join('.', path)}")
     found = Path(expanded)
     return found.absolute() if str(found).startswith("~") else found  # Path has dropped a leading ./
+
+
+def require_packs(path: Path) -> None:
+    """Raises a NotFoundError where there are no packs, an AccessError where one may not look."""
+    try:
+        os.listdir(path / "packs")
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"{path}: no store there: expected a folder 'packs'") from None
+    except OSError as error:
+        raise from_os_error(error, path) from None
 
 
 def sync_directory(path: Path) -> None:

@@ -109,7 +109,7 @@ class AccessError(PearStoreError):
         super().__init__(
             f"{path}: {reason}; to read a store, all of it must be readable; to change it, all of it must be writable"
         )
-        self.path = str(path)
+        self.path, self.reason = str(path), reason
 
 
 def from_os_error(error: OSError, path: Path, failed: str = "") -> PearStoreError:

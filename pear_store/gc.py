@@ -299,10 +299,12 @@ def collect(
 
     if dry_run:
         _refuse_unknown(opened.path, unknown_packs(opened))
-        with opened.read() as view:
+
+        def plan(view: View) -> tuple[int, Marked]:
             dropped = list(expired(view, keep, older_than_s))
-            marked = mark(view, frozenset(version_key(*one) for one in dropped))
-        removed = len(dropped)
+            return len(dropped), mark(view, frozenset(version_key(*one) for one in dropped))
+
+        removed, marked = opened.look(plan)
     else:
         removed, marked = opened.write_packs(sweep, packs)
         unlink_packs(opened, gone)  # not before the rows' going is durable

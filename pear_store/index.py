@@ -25,7 +25,7 @@ import threading
 import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -35,7 +35,7 @@ import lmdb
 
 from pear_store.digest import ITEM_BYTES, fresh_name
 from pear_store.directory import check_index, open_folder
-from pear_store.errors import DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
+from pear_store.errors import AccessError, DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 
 INDEX_FORMAT = b"4"
 UNSEALED_FORMAT = b"3"
@@ -596,6 +596,25 @@ def _free_bytes(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _code(error: Exception) -> int | None:
+    """The number of an error of the system's, of LMDB's too."""
+    code = getattr(error, "code", None) or getattr(error, "errno", None)
+    known = {os.strerror(number): number for number in (*_DENIED, errno.ENOENT)}
+    return code or next((number for text, number in known.items() if str(error).endswith(text)), None)
+
+
+class OvertakenError(PearStoreError):
+    """What a reader saw that may not lock the index may have been overwritten meanwhile: it has to look again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path}: writers were faster than this reader, which may not write and so cannot lock; run again later"
+        )
+
+
 class IndexReplacedError(Exception):
     """The directory holds another environment now: a rebuild has put it there."""
 
@@ -613,21 +632,10 @@ class Index:
             check_index(path)
             try:
                 before = None if create else self._found()
-                _reserve_lock(path / "lock.mdb")
-                for size in _MAP_BYTES:
-                    try:
-                        self._env = _open_environment(
-                            os.fsencode(path), map_size=size, max_dbs=16, max_readers=1024, create=create, sync=True,
-                            writemap=False, metasync=True,
-                            readahead=False,  # a fault would read megabytes around a page
-                        )  # fmt: skip
-                        break
-                    except lmdb.MemoryError:
-                        if size == _MAP_BYTES[-1]:
-                            raise
+                self.is_lockless = self._open(create)
                 self.identity = self._found()
             except (OSError, lmdb.Error) as error:
-                if getattr(error, "errno", None) == errno.ENOENT or str(error).endswith(os.strerror(errno.ENOENT)):
+                if _code(error) == errno.ENOENT:
                     raise IndexReplacedError from None
                 raise
             if before not in (None, self.identity):  # a rebuild replaced it meanwhile, and which of both is open?
@@ -655,6 +663,34 @@ class Index:
                 )
             self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
         _processes.indexes.add(self)
+
+    def _open(self, create: bool) -> bool:
+        """Opens the environment, to be read only where it may not be written; says whether even without LMDB's lock.
+
+        Writers do not know of a reader without the lock, and overwrite what it reads: see :meth:`_check_overtaken`.
+        """
+        try:
+            _reserve_lock(self.path / "lock.mdb")
+            self._env = self._open_environment(create=create)
+            return False
+        except (OSError, lmdb.Error) as error:
+            if create or _code(error) not in _DENIED:
+                raise
+        if os.access(self.path / "lock.mdb", os.W_OK):
+            self._env = self._open_environment(create=False, readonly=True)
+            return False
+        self._env = self._open_environment(create=False, readonly=True, lock=False)
+        return True
+
+    def _open_environment(self, **options: Any) -> lmdb.Environment:
+        for size in _MAP_BYTES:
+            with suppress(lmdb.MemoryError):
+                return _open_environment(
+                    os.fsencode(self.path), map_size=size, max_dbs=16, max_readers=1024, sync=True, writemap=False,
+                    metasync=True, readahead=False,  # a fault would read megabytes around a page
+                    **options,
+                )  # fmt: skip
+        raise PearStoreError(f"{self.path.parent}: the system gives no address space for its index")
 
     @property
     def is_current(self) -> bool:
@@ -690,7 +726,7 @@ class Index:
         with self._translated():
             try:
                 view = self._begin()
-            except lmdb.MapResizedError:
+            except lmdb.MapResizedError:  # not before all views of this process have ended
                 self._env.set_mapsize(0)
                 view = self._begin()
         return self._within(view)
@@ -718,8 +754,17 @@ class Index:
             try:
                 yield view
             finally:
-                view.end()
-                self._discard(view)
+                try:
+                    if self.is_lockless:
+                        self._check_overtaken(view)
+                finally:
+                    view.end()
+                    self._discard(view)
+
+    def _check_overtaken(self, view: View) -> None:
+        """LMDB reuses a page two commits after the one that freed it, unless it knows of a reader before that."""
+        if not view.is_inherited and self._env.info()["last_txnid"] > view.id + 1:
+            raise OvertakenError(self.path.parent)
 
     def write(self, change: Callable[[View], T]) -> T:
         """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow.
@@ -764,12 +809,14 @@ class Index:
         ) as error:  # fmt: skip
             raise DamagedIndexError(self.path, str(error)) from None
         except (lmdb.Error, OSError) as error:
-            code = getattr(error, "code", None) or getattr(error, "errno", None)
+            code = _code(error)
             full = code in (errno.ENOSPC, errno.EDQUOT)
             if code == errno.EIO or "Input/output error" in str(error):
                 full = _free_bytes(self.path.parent) < _FULL_BYTES
             if full:
                 raise DiskFullError(self.path.parent) from None
+            if code in _DENIED:
+                raise AccessError(self.path.parent, os.strerror(code).lower()) from None
             raise PearStoreError(f"{self.path.parent}: {error}") from None
 
 

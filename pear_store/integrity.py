@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 from pear_store import gc, sources
 from pear_store.checkpoint import tensor_names
 from pear_store.container import Header
-from pear_store.digest import Digest, RawTensor, from_digest, is_digest, raw_digest, to_digest
-from pear_store.directory import PACK_NAME, store_path
+from pear_store.digest import Digest, RawTensor, from_digest, is_digest, to_digest
+from pear_store.directory import PACK_NAME, require_packs, store_path
 from pear_store.errors import (
+    AccessError,
     DamagedError,
     DamagedIndexError,
     NotFoundError,
@@ -26,6 +27,7 @@ from pear_store.index import (
     NO_PACK,
     ManifestRow,
     NameRow,
+    OvertakenError,
     PackRow,
     RemovedRow,
     TagRow,
@@ -40,15 +42,18 @@ from pear_store.opened import OpenStore, is_store
 from pear_store.pack import (
     PackedTag,
     PackedVersion,
+    PackReader,
     Records,
     WrittenPack,
     bare_header,
+    open_pack,
     pack_path,
     read_records,
 )
 from pear_store.reading import is_url
 from pear_store.recorded import Recorded, count_rows, rows_of
 
+_LOOKS = 5
 _OURS = 4
 """Of so many packs, one is checked beside the index, the others in a process of their own."""
 
@@ -115,14 +120,16 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
 
     Raises:
         NotFoundError: there is no store.
+        AccessError: this process may not read all of it, or not while others write it.
     """
     path = store_path(path)
     part, parts = subset
     if not 1 <= part <= parts:
         raise PearStoreError(f"subset {part}/{parts}: expected n/t with n from 1 to t")
-    if not (path / "packs").is_dir():
-        raise NotFoundError(f"{path}: no store there")
+    require_packs(path)
     found, problem = _in_child(path, subset)
+    if found is not None and (refused := found.pop("refused", None)):
+        raise AccessError(*refused)
     report = Report(index=problem) if found is None else _from_json(found)
     if report.index:
         report = _check_packs_alone(path, subset, report.index)
@@ -161,6 +168,10 @@ def _checked(path: str | Path, subset: tuple[int, int]) -> str:
     """The report of :func:`check`, as JSON; it says so if the index cannot be trusted."""
     try:
         report = check(Path(path), subset)
+    except AccessError as error:
+        return json.dumps({"refused": (error.path, error.reason)})
+    except OvertakenError as error:
+        return json.dumps({"refused": (str(path), str(error))})
     except DamagedError as error:
         report = Report(index=f"{error.what}: {error.found}")
     except Exception as error:  # a damaged page may give any
@@ -194,7 +205,16 @@ def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
 
     Raises:
         DamagedError: the index cannot be trusted.
+        AccessError: it, or a pack, may not be read.
+        OvertakenError: writers were faster, and this process may not lock.
     """
+    for _ in range(_LOOKS - 1):
+        with suppress(OvertakenError):
+            return _check(path, subset)
+    return _check(path, subset)
+
+
+def _check(path: Path, subset: tuple[int, int]) -> Report:
     opened = OpenStore(path)
     worker = None
     try:
@@ -367,7 +387,6 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report, counted: Counter
             sound &= rows == counted[pack] or rows == count_rows(view)[pack]
             if not Recorded(opened.path).knows(view, pack, records):
                 report.unknown_packs.append(pack.hex())
-            mapped = opened.map_of(view, pack)
         except DamagedError:
             with opened.read() as now:
                 if now.get("packs", pack) is None:  # a gc was faster
@@ -375,26 +394,29 @@ def _check_pack(opened: OpenStore, pack: bytes, report: Report, counted: Counter
             header, sound = Header({}, {}, 0), False
         report.packs += 1
         before = report.tensors
-        for name, place in header.places.items():
-            value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
-            if value is None or (row := TensorRow.peek(value)).pack != pack:
-                continue  # a copy elsewhere counts
-            _, _, offset, length, dtype, shape = row
-            report.tensors += 1
-            report.bytes += length
-            if (dtype, shape, offset, length) != place:
+        with ExitStack() as stack:
+            reader = None
+            with suppress(OSError, DamagedError):
+                reader = PackReader(stack.enter_context(open_pack(pack_path(opened.path, pack))))
+            for name, place in header.places.items():
+                value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
+                if value is None or (row := TensorRow.peek(value)).pack != pack:
+                    continue  # a copy elsewhere counts
+                _, _, offset, length, dtype, shape = row
+                report.tensors += 1
+                report.bytes += length
+                if (dtype, shape, offset, length) != place:
+                    sound = False
+                if reader is None or reader.digest(dtype, shape, offset, length) != key:
+                    bad.add(Digest(name))
+            if report.tensors - before != len(view.contents(pack).numbers):
                 sound = False
-            if raw_digest(dtype, shape, mapped.view[offset : offset + length]) != key:
-                bad.add(Digest(name))
-        if report.tensors - before != len(view.contents(pack).numbers):
-            sound = False
-        if not sound:  # its header does not tell what is in it: look at each row
-            report.damaged_packs.append(pack.hex())
-            for digest, row in _rows_in(view, {pack}):
-                try:
-                    opened.tensor(view, digest, row)
-                except DamagedError:
-                    bad.add(digest)
+            if not sound:  # its header does not tell what is in it: look at each row
+                report.damaged_packs.append(pack.hex())
+                for digest, row in sorted(_rows_in(view, {pack}), key=lambda one: one[1].offset):
+                    found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
+                    if found != from_digest(digest):
+                        bad.add(digest)
     return bad
 
 
@@ -454,20 +476,16 @@ def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Rep
         if header is None or not (PACK_NAME.fullmatch(file.name) and _is_in(bytes.fromhex(file.stem), subset)):
             continue
         report.packs += 1
-        for name, data in _tensors_of(file, header):
-            report.tensors += 1
-            report.bytes += data.size_bytes
-            (good if data.digest == name else bad).add(name)
+        with ExitStack() as stack:
+            reader = PackReader(stack.enter_context(open_pack(file)))
+            for name, place in header.places.items():
+                if is_digest(name):
+                    report.tensors += 1
+                    report.bytes += place.length
+                    found = reader.digest(place.dtype, place.shape, place.offset, place.length)
+                    (good if found == from_digest(Digest(name)) else bad).add(name)
     report.damaged = [_damage(name, needs[name]) for name in sorted((bad - good) & set(needs))]
     return report
-
-
-def _tensors_of(file: Path, header: Header) -> Iterator[tuple[str, RawTensor]]:
-    with open(file, "rb") as handle:
-        for name, place in header.places.items():
-            if is_digest(name):
-                handle.seek(place.offset)
-                yield name, RawTensor(place.dtype, place.shape, handle.read(place.length))
 
 
 # ---- repair -------------------------------------------------------------------------------------
@@ -573,6 +591,7 @@ def _rewrite(
             if not gc.is_needed(marks, place):
                 continue  # no version needs it
             try:
+                _check_readable(opened.path, digest, place)
                 contents.tensors[digest] = opened.tensor(view, digest, place)
             except DamagedError:
                 if digest in copies:
@@ -595,6 +614,17 @@ def _rewrite(
     result = opened.write_packs(change, packs)
     gc.unlink_packs(opened, gone)
     return result
+
+
+def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:
+    """Raises a DamagedError where the disk cannot read a tensor: a map of it would end this process."""
+    try:
+        with open_pack(pack_path(path, place.pack)) as file:
+            if PackReader(file).digest(place.dtype, place.shape, place.offset, place.length) == from_digest(digest):
+                return
+    except OSError:
+        pass
+    raise DamagedError(f"tensor {digest}", "it cannot be read")
 
 
 def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:

@@ -14,11 +14,12 @@ from typing import TypeVar
 
 from pear_store.digest import Digest, RawTensor, from_digest, tensor_digest
 from pear_store.directory import open_folder
-from pear_store.errors import DamagedError, NotFoundError, PearStoreError, from_os_error
+from pear_store.errors import AccessError, DamagedError, NotFoundError, PearStoreError, from_os_error
 from pear_store.index import (
     Index,
     IndexReplacedError,
     NameRow,
+    OvertakenError,
     PackRow,
     RemovedRow,
     State,
@@ -114,6 +115,13 @@ class OpenStore:
         while True:
             with suppress(IndexReplacedError):  # a rebuild replaced it, another thread closed it
                 return self.index.read()
+
+    def look(self, act: Callable[[View], T]) -> T:
+        """What `act` finds in a view; again with another, where writers overtook a reader that may not lock."""
+        for _ in range(_TRIES):
+            with suppress(OvertakenError), self.read() as view:
+                return act(view)
+        raise OvertakenError(self.path)
 
     def write(self, change: Callable[[View], T]) -> T:
         """Runs `change` in the one write transaction there can be, and commits; possibly more than once.
@@ -341,21 +349,35 @@ def no_store(path: Path) -> NotFoundError:
 
 
 def is_store(path: Path) -> bool:
-    """Whether there is a store; finishes a rebuild that was cut off between its two renames."""
+    """Whether there is a store; finishes a rebuild that was cut off between its two renames.
+
+    Raises:
+        AccessError: this process may not look.
+    """
     try:
-        if (path / "index" / "data.mdb").exists():
+        if _is_there(path / "index" / "data.mdb"):
             return True
-        if not (path / "index.new" / "data.mdb").exists():
+        if not _is_there(path / "index.new" / "data.mdb"):
             return False
         with write_lock(path):
-            if not (path / "index" / "data.mdb").exists():
+            if not _is_there(path / "index" / "data.mdb"):
                 with open_folder(path) as folder:
                     folder.check("index.new", stat.S_IFDIR)
                     folder.rename("index.new", "index")
                     folder.sync()
         return True
-    except OSError:  # a name that is too long, a folder that may not be entered
+    except OSError as error:
+        if isinstance(found := from_os_error(error, path), AccessError):
+            raise found from None
+        return False  # a name that is too long, a link to itself
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    return True
 
 
 def name_row(view: View, task: str) -> NameRow | None:

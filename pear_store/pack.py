@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
-from pear_store.digest import Digest, RawTensor, fresh_name
+from pear_store.digest import Digest, RawTensor, begin_digest, fresh_name
 from pear_store.directory import FAN_NAME, INTENT_NAME, PACK_NAME, Folder, open_folder
 from pear_store.errors import AccessError, CheckpointError, DamagedError, SourceError, from_os_error
 from pear_store.reading import open_regular
@@ -315,6 +315,44 @@ def open_pack(path: Path) -> BinaryIO:
 def is_unfinished(root: Path, pack: bytes) -> bool:
     """Whether tmp/ says that a pack's commit is not through; once it is, a view that is begun later lists the pack."""
     return any((root / "tmp" / name).exists() for name in (f"{pack.hex()}.safetensors", _intent(pack)))
+
+
+class PackReader:
+    """Reads a pack's tensors, best in the order in which they lie, without a map: what the disk cannot read is an
+    answer, not a signal that ends the process."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._descriptor = file.fileno()
+        self._window = memoryview(b"")
+        self._start = 0
+
+    def digest(self, dtype: str, shape: tuple[int, ...], offset: int, length: int) -> bytes | None:
+        """A tensor's digest as the file has it; None if it cannot be read whole."""
+        state = begin_digest(dtype, shape)
+        end = offset + length
+        try:
+            while offset < end:
+                data = self._read(offset, min(end - offset, _WINDOW_BYTES))
+                if not data:
+                    return None
+                state.update(data)
+                offset += len(data)
+        except OSError:
+            return None
+        return state.digest()
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        at = offset - self._start
+        if at < 0 or at + length > len(self._window):
+            try:
+                self._window = memoryview(os.pread(self._descriptor, _WINDOW_BYTES, offset))
+            except OSError:  # it may be what lies behind that cannot be read
+                self._window = memoryview(os.pread(self._descriptor, length, offset))
+            self._start, at = offset, 0
+        return self._window[at : at + length]
+
+
+_WINDOW_BYTES = 1 << 20
 
 
 def read_records(path: Path) -> tuple[Header, Records, list[str]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pear_store.checkpoint import tensor_names
-from pear_store.digest import Digest, from_digest, is_digest, tensor_digest
-from pear_store.directory import open_folder, store_path
-from pear_store.errors import DamagedError, NotFoundError, from_os_error
+from pear_store.digest import Digest, from_digest, is_digest
+from pear_store.directory import open_folder, require_packs, store_path
+from pear_store.errors import DamagedError, from_os_error
 from pear_store.index import (
     NO_PACK,
     ManifestRow,
@@ -32,7 +32,7 @@ from pear_store.index import (
 )
 from pear_store.manifest import manifest_hash
 from pear_store.opened import name_row
-from pear_store.pack import Records, bare_header, open_pack, pack_path, read_records
+from pear_store.pack import PackReader, Records, bare_header, open_pack, pack_path, read_records
 
 
 @dataclass
@@ -58,8 +58,7 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
         DiskFullError: no space for a second index; nothing was changed.
     """
     path = store_path(path)
-    if not (path / "packs").is_dir():
-        raise NotFoundError(f"{path}: no store there: expected a folder 'packs'")
+    require_packs(path)
     result = Rebuilt()
     try:
         with write_lock(path), open_folder(path) as store:
@@ -191,8 +190,8 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
 def _is_good(path: Path, digest: Digest, row: TensorRow) -> bool:
     try:
         with open_pack(pack_path(path, row.pack)) as file:
-            file.seek(row.offset)
-            return tensor_digest(row.dtype, row.shape, file.read(row.length)) == digest
+            found = PackReader(file).digest(row.dtype, row.shape, row.offset, row.length)
+            return found == from_digest(digest)
     except (OSError, DamagedError):
         return False
 

@@ -413,15 +413,7 @@ class Store:
         return self._get(reference, copy)
 
     def _get(self, reference: str, copy: bool) -> Task:
-        with self._open.read() as view:
-            name, number, row = _resolve(view, reference, self.path)
-            kept = self._open.kept(view)
-            manifest, tensors = kept.get(row.manifest, (b"", {}))
-            if not manifest:
-                manifest, hints = _manifest(view, row, f"version {name}@{number}")
-                names = sorted(tensor_names(json.loads(manifest)))
-                tensors = self._open.tensors(view, names, f"version {name}@{number}", hints)
-                kept[row.manifest] = (manifest, tensors)
+        manifest, tensors = self._open.look(lambda view: self._found(view, reference))
         record = json.loads(manifest)  # checked when it was added, and hashed when it was read
         if copy:
             tensors = {
@@ -429,6 +421,18 @@ class Store:
                 for digest, t in tensors.items()
             }
         return Task(record, dict(tensors))
+
+    def _found(self, view: View, reference: str) -> tuple[bytes, dict[str, RawTensor]]:
+        """A version's manifest and tensors."""
+        name, number, row = _resolve(view, reference, self.path)
+        kept = self._open.kept(view)
+        manifest, tensors = kept.get(row.manifest, (b"", {}))
+        if not manifest:
+            manifest, hints = _manifest(view, row, f"version {name}@{number}")
+            names = sorted(tensor_names(json.loads(manifest)))
+            tensors = self._open.tensors(view, names, f"version {name}@{number}", hints)
+            kept[row.manifest] = (manifest, tensors)
+        return manifest, tensors
 
     def export(self, reference: str, path: str | Path) -> int:
         """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""
@@ -440,13 +444,13 @@ class Store:
 
     def iter_tasks(self) -> Iterator[Version]:
         """Like :meth:`tasks`, one by one."""
+        if self._open.index.is_lockless:  # a view does not last
+            yield from self._open.look(lambda view: list(_newest(view)))
+            return
         with self._open.read() as view:
-            tags = _all_tags(view)
-            for key, value in view.every("names"):
-                row = NameRow.decode(key, value)
-                if row.newest:
-                    yield _version(view, row.name, row.newest, tags)
-                    view.check_own()
+            for version in _newest(view):
+                yield version
+                view.check_own()
 
     def versions(self, task: str | None = None) -> list[Version]:
         """Every version, of one task or of all, by name and number.
@@ -454,17 +458,7 @@ class Store:
         Raises:
             NotFoundError: the named task has no version.
         """
-        with self._open.read() as view:
-            tags = _all_tags(view)
-            rows = (
-                view.every("versions")
-                if task is None
-                else view.rows("versions", task.encode("ascii", "replace") + b"\0")
-            )
-            found = [_version(view, *parse_version_key(key), tags) for key, _ in rows]
-            known = name_row(view, task) if task is not None and TASK_NAME.fullmatch(task) else None
-            if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
-                raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
+        found = self._open.look(lambda view: _versions(view, task))
         if task is not None and not found:
             raise NotFoundError(_unknown(task, self.path))
         return found
@@ -483,15 +477,20 @@ class Store:
         Raises:
             NotFoundError: none.
         """
-        with self._open.read() as view:
+
+        def look(view: View) -> Version:
             name, number, _ = _resolve(view, reference, self.path)
             return _version(view, name, number, _all_tags(view))
 
+        return self._open.look(look)
+
     def stats(self) -> Stats:
         """Counts and sizes of what is stored."""
-        with self._open.read() as view:
-            marked = gc.mark(view)
-            tasks = sum(1 for key, row in view.rows("names") if NameRow.decode(key, row).newest)
+
+        def look(view: View) -> tuple[gc.Marked, int]:
+            return gc.mark(view), sum(1 for key, row in view.rows("names") if NameRow.decode(key, row).newest)
+
+        marked, tasks = self._open.look(look)
         pack_bytes = 0
         for file in (self.path / "packs").glob("*/*.safetensors"):
             with suppress(FileNotFoundError):  # a gc beside us
@@ -587,8 +586,7 @@ class Store:
             return list(found.values())
 
         if dry_run:
-            with self._open.read() as view:
-                return change(view)
+            return self._open.look(change)
         return self._open.write_packs(change, packs)
 
     def gc(
@@ -684,6 +682,26 @@ def _all_tags(view: View) -> dict[tuple[str, int], list[str]]:
         if row.version:
             task, tag = parse_tag_key(key)
             found.setdefault((task, row.version), []).append(tag)
+    return found
+
+
+def _newest(view: View) -> Iterator[Version]:
+    """The newest version of every task, by name."""
+    tags = _all_tags(view)
+    for key, value in view.every("names"):
+        row = NameRow.decode(key, value)
+        if row.newest:
+            yield _version(view, row.name, row.newest, tags)
+
+
+def _versions(view: View, task: str | None) -> list[Version]:
+    """Every version, of one task or of all."""
+    tags = _all_tags(view)
+    rows = view.every("versions") if task is None else view.rows("versions", task.encode("ascii", "replace") + b"\0")
+    found = [_version(view, *parse_version_key(key), tags) for key, _ in rows]
+    known = name_row(view, task) if task is not None and TASK_NAME.fullmatch(task) else None
+    if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
+        raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
     return found
 
 
