@@ -55,7 +55,7 @@ def _keep_store(ctx: click.Context, _: click.Parameter, value: str | None) -> No
 def store_option(command: F) -> F:
     """--store DIR, before or after the verb."""
     return click.option(
-        "--store", type=click.Path(), callback=_keep_store, expose_value=False, metavar="DIR",
+        "--store", type=click.Path(readable=False), callback=_keep_store, expose_value=False, metavar="DIR",
         help="The store's directory [default: $PEAR_STORE, else the user's data directory].",
     )(command)  # fmt: skip
 
@@ -101,7 +101,7 @@ def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> lis
 
 @click.group(cls=StoreGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @store_option
-@click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path())
+@click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(readable=False))
 @click.version_option(package_name="pear-adapters")
 def main(store_from_env: str | None) -> None:
     """Keep many tasks of one backbone in one store, each distinct tensor once."""
