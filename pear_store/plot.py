@@ -67,7 +67,7 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
     below = 0.06 * max(map(len, map(_shown, columns)), default=0) if len(columns) <= _LABELS else 0  # inches of names
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, width_ratios=[3, 1], layout="constrained",
-figsize=(max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below),
+        figsize=(max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below),
     )  # fmt: skip
     extent = (-0.5, max(1, len(columns)) - 0.5, len(names) - 0.5, -0.5)
     left.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)

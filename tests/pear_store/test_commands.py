@@ -180,7 +180,7 @@ def test_ls_shows_tags_of_older_versions(where: Path) -> None:
     for version, tag in ((1, "first"), (2, "prod"), (3, "next")):
         run(*store, "tag", f"dtd@{version}", tag)
     row = next(line for line in run(*store, "ls").stdout.splitlines() if line.startswith("dtd"))
-    assert row.endswith("next first@1 prod@2")
+    assert "next first@1 prod@2" in row
     rows = json.loads(run(*store, "ls", "--json").stdout)
     assert rows[0]["tags"] == ["next"] and rows[0]["older_tags"] == {"first": 1, "prod": 2}
     assert "older_tags" not in rows[1]

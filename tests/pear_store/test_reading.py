@@ -214,7 +214,7 @@ def test_add_says_what_it_takes(tmp_path: Path, store: Store) -> None:
         with pytest.raises(CheckpointError, match=message):
             store.add(source)  # type: ignore[arg-type]
     results = list(store.add_many([[tmp_path], small_task()]))  # type: ignore[list-item]
-    assert isinstance(results[0], Refused) and results[1] == Added("dtd", 1, True, 80, 0)
+    assert isinstance(results[0], Refused) and results[1] == Added("dtd", 1, True, 152, 0)
     folder = os.open(tmp_path, os.O_RDONLY)
     done = subprocess.run(
         [Path(sys.executable).with_name("pear-store"), "--store", store.path, "add", "-"],
