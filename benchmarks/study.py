@@ -701,7 +701,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
     router.refresh()
     images = torch.zeros(1, 3, 96, 96)
     router.run_all(images, tasks[:1])
-    (module,) = router._adapted._sized.values()
+    module = router._adapted._module((96, 96))
     blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0] == "blocks"]
     rows: list[int] = []
     hooks = [block.register_forward_hook(lambda _, __, given: rows.append(len(given))) for block in blocks]

@@ -13,14 +13,21 @@ PearStoreError            exit code 1
 └── AccessError          11   the system does not let this process read or write the store
 """
 
+import copyreg
 import errno
 from pathlib import Path
+from typing import Any
 
 
 class PearStoreError(Exception):
     """Base of all errors of pear_store; its text is one line for a person."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes hangs for
+        # ever at an error that it cannot read
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class NotFoundError(PearStoreError, LookupError):

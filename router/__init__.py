@@ -4,6 +4,7 @@ from router.backbone import AdaptedBackbone, Backbone, choose_positions, load_ba
 from router.errors import (
     BackboneError,
     ClosedError,
+    ForkedError,
     ImageError,
     RouterError,
     SlotBudgetError,
@@ -22,6 +23,7 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "ClosedError",
+    "ForkedError",
     "ImageError",
     "Limits",
     "PositionWeights",

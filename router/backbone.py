@@ -4,6 +4,8 @@ import copy
 import difflib
 import fnmatch
 import hashlib
+import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import router.pear_tiny  # noqa: F401  (registers the embedded backbone with timm)
 from pear_store import Digest, tensor_digest
-from router.errors import BackboneError, ImageError
+from router.errors import BackboneError, ForkedError, ImageError
 from router.kernels import add_branch_fused, use_fused
 from router.ops import PositionWeights, add_branch
 from router.tensors import from_torch
@@ -42,11 +44,18 @@ class Backbone:
     """A frozen timm model without classifier: its module, name and digest.
 
     The module is a copy of the given one's structure; weights are shared, never changed.
+
+    Args:
+        source: the timm name and the weights' file, if it has one, by which another process can load it again; None
+            where the module was given.
+    Raises:
+        BackboneError: it is no timm model, or a weight is NaN or infinite.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module, name: str, source: tuple[str, str | None] | None = None) -> None:
         self.module = _without_classifier(module)
-        self.name = name
+        self.name, self.source = name, source
+        _check_finite(self.module, name)
         self.digest = backbone_digest(self.module)
         config: Mapping[str, Any] = getattr(self.module, "pretrained_cfg", {}) or {}
         self.config = config
@@ -85,7 +94,9 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
     Raises:
         BackboneError: no such model, weights that do not fit it, or a module that is not at its native precision
             and size.
+        ForkedError: this process was forked from one that has used a backbone.
     """
+    _check_process()
     if isinstance(backbone, Backbone):
         return backbone
     if isinstance(backbone, nn.Module):
@@ -95,7 +106,7 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
         return Backbone(backbone, name)
     try:
         if weights is None:
-            return Backbone(timm.create_model(backbone, pretrained=True), backbone)
+            return Backbone(timm.create_model(backbone, pretrained=True), backbone, (backbone, None))
         module = timm.create_model(backbone)
     except RuntimeError as error:
         if "Unknown model" not in str(error):
@@ -104,6 +115,8 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
         near = ", ".join(difflib.get_close_matches(backbone.partition(".")[0], known, 5))
         hint = f"; did you mean {near}?" if near else "; timm.list_models() has the names"
         raise BackboneError(f"backbone {backbone!r}: timm has no model of that name{hint}") from None
+    except BackboneError:
+        raise
     except Exception as error:  # whatever a download can raise: hub, requests, urllib, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
@@ -112,7 +125,7 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
         ) from None
     cast(Any, module).reset_classifier(0)
     _load_weights(module, backbone, Path(weights))
-    return Backbone(module, backbone)
+    return Backbone(module, backbone, (backbone, str(Path(weights).absolute())))
 
 
 def _load_weights(module: nn.Module, name: str, path: Path) -> None:
@@ -147,6 +160,16 @@ def backbone_digest(module: nn.Module) -> Digest:
         raw = from_torch(tensor.float() if tensor.is_floating_point() else tensor.long())
         lines.update(f"{name} {tensor_digest(raw.dtype, raw.shape, raw.data)}\n".encode())
     return Digest("sha256:" + lines.hexdigest())
+
+
+def _check_finite(module: nn.Module, name: str) -> None:
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(end) for end in torch.aminmax(tensor))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise BackboneError(
+                    f"backbone {name}: tensor {key!r} holds NaN or infinity: expected finite weights; take a good copy"
+                )
 
 
 def _check_native(module: nn.Module, name: str) -> None:
@@ -249,18 +272,19 @@ class AdaptedBackbone:
         for_training: bool = False,
         compile: str | None = None,
     ) -> None:
+        _check_process()
         self.backbone, self.device, self.dtype = backbone, device, dtype
         self.widths: dict[str, tuple[int, int]] = {}
         """(d_in, d_out) of each attached position."""
         self.feature_width = 0
         self._unfused = for_training and device.type == "cpu"
-        self._sized: dict[tuple[int, int], nn.Module] = {}
+        self._sized: dict[tuple[int, int], _Sized] = {}
+        """The modules of each image size. One that is being changed is not here: interrupted, it is made anew."""
         self._compile = compile
-        self._compiled: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
         self._weights: Mapping[str, PositionWeights] = {}
         self._grow: Mapping[str, Tensor] = {}
-        self._growing: set[nn.Module] = set()
-        self._divided: set[nn.Module] = set()
+        self._lent: dict[nn.Module, nn.Parameter] = {}
+        """The weights of modules that have another one for this forward."""
         self._most_bytes: int | None = None
         self._part: tuple[int, int, int] | None = None
         """The rows that a block is given at present: first, end, and of how many."""
@@ -268,12 +292,14 @@ class AdaptedBackbone:
         self._owned: set[str] = set()
         """Positions whose output is memory of its own, which may be written to."""
         self._base = _share(backbone.module).to(device=device, dtype=dtype)
-        self._run_dry([])
+        self.feature_width, _ = self._run_dry([])
 
     @cached_property
     def _blocks(self) -> "_Blocks":
         try:
             return _find_blocks(_share(self.backbone.module).to("meta"), self.backbone.input_size)
+        except MemoryError:
+            raise
         except Exception:  # whatever a model may do that the meta device cannot
             return _Blocks([], [], [])
 
@@ -314,9 +340,12 @@ class AdaptedBackbone:
             if position not in modules:
                 raise BackboneError(f"backbone {self.backbone.name} has no module {position!r}")
         if new:
-            self._run_dry(new)
-            for module in self._sized.values():
-                self._hook(module, new)
+            _, widths = self._run_dry(new)
+            sized, self._sized = self._sized, {}
+            for one in sized.values():
+                self._hook(one.module, new)
+            self.widths.update(widths)
+            self._sized = sized
 
     def features(
         self,
@@ -340,17 +369,20 @@ class AdaptedBackbone:
             ImageError: a size that this backbone cannot take.
             BackboneError: it does not compile into one graph.
         """
-        module = self._module((images.shape[2], images.shape[3]))
+        size = (images.shape[2], images.shape[3])
+        module = self._module(size)
+        self._give_back()
+        self._part = None
         self._most_bytes = PART_BYTES if in_parts and self.device.type == "cpu" else None
         if self._most_bytes is not None and images.numel() * self.dtype.itemsize > self._most_bytes:
-            self._divide_blocks(module)  # a first block's input has about as many bytes as the images
+            self._divide_blocks(size)  # a first block's input has about as many bytes as the images
         if grow:
-            self._hook_blocks(module)
-            self._divide_blocks(module)
+            self._hook_blocks(size)
+            self._divide_blocks(size)
         self._weights, self._grow = weights, grow
         self._in_place = autocast is None and not torch.is_grad_enabled()
         linears = {module.get_submodule(position): matrix for position, matrix in matrices.items()}
-        pristine = {linear: linear._parameters["weight"] for linear in linears}
+        self._lent = {linear: linear.get_parameter("weight") for linear in linears}
         try:
             for linear, matrix in linears.items():
                 linear._parameters["weight"] = matrix
@@ -359,40 +391,48 @@ class AdaptedBackbone:
                 features = run(images.to(self.device, self.dtype))
         finally:
             self._weights, self._grow = {}, {}
-            for linear, parameter in pristine.items():
-                linear._parameters["weight"] = parameter
+            self._give_back()
         return features.float()
+
+    def _give_back(self) -> None:
+        """Gives modules their own weights again; the next forward does so, too, should this be interrupted."""
+        for linear, parameter in self._lent.items():
+            linear._parameters["weight"] = parameter
+        self._lent = {}
 
     def _run_compiled(self, images: Tensor) -> Tensor:
         from torch._dynamo import config, exc  # takes seconds to import
 
-        size = (images.shape[2], images.shape[3])
-        if size not in self._compiled:
+        one = self._sized[images.shape[2], images.shape[3]]
+        if one.compiled is None:
             assert self._compile is not None
             # a graph that breaks within a module leaves its hooks out, and with them what tasks add: one or none
-            compiled = torch.compile(self._module(size), fullgraph=True, dynamic=False, backend=self._compile)
-            self._compiled[size] = compiled
+            one.compiled = torch.compile(one.module, fullgraph=True, dynamic=False, backend=self._compile)
         try:
             with config.patch(recompile_limit=64):  # 8 by default: fewer than there are buckets of batches
-                return self._compiled[size](images)
+                return one.compiled(images)
         except exc.Unsupported as error:
             reason = str(error).splitlines()[0]
             raise BackboneError(f"backbone {self.backbone.name} does not compile into one graph: {reason}") from None
 
-    def _hook_blocks(self, module: nn.Module) -> None:
-        if module in self._growing:
+    def _hook_blocks(self, size: tuple[int, int]) -> None:
+        if self._sized[size].grows:
             return
-        self._growing.add(module)
+        one = self._sized.pop(size)
         for block in self.levels.blocks:
-            module.get_submodule(block).register_forward_pre_hook(self._grower(block))
+            one.module.get_submodule(block).register_forward_pre_hook(self._grower(block))
+        one.grows = True
+        self._sized[size] = one
 
-    def _divide_blocks(self, module: nn.Module) -> None:
-        if module in self._divided:
+    def _divide_blocks(self, size: tuple[int, int]) -> None:
+        if self._sized[size].divided:
             return
-        self._divided.add(module)
+        one = self._sized.pop(size)
         for block in self._blocks.in_parts:
-            part = cast(Any, module.get_submodule(block))
+            part = cast(Any, one.module.get_submodule(block))
             part.forward = self._by_parts(block, part.forward)
+        one.divided = True
+        self._sized[size] = one
 
     def _grower(self, block: str) -> Any:
         def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -452,11 +492,11 @@ class AdaptedBackbone:
         module = self._module((images.shape[2], images.shape[3]))
         found: dict[str, Tensor] = {}
         handles = []
-        for position in positions:
-            keep = partial(found.__setitem__, position)
-            part = module.get_submodule(position)
-            handles.append(part.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0])))
         try:
+            for position in positions:
+                keep = partial(found.__setitem__, position)
+                part = module.get_submodule(position)
+                handles.append(part.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0])))
             self.features(images, weights)
         finally:
             for handle in handles:
@@ -464,8 +504,8 @@ class AdaptedBackbone:
         return found
 
     def _module(self, size: tuple[int, int]) -> nn.Module:
-        module = self._sized.get(size)
-        if module is None:
+        one = self._sized.get(size)
+        if one is None:
             module = self.backbone.sized(size)
             # the device's copy of the weights serves every size; what depends on the size was resampled just now
             shared = dict(self._base.named_parameters())
@@ -479,8 +519,8 @@ class AdaptedBackbone:
                     if hasattr(part, "fused_attn"):
                         cast(Any, part).fused_attn = False
             self._hook(module, self.widths)
-            self._sized[size] = module
-        return module
+            one = self._sized[size] = _Sized(module)
+        return one.module
 
     def _hook(self, module: nn.Module, positions: Iterable[str]) -> None:
         for position in positions:
@@ -508,21 +548,24 @@ class AdaptedBackbone:
             return {}
         try:
             return self.inputs(torch.zeros(1, 3, 2 * height, 2 * width), {}, positions)
+        except torch.OutOfMemoryError:
+            raise
         except (ImageError, RuntimeError):
             return {}
 
-    def _run_dry(self, positions: list[str]) -> None:
+    def _run_dry(self, positions: list[str]) -> tuple[int, dict[str, tuple[int, int]]]:
+        """How wide the features are, and (d_in, d_out) of each position, by one forward of a black image."""
         seen: dict[str, list[tuple[Any, Any]]] = {position: [] for position in positions}
         handles = []
-        for position in positions:
-            module = self._base.get_submodule(position)
-            record = seen[position].append
-            handles.append(
-                module.register_forward_hook(
-                    lambda _, args, output, record=record: record((args[0] if args else None, output))
-                )
-            )
         try:
+            for position in positions:
+                module = self._base.get_submodule(position)
+                record = seen[position].append
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, args, output, record=record: record((args[0] if args else None, output))
+                    )
+                )
             with torch.inference_mode():
                 images = torch.zeros(1, 3, *self.backbone.input_size, device=self.device, dtype=self.dtype)
                 features = self._base(images)
@@ -532,7 +575,6 @@ class AdaptedBackbone:
         if features.ndim != 2:
             found = list(features.shape)
             raise BackboneError(f"backbone {self.backbone.name}: its output is {found}: expected pooled features")
-        self.feature_width = features.shape[1]
         elsewhere = self._calls_at_double_size([p for p, calls in seen.items() if calls and _axes(calls[0][0]) == 4])
         widths = {}
         for position, calls in seen.items():
@@ -548,7 +590,29 @@ class AdaptedBackbone:
             widths[position] = (x.shape[-1], y.shape[-1])
             if not _aliases(y, x, self._base.get_submodule(position)):
                 self._owned.add(position)
-        self.widths.update(widths)
+        return features.shape[1], widths
+
+
+_computed_in = 0
+"""The process that used a backbone first; 0 for none yet."""
+
+
+def _check_process() -> None:
+    """Raises a ForkedError where torch would wait for threads of the process that this one was forked from."""
+    global _computed_in
+    if _computed_in not in (0, os.getpid()) and torch.get_num_threads() > 1:
+        raise ForkedError
+    _computed_in = os.getpid()
+
+
+@dataclass(eq=False)
+class _Sized:
+    """A module for one image size, and what was done to it."""
+
+    module: nn.Module
+    grows: bool = False
+    divided: bool = False
+    compiled: Callable[[Tensor], Tensor] | None = None
 
 
 def _aliases(y: Tensor, x: Tensor, module: nn.Module) -> bool:
@@ -599,12 +663,12 @@ def _find_blocks(module: nn.Module, size: tuple[int, int]) -> _Blocks:
             plain.add(name)
 
     handles: list[Any] = []
-    for name, part in module.named_modules():
-        handles += [
-            part.register_forward_pre_hook(lambda _, a, o, name=name: before(name, a, o), with_kwargs=True),
-            part.register_forward_hook(lambda _, __, output, name=name: after(name, output)),
-        ]
     try:
+        for name, part in module.named_modules():
+            handles += [
+                part.register_forward_pre_hook(lambda _, a, o, name=name: before(name, a, o), with_kwargs=True),
+                part.register_forward_hook(lambda _, __, output, name=name: after(name, output)),
+            ]
         with torch.inference_mode():
             module(torch.zeros(_IMAGES, 3, *size, device="meta"))
     finally:
@@ -622,10 +686,13 @@ def _may_grow(module: nn.Module, size: tuple[int, int], blocks: Collection[str])
     def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return torch.cat([args[0], args[0][-1:]]), *args[1:]
 
-    handles = [module.get_submodule(block).register_forward_pre_hook(grow) for block in blocks]
+    handles: list[Any] = []
     try:
+        handles += [module.get_submodule(block).register_forward_pre_hook(grow) for block in blocks]
         with torch.inference_mode():
             return len(module(torch.zeros(2, 3, *size, device="meta"))) == 2 + len(blocks)
+    except MemoryError:
+        raise
     except Exception:  # whatever a module raises whose input has grown while something else has not
         return False
     finally:

@@ -7,12 +7,21 @@ RouterError
 ├── TaskError              a task that does not fit the backbone's positions or widths
 ├── ImageError             images of a wrong kind, shape or size
 ├── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
-└── ClosedError            a router that was closed
+├── ClosedError            a router that was closed
+└── ForkedError            a router in a process that was forked from the one that made it
 """
+
+import copyreg
+from typing import Any
 
 
 class RouterError(Exception):
     """Base of all errors of router; its text is one line for a person."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes hangs for
+        # ever at an error that it cannot read
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class BackboneError(RouterError):
@@ -56,3 +65,15 @@ class SlotBudgetError(RouterError):
 class ClosedError(RouterError):
     def __init__(self) -> None:
         super().__init__("this router is closed: make another")
+
+
+class ForkedError(RouterError):
+    """torch's threads do not come along when a process is forked: what waits for them waits for ever."""
+
+    def __init__(self, text: str = "") -> None:  # DataLoader hands on what its worker raised by a text of its own
+        super().__init__(
+            text
+            or "this process was forked from one that has a router, and torch's threads did not come along: start "
+            "processes by spawn (multiprocessing.get_context('spawn'), DataLoader(multiprocessing_context='spawn')); "
+            "a router that is sent there is made anew"
+        )

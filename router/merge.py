@@ -5,7 +5,7 @@ task at the bare backbone's cost. The sum is taken in float32 from the pristine 
 borrows the copies, and the pristine ones are never written to.
 """
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
 import torch
@@ -27,11 +27,11 @@ class Merger:
     """Holds the merged matrices of at most one task. Not thread-safe.
 
     Args:
-        live: keys of the tasks that are known; what leaves it is forgotten.
+        is_live: whether a key is of a task that is known; what no longer is, is forgotten.
     """
 
-    def __init__(self, adapted: AdaptedBackbone, merge: Merge, live: Collection[Hashable]) -> None:
-        self._adapted, self._merge, self._live = adapted, merge, live
+    def __init__(self, adapted: AdaptedBackbone, merge: Merge, is_live: Callable[[Hashable], bool]) -> None:
+        self._adapted, self._merge, self._is_live = adapted, merge, is_live
         self._rows: dict[Hashable, int] = {}
         self._held: tuple[Hashable, dict[str, nn.Parameter]] | None = None
         self.merges = 0
@@ -52,13 +52,14 @@ class Merger:
         if self._merge == "auto" and self._rows[key] < AUTO_ROWS:
             return {}
         self._held = None  # its memory first
+        task = use.read()
         self._held = (key, {position: self._merged(task, position) for position in task.positions})
         self.merges += 1
         return self._held[1]
 
     def ran(self, rows: int, but: Hashable = None) -> None:
         """Counts a batch against all tasks but one."""
-        if self._held is not None and self._held[0] not in self._live:
+        if self._held is not None and not self._is_live(self._held[0]):
             self._held = None
         self._rows = {k: left for k, n in self._rows.items() if (left := n if k == but else n - rows) > 0}
 

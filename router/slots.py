@@ -7,9 +7,10 @@ position are index operations, and a batch is one gather for each pool.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pear_store import Task
+from pear_store import RawTensor, Task
 from pear_store.checkpoint import outer_part
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
@@ -38,8 +39,11 @@ class Use:
 
     key: Hashable
     task: Task
+    """Its tensors may lack their bytes, see `without_bytes`."""
     dtype: torch.dtype
     """Of the compute, in which `down` is kept; `up` is float32, because scales are applied before the cast."""
+    read: Callable[[], Task] = field(repr=False)
+    """The task with its tensors' bytes. Drop it soon: it may hold maps of the store's packs, and so descriptors."""
 
     @cached_property
     def _sources(self) -> dict[Key, str]:
@@ -104,14 +108,14 @@ class Use:
         every = [(scale, self.shapes[up][0]) for branches in self.branches.values() for _, up, scale in branches]
         return np.repeat(np.array([scale for scale, _ in every], np.float32), [rank for _, rank in every])
 
-    def write(self, key: Key, out: NDArray[np.float32]) -> None:
-        """The values of a key into [elements]: rows of rank, or a head's weight and then its bias."""
+    def write(self, key: Key, task: Task, out: NDArray[np.float32]) -> None:
+        """The values of a key of the task as read into [elements]: rows of rank, or a head's weight, then its bias."""
         if key[0] == HEAD:
-            weight, bias = head_matrix(self.task), to_numpy(self.task.tensors[self.task.record["head"]["bias"]])
+            weight, bias = head_matrix(task), to_numpy(task.tensors[task.record["head"]["bias"]])
             out[: weight.size].reshape(weight.shape)[...] = weight
             out[weight.size :] = bias
         else:
-            matrix = adapter_matrix(self.task, self._sources[key], _SIDES[key[0]])
+            matrix = adapter_matrix(task, self._sources[key], _SIDES[key[0]])
             out.reshape(self.shapes[key])[...] = matrix if key[0] == UP else matrix.T
 
 
@@ -124,6 +128,8 @@ class LoadedTask:
     """int64 [2, rank]: rows in the pools of `down` and of `up`, position after position."""
     head: tuple[Tensor, Tensor] | None
     """float32 weight [classes, features] and bias [classes]."""
+    values: Mapping[Key, Tensor | Ints] = field(repr=False)
+    """What each of its keys has: rows of a pool, or the head itself."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +191,17 @@ class Pool:
     def free(self, rows: Sequence[Ints]) -> None:
         self._free = np.concatenate([*rows, self._free])
 
+    def free_all_but(self, rows: Sequence[Ints]) -> None:
+        self._free = np.setdiff1d(np.arange(1, len(self.rows)), np.concatenate([*rows, np.arange(1)]))
+
 
 class Slots:
-    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe."""
+    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe.
+
+    `_tasks` is the truth: a task is entered last, when its values are there, and taken out first. The entries, the free
+    rows and the bytes follow from it. A change that is interrupted, by Ctrl-C or want of memory, leaves `_sound` False;
+    then the next call derives them anew.
+    """
 
     def __init__(
         self,
@@ -201,6 +215,7 @@ class Slots:
         self._pools: dict[tuple[int, int], Pool] = {}
         self._entries: dict[Key, _Entry] = {}
         self._tasks: OrderedDict[Hashable, LoadedTask] = OrderedDict()
+        self._sound = True
         self._host = torch.empty(0)
         self._ever: Ranks = ()
         self._activations: set[str] = set()
@@ -210,6 +225,7 @@ class Slots:
     @property
     def stats(self) -> SlotStats:
         with self.lock:
+            self._mend()
             return SlotStats(
                 self._hits, self._misses, self._loads, self._evictions,
                 len(self._tasks), len(self._entries), self.used_bytes, self._budget,
@@ -230,10 +246,17 @@ class Slots:
             raise SlotBudgetError(needed, self._budget)
 
     @torch.inference_mode()
-    def load(self, wanted: Sequence[Use], pinned: Collection[Hashable] = (), ahead: bool = False) -> list[LoadedTask]:
+    def load(
+        self,
+        wanted: Sequence[Use],
+        pinned: Collection[Hashable] = (),
+        ahead: bool = False,
+        read: Mapping[Hashable, Task] = MappingProxyType({}),
+    ) -> list[LoadedTask]:
         """The tasks of one batch, loaded where they are not yet.
 
         Args:
+            read: some of them as read before; others are read here, while everybody waits.
             pinned: keys of tasks that stay, as those wanted do.
             ahead: for a batch to come: counted as loads, but neither as hits nor as misses.
 
@@ -241,21 +264,29 @@ class Slots:
             SlotBudgetError: beside what is pinned they do not fit; nothing was evicted or loaded.
         """
         with self.lock:
+            self._mend()
             missing = [use for use in wanted if use.key not in self._tasks]
             if missing:
                 self.check(wanted, pinned)
+                self._sound = False
             stay = {use.key for use in wanted}.union(pinned)
             for use in wanted:
                 if use.key in self._tasks:
                     self._tasks.move_to_end(use.key)
             for use in missing:
                 self._make_room(use, stay)
-                self._tasks[use.key] = self._put(use)
+                self._tasks[use.key] = self._put(use, read.get(use.key) or use.read())
+            self._sound = True
             self._loads += len(missing)
             if not ahead:
                 self._misses += len(missing)
                 self._hits += len(wanted) - len(missing)
             return [self._tasks[use.key] for use in wanted]
+
+    def keys(self) -> list[Hashable]:
+        """Of all loaded tasks."""
+        with self.lock:
+            return list(self._tasks)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._tasks
@@ -263,32 +294,57 @@ class Slots:
     def evict(self, key: Hashable) -> None:
         """Forgets a task; tensors that no other loaded task uses give up their rows."""
         with self.lock:
-            loaded = self._tasks.pop(key, None)
-            freed: dict[Pool, list[Ints]] = {}
-            for name in loaded.use.shapes if loaded is not None else ():
-                entry = self._entries[name]
-                entry.uses -= 1
-                if entry.uses == 0:
-                    if isinstance(entry.values, np.ndarray):
-                        assert loaded is not None
-                        freed.setdefault(self._pool(name[0], loaded.use.shapes[name][1]), []).append(entry.values)
-                    self.used_bytes -= entry.size_bytes
-                    del self._entries[name]
-            for pool, rows in freed.items():
-                pool.free(rows)
+            self._mend()
+            self._sound = False
+            self._evict(key)
+            self._sound = True
+
+    def _evict(self, key: Hashable) -> None:
+        loaded = self._tasks.pop(key, None)
+        freed: dict[Pool, list[Ints]] = {}
+        for name in loaded.use.shapes if loaded is not None else ():
+            entry = self._entries[name]
+            entry.uses -= 1
+            if entry.uses == 0:
+                if isinstance(entry.values, np.ndarray):
+                    assert loaded is not None
+                    freed.setdefault(self._pool(name[0], loaded.use.shapes[name][1]), []).append(entry.values)
+                self.used_bytes -= entry.size_bytes
+                del self._entries[name]
+        for pool, rows in freed.items():
+            pool.free(rows)
+
+    def _mend(self) -> None:
+        """Derives entries, free rows and bytes from the loaded tasks, where a change to them was interrupted."""
+        if self._sound:
+            return
+        entries: dict[Key, _Entry] = {}
+        rows: dict[Pool, list[Ints]] = {pool: [] for pool in self._pools.values()}
+        for loaded in self._tasks.values():
+            for key, values in loaded.values.items():
+                if key not in entries:
+                    entries[key] = _Entry(values, loaded.use.sizes[key])
+                    if isinstance(values, np.ndarray):
+                        rows[self._pools[key[0], loaded.use.shapes[key][1]]].append(values)
+                entries[key].uses += 1
+        for pool, taken in rows.items():
+            pool.free_all_but(taken)
+        self._entries = entries
+        self.used_bytes = sum(entry.size_bytes for entry in entries.values())
+        self._sound = True
 
     def _make_room(self, use: Use, stay: Collection[Hashable]) -> None:
         while self._budget is not None and self.used_bytes + self._missing_bytes(use) > self._budget:
-            self.evict(next(key for key in self._tasks if key not in stay))
+            self._evict(next(key for key in self._tasks if key not in stay))
             self._evictions += 1
 
     def clear(self) -> None:
         """Gives all memory back."""
         with self.lock:
+            self._sound = False
             self._tasks.clear()
-            self._entries.clear()
             self._pools.clear()
-            self.used_bytes = 0
+            self._mend()
 
     def gather(
         self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], padded: bool = False
@@ -377,7 +433,7 @@ class Slots:
     def _missing_bytes(self, use: Use) -> int:
         return sum(size for key, size in use.sizes.items() if key not in self._entries)
 
-    def _put(self, use: Use) -> LoadedTask:
+    def _put(self, use: Use, task: Task) -> LoadedTask:
         """Lays what is missing into the pools: written there where they are float32 on the CPU, else copied at once."""
         missing: dict[tuple[int, int], list[Key]] = {}
         for key, (_, width) in use.shapes.items():
@@ -399,8 +455,8 @@ class Slots:
             if run is None:
                 to_copy.append((pool, rows, keys, len(rows) * width))
             else:
-                _write(use, keys, run.numpy().reshape(-1))
-        self._copy_all(use, to_copy)
+                _write(use, task, keys, run.numpy().reshape(-1))
+        self._copy_all(use, task, to_copy)
         for key in use.sizes:
             entry = self._entries[key]
             self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
@@ -409,7 +465,7 @@ class Slots:
         self._activations.add(use.task.activation)
         return self._loaded(use)
 
-    def _copy_all(self, use: Use, parts: Sequence[tuple[Key | Pool, Ints, list[Key], int]]) -> None:
+    def _copy_all(self, use: Use, task: Task, parts: Sequence[tuple[Key | Pool, Ints, list[Key], int]]) -> None:
         """Copies adapters and heads to the device in one piece.
 
         Args:
@@ -421,7 +477,7 @@ class Slots:
         host = self._staging(sum(counts))
         values, start = host.numpy(), 0
         for _, _, keys, count in parts:
-            _write(use, keys, values[start : start + count])
+            _write(use, task, keys, values[start : start + count])
             start += count
         for (target, rows, _, _), part in zip(parts, torch.split(self._copy(host), counts), strict=True):
             if isinstance(target, Pool):
@@ -444,18 +500,25 @@ class Slots:
         for key in use.shapes:
             if key[0] == HEAD:
                 classes, width = use.shapes[key]
-                values = self._entries[key].values
-                assert isinstance(values, Tensor)
-                head = (values[: classes * width].view(classes, width), values[classes * width :])
-        return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head)
+                both = self._entries[key].values
+                assert isinstance(both, Tensor)
+                head = (both[: classes * width].view(classes, width), both[classes * width :])
+        values = {key: self._entries[key].values for key in use.shapes}
+        return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head, values)
 
 
-def _write(use: Use, keys: Sequence[Key], out: NDArray[np.float32]) -> None:
+def without_bytes(task: Task) -> Task:
+    """A task that says all but the values of its tensors, and keeps no map of a pack alive."""
+    tensors = {key: RawTensor.checked(raw.dtype, raw.shape, b"", raw.digest) for key, raw in task.tensors.items()}
+    return Task(task.record, tensors)
+
+
+def _write(use: Use, task: Task, keys: Sequence[Key], out: NDArray[np.float32]) -> None:
     """Some keys' values, one behind the other."""
     start = 0
     for key in keys:
         end = start + use.elements[key]
-        use.write(key, out[start:end])
+        use.write(key, task, out[start:end])
         start = end
 
 

@@ -44,6 +44,11 @@ def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
     return np.frombuffer(raw.data, _NUMPY[raw.dtype]).reshape(raw.shape)
 
 
+def all_finite(raw: RawTensor) -> bool:
+    """Whether no element is NaN or infinite; codes never are."""
+    return raw.dtype not in (*_NUMPY, "BF16") or bool(np.isfinite(to_numpy(raw)).all())
+
+
 def from_torch(tensor: Tensor) -> RawTensor:
     """The bytes of a tensor, copied off its device."""
     tensor = tensor.detach().to("cpu").contiguous()

@@ -256,14 +256,14 @@ def by_task(batch: Batch) -> Iterator[Batch]:
 
 def fill(results: list[Result], predictions: Predictions, top: int) -> None:
     """Fills the results of one batch in."""
-    finite = [bool(logits.isfinite().all()) for logits in predictions.logits]
-    for result, task, good, found in zip(results, predictions.tasks, finite, predictions.topk(top), strict=True):
+    rows = zip(results, predictions.tasks, predictions.finite, predictions.topk(top), strict=True)
+    for result, task, finite, found in rows:
         best = [(label, round(probability, 6)) for label, probability in found]
         name = task.partition("@")[0]
-        if not best:
-            result["error"] = f"task {name!r} has no head: it gives features, not classes"
-        elif not good:
+        if not finite:
             result["error"] = f"task {name!r} gave logits that are not finite numbers; try --dtype float32"
+        elif not best:
+            result["error"] = f"task {name!r} has no head: it gives features, not classes"
         else:
             result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
 

@@ -69,8 +69,8 @@ def test_weights_are_shared_not_copied(backbone: Backbone) -> None:
     adapted.features(torch.zeros(1, 3, 64, 64), {})
     pointer = backbone.module.get_parameter("blocks.0.attn.qkv.weight").data_ptr()
     assert len(adapted._sized) == 2
-    for module in adapted._sized.values():
-        assert module.get_parameter("blocks.0.attn.qkv.weight").data_ptr() == pointer
+    for one in adapted._sized.values():
+        assert one.module.get_parameter("blocks.0.attn.qkv.weight").data_ptr() == pointer
 
 
 def test_digest_ignores_classifier_and_knows_weights() -> None:

@@ -7,17 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pear_store import PearStoreError, Store, Task, make_task, write_checkpoint
+import router.preprocess as preprocess_module
+import router.router as router_module
+from pear_store import PearStoreError, RawTensor, Store, Task, make_task, write_checkpoint
 from router import (
     Backbone,
     BackboneError,
     ImageError,
     Predictions,
     Router,
+    RouterError,
     SlotBudgetError,
     TaskError,
     UnknownTaskError,
@@ -468,3 +473,155 @@ def test_a_core_is_a_matrix_between_down_and_up(backbone: Backbone, task_maker: 
     torch.testing.assert_close(router.run(images, "cored").logits, expected, atol=1e-5, rtol=1e-5)
     mixed = router.run(images, ["cored", "plain", "cored", "multiplied"]).logits
     torch.testing.assert_close(mixed[::2], expected[::2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_without_finite_numbers_has_no_label_and_says_so(
+    backbone: Backbone, task_maker: Maker, tasks: dict[str, Task]
+) -> None:
+    router = Router(backbone)
+    for task in tasks.values():
+        router.add(task)
+    images = torch.randn(4, 3, 48, 48)
+    right = router.run(images, list("abca"))
+    images[1, 0, 3, 3] = torch.nan
+    found = router.run(images, list("abca"))
+    assert found.finite == [True, False, True, True]
+    assert found.labels == [right.labels[0], None, *right.labels[2:]]
+    assert [error is None for error in found.errors] == found.finite
+    assert "task 'b' gives NaN or infinity for this image" in found.errors[1]
+    assert found.topk(2)[1] == []
+    assert [[label for label, _ in row] for row in found.topk(2)[2:]] == [
+        [label for label, _ in row] for row in right.topk(2)[2:]
+    ]
+    same = router.run(images, "a")
+    assert same.finite == [True, False, True, True]
+    assert same.labels[1] is None
+
+
+def test_a_task_that_overflows_float16_has_no_label(backbone: Backbone, task_maker: Maker) -> None:
+    plain = task_maker("t", positions=("blocks.0.attn",))
+    huge = make_task({**plain.record, "positions": {"blocks.0.attn": [["a0", 1e29]]}}, plain.tensors)
+    router = Router(backbone, dtype=torch.float16)
+    router.add(huge)
+    router.add(task_maker("good"))
+    found = router.run(torch.randn(2, 3, 48, 48), ["t", "good"])
+    assert found.finite == [False, True]
+    assert found.labels[0] is None
+    assert found.labels[1] is not None
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_topk_of_less_than_one(router: Router, k: int) -> None:
+    with pytest.raises(RouterError, match=f"k {k}: expected at least 1"):
+        router.run(torch.zeros(1, 3, 48, 48), "a").topk(k)
+    assert router.run(torch.zeros(1, 3, 48, 48), "f").topk(3) == [[]]
+    assert router.run(torch.zeros(1, 3, 48, 48), "f").errors == [None]
+
+
+BAD_TASKS: dict[str, tuple[Callable[[Task], Task], str]] = {
+    "nan": (
+        lambda t: Task(t.record, {**t.tensors, "a0.down": floats(np.full((192, 4), np.nan))}),
+        "tensor .* holds NaN or infinity",
+    ),
+    "infinite bias": (
+        lambda t: Task(t.record, {**t.tensors, "head.bias": floats(np.array([0, np.inf, 0]))}),
+        "tensor .* holds NaN or infinity",
+    ),
+    "activation": (lambda t: Task({**t.record, "activation": "tanh"}, t.tensors), "'activation': expected one of"),
+    "labels": (lambda t: Task({**t.record, "labels": ["a", "b"]}, t.tensors), "2 labels, the head has 3 rows"),
+    "record": (lambda t: Task({"task": "t"}, t.tensors), "field 'format': expected 'pear-task/1'"),
+    "bytes": (
+        lambda t: Task(t.record, {**t.tensors, "head.bias": RawTensor("F32", (3,), b"")}),
+        "tensor 'head.bias' has 0 bytes: its shape takes 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TASKS)
+def test_tasks_that_could_only_give_nonsense_are_refused(backbone: Backbone, task_maker: Maker, kind: str) -> None:
+    spoil, message = BAD_TASKS[kind]
+    router = Router(backbone)
+    with pytest.raises((RouterError, PearStoreError), match=message):
+        router.add(spoil(task_maker("t")))
+    with pytest.raises(UnknownTaskError):
+        router.check("t")
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinite bias", "activation", "labels"])
+def test_nor_are_they_taken_from_a_store_that_somebody_made(
+    backbone: Backbone, task_maker: Maker, store: Store, kind: str
+) -> None:
+    store.add(task_maker("t"))
+    spoil, message = BAD_TASKS[kind]
+
+    class Spoilt:
+        resolve = store.resolve
+
+        def get(self, reference: str, copy: bool = True) -> Task:
+            return spoil(task_maker("t"))
+
+    router = Router(backbone, Spoilt())
+    with pytest.raises(TaskError, match=f"task 't': .*{message}"):
+        router.run(torch.zeros(1, 3, 48, 48), "t")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_backbone_with_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
+    module = timm.create_model("pear_tiny")
+    with torch.no_grad():
+        module.blocks[3].mlp.fc1.bias[7] = value
+    message = "backbone pear_tiny: tensor 'blocks.3.mlp.fc1.bias' holds NaN or infinity"
+    with pytest.raises(BackboneError, match=message):
+        Router(module)
+    save_file(module.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=message):
+        Router("pear_tiny", weights=tmp_path / "w.safetensors")
+
+
+def test_long_lists_run_in_parts(
+    backbone: Backbone, task_maker: Maker, monkeypatch: pytest.MonkeyPatch, router: Router
+) -> None:
+    """At most so many pictures are decoded and run at once; each is decoded once, in its own order."""
+    monkeypatch.setattr("router.router.PIXELS", 8 * 48 * 48)
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (48, 48, 3), dtype=np.uint8) for _ in range(21)]
+    names = [list("abcd")[i % 4] for i in range(21)]
+    decoded: list[int] = []
+    rows: list[int] = []
+    prepare = router_module.prepare
+    monkeypatch.setattr(
+        router_module, "prepare", lambda given, ways: decoded.append(len(given)) or prepare(given, ways)
+    )
+    router._adapted._module((48, 48)).norm.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    found = router.run(pictures, names)
+    assert decoded == rows == [8, 8, 5]
+    for i in (0, 7, 8, 20):
+        torch.testing.assert_close(found.logits[i], router.run(pictures[i : i + 1], names[i]).logits[0])
+    del rows[:]
+    router.run(torch.zeros(21, 3, 48, 48), "a")
+    assert rows == [8, 8, 5]
+
+
+def test_run_all_in_parts_decodes_each_picture_once(
+    backbone: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list("abcd")
+    with Router(backbone) as roomy:
+        for name in names:
+            roomy.add(tasks[name])
+        rng = np.random.default_rng(0)
+        pictures = [rng.integers(0, 255, (48, 48, 3), dtype=np.uint8) for _ in range(5)]
+        right = roomy.run_all(pictures, names)
+        size = roomy.stats().size_bytes
+    router = Router(backbone, slot_bytes=size * 2 // 3)
+    for name in names:
+        router.add(tasks[name])
+    decoded: list[int] = []
+    decode_one = preprocess_module._decode_one
+    monkeypatch.setattr(preprocess_module, "_decode_one", lambda *a: decoded.append(1) or decode_one(*a))
+    found = router.run_all(pictures, names)
+    assert len(decoded) == 5
+    assert router.stats().evictions > 0
+    assert list(found) == names
+    for name in names:
+        torch.testing.assert_close(found[name].logits, right[name].logits, atol=1e-5, rtol=1e-5)

@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_store import Store, Task
+from pear_store import Store, Task, Version
 from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
 from router.slots import Pool
 
@@ -119,12 +120,77 @@ def test_a_budget_too_small_is_said_before_images_are_read(backbone: Backbone, f
         torch.testing.assert_close(found.logits, router.run(IMAGE, name).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_refreshed_tasks_leave_their_slots(backbone: Backbone, four: dict[str, Task]) -> None:
-    router = with_room_for(4, backbone, four)
-    router.preload(list("pq")).result(10)
-    router.refresh()
-    assert (router.stats().tasks, router.stats().size_bytes, router.stats().tensors) == (0, 0, 0)
-    assert router.stats().evictions == 0, "only those for want of room are counted"
+def test_refresh_keeps_what_did_not_change_and_says_what_did(
+    backbone: Backbone, four: dict[str, Task], task_maker: Maker, store: Store
+) -> None:
+    for task in four.values():
+        store.add(task)
+    store.tag("r@1", "prod")
+    router = Router(backbone, store)
+    router.add(task_maker("added", seed=9))
+    router.pin("q")
+    router.preload(["p", "r@prod", "s", "added"]).result(10)
+    assert router.refresh() == {}
+    before = router.stats()
+    store.add(task_maker("q", seed=11))
+    store.add(task_maker("r", seed=12))
+    store.remove("s")
+    assert router.refresh() == {"q": 2, "s": None}
+    after = router.stats()
+    assert after.tasks == before.tasks - 1
+    assert after.loads == before.loads + 1, "the pinned task's newer version, at once"
+    assert after.evictions == 0, "only those for want of room are counted"
+    store.tag("r@2", "prod")
+    assert router.refresh() == {"r@prod": 2}
+    assert router.stats().tasks == before.tasks - 2
+    with Router(backbone, store) as fresh:
+        for name in ("p", "q", "r@prod"):
+            torch.testing.assert_close(router.run(IMAGE, name).logits, fresh.run(IMAGE, name).logits)
+    with pytest.raises(UnknownTaskError, match="no task 's'"):
+        router.run(IMAGE, "s")
+    store.remove("q")
+    assert router.refresh() == {"q": None}, "and no error, although it is pinned"
+
+
+class SlowStore:
+    """A store that has nothing to say of a task until it is told to go on."""
+
+    def __init__(self, store: Store, task: str) -> None:
+        self._store, self._task = store, task
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def resolve(self, reference: str) -> Version:
+        found = self._store.resolve(reference)
+        if reference == self._task:
+            self.asked.set()
+            assert self.go_on.wait(10)
+        return found
+
+    def get(self, reference: str, copy: bool = True) -> Task:
+        return self._store.get(reference, copy)
+
+
+def test_nobody_waits_for_another_task_to_be_looked_up(
+    backbone: Backbone, four: dict[str, Task], task_maker: Maker, store: Store
+) -> None:
+    for task in four.values():
+        store.add(task)
+    slow = SlowStore(store, "q")
+    router = Router(backbone, slow)
+    router.run(IMAGE, "p")
+    with ThreadPoolExecutor(1) as pool:
+        cold = pool.submit(router.run, IMAGE, "q")
+        try:
+            assert slow.asked.wait(10)
+            router.run(IMAGE, "p")
+            router.run(IMAGE, "r")
+            store.add(task_maker("q", seed=11))
+            router.refresh()
+        finally:
+            slow.go_on.set()
+        found = cold.result(10)
+    with Router(backbone, store) as fresh:
+        torch.testing.assert_close(found.logits, fresh.run(IMAGE, "q@2").logits)  # what was found before is too old
 
 
 def test_closed(backbone: Backbone, four: dict[str, Task]) -> None:
