@@ -107,6 +107,7 @@ def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
 @_option("--val-split", "Folder of the val split; none: hold a tenth of train out.", type=str)
 @_option("--test-split", "Folder of the test split; none: there is no test split.", type=str)
 @_option("--no-splits", "The folders are classes, even if they are called train or test.", is_flag=True)
+@_option("--max-pixels", "Pictures with more pixels are refused before they are decoded.", type=int)
 @_option("--skip-unreadable", "Train without pictures that cannot be read.", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def main(

@@ -76,7 +76,7 @@ class TaskRun:
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.record))
+        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.record, dataset.limits))
         self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
         self.batches = -(-len(self.train_pixels) // config.batch_size)
         """Steps of an epoch."""

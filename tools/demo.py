@@ -27,7 +27,7 @@ from tabulate import tabulate
 import pear_store.cli
 import pear_train.cli
 from pear_store import read_checkpoint
-from router import Router, load_backbone
+from router import Router, load_backbone, open_image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # its neighbours, also where it is run as a file
 from tools.adapter_map import Row, draw
@@ -86,7 +86,7 @@ def _by_source(names: tuple[str, ...], side: int, most: int, grey: bool) -> Labe
     out: Labelled = {"train": [], "val": [], "test": []}
     rng = np.random.default_rng(0)
     for name in names:
-        image = np.asarray(Image.open(folder / name).convert("L" if grey else "RGB"))
+        image = np.asarray(open_image(folder / name).convert("L" if grey else "RGB"))
         for split, cells in _cells(image, side, rng).items():
             limit = {"train": most, "val": most // 2, "test": most}[split]
             out[split] += [(cell, Path(name).stem) for cell in cells[:limit]]

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import router.pear_tiny  # noqa: F401  (registers the student with timm)
+from router import open_image
 
 SIDE = 96
 Picture = NDArray[np.uint8]
@@ -54,7 +55,7 @@ def photographs() -> list[Image.Image]:
         *(ski / "data" / name for name in ("camera.png", "retina.jpg")),
         Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg",
     ]
-    return [Image.open(path).convert("RGB") for path in paths]
+    return [open_image(path, reading=0) for path in paths]
 
 
 def fonts() -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from pear_store.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
-from router import ImageError, Preprocess
-from router.pictures import ImageLike
+from router import ImageError, Limits, Preprocess
+from router.pictures import LIMITS, ImageLike
 
 LOOKED_FOR = (
     "a folder with one folder of images per class (or train/, val/ and test/ of such), a VTAB-1k folder with "
@@ -71,6 +71,8 @@ class Dataset:
     """What was left out, and why."""
     skip_unreadable: bool = False
     """Train without pictures that cannot be read, rather than refuse."""
+    limits: Limits = LIMITS
+    """What may be opened as a picture."""
     unreadable: tuple[str, ...] = ()
     """The images that it is without because they could not be read, with the reason."""
     opened: "Dataset | None" = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from router.pictures import extensions
 
 _SYSTEM_NAMES = frozenset(
     (
@@ -17,8 +17,6 @@ _SYSTEM_NAMES = frozenset(
     )
 )  # fmt: skip
 """Of folders and files that systems and tools leave behind, in small letters. Names that begin with a dot, too."""
-_IDENTIFIED_ONLY = frozenset(("BUFR", "GRIB", "HDF5", "MPEG", "WMF"))
-"""Formats whose endings Pillow registers although it cannot decode them by itself."""
 _MOST_VISITS = 100
 """How often links may lead to one folder: links upon links would otherwise multiply without bound."""
 
@@ -67,7 +65,7 @@ class Listing:
 
 def list_pictures(root: Path) -> Listing:
     """All pictures below a folder, by their endings. Links are followed; a link back to where it lies in is not."""
-    endings = picture_endings()
+    endings = extensions()
     found = Listing()
     visits: Counter[tuple[int, int]] = Counter()
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
@@ -121,12 +119,6 @@ def _kind(entry: "os.DirEntry[str]") -> str:
         return "pipes, sockets and devices" if os.path.exists(entry.path) else "links to nothing"
     except OSError:  # a link to itself
         return "links to nothing"
-
-
-def picture_endings() -> frozenset[str]:
-    """Endings of the files that Pillow, with the plugins that are registered, can decode: small, with the dot."""
-    known = Image.registered_extensions().items()
-    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in _IDENTIFIED_ONLY)
 
 
 def describe_skipped(skipped: Mapping[str, list[str]]) -> tuple[str, ...]:

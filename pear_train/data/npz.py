@@ -54,8 +54,9 @@ def _split(path: Path, name: str, arrays: dict[str, Any]) -> Split:
         x, y = arrays[f"x_{name}"], arrays[f"y_{name}"]
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]} is missing: expected x_{name} and y_{name}") from None
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
-        raise DataError(f"{path}: x_{name} is {x.dtype} {list(x.shape)}: expected uint8 [n, h, w] or [n, h, w, 1 or 3]")
+    if x.dtype not in (np.uint8, np.uint16) or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        expected = "expected uint8 or uint16 [n, h, w] or [n, h, w, 1, 3 or 4]"
+        raise DataError(f"{path}: x_{name} is {x.dtype} {list(x.shape)}: {expected}")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
         raise DataError(f"{path}: y_{name} is {y.dtype} {list(y.shape)}: expected integers [{x.shape[0]}]")
     return Split(lambda i: x[i], torch.from_numpy(y.astype(np.int64)))

@@ -10,6 +10,7 @@ from pear_train.data.options import DataOptions
 from pear_train.data.timm_data import open_timm
 from pear_train.data.vtab import is_vtab, open_vtab
 from pear_train.errors import DataError
+from router import Limits
 
 
 def open_dataset(data: str, root: Path | None = None, options: DataOptions | None = None) -> Dataset:
@@ -18,12 +19,14 @@ def open_dataset(data: str, root: Path | None = None, options: DataOptions | Non
     Args:
         data: a path, or ``torch/…``, ``hfds/…``, ``tfds/…``, ``wds/…``.
         root: where a named data set lies or is downloaded to.
-        options: which folders are splits, where their names do not say; whether to skip unreadable pictures.
+        options: which folders are splits, where their names do not say; whether to skip unreadable pictures,
+            and how large pictures may be.
     Raises:
         DataError: it is none of these, or not usable.
     """
     path, options = Path(data), options or DataOptions()
-    return replace(_open(data, path, root, options), skip_unreadable=options.skip_unreadable)
+    found = _open(data, path, root, options)
+    return replace(found, skip_unreadable=options.skip_unreadable, limits=Limits(options.max_pixels))
 
 
 def _open(data: str, path: Path, root: Path | None, options: DataOptions) -> Dataset:

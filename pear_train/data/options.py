@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pear_train.errors import ConfigError
+from router.pictures import MAX_PIXELS
 
 NO_SPLIT = "none"
 """As the name of a split: there is none, whatever the folders are called."""
@@ -21,8 +22,12 @@ class DataOptions:
     """The folders are classes, whatever they are called."""
     skip_unreadable: bool = False
     """Train without pictures that cannot be read, rather than refuse."""
+    max_pixels: int = MAX_PIXELS
+    """Pictures with more are refused before they are decoded."""
 
     def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise ConfigError(f"max pixels {self.max_pixels}: expected at least 1")
         if self.no_splits and any(self.named.values()):
             raise ConfigError("no splits: all folders are classes, so no folder can be named as a split")
         if self.train_split == NO_SPLIT:

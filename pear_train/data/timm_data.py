@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from platformdirs import user_cache_path
+from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
@@ -44,13 +44,15 @@ def open_timm(name: str, root: Path | None) -> Dataset:
 
 def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
     try:
-        found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False)
+        converts = not name.lower().startswith(("torch/", "tfds/"))
+        given: dict[str, Any] = {"input_img_mode": ""} if converts else {}  # or timm would, to RGB, by Pillow's rule
+        found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False, **given)
         items: Sequence[Any] = list(found) if isinstance(found, IterableDataset) else found
         targets = torch.tensor(_targets(found, items), dtype=torch.long)
     except Exception as error:  # whatever torchvision, datasets, tensorflow_datasets or a download can raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{name}: timm could not open its {split} split in {root}: {reason}") from None
-    return Split(lambda i: _image(items[i][0]), targets, _names(found, root)), _class_names(found)
+    return Split(lambda i: _picture(items, i), targets, _names(found, root)), _class_names(found)
 
 
 def _names(found: Any, root: Path) -> tuple[str, ...]:
@@ -81,8 +83,10 @@ def _class_names(found: Any) -> tuple[str, ...]:
     return ()
 
 
-def _image(image: Any) -> Any:
-    """A PIL image or uint8 array, whichever the reader gives."""
-    if isinstance(image, torch.Tensor):
-        image = image.permute(1, 2, 0).numpy().astype(np.uint8)
-    return image
+def _picture(items: Sequence[Any], index: int) -> Any:
+    """A PIL image, an array or a file's bytes, whichever the reader gives."""
+    if isinstance(items, ImageDataset):  # of a picture that cannot be read, it would give the next one
+        with items.reader[index][0] as file:
+            return file.read()
+    image = items[index][0]
+    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image

@@ -17,17 +17,23 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
+from timm.data.dataset import ImageDataset
 
+import pear_train.cli
+import pear_train.data.timm_data
 from pear_store import CheckpointError, Store, Task, make_task
 from pear_store.reading import Access
-from pear_train.data import Pixels, open_dataset
+from pear_train.data import DataOptions, Pixels, open_dataset
+from pear_train.errors import ConfigError
 from pear_train.run import preprocess_record
-from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, open_image
+from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, load_backbone, open_image
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened
 from tests.makers import record
+from tools import batch_infer
 
 Pixel = tuple[int, ...]
+AVIF = pytest.param("AVIF", {}, marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"))
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -282,7 +288,7 @@ def quarter() -> Image.Image:
 CORNERS = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}
 
 
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("PNG", {}), ("TIFF", {}), ("WEBP", {}), ("AVIF", {})])
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("PNG", {}), ("TIFF", {}), ("WEBP", {}), AVIF])
 @pytest.mark.parametrize("orientation", sorted(CORNERS))
 def test_pictures_are_turned_upright(kind: str, options: dict[str, Any], orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
@@ -371,7 +377,7 @@ def test_profiles_that_are_broken_or_of_other_colours_are_left_out(profile: byte
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {}), ("AVIF", {})],
+    [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {}), AVIF],
 )
 def test_the_first_picture_of_several_counts(kind: str, options: dict[str, Any]) -> None:
     first, second = Image.new("RGB", (8, 8), (250, 0, 0)), Image.new("RGB", (8, 8), (0, 250, 0))
@@ -387,7 +393,7 @@ def test_the_first_picture_of_several_counts(kind: str, options: dict[str, Any])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}),
-     ("BMP", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("PPM", {}), ("JPEG2000", {}), ("AVIF", {}),
+     ("BMP", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("PPM", {}), ("JPEG2000", {}), AVIF,
      ("TGA", {}), ("SGI", {}), ("PCX", {}), ("DDS", {})],
 )  # fmt: skip
 def test_files_that_are_cut_off_are_errors(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -552,6 +558,7 @@ def test_memory_of_large_pictures_is_bounded(tmp_path: Path) -> None:
 import resource, sys
 from router import Preprocess, decode
 from tests.makers import record
+from tools import batch_infer
 import router.pictures
 router.pictures.PIXELS_IN_FLIGHT = 40_000_000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -714,6 +721,53 @@ def test_a_router_has_a_limit_of_its_own(backbone: Backbone, task_maker: Callabl
         router.run(["a.png"], "task")
     with pytest.raises(ImageError, match="only files below"):
         router.run(["../a.png"], "task")
+
+
+def test_the_commands_take_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for name in "ab":
+        (path / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(noise(8, 8)).save(path / name / f"{i}.png")
+    data = open_dataset(str(path), options=DataOptions(max_pixels=63))
+    with pytest.raises(ImageError, match=r"8 x 8 pixels, the limit is 63: .* --max-pixels"):
+        Preprocess(preprocess_record(load_backbone("pear_tiny"), None), data.limits).pixels(data.train.image(0))
+    with pytest.raises(ConfigError, match="max pixels 0"):
+        DataOptions(max_pixels=0)
+    for command in (pear_train.cli.main, batch_infer.main):
+        assert "--max-pixels" in {name for option in command.params for name in option.opts}
+
+
+def test_data_sets_of_timm_are_read_by_the_rule_and_never_one_picture_for_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """timm converts to RGB by itself, and gives the next picture for one that cannot be read."""
+    files = [saved(Image.fromarray(DEEP), "PNG"), b"broken"] * 6
+
+    class Reader:
+        def __init__(self) -> None:
+            self.class_to_idx = {"a": 0, "b": 1}
+            self.samples = [(str(i), i % 2) for i in range(12)]
+
+        def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+            return io.BytesIO(files[index]), index % 2
+
+        def __len__(self) -> int:
+            return 12
+
+    monkeypatch.setattr(
+        pear_train.data.timm_data,
+        "create_dataset",
+        lambda *_, input_img_mode, **__: ImageDataset("", reader=Reader(), input_img_mode=input_img_mode),
+    )
+    data = open_dataset("hfds/some/thing", tmp_path)
+    for i in range(len(data.train)):
+        image = data.train.image(i)
+        if data.train.targets[i] == 0:
+            assert row(image) == SEEN
+        else:
+            with pytest.raises(ImageError, match="not an image"):
+                open_image(image)
 
 
 def test_what_is_trained_says_how_its_pictures_were_read(backbone: Backbone) -> None:
