@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports ours
 
 from pear_store import RawTensor, Store, Task, make_task
-from router import Backbone, load_backbone
+from router import Backbone, Predictions, load_backbone
 from tests.makers import floats, record, small_task, tensors
 
-__all__ = ["SHARED", "container", "floats", "record", "small_task", "tensors"]
+__all__ = ["SHARED", "container", "floats", "record", "small_task", "tensors", "whole"]
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -25,6 +25,12 @@ def container(header: bytes | str, data: bytes = b"") -> bytes:
     """A raw safetensors file around any header."""
     text = header.encode() if isinstance(header, str) else header
     return struct.pack("<Q", len(text)) + text + data
+
+
+def whole(predictions: Predictions) -> torch.Tensor:
+    """The logits of a batch whose rows have equally many classes."""
+    assert isinstance(predictions.logits, torch.Tensor)
+    return predictions.logits
 
 
 @pytest.fixture

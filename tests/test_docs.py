@@ -48,7 +48,7 @@ def test_every_command_has_help_for_itself_and_its_options(name: str) -> None:
 def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
     code = (DOCS / "formats.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 36
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(code, scope)
     store.add(small_task("one"))
     store.add(small_task("two", head__bias=floats([9.0, 9.0])))

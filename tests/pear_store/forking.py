@@ -101,7 +101,9 @@ def fork_in_an_iteration(path: str, leave: str) -> None:
             garbage.collect()
         use_again = [version.task for version in store.iter_tasks()]
         assert len(use_again) == 120
-        (os._exit if leave == "os._exit" else sys.exit)(0)
+        if leave == "os._exit":
+            os._exit(0)
+        sys.exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with Store(path) as other:
         for i in range(30):  # writers overwrite the pages that no reader is known to read

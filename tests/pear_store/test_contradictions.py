@@ -175,7 +175,7 @@ def a_version_is_gone_and_its_name_agrees(view: View) -> None:
 def version(view: View, **changes: object) -> None:
     key = version_key("one", 1)
     row = VersionRow.decode(key, view.get("versions", key) or b"")
-    view.put("versions", key, VersionRow(**{**vars(row), **changes}).encode(key))  # type: ignore[arg-type]
+    view.put("versions", key, VersionRow(**{**vars(row), **changes}).encode(key))
 
 
 def a_version_has_anothers_manifest(view: View) -> None:
@@ -342,7 +342,7 @@ def test_an_old_index_beside_newer_packs_costs_nothing(store: Store, repacked: b
     with Store(store.path) as old:
         for options in ({}, {"repack_all": True}, {"dry_run": True}, {"keep": 1}):
             with pytest.raises(DamagedIndexError, match="it never had, and nothing was removed: [0-9a-f]{64}"):
-                old.gc(**options)  # type: ignore[arg-type]
+                old.gc(**options)
     assert packs(store) == files
     assert rebuild(store.path).problems == []
     assert everything(store.path) == before
@@ -429,7 +429,7 @@ def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkey
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("os.link", no_link)
-    place = opened.place_pack
+    place = opened.place_pack  # type: ignore[attr-defined]
 
     def place_and_die(*args: object) -> None:
         place(*args)  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def test_a_pack_that_vanishes_from_tmp_while_it_is_added_is_an_error(
     """And not a reason to begin again for ever."""
     import pear_store.opened
 
-    place = pear_store.opened.place_pack
+    place = pear_store.opened.place_pack  # type: ignore[attr-defined]
 
     def empty_tmp_first(root: Path, pack: WrittenPack) -> None:
         pack.path.unlink()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -369,7 +370,7 @@ def test_what_is_added_after_a_sweep_that_found_nothing_is_not_repacked_away(
     assert store.gc().dead_bytes > 0
     steps = module._steps
 
-    def steps_after_another_added(*args: object) -> object:
+    def steps_after_another_added(*args: Any) -> Any:
         with Store(store.path) as other:
             assert other.add(small_task("new", seed=ord("a"))).new_bytes == 0  # the dead tensors serve again
         return steps(*args)
@@ -394,7 +395,7 @@ def test_a_rebuild_between_a_repack_and_its_unlinking_loses_nothing(
     store.remove("d")
     unlink = module.unlink_packs
 
-    def unlink_after_a_rebuild(*args: object) -> None:
+    def unlink_after_a_rebuild(*args: Any) -> None:
         rebuild(store.path)
         unlink(*args)
 

@@ -37,7 +37,7 @@ def description() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peft")
-    lora(pear_tiny(), **PLAIN).save_pretrained(folder)
+    lora(pear_tiny(), **PLAIN).save_pretrained(str(folder))
     return folder
 
 
@@ -70,7 +70,7 @@ def logits(task: Task, backbone: Backbone | nn.Module, images: torch.Tensor = IM
     return found
 
 
-def assert_same_outputs(model: nn.Module, found: torch.Tensor, images: torch.Tensor = IMAGES) -> None:
+def assert_same_outputs(model: Any, found: torch.Tensor, images: torch.Tensor = IMAGES) -> None:
     with torch.inference_mode():
         expected = model(images)
         with model.disable_adapter():
@@ -127,7 +127,7 @@ def test_an_imported_lora_gives_pefts_logits(
     config: dict[str, Any], tmp_path: Path, backbone: Backbone, description: dict[str, Any]
 ) -> None:
     model = lora(pear_tiny(), **config)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     task = take(tmp_path, description)
     assert task.labels == tuple(LABELS) and task.preprocess == description["preprocess"]
     assert_same_outputs(model, logits(task, backbone))
@@ -137,7 +137,7 @@ def test_without_saved_modules_there_is_no_head(
     tmp_path: Path, backbone: Backbone, description: dict[str, Any]
 ) -> None:
     model = lora(pear_tiny(classes=0), target_modules=["qkv"])
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="no classifier .*--features-only"):
         take(tmp_path, description, labels=None)
     task = take(tmp_path, description, labels=None, features_only=True)
@@ -146,9 +146,9 @@ def test_without_saved_modules_there_is_no_head(
 
 
 def test_a_classifier_inside_a_head_and_channels_last_linears(tmp_path: Path) -> None:
-    base = timm.create_model("test_convnext", num_classes=3).eval()
+    base: Any = timm.create_model("test_convnext", num_classes=3).eval()
     adapted = lora(copy.deepcopy(base), target_modules=["fc1", "mlp.fc2"], modules_to_save=["head.fc"])
-    adapted.save_pretrained(tmp_path / "in")
+    adapted.save_pretrained(str(tmp_path / "in"))
     size = base.pretrained_cfg["input_size"]
     backbone = {"model": "test_convnext", "digest": Router(base).backbone.digest, "head": "head.fc"}
     preprocess = {**record()["preprocess"], "input_size": list(size)}
@@ -261,8 +261,12 @@ def test_cores_and_quantised_heads_are_exported_multiplied_out(
 def by_position(task: Task) -> dict[str, list[tuple[str, str, float]]]:
     """Digests and scales at each position, whatever adapters are called."""
     adapters = task.record["adapters"]
+
+    def digest(adapter: str, side: str) -> str:
+        return task.tensors[adapters[adapter][side]].digest
+
     return {
-        position: [(*(task.tensors[adapters[b.adapter][s]].digest for s in ("down", "up")), b.scale) for b in branches]
+        position: [(digest(b.adapter, "down"), digest(b.adapter, "up"), b.scale) for b in branches]
         for position, branches in task.positions.items()
     }
 
@@ -420,7 +424,7 @@ def test_tensors_that_a_task_cannot_hold_are_refused(
 
 
 def test_lora_of_the_patch_embedding_is_refused(tmp_path: Path, description: dict[str, Any]) -> None:
-    lora(pear_tiny(), target_modules=["proj"]).save_pretrained(tmp_path)  # means patch_embed.proj too
+    lora(pear_tiny(), target_modules=["proj"]).save_pretrained(str(tmp_path))  # means patch_embed.proj too
     with pytest.raises(CheckpointError, match=r"patch_embed.proj': lora_A \[8, 3, 8, 8\] .* are of a convolution"):
         take(tmp_path, description)
 
@@ -430,7 +434,7 @@ def test_lora_of_the_patch_embedding_is_refused(tmp_path: Path, description: dic
 def test_what_peft_saves_of_a_variant_is_refused(
     variant: dict[str, Any], tmp_path: Path, description: dict[str, Any]
 ) -> None:
-    lora(pear_tiny(), **PLAIN, **variant).save_pretrained(tmp_path)
+    lora(pear_tiny(), **PLAIN, **variant).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match=f"field '{next(iter(variant))}': expected"):
         take(tmp_path, description)
 

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pear_store import NotFoundError, Store, TaggedError, rebuild, verify
+from pear_store import NotFoundError, Store, TaggedError, Task, rebuild, verify
+from pear_store.store import Added
 from tests.conftest import floats, small_task
 
 NAMES = st.sampled_from(["a", "a.b", "B", "c-1"])
@@ -29,7 +30,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.tags: dict[str, int] = {}
 
     @staticmethod
-    def task(name: str, content: tuple[int, int]) -> object:
+    def task(name: str, content: tuple[int, int]) -> Task:
         return small_task(name, seed=content[0], head__bias=floats([content[1], 0.0]))
 
     @rule(names=st.lists(NAMES, min_size=1, max_size=4), seed=st.integers(0, 3), bias=st.integers(0, 1))
@@ -38,6 +39,7 @@ class StoreMachine(RuleBasedStateMachine):
         for name, result in zip(names, results, strict=True):
             versions = self.model.setdefault(name, {})
             changed = not versions or versions[max(versions)] != (seed, bias)
+            assert isinstance(result, Added)
             assert result.changed == changed
             if changed:
                 self.highest[name] = self.highest.get(name, 0) + 1

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,7 +318,7 @@ def test_what_dies_between_sweep_and_repack_is_not_counted_on(store: Store, monk
     store.remove("w")
     steps = module._steps
 
-    def steps_after_another_removed(*args: object) -> object:
+    def steps_after_another_removed(*args: Any) -> Any:
         with Store(store.path) as other:
             other.remove("x")
         return steps(*args)

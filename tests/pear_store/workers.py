@@ -6,6 +6,7 @@ import random
 import time
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from pear_store import Added, NotFoundError, Store, loading, rebuild
 from tests.makers import small_task
@@ -77,7 +78,7 @@ def add_file(path: str, file: str) -> None:
 def add_files_and_acknowledge(path: str, folder: str) -> None:
     """Adds a folder's files through forked workers, a few a commit; prints the workers, then the name of what is in."""
     loading.GROUP_TASKS, loading.GROUP_BYTES = 4, 1 << 14
-    loading.can_fork = lambda: True  # numpy, imported by the makers of tasks, has threads that idle
+    vars(loading)["can_fork"] = lambda: True  # numpy, imported by the makers of tasks, has threads that idle
     os.sched_getaffinity = lambda pid: {0, 1}
     with Store(path) as store:
         results = store.add_many(sorted(Path(folder).iterdir()))
@@ -107,7 +108,7 @@ def change_and_say(path: str, seed: int) -> None:
     for step in range(24):
         work = ["add", "add", "many", "remove", "tag", "gc", "add", "repack", "rebuild"][step % 9]
         if work in ("add", "many"):
-            added = []
+            added: list[Any] = []
             for name in rng.sample(["t0", "t1", "t2", "t3", "t4"], 3 if work == "many" else 1):
                 highest[name] = highest.get(name, 0) + 1
                 versions[f"{name}@{highest[name]}"] = 100 * step + len(added)

@@ -1,13 +1,14 @@
 """The layouts that --data takes, and what is said of those it does not."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pear_train import DataError, open_dataset
+from pear_train import DataError, Split, open_dataset
 from pear_train.data import Pixels, augment
 from router import Preprocess
 from tests.conftest import record
@@ -26,14 +27,20 @@ def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 1
     return root
 
 
-def images_of(split: object) -> list[object]:
+def size(split: Split | None) -> int:
+    assert split is not None
+    return len(split)
+
+
+def images_of(split: Split | None) -> list[object]:
+    assert split is not None
     return [split.image(i) for i in range(len(split))]
 
 
 def test_folder_of_classes_is_held_out_always_alike(tmp_path: Path) -> None:
     data = open_dataset(str(folder(tmp_path / "d", count=20)))
     assert data.classes == ("cat", "dog")
-    assert (len(data.train), len(data.val), len(data.test)) == (33, 4, 3)
+    assert (size(data.train), size(data.val), size(data.test)) == (33, 4, 3)
     parts = [set(images_of(split)) for split in (data.train, data.val, data.test)]
     assert len(set.union(*parts)) == 40
     assert "an image folder (about a tenth of each class held out" in data.description
@@ -72,7 +79,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     for split, count in (("train", 8), ("validation", 3), ("test", 2)):
         folder(tmp_path / "d" / split, count=count, suffix=".jpg")
     data = open_dataset(str(tmp_path / "d"))
-    assert (len(data.train), len(data.val), len(data.test)) == (16, 6, 4)
+    assert (size(data.train), size(data.val), size(data.test)) == (16, 6, 4)
     assert "an image folder with train/, validation/, test/" in data.description
 
 
@@ -95,7 +102,7 @@ def vtab(root: Path, count: int = 4) -> Path:
 def test_vtab(tmp_path: Path) -> None:
     data = open_dataset(str(vtab(tmp_path / "v")))
     assert data.classes == ("0", "1")
-    assert (len(data.train), len(data.val), len(data.test)) == (4, 2, 3)
+    assert (size(data.train), size(data.val), size(data.test)) == (4, 2, 3)
     assert "a VTAB-1k folder" in data.description
     (tmp_path / "v" / "val200.txt").write_text("images/a.jpg\n")
     with pytest.raises(DataError, match=r"val200.txt, line 1: 'images/a.jpg': expected an image path, a space"):
@@ -124,9 +131,9 @@ def test_vtab_lists_with_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -
     assert images_of(data.train) == images_of(before.train) and data.fingerprint == before.fingerprint
 
 
-def archive(path: Path, **changes: object) -> Path:
+def archive(path: Path, **changes: Any) -> Path:
     rng = np.random.default_rng(0)
-    arrays = {"classes": np.array(["one", "two"])}
+    arrays: dict[str, Any] = {"classes": np.array(["one", "two"])}
     for name, count in (("train", 20), ("val", 4), ("test", 6)):
         arrays[f"x_{name}"] = rng.integers(0, 255, (count, 9, 9, 1), dtype=np.uint8)
         arrays[f"y_{name}"] = np.arange(count) % 2
@@ -138,7 +145,7 @@ def archive(path: Path, **changes: object) -> Path:
 def test_npz(tmp_path: Path) -> None:
     data = open_dataset(str(archive(tmp_path / "d.npz")))
     assert data.classes == ("one", "two")
-    assert (len(data.train), len(data.val), len(data.test)) == (20, 4, 6)
+    assert (size(data.train), size(data.val), size(data.test)) == (20, 4, 6)
     bare = open_dataset(
         str(archive(tmp_path / "b.npz", x_val=None, y_val=None, x_test=None, y_test=None, classes=None))
     )
@@ -175,7 +182,7 @@ def test_names_that_timm_knows(tmp_path: Path) -> None:
         folder(tmp_path / split, count=10)
     data = open_dataset("torch/image_folder", tmp_path)
     assert data.classes == ("cat", "dog")
-    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 20)
+    assert (size(data.train), size(data.val), size(data.test)) == (18, 2, 20)
     assert "a data set that timm knows" in data.description
     with pytest.raises(DataError, match="torch/nothing_such: timm could not open its train split"):
         open_dataset("torch/nothing_such", tmp_path)

@@ -241,6 +241,7 @@ def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: 
         assert store.add(out).changed
         data = open_dataset(stripes)
         router = Router(backbone, store)
+        assert data.test is not None
         images = [data.test.image(i) for i in range(60)]
         labels = router.run(images, "stripes").labels
     right = sum(label == data.classes[int(y)] for label, y in zip(labels, data.test.targets, strict=True))
@@ -284,7 +285,7 @@ def test_auto_takes_qkv_and_mlp_or_blocks_where_no_qkv_runs(backbone: Backbone) 
     adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
     assert attached(adapted, "auto") == attached(adapted, "qkv,mlp")
     torch.manual_seed(0)
-    model = timm.create_model("eva02_tiny_patch14_224", num_classes=5, img_size=28, depth=2)
+    model: Any = timm.create_model("eva02_tiny_patch14_224", num_classes=5, img_size=28, depth=2)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 28, 28)}
     eva = AdaptedBackbone(load_backbone(model), torch.device("cpu"), torch.float32)
     assert attached(eva, "auto") == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]

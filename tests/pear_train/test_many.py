@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from pear_train.record import is_done
 from pear_train.run import given_digest
 from router import Backbone, ImageError, Router
 from router.tensors import to_torch
-from tests.conftest import floats
+from tests.conftest import floats, whole
 
 
 def write_stripes(path: Path, classes: int, count: int, seed: int = 0) -> Path:
@@ -81,7 +82,7 @@ def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbo
     jobs = []
     for i, changes in enumerate(options):
         made = config(f"t{i}", **{"dtype": "float32", **changes})
-        jobs.append(Job(made, lambda i=i: open_dataset(str(folder / f"t{i}.npz")), tmp_path / f"t{i}"))
+        jobs.append(Job(made, partial(open_dataset, str(folder / f"t{i}.npz")), tmp_path / f"t{i}"))
     steps: list[Step] = []
     results = list(train_many(jobs, backbone, steps.append, together=2))
     assert {result.task for result in results} == {"t0", "t1", "t2"}
@@ -146,7 +147,9 @@ def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
     assert isinstance(again[0], Result) and not partial_path(tmp_path / "bad").exists()
     task = read_checkpoint(tmp_path / "bad")
     assert is_done(tmp_path / "bad", config("bad"), backbone, "t0.npz", None)
-    for changes in ({"metrics": {}}, {"backbone": {"model": "x", "digest": "sha256:" + "0" * 64}}):
+    other = {"model": "x", "digest": "sha256:" + "0" * 64}
+    changed: list[dict[str, Any]] = [{"metrics": {}}, {"backbone": other}]
+    for changes in changed:
         write_checkpoint(tmp_path / "bad", make_task({**task.record, **changes}, task.tensors))
         assert not is_done(tmp_path / "bad", config("bad"), backbone, "t0.npz", None)
     write_checkpoint(tmp_path / "bad", task)
@@ -206,12 +209,13 @@ def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: 
         if step.epoch == 2:
             raise Stop
 
-    for first, second, begins in (({}, {}, 2), ({}, {"lr": 2e-2}, 1), ({}, {"ratio": 0.25}, 1)):
+    seconds: list[tuple[dict[str, Any], int]] = [({}, 2), ({"lr": 2e-2}, 1), ({"ratio": 0.25}, 1)]
+    for second, begins in seconds:
         with pytest.raises(Stop):
-            train(config(**first), backbone, data, out, stop)
-        seen: list[int] = []
-        train(config(**second), backbone, data, out, lambda step, seen=seen: seen.append(step.epoch))
-        assert seen[0] == begins
+            train(config(), backbone, data, out, stop)
+        seen: list[Step] = []
+        train(config(**second), backbone, data, out, seen.append)
+        assert seen[0].epoch == begins
     partial_path(out).write_bytes(b"torn")
     train(config(), backbone, data, out)
     assert not partial_path(out).exists()
@@ -264,7 +268,7 @@ def test_codes_are_trained_and_routed(
         router = Router(backbone, store)
         data = open_dataset(str(folder / "t0.npz"))
         assert data.test is not None
-        logits = router.run([data.test.image(i) for i in range(24)], "t0").logits
+        logits = whole(router.run([data.test.image(i) for i in range(24)], "t0"))
         assert float((logits.argmax(1) == data.test.targets).float().mean()) == pytest.approx(result.test_top1)
         store.export("t0", tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").record["head"] == task.record["head"]
@@ -295,7 +299,7 @@ def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Bac
         assert all(task.tensors[name].digest in stored for name in outer)
         router = Router(backbone)
         router.add(task)
-        assert router.run(torch.zeros(1, 3, 48, 48), "t1").logits.shape == (1, 3)
+        assert whole(router.run(torch.zeros(1, 3, 48, 48), "t1")).shape == (1, 3)
 
 
 def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backbone, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,18 +23,19 @@ def test_taylor_score_is_the_squared_change_of_the_loss() -> None:
     slopes = [torch.randn(2, 3) for _ in range(4)]
 
     def loss(slope: torch.Tensor, without: str = "") -> torch.Tensor:
-        return sum((up * slope).sum() * (name != without) for name, up in ups.items())
+        terms = [(up * slope).sum() * (name != without) for name, up in ups.items()]
+        return torch.stack(terms).sum()
 
-    scores = gradient_scores("taylor", ups, [lambda s=s: loss(s) for s in slopes])
+    scores = gradient_scores("taylor", ups, [partial(loss, s) for s in slopes])
     expected = sum(float((loss(s) - loss(s, "a")).detach()) ** 2 for s in slopes) / 4
     assert scores["a"] == pytest.approx(expected, rel=1e-4)
     assert scores["b"] == 0
     assert ups["a"].grad is None
-    absolute = gradient_scores("taylor_abs", ups, [lambda s=s: loss(s) for s in slopes])
+    absolute = gradient_scores("taylor_abs", ups, [partial(loss, s) for s in slopes])
     assert absolute["a"] == pytest.approx(
         sum(abs(float((loss(s) - loss(s, "a")).detach())) for s in slopes) / 4, rel=1e-4
     )
-    slope = gradient_scores("gradient", ups, [lambda s=s: loss(s) for s in slopes])
+    slope = gradient_scores("gradient", ups, [partial(loss, s) for s in slopes])
     assert slope["b"] == pytest.approx(sum(float(s.square().sum()) for s in slopes) / 4, rel=1e-4)
 
 
@@ -113,7 +115,7 @@ def test_matrix_similarity_is_the_cosine_of_the_products() -> None:
     assert matrix_similarity(one, (torch.zeros(6, 2), one[1])) == 0.0
 
 
-def residual(adapters: list, down: torch.Tensor, up: torch.Tensor, scales: list[float]) -> float:
+def residual(adapters: list[Any], down: torch.Tensor, up: torch.Tensor, scales: list[float]) -> float:
     return sum(float((d @ u - s * (down @ up)).square().sum()) for (d, u), s in zip(adapters, scales, strict=True))
 
 

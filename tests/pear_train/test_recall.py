@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def test_a_class_that_is_never_recognised_is_named_with_its_counts() -> None:
 
 def test_the_command_reports_each_class(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"classes": np.array(["common", "rare"])}
+    arrays: dict[str, Any] = {"classes": np.array(["common", "rare"])}
     for split, count in (("train", 48), ("val", 24), ("test", 24)):
         arrays[f"x_{split}"] = rng.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)  # nothing to learn
         arrays[f"y_{split}"] = (np.arange(count) % 24 == 0).astype(np.int64)

@@ -103,7 +103,7 @@ def test_whatever_a_reader_raises_is_named(tmp_path: Path) -> None:
     def image(number: int) -> np.ndarray:
         if number == 1:
             raise RuntimeError("decoder\nfailed")
-        return np.zeros((4, 4, 3), np.uint8) if number else np.zeros((4, 4), np.float64)  # type: ignore[return-value]
+        return np.zeros((4, 4, 3), np.uint8) if number else np.zeros((4, 4), np.float64)
 
     split = Split(image, torch.tensor([0, 1, 1]), ("a/1", "b/1", "b/2"))
     with pytest.raises(DataError) as caught:

@@ -76,7 +76,7 @@ def test_a_backbone_that_breaks_the_graph_is_refused(backbone: Backbone, task_ma
     router = Router(backbone, compile="eager")
     router.add(task_maker("a"))
     module = router._adapted._module((48, 48))
-    module.norm.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    module.get_submodule("norm").register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(BackboneError, match="backbone pear_tiny does not compile into one graph: ") as caught:
         router.run(torch.zeros(2, 3, 48, 48), "a")
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,7 +25,7 @@ from tests.conftest import SHARED
 CPU = torch.device("cpu")
 
 
-def small(name: str, **options: object) -> torch.nn.Module:
+def small(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=5, **options)
 
@@ -44,7 +45,7 @@ def test_the_ways_to_load_agree(backbone: Backbone, tmp_path: Path) -> None:
     by_module = load_backbone(timm.create_model("pear_tiny", pretrained=True, num_classes=7))
     assert by_file.digest == by_module.digest == backbone.digest
     assert by_module.name == "pear_tiny"
-    model = timm.create_model("pear_tiny", num_classes=9)  # a file that has a classifier, too
+    model: Any = timm.create_model("pear_tiny", num_classes=9)  # a file that has a classifier, too
     model.load_state_dict(load_file(WEIGHTS), strict=False)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     assert load_backbone("pear_tiny", tmp_path / "w.safetensors").digest == backbone.digest
@@ -103,8 +104,8 @@ def test_low_precision_and_other_sizes_are_refused() -> None:
 
 
 def test_other_sizes_resample_as_timm_does() -> None:
-    model = timm.create_model("pear_tiny", pretrained=True).eval()
-    at_64 = timm.create_model("pear_tiny", pretrained=True).eval()
+    model: Any = timm.create_model("pear_tiny", pretrained=True).eval()
+    at_64: Any = timm.create_model("pear_tiny", pretrained=True).eval()
     at_64.set_input_size(img_size=(64, 64))
     images = torch.randn(2, 3, 64, 64)
     adapted = AdaptedBackbone(load_backbone(model), CPU, torch.float32)
@@ -159,7 +160,7 @@ def test_presets_and_patterns(backbone: Backbone) -> None:
         choose_positions(backbone.module, "qkv,nope")
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32},
     "deit_tiny_distilled_patch16_224": {"img_size": 32},
     "vit_small_patch14_reg4_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
@@ -230,7 +231,8 @@ def test_a_model_that_cannot_be_probed_shares_no_block() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = x.mean((2, 3))
-            return self.blocks(x) * (1 + 0 * float(x.sum()))  # no value on the meta device
+            found: torch.Tensor = self.blocks(x) * (1 + 0 * float(x.sum()))  # no value on the meta device
+            return found
 
         def reset_classifier(self, classes: int) -> None:
             pass
@@ -247,7 +249,8 @@ def test_blocks_that_something_bypasses_do_not_grow() -> None:
             self.steps = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.steps(x)
+            found: torch.Tensor = x + self.steps(x)
+            return found
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -256,7 +259,8 @@ def test_blocks_that_something_bypasses_do_not_grow() -> None:
             self.blocks = torch.nn.Sequential(Inner(), Inner())
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.blocks(self.stem(x.mean((2, 3))))
+            found: torch.Tensor = self.blocks(self.stem(x.mean((2, 3))))
+            return found
 
         def reset_classifier(self, classes: int) -> None:
             pass

@@ -7,6 +7,7 @@ import torch
 
 from pear_store import Store, Task
 from router import Backbone, Router, RouterError
+from tests.conftest import whole
 
 Maker = Callable[..., Task]
 LINEARS = ("blocks.0.attn.qkv", "blocks.3.attn.proj")
@@ -43,19 +44,19 @@ def test_merged_equals_unmerged_and_back_is_bit_identical(
     for one in (router, plain):
         one.add(linear("t"))
         one.add(task_maker("other", seed=4))
-    before = router.run(images, ["t", "other"] * 2).logits
+    before = whole(router.run(images, ["t", "other"] * 2))
     seen = forwards_with_own_matrices(router)
-    merged = router.run(images, "t").logits
-    mixed = router.run(images, ["t", "other"] * 2).logits
+    merged = whole(router.run(images, "t"))
+    mixed = whole(router.run(images, ["t", "other"] * 2))
     assert seen == [False, True]
     exact = Router(backbone, merge=False)
     exact.add(linear("t"))
-    truth = exact.run(images, "t").logits
-    rounding = (plain.run(images, "t").logits - truth).abs().max()  # of the same precision, unmerged
+    truth = whole(exact.run(images, "t"))
+    rounding = (whole(plain.run(images, "t")) - truth).abs().max()  # of the same precision, unmerged
     assert (merged - truth).abs().max() <= (2 * rounding if dtype == torch.bfloat16 else 1e-4)
-    assert (merged - router.run(images, "other").logits).abs().max() > 20 * rounding
+    assert (merged - whole(router.run(images, "other"))).abs().max() > 20 * rounding
     assert torch.equal(mixed, before)
-    assert torch.equal(router.run(images, "other").logits, plain.run(images, "other").logits)
+    assert torch.equal(whole(router.run(images, "other")), whole(plain.run(images, "other")))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in backbone.module.state_dict().items())
 
 
@@ -88,7 +89,7 @@ def test_what_cannot_be_merged_runs_unmerged(
         router.run(torch.zeros(1, 3, 48, 48), task.name)
     assert router._merger.merges == 0
     with pytest.raises(RouterError, match="merge 'always': expected 'auto', True or False"):
-        Router(backbone, merge="always")
+        Router(backbone, merge="always")  # type: ignore[arg-type]
 
 
 def test_a_new_version_is_merged_anew(backbone: Backbone, linear: Callable[..., Task], store: Store) -> None:
@@ -99,6 +100,7 @@ def test_a_new_version_is_merged_anew(backbone: Backbone, linear: Callable[..., 
     store.add(linear("t", seed=2))
     router.refresh()
     router.run(images, "t@1")
+    assert router._merger._held is not None
     assert router._merger._held[0] == router._known["t@1"].key, "the old version's matrices are given back"
     new = router.run(images, "t").logits
     plain = Router(backbone, store, merge=False)

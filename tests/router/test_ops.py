@@ -74,7 +74,7 @@ def test_quantised_matrices_come_back_and_requantise_alike(
     leaf = matrix.clone().requires_grad_()
     torch.testing.assert_close(fake_quantise(leaf, bits, axis), back, atol=1e-5, rtol=1e-5)
     slopes = torch.randn(rows, columns)
-    (fake_quantise(leaf, bits, axis) * slopes).sum().backward()
+    (fake_quantise(leaf, bits, axis) * slopes).sum().backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None and torch.equal(leaf.grad, slopes)  # straight through
 
 

@@ -589,6 +589,8 @@ def test_records_without_the_key_are_read_as_they_were() -> None:
         assert not torch.equal(way().pixels(data), old.pixels(data))
         assert way().key != old.key == way(reading=0).key
         new_pixels, old_pixels = decode([data, data], [way(), old])  # opened once
+        assert isinstance(new_pixels, torch.Tensor)
+        assert isinstance(old_pixels, torch.Tensor)
         assert torch.equal(new_pixels, way().pixels(data))
         assert torch.equal(old_pixels, old.pixels(data))
 

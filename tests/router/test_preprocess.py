@@ -34,7 +34,7 @@ def files(tmp_path: Path) -> list[str]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each path, or kind of object, was opened."""
     count: Counter[str] = Counter()
-    plain = router.preprocess.opened
+    plain = router.preprocess.opened  # type: ignore[attr-defined]
 
     def opened(image: Any, limits: Limits) -> AbstractContextManager[Picture]:
         count[str(image) if isinstance(image, str | Path) else type(image).__name__] += 1
@@ -67,7 +67,7 @@ def test_an_image_is_opened_once_and_prepared_once_for_each_preprocessing(
         Preprocess, "resized", lambda self, picture: (prepared.update([self.size[0]]), plain(self, picture))[1]
     )
     array = np.zeros((9, 9, 3), np.uint8)
-    images = [files[0], Path(files[0]), files[0], array, array]
+    images: list[Any] = [files[0], Path(files[0]), files[0], array, array]
     # equal records of two tasks are two objects
     pixels = decode(images, [way(48), way(48), way(64), way(48), way(48)])
     assert opened == {files[0]: 1, "ndarray": 1}
@@ -77,7 +77,7 @@ def test_an_image_is_opened_once_and_prepared_once_for_each_preprocessing(
 
 
 def test_rows_of_one_array_are_told_apart() -> None:
-    batch = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    batch: Any = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
     pixels = decode(batch, [way(48)] * 3)
     assert len({bytes(p.numpy().tobytes()) for p in pixels if isinstance(p, torch.Tensor)}) == 3
 
@@ -98,7 +98,7 @@ def test_a_bad_image_is_an_error_in_its_own_row(files: list[str]) -> None:
     with pytest.raises(ImageError, match=r"^nowhere.png: no such file$"):
         prepare(images, [way(48)] * 4)
     with pytest.raises(ImageError, match="image of type Tensor: expected a PIL image"):
-        way()([torch.zeros(3, 48, 48), torch.zeros(3, 64, 64)])
+        way()([torch.zeros(3, 48, 48), torch.zeros(3, 64, 64)])  # type: ignore[list-item]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12: what this is about

@@ -46,6 +46,7 @@ def tasks(draw: st.DrawFn) -> list[Task]:
                     if isinstance(form, str):
                         found[f"{name}.{side}"] = from_torch(matrix.to(WHOLE[form]))
                         continue
+                    assert isinstance(form, int)
                     codes, scale = quantise(matrix, form, 1 if side == "down" else 0)
                     found[f"{name}.{side}"], found[f"{name}.{side}.s"] = from_torch(codes), from_torch(scale)
                     entry.setdefault("quant", {"bits": form})[side] = {

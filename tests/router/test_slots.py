@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pear_store import Store, Task, Version
 from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
 from router.slots import Pool
+from tests.conftest import whole
 
 Maker = Callable[..., Task]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -39,6 +40,7 @@ def test_counters(backbone: Backbone, four: dict[str, Task]) -> None:
         router.run(IMAGE, name)
     found = router.stats()
     assert (found.hits, found.misses, found.loads, found.evictions, found.tasks) == (2, 3, 3, 1, 2)
+    assert found.budget_bytes is not None
     assert 0 < found.size_bytes <= found.budget_bytes
     router.run(IMAGE, "q")
     assert router.stats().misses == 4
@@ -68,10 +70,10 @@ def test_a_pin_follows_the_newest_version(backbone: Backbone, task_maker: Maker,
     store.add(task_maker("t", seed=1))
     router = Router(backbone, store)
     router.pin("t")
-    old = router.run(IMAGE, "t").logits
+    old = whole(router.run(IMAGE, "t"))
     store.add(task_maker("t", seed=2))
     router.refresh()
-    assert not torch.allclose(router.run(IMAGE, "t").logits, old)
+    assert not torch.allclose(whole(router.run(IMAGE, "t")), old)
     assert router.stats().tasks == 1
 
 
@@ -218,11 +220,11 @@ def test_pools_keep_what_was_put(steps: list[int | None]) -> None:
             pool.put(rows, torch.full((count, 2), float(number)))
             held.append((rows.tolist(), float(number)))
         elif held:
-            rows, _ = held.pop(1 if len(held) > 1 else 0)
-            pool.free([torch.tensor(rows).numpy()])
+            freed, _ = held.pop(1 if len(held) > 1 else 0)
+            pool.free([torch.tensor(freed).numpy()])
     taken = [row for rows, _ in held for row in rows]
     assert len(set(taken)) == len(taken)
     assert 0 not in taken
     assert not pool.rows[0].any()
-    for rows, value in held:
-        assert (pool.rows[rows] == value).all()
+    for kept, value in held:
+        assert (pool.rows[kept] == value).all()

@@ -25,6 +25,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import tools.batch_infer
+import tools.lists
 import tools.parts
 from pear_store import Store, Task, make_task
 from router import Backbone, Predictions, Preprocess, Router, RouterError, decode
@@ -73,7 +74,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         frame = pd.read_json(path, lines=True, dtype={"label": str})
     else:
         frame = pd.read_parquet(path)
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
 
 
 @pytest.mark.parametrize("source", [".csv", ".jsonl", ".parquet"])
@@ -520,7 +522,7 @@ def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) 
     names = ["a", "b", "b", "a", "a"] * 20
     rows = pd.DataFrame({"image": [str(work / f"{i % 6}.png") for i in range(100)], "task": names})
     listed = ImageList.scan(write(work / "list.csv", rows), ["image", "task"])
-    router = Idle(backbone)
+    router: Any = Idle(backbone)
     with Store(work / "s") as store:
         infer(router, store, listed, work / "out.csv", options(8))
     assert [shape for shape, _ in router.asked if shape[2] == 48] == [(8, 3, 48, 48)] * 7 + [(4, 3, 48, 48)]
@@ -666,7 +668,7 @@ def test_a_run_that_dies_at_any_step_goes_on(
         return step
 
     with monkeypatch.context() as patched:
-        patched.setattr(tools.parts.os, "replace", dying(os.replace))
+        patched.setattr(os, "replace", dying(os.replace))
         patched.setattr(Path, "unlink", dying(Path.unlink))
         assert run(listed, work / f"out{suffix}", *args).exit_code != 0
     done = run(listed, work / f"out{suffix}", *args, "--json")
@@ -769,8 +771,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypat
 
 def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
-    bar = tools.batch_infer.tqdm
-    monkeypatch.setattr(tools.batch_infer, "tqdm", lambda **given: (bars.append(bar(**given)), bars[-1])[1])
+    bar = tools.batch_infer.tqdm  # type: ignore[attr-defined]
+
+    def kept(**given: Any) -> Any:
+        bars.append(bar(**given))
+        return bars[-1]
+
+    monkeypatch.setattr(tools.batch_infer, "tqdm", kept)
     given = [long_list(work, 60), work / "out.csv", "--store", work / "s", "--batch-size", 2]
     for more in ([], ["--tasks", "a,b,features", "--prefix", "p_", "--overwrite"]):
         assert run(*given, *more).exit_code == 0
@@ -864,7 +871,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
         done = run(*given, *more)
         assert (done.exit_code, "holds notes.txt, which is not of a run" in done.stderr) == (1, True)
     (work / "out.csv.parts" / "notes.txt").unlink()
-    write_list = tools.parts.write_list
+    write_list = tools.lists.write_list
 
     def late(*args: Any) -> None:
         write_list(*args)

@@ -3,6 +3,8 @@
 import json
 import os
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,13 +317,14 @@ def test_an_output_that_parquet_cannot_hold_is_refused_before_the_work(tmp_path:
 @pytest.mark.parametrize("suffix", lists.FORMATS)
 def test_a_list_that_is_no_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"l{suffix}"
-    for make, message in (
+    makers: tuple[tuple[Callable[[], object], str], ...] = (
         (path.mkdir, "a directory"),
-        (lambda: os.mkfifo(path), "a pipe"),
-        (lambda: path.symlink_to("/dev/zero"), "a device"),
-        (lambda: path.symlink_to("nowhere"), "no such file"),
-        (lambda: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
-    ):
+        (partial(os.mkfifo, path), "a pipe"),
+        (partial(path.symlink_to, "/dev/zero"), "a device"),
+        (partial(path.symlink_to, "nowhere"), "no such file"),
+        (partial(path.symlink_to, path.name), "cannot be read: Too many levels of symbolic links"),
+    )
+    for make, message in makers:
         make()
         with pytest.raises(click.ClickException) as refused:
             ImageList.scan(path, NEEDED)
