@@ -198,10 +198,11 @@ def test_a_store_that_may_not_be_read_says_so(public: Path, part: str) -> None:
     (public / part).chmod(0)
 
     def act() -> None:
-        for name, do in {
+        acts: dict[str, Callable[[], object]] = {
             "open": lambda: Store(public).get("t1"), "verify": lambda: verify(public), "repair": lambda: repair(public),
             "create": lambda: Store.create(public).get("t1"), "rebuild": lambda: rebuild(public),
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, do in acts.items():
             with pytest.raises(AccessError, match="permission denied"):
                 do()
             assert name

@@ -16,6 +16,7 @@ import torch
 import router as package
 from pear_store import Store, Task
 from router import AdaptedBackbone, Backbone, ClosedError, Router
+from tests.conftest import whole
 
 Maker = Callable[..., Task]
 Act = Callable[[Router], object]
@@ -58,7 +59,7 @@ class Lines:
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
 
 
 def chosen(seen: list[tuple[str, int]]) -> list[int]:
@@ -141,8 +142,8 @@ def preload(router: Router) -> object:
     return router.preload(["p", "q"]).result(30)
 
 
-def pin(router: Router) -> object:
-    return router.pin(["q", "r"])
+def pin(router: Router) -> None:
+    router.pin(["q", "r"])
 
 
 def merge(router: Router) -> object:
@@ -216,7 +217,7 @@ def test_an_interrupted_refresh_serves_old_or_new_versions_and_can_be_repeated(
     right = []
     for store in stores:
         with Router(backbone, store, merge=False) as fresh:
-            right.append(fresh.run(IMAGES[:3], names).logits)
+            right.append(whole(fresh.run(IMAGES[:3], names)))
 
     def make() -> Router:
         router = Router(backbone, old, merge=False)
@@ -234,7 +235,7 @@ def test_an_interrupted_refresh_serves_old_or_new_versions_and_can_be_repeated(
             for row, found in enumerate(router.run(IMAGES[:3], names).logits):
                 assert any(torch.allclose(found, logits[row], atol=1e-6) for logits in right)
             router.refresh()
-            assert torch.allclose(router.run(IMAGES[:3], names).logits, right[1], atol=1e-6)
+            assert torch.allclose(whole(router.run(IMAGES[:3], names)), right[1], atol=1e-6)
             assert router.stats().tasks == 3
             check_books(router)
 
@@ -245,7 +246,7 @@ def test_an_interrupted_add_has_added_or_not(backbone: Backbone, task_maker: Mak
     for task in tasks:
         with Router(backbone, merge=False) as fresh:
             fresh.add(task)
-            right.append(fresh.run(IMAGES, "t").logits)
+            right.append(whole(fresh.run(IMAGES, "t")))
 
     def make() -> Router:
         router = Router(backbone, merge=False)
@@ -259,10 +260,10 @@ def test_an_interrupted_add_has_added_or_not(backbone: Backbone, task_maker: Mak
         with make() as router:
             with pytest.raises(MemoryError), Lines(stop_at, MemoryError):
                 router.add(tasks[1])
-            found = router.run(IMAGES, "t").logits
+            found = whole(router.run(IMAGES, "t"))
             assert any(torch.allclose(found, logits, atol=1e-6) for logits in right)
             router.add(tasks[1])
-            assert torch.allclose(router.run(IMAGES, "t").logits, right[1], atol=1e-6)
+            assert torch.allclose(whole(router.run(IMAGES, "t")), right[1], atol=1e-6)
 
 
 def test_an_interrupted_close_can_be_repeated(backbone: Backbone, stores: tuple[Store, Store]) -> None:
@@ -287,7 +288,7 @@ def test_threads_are_served_right_while_others_are_interrupted(backbone: Backbon
     """One thread's calls are interrupted at random lines, while others load, evict and run."""
     names = ["p", "q", "r", "lin"]
     with Router(backbone, stores[0], merge=False) as fresh:
-        right = {name: fresh.run(IMAGES[:2], name).logits for name in names}
+        right = {name: whole(fresh.run(IMAGES[:2], name)) for name in names}
     wrong: list[str] = []
     stop = threading.Event()
     choice = np.random.default_rng(0)
@@ -298,7 +299,7 @@ def test_threads_are_served_right_while_others_are_interrupted(backbone: Backbon
             while not stop.is_set():
                 turn += 1
                 name = names[turn % 4]
-                if not torch.allclose(router.run(IMAGES[:2], name).logits, right[name], atol=1e-5):
+                if not torch.allclose(whole(router.run(IMAGES[:2], name)), right[name], atol=1e-5):
                     wrong.append(name)
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]

@@ -757,14 +757,15 @@ def test_data_sets_of_timm_are_read_by_the_rule_and_never_one_picture_for_anothe
         def __len__(self) -> int:
             return 12
 
+    made: Any = ImageDataset
     monkeypatch.setattr(
         pear_train.data.timm_data,
         "create_dataset",
-        lambda *_, input_img_mode, **__: ImageDataset("", reader=Reader(), input_img_mode=input_img_mode),
+        lambda *_, input_img_mode, **__: made("", reader=Reader(), input_img_mode=input_img_mode),
     )
     data = open_dataset("hfds/some/thing", tmp_path)
     for i in range(len(data.train)):
-        image = data.train.image(i)
+        image: Any = data.train.image(i)
         if data.train.targets[i] == 0:
             assert row(image) == SEEN
         else:

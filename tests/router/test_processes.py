@@ -118,6 +118,8 @@ def test_what_a_pickled_router_keeps_and_what_it_refuses(
         sent = pickle.dumps(router)
         with pickle.loads(sent) as again:
             assert again._options == router._options
+            assert again.store is not None
+            assert router.store is not None
             assert again.store.path == router.store.path.absolute()
             assert again.store is not router.store
             assert again.backbone.digest == router.backbone.digest

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_nobody_waits_for_another_task_to_be_looked_up(
 ) -> None:
     for task in four.values():
         store.add(task)
-    slow = SlowStore(store, "q")
+    slow: Any = SlowStore(store, "q")
     router = Router(backbone, slow)
     router.run(IMAGE, "p")
     with ThreadPoolExecutor(1) as pool:
