@@ -3,7 +3,7 @@
 from pear_train.base import Base, train_base
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Split, open_dataset
-from pear_train.errors import ConfigError, DataError, PearTrainError
+from pear_train.errors import ConfigError, DataError, DivergedError, PearTrainError, ResourceError
 from pear_train.loop import Failed, Job, Result, Step, train, train_many
 from pear_train.plot import plot_result
 from pear_train.tasks import TaskEntry, read_tasks
@@ -13,9 +13,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Dataset",
+    "DivergedError",
     "Failed",
     "Job",
     "PearTrainError",
+    "ResourceError",
     "Result",
     "Split",
     "Step",

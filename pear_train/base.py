@@ -1,5 +1,7 @@
 """A base set: one adapter set trained for several tasks at once, for others to start from and to share."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from pear_store import make_task, write_checkpoint
-from pear_train.config import TrainConfig
+from pear_store import Task, make_task, write_checkpoint
+from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset
-from pear_train.errors import ConfigError, DataError
+from pear_train.errors import ConfigError, DivergedError
+from pear_train.finished import Identity, check_out, check_room, fingerprint, identity, rehearse
 from pear_train.loop import Step
+from pear_train.partial import state_bytes
 from pear_train.record import to_task
-from pear_train.run import TaskRun
+from pear_train.run import TaskRun, preprocess_record
 from router import AdaptedBackbone, Backbone
 from router.backbone import open_device
 
@@ -40,10 +44,12 @@ def train_base(
     pruned: every position keeps its own adapter, so that tasks may start from it.
 
     Raises:
-        ConfigError: tasks of different input sizes.
+        ConfigError: tasks of different input sizes, or of different options that all must have in common.
         PearTrainError, RouterError, PearStoreError: as for :func:`pear_train.train`.
     """
     began = time.perf_counter()
+    check_configs(configs)
+    check_out(out)
     device = open_device(configs[0].device or ("cuda" if torch.cuda.is_available() else "cpu"))
     adapted = AdaptedBackbone(backbone, device, torch.float32, for_training=True)
     # a base set is never tested
@@ -56,6 +62,9 @@ def train_base(
             sizes = f"{run.record['input_size'][1:]} and {first.record['input_size'][1:]}"
             raise ConfigError(f"base set: tasks of one input size expected, found {sizes}")
         run.adapters = first.adapters
+    now = base_identity(configs, backbone, datasets)
+    check_room(out, state_bytes(first))
+    rehearse(out, _task(first, now, {}))
     own = [run.batches for run in runs]
     parameters = [*first.adapters.trained().values(), *(p for run in runs for p in run.head.parameters())]
     first.optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -74,7 +83,7 @@ def train_base(
             losses = [run.loss(part, r) for run, part, r in zip(runs, parts, rows, strict=True)]
             loss = torch.stack(losses).mean()
             if not bool(torch.isfinite(loss)):
-                raise DataError(f"base set: the loss became {float(loss)}: lower the learning rate, it is {config.lr}")
+                raise DivergedError("base", f"the loss became {float(loss)} in epoch {epoch}", config.lr)
             loss.backward()  # type: ignore[no-untyped-call]
             first.move()
             if progress is not None:
@@ -82,10 +91,49 @@ def train_base(
                 val = sum(run.accuracy(run.val_pixels) for run in runs) / len(runs) if done else None
                 progress(Step("base", epoch, config.epochs, batch + 1, first.batches, float(loss.detach()),
                               sum(run.train_top1 for run in runs) / len(runs), val))  # fmt: skip
+        first.check_finite()
     val_top1 = {run.config.task: run.accuracy(run.val_pixels) for run in runs}
-    task = to_task(first, {"val_top1": sum(val_top1.values()) / len(val_top1)})
-    record = {**task.record, "task": "base", "head": None, "labels": []}
-    record["training"] = {**record["training"], "method": "base", "tasks": sorted(val_top1)}
-    tensors = {name: tensor for name, tensor in task.tensors.items() if not name.startswith("head.")}
-    file_bytes = write_checkpoint(out, make_task(record, tensors, out))
+    file_bytes = write_checkpoint(out, _task(first, now, val_top1))
     return Base(val_top1, file_bytes, round(time.perf_counter() - began, 2))
+
+
+def base_identity(configs: Sequence[TrainConfig], backbone: Backbone, datasets: Sequence[Dataset]) -> Identity:
+    """What a base set depends on: the options of its tasks, and their data."""
+    told = [
+        [config.task, config.batch_size, config.seed, config.augment, dataset.fingerprint]
+        for config, dataset in zip(configs, datasets, strict=True)
+    ]
+    data = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    common = replace(configs[0], task="base")
+    preprocess = preprocess_record(backbone, common.img_size)
+    return {**identity(common, backbone.digest, preprocess, data, None), "method": "base"}
+
+
+def check_configs(configs: Sequence[TrainConfig]) -> None:
+    """Raises a ConfigError unless the tasks of a base set agree in what it takes from the first alone."""
+    apart = {"task", "batch_size", "seed", "augment", "img_size"}  # of which each task has its own
+    for config in configs[1:]:
+        for name in OPTIONS.keys() - apart:
+            one, other = getattr(configs[0], name), getattr(config, name)
+            if one != other:
+                raise ConfigError(
+                    f"base set: {name.replace('_', ' ')} {one} of task {configs[0].task!r}, {other} of task "
+                    f"{config.task!r}: expected one for all tasks"
+                )
+
+
+def _task(first: TaskRun, identity: Identity, val_top1: dict[str, float]) -> Task:
+    """The base set as it stands, without heads."""
+    metrics = {"val_top1": sum(val_top1.values()) / len(val_top1)} if val_top1 else {}
+    task = to_task(first, metrics)
+    record = {**task.record, "task": "base", "head": None, "labels": []}
+    record["training"] = {
+        **record["training"],
+        "method": "base",
+        "tasks": sorted(val_top1),
+        "val_top1": val_top1,
+        "data_fingerprint": identity["data"],
+        "fingerprint": fingerprint(identity),
+    }
+    tensors = {name: tensor for name, tensor in task.tensors.items() if not name.startswith("head.")}
+    return make_task(record, tensors, "base set")

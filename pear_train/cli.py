@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store, Task, read_checkpoint
-from pear_store.checkpoint import ACTIVATIONS, TASK_NAME
-from pear_train.base import train_base
+from pear_store.checkpoint import ACTIVATIONS
+from pear_train.base import Base, base_identity, check_configs, train_base
 from pear_train.config import (
     AUGMENT,
     BORROW,
@@ -23,23 +23,23 @@ from pear_train.config import (
     IMPORTANCE,
     KNOWLEDGE,
     METHODS,
+    OPTIONS,
     SELECT,
     SHARING,
     TENSOR_DTYPES,
-    TrainConfig,
 )
-from pear_train.data import DataOptions, Dataset, open_dataset
+from pear_train.data import Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
-from pear_train.loop import Failed, Job, Result, Step, train_many
-from pear_train.plot import plot_result
+from pear_train.finished import check_out, is_finished
+from pear_train.loop import Failed, Job, Result, Step, result_of, train_many
+from pear_train.plot import check_plot, plot_path, plot_result
 from pear_train.recall import recall_rows, recall_warnings
-from pear_train.record import is_done
-from pear_train.run import given_digest
-from pear_train.tasks import TaskEntry, read_tasks
-from router import RouterError, load_backbone
+from pear_train.run import given_digest, run_identity
+from pear_train.tasks import DATA_OPTIONS, TaskEntry, read_tasks
+from router import Backbone, RouterError, load_backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
-_DEFAULTS = {field.name: field.default for kind in (TrainConfig, DataOptions) for field in fields(kind)}
+_DEFAULTS = {name: option.default for name, option in (OPTIONS | DATA_OPTIONS).items()}
 
 
 def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
@@ -64,6 +64,9 @@ def _option(flag: str, help: str, **settings: Any) -> Callable[[F], F]:
 @click.option("--bank-tasks", help="Comma-separated tasks of --bank [default: the 64 added last].")
 @click.option("--base", type=click.Path(path_type=Path), help="Base set to start from, as --make-base wrote it.")
 @click.option("--make-base", is_flag=True, help="Train one adapter set for all of --tasks, and write it as a base set.")
+@click.option("--overwrite", is_flag=True,
+              help="Replace what runs of other options or data left at --out; refused without.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Train again, whatever task checkpoint lies at --out.")
 @click.option("--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
 @_option("--method", "Prune and share, all adapters, or head only.", type=click.Choice(METHODS))
 @_option("--epochs", "Epochs in all.", type=int)
@@ -123,75 +126,173 @@ def main(
     bank_tasks: str | None,
     base: Path | None,
     make_base: bool,
+    overwrite: bool,
+    force: bool,
     plot: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Train TASK: adapters on a frozen backbone, pruned and shared, into one task checkpoint.
 
-    With --tasks FILE, train every task that FILE names into the folder --out; those that are there already are not
-    trained again, and an interrupted run goes on after its last epoch.
+    With --tasks FILE, train every task that FILE names into the folder --out. A task whose checkpoint is there already,
+    of the same options and data, is not trained again; one of others is refused. An interrupted run goes on after its
+    last epoch.
     """
+    many = tasks_file is not None and not make_base
+    _check_usage(task, data, tasks_file, make_base, many, {"base": base, "bank": bank, "plot": plot})
+    results: list[Result | Failed] = []
+    kept: set[str] = set()
     try:
-        if (task is None) == (tasks_file is None) or (task is None) != (data is None):
-            raise click.UsageError("expected either TASK with --data, or --tasks")
-        if make_base and tasks_file is None:
-            raise click.UsageError("--make-base needs --tasks")
-        many = tasks_file is not None and not make_base
-        if not many and not out.parent.is_dir():
-            raise ConfigError(f"--out {out}: folder {out.parent} does not exist; make it first")
         if out.is_dir() != many and out.exists():
             raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
         if tasks_file is not None:
             entries = read_tasks(tasks_file, options)
         else:
-            if not TASK_NAME.fullmatch(str(task)):
-                raise ConfigError(f"task name {task!r}: expected up to 100 letters, digits, '.', '_', '-'")
             entries = [TaskEntry.of(str(task), str(data), options)]
-        start, offered = (None if base is None else read_checkpoint(base)), _bank(bank, bank_tasks)
+        _note_unused(entries, base is not None, bank is not None, make_base)
         if many:
-            out.mkdir(parents=True, exist_ok=True)
+            _make_folder(out)
+        paths = {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries}
+        if not many:
+            check_out(out)
+        if plot:
+            for path in paths.values():
+                check_plot(plot_path(path))
+        start, offered = (None if base is None else read_checkpoint(base)), _bank(bank, bank_tasks)
         datasets = [] if many else [_open(entry, data_root) for entry in entries]  # first: a mistake shows at once
         loaded = load_backbone(backbone, weights)
         click.echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
         if make_base:
-            with _Progress("base") as bar:
-                made = train_base([entry.config for entry in entries], loaded, datasets, out, bar.show)
-            _answer(asdict(made), as_json, f"{out}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes")
+            _make_base(entries, loaded, datasets, out, overwrite, force, as_json)
             return
-        paths = {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries}
         given = given_digest(start, offered)
-        jobs = [
-            Job(e.config, partial(_open, e, data_root) if many else lambda: datasets[0], paths[e.config.task])
-            for e in entries
-            if not (many and is_done(paths[e.config.task], e.config, loaded, Path(e.data).name, given))
-        ]
-        if len(jobs) < len(entries):
-            click.echo(f"tasks     {len(entries) - len(jobs)} of {len(entries)} are trained already", err=True)
+        jobs: list[Job] = []
+        for i, entry in enumerate(entries):
+            config, path = entry.config, paths[entry.config.task]
+            try:  # of many, all mistakes show now, and each costs only its task
+                dataset = open_dataset(entry.data, data_root, entry.data_options) if many else datasets[i]
+                if not force and is_finished(path, partial(run_identity, config, loaded, dataset, given), overwrite):
+                    kept.add(config.task)
+                    results.append(result_of(read_checkpoint(path), path.stat().st_size))
+                else:
+                    check_out(path)
+                    jobs.append(Job(config, partial(_open, entry, data_root) if many else lambda: datasets[0], path))
+            except (PearTrainError, RouterError, PearStoreError) as error:
+                if not many:
+                    raise
+                results.append(Failed(config.task, str(error)))
+                click.echo(f"Error: {config.task}: {error}", err=True)
+        if many and kept:
+            click.echo(
+                f"tasks     {len(kept)} of {len(entries)} are trained already, with the same options and data", err=True
+            )
+        elif kept:
+            click.echo(f"{out}: trained already, with the same options and data; --force trains again", err=True)
         together = together or (8 if many and _on_gpu(options["device"]) else 1)
-        results: list[Result | Failed] = []
         with _Progress(str(task or tasks_file), sum(job.config.epochs for job in jobs) if many else None) as bar:
-            done = train_many(jobs, loaded, bar.show, together=together, careful=many, base=start, bank=offered)
+            done = train_many(
+                jobs, loaded, bar.show, together=together, careful=many, base=start, bank=offered, say=bar.say
+            )
             for result in done:
                 results.append(result)
-                if isinstance(result, Failed):
-                    click.echo(f"Error: {result.task}: {result.error}", err=True)
-                    continue
-                for warning in recall_warnings(result.classes):
-                    tqdm.write(f"Warning: {result.task}: {warning}", file=sys.stderr)
-                if plot:
-                    plot_result(result, paths[result.task].with_suffix(".png"))
+                bar.say(_line(result))
+                for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
+                    bar.say(f"Warning: {result.task}: {warning}")
     except (PearTrainError, RouterError, PearStoreError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        click.echo("Stopped: the same command goes on after the last epoch that was ended.", err=True)
+        sys.exit(130)
     if many:
-        _answer_many(entries, results, paths, as_json)
-        sys.exit(1 if any(isinstance(result, Failed) for result in results) else 0)
-    assert isinstance(results[0], Result)
-    if as_json:
-        click.echo(json.dumps(asdict(results[0])))
+        _answer_many(entries, results, kept, paths, as_json)
     else:
-        _print(results[0], out)
+        assert isinstance(results[0], Result)
+        if as_json:
+            click.echo(json.dumps(asdict(results[0])))
+        else:
+            _print(results[0], out)
+    trained = [result for result in results if isinstance(result, Result)]
+    drawn = [_draw(result, plot_path(paths[result.task])) for result in trained] if plot else []
+    sys.exit(0 if len(trained) == len(results) and all(drawn) else 1)
+
+
+def _check_usage(
+    task: str | None, data: str | None, tasks_file: Path | None, make_base: bool, many: bool, given: Mapping[str, Any]
+) -> None:
+    """Refuses options that would say nothing."""
+    if (task is None) == (tasks_file is None) or (task is None) != (data is None):
+        raise click.UsageError("expected either TASK with --data, or --tasks")
+    if make_base and tasks_file is None:
+        raise click.UsageError("--make-base needs --tasks")
+    parameters = click.get_current_context().params
+    if parameters["together"] is not None and not many:
+        raise click.UsageError("--together needs --tasks, and no --make-base: it says how many tasks train at once")
+    if parameters["bank_tasks"] is not None and given["bank"] is None:
+        raise click.UsageError("--bank-tasks needs --bank: it names tasks of that store")
+    if make_base and (found := [f"--{name}" for name, value in given.items() if value]):
+        raise click.UsageError(f"--make-base takes no {' or '.join(found)}")
+
+
+def _note_unused(entries: list[TaskEntry], base: bool, bank: bool, make_base: bool) -> None:
+    """Says which options have no effect: the method does not use them, or the file of tasks has others."""
+    context = click.get_current_context()
+    unused: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        config = replace(entry.config, method="adapters") if make_base else entry.config
+        for name in config.unused(base, bank):
+            unused.setdefault((name, config.method), []).append(config.task)
+        for name in OPTIONS | DATA_OPTIONS:
+            source = context.get_parameter_source(name)
+            value = getattr(entry.config if name in OPTIONS else entry.data_options, name)
+            if source is click.core.ParameterSource.COMMANDLINE and value != context.params[name]:
+                unused.setdefault((name, "file"), []).append(config.task)
+    for (name, why), tasks in unused.items():
+        reason = (
+            "the file of tasks says otherwise" if why == "file" else f"this run of method {why!r} has no use for it"
+        )
+        of = "" if len(entries) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
+        click.echo(f"note      --{name.replace('_', '-')} has no effect{of}: {reason}", err=True)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from None
+
+
+def _make_base(
+    entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset], out: Path, overwrite: bool, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    configs = [entry.config for entry in entries]
+    check_configs(configs)
+    if not force and is_finished(out, lambda: base_identity(configs, loaded, datasets), overwrite):
+        click.echo(f"{out}: made already, with the same options and data; --force makes it again", err=True)
+        metrics = read_checkpoint(out).record["training"]["val_top1"]
+        made = Base(metrics, out.stat().st_size, 0.0)
+    else:
+        with _Progress("base") as bar:
+            made = train_base(configs, loaded, datasets, out, bar.show)
+    shown = f"{click.format_filename(out)}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes"
+    click.echo(json.dumps(asdict(made)) if as_json else shown)
+
+
+def _draw(result: Result, path: Path) -> bool:
+    """Draws a picture; says what is wrong if it cannot be drawn, for the run itself is done."""
+    try:
+        plot_result(result, path)
+    except PearTrainError as error:
+        click.echo(f"Error: {result.task}: {error}", err=True)
+        return False
+    return True
+
+
+def _line(result: Result | Failed) -> str:
+    if isinstance(result, Failed):
+        return f"Error: {result.task}: {result.error}"
+    return f"{result.task}: {_scores(result)}"
 
 
 def _open(entry: TaskEntry, root: Path | None) -> Dataset:
@@ -249,6 +350,11 @@ class _Progress:
         )
         self.bar.update(0)
 
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.clear()
+        click.echo(line, err=True)
+
     def __enter__(self) -> "_Progress":
         return self
 
@@ -257,15 +363,15 @@ class _Progress:
         self.bar.close()
 
 
-def _answer(value: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(value) if as_json else text)
-
-
 def _answer_many(
-    entries: list[TaskEntry], results: list[Result | Failed], paths: Mapping[str, Path], as_json: bool
+    entries: list[TaskEntry],
+    results: list[Result | Failed],
+    kept: Container[str],
+    paths: Mapping[str, Path],
+    as_json: bool,
 ) -> None:
     by_task = {result.task: result for result in results}
-    rows = list(_rows(entries, by_task, paths))
+    rows = list(_rows(entries, by_task, kept, paths))
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -284,19 +390,20 @@ def _answer_many(
 
 
 def _rows(
-    entries: list[TaskEntry], by_task: Mapping[str, Result | Failed], paths: Mapping[str, Path]
+    entries: list[TaskEntry], by_task: Mapping[str, Result | Failed], kept: Container[str], paths: Mapping[str, Path]
 ) -> Iterator[dict[str, Any]]:
     for entry in entries:
-        name = entry.config.task
-        result = by_task.get(name)
-        row: dict[str, Any] = {"task": name, "file": str(paths[name]), "trained": result is not None}
+        result = by_task[entry.config.task]
+        row: dict[str, Any] = {"task": result.task, "file": str(paths[result.task]), "trained": result.task not in kept}
         if isinstance(result, Failed):
             yield {**row, "trained": None, "val_top1": None, "test_top1": None, "error": result.error}
-        elif result is None:
-            metrics = read_checkpoint(paths[name]).record["metrics"]
-            yield {**row, "val_top1": metrics.get("val_top1"), "test_top1": metrics.get("test_top1")}
         else:
             yield {**row, **asdict(result)}
+
+
+def _scores(result: Result) -> str:
+    test = "no test split" if result.test_top1 is None else f"test {100 * result.test_top1:.1f} %"
+    return f"val {100 * result.val_top1:.1f} %, {test}"
 
 
 def _print(result: Result, out: Path) -> None:
@@ -314,9 +421,8 @@ def _print(result: Result, out: Path) -> None:
         click.echo(tabulate(rows, headers="keys", disable_numparse=True))
         click.echo("importance: how much the loss would change without the adapter, relative to the highest")
     click.echo(tabulate(recall_rows(result.classes), headers="keys", disable_numparse=True))
-    test = "no test split" if result.test_top1 is None else f"test {100 * result.test_top1:.1f} %"
-    click.echo(f"{result.task} ({result.method}): val {100 * result.val_top1:.1f} %, {test}, {result.seconds:.0f} s")
+    click.echo(f"{result.task} ({result.method}): {_scores(result)}, {result.seconds:.0f} s")
     click.echo(
-        f"{out}: {result.file_bytes:,} bytes (adapters {result.adapter_bytes:,}, knowledge {result.knowledge_bytes:,}, "
-        f"head {result.head_bytes:,})"
+        f"{click.format_filename(out)}: {result.file_bytes:,} bytes (adapters {result.adapter_bytes:,}, "
+        f"knowledge {result.knowledge_bytes:,}, head {result.head_bytes:,})"
     )

@@ -1,7 +1,12 @@
 """The options of one training run."""
 
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
+from types import NoneType
+from typing import Any, get_args
 
+import torch
+
+from pear_store.checkpoint import ACTIVATIONS, TASK_NAME
 from pear_train.errors import ConfigError
 
 METHODS = ("pear", "adapters", "linear")
@@ -13,6 +18,7 @@ DOWN = ("own", "common")
 AUGMENT = ("none", "flip", "crop", "flip+crop")
 SELECT = ("best", "last")
 TENSOR_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4", "Q1")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
 HEAD_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4")
 
@@ -86,56 +92,154 @@ class TrainConfig:
     """Of a run with a bank: stored adapters that a pruned position borrows."""
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("method", self.method, METHODS),
-            ("sharing", self.sharing, SHARING),
-            ("knowledge", self.knowledge, KNOWLEDGE),
-            ("importance", self.importance, IMPORTANCE),
-            ("activation", self.activation, ("identity", "relu", "gelu")),
-            ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
-            ("down", self.down, DOWN),
-            ("borrow", self.borrow, BORROW),
-            ("augment", self.augment, AUGMENT),
-            ("select", self.select, SELECT),
-            ("tensor dtype", self.tensor_dtype, TENSOR_DTYPES),
-            ("head dtype", self.head_dtype, HEAD_DTYPES),
-            ("knowledge bits", self.knowledge_bits, (1, 4)),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name} {value!r}: expected one of {', '.join(map(str, allowed))}")
-        for name, number, low in (
-            ("epochs", self.epochs, 1),
-            ("rank", self.rank, 1),
-            ("batch size", self.batch_size, 1),
-            ("image size", self.img_size or 1, 1),
-            ("patience", 1 if self.patience is None else self.patience, 1),
-            ("base blocks", self.base_blocks, 0),
-            ("bank share", self.bank_share, 1),
-        ):
-            if number < low:
-                raise ConfigError(f"{name} {number}: expected at least {low}")
-        if not 0 <= self.ratio < 1:
-            raise ConfigError(f"ratio {self.ratio}: expected at least 0 and below 1")
-        for name, rate in (("lr", self.lr), ("scale lr", self.scale_lr), ("max grad norm", self.max_grad_norm)):
-            if not rate > 0:
-                raise ConfigError(f"{name} {rate}: expected above 0")
-        if not 0 <= self.drop_branch < 1:
-            raise ConfigError(f"drop branch {self.drop_branch}: expected at least 0 and below 1")
-        if self.method == "pear" and self.epochs < 2:
+        if not isinstance(self.task, str) or not TASK_NAME.fullmatch(self.task):
+            raise ConfigError(f"task name {self.task!r}: expected up to 100 letters, digits, '.', '_', '-'")
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            check_option(name.replace("_", " "), option, value)
+            if "float" in kinds(option):
+                object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same option
+        if self.method != "pear":
+            return
+        if self.epochs < 2:
             raise ConfigError("epochs 1: method 'pear' needs at least 2, before and after pruning")
-        if self.method == "pear" and not 0 < self.pruned_after < self.epochs:
+        if not 0 < self.pruned_after < self.epochs:
             raise ConfigError(
                 f"prune epoch {self.pruned_after} of {self.epochs} epochs: expected at least 1 before it (scores are 0 "
                 "while nothing is trained) and 1 after it"
             )
-        if self.method == "pear" and self.knowledge == "fold" and self.activation != "identity":
+        if self.knowledge == "fold" and self.activation != "identity":
             raise ConfigError(
                 f"knowledge 'fold' needs activation 'identity', found {self.activation!r}: choose knowledge 'none'"
             )
-        if self.method == "pear" and self.knowledge == "fold" and self.down == "common":
+        if self.knowledge == "fold" and self.down == "common":
             raise ConfigError("knowledge 'fold' rewrites down, which down 'common' forbids: choose knowledge 'none'")
+
+    def unused(self, base: bool, bank: bool) -> list[str]:
+        """Options that differ from their defaults and say nothing in such a run.
+
+        Args:
+            base, bank: whether the run is given a base set, stored adapters.
+        """
+        silent: set[str] = set() if bank else {"bank_share"}
+        silent |= set() if base else {"base_blocks"}
+        if self.method != "pear":
+            silent |= {"prune_epoch", "ratio", "importance", "sharing", "knowledge", "bank_share", *_BORROWING}
+        if self.method == "linear":
+            silent |= {"positions", "rank", "activation", "scale", "down", "drop_branch", "tensor_dtype", "base_blocks"}
+            silent |= {"augment"}  # features are computed once
+        if self.sharing == "none" and not bank:
+            silent |= set(_BORROWING) - {"knowledge_bits"}
+        if self.knowledge != "lowbit":
+            silent |= {"knowledge_bits"}
+        if self.knowledge == "fold" and not bank:
+            silent |= {"borrowed_scale"}
+        if self.borrow == "core":
+            silent |= {"scale_lr", "train_borrowed_scale"}
+        return [name for name, option in OPTIONS.items() if name in silent and getattr(self, name) != option.default]
 
     @property
     def pruned_after(self) -> int:
         """Epochs before pruning."""
         return max(1, round(0.4 * self.epochs)) if self.prune_epoch is None else self.prune_epoch
+
+
+OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainConfig) if field.name != "task"}
+"""Every option by its name; each has a default."""
+
+_BORROWING = ("borrow", "borrowed_scale", "train_borrowed_scale", "scale_lr", "knowledge_bits")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": METHODS,
+    "sharing": SHARING,
+    "knowledge": KNOWLEDGE,
+    "importance": IMPORTANCE,
+    "activation": ACTIVATIONS,
+    "dtype": ("auto", "float32", "bfloat16"),
+    "down": DOWN,
+    "borrow": BORROW,
+    "augment": AUGMENT,
+    "select": SELECT,
+    "tensor_dtype": TENSOR_DTYPES,
+    "head_dtype": HEAD_DTYPES,
+    "knowledge_bits": (1, 4),
+}
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What a number may be. Beyond it lies a slip of the pen, which would end in an overflow or fill the memory."""
+
+    low: float
+    high: float
+    above: bool = False
+    """The low end itself is not allowed."""
+    below: bool = False
+    """The high end itself is not allowed."""
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high  # a NaN is in no range
+        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,.0f}" if abs(end) < 1e9 else f"{end:g}" for end in (self.low, self.high))
+        return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+
+
+_RANGES = {
+    "epochs": _Range(1, 100_000),
+    "prune_epoch": _Range(0, 100_000),  # whether it fits the epochs is said apart
+    "rank": _Range(1, 4_096),  # an adapter of more is larger than the matrices beside it
+    "scale": _Range(0, 1e6, above=True),  # a base's adapters are divided by it
+    "ratio": _Range(0, 1, below=True),  # of 1, nothing would be kept to borrow from
+    "borrowed_scale": _Range(-1e6, 1e6),
+    "scale_lr": _Range(0, 1e6, above=True),
+    "knowledge_bits": _Range(1, 4),
+    "lr": _Range(0, 1_000, above=True),  # AdamW moves a weight by about so much in a step
+    "weight_decay": _Range(0, 1_000),
+    "warmup": _Range(0, 1),  # a share
+    "max_grad_norm": _Range(0, 1e12, above=True),
+    "drop_branch": _Range(0, 1, below=True),  # what stays is divided by one minus this
+    "batch_size": _Range(1, 1_000_000),
+    "seed": _Range(0, 2**63 - 1),  # what torch takes, and what a checkpoint can hold
+    "img_size": _Range(1, 16_384),  # what a task checkpoint allows
+    "patience": _Range(1, 100_000),
+    "base_blocks": _Range(0, 10_000),
+    "bank_share": _Range(1, 1_000),
+}
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+def kinds(option: Field[Any]) -> list[str]:
+    """The types of an option's values, by name; None is not named."""
+    types = get_args(option.type) or (option.type,)
+    return [kind.__name__ for kind in types if kind is not NoneType]
+
+
+def check_option(shown: str, option: Field[Any], value: Any) -> None:
+    """Checks the value of one option.
+
+    Args:
+        shown: what the message calls the option.
+    Raises:
+        ConfigError: it has another type than the option, or is not among what the option allows.
+    """
+    name = option.name
+    if value is None and option.default is None:
+        return
+    allowed = kinds(option)
+    where = f"{shown} {_short(value)}"
+    if not any(type(value) in _TYPES[kind] for kind in allowed):
+        raise ConfigError(f"{where}: expected {' or '.join(allowed)}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ConfigError(f"{where}: expected one of {', '.join(map(str, _CHOICES[name]))}")
+    if name in _RANGES and value not in _RANGES[name]:
+        raise ConfigError(f"{where}: expected {_RANGES[name]}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "of more than 20 digits"  # Python refuses to print very long ones
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
+from pear_store import PearStoreError, Task, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels
-from pear_train.errors import PearTrainError
-from pear_train.partial import partial_path, resume_partial, save_partial
+from pear_train.errors import DivergedError, PearTrainError, ResourceError
+from pear_train.finished import check_out, check_room, partial_path, rehearse
+from pear_train.partial import resume_partial, save_partial, state_bytes
 from pear_train.recall import by_class, recall_by_class
-from pear_train.record import in_order, stored_bytes, to_task
+from pear_train.record import stored_bytes, to_task
 from pear_train.run import TaskRun, in_batches
 from router import AdaptedBackbone, Backbone, PositionWeights, Router, RouterError
 from router.backbone import open_device
@@ -91,21 +93,26 @@ def train(
     *,
     base: Task | None = None,
     bank: Sequence[Task] = (),
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains one task and writes its checkpoint; evaluates from the written file, through the router.
 
-    A fixed seed gives the same file on one machine. `config.select` says which epoch is kept; test is looked at once,
-    at the end. After every epoch the run's state is kept in ``OUT.partial``, from which the same call goes on after an
-    interruption, to the same file; it is removed at the end.
+    A fixed seed and dtype give the same file on one machine. `config.select` says which epoch is kept; test is looked
+    at once, at the end. After every epoch the run's state is kept in ``OUT.partial``, from which the same call goes on
+    after an interruption, to the same file; it is removed at the end.
+
+    What the end needs is checked before the first epoch: that the checkpoint can be written at `out` and read back, and
+    that the disk has room. A task checkpoint at `out` is replaced, another run's state begun anew; nothing else is.
 
     Args:
+        say: receives lines for a person: that a run goes on, and what it then cannot promise.
         base: a task whose adapters the lowest blocks use frozen, and the others start from.
         bank: stored tasks whose adapters pruned positions may borrow, frozen and bit-identical.
     Raises:
         PearTrainError, RouterError, PearStoreError: options, data, backbone or disk do not allow it.
     """
     for done in train_many(
-        [Job(config, lambda: dataset, out)], backbone, progress, base=base, bank=bank, careful=False
+        [Job(config, lambda: dataset, out)], backbone, progress, base=base, bank=bank, careful=False, say=say
     ):
         assert isinstance(done, Result)
         return done
@@ -121,6 +128,7 @@ def train_many(
     base: Task | None = None,
     bank: Sequence[Task] = (),
     careful: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Result | Failed]:
     """Trains many tasks, up to `together` of them at once: one backbone forward for a batch of each.
 
@@ -138,7 +146,8 @@ def train_many(
         while len(active) < together and (job := next(waiting, None)) is not None:
             try:
                 trainer = trainer or _Trainer(backbone, job.config)
-                active.append(trainer.start(job, base, bank))
+                with _memory_named(job.config.task):
+                    active.append(trainer.start(job, base, bank, say or (lambda line: None)))
             except errors as error:
                 yield Failed(job.config.task, str(error))
         if not active:
@@ -147,26 +156,53 @@ def train_many(
         ready: list[tuple[_Active, _Batch]] = []
         for one in list(active):
             try:
-                ready.append((one, trainer.batch(one.run)))
+                with _memory_named(one.job.config.task):
+                    ready.append((one, trainer.batch(one.run)))
             except errors as error:
                 active.remove(one)
                 yield Failed(one.job.config.task, str(error))
         ready.sort(key=lambda pair: _batch_key(pair[0].run))
-        for _, group in groupby(ready, lambda pair: _batch_key(pair[0].run)):
-            trainer.step([(one.run, batch) for one, batch in group])
-        for one, _ in ready:
+        stepped: list[_Active] = []
+        for _, pairs in groupby(ready, lambda pair: _batch_key(pair[0].run)):
+            group = list(pairs)
             try:
-                ended = one.run.after_step()
+                with _memory_named(", ".join(one.job.config.task for one, _ in group)):
+                    trainer.step([(one.run, batch) for one, batch in group])
+                stepped += [one for one, _ in group]
+            except errors as error:
+                for one, _ in group:
+                    active.remove(one)
+                    yield Failed(one.job.config.task, str(error))
+        for one in stepped:
+            try:
+                with _memory_named(one.job.config.task):
+                    ended = trainer.after_step(one)
                 if progress is not None:
                     progress(_progress(one.run, ended))
                 if one.run.finished:
                     active.remove(one)
-                    yield trainer.finish(one)
+                    with _memory_named(one.job.config.task):
+                        result = trainer.finish(one)
+                    yield result
                 elif ended:
                     save_partial(one.run, one.job.out)
             except errors as error:
                 active = [other for other in active if other is not one]
                 yield Failed(one.job.config.task, str(error))
+
+
+@contextmanager
+def _memory_named(task: str) -> Iterator[None]:
+    """Turns a memory that is too small into one of our errors."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, and only a text for the host's
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        raise ResourceError(
+            f"{task}: out of memory: lower --batch-size, --img-size or --rank, or train fewer tasks --together"
+        ) from None
 
 
 @dataclass
@@ -198,10 +234,23 @@ class _Trainer:
         self.device = open_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.adapted = AdaptedBackbone(backbone, self.device, torch.float32, for_training=True)
 
-    def start(self, job: Job, base: Task | None, bank: Sequence[Task]) -> _Active:
+    def start(self, job: Job, base: Task | None, bank: Sequence[Task], say: Callable[[str], None]) -> _Active:
+        """A run at its beginning, or where it was interrupted; checks that its end will have what it needs."""
         began = time.perf_counter()
+        check_out(job.out)
         run = TaskRun(job.config, self.adapted, job.dataset(), base, bank)
-        resume_partial(run, job.out)
+        check_room(job.out, state_bytes(run))
+        rehearse(
+            job.out, to_task(run, {})
+        )  # the record, labels and all, and the file itself are found good or refused now
+        here = run.machines
+        if resume_partial(run, job.out):
+            say(f"{job.config.task}: goes on after epoch {run.epoch - 1} of {job.config.epochs}")
+            if run.machines != here:
+                say(
+                    f"{job.config.task}: began elsewhere, with {_shown(run.machines[0])} instead of {_shown(here[0])}: "
+                    "the file may differ in rounding from one of an uninterrupted run"
+                )
         return _Active(job, run, began)
 
     def batch(self, run: TaskRun) -> _Batch:
@@ -239,37 +288,48 @@ class _Trainer:
         features = self.adapted.features(filled, weights, run.autocast)
         return [part[: len(i)] for part, i in zip(features.view(len(group), longest, -1), images, strict=True)]
 
+    def after_step(self, one: _Active) -> bool:
+        """Moves a task's weights; returns whether an epoch ended. The state of a run that diverged leads nowhere."""
+        try:
+            return one.run.after_step()
+        except DivergedError:
+            partial_path(one.job.out).unlink(missing_ok=True)
+            raise
+
     def finish(self, one: _Active) -> Result:
         """Writes the checkpoint, and evaluates it as it was written."""
         run, out = one.run, one.job.out
-        epochs = run.epoch - 1
-        trainable = sum(p.numel() for group in run.optimiser.param_groups for p in group["params"])
         if run.config.select == "best":
             run.restore(run.best_state)
-        looked_at = out.with_name(f".{out.name}.evaluated")  # a file at `out` says that the task is done
-        try:
-            write_checkpoint(looked_at, to_task(run, {}))
-            written = read_checkpoint(looked_at)
-        finally:
-            looked_at.unlink(missing_ok=True)
+        written = rehearse(out, to_task(run, {}))
         router = Router(self.backbone, device=self.device)
         router.add(written)
         metrics = {}
         for split in [name for name in run.pixels if name != "train"]:
-            predicted, targets = _predicted(router, written.name, run.pixels[split]), run.pixels[split].targets
+            predicted = _predicted(router, written.name, run.pixels[split], run.config.lr)
+            targets = run.pixels[split].targets
             metrics[f"{split}_top1"] = int((predicted == targets).sum()) / len(targets)
             run.recall[split] = recall_by_class(predicted, targets, len(written.labels))
         task = to_task(run, metrics)
         file_bytes = write_checkpoint(out, task)
         partial_path(out).unlink(missing_ok=True)
-        adapter_bytes, knowledge_bytes, head_bytes = stored_bytes(task)
-        return Result(
-            run.config.task, run.config.method, metrics["val_top1"], metrics.get("test_top1"), trainable,
-            adapter_bytes, knowledge_bytes, head_bytes, file_bytes, epochs,
-            run.best_epoch if run.config.select == "best" else epochs, round(time.perf_counter() - one.began, 2),
-            run.importance, run.sources, run.banked, in_order(run), run.history,
-            by_class(task.labels, task.record["training"]),
-        )  # fmt: skip
+        return result_of(task, file_bytes, round(time.perf_counter() - one.began, 2))
+
+
+def result_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Result:
+    """What the run gave that wrote a checkpoint, as the checkpoint says."""
+    training, metrics = task.record["training"], task.record["metrics"]
+    adapter_bytes, knowledge_bytes, head_bytes = stored_bytes(task)
+    return Result(
+        task.name, training["method"], metrics["val_top1"], metrics.get("test_top1"), training["trainable_params"],
+        adapter_bytes, knowledge_bytes, head_bytes, file_bytes, len(training["history"]), training["kept_epoch"],
+        seconds, training["importance"], training["borrowed"], training["banked"], training["pruned"],
+        training["history"], by_class(task.labels, training),
+    )  # fmt: skip
+
+
+def _shown(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def stack_weights(
@@ -305,11 +365,17 @@ def _progress(run: TaskRun, ended: bool) -> Step:
     )  # fmt: skip
 
 
-def _predicted(router: Router, task: str, pixels: Pixels) -> Tensor:
-    """The class of each image, as the router answers."""
+def _predicted(router: Router, task: str, pixels: Pixels, lr: float) -> Tensor:
+    """The class of each image, as the router answers.
+
+    Raises:
+        DivergedError: a logit is not finite, so that the likeliest class means nothing.
+    """
     predicted = []
     for rows in in_batches(pixels):
         logits = router.run(pixels.images(rows), task).logits
         assert isinstance(logits, Tensor)
+        if not bool(torch.isfinite(logits).all()):
+            raise DivergedError(task, "logits of the written checkpoint are not finite", lr)
         predicted.append(logits.argmax(1).cpu())
     return torch.cat(predicted)

@@ -1,5 +1,6 @@
 """A run that was interrupted: its whole state in one file beside the task checkpoint to be, after every epoch."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,25 +12,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pear_train.adapters import FrozenAdapter, TrainedBranch
-from pear_train.errors import PearTrainError
-from pear_train.record import fingerprint
+from pear_train.errors import PearTrainError, ResourceError
+from pear_train.finished import STATE_FORMAT, differences, partial_path, temporary_path
 from pear_train.run import TaskRun
 from router.tensors import from_torch, to_torch
 
-_FORMAT = "pear-run/2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def partial_path(out: Path) -> Path:
-    """Where the state of the run that will write `out` is kept."""
-    return out.with_name(out.name + ".partial")
+def state_bytes(run: TaskRun) -> int:
+    """About what a run's files take at most: two states, for one replaces the other, and two checkpoints."""
+    numbers = sum(parameter.numel() for parameter in run.tensors().values())
+    numbers += sum(one.down.numel() + one.up.numel() for one in run.adapters.frozen.values())
+    return 4 * numbers * (2 * 4 + 2) + 1_000_000  # float32: weights, the best ones, two moments; and a record
 
 
 def save_partial(run: TaskRun, out: Path) -> None:
     """Writes the state at an epoch's end, whole or not at all.
 
     Raises:
-        PearTrainError: the disk is full, or does not allow it; an older state is untouched.
+        ResourceError, PearTrainError: the disk is full, or does not allow it; an older state is untouched.
     """
     tensors: dict[str, Tensor] = {f"now {name}": tensor for name, tensor in run.state().items()}
     tensors.update({f"best {name}": tensor for name, tensor in run.best_state.items()})
@@ -44,8 +46,9 @@ def save_partial(run: TaskRun, out: Path) -> None:
         tensors[f"down {name}"], tensors[f"up {name}"] = adapter.down, adapter.up
         tensors.update({f"raw {name} {key}": to_torch(raw) for key, raw in adapter.tensors.items()})
     record = {
-        "format": _FORMAT,
-        "fingerprint": fingerprint(run),
+        "format": STATE_FORMAT,
+        "identity": run.identity,
+        "machines": run.machines,
         "precision": run.precision,
         "epoch": run.epoch,
         "best": [run.best, run.best_epoch],
@@ -63,7 +66,7 @@ def save_partial(run: TaskRun, out: Path) -> None:
         },
     }  # fmt: skip
     path = partial_path(out)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(out)
     try:
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary,
                   {"run": json.dumps(record)})  # fmt: skip
@@ -72,16 +75,21 @@ def save_partial(run: TaskRun, out: Path) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise ResourceError(
+                f"{path}: the run's state cannot be written: the disk is full. Free some, and the same command goes on "
+                "after the last epoch that was kept"
+            ) from None
         raise PearTrainError(f"{path}: the run's state cannot be written: {error}") from None
 
 
 def resume_partial(run: TaskRun, out: Path) -> bool:
-    """Brings a fresh run to where an interrupted one of the same options, data and backbone stood, if there is one."""
+    """Brings a fresh run to where an interrupted one of the same identity stood, if there is one."""
     path = partial_path(out)
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {}).get("run", "{}"))
-            if record.get("format") != _FORMAT or record["fingerprint"] != fingerprint(run):
+            if record.get("format") != STATE_FORMAT or differences(record["identity"], run.identity):
                 return False
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError, ValueError):
@@ -109,6 +117,7 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
     run.pruned, run.history = record["pruned"], record["history"]
     run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
     run.precision = record["precision"]
+    run.machines = [*record["machines"], *(one for one in run.machines if one not in record["machines"])]
     if run.pruned:
         adapters.drop_unused()
         run.tell_optimiser()

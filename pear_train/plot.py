@@ -1,21 +1,53 @@
 """A run as a picture: what was pruned and why, and how it learnt. Needs matplotlib."""
 
+import os
 from pathlib import Path
 
-from pear_train.errors import ConfigError
+from pear_store import PearStoreError
+from pear_store.reading import open_regular_file
+from pear_train.errors import ConfigError, ResourceError
 from pear_train.loop import Result
+
+_SOFTWARE = "pear-train"
+"""In a picture's metadata: what says so may be replaced."""
+
+
+def plot_path(out: Path) -> Path:
+    """Where the picture of the run that writes `out` goes: beside it, by its name."""
+    return out.with_name(out.name.removesuffix(".safetensors") + ".png")
+
+
+def check_plot(path: Path) -> None:
+    """Checks, before anything is trained, that a picture can be drawn there.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or something lies there that is no picture of a run.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 (whether it is there)
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    if not os.path.lexists(path):
+        return
+    try:
+        with open_regular_file(path) as file:
+            start = file.read(4096)
+    except PearStoreError as error:
+        raise ConfigError(f"--plot {error}") from None
+    if start and not (start.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in start):
+        raise ConfigError(f"--plot {path}: there is something that pear-train did not draw, and it is not replaced")
 
 
 def plot_result(result: Result, path: Path) -> None:
     """Draws the importance of every position beside the learning curve.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: as :func:`check_plot`.
+        ResourceError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     rows = len(result.importance)
     figure = Figure(figsize=(11 if rows else 6, max(3.5, 0.22 * rows)), layout="constrained")
     axes = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
@@ -35,4 +67,7 @@ def plot_result(result: Result, path: Path) -> None:
     axes[-1].set_xlabel("epoch")
     axes[-1].legend(fontsize=8)
     figure.suptitle(f"{result.task} ({result.method}): val {100 * result.val_top1:.1f} %")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, metadata={"Software": _SOFTWARE})
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from None

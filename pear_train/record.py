@@ -1,7 +1,6 @@
 """From a run to its task checkpoint: what is written, and what it costs."""
 
-import hashlib
-import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_store import PearStoreError, RawTensor, Task, make_task, read_checkpoint
+from pear_store import RawTensor, Task, make_task
 from pear_store.checkpoint import map_tensor_names, tensor_names
 from pear_store.manifest import plain_names
-from pear_train.config import CODE_BITS, TrainConfig
+from pear_train.config import CODE_BITS, DTYPES
+from pear_train.finished import fingerprint
 from pear_train.run import TaskRun
-from router import Backbone
 from router.tensors import from_torch, quantise
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
@@ -83,7 +80,8 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
         "training": {
             **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
             "data": run.dataset.description.partition(": ")[2],
-            "data_name": Path(run.dataset.description.partition(": ")[0]).name,
+            "data_name": os.fsencode(Path(run.dataset.description.partition(": ")[0]).name).decode(errors="replace"),
+            "data_fingerprint": run.identity["data"],
             "images": run.dataset.counts,
             "unreadable": run.dataset.unreadable_counts,
             "recall": run.recall,
@@ -95,44 +93,18 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             "borrowed": run.sources,
             "banked": run.banked,
             "history": run.history,
-            "fingerprint": fingerprint(run),
+            "fingerprint": fingerprint(run.identity),
+            "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
+            "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
+            "machines": run.machines,
         },
     }
     return make_task(record, tensors, config.task)
 
 
-def is_done(path: Path, config: TrainConfig, backbone: Backbone, data_name: str, given: str | None) -> bool:
-    """Whether a whole task checkpoint lies there that was trained with these options, backbone, data, base and bank."""
-    try:
-        record = read_checkpoint(path).record
-    except PearStoreError:  # none, or none that is any good
-        return False
-    training = {**record["training"], "importance": record["training"].get("importance_score")}
-    wanted = {key: value for key, value in asdict(config).items() if key not in ("task", "device")}
-    return (
-        record["backbone"]["digest"] == backbone.digest
-        and "val_top1" in record["metrics"]
-        and training.get("data_name") == data_name
-        and training.get("given") == given
-        and all(training.get(key) == value for key, value in wanted.items())
-    )
-
-
 def in_order(run: TaskRun) -> list[str]:
     """The pruned positions, in forward order."""
     return sorted(run.pruned, key=list(run.adapters.own).index)
-
-
-def fingerprint(run: TaskRun) -> str:
-    """What a run depends on, as one sha256: options, backbone, labels of the data, bank and base."""
-    told = {
-        "config": {key: value for key, value in asdict(run.config).items() if key != "device"},
-        "backbone": run.adapted.backbone.digest,
-        "classes": run.dataset.classes,
-        "targets": [s.targets.tolist() for s in (run.dataset.train, run.dataset.val, run.dataset.test) if s],
-        "given": run.given,
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def stored_bytes(task: Task) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """One task in training: its adapters, head, optimiser and schedule, and the pruning (docs/design.md, section 4)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,9 +14,10 @@ from pear_store import Task
 from pear_store.manifest import manifest_hash, to_manifest
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank, base_adapters
-from pear_train.config import CODE_BITS, TrainConfig
+from pear_train.config import CODE_BITS, DTYPES, TrainConfig
 from pear_train.data import Dataset, Pixels, augment, read_pictures
-from pear_train.errors import ConfigError, DataError
+from pear_train.errors import ConfigError, DivergedError
+from pear_train.finished import Identity, identity
 from pear_train.importance import gradient_scores, magnitude_scores
 from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
 from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
@@ -44,6 +46,12 @@ def preprocess_record(backbone: Backbone, img_size: int | None) -> dict[str, Any
     }
 
 
+def run_identity(config: TrainConfig, backbone: Backbone, dataset: Dataset, given: str | None) -> Identity:
+    """What a run to come depends on. Reads the data."""
+    preprocess = preprocess_record(backbone, config.img_size)
+    return identity(config, backbone.digest, preprocess, dataset.fingerprint, given)
+
+
 class TaskRun:
     """What training one task takes, a batch at a time; who calls computes the features (pear_train/loop.py).
 
@@ -68,9 +76,12 @@ class TaskRun:
         if config.dtype == "auto":
             self.precision = str(fast_precision(self.device)).removeprefix("torch.")
         """Of the forward, float32 or bfloat16; a run that goes on keeps it, whatever is fast where it does."""
+        self.machines = [machine(self.device)]
+        """Where the run went on, in order: with one, the same options and seed give the same bytes there."""
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
         self.given = given_digest(base, bank)
+        self.identity = run_identity(config, adapted.backbone, dataset, self.given)
         self.adapters = self._make_adapters(base).to(self.device)
         self.bank = Bank(bank, adapted, config.activation, cores=config.borrow == "core")
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
@@ -178,17 +189,15 @@ class TaskRun:
         """Moves the weights; at an epoch's end evaluates, prunes, keeps the best. Returns whether an epoch ended.
 
         Raises:
-            DataError: the loss is no number any more.
+            DivergedError: the loss, a weight or a logit is no finite number any more.
         """
+        if not math.isfinite(self.running_loss):
+            raise self._diverged(f"the loss became {self.running_loss} in epoch {self.epoch}")
         self.move()
         self.batch += 1
         if self.batch < self.batches:
             return False
-        if not self.running_loss < float("inf"):
-            raise DataError(
-                f"{self.config.task}: the loss became {self.running_loss}: lower the learning rate, it is "
-                f"{self.config.lr}"
-            )
+        self.check_finite()
         val_top1 = self.accuracy(self.val_pixels)
         self.history.append({"loss": self.running_loss, "train_top1": self.train_top1, "val_top1": val_top1})
         before_pruning = self.pears and self.epoch <= self.config.pruned_after
@@ -208,6 +217,19 @@ class TaskRun:
         nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
         self.optimiser.step()
 
+    def check_finite(self) -> None:
+        """Raises a DivergedError unless all that trains is finite, also in the precision that it is written in."""
+        for name, tensor in self.tensors().items():
+            dtype = self.config.head_dtype if name.startswith("head.") else self.config.tensor_dtype
+            if name.startswith("scale."):
+                dtype = "F32"
+            written = tensor.detach().to(DTYPES.get(dtype, torch.float16))  # codes have scales in float16
+            if not bool(torch.isfinite(written).all()):
+                raise self._diverged(f"after epoch {self.epoch}, {name} is not finite as {dtype}")
+
+    def _diverged(self, found: str) -> DivergedError:
+        return DivergedError(self.config.task, found, self.config.lr)
+
     def _stalled(self) -> int:
         """Epochs since val got better than it had ever been (after pruning)."""
         first = self.config.pruned_after if self.pears else 0
@@ -224,11 +246,17 @@ class TaskRun:
 
     @torch.no_grad()
     def accuracy(self, pixels: Pixels) -> float:
-        """Top-1 of the weights as they are."""
+        """Top-1 of the weights as they are.
+
+        Raises:
+            DivergedError: a logit is not finite, so that the likeliest class means nothing.
+        """
         right = 0
         for rows in in_batches(pixels):
-            predicted = self.head(self.features(pixels, rows)).argmax(1).cpu()
-            right += int((predicted == pixels.targets[rows]).sum())
+            logits = self.head(self.features(pixels, rows))
+            if not bool(torch.isfinite(logits).all()):
+                raise self._diverged(f"after epoch {self.epoch}, logits on val are not finite")
+            right += int((logits.argmax(1).cpu() == pixels.targets[rows]).sum())
         return right / len(pixels)
 
     def features(self, pixels: Pixels, rows: Tensor) -> Tensor:
@@ -253,6 +281,8 @@ class TaskRun:
         config, adapters = self.config, self.adapters
         widths = {position: self.adapted.widths[position] for position in adapters.own}
         self.importance = self._scores()
+        if odd := [position for position, score in self.importance.items() if not math.isfinite(score)]:
+            raise self._diverged(f"after epoch {self.epoch}, the importance of {odd[0]} is {self.importance[odd[0]]}")
         self.pruned = choose_pruned(self.importance, widths, config.ratio)
         similarity = self._similarity() if config.sharing == "similar" else None
         self.sources = choose_sources(config.sharing, self.pruned, self.importance, widths, similarity)
@@ -415,6 +445,14 @@ def given_digest(base: Task | None, bank: Sequence[Task]) -> str | None:
     if base is not None:
         lines.append(f"base {manifest_hash(to_manifest(base)).hex()}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What rounding depends on besides a run's identity: another one may give other bytes."""
+    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cuda":
+        return {**found, "gpu": torch.cuda.get_device_name(device)}
+    return {**found, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def in_batches(pixels: Pixels, size: int = EVAL_BATCH) -> list[Tensor]:

@@ -5,18 +5,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 from pear_store import PearStoreError
 from pear_store.checkpoint import TASK_NAME
-from pear_train.config import TrainConfig
+from pear_train.config import OPTIONS, TrainConfig, check_option
 from pear_train.data.options import DataOptions
 from pear_train.data.text import read_text
 from pear_train.errors import ConfigError, DataError
 
-_OF_DATA = {f.name: f for f in fields(DataOptions)}
-_OF_RUN = {f.name: f for f in fields(TrainConfig) if f.name != "task"}
+DATA_OPTIONS: dict[str, Field[Any]] = {option.name: option for option in fields(DataOptions)}
+"""Every option of the data by its name."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class TaskEntry:
     @classmethod
     def of(cls, task: str, data: str, options: Mapping[str, Any]) -> "TaskEntry":
         """From options of the run and of the data together."""
-        of_data = {name: value for name, value in options.items() if name in _OF_DATA}
-        others = {name: value for name, value in options.items() if name not in _OF_DATA}
+        of_data = {name: value for name, value in options.items() if name in DATA_OPTIONS}
+        others = {name: value for name, value in options.items() if name not in DATA_OPTIONS}
         return cls(TrainConfig(task=task, **others), data, DataOptions(**of_data))
 
 
@@ -53,12 +52,14 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         record = tomllib.loads(read_text(path))
     except (DataError, PearStoreError) as error:
         raise ConfigError(str(error)) from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
+    except ValueError as error:  # wrong TOML, or a number of more digits than Python reads
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
     tasks = record.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')
-    common = checked_options(f"{path}: the options of all tasks", record, _OF_RUN | _OF_DATA)
+    common = checked_options(f"{path}: the options of all tasks", record, OPTIONS | DATA_OPTIONS)
     entries, folded = [], set()
     for name, table in tasks.items():
         where = f"task {name!r}"
@@ -70,10 +71,11 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         if not isinstance(table, dict) or not isinstance(table.get("data"), str):
             raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')
         told = {key: value for key, value in table.items() if key != "data"}
-        options = checked_options(f"{path}: {where}", told, _OF_RUN | _OF_DATA)
+        options = checked_options(f"{path}: {where}", told, OPTIONS | DATA_OPTIONS)
         try:
             beside = path.parent / table["data"]
-            data = str(beside) if beside.exists() else table["data"]
+            named = re.match(r"(torch|hfi?ds|tfds|wds)/", table["data"], re.IGNORECASE)  # as open_dataset takes names
+            data = table["data"] if named and not beside.exists() else str(beside)
             entries.append(TaskEntry.of(name, data, {**given, **common, **options}))
         except ConfigError as error:
             raise ConfigError(f"{path}: {where}: {error}") from None
@@ -81,30 +83,21 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
 
 
 def checked_options(
-    where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]] = _OF_RUN
+    where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]] = OPTIONS
 ) -> dict[str, Any]:
-    """Options by their names as fields, those of TrainConfig by default, each of its field's type.
+    """Options by their names as fields, those of TrainConfig by default, each checked alone.
 
     Raises:
-        ConfigError: beginning with `where`: an option that there is not, or a value of another type.
+        ConfigError: beginning with `where`: an option that there is not, or a value that it does not take.
     """
     found = {}
     for key, value in options.items():
         name = re.sub("-", "_", key)
         if name not in known:
             raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(known)}")
-        allowed = {kind: _TYPES[kind] for kind in _kinds(known[name])}
-        good = any(type(value) in kinds for kinds in allowed.values())
-        if not good:
-            raise ConfigError(f"{where}: {key} = {value!r}: expected {' or '.join(allowed)}")
-        found[name] = float(value) if "float" in allowed else value
+        try:
+            check_option(f"{key} =", known[name], value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        found[name] = value
     return found
-
-
-def _kinds(option: Field[Any]) -> list[str]:
-    """The types of an option's values, by name."""
-    kinds = get_args(option.type) or (option.type,)
-    return [kind.__name__ for kind in kinds if kind is not NoneType]
-
-
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}

@@ -11,6 +11,7 @@ trains on 800 images and reports val of the other 200, never test. What is train
 
 import json
 import sys
+from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from tabulate import tabulate
 from pear_store import PearStoreError, read_checkpoint
 from pear_train import Dataset, Failed, Job, PearTrainError, TrainConfig, train_many
 from pear_train.data.vtab import open_vtab
-from pear_train.record import is_done
+from pear_train.finished import is_finished
+from pear_train.run import run_identity
 from pear_train.tasks import checked_options
 from router import RouterError, load_backbone
 
@@ -65,31 +67,32 @@ def main(
         loaded = load_backbone(backbone, weights)
         out.mkdir(parents=True, exist_ok=True)
 
-        def done(name: str) -> bool:
-            path = out / f"{name}.safetensors"
-            if not is_done(path, configs[name], loaded, name, None):
-                return False
-            return ("together" in read_checkpoint(path).record["training"]["data"]) == (not tune)
-
-        jobs = [
-            Job(configs[name], partial(_open, folder / name, tune), out / f"{name}.safetensors")
-            for name in names if not done(name)
-        ]  # fmt: skip
-        failed = False
+        paths = {name: out / f"{name}.safetensors" for name in names}
+        sources = {name: partial(_open, folder / name, tune) for name in names}
+        done = {
+            name
+            for name in names
+            if is_finished(
+                paths[name],
+                lambda name=name: run_identity(configs[name], loaded, sources[name](), None),
+                overwrite=True,
+            )
+        }
+        jobs = [Job(configs[name], sources[name], paths[name]) for name in names if name not in done]
         for result in train_many(jobs, loaded, together=together):
             if isinstance(result, Failed):
-                failed = True
                 click.echo(f"Error: {result.task}: {result.error}", err=True)
             else:
+                done.add(result.task)
                 click.echo(f"{result.task}: {result.seconds:.0f} s", err=True)
     except (PearTrainError, RouterError, PearStoreError) as error:
         raise click.ClickException(str(error)) from None
-    table = score([name for name in names if done(name)], names, out, "val_top1" if tune else "test_top1")
+    table = score(done, names, out, "val_top1" if tune else "test_top1")
     if as_json:
         click.echo(json.dumps(table))
     else:
         show(table, tune)
-    sys.exit(1 if failed else 0)
+    sys.exit(0 if len(done) == len(set(names)) else 1)
 
 
 def _open(path: Path, tune: bool) -> Dataset:
@@ -107,7 +110,7 @@ def _options(changes: tuple[str, ...]) -> dict[str, Any]:
     return checked_options("--set", found)
 
 
-def score(done: list[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:
+def score(done: Container[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:
     """Top-1 of each task in %, the means of the groups, and their average; None where a task is missing."""
     found: dict[str, Any] = {}
     for name in names:

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from pear_store import Store, read_checkpoint
-from pear_train import ConfigError, DataError, TrainConfig, open_dataset, train
+from pear_train import ConfigError, DivergedError, TrainConfig, open_dataset, train
 from pear_train.cli import main
 from pear_train.data import Dataset
 from pear_train.loop import Job, Step, _Active, _Trainer
@@ -214,8 +214,13 @@ def test_options_that_clash(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_loss_that_explodes_is_said(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="lower the learning rate, it is 1e"):
-        train(config(method="adapters", lr=1e30), backbone, open_dataset(stripes), tmp_path / "t.safetensors")
+    with pytest.raises(DivergedError, match="stripes: training diverged: .*; lower the learning rate, it is 1000"):
+        train(
+            config(method="adapters", lr=1000, weight_decay=1000),
+            backbone,
+            open_dataset(stripes),
+            tmp_path / "t.safetensors",
+        )
     assert not (tmp_path / "t.safetensors").exists()
 
 

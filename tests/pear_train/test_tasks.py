@@ -21,7 +21,7 @@ def test_options_of_the_data_and_any_bytes_before(tmp_path: Path) -> None:
     for start in (b"", b"\xef\xbb\xbf"):
         file.write_bytes(start + TEXT.encode())
         (entry,) = read_tasks(file, {"val_split": "dev", "lr": 0.1})
-        assert (entry.data, entry.config.epochs, entry.config.lr) == ("café", 3, 0.1)
+        assert (entry.data, entry.config.epochs, entry.config.lr) == (str(tmp_path / "café"), 3, 0.1)
         assert entry.data_options == DataOptions(val_split="dev", test_split="none", skip_unreadable=True)
 
 

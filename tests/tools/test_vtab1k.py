@@ -67,7 +67,7 @@ def test_mistakes(layout: Path, tmp_path: Path) -> None:
         (("--tasks", "cifar100"), "cifar100: no such folder: expected VTAB-1k's task"),
         (("--set", "epoch=3"), "--set: unknown option 'epoch': expected one of method"),
         (("--set", "lr=high"), "--set: lr = 'high': expected float"),
-        (("--set", "ratio=2"), "ratio 2.0: expected at least 0 and below 1"),
+        (("--set", "ratio=2"), "ratio = 2: expected at least 0 and below 1"),
     ):
         code, _, err = run(layout, "--out", tmp_path / "out", "--backbone", "pear_tiny", *args)
         assert code == 1 and message in err

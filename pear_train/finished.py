@@ -1,0 +1,213 @@
+"""What lies where a run is to write: the same run's file, another's, or something that is no run's at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from safetensors import SafetensorError, safe_open
+
+from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
+from pear_store.reading import open_regular_file
+from pear_train.config import OPTIONS, TrainConfig
+from pear_train.errors import ConfigError, ResourceError
+
+Identity: TypeAlias = dict[str, Any]
+"""What a run depends on. Runs of equal identities give equal files on one machine."""
+
+STATE_FORMAT = "pear-run/3"
+
+
+def identity(
+    config: TrainConfig, backbone: str, preprocess: Mapping[str, Any], data: str, given: str | None
+) -> Identity:
+    """The identity of a run.
+
+    Args:
+        backbone: the backbone's digest.
+        data: the data set's fingerprint.
+        given: digest of base set and bank, if there are any.
+    """
+    options = {key: value for key, value in asdict(config).items() if key != "device"}
+    told = {**options, "backbone": backbone, "preprocess": dict(preprocess), "data": data, "given": given}
+    plain: Identity = json.loads(json.dumps(told))
+    return plain
+
+
+def fingerprint(run: Identity) -> str:
+    """One sha256 of an identity."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def identity_of(task: Task) -> Identity:
+    """The identity of the run that wrote a task checkpoint; keys that an older Pear did not record are absent."""
+    training = task.record["training"]
+    options = {key: training[key] for key in OPTIONS if key in training and key not in ("device", "importance")}
+    if "importance_score" in training:
+        options["importance"] = training["importance_score"]
+    found = {"task": task.name, **options, "backbone": task.backbone_digest, "preprocess": dict(task.preprocess)}
+    return {**found, **{new: training[key] for new, key in _RECORDED.items() if key in training}}
+
+
+_RECORDED = {"data": "data_fingerprint", "given": "given"}
+_SAID = {
+    "data": "other pictures, classes or splits",
+    "backbone": "another backbone",
+    "preprocess": "pictures read or resized in another way",
+    "given": "another --base or --bank",
+}
+
+
+def differences(there: Identity, now: Identity) -> list[str]:
+    """What of a run differs from the one to come, each in a few words."""
+    found = []
+    for key, wanted in now.items():
+        if key not in there:
+            found.append("no record of its data" if key == "data" else f"no record of its {key.replace('_', ' ')}")
+        elif there[key] != wanted:
+            found.append(_SAID.get(key) or f"{key.replace('_', ' ')} {there[key]} there, {wanted} now")
+    return found
+
+
+def is_finished(out: Path, run: Callable[[], Identity], overwrite: bool = False) -> bool:
+    """Whether the checkpoint at `out` is the one that a run of this identity gives.
+
+    Args:
+        run: gives the identity; asked only where there is something to compare, for it reads the data.
+
+    Raises:
+        ConfigError: another run's checkpoint or interrupted state lies there, and `overwrite` does not allow to replace
+            it: says what differs; or what lies there is no run's at all.
+    """
+    task, state = checkpoint_at(out), state_at(out)
+    if task is None and state is None:
+        return False
+    now = run()
+    if task is not None:
+        different = differences(identity_of(task), now)
+        if not different and "val_top1" not in task.record["metrics"]:
+            different = ["no top-1 on val"]
+        if not different:
+            partial_path(out).unlink(missing_ok=True)  # of a run that was killed between its last two steps
+            return True
+        if not overwrite:
+            raise ConfigError(
+                f"{out}: trained already, but otherwise: {'; '.join(different)}. --overwrite trains again and replaces "
+                "it; another --out keeps both"
+            )
+    if state is not None and not overwrite and (different := differences(state.get("identity", {}), now)):
+        raise ConfigError(
+            f"{partial_path(out)}: the state of an interrupted run, but of another one: {'; '.join(different)}. The "
+            "same command goes on with it; --overwrite begins anew and replaces it"
+        )
+    return False
+
+
+def partial_path(out: Path) -> Path:
+    """Where the state of the run that will write `out` is kept."""
+    return out.with_name(out.name + ".partial")
+
+
+def checkpoint_at(out: Path) -> Task | None:
+    """The task checkpoint that lies where a run is to write one, if any does.
+
+    Raises:
+        ConfigError: something else lies there, which is not replaced.
+    """
+    if not _holds_something(out):
+        return None
+    try:
+        return read_checkpoint(out)
+    except PearStoreError as error:
+        raise ConfigError(
+            f"--out {out}: there is something that is no task checkpoint, and it is not replaced ({error}). Move it "
+            "away, or name another --out"
+        ) from None
+
+
+def state_at(out: Path) -> dict[str, Any] | None:
+    """The record of an interrupted run's state, if there is one beside `out`.
+
+    Raises:
+        ConfigError: something else lies there, which is not replaced.
+    """
+    path = partial_path(out)
+    if not _holds_something(path):
+        return None
+    problem: object = "no state of a run"
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {}).get("run", "{}"))
+        if str(record.get("format")).startswith("pear-run/"):
+            return dict(record)
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        problem = error
+    raise ConfigError(f"{path}: a run keeps its state there, but finds {problem}. Move it away, or name another --out")
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is anything at a path but an empty file; a ConfigError where that is no regular file."""
+    if not os.path.lexists(path) or (path.is_symlink() and not path.exists()):
+        return False
+    try:
+        with open_regular_file(path) as file:
+            return bool(file.read(1))
+    except PearStoreError as error:
+        raise ConfigError(f"--out {error}") from None
+
+
+def check_out(out: Path) -> None:
+    """Checks, before anything is trained, that a run's files can be written: the folder, their names, what lies there.
+
+    Raises:
+        ConfigError: they cannot: says why.
+    """
+    if not out.parent.is_dir():
+        what = "is not a folder" if out.parent.exists() else "does not exist; make it first"
+        raise ConfigError(f"--out {out}: folder {out.parent} {what}")
+    checkpoint_at(out)
+    state_at(out)
+    trial = temporary_path(out)  # the longest of the names
+    try:
+        with open(trial, "wb") as file:
+            file.write(b"\0")
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {out}: folder {out.parent} takes no file: {error.strerror}") from None
+
+
+def rehearse(out: Path, task: Task) -> Task:
+    """A task as it comes back from a file beside `out`, which is removed. At `out` it would say that the run is done.
+
+    Raises:
+        PearStoreError: the disk or the record does not allow it.
+    """
+    looked_at = out.with_name(f".{out.name}.evaluated")
+    try:
+        write_checkpoint(looked_at, task)
+        return read_checkpoint(looked_at)
+    finally:
+        looked_at.unlink(missing_ok=True)
+
+
+def temporary_path(out: Path) -> Path:
+    """Where a run's state is written before it replaces the last one."""
+    return out.with_name(f".{partial_path(out).name}.tmp")
+
+
+def check_room(out: Path, needed_bytes: int) -> None:
+    """Checks that the disk has room.
+
+    Raises:
+        ResourceError: it has not.
+    """
+    free_bytes = shutil.disk_usage(out.parent).free
+    if free_bytes < needed_bytes:
+        raise ResourceError(
+            f"{out.parent}: a run keeps up to {needed_bytes:,} bytes there, and the disk has {free_bytes:,} free: make "
+            "room, or name another --out"
+        )
