@@ -1,6 +1,7 @@
 """The pear-train command: a thin twin of :func:`pear_train.train` and :func:`pear_train.train_many`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -143,7 +144,7 @@ def main(
     results: list[Result | Failed] = []
     kept: set[str] = set()
     try:
-        if out.is_dir() != many and out.exists():
+        if os.path.isdir(out) != many and os.path.exists(out):
             raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
         if tasks_file is not None:
             entries = read_tasks(tasks_file, options)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -151,7 +152,7 @@ def state_at(out: Path) -> dict[str, Any] | None:
 
 def _holds_something(path: Path) -> bool:
     """Whether there is anything at a path but an empty file; a ConfigError where that is no regular file."""
-    if not os.path.lexists(path) or (path.is_symlink() and not path.exists()):
+    if not os.path.exists(path):  # nothing, or a link to nothing
         return False
     try:
         with open_regular_file(path) as file:
@@ -166,9 +167,14 @@ def check_out(out: Path) -> None:
     Raises:
         ConfigError: they cannot: says why.
     """
-    if not out.parent.is_dir():
-        what = "is not a folder" if out.parent.exists() else "does not exist; make it first"
-        raise ConfigError(f"--out {out}: folder {out.parent} {what}")
+    try:
+        folder = stat.S_ISDIR(os.stat(out.parent).st_mode)
+    except FileNotFoundError:
+        raise ConfigError(f"--out {out}: folder {out.parent} does not exist; make it first") from None
+    except OSError as error:
+        raise ConfigError(f"--out {out}: folder {out.parent} cannot be used: {error.strerror}") from None
+    if not folder:
+        raise ConfigError(f"--out {out}: {out.parent} is no folder")
     checkpoint_at(out)
     state_at(out)
     trial = temporary_path(out)  # the longest of the names

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from pear_store import PearStoreError, read_checkpoint
 from pear_train import Dataset, Failed, Job, PearTrainError, TrainConfig, train_many
 from pear_train.data.vtab import open_vtab
-from pear_train.finished import is_finished
+from pear_train.finished import Identity, is_finished
 from pear_train.run import run_identity
 from pear_train.tasks import checked_options
 from router import RouterError, load_backbone
@@ -69,15 +69,11 @@ def main(
 
         paths = {name: out / f"{name}.safetensors" for name in names}
         sources = {name: partial(_open, folder / name, tune) for name in names}
-        done = {
-            name
-            for name in names
-            if is_finished(
-                paths[name],
-                lambda name=name: run_identity(configs[name], loaded, sources[name](), None),
-                overwrite=True,
-            )
-        }
+
+        def now(name: str) -> Identity:
+            return run_identity(configs[name], loaded, sources[name](), None)
+
+        done = {name for name in names if is_finished(paths[name], partial(now, name), overwrite=True)}
         jobs = [Job(configs[name], sources[name], paths[name]) for name in names if name not in done]
         for result in train_many(jobs, loaded, together=together):
             if isinstance(result, Failed):
