@@ -147,7 +147,7 @@ def train_many(
             try:
                 trainer = trainer or _Trainer(backbone, job.config)
                 with _memory_named(job.config.task):
-                    active.append(trainer.start(job, base, bank, say or (lambda line: None)))
+                    active.append(trainer.start(job, base, bank, say))
             except errors as error:
                 yield Failed(job.config.task, str(error))
         if not active:
@@ -234,7 +234,9 @@ class _Trainer:
         self.device = open_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.adapted = AdaptedBackbone(backbone, self.device, torch.float32, for_training=True)
 
-    def start(self, job: Job, base: Task | None, bank: Sequence[Task], say: Callable[[str], None]) -> _Active:
+    def start(
+        self, job: Job, base: Task | None, bank: Sequence[Task], say: Callable[[str], None] | None = None
+    ) -> _Active:
         """A run at its beginning, or where it was interrupted; checks that its end will have what it needs."""
         began = time.perf_counter()
         check_out(job.out)
@@ -244,7 +246,7 @@ class _Trainer:
             job.out, to_task(run, {})
         )  # the record, labels and all, and the file itself are found good or refused now
         here = run.machines
-        if resume_partial(run, job.out):
+        if resume_partial(run, job.out) and say is not None:
             say(f"{job.config.task}: goes on after epoch {run.epoch - 1} of {job.config.epochs}")
             if run.machines != here:
                 say(
