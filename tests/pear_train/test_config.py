@@ -15,7 +15,8 @@ NUMBERS = [name for name, option in OPTIONS.items() if set(kinds(option)) & {"in
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_number_may_be_nonsense(name: str) -> None:
-    for value in (float("nan"), float("inf"), -float("inf"), -(2**70), 10**30, 10**5000, True, "3", [1]):
+    values: list[Any] = [float("nan"), float("inf"), -float("inf"), -(2**70), 10**30, 10**5000, True, "3", [1]]
+    for value in values:
         with pytest.raises(ConfigError, match=f"^{name.replace('_', ' ')} .*: expected ") as raised:
             TrainConfig(task="t", **{name: value})
         assert len(str(raised.value)) < 200
@@ -23,7 +24,8 @@ def test_no_number_may_be_nonsense(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_takes_another_type(name: str) -> None:
-    for value in ({}, b"x", 1j, "\x1b[2J" * 1000):
+    values: list[Any] = [{}, b"x", 1j, "\x1b[2J" * 1000]
+    for value in values:
         if not (isinstance(value, str) and kinds(OPTIONS[name]) == ["str"] and name in ("positions", "device")):
             with pytest.raises(ConfigError) as raised:
                 TrainConfig(task="t", **{name: value})
@@ -31,8 +33,9 @@ def test_no_option_takes_another_type(name: str) -> None:
 
 
 def test_what_the_issue_named() -> None:
-    for name, value in (("lr", float("inf")), ("epochs", 10**30), ("rank", 2**40), ("seed", -1), ("warmup", 2.0),
-                        ("scale", 0.0), ("weight_decay", -1.0), ("img_size", 0), ("borrowed_scale", 1e30)):  # fmt: skip
+    nonsense: dict[str, Any] = {"lr": float("inf"), "epochs": 10**30, "rank": 2**40, "seed": -1, "warmup": 2.0,
+                                "scale": 0.0, "weight_decay": -1.0, "img_size": 0, "borrowed_scale": 1e30}  # fmt: skip
+    for name, value in nonsense.items():
         with pytest.raises(ConfigError, match=name.replace("_", " ")):
             TrainConfig(task="t", **{name: value})
     with pytest.raises(ConfigError, match="task name '../t': expected up to 100 letters"):
