@@ -732,7 +732,7 @@ def test_the_commands_take_the_limit(tmp_path: Path) -> None:
         for i in range(4):
             Image.fromarray(noise(8, 8)).save(path / name / f"{i}.png")
     data = open_dataset(str(path), options=DataOptions(max_pixels=63))
-    with pytest.raises(ImageError, match=r"8 x 8 pixels, the limit is 63: .* --max-pixels"):
+    with pytest.raises(ImageError, match=r"8 x 8 pixels, the limit is 63: .*--max-pixels"):
         Preprocess(preprocess_record(load_backbone("pear_tiny"), None), data.limits).pixels(data.train.image(0))
     with pytest.raises(ConfigError, match="max pixels 0"):
         DataOptions(max_pixels=0)
