@@ -81,6 +81,14 @@ class NameTakenError(PearStoreError):
         self.name, self.taken = name, taken
 
 
+class OutOfNumbersError(PearStoreError):
+    """A task that had version 2^32 - 1, the last one there can be."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"task {name!r} has used up its version numbers, the last is {2**32 - 1}; use another name")
+        self.name = name
+
+
 class FormatError(PearStoreError):
     exit_code = 8
 

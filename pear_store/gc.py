@@ -109,10 +109,9 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         DamagedError: an index row cannot be trusted, so nothing may be called dead.
     """
     count = view.next_number()
-    try:
-        marked = Marked(bytearray(count))
-    except MemoryError:
-        raise DamagedError("the index's count of numbers", f"no memory for {count} marks") from None
+    if count > max(_MARKS, _NUMBERS_A_ROW * (view.count("tensors") + view.count("manifests"))):
+        raise DamagedError("the index's count of numbers", f"{count} is far beyond what is stored")
+    marked = Marked(bytearray(count))
     marks, packs = marked.marks, marked.packs
     for pack, value in view.every("packs"):
         packs[pack] = PackUse(PackRow.decode(pack, value))
@@ -127,6 +126,7 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         return packs[pack]
 
     manifests = array("I")
+    seen: set[bytes] = set()
     newest: dict[bytes, bytes] = {}
     recorded = marked.recorded
     for key, value in view.every("versions"):
@@ -140,6 +140,9 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
         found = view.get("manifests", manifest_hash)
         if found is None:
             raise DamagedError(f"manifest of version {'@'.join(map(str, parse_version_key(key)))}", "missing")
+        if manifest_hash in seen:
+            continue
+        seen.add(manifest_hash)
         manifest = ManifestRow.decode(manifest_hash, found)
         manifests.append(manifest.number)
         try:
@@ -183,6 +186,8 @@ def mark(view: View, dropped: frozenset[bytes] = frozenset()) -> Marked:
     return marked
 
 
+_MARKS, _NUMBERS_A_ROW = 1 << 28, 1000
+"""So many numbers are believed, or so many for each tensor and manifest; a mark is a byte"""
 TENSOR, MANIFEST = 1, 2
 """What a mark says of a number that a version needs"""
 
@@ -227,10 +232,13 @@ def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, in
     """Removes versions' rows and records that in packs; returns the packs it placed."""
     packs: list[WrittenPack] = []
     rest = sorted(found)
+    manifests: dict[tuple[str, int], bytes] = {}
+    commit = view.next_commit()
     for task, number in rest:
         key = version_key(task, number)
         row = version_row(view, task, number)
         assert row is not None
+        manifests[task, number] = row.manifest
         view.delete("versions", key)
         view.put("removed", key, RemovedRow(row.pack, row.pack).encode(key))
     for task in {task for task, _ in rest}:
@@ -240,8 +248,8 @@ def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, in
         newest = parse_version_key(last[0])[1] if last else 0
         view.put("names", name_key(task), NameRow(task, newest, known.highest, known.pack).encode(name_key(task)))
     for start in range(0, len(rest), RECORDS_A_PACK):
-        records = Records(removed=rest[start : start + RECORDS_A_PACK])
-        packs.append(write_pack(opened.path, {}, records))
+        records = Records(removed=rest[start : start + RECORDS_A_PACK], removed_manifests=manifests)
+        packs.append(write_pack(opened.path, {}, records, commit))
         opened.enter(view, packs[-1], records, {})
     return packs
 
@@ -347,6 +355,15 @@ def set_aside(path: Path, packs: Iterable[bytes]) -> None:
             folder.rename(name, name, damaged)
             damaged.sync()
             folder.sync()
+
+
+def keep_copy(path: Path, pack: bytes) -> None:
+    """Keeps a pack in damaged/, too."""
+    name = pack_path(path, pack).name
+    with open_folder(path, "packs", name[:2]) as folder, open_folder(path, "damaged", create=True) as damaged:
+        with suppress(FileExistsError):
+            folder.link(name, name, damaged)
+        damaged.sync()
 
 
 def clear_tmp(path: Path) -> list[str]:
@@ -509,6 +526,7 @@ class Contents:
         self.records.removed += other.records.removed
         self.records.tags += other.records.tags
         self.records.highest.update(other.records.highest)
+        self.records.removed_manifests.update(other.records.removed_manifests)
 
 
 def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Contents:
@@ -543,7 +561,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Co
 
 def move(opened: OpenStore, view: View, contents: Contents) -> WrittenPack:
     """Writes contents into a new pack and points the index there."""
-    written = write_pack(opened.path, contents.tensors, contents.records)
+    written = write_pack(opened.path, contents.tensors, contents.records, view.next_commit())
     opened.enter(view, written, contents.records, contents.numbers, contents.tensors)
     for version in contents.records.versions:
         key = version_key(version.task, version.version)

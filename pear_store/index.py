@@ -8,7 +8,7 @@
     names      case-folded task               -> NameRow
     tags       task, NUL, tag                 -> TagRow
     removed    task, NUL, big-endian number   -> RemovedRow
-    meta       format, id, next_number
+    meta       format, id, next_number, commit
 
 Rows are little-endian structs that end with a CRC32 of key and row, because LMDB pages have no checksum (a manifest's
 has one of its numbers; its bytes are checked against their hash). Only the format has none: other text is refused. A
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import lmdb
 
+from pear_store.commit import Commit
 from pear_store.digest import ITEM_BYTES, fresh_name
 from pear_store.directory import check_index, open_folder
 from pear_store.errors import AccessError, DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
@@ -46,6 +47,8 @@ _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
 _LOCK_BYTES = 128 << 10  # a header and 64 bytes for each of 1,024 readers
 _MANIFEST_BYTES = 8 << 20  # more than any manifest that add accepts
+_MOST_HEADS = 64
+"""Packs that a commit follows; more than one only where several processes add at once"""
 T = TypeVar("T")
 
 
@@ -555,6 +558,21 @@ class View:
 
     def put_meta(self, key: bytes, body: bytes) -> None:
         self.put("meta", key, _sealed(key, body))
+
+    def next_commit(self) -> Commit:
+        """What a commit after all that this view sees is."""
+        body = self.meta(b"commit")
+        packs = tuple(body[at : at + 32] for at in range(8, len(body), 32))
+        return Commit(self.meta(b"id").decode("ascii", "replace"), int.from_bytes(body[:8], "little") + 1, packs)
+
+    def enter_commit(self, pack: bytes, commit: Commit) -> None:
+        """Makes a pack one that the next commit follows, in the place of those that it follows itself. What another
+        process wrote meanwhile stays, for nothing follows that yet."""
+        now = self.next_commit()
+        self.put_commit(max(now.number - 1, commit.number), [p for p in now.after if p not in commit.after] + [pack])
+
+    def put_commit(self, number: int, packs: Sequence[bytes]) -> None:
+        self.put_meta(b"commit", number.to_bytes(8, "little") + b"".join(packs[-_MOST_HEADS:]))
 
     def seal_meta(self) -> None:
         """Makes an index of format 3 one of format 4.

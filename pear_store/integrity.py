@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from pear_store.index import (
     parse_tag_key,
     parse_version_key,
 )
-from pear_store.manifest import manifest_hash, to_manifest
+from pear_store.manifest import manifest_digests, manifest_hash, to_manifest
 from pear_store.opened import OpenStore, is_store
 from pear_store.pack import (
     PackedTag,
@@ -351,7 +351,11 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
     """Checks that a manifest's numbers are those of the tensors that it names; returns the tensors' bytes. `known` are
     numbers and lengths looked up before."""
     numbers, size = set(), 0
-    for name in tensor_names(json.loads(manifest)):
+    try:
+        names = manifest_digests(manifest)
+    except ValueError:
+        raise DamagedError(f"manifest {key.hex()}", "it is no task's record") from None
+    for name in names:
         found = known.get(name)
         if found is None:
             value = view.get("tensors", from_digest(Digest(name)))
@@ -433,11 +437,13 @@ def _hit(view: View, digests: set[Digest]) -> list[Damage]:
     rows = ((digest, view.get("tensors", from_digest(digest))) for digest in digests)
     numbers = {TensorRow.peek(row).number: digest for digest, row in rows if row is not None}
     hit: dict[Digest, list[str]] = {}
+    known: dict[bytes, list[int]] = {}
     for key, value in view.rows("versions"):
         manifest = VersionRow.decode(key, value).manifest
-        for number in numbers.keys() & set(
-            ManifestRow.decode(manifest, view.get("manifests", manifest) or b"").tensors
-        ):
+        if manifest not in known:
+            tensors = ManifestRow.decode(manifest, view.get("manifests", manifest) or b"").tensors
+            known[manifest] = [number for number in tensors if number in numbers]
+        for number in known[manifest]:
             hit.setdefault(numbers[number], []).append("{}@{}".format(*parse_version_key(key)))
     return [_damage(digest, versions) for digest, versions in sorted(hit.items())]
 
@@ -468,9 +474,12 @@ def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Rep
         except DamagedError:
             records, problems = Records(), ["record"]
             header = bare_header(file)
-        for version in records.versions:
-            for name in tensor_names(json.loads(version.manifest)):
-                needs.setdefault(name, []).append(f"{version.task}@{version.version}")
+        for manifest, named in _by_manifest(records).items():
+            try:
+                for digest in manifest_digests(manifest):
+                    needs.setdefault(digest, []).extend(named)
+            except ValueError:
+                problems.append("manifest")
         if problems:
             report.damaged_packs.append(file.stem)
         if header is None or not (PACK_NAME.fullmatch(file.name) and _is_in(bytes.fromhex(file.stem), subset)):
@@ -486,6 +495,13 @@ def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Rep
                     (good if found == from_digest(Digest(name)) else bad).add(name)
     report.damaged = [_damage(name, needs[name]) for name in sorted((bad - good) & set(needs))]
     return report
+
+
+def _by_manifest(records: Records) -> dict[bytes, list[str]]:
+    found: dict[bytes, list[str]] = {}
+    for version in records.versions:
+        found.setdefault(version.manifest, []).append(f"{version.task}@{version.version}")
+    return found
 
 
 # ---- repair -------------------------------------------------------------------------------------
@@ -523,6 +539,12 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
     result.healed = sorted(healed)
     result.missing = [d for d in [*report.damaged, *report.damaged_manifests] if d.digest not in healed]
     return result
+
+
+def rewrite_packs(path: Path, packs: Iterable[bytes]) -> None:
+    """Writes packs anew, which then record what the index says of them."""
+    with closing(OpenStore(path)) as opened:
+        _rewrite(opened, Report(damaged_packs=[pack.hex() for pack in packs]), {}, {})
 
 
 def _good_copies(
@@ -648,7 +670,7 @@ def _records_in(view: View, hit: set[bytes], stays: set[bytes]) -> Records:
             manifest = ManifestRow.manifest_of(found) if found else b""
             if manifest_hash(manifest) == row.manifest:
                 task, number = parse_version_key(key)
-                records.versions.append(PackedVersion(task, number, row.time_ns, manifest))
+                records.versions.append(PackedVersion(task, number, row.time_ns, manifest, 0))
             else:
                 stays.add(row.pack)
     for key, value in view.rows("names"):

@@ -6,14 +6,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from pear_store.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
-from pear_store.digest import RawTensor
+from pear_store.container import strict_json
+from pear_store.digest import Digest, RawTensor, is_digest
 
 
 def to_manifest(task: Task) -> bytes:
     """The canonical manifest bytes; equal tasks give equal bytes, whatever their tensors are called."""
-    record = map_tensor_names(task.record, lambda name: task.tensors[name].digest)
+    return dump_manifest(map_tensor_names(task.record, lambda name: task.tensors[name].digest))
+
+
+def dump_manifest(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
+
+
+def manifest_digests(manifest: bytes) -> list[Digest]:
+    """The digests of the tensors that a manifest names, in order.
+
+    Raises:
+        ValueError: it is no manifest.
+    """
+    try:
+        names = tensor_names(strict_json(manifest))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("no task's record") from None
+    if not all(map(is_digest, names)):
+        raise ValueError("it names what is no digest")
+    return [Digest(name) for name in sorted(names)]
 
 
 def manifest_hash(manifest: bytes) -> bytes:

@@ -207,6 +207,7 @@ class OpenStore:
         for tag in records.tags:
             key = tag_key(tag.task, tag.tag)
             view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack.hash).encode(key))
+        view.enter_commit(pack.hash, pack.commit)
         place_pack(self.path, pack)
         return rows
 

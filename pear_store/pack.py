@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
+from pear_store.commit import NO_COMMIT, Commit
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
 from pear_store.digest import Digest, RawTensor, begin_digest, fresh_name
 from pear_store.directory import FAN_NAME, INTENT_NAME, PACK_NAME, Folder, open_folder
@@ -29,12 +30,14 @@ FORMAT = "pear-pack/1"
 
 @dataclass(frozen=True)
 class PackedVersion:
-    """A version of a task; time in nanoseconds since the epoch, manifest as its bytes."""
+    """A version of a task; time in nanoseconds since the epoch, manifest as its bytes; the number of the commit that
+    added it, if it was moved here since (0: unknown)."""
 
     task: str
     version: int
     time_ns: int
     manifest: bytes
+    moved_from: int | None = None
 
     @cached_property
     def hash(self) -> bytes:
@@ -59,6 +62,10 @@ class Records:
     removed: list[tuple[str, int]] = field(default_factory=list)
     tags: list[PackedTag] = field(default_factory=list)
     highest: dict[str, int] = field(default_factory=dict)
+    removed_manifests: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    """Of versions removed, where it is known"""
+    commit: Commit = NO_COMMIT
+    """As read from a pack"""
 
     def highest_numbers(self) -> dict[str, int]:
         """The highest number of each task that anything in here names."""
@@ -81,6 +88,7 @@ class WrittenPack:
     tensor_bytes: int
     places: Mapping[Digest, Place]
     wait_synced: Callable[[], None]
+    commit: Commit
 
 
 def pack_path(root: Path, pack: bytes) -> Path:
@@ -105,24 +113,30 @@ def find_packs(root: Path, foreign: list[str]) -> Iterator[bytes]:
                             foreign.append(str(folder.path / name))
 
 
-def pack_metadata(records: Records) -> dict[str, str]:
+def pack_metadata(records: Records, commit: Commit) -> dict[str, str]:
     """The pack's `__metadata__`: the record, its checksum, and each manifest under its hash."""
-    metadata = {hashlib.sha256(v.manifest).hexdigest(): v.manifest.decode("utf-8") for v in records.versions}
+    metadata = {v.hash.hex(): v.manifest.decode("utf-8") for v in records.versions}
     record: dict[str, Any] = {
         "format": FORMAT,
         "id": fresh_name(),  # no two packs are one file, so that a healed tensor never lands where a damaged one was
+        "store": commit.store,
+        "commit": commit.number,
+        "after": [pack.hex() for pack in commit.after],
         "versions": [
             {
                 "task": v.task,
                 "version": v.version,
                 "time_ns": v.time_ns,
-                "manifest": hashlib.sha256(v.manifest).hexdigest(),
+                "manifest": v.hash.hex(),
+                **({} if v.moved_from is None else {"commit": v.moved_from}),
             }
             for v in records.versions
         ],
     }
     if records.removed:
         record["removed"] = [list(one) for one in records.removed]
+        manifests = (records.removed_manifests.get(one) for one in records.removed)
+        record["removed_manifests"] = [manifest and manifest.hex() for manifest in manifests]
     if records.tags:
         record["tags"] = [vars(tag) for tag in records.tags]
     if records.highest:
@@ -131,15 +145,17 @@ def pack_metadata(records: Records) -> dict[str, str]:
     return {"pear": text, "pear.sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(), **metadata}
 
 
-def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records) -> WrittenPack:
+def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records, commit: Commit) -> WrittenPack:
     """Writes a pack into the store's tmp/, where it is synced while the caller goes on (:func:`place_pack` waits)."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
-    head, places = lay_out(named, pack_metadata(records))
+    head, places = lay_out(named, pack_metadata(records, commit))
     with open_folder(root, "tmp", create=True) as tmp:
-        return _write_pack(tmp, named, head, places)
+        return _write_pack(tmp, named, head, places, commit)
 
 
-def _write_pack(tmp: Folder, named: Mapping[str, RawTensor], head: bytes, places: Mapping[str, Place]) -> WrittenPack:
+def _write_pack(
+    tmp: Folder, named: Mapping[str, RawTensor], head: bytes, places: Mapping[str, Place], commit: Commit
+) -> WrittenPack:
     name = f"{fresh_name()}.safetensors"
     state = hashlib.sha256()
     size = 0
@@ -154,7 +170,7 @@ def _write_pack(tmp: Folder, named: Mapping[str, RawTensor], head: bytes, places
         pack = WrittenPack(
             tmp.path / f"{state.hexdigest()}.safetensors", state.digest(), size,
             sum(tensor.size_bytes for tensor in named.values()),
-            {Digest(name): place for name, place in places.items()}, sync.wait,
+            {Digest(name): place for name, place in places.items()}, sync.wait, commit,
         )  # fmt: skip
         tmp.rename(name, pack.path.name)
     except BaseException:
@@ -369,12 +385,13 @@ def read_records(path: Path) -> tuple[Header, Records, list[str]]:
     except OSError as error:
         raise DamagedError(f"pack {path.stem}", f"it cannot be read: {error.strerror}") from None
     text = header.metadata.get("pear", "")
-    if hashlib.sha256(text.encode("utf-8")).hexdigest() != header.metadata.get("pear.sha256"):
-        raise DamagedError(f"pack {path.stem}", "its record does not match its checksum")
     try:
-        records, problems = _parse(strict_json(text), header.metadata)
+        sound = hashlib.sha256(text.encode("utf-8")).hexdigest() == header.metadata.get("pear.sha256")
+        records, problems = _parse(strict_json(text), header.metadata) if sound else (Records(), [])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"pack {path.stem}", "its record is not as 'pear-pack/1' is") from None
+    if not sound:
+        raise DamagedError(f"pack {path.stem}", "its record does not match its checksum")
     return header, records, problems
 
 
@@ -388,28 +405,55 @@ def bare_header(file: Path) -> Header | None:
 
 
 def _parse(record: Any, metadata: Mapping[str, str]) -> tuple[Records, list[str]]:
+    """The records, and what of them is damaged; a ValueError, KeyError, TypeError or AttributeError, if it is none."""
     if record["format"] != FORMAT:
         raise ValueError
-    found, problems = Records(), []
+    found, problems = Records(commit=_commit(record)), []
+    manifests: dict[str, bytes] = {}  # many versions may name one
     for entry in record["versions"]:
-        manifest = metadata.get(entry["manifest"], "").encode("utf-8")
-        if hashlib.sha256(manifest).hexdigest() != entry["manifest"]:
-            problems.append(f"manifest of version {entry['task']}@{entry['version']}")
-            found.highest[_task(entry["task"])] = max(
-                _number(entry["version"]), found.highest.get(entry["task"], 0)
-            )  # the number stays used
-            continue
-        version = PackedVersion(_task(entry["task"]), _number(entry["version"]), int(entry["time_ns"]), manifest)
-        found.versions.append(version)
+        task, number, name = _task(entry["task"]), _number(entry["version"]), entry["manifest"]
+        if name not in manifests:
+            manifest = metadata.get(name, "").encode("utf-8", "replace")
+            manifests[name] = manifest if hashlib.sha256(manifest).hexdigest() == name else b""
+        if manifests[name]:
+            moved_from = _count(entry["commit"]) if "commit" in entry else None
+            version = PackedVersion(task, number, _count(entry["time_ns"]), manifests[name], moved_from)
+            version.__dict__["hash"] = bytes.fromhex(name)
+            found.versions.append(version)
+        else:
+            problems.append(f"manifest of version {task}@{number}")
+            found.highest[task] = max(number, found.highest.get(task, 0))  # it stays used
     found.removed = [(_task(task), _number(number)) for task, number in record.get("removed", [])]
+    for one, text in zip(found.removed, record.get("removed_manifests", ()), strict=False):
+        if text is not None:
+            found.removed_manifests[one] = _hash(text)
     for entry in record.get("tags", []):
         if not TAG_NAME.fullmatch(entry["tag"]):
             raise ValueError
-        number = None if entry["version"] is None else _number(entry["version"])
-        found.tags.append(PackedTag(_task(entry["task"]), entry["tag"], number, int(entry["time_ns"])))
+        tagged = None if entry["version"] is None else _number(entry["version"])
+        found.tags.append(PackedTag(_task(entry["task"]), entry["tag"], tagged, _count(entry["time_ns"])))
     for task, number in record.get("highest", {}).items():
         found.highest[_task(task)] = max(_number(number), found.highest.get(task, 0))
     return found, problems
+
+
+def _commit(record: Any) -> Commit:
+    store, number, after = record.get("store", ""), record.get("commit", 0), record.get("after", [])
+    if not (isinstance(store, str) and len(store) <= 64 and store.isascii() and isinstance(after, list)):
+        raise ValueError
+    return Commit(store, _count(number), tuple(map(_hash, after)))
+
+
+def _hash(value: Any) -> bytes:
+    if not (isinstance(value, str) and len(value) == 64):
+        raise ValueError
+    return bytes.fromhex(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError
+    return value
 
 
 def _task(value: Any) -> str:

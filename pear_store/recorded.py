@@ -6,7 +6,7 @@ No such pack is ever deleted.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pear_store.digest import Digest, from_digest, is_digest
@@ -143,12 +143,13 @@ def count_rows(view: View) -> Counter[bytes]:
 
 
 def rows_of(view: View, pack: bytes, records: Records) -> Records:
-    """Those of a pack's records that a row names this pack for, each as the row says it."""
-    current = Records()
+    """Those of a pack's records that a row names this pack for, as another pack would record them."""
+    current = Records(removed_manifests=records.removed_manifests)
     for version in records.versions:
         row = version_row(view, version.task, version.version)
         if row is not None and (row.pack, row.manifest, row.time_ns) == (pack, version.hash, version.time_ns):
-            current.versions.append(version)
+            moved_from = records.commit.number if version.moved_from is None else version.moved_from
+            current.versions.append(replace(version, moved_from=moved_from))
     for task, number in records.removed:
         value = view.get("removed", key := version_key(task, number))
         if value is not None and RemovedRow.decode(key, value).pack == pack:

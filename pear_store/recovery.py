@@ -4,13 +4,15 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pear_store.checkpoint import tensor_names
+from pear_store.checkpoint import check_record
+from pear_store.commit import NO_COMMIT, Commit
 from pear_store.digest import Digest, from_digest, is_digest
 from pear_store.directory import open_folder, require_packs, store_path
-from pear_store.errors import DamagedError, from_os_error
+from pear_store.errors import CheckpointError, DamagedError, from_os_error
+from pear_store.gc import keep_copy, set_aside
 from pear_store.index import (
     NO_PACK,
     ManifestRow,
@@ -30,9 +32,20 @@ from pear_store.index import (
     version_key,
     write_lock,
 )
-from pear_store.manifest import manifest_hash
-from pear_store.opened import name_row
-from pear_store.pack import PackReader, Records, bare_header, open_pack, pack_path, read_records
+from pear_store.integrity import rewrite_packs
+from pear_store.manifest import dump_manifest, manifest_digests, manifest_hash
+from pear_store.opened import name_row, version_row
+from pear_store.pack import (
+    PackedVersion,
+    PackReader,
+    Records,
+    bare_header,
+    find_unfinished,
+    open_pack,
+    pack_path,
+    read_records,
+    unlink_written,
+)
 
 
 @dataclass
@@ -60,53 +73,140 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
     path = store_path(path)
     require_packs(path)
     result = Rebuilt()
+    found = _Found()
     try:
         with write_lock(path), open_folder(path) as store:
+            _set_aside_unfinished(path, result, found)
             store.remove_index("index.new")
             store.remove_index("index.build")
             with store.folder("index.build", create=True), store.folder("tmp", create=True):
                 index = open_index(path / "index.build", create=True)
             try:
-                index.fill(lambda view: _fill(view, path, result, progress))
+                index.fill(lambda view: _fill(view, path, result, found, progress))
             finally:
                 release_index(index)
             with store.folder("index.build") as built:
                 built.sync()
             store.rename("index.build", "index.new")
+            store.sync()  # after each: a disk may else keep the second renaming and lose the first
             with suppress(FileNotFoundError):
                 old = f"index.old-{time.time_ns()}"
                 store.rename("index", old)  # a link, too: what it leads to is not touched
+                store.sync()
                 result.old_index = str(path / old)
             store.rename("index.new", "index")
             store.sync()
+        if found.contradicted:
+            rewrite_packs(path, found.contradicted)
     except OSError as error:
         raise from_os_error(error, path) from None
     return result
 
 
-def _fill(view: View, path: Path, result: Rebuilt, progress: Callable[[int, int], None]) -> None:
-    files = sorted((path / "packs").glob("*/*.safetensors"))
+@dataclass(frozen=True)
+class _Candidate:
+    """A version that a pack records. Of two of one number, the greater one keeps it: the one that is known to have been
+    acknowledged, else the one of the later commit. Time and hash only make the order one and the same for all."""
+
+    acknowledged: bool
+    commit: int
+    time_ns: int
+    manifest: bytes
+    pack: bytes
+
+    @property
+    def rank(self) -> tuple[bool, int, int, bytes, bytes]:
+        return self.acknowledged, self.commit, self.time_ns, self.manifest, self.pack
+
+
+@dataclass
+class _Found:
+    """What the packs record beside the rows made so far. `contested` are versions whose number another one has."""
+
+    followed: set[bytes] = field(default_factory=set)
+    """Packs that a later commit names: theirs were acknowledged"""
+    commits: dict[bytes, Commit] = field(default_factory=dict)
+    contested: dict[tuple[str, int], list[VersionRow]] = field(default_factory=dict)
+    removed: dict[tuple[str, int], set[bytes | None]] = field(default_factory=dict)
+    """The manifests of removed versions; None: whatever had the number"""
+    tags: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
+    contradicted: set[bytes] = field(default_factory=set)
+    """Packs that record a version under a number that another one keeps: they are written anew"""
+    refused: dict[bytes, str] = field(default_factory=dict)
+    """What is wrong with manifests that no store accepts"""
+    unsure: set[bytes] = field(default_factory=set)
+    """Packs whose commit may never have come"""
+
+    def clear(self) -> None:
+        """Forgets all but `unsure`: the index is filled again, with more space."""
+        for kept in (
+            self.followed,
+            self.commits,
+            self.contested,
+            self.removed,
+            self.tags,
+            self.contradicted,
+            self.refused,
+        ):
+            kept.clear()
+
+    def candidate(self, row: VersionRow) -> _Candidate:
+        """A row whose place for the bytes holds the commit and whether it was moved, until the bytes are known."""
+        moved, commit = row.size_bytes & 1, row.size_bytes >> 1
+        return _Candidate(bool(moved) or row.pack in self.followed, commit, row.time_ns, row.manifest, row.pack)
+
+
+def _set_aside_unfinished(path: Path, result: Rebuilt, found: _Found) -> None:
+    """Moves packs whose commit never came into damaged/: nobody was promised them. The old index tells, if it can be
+    read."""
+    unfinished = find_unfinished(path)
+    if not unfinished:
+        return
+    import subprocess  # here, as in pear_store.integrity; a damaged index can kill its reader
+    import sys
+
+    run = (
+        "import sys; from pathlib import Path; from pear_store.opened import OpenStore; path, *packs = sys.argv[1:]\n"
+        "with OpenStore(Path(path)).read() as view:\n"
+        "    print(*[pack for pack in packs if view.get('packs', bytes.fromhex(pack)) is None])"
+    )
+    names = [pack.hex() for pack in unfinished]
+    done = subprocess.run([sys.executable, "-c", run, str(path.resolve()), *names], capture_output=True, text=True)
+    if done.returncode:
+        found.unsure = set(unfinished)
+        return
+    never = [bytes.fromhex(name) for name in done.stdout.split()]
+    set_aside(path, never)
+    unlink_written(path, unfinished)
+    result.problems += [f"pack {pack.hex()}: its commit never came; moved to {path / 'damaged'}" for pack in never]
+
+
+def _fill(view: View, path: Path, result: Rebuilt, found: _Found, progress: Callable[[int, int], None]) -> None:
+    found.clear()
+    files = _pack_files(path)
     for done, file in enumerate(files):
         progress(done, len(files))
-        _fill_pack(view, path, file, result)
+        _fill_pack(view, path, file, result, found)
     progress(len(files), len(files))
-    for key, value in list(view.rows("removed")):
-        found = view.get("versions", key)
-        row = RemovedRow.decode(key, value)
-        recorded_in = VersionRow.decode(key, found).pack if found is not None else NO_PACK
-        view.put("removed", key, RemovedRow(recorded_in, row.pack).encode(key))
-        if found is not None:
-            view.delete("versions", key)
-    _drop_conflicts(view, result)
+    _enter_commits(view, found, result)
+    homeless = _settle_removed(view, found) + _settle_contested(view, found) + _settle_names(view, found)
+    _give_numbers(view, homeless, found, result)
     missing: list[int] = []
+    sizes: dict[bytes, int] = {}
     for key in [key for key, _ in view.rows("manifests")]:
-        _number_manifest(view, key, missing)
+        try:
+            sizes[key] = _number_manifest(view, key, missing)
+        except CheckpointError as error:
+            found.refused[key] = error.problem
     if missing:
         view.list_tensors(NO_PACK, missing, [0] * len(missing))
     for key, value in list(view.rows("versions")):
         row_ = VersionRow.decode(key, value)
-        size = _size_of(view, row_.manifest)
-        view.put("versions", key, VersionRow(row_.manifest, row_.pack, row_.time_ns, size).encode(key))
+        if row_.manifest in found.refused:
+            view.delete("versions", key)
+            continue
+        entered = VersionRow(row_.manifest, row_.pack, row_.time_ns, sizes[row_.manifest])
+        view.put("versions", key, entered.encode(key))
         task, number = parse_version_key(key)
         known = name_row(view, task)
         assert known is not None
@@ -118,12 +218,40 @@ def _fill(view: View, path: Path, result: Rebuilt, progress: Callable[[int, int]
         if tag.version and view.get("versions", version_key(task, tag.version)) is None:
             result.problems.append(f"tag {task}@{text}: its version {tag.version} is not there any more")
             view.put("tags", key, TagRow(0, tag.time_ns, tag.pack).encode(key))
+            found.contradicted.add(tag.pack)
+    if found.refused:
+        _name_refused(path, files, found, result)
     result.versions = view.count("versions")
     result.tensors = view.count("tensors")
     result.tasks = sum(1 for key, value in view.rows("names") if NameRow.decode(key, value).newest)
 
 
-def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
+def _name_refused(path: Path, files: list[Path], found: _Found, result: Rebuilt) -> None:
+    """Names the versions whose manifest was refused. Their packs are written anew without, and kept in damaged/."""
+    for file in files:
+        with suppress(DamagedError):
+            _, records, _ = read_records(file)
+            refused = [version for version in records.versions if version.hash in found.refused]
+            for version in refused[:_NAMED]:
+                result.problems.append(
+                    f"pack {file.stem}: version {version.task}@{version.version} was left out: "
+                    f"{found.refused[version.hash]}; the pack is kept in {path / 'damaged'}"
+                )
+            if len(refused) > _NAMED:
+                result.problems.append(f"pack {file.stem}: {len(refused) - _NAMED} more versions were left out")
+            if refused:
+                found.contradicted.add(bytes.fromhex(file.stem))
+                keep_copy(path, bytes.fromhex(file.stem))
+
+
+_NAMED = 20
+
+
+def _pack_files(path: Path) -> list[Path]:
+    return sorted((path / "packs").glob("*/*.safetensors"))
+
+
+def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt, found: _Found) -> None:
     try:
         pack = bytes.fromhex(file.stem)
     except ValueError:
@@ -137,11 +265,7 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
     except DamagedError as error:
         bare = bare_header(file)
         if bare is None:
-            with (
-                open_folder(path) as store, store.folder("damaged", create=True) as damaged,
-                open_folder(path, "packs", file.parent.name) as folder,
-            ):  # fmt: skip
-                folder.rename(file.name, file.name, damaged)  # gc would take it for an orphan
+            set_aside(path, [pack])  # gc would not know what it records
             result.problems.append(f"{error.what}: {error.found}; moved to {path / 'damaged'}")
             return
         result.problems.append(f"{error.what}: {error.found}; its tensors are kept, the versions it recorded are not")
@@ -166,25 +290,157 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt) -> None:
     view.list_tensors(pack, numbers, lengths)
     tensor_bytes = sum(place.length for place in header.places.values())
     view.put("packs", pack, PackRow(header.file_bytes, tensor_bytes).encode(pack))
+    found.commits[pack] = records.commit
+    found.followed.update(records.commit.after)
+    refused: set[bytes] = set()
     for version in records.versions:
-        key = version_key(version.task, version.version)
-        found = view.get("versions", key)
-        if found is None or VersionRow.decode(key, found).time_ns < version.time_ns:
-            manifest = manifest_hash(version.manifest)
-            view.put("manifests", manifest, ManifestRow.encode(manifest, 0, (), version.manifest))
-            view.put("versions", key, VersionRow(manifest, pack, version.time_ns, 0).encode(key))
+        if version.hash not in refused and view.get("manifests", version.hash) is None:
+            try:
+                manifest_digests(version.manifest)
+                view.put("manifests", version.hash, ManifestRow.encode(version.hash, 0, (), version.manifest))
+            except ValueError as error:
+                refused.add(version.hash)
+                found.refused[version.hash] = str(error)
+        if version.hash not in refused:
+            _enter_version(view, pack, version, records.commit, found)
         _raise_highest(view, version.task, version.version, pack)
     for task, highest in records.highest.items():
         _raise_highest(view, task, highest, pack)
     for task, removed in records.removed:
         key = version_key(task, removed)
         view.put("removed", key, RemovedRow(NO_PACK, pack).encode(key))
+        found.removed.setdefault((task, removed), set()).add(records.removed_manifests.get((task, removed)))
         _raise_highest(view, task, removed, pack)
     for tag in records.tags:
         key = tag_key(tag.task, tag.tag)
-        found = view.get("tags", key)
-        if found is None or TagRow.decode(key, found).time_ns < tag.time_ns:
+        rank = (records.commit.number, tag.time_ns, tag.version or 0)
+        if rank > found.tags.get(key, (-1, 0, 0)):
+            found.tags[key] = rank
             view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack).encode(key))
+
+
+def _enter_version(view: View, pack: bytes, version: PackedVersion, commit: Commit, found: _Found) -> None:
+    key = version_key(version.task, version.version)
+    number = commit.number if version.moved_from is None else version.moved_from
+    row = VersionRow(version.hash, pack, version.time_ns, number << 1 | (version.moved_from is not None))
+    old = version_row(view, version.task, version.version)
+    if old is None or (old.manifest == row.manifest and _order(old) < _order(row)):
+        view.put("versions", key, row.encode(key))
+    elif old.manifest != row.manifest:
+        found.contested.setdefault((version.task, version.version), []).append(row)
+
+
+def _order(row: VersionRow) -> tuple[int, int, int, bytes]:
+    return row.size_bytes & 1, row.size_bytes, row.time_ns, row.pack
+
+
+def _enter_commits(view: View, found: _Found, result: Rebuilt) -> None:
+    """The store's id is that of its latest commit; what follows next follows all that nothing follows yet."""
+    last = max(found.commits.values(), key=lambda commit: (commit.number, commit.store), default=NO_COMMIT)
+    if last.store:
+        view.put_meta(b"id", last.store.encode("ascii"))
+    heads = [(c.number, pack) for pack, c in found.commits.items() if c.number and pack not in found.followed]
+    view.put_commit(last.number, [pack for _, pack in sorted(heads)])
+    for pack in sorted(found.unsure & found.commits.keys() - found.followed):
+        result.problems.append(f"pack {pack.hex()}: its commit may never have come; what it records was kept")
+
+
+_Homeless = list[tuple[str, str, int, _Candidate]]
+"""Versions whose number is another's: the task's name as it is now, the name and number recorded"""
+
+
+def _settle_removed(view: View, found: _Found) -> _Homeless:
+    """Takes removed versions out. What another copy of the store has under a removed number is not what was removed."""
+    homeless: _Homeless = []
+    for (task, number), manifests in found.removed.items():
+        key = version_key(task, number)
+        row = version_row(view, task, number)
+        rows = found.contested.pop((task, number), [])
+        if row is not None:
+            rows.append(row)
+            view.delete("versions", key)
+        candidates = [found.candidate(one) for one in rows]
+        gone = [one for one in candidates if None in manifests or one.manifest in manifests]
+        homeless += [(task, task, number, one) for one in candidates if one not in gone]
+        if gone:
+            removed = RemovedRow.decode(key, view.get("removed", key) or b"")
+            view.put("removed", key, RemovedRow(max(one.pack for one in gone), removed.pack).encode(key))
+    return homeless
+
+
+def _settle_contested(view: View, found: _Found) -> _Homeless:
+    homeless: _Homeless = []
+    for (task, number), rows in found.contested.items():
+        row = version_row(view, task, number)
+        assert row is not None
+        *others, first = sorted(map(found.candidate, [*rows, row]), key=lambda one: one.rank)
+        _put_version(view, task, number, first)
+        homeless += [(task, task, number, one) for one in others]
+    return homeless
+
+
+def _settle_names(view: View, found: _Found) -> _Homeless:
+    """Of names that differ in case only, one stays; versions of the others become versions of that."""
+    spelt: dict[bytes, dict[str, tuple[object, ...]]] = {}
+    for key, value in view.rows("versions"):
+        task, _ = parse_version_key(key)
+        ranks = spelt.setdefault(name_key(task), {})
+        ranks[task] = max(ranks.get(task, (False, 0)), found.candidate(VersionRow.decode(key, value)).rank)
+    homeless: _Homeless = []
+    for ranks in spelt.values():
+        stays = max(ranks, key=lambda task: (ranks[task], task))
+        for task in ranks.keys() - {stays}:
+            for key, value in list(view.rows("versions", task.encode("ascii") + b"\0")):
+                homeless.append(
+                    (stays, task, parse_version_key(key)[1], found.candidate(VersionRow.decode(key, value)))
+                )
+                view.delete("versions", key)
+    return homeless
+
+
+def _put_version(view: View, task: str, number: int, one: _Candidate) -> None:
+    key = version_key(task, number)
+    row = VersionRow(one.manifest, one.pack, one.time_ns, one.commit << 1 | one.acknowledged)
+    view.put("versions", key, row.encode(key))
+
+
+def _give_numbers(view: View, homeless: _Homeless, found: _Found, result: Rebuilt) -> None:
+    """Gives each version whose number is another's the next free one, in an order that is the same for any order of
+    the packs. One that has been given its own before is passed over."""
+    there: dict[str, set[tuple[bytes, int]]] = {}
+    for task, was, number, one in sorted(homeless, key=lambda item: (*item[:3], item[3].rank)):
+        found.contradicted.add(one.pack)
+        manifest = _renamed(view, one.manifest, task, was)
+        if task not in there:
+            rows = view.rows("versions", task.encode("ascii") + b"\0")
+            there[task] = {
+                (row.manifest, row.time_ns) for key, value in rows for row in [VersionRow.decode(key, value)]
+            }
+        if (manifest, one.time_ns) in there[task]:
+            continue
+        there[task].add((manifest, one.time_ns))
+        known = name_row(view, task)
+        fresh = known.highest + 1 if known else 1
+        if fresh >> 32:
+            result.problems.append(f"version {was}@{number} of pack {one.pack.hex()}: no number is left for it")
+            continue
+        _raise_highest(view, task, fresh, one.pack)
+        _put_version(view, task, fresh, replace(one, manifest=manifest))
+        result.problems.append(
+            f"version {was}@{number}: two are recorded, as in copies of one store; that of pack {one.pack.hex()} is "
+            f"{task}@{fresh} now"
+        )
+
+
+def _renamed(view: View, manifest: bytes, task: str, was: str) -> bytes:
+    """The hash of a manifest under the task's name as it is now."""
+    if task == was:
+        return manifest
+    record = json.loads(ManifestRow.manifest_of(view.get("manifests", manifest) or b""))
+    text = dump_manifest({**record, "task": task})
+    digest = manifest_hash(text)
+    view.put("manifests", digest, ManifestRow.encode(digest, 0, (), text))
+    return digest
 
 
 def _is_good(path: Path, digest: Digest, row: TensorRow) -> bool:
@@ -202,30 +458,19 @@ def _raise_highest(view: View, task: str, number: int, pack: bytes) -> None:
         view.put("names", name_key(task), NameRow(task, 0, number, pack).encode(name_key(task)))
 
 
-def _drop_conflicts(view: View, result: Rebuilt) -> None:
-    """Of names that differ in case only, the one added last stays: no two are ever committed."""
-    spelt: dict[bytes, dict[str, int]] = {}
-    for key, value in view.rows("versions"):
-        task, _ = parse_version_key(key)
-        times = spelt.setdefault(name_key(task), {})
-        times[task] = max(times.get(task, 0), VersionRow.decode(key, value).time_ns)
-    for times in spelt.values():
-        stays = max(times, key=lambda task: times[task])
-        for task in times.keys() - {stays}:
-            result.problems.append(
-                f"task {task!r}: differs in case only from {stays!r}, which was added later; dropped"
-            )
-            for key in [key for key, _ in view.rows("versions", task.encode("ascii") + b"\0")]:
-                view.delete("versions", key)
+def _number_manifest(view: View, key: bytes, missing: list[int]) -> int:
+    """Enters a manifest's numbers; returns the bytes of its tensors.
 
-
-def _number_manifest(view: View, key: bytes, missing: list[int]) -> None:
+    Raises:
+        CheckpointError: it is not what a store accepts.
+    """
     row = view.get("manifests", key)
     assert row is not None
     manifest = ManifestRow.manifest_of(row)
     rows = []
-    for name in sorted(tensor_names(json.loads(manifest))):
-        digest = from_digest(Digest(name))
+    names = manifest_digests(manifest)
+    for name in names:
+        digest = from_digest(name)
         found = view.get("tensors", digest)
         if found is None:  # no pack has it: listed as missing, so that its place is known when it comes back
             missing.append(view.take_numbers(1))
@@ -233,13 +478,8 @@ def _number_manifest(view: View, key: bytes, missing: list[int]) -> None:
             view.put("tensors", digest, found)
         rows.append(found)
     view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), rows, manifest))
-
-
-def _size_of(view: View, manifest: bytes) -> int:
-    row = view.get("manifests", manifest)
-    assert row is not None
-    size = 0
-    for name in tensor_names(json.loads(ManifestRow.manifest_of(row))):
-        found = view.get("tensors", from_digest(Digest(name)))
-        size += TensorRow.peek(found).length if found is not None else 0
-    return size
+    places = [TensorRow.peek(row) for row in rows]
+    if all(place.pack != NO_PACK for place in places):
+        tensors = {str(name): (place.dtype, place.shape) for name, place in zip(names, places, strict=True)}
+        check_record(json.loads(manifest), tensors, "its manifest")
+    return sum(place.length for place in places)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from pear_store import gc, mounts
 from pear_store.checkpoint import TAG_NAME, TASK_NAME, Task, tensor_names, write_checkpoint
+from pear_store.commit import NO_COMMIT, Commit
 from pear_store.digest import Digest, RawTensor, fresh_name, from_digest
 from pear_store.directory import open_folder, store_path, sync_directory
 from pear_store.errors import (
@@ -20,6 +21,7 @@ from pear_store.errors import (
     FormatError,
     NameTakenError,
     NotFoundError,
+    OutOfNumbersError,
     PearStoreError,
     TaggedError,
     from_os_error,
@@ -133,6 +135,7 @@ class _Plan:
     versions: list[tuple[PackedVersion, Loaded]] = field(default_factory=list)
     healed: list[Loaded] = field(default_factory=list)
     results: list[Added | Refused] = field(default_factory=list)
+    commit: Commit = NO_COMMIT
 
     @property
     def records(self) -> Records:
@@ -278,7 +281,7 @@ class Store:
         packs: list[WrittenPack] = []
         try:
             if plan.tensors or plan.versions:
-                packs.append(write_pack(self.path, plan.tensors, plan.records))
+                packs.append(write_pack(self.path, plan.tensors, plan.records, plan.commit))
         except OSError as error:
             raise from_os_error(error, self.path) from None
 
@@ -292,7 +295,7 @@ class Store:
                         pack.path.unlink(missing_ok=True)
                     packs.clear()
                     if current.tensors or current.versions:
-                        packs.append(write_pack(self.path, current.tensors, current.records))
+                        packs.append(write_pack(self.path, current.tensors, current.records, current.commit))
                 plan = current
             numbers = dict(plan.damaged)
             fresh = [digest for digest in plan.tensors if digest not in numbers]
@@ -324,7 +327,7 @@ class Store:
 
     def _plan(self, view: View, group: Group, found_good: "_FoundGood", now: int, state: State) -> _Plan:
         """What this group would add to the store in this state."""
-        plan = _Plan()
+        plan = _Plan(commit=view.next_commit())
         names: dict[bytes, NameRow] = {}
         newest: dict[str, tuple[int, bytes]] = {}
         seen: set[bytes] = set()
@@ -361,6 +364,9 @@ class Store:
                 before = (known.newest, version.manifest if version else b"")
             changed = before is None or before[1] != loaded.hash
             number = (known.highest if known else 0) + 1 if before is None or changed else before[0]
+            if number >> 32:
+                plan.results.append(Refused(OutOfNumbersError(loaded.name)))
+                continue
             if changed:
                 plan.versions.append((PackedVersion(loaded.name, number, now, loaded.manifest), loaded))
                 names[key] = NameRow(loaded.name, number, number, NO_PACK)
@@ -550,7 +556,7 @@ class Store:
             if before.version != (0 if delete else number):
                 now = max(time.time_ns(), before.time_ns + 1)
                 records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
-                packs[:] = [write_pack(self.path, {}, records)]
+                packs[:] = [write_pack(self.path, {}, records, view.next_commit())]
                 self._open.enter(view, packs[0], records, {})
             return _version(view, name, number, _all_tags(view))
 
