@@ -1,5 +1,6 @@
 """Work in a forked process: it has a core and an interpreter of its own, and its crash is not ours."""
 
+import atexit
 import fcntl
 import marshal
 import os
@@ -46,6 +47,7 @@ def end_with(parent: int) -> None:
 
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the interpreter gives up its handlers before it ends
 
 
 class Worker:
