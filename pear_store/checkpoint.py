@@ -9,12 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pear_store.container import check_json, container_chunks, parse_json, read_container
-from pear_store.digest import ITEM_BYTES, Digest, RawTensor, fresh_name, is_digest
+from pear_store.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
 from pear_store.errors import CheckpointError, from_os_error
 
 FORMAT = "pear-task/1"
@@ -84,7 +83,7 @@ class Task:
             for position, branches in self.record["positions"].items()
         }
 
-    @cached_property
+    @Kept
     def size_bytes(self) -> int:
         """Tensor bytes, each distinct tensor once."""
         return sum({tensor.digest: tensor.size_bytes for tensor in self.tensors.values()}.values())

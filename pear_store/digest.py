@@ -3,13 +3,37 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
-from typing import NewType
+from typing import Any, Generic, NewType, TypeVar
 
 Digest = NewType("Digest", str)
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A property that is computed once for each object.
+
+    functools.cached_property has one lock for all objects of a class before Python 3.12: a child forked while another
+    thread computes one would wait for that lock for ever.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        if instance is None:
+            raise AttributeError(self._name)
+        value: T = self._compute(instance)
+        instance.__dict__[self._name] = value
+        return value
+
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 """The dtypes that a store holds, in safetensors' names, with the bytes of one element."""
@@ -66,11 +90,11 @@ class RawTensor:
     shape: tuple[int, ...]
     data: bytes | bytearray | memoryview
 
-    @cached_property
+    @Kept
     def size_bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
-    @cached_property
+    @Kept
     def digest(self) -> Digest:
         return tensor_digest(self.dtype, self.shape, self.data)
 

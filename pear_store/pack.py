@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.commit import NO_COMMIT, Commit
 from pear_store.container import Header, Place, lay_out, read_header, strict_json
-from pear_store.digest import Digest, RawTensor, begin_digest, fresh_name
+from pear_store.digest import Digest, Kept, RawTensor, begin_digest, fresh_name
 from pear_store.directory import FAN_NAME, INTENT_NAME, PACK_NAME, Folder, open_folder
 from pear_store.errors import AccessError, CheckpointError, DamagedError, SourceError, from_os_error
 from pear_store.reading import open_regular
@@ -39,7 +38,7 @@ class PackedVersion:
     manifest: bytes
     moved_from: int | None = None
 
-    @cached_property
+    @Kept
     def hash(self) -> bytes:
         return hashlib.sha256(self.manifest).digest()
 
