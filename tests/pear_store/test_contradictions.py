@@ -378,7 +378,7 @@ def test_a_pack_that_cannot_be_read_is_set_aside(store: Store) -> None:
 
 
 def as_format_3(path: Path, next_number: int | None = None) -> None:
-    """An index as it was before the rows of `meta` had checksums."""
+    """An index as it was before the rows of `meta` had checksums, and one for commits."""
 
     def unseal(view: View) -> None:
         number = view.next_number() if next_number is None else next_number
@@ -386,6 +386,7 @@ def as_format_3(path: Path, next_number: int | None = None) -> None:
         view.put("meta", b"format", b"3")
         view.put("meta", b"next_number", number.to_bytes(8, "little"))
         view.put("meta", b"id", store)
+        view.delete("meta", b"commit")
 
     change(path, unseal)
 
