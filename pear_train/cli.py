@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from tabulate import tabulate
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.checkpoint import ACTIVATIONS
+from pear_store.terminal import echo, echo_table, printable
 from pear_train.base import Base, base_identity, check_configs, train_base
 from pear_train.config import (
     AUGMENT,
@@ -162,7 +162,7 @@ def main(
         start, offered = (None if base is None else read_checkpoint(base)), _bank(bank, bank_tasks)
         datasets = [] if many else [_open(entry, data_root) for entry in entries]  # first: a mistake shows at once
         loaded = load_backbone(backbone, weights)
-        click.echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
+        echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
         if make_base:
             _make_base(entries, loaded, datasets, out, overwrite, force, as_json)
             return
@@ -182,13 +182,13 @@ def main(
                 if not many:
                     raise
                 results.append(Failed(config.task, str(error)))
-                click.echo(f"Error: {config.task}: {error}", err=True)
+                echo(f"Error: {config.task}: {error}", err=True)
         if many and kept:
-            click.echo(
+            echo(
                 f"tasks     {len(kept)} of {len(entries)} are trained already, with the same options and data", err=True
             )
         elif kept:
-            click.echo(f"{out}: trained already, with the same options and data; --force trains again", err=True)
+            echo(f"{out}: trained already, with the same options and data; --force trains again", err=True)
         together = together or (8 if many and _on_gpu(options["device"]) else 1)
         with _Progress(str(task or tasks_file), sum(job.config.epochs for job in jobs) if many else None) as bar:
             done = train_many(
@@ -200,10 +200,10 @@ def main(
                 for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
                     bar.say(f"Warning: {result.task}: {warning}")
     except (PearTrainError, RouterError, PearStoreError) as error:
-        click.echo(f"Error: {error}", err=True)
+        _say(f"Error: {error}")
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
-        click.echo("Stopped: the same command goes on after the last epoch that was ended.", err=True)
+        echo("Stopped: the same command goes on after the last epoch that was ended.", err=True)
         sys.exit(130)
     if many:
         _answer_many(entries, results, kept, paths, as_json)
@@ -253,7 +253,13 @@ def _note_unused(entries: list[TaskEntry], base: bool, bank: bool, make_base: bo
             "the file of tasks says otherwise" if why == "file" else f"this run of method {why!r} has no use for it"
         )
         of = "" if len(entries) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
-        click.echo(f"note      --{name.replace('_', '-')} has no effect{of}: {reason}", err=True)
+        echo(f"note      --{name.replace('_', '-')} has no effect{of}: {reason}", err=True)
+
+
+def _say(text: str) -> None:
+    """Lines on stderr: an error may name many pictures, each on its line."""
+    for line in text.split("\n"):
+        echo(line, err=True)
 
 
 def _make_folder(out: Path) -> None:
@@ -270,7 +276,7 @@ def _make_base(
     configs = [entry.config for entry in entries]
     check_configs(configs)
     if not force and is_finished(out, lambda: base_identity(configs, loaded, datasets), overwrite):
-        click.echo(f"{out}: made already, with the same options and data; --force makes it again", err=True)
+        echo(f"{out}: made already, with the same options and data; --force makes it again", err=True)
         metrics = read_checkpoint(out).record["training"]["val_top1"]
         made = Base(metrics, out.stat().st_size, 0.0)
     else:
@@ -285,7 +291,7 @@ def _draw(result: Result, path: Path) -> bool:
     try:
         plot_result(result, path)
     except PearTrainError as error:
-        click.echo(f"Error: {result.task}: {error}", err=True)
+        echo(f"Error: {result.task}: {error}", err=True)
         return False
     return True
 
@@ -302,7 +308,7 @@ def _open(entry: TaskEntry, root: Path | None) -> Dataset:
     lines = [f"data      {dataset.description}; {dataset.sizes()}", f"classes   {dataset.table()}"]
     lines += [f"skipped   {note}" for note in dataset.notes]
     lines += [f"Warning: {entry.data}: {warning}" for warning in dataset.warnings()]
-    tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar, if there is one
+    tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)  # above the progress bar, if there is one
     return dataset
 
 
@@ -354,7 +360,7 @@ class _Progress:
     def say(self, line: str) -> None:
         """A line above the bar."""
         self.bar.clear()
-        click.echo(line, err=True)
+        _say(line)
 
     def __enter__(self) -> "_Progress":
         return self
@@ -387,7 +393,7 @@ def _answer_many(
         }
         for row in rows
     ]
-    click.echo(tabulate(shown, headers="keys", disable_numparse=True))
+    echo_table(shown, ["left"] * len(shown[0]))
 
 
 def _rows(
@@ -419,11 +425,11 @@ def _print(result: Result, out: Path) -> None:
                 uses = f"pruned, borrows {', '.join(borrowed)}" if borrowed else "pruned"
             bar = "█" * max(1, round(20 * score / peak)) if score > 0 else ""
             rows.append({"position": position, "importance": f"{score / peak:.4f}", "": bar, "adapter": uses})
-        click.echo(tabulate(rows, headers="keys", disable_numparse=True))
-        click.echo("importance: how much the loss would change without the adapter, relative to the highest")
-    click.echo(tabulate(recall_rows(result.classes), headers="keys", disable_numparse=True))
-    click.echo(f"{result.task} ({result.method}): {_scores(result)}, {result.seconds:.0f} s")
-    click.echo(
+        echo_table(rows, ["left"] * len(rows[0]))
+        echo("importance: how much the loss would change without the adapter, relative to the highest")
+    echo_table(recall := recall_rows(result.classes), ["left"] * len(recall[0]))
+    echo(f"{result.task} ({result.method}): {_scores(result)}, {result.seconds:.0f} s")
+    echo(
         f"{click.format_filename(out)}: {result.file_bytes:,} bytes (adapters {result.adapter_bytes:,}, "
         f"knowledge {result.knowledge_bytes:,}, head {result.head_bytes:,})"
     )

@@ -298,7 +298,8 @@ def raise_all(faults: list[str], told: str | None = None) -> None:
     if len(faults) == 1 and told is None:
         raise DataError(faults[0])
     if faults:
-        lines = [told or f"{len(faults)} faults in the data:", *faults[:MOST_FAULTS]]
+        named = [fault.replace("\n", "\\n") for fault in faults[:MOST_FAULTS]]  # of file names
+        lines = [told or f"{len(faults)} faults in the data:", *named]
         lines += [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         raise DataError("\n  ".join(lines))
 
