@@ -101,7 +101,12 @@ def test_power_loss_at_any_call_loses_nothing_acknowledged(recorded: tuple[Path,
             where = f"step {step}, {name}, after {said[-1]}"
             shutil.copytree(lost, rebuilt)
             assert state_of(lost) in allowed, where
-            assert verify(lost).ok, where
+            report = verify(lost)
+            if report.unknown_packs:  # its name in tmp/, which nothing syncs, is lost: nobody can tell that it was not
+                rebuild(lost)  # committed, so gc asks for a rebuild
+                report = verify(lost)
+                assert state_of(lost) in allowed, where
+            assert report.ok, where
             shutil.rmtree(rebuilt / "index", ignore_errors=True)
             rebuild(rebuilt)
             assert state_of(rebuilt) in allowed, f"rebuilt: {where}"
