@@ -215,7 +215,8 @@ def main(
             _print(results[0], out)
     trained = [result for result in results if isinstance(result, Result)]
     drawn = [_draw(result, plot_path(paths[result.task])) for result in trained] if plot else []
-    sys.exit(0 if len(trained) == len(results) and all(drawn) else 1)
+    if len(trained) < len(results) or not all(drawn):
+        sys.exit(1)
 
 
 def _check_usage(
