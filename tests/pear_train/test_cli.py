@@ -28,3 +28,12 @@ def test_names_with_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -
     for output in (refused.output, done.output):
         assert all(line.isprintable() for line in output.replace("\r", "\n").split("\n"))
         assert not any(line.startswith("Error: forged") for line in output.split("\n"))
+
+
+def test_a_run_that_succeeds_returns_to_who_called_the_command(tmp_path: Path) -> None:
+    """As the demo does, which runs one after the other."""
+    images, targets = np.zeros((8, 16, 16, 3), np.uint8), np.arange(8) % 2
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=targets, x_val=images, y_val=targets)
+    args = ["t", "--data", str(tmp_path / "d.npz"), "--method", "linear", "--epochs", "1", "--img-size", "48"]
+    for _ in range(2):  # trained, then found to be trained
+        assert main.main([*args, "--out", str(tmp_path / "t")], standalone_mode=False) is None
