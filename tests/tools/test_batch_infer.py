@@ -948,6 +948,7 @@ def test_a_disk_that_is_full_indeed(work: Path, small_disk: Path) -> None:
 
 
 def test_what_may_not_be_read_or_written_is_said_in_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "".encode("utf-8-sig")  # loads the codec: the other user may not read where Python lies
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         monkeypatch.chdir(folder)
@@ -964,5 +965,5 @@ def test_what_may_not_be_read_or_written_is_said_in_one_line(work: Path, monkeyp
                 done = run(listed, out, "--store", work / "s")
             finally:
                 os.seteuid(0)
-            assert done.exit_code in (1, 2, 3), done.output
+            assert done.exit_code in (1, 2, 3, 11), done.output
             assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
