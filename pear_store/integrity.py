@@ -376,52 +376,60 @@ _KNOWN_NUMBERS = 50_000
 
 
 def _check_pack(opened: OpenStore, pack: bytes, report: Report, counted: Counter[bytes]) -> set[Digest]:
-    """Enters what is found into the report; returns the tensors that are damaged.
+    """Enters what is found into the report, unless a gc drops the pack meanwhile; returns the tensors that are damaged.
 
     `counted` are the rows that name each pack as recording them, maybe as of before.
     """
-    bad: set[Digest] = set()
     with opened.read() as view:
-        try:
-            header, records, problems = read_records(pack_path(opened.path, pack))
-            sound = not problems
-            sizes = PackRow(header.file_bytes, sum(place.length for place in header.places.values()))
-            sound &= sizes.encode(pack) == view.get("packs", pack)
-            rows = len(rows_of(view, pack, records))
-            sound &= rows == counted[pack] or rows == count_rows(view)[pack]
-            if not Recorded(opened.path).knows(view, pack, records):
-                report.unknown_packs.append(pack.hex())
-        except DamagedError:
-            with opened.read() as now:
-                if now.get("packs", pack) is None:  # a gc was faster
-                    return bad
-            header, sound = Header({}, {}, 0), False
-        report.packs += 1
-        before = report.tensors
-        with ExitStack() as stack:
-            reader = None
-            with suppress(OSError, DamagedError):
-                reader = PackReader(stack.enter_context(open_pack(pack_path(opened.path, pack))))
-            for name, place in header.places.items():
-                value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
-                if value is None or (row := TensorRow.peek(value)).pack != pack:
-                    continue  # a copy elsewhere counts
-                _, _, offset, length, dtype, shape = row
-                report.tensors += 1
-                report.bytes += length
-                if (dtype, shape, offset, length) != place:
-                    sound = False
-                if reader is None or reader.digest(dtype, shape, offset, length) != key:
-                    bad.add(Digest(name))
-            if report.tensors - before != len(view.contents(pack).numbers):
-                sound = False
-            if not sound:  # its header does not tell what is in it: look at each row
-                report.damaged_packs.append(pack.hex())
-                for digest, row in sorted(_rows_in(view, {pack}), key=lambda one: one[1].offset):
-                    found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
-                    if found != from_digest(digest):
-                        bad.add(digest)
+        if view.get("packs", pack) is None:
+            return set()
+        found, bad = _read_pack(opened, view, pack, counted)
+    if bad or found.damaged_packs or found.unknown_packs:
+        with opened.read() as now:
+            if now.get("packs", pack) is None:
+                return set()
+    report.add(found)
     return bad
+
+
+def _read_pack(opened: OpenStore, view: View, pack: bytes, counted: Counter[bytes]) -> tuple[Report, set[Digest]]:
+    report = Report(packs=1)
+    bad: set[Digest] = set()
+    try:
+        header, records, problems = read_records(pack_path(opened.path, pack))
+        sound = not problems
+        sizes = PackRow(header.file_bytes, sum(place.length for place in header.places.values()))
+        sound &= sizes.encode(pack) == view.get("packs", pack)
+        rows = len(rows_of(view, pack, records))
+        sound &= rows == counted[pack] or rows == count_rows(view)[pack]
+        if not Recorded(opened.path).knows(view, pack, records):
+            report.unknown_packs.append(pack.hex())
+    except DamagedError:
+        header, sound = Header({}, {}, 0), False
+    with ExitStack() as stack:
+        reader = None
+        with suppress(OSError, DamagedError):
+            reader = PackReader(stack.enter_context(open_pack(pack_path(opened.path, pack))))
+        for name, place in header.places.items():
+            value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
+            if value is None or (row := TensorRow.peek(value)).pack != pack:
+                continue  # a copy elsewhere counts
+            _, _, offset, length, dtype, shape = row
+            report.tensors += 1
+            report.bytes += length
+            if (dtype, shape, offset, length) != place:
+                sound = False
+            if reader is None or reader.digest(dtype, shape, offset, length) != key:
+                bad.add(Digest(name))
+        if report.tensors != len(view.contents(pack).numbers):
+            sound = False
+        if not sound:  # its header does not tell what is in it: look at each row
+            report.damaged_packs.append(pack.hex())
+            for digest, row in sorted(_rows_in(view, {pack}), key=lambda one: one[1].offset):
+                found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
+                if found != from_digest(digest):
+                    bad.add(digest)
+    return report, bad
 
 
 def _rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:

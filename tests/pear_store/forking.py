@@ -79,7 +79,7 @@ def fork_while_threads_work(path: str, work: str, leave: Callable[[int], None]) 
         done.set()
         for thread in threads:
             thread.join(LIMIT_S)
-    assert wrong == []
+    assert wrong == [], wrong
     assert not any(thread.is_alive() for thread in threads)
     assert {f"{who}{i}" for who in ("child", "parent") for i in range(3)} <= {v.task for v in store.tasks()}
 

@@ -20,6 +20,7 @@ from pear_store import (
     NotFoundError,
     PearStoreError,
     Store,
+    gc,
     integrity,
     rebuild,
     repair,
@@ -119,6 +120,32 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("unlinks", [True, False], ids=["unlinked", "not yet unlinked"])
+@pytest.mark.parametrize("step", ["check_index", "_check_pack", "read_records", "open_pack", "_hit"])
+def test_a_gc_in_a_verify_is_no_damage(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, step: str, unlinks: bool
+) -> None:
+    """It moves every tensor and drops every pack that verify is about to read."""
+    plain = getattr(integrity, step)
+    moved = []
+
+    def move_first(*arguments: Any) -> Any:
+        if not moved:
+            with Store(filled) as store:
+                store.add(small_task("late", seed=9))
+                moved.append(store.gc(repack_all=True))
+        return plain(*arguments)
+
+    with Store(filled) as store:
+        store.gc(repack_all=True)
+    monkeypatch.setattr(integrity, step, move_first)
+    monkeypatch.setattr(integrity, "can_fork", lambda: False)
+    if not unlinks:
+        monkeypatch.setattr(gc, "unlink_packs", lambda *_: None)
+    assert integrity.check(filled).ok
+    assert moved
 
 
 def test_a_damaged_tensor_is_named_with_the_tasks_it_hits_and_mended_from_another_store(
