@@ -127,6 +127,18 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
     return _checked_header(file.read(length), where, file_bytes)
 
 
+def read_metadata(file: BinaryIO, where: str | Path, file_bytes: int) -> dict[str, str]:
+    """The metadata of an open file; what else its header says is not looked at where they come first.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or its header cannot be read.
+    """
+    text = file.read(_header_length(file.read(8), where, file_bytes))
+    head, cut, _ = text.partition(_END_OF_METADATA)
+    metadata = _only_metadata(head) if cut else None
+    return _checked_header(text, where, file_bytes).metadata if metadata is None else metadata
+
+
 def parse_buffer(data: memoryview, where: str | Path) -> tuple[Header, dict[str, RawTensor]]:
     """A file that lies in memory: its header and its tensors, as views.
 

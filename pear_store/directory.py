@@ -7,8 +7,7 @@ file. Nothing behind a link is created, renamed or deleted. Only regular files w
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pear_store.errors import FormatError, NotFoundError, PearStoreError, from_os_error
@@ -24,11 +23,19 @@ _INDEX_FILES = ("data.mdb", "lock.mdb")
 
 
 class Folder:
-    """An open folder of a store; its methods take names of what lies in it."""
+    """An open folder of a store, closed at the end of its context; its methods take names of what lies in it."""
+
+    __slots__ = ("descriptor", "path")
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self.descriptor))
@@ -80,9 +87,8 @@ class Folder:
         """Makes renames and new files in it durable."""
         os.fsync(self.descriptor)
 
-    @contextmanager
-    def folder(self, name: str, create: bool = False) -> Iterator["Folder"]:
-        """A folder in this one; made durably if it is not there and may be created.
+    def folder(self, name: str, create: bool = False) -> "Folder":
+        """Opens a folder in this one; made durably if it is not there and may be created.
 
         Raises:
             FormatError: a link or something else is in its place.
@@ -96,10 +102,7 @@ class Folder:
                 os.mkdir(name, dir_fd=self.descriptor)
                 self.sync()
             descriptor = self._open_folder(name)
-        try:
-            yield Folder(self.path / name, descriptor)
-        finally:
-            os.close(descriptor)
+        return Folder(self.path / name, descriptor)
 
     def _open_folder(self, name: str) -> int:
         try:
@@ -134,27 +137,18 @@ class Folder:
             pass
 
 
-@contextmanager
-def open_folder(root: Path, *names: str, create: bool = False) -> Iterator[Folder]:
-    """A store's directory, which may be a link, or a folder in it, which may not; `create`: the last one.
+def open_folder(root: Path, *names: str, create: bool = False) -> Folder:
+    """Opens a store's directory, which may be a link, or a folder in it, which may not; `create`: the last one.
 
     Raises:
         FileNotFoundError: there is none.
         FormatError: a link or something else is in its place.
     """
-    descriptor = os.open(root, _FOLDER)
-    try:
-        found = Folder(root, descriptor)
-        if not names:
-            yield found
-        elif len(names) == 1:
-            with found.folder(names[0], create) as inner:
-                yield inner
-        else:
-            with found.folder(names[0]) as outer, outer.folder(names[1], create) as inner:
-                yield inner
-    finally:
-        os.close(descriptor)
+    found = Folder(root, os.open(root, _FOLDER))
+    for depth, name in enumerate(names, 1):
+        with found as outer:
+            found = outer.folder(name, create and depth == len(names))
+    return found
 
 
 def check_index(path: Path) -> None:

@@ -7,12 +7,13 @@ version needs keeps its row as long as its pack stays, for a later add may need 
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import compress, groupby
 from operator import gt
 from pathlib import Path
+from types import MappingProxyType
 
 from pear_store.container import Header
 from pear_store.digest import Digest, RawTensor, from_digest, is_digest
@@ -298,7 +299,7 @@ def collect(
         if marked.lost is not None:
             view.put("contents", NO_PACK, marked.lost.encode(NO_PACK))
         swept = [pack for pack, use in marked.packs.items() if not use.needed]
-        drop_packs(opened.path, view, swept, recorded)
+        drop_packs(opened.path, view, swept, recorded=recorded)
         gone[:] = [*unlisted.known, *swept]  # in this order: who recorded what was removed is asked of what was swept
         foreign[:] = unlisted.foreign
         set_aside(opened.path, unlisted.unreadable)
@@ -339,12 +340,20 @@ def _refuse_unknown(path: Path, unknown: list[bytes]) -> None:
 
 def unknown_packs(opened: OpenStore) -> list[bytes]:
     """Packs that record what the index never had; without the write lock."""
-    with opened.read() as view:
-        found = Recorded(opened.path).find_unlisted(view)
-    # a pack that is being added has its name in tmp/ until the index lists it
-    done = [pack for pack in found.unknown if not is_unfinished(opened.path, pack)]
-    with opened.read() as view:
-        return [pack for pack in done if view.get("packs", pack) is None and pack_path(opened.path, pack).exists()]
+    for _ in range(_LOOKS):
+        with opened.read() as view:
+            found = Recorded(opened.path).find_unlisted(view)
+            state = view.state
+        # a pack that is being added has its name in tmp/ until the index lists it
+        done = [pack for pack in found.unknown if not is_unfinished(opened.path, pack)]
+        with opened.read() as view:
+            done = [pack for pack in done if view.get("packs", pack) is None and pack_path(opened.path, pack).exists()]
+            if not done or view.state == state:  # else what was asked of other packs may have been moved
+                break
+    return done
+
+
+_LOOKS = 5
 
 
 def set_aside(path: Path, packs: Iterable[bytes]) -> None:
@@ -407,9 +416,15 @@ def drop_manifests(view: View, marks: bytearray) -> None:
     view.delete_where("manifests", dead)
 
 
-def drop_packs(path: Path, view: View, packs: Sequence[bytes], recorded: Recorded | None = None) -> None:
+def drop_packs(
+    path: Path,
+    view: View,
+    packs: Sequence[bytes],
+    headers: Mapping[bytes, Header] = MappingProxyType({}),
+    recorded: Recorded | None = None,
+) -> None:
     """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold; with `recorded`, looks
-    whether all is known that they record.
+    whether all is known that they record. `headers` are those of packs that were read already.
 
     Raises:
         DamagedError: a tensor's row names such a pack, the pack's own row does not list it; or it is not known.
@@ -417,9 +432,11 @@ def drop_packs(path: Path, view: View, packs: Sequence[bytes], recorded: Recorde
     unread: dict[bytes, set[int]] = {}
     for pack in packs:
         listed = set(view.contents(pack).numbers)
-        header, records = _read(pack_path(path, pack))
-        if recorded is not None and not recorded.knows(view, pack, records):
-            _refuse_unknown(path, [pack])
+        header = headers.get(pack)
+        if header is None:
+            header, records = _read(pack_path(path, pack))
+            if recorded is not None and not recorded.knows(view, pack, records):
+                _refuse_unknown(path, [pack])
         for name in filter(is_digest, header.places if header else ()):
             value = view.get("tensors", key := from_digest(Digest(name)))
             if value is not None and TensorRow.peek(value).pack == pack:
@@ -513,13 +530,15 @@ def _steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[b
 
 @dataclass
 class Contents:
-    """What of some packs is needed: tensors with their rows, and records."""
+    """What of some packs is needed: tensors with their numbers, and records; and the packs' headers."""
 
+    headers: dict[bytes, Header] = field(default_factory=dict)
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     numbers: dict[Digest, int] = field(default_factory=dict)
     records: Records = field(default_factory=Records)
 
     def merge(self, other: "Contents") -> None:
+        self.headers.update(other.headers)
         self.tensors.update(other.tensors)
         self.numbers.update(other.numbers)
         self.records.versions += other.records.versions
@@ -529,7 +548,7 @@ class Contents:
         self.records.removed_manifests.update(other.records.removed_manifests)
 
 
-def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Contents:
+def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked, recorded: Recorded) -> Contents:
     """What is still needed of a pack, by the pack's own header.
 
     Raises:
@@ -538,7 +557,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Co
     header, records, problems = read_records(pack_path(opened.path, pack))
     if problems:
         raise DamagedError(f"pack {pack.hex()}", f"{problems[0]} does not match its hash")
-    found = Contents()
+    found = Contents({pack: header})
     for name in header.places:
         if not is_digest(name):
             continue
@@ -554,7 +573,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked) -> Co
             f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
         )
     found.records = rows_of(view, pack, records)
-    if len(found.records) != marked.recorded[pack] or not Recorded(opened.path).knows(view, pack, records):
+    if len(found.records) != marked.recorded[pack] or not recorded.knows(view, pack, records):
         raise DamagedError(f"pack {pack.hex()}", "its records are not what the index says")
     return found
 
@@ -590,18 +609,18 @@ def _repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: Stat
         packs.clear()
         moved.clear()
         left = 0
-        contents = Contents()
+        contents, recorded = Contents(), Recorded(opened.path)
         now = marked if view.before == as_of else mark(view)
         for pack in victims:
             if view.get("packs", pack) is None:
                 continue
             try:
-                contents.merge(_needed_of(opened, view, pack, now))
+                contents.merge(_needed_of(opened, view, pack, now, recorded))
                 moved.append(pack)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
                 left += marked.packs[pack].dead_bytes
         drop_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
-        drop_packs(opened.path, view, moved)
+        drop_packs(opened.path, view, moved, contents.headers)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))
         return left, view.state if view.wrote else view.before

@@ -79,6 +79,15 @@ class TensorRow(NamedTuple):
     def number_of(row: bytes) -> int:
         return int.from_bytes(row[:4], "little")
 
+    @staticmethod
+    def number_and_length(row: bytes) -> tuple[int, int]:
+        """Without a look at the checksum."""
+        try:
+            number, length = _NUMBER_AND_LENGTH.unpack_from(row)
+        except struct.error:
+            raise DamagedError("a tensor's index row", "it cannot be read") from None
+        return number, length
+
     @classmethod
     def peek(cls, row: bytes) -> "TensorRow":
         """The row without a look at its checksum, where the tensor is hashed anyway."""
@@ -90,6 +99,7 @@ class TensorRow(NamedTuple):
 
 
 _TENSOR = struct.Struct("<I32sQQBB")
+_NUMBER_AND_LENGTH = struct.Struct("<I40xQ")
 _SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(9)]
 NO_PACK = bytes(32)
 
@@ -646,7 +656,8 @@ class Index:
         self._file = str(path / "data.mdb")
         self._views: set[View] = set()
         self._closed = False
-        with self._translated():
+        self._translated = _Translated(self)
+        with self._translated:
             check_index(path)
             try:
                 before = None if create else self._found()
@@ -741,13 +752,13 @@ class Index:
         Raises:
             IndexReplacedError: it was closed, because another took its place.
         """
-        with self._translated():
+        with self._translated:
             try:
                 view = self._begin()
             except lmdb.MapResizedError:  # not before all views of this process have ended
                 self._env.set_mapsize(0)
                 view = self._begin()
-        return self._within(view)
+        return _Within(self, view)
 
     def _begin(self, write: bool = False) -> View:
         view = View(cast(lmdb.Transaction, None), self._tables, self.identity)
@@ -766,18 +777,19 @@ class Index:
         if self._closed:
             self.close()
 
-    @contextmanager
-    def _within(self, view: View) -> Iterator[View]:
-        with self._translated():
+    def end(self, view: View) -> None:
+        """Ends a view; what it wrote and did not commit is undone.
+
+        Raises:
+            OvertakenError: what it read may have been overwritten.
+        """
+        with self._translated:
             try:
-                yield view
+                if self.is_lockless:
+                    self._check_overtaken(view)
             finally:
-                try:
-                    if self.is_lockless:
-                        self._check_overtaken(view)
-                finally:
-                    view.end()
-                    self._discard(view)
+                view.end()
+                self._discard(view)
 
     def _check_overtaken(self, view: View) -> None:
         """LMDB reuses a page two commits after the one that freed it, unless it knows of a reader before that."""
@@ -790,7 +802,7 @@ class Index:
         Raises:
             IndexReplacedError: nothing was done; open the index anew.
         """
-        with self._translated(), write_lock(self.path.parent):
+        with self._translated, write_lock(self.path.parent):
             if not self.is_current:
                 raise IndexReplacedError
             if not self._sealed:
@@ -803,10 +815,10 @@ class Index:
 
     def fill(self, change: Callable[[View], T]) -> T:
         """Like :meth:`write`, for an index that no other process can know of: without the lock."""
-        with self._translated():
+        with self._translated:
             while True:
                 try:
-                    with self._within(self._begin(write=True)) as view:
+                    with _Within(self, self._begin(write=True)) as view:
                         result = change(view)
                         view.commit()
                         return result
@@ -815,18 +827,13 @@ class Index:
                 except lmdb.MapResizedError:
                     self._env.set_mapsize(0)
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (lmdb.MapFullError, lmdb.MapResizedError):
-            raise
-        except (
-            lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError, lmdb.NotFoundError,
-            lmdb.VersionMismatchError, lmdb.IncompatibleError, lmdb.BadDbiError, lmdb.BadValsizeError,
-        ) as error:  # fmt: skip
+    def translate(self, error: BaseException) -> None:
+        """Raises LMDB's and the system's errors as ours."""
+        if isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
+            return
+        if isinstance(error, _DAMAGE):
             raise DamagedIndexError(self.path, str(error)) from None
-        except (lmdb.Error, OSError) as error:
+        if isinstance(error, lmdb.Error | OSError):
             code = _code(error)
             full = code in (errno.ENOSPC, errno.EDQUOT)
             if code == errno.EIO or "Input/output error" in str(error):
@@ -836,6 +843,47 @@ class Index:
             if code in _DENIED:
                 raise AccessError(self.path.parent, os.strerror(code).lower()) from None
             raise PearStoreError(f"{self.path.parent}: {error}") from None
+
+
+_DAMAGE = (
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError, lmdb.NotFoundError,
+    lmdb.VersionMismatchError, lmdb.IncompatibleError, lmdb.BadDbiError, lmdb.BadValsizeError,
+)  # fmt: skip
+
+
+class _Translated:
+    """In its context, LMDB's and the system's errors become ours. These two are classes, for every read enters them,
+    and a generator takes three times as long."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._index.translate(error)
+
+
+class _Within:
+    """The context of a view that has begun."""
+
+    __slots__ = ("_index", "_view")
+
+    def __init__(self, index: Index, view: View) -> None:
+        self._index = index
+        self._view = view
+
+    def __enter__(self) -> View:
+        return self._view
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._index.end(self._view)
+        if error is not None:
+            self._index.translate(error)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from pear_store.index import (
     parse_tag_key,
     parse_version_key,
 )
-from pear_store.manifest import manifest_digests, manifest_hash, to_manifest
+from pear_store.manifest import manifest_digests, manifest_hash, manifest_names, to_manifest
 from pear_store.opened import OpenStore, is_store
 from pear_store.pack import (
     PackedTag,
@@ -49,9 +49,10 @@ from pear_store.pack import (
     open_pack,
     pack_path,
     read_records,
+    read_records_alone,
 )
 from pear_store.reading import is_url
-from pear_store.recorded import Recorded, count_rows, rows_of
+from pear_store.recorded import Recorded, count_rows
 
 _LOOKS = 5
 _OURS = 4
@@ -226,21 +227,25 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
                 worker = Worker(lambda _: _plain(*check_packs(path, subset, ours)))
                 worker.ask(None)
         with opened.read() as view:
-            lost, bad_manifests = check_index(view)
-            counted = count_rows(view)
-            report, bad, done = Report(), set(), set()
+            lost, bad_manifests, counted = check_index(view)
+            report, bad, recorded = Report(), set(), Recorded(path)
+            rows: dict[bytes, int] = {}
             for pack in sorted(ours):
                 if _is_in(pack, subset):
-                    bad |= _check_pack(opened, pack, report, counted)
+                    bad |= _check_pack(opened, pack, report, rows, recorded)
             if worker is not None:
                 with suppress(WorkerDiedError):
-                    theirs, found, done = worker.answer()
+                    theirs, found, their_rows = worker.answer()
                     report.add(Report(**theirs))
                     bad |= found
-            rest, found, _ = check_packs(path, subset, done | ours)
+                    rows |= their_rows
+            rest, found, more_rows = check_packs(path, subset, rows.keys() | ours)
             report.add(rest)
             bad |= found
+            rows |= more_rows
             bad |= lost if subset[0] == 1 else set()
+            suspects = [pack for pack, count in rows.items() if count != counted[pack]]
+        report.damaged_packs = sorted({*report.damaged_packs, *_miscounted(opened, suspects)})
         with opened.read() as view:  # what was added meanwhile may be hit, too
             report.damaged = _hit(view, bad)
             report.damaged_manifests = _hit_manifests(view, bad_manifests)
@@ -252,9 +257,26 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
     return report
 
 
-def _plain(report: Report, bad: set[Digest], done: set[bytes]) -> tuple[dict[str, Any], set[Digest], set[bytes]]:
+def _plain(
+    report: Report, bad: set[Digest], rows: dict[bytes, int]
+) -> tuple[dict[str, Any], set[Digest], dict[bytes, int]]:
     """What :func:`check_packs` found, in the types that a worker's answer is of."""
-    return asdict(report), bad, done
+    return asdict(report), bad, rows
+
+
+def _miscounted(opened: OpenStore, packs: Sequence[bytes]) -> list[str]:
+    """Of packs, those that more rows name as recording what they say than it is."""
+    if not packs:
+        return []
+    with opened.read() as view:
+        counted, recorded = count_rows(view), Recorded(opened.path)
+        found = []
+        for pack in packs:
+            with suppress(DamagedError):  # moved, or said to be damaged
+                records = read_records_alone(pack_path(opened.path, pack))
+                if recorded.compare(view, pack, records)[1] != counted[pack]:
+                    found.append(pack.hex())
+        return found
 
 
 def _is_in(pack: bytes, subset: tuple[int, int]) -> bool:
@@ -264,36 +286,36 @@ def _is_in(pack: bytes, subset: tuple[int, int]) -> bool:
 
 def check_packs(
     path: Path, subset: tuple[int, int], others: Set[bytes] = frozenset()
-) -> tuple[Report, set[Digest], set[bytes]]:
+) -> tuple[Report, set[Digest], dict[bytes, int]]:
     """Hashes what the index lists in the packs, other than some that are checked elsewhere; returns a report, the
-    tensors that are damaged or missing, and all these packs."""
-    report = Report()
+    tensors that are damaged or missing, and of each pack how many rows name it for what it records."""
+    report, recorded = Report(), Recorded(path)
     bad: set[Digest] = set()
+    rows: dict[bytes, int] = {}
     done = set(others)
     opened = OpenStore(path)
     try:
         while True:
             with opened.read() as view:
                 packs = {pack for pack, _ in view.rows("packs") if _is_in(pack, subset)}
-                counted = count_rows(view)
             if packs <= done:  # else a gc moved something meanwhile, or an add brought more
-                return report, bad, done
+                return report, bad, rows
             for pack in sorted(packs - done):
-                bad |= _check_pack(opened, pack, report, counted)
+                bad |= _check_pack(opened, pack, report, rows, recorded)
             done |= packs
     finally:
         opened.close()
 
 
-def check_index(view: View) -> tuple[set[Digest], set[bytes]]:
-    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has, and the
-    manifests that are damaged.
+def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
+    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has, the
+    manifests that are damaged, and how many rows name each pack as recording them.
 
     Raises:
         DamagedError: naming the first row that cannot be trusted.
     """
     view.meta(b"id")
-    gc.mark(view)
+    marked = gc.mark(view)
     for table in ("versions", "removed"):
         for key, _ in view.every(table):
             parse_version_key(key)
@@ -312,28 +334,32 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes]]:
     if max(numbers, default=-1) >= next_number:
         raise DamagedError("the index's count of numbers", "too small")
     lost = set()
+    known: dict[str, tuple[int, int]] = {}
     for key, value in view.every("tensors"):
         place = TensorRow.decode(key, value)
+        if len(known) < _KNOWN_NUMBERS:
+            known[to_digest(key)] = place.number, place.length
         if len(key) != 32 or listed_in.pop(place.number, None) != (place.pack, place.length):
             raise DamagedError(f"tensor {to_digest(key)}", f"its number {place.number} is not one of its pack's")
         if place.pack == NO_PACK:
             lost.add(to_digest(key))
     if listed_in:
         raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
-    bad_manifests, sizes = _check_manifests(view, numbers, next_number)
+    bad_manifests, sizes = _check_manifests(view, numbers, next_number, known)
     for key, value in view.every("versions"):
         version = VersionRow.decode(key, value)
         if version.size_bytes > sizes.get(version.manifest, version.size_bytes):  # fewer: some were lost once
             raise DamagedError("version {}@{}".format(*parse_version_key(key)), "more bytes than its tensors have")
-    return lost, bad_manifests
+    return lost, bad_manifests, marked.recorded
 
 
-def _check_manifests(view: View, numbers: set[int], next_number: int) -> tuple[set[bytes], dict[bytes, int]]:
+def _check_manifests(
+    view: View, numbers: set[int], next_number: int, known: dict[str, tuple[int, int]]
+) -> tuple[set[bytes], dict[bytes, int]]:
     """Checks manifests against the tensors that they name; returns those that are damaged, and the others' tensor
-    bytes. `numbers` are those in use, and come to be all."""
+    bytes. `numbers` are those in use, and come to be all; `known` are some tensors' numbers and lengths."""
     bad: set[bytes] = set()
     sizes: dict[bytes, int] = {}
-    known: dict[str, tuple[int, int]] = {}
     for key, value in view.every("manifests"):
         row = ManifestRow.decode(key, value)
         if row.number in numbers or row.number >= next_number:
@@ -352,19 +378,20 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
     numbers and lengths looked up before."""
     numbers, size = set(), 0
     try:
-        names = manifest_digests(manifest)
+        names = manifest_names(manifest)
     except ValueError:
         raise DamagedError(f"manifest {key.hex()}", "it is no task's record") from None
     for name in names:
         found = known.get(name)
         if found is None:
+            if not is_digest(name):
+                raise DamagedError(f"manifest {key.hex()}", "it names what is no digest")
             value = view.get("tensors", from_digest(Digest(name)))
             if value is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
             if len(known) >= _KNOWN_NUMBERS:
                 known.clear()
-            place = TensorRow.peek(value)
-            known[name] = found = place.number, place.length
+            known[name] = found = TensorRow.number_and_length(value)
         numbers.add(found[0])
         size += found[1]
     if numbers != set(row.tensors):
@@ -375,34 +402,37 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
 _KNOWN_NUMBERS = 50_000
 
 
-def _check_pack(opened: OpenStore, pack: bytes, report: Report, counted: Counter[bytes]) -> set[Digest]:
-    """Enters what is found into the report, unless a gc drops the pack meanwhile; returns the tensors that are damaged.
-
-    `counted` are the rows that name each pack as recording them, maybe as of before.
-    """
-    with opened.read() as view:
-        if view.get("packs", pack) is None:
-            return set()
-        found, bad = _read_pack(opened, view, pack, counted)
-    if bad or found.damaged_packs or found.unknown_packs:
-        with opened.read() as now:
-            if now.get("packs", pack) is None:
+def _check_pack(
+    opened: OpenStore, pack: bytes, report: Report, rows: dict[bytes, int], recorded: Recorded
+) -> set[Digest]:
+    """Enters what is found into the report, and into `rows` how many name the pack for what it records; returns the
+    tensors that are damaged."""
+    for _ in range(_LOOKS):
+        with opened.read() as view:
+            if view.get("packs", pack) is None:  # a gc was faster
                 return set()
+            found, bad, count = _read_pack(opened, view, pack, recorded)
+            state = view.state
+        if not (bad or found.damaged_packs or found.unknown_packs):
+            break
+        with opened.read() as now:
+            if now.state == state:  # else a gc may have moved what was to be read
+                break
     report.add(found)
+    rows[pack] = count
     return bad
 
 
-def _read_pack(opened: OpenStore, view: View, pack: bytes, counted: Counter[bytes]) -> tuple[Report, set[Digest]]:
+def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -> tuple[Report, set[Digest], int]:
     report = Report(packs=1)
     bad: set[Digest] = set()
+    rows = 0
     try:
         header, records, problems = read_records(pack_path(opened.path, pack))
-        sound = not problems
         sizes = PackRow(header.file_bytes, sum(place.length for place in header.places.values()))
-        sound &= sizes.encode(pack) == view.get("packs", pack)
-        rows = len(rows_of(view, pack, records))
-        sound &= rows == counted[pack] or rows == count_rows(view)[pack]
-        if not Recorded(opened.path).knows(view, pack, records):
+        sound = not problems and sizes.encode(pack) == view.get("packs", pack)
+        is_known, rows = recorded.compare(view, pack, records)
+        if not is_known:
             report.unknown_packs.append(pack.hex())
     except DamagedError:
         header, sound = Header({}, {}, 0), False
@@ -429,7 +459,7 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, counted: Counter[byte
                 found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
                 if found != from_digest(digest):
                     bad.add(digest)
-    return report, bad
+    return report, bad, rows
 
 
 def _rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:

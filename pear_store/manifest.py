@@ -26,13 +26,23 @@ def manifest_digests(manifest: bytes) -> list[Digest]:
     Raises:
         ValueError: it is no manifest.
     """
-    try:
-        names = tensor_names(strict_json(manifest))
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError("no task's record") from None
+    strict_json(manifest)
+    names = manifest_names(manifest)
     if not all(map(is_digest, names)):
         raise ValueError("it names what is no digest")
     return [Digest(name) for name in sorted(names)]
+
+
+def manifest_names(manifest: bytes) -> set[str]:
+    """What a manifest, checked before, calls the tensors that it needs.
+
+    Raises:
+        ValueError: it is no manifest.
+    """
+    try:
+        return tensor_names(json.loads(manifest))
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("no task's record") from None
 
 
 def manifest_hash(manifest: bytes) -> bytes:

@@ -76,8 +76,7 @@ class OpenStore:
         self.path = path
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
-        self._kept: dict[bytes, tuple[bytes, dict[str, RawTensor]]] = {}
-        self._kept_at: State | None = None
+        self._kept: tuple[State | None, dict[str, tuple[bytes, dict[str, RawTensor]]]] = (None, {})
         self._closed = False
         self._index = self._open_index()
 
@@ -113,14 +112,19 @@ class OpenStore:
     def read(self) -> AbstractContextManager[View]:
         """A consistent view of the index, untouched by writers. It begins at once; the caller enters it at once."""
         while True:
-            with suppress(IndexReplacedError):  # a rebuild replaced it, another thread closed it
+            try:
                 return self.index.read()
+            except IndexReplacedError:  # a rebuild replaced it, another thread closed it
+                continue
 
     def look(self, act: Callable[[View], T]) -> T:
         """What `act` finds in a view; again with another, where writers overtook a reader that may not lock."""
         for _ in range(_TRIES):
-            with suppress(OvertakenError), self.read() as view:
-                return act(view)
+            try:
+                with self.read() as view:
+                    return act(view)
+            except OvertakenError:
+                continue
         raise OvertakenError(self.path)
 
     def write(self, change: Callable[[View], T]) -> T:
@@ -153,7 +157,8 @@ class OpenStore:
         for pack in unfinished:
             if view.get("packs", pack) is None:
                 unlink_pack(self.path, pack)
-        unlink_written(self.path, unfinished)
+        if unfinished:
+            unlink_written(self.path, unfinished)
 
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
         """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
@@ -213,11 +218,13 @@ class OpenStore:
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def kept(self, view: View) -> dict[bytes, tuple[bytes, dict[str, RawTensor]]]:
-        """Tasks' manifests and tensors by manifest hash, read since the last commit; the next one drops their maps."""
-        if self._kept_at != view.state or len(self._kept) >= _KEPT_TASKS:
-            self._kept, self._kept_at = {}, view.state
-        return self._kept
+    def kept(self, view: View) -> dict[str, tuple[bytes, dict[str, RawTensor]]]:
+        """Tasks' manifests and tensors by reference, read since the last commit; the next one drops their maps."""
+        state, kept = self._kept
+        if state != view.state or len(kept) >= _KEPT_TASKS:
+            kept = {}
+            self._kept = (view.state, kept)  # both at once: other threads may have views of other states
+        return kept
 
     def tensors(
         self, view: View, digests: Sequence[str], what: str, hints: Sequence[TensorRow] = ()
@@ -339,7 +346,7 @@ class OpenStore:
         """Drops all maps, and with them what was found good; buffers handed out stay valid."""
         with self._lock:
             self._maps.clear()
-            self._kept.clear()
+            self._kept = (None, {})
 
 
 def no_store(path: Path) -> NotFoundError:

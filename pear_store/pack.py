@@ -14,17 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pear_store.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.commit import NO_COMMIT, Commit
-from pear_store.container import Header, Place, lay_out, read_header, strict_json
+from pear_store.container import Header, Place, lay_out, read_header, read_metadata, strict_json
 from pear_store.digest import Digest, Kept, RawTensor, begin_digest, fresh_name
 from pear_store.directory import FAN_NAME, INTENT_NAME, PACK_NAME, Folder, open_folder
 from pear_store.errors import AccessError, CheckpointError, DamagedError, SourceError, from_os_error
 from pear_store.reading import open_regular
 
 FORMAT = "pear-pack/1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,10 @@ class PackReader:
     def digest(self, dtype: str, shape: tuple[int, ...], offset: int, length: int) -> bytes | None:
         """A tensor's digest as the file has it; None if it cannot be read whole."""
         state = begin_digest(dtype, shape)
-        end = offset + length
+        at, end = offset - self._start, offset + length
+        if at >= 0 and at + length <= len(self._window):
+            state.update(self._window[at : at + length])
+            return state.digest()
         try:
             while offset < end:
                 data = self._read(offset, min(end - offset, _WINDOW_BYTES))
@@ -376,22 +380,40 @@ def read_records(path: Path) -> tuple[Header, Records, list[str]]:
     Raises:
         DamagedError: the header or the record cannot be trusted at all.
     """
+    header = _read(path, read_header)
+    return header, *records_in(path, header.metadata)
+
+
+def read_records_alone(path: Path) -> Records:
+    """A pack's records, without a look at what else its header says.
+
+    Raises:
+        DamagedError: they cannot be trusted.
+    """
+    return records_in(path, _read(path, read_metadata))[0]
+
+
+def _read(path: Path, read: Callable[[BinaryIO, Path, int], T]) -> T:
     try:
         with open_pack(path) as file:
-            header = read_header(file, path, os.fstat(file.fileno()).st_size)
+            return read(file, path, os.fstat(file.fileno()).st_size)
     except CheckpointError as error:
         raise DamagedError(f"pack {path.stem}", error.problem) from None
     except OSError as error:
         raise DamagedError(f"pack {path.stem}", f"it cannot be read: {error.strerror}") from None
-    text = header.metadata.get("pear", "")
+
+
+def records_in(path: Path, metadata: dict[str, str]) -> tuple[Records, list[str]]:
+    """A pack's records by its metadata, and what is wrong with them; see :func:`read_records`."""
+    text = metadata.get("pear", "")
     try:
-        sound = hashlib.sha256(text.encode("utf-8")).hexdigest() == header.metadata.get("pear.sha256")
-        records, problems = _parse(strict_json(text), header.metadata) if sound else (Records(), [])
+        sound = hashlib.sha256(text.encode("utf-8")).hexdigest() == metadata.get("pear.sha256")
+        records, problems = _parse(strict_json(text), metadata) if sound else (Records(), [])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"pack {path.stem}", "its record is not as 'pear-pack/1' is") from None
     if not sound:
         raise DamagedError(f"pack {path.stem}", "its record does not match its checksum")
-    return header, records, problems
+    return records, problems
 
 
 def bare_header(file: Path) -> Header | None:

@@ -15,6 +15,7 @@ from pear_store.index import (
     NO_PACK,
     NameRow,
     RemovedRow,
+    State,
     TagRow,
     TensorRow,
     VersionRow,
@@ -23,7 +24,7 @@ from pear_store.index import (
     version_key,
 )
 from pear_store.opened import name_row, version_row
-from pear_store.pack import Records, find_packs, pack_path, read_records
+from pear_store.pack import Records, find_packs, pack_path, read_records, read_records_alone
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Unlisted:
 
 
 class Recorded:
-    """The packs' records, as far as they were looked at. For one view at a time."""
+    """The packs' records, as far as they were looked at, for one thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._marks: dict[bytes, frozenset[tuple[str, int, bytes]]] = {}
+        self._as_of: State | None = None
+        self._room = 0
 
     def find_unlisted(self, view: View) -> Unlisted:
         """Looks at each pack that the index does not list. Under the write lock, or what is being added is found."""
@@ -63,31 +66,49 @@ class Recorded:
 
     def knows(self, view: View, pack: bytes, records: Records) -> bool:
         """Whether the index knows all that a pack records, or something later about the same."""
-        return all(self._known(view, pack, records))
+        return self.compare(view, pack, records)[0]
 
-    def _known(self, view: View, pack: bytes, records: Records) -> Iterator[bool]:
+    def compare(self, view: View, pack: bytes, records: Records) -> tuple[bool, int]:
+        """Whether the index knows all that a pack records, or something later about the same; and how many rows name
+        the pack for what it records."""
+        if self._as_of != view.state:  # what could not be read may have been moved
+            self._marks, self._as_of, self._room = {}, view.state, _MOST_MARKS
+        known, rows = True, 0
+        current = set()  # numbers that rows name this pack for: they stay used, wherever those records go
         for version in records.versions:
             mark = (version.task, version.version, version.hash)
             row = version_row(view, version.task, version.version)
-            if row is not None:
-                yield row.manifest == version.hash and self._has(row.pack, mark, pack)
-            else:  # removed? of two copies of a store, each may have had its own second version
+            if row is None:  # removed? of two copies of a store, each may have had its own second version
                 removed = self._removed(view, version.task, version.version)
-                yield removed is not None and self._has(removed.recorded_in, mark, pack)
+                known = known and removed is not None and self._has(removed.recorded_in, mark, pack)
+            elif row.pack != pack:
+                known = known and row.manifest == version.hash and self._has(row.pack, mark, pack)
+            else:
+                known = known and row.manifest == version.hash
+                rows += (row.manifest, row.time_ns) == (version.hash, version.time_ns)
+                current.add((version.task, version.version))
         for task, number in records.removed:
+            known = known and version_row(view, task, number) is None
             removed = self._removed(view, task, number)  # none: no file records that version any more
-            yield version_row(view, task, number) is None
-            yield removed is None or self._has(removed.pack, (task, number, b""), pack)
+            if removed is not None and removed.pack == pack:
+                rows += 1
+                current.add((task, number))
+            elif removed is not None:
+                known = known and self._has(removed.pack, (task, number, b""), pack)
         for task, number in records.highest_numbers().items():
             name = name_row(view, task)
-            yield name is not None and name.highest >= number
+            known = known and name is not None and name.highest >= number
             if name is not None and name.highest == number:
-                yield self._has(name.pack, (name.name, number, b"highest"), pack)
+                rows += (name.name, name.pack) == (task, pack)
+                if (task, number) not in current:
+                    known = known and self._has(name.pack, (name.name, number, b"highest"), pack)
         for tag in records.tags:
             value = view.get("tags", key := tag_key(tag.task, tag.tag))
-            current = TagRow(0, 0, NO_PACK) if value is None else TagRow.decode(key, value)
-            yield current.time_ns >= tag.time_ns
-            yield self._has(current.pack, (f"{tag.task}@{tag.tag}", current.time_ns, b""), pack)
+            now = TagRow(0, 0, NO_PACK) if value is None else TagRow.decode(key, value)
+            rows += now == TagRow(tag.version or 0, tag.time_ns, pack)
+            known = known and now.time_ns >= tag.time_ns
+            known = known and self._has(now.pack, (f"{tag.task}@{tag.tag}", now.time_ns, b""), pack)
+        return known, rows
 
     @staticmethod
     def _removed(view: View, task: str, number: int) -> RemovedRow | None:
@@ -100,10 +121,14 @@ class Recorded:
             return True
         if pack not in self._marks:
             try:
-                _, records, _ = read_records(pack_path(self._path, pack))
+                records = read_records_alone(pack_path(self._path, pack))
             except DamagedError:
                 records = Records()
-            self._marks[pack] = frozenset(_marks(records))
+            marks = frozenset(_marks(records))
+            if self._room < len(marks):
+                self._marks, self._room = {}, _MOST_MARKS
+            self._marks[pack] = marks
+            self._room -= len(marks)
         return mark in self._marks[pack]
 
     def _holds_lost(self, view: View, names: Iterable[str]) -> bool:
@@ -118,6 +143,10 @@ class Recorded:
                 if not there[pack]:
                     return True
         return False
+
+
+_MOST_MARKS = 1 << 20
+"""That are kept, of some 200 bytes each"""
 
 
 def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:

@@ -430,15 +430,14 @@ class Store:
 
     def _found(self, view: View, reference: str) -> tuple[bytes, dict[str, RawTensor]]:
         """A version's manifest and tensors."""
-        name, number, row = _resolve(view, reference, self.path)
         kept = self._open.kept(view)
-        manifest, tensors = kept.get(row.manifest, (b"", {}))
-        if not manifest:
+        found = kept.get(reference)
+        if found is None:
+            name, number, row = _resolve(view, reference, self.path)
             manifest, hints = _manifest(view, row, f"version {name}@{number}")
             names = sorted(tensor_names(json.loads(manifest)))
-            tensors = self._open.tensors(view, names, f"version {name}@{number}", hints)
-            kept[row.manifest] = (manifest, tensors)
-        return manifest, tensors
+            found = kept[reference] = manifest, self._open.tensors(view, names, f"version {name}@{number}", hints)
+        return found
 
     def export(self, reference: str, path: str | Path) -> int:
         """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""

@@ -124,12 +124,10 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("unlinks", [True, False], ids=["unlinked", "not yet unlinked"])
 @pytest.mark.parametrize("step", ["check_index", "_check_pack", "read_records", "open_pack", "_hit"])
-def test_a_gc_in_a_verify_is_no_damage(
-    filled: Path, monkeypatch: pytest.MonkeyPatch, step: str, unlinks: bool
-) -> None:
+def test_a_gc_in_a_verify_is_no_damage(filled: Path, monkeypatch: pytest.MonkeyPatch, step: str, unlinks: bool) -> None:
     """It moves every tensor and drops every pack that verify is about to read."""
     plain = getattr(integrity, step)
-    moved = []
+    moved: list[Any] = []
 
     def move_first(*arguments: Any) -> Any:
         if not moved:
