@@ -393,10 +393,14 @@ class Subset(click.ParamType[tuple[int, int]]):
 @click.option("--subset", type=Subset(), default="1/1", show_default=True, help="Only the n-th of t parts.")
 @click.option("--repair", "mend", is_flag=True, help="Write what is damaged anew, from what is good and from COPIES.")
 @click.argument("copies", nargs=-1, type=click.Path(), metavar="[COPIES]...")
+@allow_option
 @store_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tuple[str, ...], allowed: tuple[str, ...],
+    as_json: bool,
+) -> None:  # fmt: skip
     """Hash every tensor and manifest, check the index, and name each damaged tensor with the tasks hit.
 
     COPIES, for --repair: other stores, task checkpoints, directories of them, fsspec URLs.
@@ -404,7 +408,7 @@ def verify(ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tupl
     if copies and not mend:
         raise click.UsageError("COPIES go with --repair")
     if mend:
-        mended = repair(_path(), copies)
+        mended = repair(_path(), copies, Access(allowed=frozenset(allowed)))
         echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
     report = verify_store(_path(), subset)
     if as_json:

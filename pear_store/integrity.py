@@ -51,7 +51,7 @@ from pear_store.pack import (
     read_records,
     read_records_alone,
 )
-from pear_store.reading import is_url
+from pear_store.reading import Access, is_url
 from pear_store.recorded import Recorded, count_rows
 
 _LOOKS = 5
@@ -545,11 +545,12 @@ def _by_manifest(records: Records) -> dict[bytes, list[str]]:
 # ---- repair -------------------------------------------------------------------------------------
 
 
-def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
+def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access | None = None) -> Repaired:
     """Writes damaged packs anew: what is good of them, and good copies of the rest.
 
     Args:
         copies: where good copies are: stores, task checkpoints, directories of them, fsspec URLs.
+        access: which protocols may be opened.
 
     Raises:
         NotFoundError: one of the copies is not there; nothing was done.
@@ -568,7 +569,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = ()) -> Repaired:
         return result
     wanted = {damage.digest for damage in report.damaged}
     wanted_manifests = {damage.digest for damage in report.damaged_manifests}
-    found, manifests = _good_copies(copies, wanted, wanted_manifests)
+    found, manifests = _good_copies(copies, wanted, wanted_manifests, access)
     opened = OpenStore(path)
     try:
         result.packs, healed = _rewrite(opened, report, found, manifests)
@@ -586,7 +587,7 @@ def rewrite_packs(path: Path, packs: Iterable[bytes]) -> None:
 
 
 def _good_copies(
-    copies: Iterable[str | Path], wanted: set[str], manifests: set[str]
+    copies: Iterable[str | Path], wanted: set[str], manifests: set[str], access: Access | None
 ) -> tuple[dict[Digest, RawTensor], dict[str, bytes]]:
     """Tensors and manifests by digest, as far as the sources have them."""
     found: dict[Digest, RawTensor] = {}
@@ -609,8 +610,8 @@ def _good_copies(
                     if to_digest(manifest_hash(manifest)) == digest:
                         found_manifests[digest] = manifest
             continue
-        for file in sources.expand([str(copy)]):
-            task = sources.read_task(file)
+        for file in sources.expand([str(copy)], access):
+            task = sources.read_task(file, access=access)
             found.update((t.digest, t) for t in task.tensors.values() if t.digest in wanted)
             manifest = to_manifest(task)
             if to_digest(manifest_hash(manifest)) in manifests:

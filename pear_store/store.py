@@ -485,7 +485,7 @@ class Store:
 
         def look(view: View) -> Version:
             name, number, _ = _resolve(view, reference, self.path)
-            return _version(view, name, number, _all_tags(view))
+            return _version(view, name, number, _tags_of(view, name))
 
         return self._open.look(look)
 
@@ -661,9 +661,7 @@ def _resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionR
         found = view.get("tags", key)
         number = TagRow.decode(key, found).version if found else 0
         if not number:
-            have = (
-                ", ".join(tag for (task, _), tags in _all_tags(view).items() for tag in tags if task == name) or "none"
-            )
+            have = ", ".join(tag for tags in _tags_of(view, name).values() for tag in tags) or "none"
             raise NotFoundError(f"no tag {which!r} of task {name!r}; its tags: {have}")
     else:
         number = known.newest if which is None else which
@@ -681,8 +679,17 @@ def _unknown(name: str, path: Path) -> str:
 
 def _all_tags(view: View) -> dict[tuple[str, int], list[str]]:
     """(task, version) -> tags. Walks them all, so that one that a damaged page hides is missed."""
+    return _by_version(view.every("tags"))
+
+
+def _tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
+    """Like :func:`_all_tags`, of one task."""
+    return _by_version(view.rows("tags", task.encode("ascii") + b"\0"))
+
+
+def _by_version(rows: Iterable[tuple[bytes, bytes]]) -> dict[tuple[str, int], list[str]]:
     found: dict[tuple[str, int], list[str]] = {}
-    for key, value in view.every("tags"):
+    for key, value in rows:
         row = TagRow.decode(key, value)
         if row.version:
             task, tag = parse_tag_key(key)

@@ -9,10 +9,10 @@ from typing import Any
 
 from pear_store import PearStoreError
 from pear_store.checkpoint import TASK_NAME
+from pear_store.reading import read_text
 from pear_train.config import OPTIONS, TrainConfig, check_option
 from pear_train.data.options import DataOptions
-from pear_train.data.text import read_text
-from pear_train.errors import ConfigError, DataError
+from pear_train.errors import ConfigError
 
 DATA_OPTIONS: dict[str, Field[Any]] = {option.name: option for option in fields(DataOptions)}
 """Every option of the data by its name."""
@@ -50,7 +50,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
     """
     try:
         record = tomllib.loads(read_text(path))
-    except (DataError, PearStoreError) as error:
+    except PearStoreError as error:
         raise ConfigError(str(error)) from None
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None

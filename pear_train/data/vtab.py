@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from pear_store.reading import read_text
 from pear_train.data.dataset import Dataset, Split, numbered
-from pear_train.data.text import read_text
 from pear_train.errors import DataError
 
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}

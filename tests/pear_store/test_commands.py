@@ -86,20 +86,32 @@ def test_gc_policies(where: Path) -> None:
         assert (refused.exit_code, "expected a number and s, m, h, d or w" in refused.stderr) == (2, True)
 
 
+def pack_of(store: Path, data: bytes) -> Path:
+    """The one pack that has these bytes."""
+    with Store(store) as opened:
+        (pack,) = [pack for pack in packs(opened) if data in pack.read_bytes()]
+    return pack
+
+
 def test_verify_repair_and_rebuild(where: Path) -> None:
     store = ("--store", where / "s")
     good = run(*store, "verify")
     assert (good.exit_code, good.stdout.splitlines()[-1]) == (0, "all good")
     write_checkpoint(where / "good.safetensors", small_task(seed=1))
-    with Store(where / "s") as opened:
-        shared = bytes(small_task(seed=1).tensors["head.weight"].data)
-        (pack,) = [pack for pack in packs(opened) if shared in pack.read_bytes()]
+    shared = bytes(small_task(seed=1).tensors["head.weight"].data)
+    pack = pack_of(where / "s", shared)
     flip(pack, 8 * pack.read_bytes().index(shared))
     bad = run(*store, "verify", "--json")
     report = json.loads(bad.stdout)
     assert (bad.exit_code, report["damaged"][0]["tasks"], report["damaged"][0]["versions"]) == (5, ["dtd"], ["dtd@2"])
     assert "hits dtd@2" in run(*store, "verify").stdout
     assert run(*store, "verify", where / "good.safetensors").exit_code == 2
+    chain = f"simplecache::file://{where / 'good.safetensors'}"
+    refused = run(*store, "verify", "--repair", chain)
+    assert (refused.exit_code, "not opened unless allowed" in refused.stderr) == (10, True)
+    allowed = run(*store, "verify", "--repair", chain, "--allow", "simplecache", "--allow", "file")
+    assert (allowed.exit_code, allowed.stdout.splitlines()[-1]) == (0, "all good")
+    flip(pack_of(where / "s", shared), 8 * pack_of(where / "s", shared).read_bytes().index(shared))
     healed = run(*store, "verify", "--repair", where / "good.safetensors")
     assert (healed.exit_code, healed.stdout.splitlines()[-1]) == (0, "all good")
     (where / "s" / "index" / "data.mdb").write_bytes(b"\1" * 8192)
