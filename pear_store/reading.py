@@ -132,7 +132,7 @@ def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
     """The text of a UTF-8 file, without the mark (BOM) that some editors begin one with.
 
     Raises:
-        NotFoundError, SourceError: as :func:`read_source`; or the text is no UTF-8: names the line and the remedy.
+        NotFoundError, SourceError: as :func:`read_source`; or the text is not UTF-8: names the line and the remedy.
     """
     data = read_source(source, most_bytes=most_bytes).removeprefix(codecs.BOM_UTF8)
     try:
@@ -143,7 +143,7 @@ def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise SourceError(
             source,
-            f"line {line}: byte 0x{data[error.start]:02x} is no UTF-8; save the file as UTF-8, or convert it: "
+            f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, or convert it: "
             "iconv -f latin1 -t utf-8",
         ) from None
 

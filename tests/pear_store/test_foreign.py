@@ -161,11 +161,11 @@ def test_labels_with_a_mark_windows_lines_and_no_last_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("oak\nérable\n".encode("latin-1"), r"line 2: byte 0xe9 is no UTF-8; .*iconv -f latin1 -t utf-8"),
+        ("oak\nérable\n".encode("latin-1"), r"line 2: byte 0xe9 is not UTF-8; .*iconv -f latin1 -t utf-8"),
         ("oak\nelm\n".encode("utf-16"), "is UTF-16: expected UTF-8; save it as UTF-8"),
         (b"oak\n\nelm\n", "line 2 is empty"),
         (b"oak\nel\x1b[2Jm\n", r"line 2 is 'el\\x1b\[2Jm': expected a class name without control"),
-        (b"\x89PNG\r\n\x1a\n", "line 1: byte 0x89 is no UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "line 1: byte 0x89 is not UTF-8"),
         (b"a\n" * (9 << 20), "more than 16777216 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     ],

@@ -109,7 +109,7 @@ def test_vtab(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"val200.txt, line 1: 'images/a.jpg': expected an image path, a space"):
         open_dataset(str(tmp_path / "v"))
     (tmp_path / "v" / "val200.txt").write_bytes(b"images/val200/000000.jpg 0\nimages/caf\xe9.jpg 1\n")
-    with pytest.raises(SourceError, match="val200.txt: line 2: byte 0xe9 is no UTF-8; save the file as UTF-8"):
+    with pytest.raises(SourceError, match="val200.txt: line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"):
         open_dataset(str(tmp_path / "v"))
     (tmp_path / "v" / "val200.txt").write_text("images/val200/000000.jpg 0\n", "utf-16")
     with pytest.raises(SourceError, match="val200.txt: is UTF-16: expected UTF-8; save it as UTF-8"):

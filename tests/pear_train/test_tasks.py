@@ -28,7 +28,7 @@ def test_options_of_the_data_and_any_bytes_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (TEXT.encode("latin1"), "line 5: byte 0xe9 is no UTF-8; save the file as UTF-8"),
+        (TEXT.encode("latin1"), "line 5: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         (TEXT.encode("utf-16"), "is UTF-16: expected UTF-8; save it as UTF-8"),
         (TEXT.encode() + b"no_splits = true\n", "task 'a': no splits: all folders are classes"),
         (TEXT.encode() + b"train_split = 3\n", "task 'a': train_split = 3: expected str"),
