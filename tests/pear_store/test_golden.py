@@ -1,0 +1,81 @@
+"""What earlier code wrote is read, whatever is changed: files that `tests/golden/make.py` made once."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pear_store import Store, Task, read_checkpoint, rebuild, verify
+from pear_store.peft import import_peft
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STORES = ["1", "index3"]
+
+
+def digests(task: Task) -> dict[str, str]:
+    return {name: tensor.digest for name, tensor in sorted(task.tensors.items())}
+
+
+def expected(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((GOLDEN / folder / "expected.json").read_text())
+    return found
+
+
+def stored(store: Store) -> dict[str, Any]:
+    """All that a store hands out; its tensors are hashed as they are read."""
+    found = {}
+    for version in store.versions():
+        task = store.get(f"{version.task}@{version.version}")
+        found[f"{version.task}@{version.version}"] = {
+            "time_ns": version.time_ns, "bytes": version.size_bytes, "tags": list(version.tags),
+            "record": dict(task.record), "tensors": sorted(task.tensors),
+        }  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a store: to open one makes its lock file."""
+    return Path(shutil.copytree(GOLDEN / request.param / "store", tmp_path / request.param))
+
+
+@pytest.mark.parametrize("name", sorted(expected("1")["checkpoints"]))
+def test_checkpoints(name: str) -> None:
+    task = read_checkpoint(GOLDEN / "1" / "checkpoints" / f"{name}.safetensors")
+    assert digests(task) == expected("1")["checkpoints"][name]
+    assert task.record["kept"] == {"unknown": ["keys", 1, None]}
+
+
+@pytest.mark.parametrize("folder", STORES, indirect=True)
+def test_stores(folder: Path) -> None:
+    with Store(folder) as store:
+        assert stored(store) == expected(folder.name)["store"]
+        assert verify(folder).ok
+
+
+@pytest.mark.parametrize("folder", STORES, indirect=True)
+def test_stores_that_are_changed(folder: Path) -> None:
+    with Store(folder) as store:
+        before = expected(folder.name)["store"]
+        unchanged = store.add(GOLDEN / "1" / "checkpoints" / "plain.safetensors")
+        assert (unchanged.version, unchanged.changed, unchanged.new_bytes) == (1, False, 0)
+        added = store.add(GOLDEN / "1" / "checkpoints" / "brain.safetensors")  # its first version was removed
+        assert (added.version, added.changed) == (2, True)
+        store.gc(repack_all=True)
+        now = stored(store)
+        assert {name: now[name] for name in before} == before
+        assert verify(folder).ok
+
+
+@pytest.mark.parametrize("folder", STORES, indirect=True)
+def test_rebuilt_from_its_packs(folder: Path) -> None:
+    rebuild(folder)
+    with Store(folder) as store:
+        assert stored(store) == expected(folder.name)["store"]
+    assert verify(folder).ok
+
+
+def test_peft_folder() -> None:
+    assert digests(import_peft(GOLDEN / "1" / "peft")) == expected("1")["peft"]
