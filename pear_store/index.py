@@ -284,19 +284,20 @@ class NameRow:
         try:
             return cls(name.decode("ascii"), newest, highest, pack)
         except UnicodeDecodeError:
-            raise DamagedError(f"index row {key!r}", "its name is not ASCII") from None
+            raise DamagedError(f"index row {_shown(key)}", "its name is not ASCII") from None
 
     @staticmethod
     def fields(key: bytes, row: bytes) -> tuple[bytes, int, int, bytes]:
         """Name, newest, highest and pack."""
         body = _unsealed(key, row)
-        if len(body) < _NAME.size:
-            raise DamagedError(f"index row {key!r}", "its length is wrong")
+        if not _NAME.size < len(body) <= _NAME.size + _MOST_NAME_BYTES:
+            raise DamagedError(f"index row {_shown(key)}", "its length is wrong")
         newest, highest, pack = _NAME.unpack_from(body)
         return body[_NAME.size :], newest, highest, pack
 
 
 _NAME = struct.Struct("<II32s")
+_MOST_NAME_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,14 @@ class RemovedRow:
         return cls(*_opened("<32s32s", key, row))
 
 
+def _shown(key: bytes) -> str:
+    """A key in a message: of a hostile one, which may be long, the beginning."""
+    return repr(key) if len(key) <= _MOST_SHOWN_BYTES else f"{key[:_MOST_SHOWN_BYTES]!r}…"
+
+
+_MOST_SHOWN_BYTES = 150  # more than any key of a task and a tag has
+
+
 def _sealed(key: bytes, body: bytes) -> bytes:
     return body + zlib.crc32(key + body).to_bytes(4, "little")
 
@@ -337,7 +346,7 @@ def _sealed(key: bytes, body: bytes) -> bytes:
 def _unsealed(key: bytes, row: bytes) -> bytes:
     body = row[:-4]
     if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:]:
-        raise DamagedError(f"index row {key!r}", "its checksum differs")
+        raise DamagedError(f"index row {_shown(key)}", "its checksum differs")
     return body
 
 
@@ -345,7 +354,7 @@ def _opened(form: str, key: bytes, row: bytes) -> tuple[Any, ...]:
     try:
         return struct.unpack(form, _unsealed(key, row))
     except struct.error:
-        raise DamagedError(f"index row {key!r}", "its length is wrong") from None
+        raise DamagedError(f"index row {_shown(key)}", "its length is wrong") from None
 
 
 def version_key(task: str, version: int) -> bytes:
@@ -358,7 +367,7 @@ def parse_version_key(key: bytes) -> tuple[str, int]:
             raise ValueError
         return key[:-5].decode("ascii"), int.from_bytes(key[-4:], "big")
     except ValueError:
-        raise DamagedError(f"index key {key!r}", "it is no version's") from None
+        raise DamagedError(f"index key {_shown(key)}", "it is no version's") from None
 
 
 def tag_key(task: str, tag: str) -> bytes:
@@ -370,7 +379,7 @@ def parse_tag_key(key: bytes) -> tuple[str, str]:
         task, tag = key.decode("ascii").split("\0")
         return task, tag
     except ValueError:
-        raise DamagedError(f"index key {key!r}", "it is no tag's") from None
+        raise DamagedError(f"index key {_shown(key)}", "it is no tag's") from None
 
 
 def name_key(task: str) -> bytes:

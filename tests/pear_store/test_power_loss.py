@@ -24,6 +24,7 @@ LOSSES = int(os.environ.get("PEAR_POWER_LOSSES", "24"))
 CUTS = int(os.environ.get("PEAR_POWER_CUTS", "1"))
 """Losses of power on a real ext4."""
 ROOT = Path(__file__).parents[2]
+MKFS = ("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0")  # else the kernel writes on by itself
 
 STORE = Path("one/two/store")
 
@@ -125,7 +126,7 @@ def ext4(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     mounted.mkdir()
     with open(image, "wb") as file:
         file.truncate(96 << 20)
-    if shutil.which("mkfs.ext4") is None or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
+    if shutil.which("mkfs.ext4") is None or subprocess.run([*MKFS, image]).returncode:
         pytest.skip("needs mkfs.ext4")
     if subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True).returncode:
         pytest.skip("needs the right to mount a loop device")
@@ -156,15 +157,18 @@ def test_power_cuts_on_ext4_lose_nothing_acknowledged(ext4: tuple[Path, Path], t
         while not output.stat().st_size:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
-        for _ in range(100):  # until no write came meanwhile: then the copy is the disk at one moment
+        for tries in range(300):  # until no write came meanwhile: then the copy is the disk at one moment
             process.send_signal(signal.SIGSTOP)
             before, said_before = _writes_of(mounted), output.read_text()
             shutil.copyfile(image, copied)
             if before == _writes_of(mounted) and before[2] == "0":
                 break
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.02)
+            if tries < 50:  # from then on it stays stopped: soon the system has written all that it will
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.02 if tries < 50 else 0.2)
         else:
+            process.kill()
+            process.wait()
             pytest.fail("the disk was never still")
         process.send_signal(signal.SIGKILL)
         process.wait()
