@@ -30,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 
 with atheris.instrument_imports(include=["pear_store"]):
     from pear_store import PearStoreError, Store, write_checkpoint
-    from pear_store.checkpoint import task_from_container
-    from pear_store.container import parse_container, read_header
-    from pear_store.index import (
+    from pear_store.format.checkpoint import task_from_container
+    from pear_store.format.container import parse_container, read_header
+    from pear_store.format.manifest import manifest_digests
+    from pear_store.format.pack import records_in
+    from pear_store.local.index import (
         ContentsRow,
         ManifestRow,
         NameRow,
@@ -44,9 +46,7 @@ with atheris.instrument_imports(include=["pear_store"]):
         parse_tag_key,
         parse_version_key,
     )
-    from pear_store.index import _sealed as sealed
-    from pear_store.manifest import manifest_digests
-    from pear_store.pack import records_in
+    from pear_store.local.index import _sealed as sealed
 from tests.makers import small_task
 
 ROWS: dict[str, list[Callable[[bytes, bytes], object]]] = {

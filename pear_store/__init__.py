@@ -1,7 +1,6 @@
 """A content-addressed store of tasks: each distinct tensor once, across tasks and versions."""
 
-from pear_store.checkpoint import Branch, Task, make_task, read_checkpoint, write_checkpoint
-from pear_store.digest import Digest, RawTensor, tensor_digest
+from pear_store.diff import Diff, PositionDiff
 from pear_store.errors import (
     CheckpointError,
     DamagedError,
@@ -14,12 +13,18 @@ from pear_store.errors import (
     SourceError,
     TaggedError,
 )
-from pear_store.gc import GcResult
-from pear_store.integrity import Damage, Repaired, Report, repair, verify
-from pear_store.loading import Refused
-from pear_store.reading import Access, read_source
-from pear_store.recovery import Rebuilt, rebuild
-from pear_store.store import Added, Diff, PositionDiff, Stats, Store, Version
+from pear_store.format.checkpoint import Branch, Task, make_task, read_checkpoint, write_checkpoint
+from pear_store.format.digest import Digest, RawTensor, tensor_digest
+from pear_store.local.add import Added
+from pear_store.local.gc import GcResult
+from pear_store.local.loading import Refused
+from pear_store.local.rebuild import Rebuilt, rebuild
+from pear_store.local.references import Version
+from pear_store.local.repair import Repaired, repair
+from pear_store.local.sources import Access, read_source
+from pear_store.local.stats import Stats
+from pear_store.local.verify import Damage, Report, verify
+from pear_store.store import Store
 
 __all__ = [
     "Access",

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pear_store.checkpoint import PARTS, Task, natural_key, outer_part
 from pear_store.errors import PearStoreError
+from pear_store.format.checkpoint import PARTS, Task, natural_key, outer_part
 from pear_store.store import Store
 
 FORMATS = (".png", ".svg")

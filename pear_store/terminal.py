@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 
 Row = Mapping[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def printable(value: object) -> str:
@@ -60,3 +61,14 @@ class PrintableGroup(click.Group):
         except click.ClickException as error:
             vars(error)["message"] = printable(error.message)
             raise
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")(command)
+
+
+def allow_option(command: F) -> F:
+    return click.option(
+        "--allow", "allowed", multiple=True, metavar="PROTOCOL", envvar="PEAR_ALLOW",
+        help="Also open URLs of this protocol, and chains of allowed ones; may be repeated [default: $PEAR_ALLOW].",
+    )(command)  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pear_store import Branch, Task
-from pear_store.checkpoint import tensor_names
+from pear_store.format.checkpoint import tensor_names
 from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
 from pear_train.config import TrainConfig
 from pear_train.errors import ConfigError

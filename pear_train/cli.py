@@ -13,7 +13,7 @@ import click
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store, Task, read_checkpoint
-from pear_store.checkpoint import ACTIVATIONS
+from pear_store.format.checkpoint import ACTIVATIONS
 from pear_store.terminal import echo, echo_table, printable
 from pear_train.base import Base, base_identity, check_configs, train_base
 from pear_train.config import (

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import torch
 
-from pear_store.checkpoint import ACTIVATIONS, TASK_NAME
+from pear_store.format.checkpoint import ACTIVATIONS, TASK_NAME
 from pear_train.errors import ConfigError
 
 METHODS = ("pear", "adapters", "linear")

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from safetensors import SafetensorError, safe_open
 
 from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
-from pear_store.reading import open_regular_file
+from pear_store.files import open_regular_file
 from pear_train.config import OPTIONS, TrainConfig
 from pear_train.errors import ConfigError, ResourceError
 

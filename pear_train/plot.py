@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from pear_store import PearStoreError
-from pear_store.reading import open_regular_file
+from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.loop import Result
 

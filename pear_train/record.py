@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
-from pear_store.checkpoint import map_tensor_names, tensor_names
-from pear_store.manifest import plain_names
+from pear_store.format.checkpoint import map_tensor_names, tensor_names
+from pear_store.format.manifest import plain_names
 from pear_train.config import CODE_BITS, DTYPES
 from pear_train.finished import fingerprint
 from pear_train.run import TaskRun

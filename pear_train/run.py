@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import Task
-from pear_store.manifest import manifest_hash, to_manifest
+from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank, base_adapters
 from pear_train.config import CODE_BITS, DTYPES, TrainConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pear_store import PearStoreError
-from pear_store.checkpoint import TASK_NAME
-from pear_store.reading import read_text
+from pear_store.files import read_text
+from pear_store.format.checkpoint import TASK_NAME
 from pear_train.config import OPTIONS, TrainConfig, check_option
 from pear_train.data.options import DataOptions
 from pear_train.errors import ConfigError

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, features
 
 from pear_store.errors import PearStoreError
-from pear_store.reading import LFS_POINTER, Access, is_lfs_pointer, open_source
+from pear_store.files import LFS_POINTER, is_lfs_pointer
+from pear_store.local.sources import Access, open_source
 from router.errors import ImageError, RouterError
 
 with suppress(ImportError):  # whoever has it can read HEIC

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import NotFoundError, PearStoreError, RawTensor, Store, Task, Version, make_task, read_checkpoint
-from pear_store.checkpoint import check_record
-from pear_store.reading import Access
+from pear_store.format.checkpoint import check_record
+from pear_store.local.sources import Access
 from router.backbone import AdaptedBackbone, Backbone, load_backbone, open_device
 from router.errors import (
     BackboneError,

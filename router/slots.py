@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import RawTensor, Task
-from pear_store.checkpoint import outer_part
+from pear_store.format.checkpoint import outer_part
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
 from router.tensors import dequantise, to_numpy, to_torch

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pear_store import RawTensor, quant
+from pear_store import RawTensor
+from pear_store.format import codes as quant
 
 _DTYPES = {
     "F32": torch.float32,

@@ -8,7 +8,7 @@ import click
 import pytest
 
 from pear_store import Store
-from pear_store.cli import main
+from pear_store.cli.group import main
 from tests.conftest import floats, small_task
 from tools import batch_infer
 

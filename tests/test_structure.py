@@ -36,8 +36,50 @@ def test_imports_run_one_way(package: str) -> None:
         assert not imports(file) & PICKLES, f"{file}: pickles run code; none is read, not even our own"
         if package == "pear_store":
             assert not imports(file) & HEAVY, file
-        if file.name not in ("cli.py", "terminal.py"):
+        if "cli" not in file.relative_to(ROOT).with_suffix("").parts and file.name != "terminal.py":
             assert "click" not in imports(file), f"{file}: only a cli imports click, and what it prints through"
+
+
+LEAVES = {"errors", "files"}
+WINGS = {
+    "format": LEAVES | {"format"},
+    "local": LEAVES | {"format", "local"},
+    "exchange": LEAVES | {"format", "exchange"},
+    "store": LEAVES | {"format", "local", "diff"},
+    "cli": LEAVES | {"format", "local", "exchange", "store", "diff", "plot", "terminal", "cli"},
+}
+"""Of pear_store, each wing and what it may import of the others"""
+
+
+def modules(file: Path) -> set[str]:
+    """The full names of the modules that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_stores_wings_import_one_way(wing: str) -> None:
+    folder = ROOT / "pear_store" / wing
+    for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        ours = {name.split(".")[1] for name in modules(file) if name.startswith("pear_store.")}
+        assert ours <= WINGS[wing], f"{file} imports {ours - WINGS[wing]}"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_nobody_imports_a_cli(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        if "cli" not in file.relative_to(ROOT).with_suffix("").parts:
+            assert not [name for name in modules(file) if "cli" in name.split(".")], file
+
+
+def test_one_module_opens_urls() -> None:
+    using = {file.relative_to(ROOT) for p in ALLOWED for file in (ROOT / p).rglob("*.py") if "fsspec" in imports(file)}
+    assert using == {Path("pear_store/local/sources.py")}
 
 
 def test_store_commands_import_neither_torch_nor_numpy(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError, Task, read_checkpoint
-from pear_store.checkpoint import natural_key
+from pear_store.format.checkpoint import natural_key
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
-from pear_store.cli import allow_option
-from pear_store.reading import Access
-from pear_store.terminal import echo, printable
+from pear_store.local.sources import Access
+from pear_store.terminal import allow_option, echo, printable
 from router import ImageError, Limits, Predictions, Preprocess, Router, RouterError, decode
 from router.pictures import LIMITS, MAX_PIXELS, ImageLike
 

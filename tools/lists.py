@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
-from pear_store.reading import open_regular_file
+from pear_store.files import open_regular_file
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536

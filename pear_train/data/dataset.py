@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pear_store.checkpoint import CONTROL
+from pear_store.format.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import ImageError, Limits, Preprocess

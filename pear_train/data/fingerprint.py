@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pear_store.reading import open_regular_file
+from pear_store.files import open_regular_file
 from router.pictures import ImageLike
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from pear_store.reading import read_text
+from pear_store.files import read_text
 from pear_train.data.dataset import Dataset, Split, numbered
 from pear_train.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pear_store import RawTensor, Store, Task, make_task, write_checkpoint
-from pear_store.peft import export_peft, import_peft
+from pear_store.exchange.peft import export_peft, import_peft
 from tests.makers import record
 
 D, RANK, CLASSES = 8, 2, 3
@@ -45,7 +45,7 @@ class Tensors:
 
 def make_tasks() -> dict[str, Task]:
     """A task of each kind."""
-    made = {}
+    made: dict[str, Task] = {}
     for kind, dtype in (("plain", "F32"), ("half", "F16"), ("brain", "BF16")):
         t = Tensors(len(made))
         adapters = {
@@ -67,14 +67,14 @@ def make_tasks() -> dict[str, Task]:
     for bits in (1, 4, 8):
         t = Tensors(10 + bits)
         quant = {"bits": bits, "down": t.codes("a0.down", D, RANK, bits, 1), "up": t.codes("a0.up", RANK, D, bits, 0)}
-        entry = {"down": "a0.down", "up": "a0.up", "quant": quant, "role": "knowledge"}
+        entry: dict[str, Any] = {"down": "a0.down", "up": "a0.up", "quant": quant, "role": "knowledge"}
         made[f"q{bits}"] = task(
             f"q{bits}", t, {"a0": entry}, {"blocks.0.attn": [["a0", 1.0]]}, head_bits=bits if bits > 1 else 0
         )
     t = Tensors(20)
     quant = {"bits": 4, "down": t.codes("a0.down", D, RANK, 4, 1), "basis": t.codes("a0.up", RANK, D, 4, 0)}
-    core = {"down": "a0.down", "up": t.floats("c1.up", RANK, RANK), "basis": "a0.up", "quant": quant}
-    made["q4core"] = task("q4core", t, {"c1": core}, {"blocks.0.attn": [["c1", 2.0]]})
+    entry = {"down": "a0.down", "up": t.floats("c1.up", RANK, RANK), "basis": "a0.up", "quant": quant}
+    made["q4core"] = task("q4core", t, {"c1": entry}, {"blocks.0.attn": [["c1", 2.0]]})
     made["headless"] = task("headless", Tensors(30), {}, {}, head=False)
     return made
 

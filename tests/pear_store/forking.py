@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pear_store import PearStoreError, Store, Task, integrity, rebuild
+from pear_store import PearStoreError, Store, Task, rebuild
+from pear_store.local import verify as integrity
 from tests.makers import small_task
 
 LIMIT_S = 60

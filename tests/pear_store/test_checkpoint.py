@@ -22,8 +22,8 @@ from pear_store import (
     read_checkpoint,
     write_checkpoint,
 )
-from pear_store.container import read_container
-from pear_store.digest import tensor_digest
+from pear_store.format.container import read_container
+from pear_store.format.digest import tensor_digest
 from tests.conftest import container, floats, record, small_task, tensors
 
 
@@ -317,7 +317,7 @@ def test_every_flipped_bit_in_tensors_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_without_digests_is_accepted(tmp_path: Path) -> None:
-    from pear_store.container import container_chunks
+    from pear_store.format.container import container_chunks
 
     text = json.dumps(record())
     path = write(tmp_path / "t", b"".join(map(bytes, container_chunks(tensors(), {"pear": text}))))

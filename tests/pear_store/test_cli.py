@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pear_store import write_checkpoint
-from pear_store.cli import main
+from pear_store.cli.group import main
 from tests.conftest import container, record, small_task, tensors
 
 
@@ -105,7 +105,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, int]]:
         ("bad-name", record("../evil")),
         ("labels", record(labels=["one"])),
     ):
-        from pear_store.container import container_chunks
+        from pear_store.format.container import container_chunks
 
         chunks = container_chunks(tensors(), {"pear": json.dumps(changed)})
         put(name, b"".join(map(bytes, chunks)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pear_store import DamagedError, DamagedIndexError, PearStoreError, Store, rebuild, verify
-from pear_store.index import (
+from pear_store.local.index import (
     NO_PACK,
     ContentsRow,
     ManifestRow,
@@ -424,7 +424,7 @@ def test_an_index_of_format_3_whose_count_is_wrong_is_not_sealed(filled: Path) -
 
 def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no hard links, an empty file in tmp/ says that a pack was placed and not yet committed."""
-    import pear_store.opened as opened
+    import pear_store.local.opened as opened
 
     def no_link(*args: object, **options: object) -> None:
         raise OSError(95, "Operation not supported")

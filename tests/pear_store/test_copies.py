@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pear_store.recovery as recovery
+import pear_store.local.rebuild as recovery
 from pear_store import NotFoundError, Store, Task, rebuild, verify
-from pear_store.pack import read_records
+from pear_store.local.packs import read_records
 from tests.conftest import small_task
 from tests.pear_store.test_integrity import ROOT, everything
 from tests.pear_store.test_store import contents, packs
@@ -99,7 +99,7 @@ def die_after_placing(path: Path, task: str) -> None:
     code = (
         "import os, signal\n"
         "from pear_store import Store\n"
-        "import pear_store.opened as opened\n"
+        "import pear_store.local.opened as opened\n"
         "from tests.conftest import small_task\n"
         "place = opened.place_pack\n"
         "def place_and_die(*args):\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pear_store import DamagedError, FormatError, PearStoreError, Store, rebuild, repair, verify
-from pear_store.pack import WrittenPack
+from pear_store.local.packs import WrittenPack
 from tests.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
@@ -224,15 +224,15 @@ def test_a_pack_that_vanishes_from_tmp_while_it_is_added_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not a reason to begin again for ever."""
-    import pear_store.opened
+    import pear_store.local.opened
 
-    place = pear_store.opened.place_pack  # type: ignore[attr-defined]
+    place = pear_store.local.opened.place_pack  # type: ignore[attr-defined]
 
     def empty_tmp_first(root: Path, pack: WrittenPack) -> None:
         pack.path.unlink()
         place(root, pack)
 
-    monkeypatch.setattr(pear_store.opened, "place_pack", empty_tmp_first)
+    monkeypatch.setattr(pear_store.local.opened, "place_pack", empty_tmp_first)
     with pytest.raises(PearStoreError, match="No such file"):
         store.add(small_task())
     monkeypatch.undo()

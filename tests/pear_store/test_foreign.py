@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_store import CheckpointError, PearStoreError, RawTensor, SourceError
-from pear_store.container import container_chunks
-from pear_store.peft import import_peft, read_labels
+from pear_store.exchange.peft import import_peft, read_labels
+from pear_store.format.container import container_chunks
 from tests.conftest import container, floats, record
 from tests.pear_store.test_cli import run
 
@@ -60,7 +60,7 @@ def test_no_pattern_takes_longer_than_its_length(tmp_path: Path) -> None:
              for side in ("lora_A", "lora_B")}  # fmt: skip
     patterns = dict.fromkeys(SLOW, 3.0)
     folder = lora_folder(tmp_path / "lora", {**CONFIG, "rank_pattern": {}, "alpha_pattern": patterns}, **names)
-    code = f"from pear_store.peft import import_peft; print(len(import_peft({str(folder)!r}).positions))"
+    code = f"from pear_store.exchange.peft import import_peft; print(len(import_peft({str(folder)!r}).positions))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert done.stdout == "22\n", done.stderr
 

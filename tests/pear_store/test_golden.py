@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pear_store import Store, Task, read_checkpoint, rebuild, verify
-from pear_store.peft import import_peft
+from pear_store.exchange.peft import import_peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STORES = ["1", "index3"]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pear_store import CheckpointError, Store, verify, write_checkpoint
-from pear_store.checkpoint import task_from_container
-from pear_store.container import parse_container
+from pear_store.format.checkpoint import task_from_container
+from pear_store.format.container import parse_container
 from tests.conftest import container, record, small_task, tensors
 from tests.pear_store.test_store import contents
 

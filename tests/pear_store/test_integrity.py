@@ -20,13 +20,13 @@ from pear_store import (
     NotFoundError,
     PearStoreError,
     Store,
-    gc,
-    integrity,
     rebuild,
     repair,
     verify,
     write_checkpoint,
 )
+from pear_store.local import gc
+from pear_store.local import verify as integrity
 from tests.conftest import floats, small_task
 from tests.pear_store.test_store import contents, flip, keep_log, packs
 
@@ -86,7 +86,7 @@ def test_a_killed_verify_leaves_no_process(filled: Path, forks: bool) -> None:
     """It waits for one byte of a pack, as a slow disk would have it; in a fork, or in a process of its own."""
     code = (
         "import sys, time\n"
-        "import pear_store.integrity as integrity\n"
+        "import pear_store.local.verify as integrity\n"
         f"integrity.can_fork = lambda: {forks}\n"
         "integrity.PackReader.digest = lambda *_: time.sleep(60)\n"
         f"integrity.verify({str(filled)!r})\n"
@@ -94,7 +94,7 @@ def test_a_killed_verify_leaves_no_process(filled: Path, forks: bool) -> None:
     if not forks:  # the process of its own is slow, too
         (filled / "sitecustomize.py").write_text(
             "import sys\nif 'end_with' in ' '.join(sys.orig_argv):\n    import time\n"
-            "    import pear_store.integrity as integrity\n    integrity.check = lambda *_: time.sleep(60)\n"
+            "    import pear_store.local.verify as integrity\n    integrity.check = lambda *_: time.sleep(60)\n"
         )
     environment = {**os.environ, "PYTHONPATH": f"{filled}:{ROOT}"}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
@@ -259,7 +259,7 @@ def test_a_pack_of_a_commit_that_never_came_is_not_resurrected(filled: Path) -> 
     code = (
         "import os, signal\n"
         "from pear_store import Store\n"
-        "import pear_store.opened as opened\n"
+        "import pear_store.local.opened as opened\n"
         "from tests.conftest import small_task\n"
         "place = opened.place_pack\n"
         "def place_and_die(*args):\n"
@@ -375,7 +375,7 @@ def test_a_kill_in_a_rebuild_leaves_the_old_index_or_the_new(filled: Path, monke
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pear_store.recovery._settle_names", stop)
+    monkeypatch.setattr("pear_store.local.rebuild._settle_names", stop)
     with pytest.raises(KeyboardInterrupt):
         rebuild(filled)
     monkeypatch.undo()
@@ -388,7 +388,7 @@ def test_what_is_added_after_a_sweep_that_found_nothing_is_not_repacked_away(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a sweep commits nothing, and the next writer has its number."""
-    import pear_store.gc as module
+    import pear_store.local.gc as module
 
     list(store.add_many([small_task(name, seed=ord(name)) for name in "ab"]))
     store.remove("a")
@@ -413,7 +413,7 @@ def test_a_rebuild_between_a_repack_and_its_unlinking_loses_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rebuilt index may name the old packs again."""
-    import pear_store.gc as module
+    import pear_store.local.gc as module
 
     for name in "abcd":
         store.add(small_task(name, seed=ord(name)))

@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from pear_store import CheckpointError, Refused, Store, loading, make_task, read_checkpoint, write_checkpoint
-from pear_store import container as container_module
-from pear_store.checkpoint import KnownTensors
-from pear_store.forked import Worker, WorkerDiedError
-from pear_store.loading import Loaded, load_groups
+from pear_store import CheckpointError, Refused, Store, make_task, read_checkpoint, write_checkpoint
+from pear_store.format import container as container_module
+from pear_store.format.checkpoint import KnownTensors
+from pear_store.local import loading
+from pear_store.local.loading import Loaded, load_groups
+from pear_store.local.worker import Worker, WorkerDiedError
 from tests.makers import small_task
 
 
@@ -186,7 +187,7 @@ def test_without_a_process_more_files_are_read_here(files: list[Path], monkeypat
 
 
 def test_large_structures_are_not_kept(tmp_path: Path) -> None:
-    from pear_store import checkpoint
+    from pear_store.format import checkpoint
 
     task = small_task()
     checkpoint._GOOD_STRUCTURES.clear()

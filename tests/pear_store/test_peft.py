@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from pear_store import CheckpointError, NotFoundError, PearStoreError, RawTensor, Task, make_task, peft
-from pear_store.manifest import to_manifest
-from pear_store.peft import describe_backbone, export_peft, import_peft
+from pear_store import CheckpointError, NotFoundError, PearStoreError, RawTensor, Task, make_task
+from pear_store.exchange import peft
+from pear_store.exchange.peft import describe_backbone, export_peft, import_peft
+from pear_store.format.manifest import to_manifest
 from router import Backbone, Router
 from router.describe import describe
 from router.tensors import from_torch, quantise, to_torch
@@ -514,5 +515,5 @@ def test_backbones_are_described_through_an_entry_point(tmp_path: Path, monkeypa
 
 
 def test_importing_costs_neither_numpy_nor_torch() -> None:
-    code = "import sys, pear_store.peft; print(sorted({'torch', 'numpy', 'timm', 'peft'} & set(sys.modules)))"
+    code = "import sys, pear_store.exchange.peft; print(sorted({'torch', 'numpy', 'timm', 'peft'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -110,14 +110,14 @@ def test_stats(five: Store) -> None:
 
 
 def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pear_store.mounts import network_file_system
+    from pear_store.local.mounts import network_file_system
 
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/a / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n")
     assert network_file_system(tmp_path / "s", mounts) == "nfs4"
     assert network_file_system(tmp_path.parent, mounts) is None
-    monkeypatch.setattr("pear_store.mounts.network_file_system", lambda path: "nfs4")
-    monkeypatch.setattr("pear_store.store._NETWORK", {})  # devices looked at before
+    monkeypatch.setattr("pear_store.local.mounts.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("pear_store.local.mounts._NETWORK", {})  # devices looked at before
     with pytest.warns(UserWarning, match=r"network file system \(nfs4\)"):
         Store.create(tmp_path / "s").close()
 

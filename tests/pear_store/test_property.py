@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pear_store import NotFoundError, Store, TaggedError, Task, rebuild, verify
-from pear_store.store import Added
+from pear_store.local.add import Added
 from tests.conftest import floats, small_task
 
 NAMES = st.sampled_from(["a", "a.b", "B", "c-1"])

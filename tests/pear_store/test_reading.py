@@ -22,7 +22,8 @@ from pear_store import (
     read_checkpoint,
     read_source,
 )
-from pear_store.reading import is_url, open_regular_file, open_source
+from pear_store.files import open_regular_file
+from pear_store.local.sources import is_url, open_source
 from tests.conftest import small_task
 from tests.pear_store.test_cli import run
 

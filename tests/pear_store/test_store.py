@@ -39,9 +39,9 @@ from pear_store import (
     verify,
     write_checkpoint,
 )
-from pear_store.cli import main
-from pear_store.index import open_index, release_index
-from pear_store.manifest import to_manifest
+from pear_store.cli.group import main
+from pear_store.format.manifest import to_manifest
+from pear_store.local.index import open_index, release_index
 from tests.conftest import floats, record, small_task, tensors
 from tests.pear_store.workers import add_file
 
@@ -311,7 +311,7 @@ def test_adding_a_good_file_heals_a_damaged_tensor(tmp_path: Path, damage: str) 
 
 def test_what_dies_between_sweep_and_repack_is_not_counted_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that pointed into a repacked pack would make a later add of its tensors a lie."""
-    import pear_store.gc as module
+    import pear_store.local.gc as module
 
     list(store.add_many([small_task(name, seed=ord(name)) for name in "wxyz"]))
     store.get("x")
@@ -389,8 +389,8 @@ with Store(sys.argv[1]) as store:
 
 
 def test_maps_that_nobody_holds_are_given_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pear_store.opened._OPEN_PACKS", 8)
-    monkeypatch.setattr("pear_store.opened._KEPT_TASKS", 8)
+    monkeypatch.setattr("pear_store.local.opened._OPEN_PACKS", 8)
+    monkeypatch.setattr("pear_store.local.opened._KEPT_TASKS", 8)
     for i in range(40):
         store.add(small_task(f"t{i}", seed=i))
 
@@ -409,7 +409,7 @@ def test_a_system_with_too_many_maps_is_an_error_of_ours(store: Store, monkeypat
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("pear_store.opened.map_file", refuse)
+    monkeypatch.setattr("pear_store.local.opened.map_file", refuse)
     with pytest.raises(PearStoreError, match="Cannot allocate memory"):
         store.get("dtd")
 
@@ -605,7 +605,7 @@ def test_a_closed_store_says_so(store: Store) -> None:
 
 
 def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pear_store.index._MAP_BYTES", (256 * 1024,))
+    monkeypatch.setattr("pear_store.local.index._MAP_BYTES", (256 * 1024,))
     with Store.create(tmp_path / "s") as store:
         for start in range(0, 600, 100):
             list(store.add_many([small_task(f"t{i}", seed=i) for i in range(start, start + 100)]))

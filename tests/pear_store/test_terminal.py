@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pear_store import CheckpointError, Store, Task, make_task
-from pear_store.checkpoint import natural_key
+from pear_store.format.checkpoint import natural_key
 from pear_store.terminal import printable
 from tests.conftest import record, tensors
 from tests.pear_store.test_cli import run

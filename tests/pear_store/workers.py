@@ -8,7 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pear_store import Added, NotFoundError, Store, loading, rebuild
+from pear_store import Added, NotFoundError, Store, rebuild
+from pear_store.local import loading
 from tests.makers import small_task
 
 

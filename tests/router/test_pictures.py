@@ -23,7 +23,7 @@ from timm.data.dataset import ImageDataset
 import pear_train.cli
 import pear_train.data.timm_data
 from pear_store import CheckpointError, Store, Task, make_task
-from pear_store.reading import Access
+from pear_store.local.sources import Access
 from pear_train.data import DataOptions, Pixels, open_dataset
 from pear_train.errors import ConfigError
 from pear_train.run import preprocess_record

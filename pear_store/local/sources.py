@@ -1,26 +1,21 @@
-"""Opens the files and URLs that a user names. It never waits for a pipe, and never runs what it reads.
-
-How others use it:
-
-    data = read_source(image, access)                # router: a picture, whole; its errors are all of pear_store
-    access = Access(root=Path(root))                 # tools: --root DIR, no URL and no path outside of it
-    access = Access(allowed=frozenset(protocols))    # tools: --allow PROTOCOL, what PROTOCOLS lacks, and chains
+"""What users name to be read: tasks in memory, paths, directories, streams and fsspec URLs. Nothing read is run.
 
 A caller keeps one `Access` and hands it down. Only a command reads options and the environment to build one.
 """
 
-import codecs
 import os
 import re
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
-from pear_store.errors import NotFoundError, PearStoreError, SourceError
+from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
+from pear_store.files import open_regular_file, read_whole
+from pear_store.format.checkpoint import KnownTensors, Task, read_checkpoint, task_from_container
+from pear_store.format.container import parse_container
 
 PROTOCOLS = frozenset(
     (
@@ -30,9 +25,7 @@ PROTOCOLS = frozenset(
 )  # fmt: skip
 """What URLs may begin with. Each of these only moves bytes: none interprets, unpacks or caches what it reads."""
 MAX_SOURCE_BYTES = 4 * 1024**3
-MAX_TEXT_BYTES = 16 * 1024**2
-LFS_POINTER = "a Git LFS pointer, not the file that it stands for; 'git lfs pull' fetches that"
-_LFS_START = b"version https://git-lfs.github.com/spec/"
+Source: TypeAlias = Task | str | Path | BinaryIO
 
 
 @dataclass(frozen=True)
@@ -52,41 +45,6 @@ class Access:
 def is_url(source: object) -> bool:
     """Whether a source is a URL or a chain of them. A file of that very name wins."""
     return isinstance(source, str) and ("://" in source or "::" in source) and not os.path.lexists(source)
-
-
-def is_lfs_pointer(start: bytes | memoryview) -> bool:
-    """Whether a file that begins like this is what Git LFS leaves in the place of a large file."""
-    return bytes(start[: len(_LFS_START)]) == _LFS_START
-
-
-def open_regular_file(path: str | Path, root: Path | None = None) -> BinaryIO:
-    """Opens a file for reading. Links are followed, as users expect of their own files.
-
-    Raises:
-        NotFoundError: there is nothing at the path.
-        SourceError: it is a directory, a pipe, a device or a socket; may not be read; or lies outside of `root`.
-    """
-    try:
-        return open_regular(path if root is None else _inside(path, root), path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise SourceError(path, f"cannot be read: {error.strerror}") from None
-    except ValueError:  # a null byte, or text that file names cannot hold
-        raise NotFoundError(f"{str(path)!r}: no such file") from None
-
-
-def open_regular(path: str | Path, name: str | Path) -> BinaryIO:
-    """Like :func:`open_regular_file`, with the system's own errors; `name` is what messages call the file."""
-    _check_regular(os.stat(path), name)  # first: opening a device can do something
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        _check_regular(os.fstat(descriptor), name)
-        return open(descriptor, "rb")
-    except BaseException:
-        with suppress(OSError):
-            os.close(descriptor)
-        raise
 
 
 @contextmanager
@@ -117,35 +75,7 @@ def read_source(source: str | Path, access: Access | None = None, most_bytes: in
         NotFoundError, SourceError: as :func:`open_source`; or it is a Git LFS pointer.
     """
     with open_source(source, access, most_bytes) as file:
-        try:
-            data = file.read(most_bytes + 1)
-        except OSError as error:
-            raise SourceError(source, f"cannot be read: {error.strerror or error}") from None
-    if len(data) > most_bytes:
-        raise SourceError(source, f"more than {most_bytes} bytes: larger files are not read")
-    if is_lfs_pointer(data):
-        raise SourceError(source, LFS_POINTER)
-    return data
-
-
-def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file, without the mark (BOM) that some editors begin one with.
-
-    Raises:
-        NotFoundError, SourceError: as :func:`read_source`; or the text is not UTF-8: names the line and the remedy.
-    """
-    data = read_source(source, most_bytes=most_bytes).removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise SourceError(source, "is UTF-16: expected UTF-8; save it as UTF-8") from None
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SourceError(
-            source,
-            f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, or convert it: "
-            "iconv -f latin1 -t utf-8",
-        ) from None
+        return read_whole(file, source, most_bytes)
 
 
 def _local_path(source: str | Path, access: Access) -> str | Path | None:
@@ -198,25 +128,59 @@ def _download(url: str, most_bytes: int) -> bytes:
     return data
 
 
-def _inside(path: str | Path, root: Path) -> str:
-    """The path with links resolved; a SourceError where that leaves `root`."""
-    resolved_root = os.path.realpath(root)
-    resolved = os.path.realpath(os.path.join(resolved_root, path))
-    if os.path.commonpath([resolved_root, resolved]) != resolved_root:
-        raise SourceError(path, f"lies outside of {root}: only files below it are opened here")
-    return resolved
+def label(source: Source) -> str:
+    """What messages call a source."""
+    if isinstance(source, Task):
+        return source.name
+    if isinstance(source, str | Path):
+        return str(source)
+    return str(getattr(source, "name", "stream"))
 
 
-def _check_regular(found: os.stat_result, path: str | Path) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-        raise SourceError(path, f"{kind}: expected a file")
+def read_task(source: Source, known: KnownTensors | None = None, access: Access | None = None) -> Task:
+    """A source's task, checked whole; `known` are tensors of sources read before.
+
+    Raises:
+        NotFoundError: there is nothing at the path or URL.
+        CheckpointError: it is no task checkpoint.
+        SourceError: it is not opened, or cannot be read.
+    """
+    if isinstance(source, Task):
+        return source
+    if isinstance(source, Path) or (isinstance(source, str) and not is_url(source)):
+        return read_checkpoint(source, known)
+    if not isinstance(source, str):
+        if not hasattr(source, "read"):
+            expected = "expected a Task, a path, a URL or a binary file; add_many takes several"
+            raise CheckpointError("source", f"{type(source).__name__}: {expected}")
+        return task_from_container(*parse_container(source, label(source)), label(source), known)
+    with open_source(source, access) as file:
+        return task_from_container(*parse_container(file, source), source, known)
 
 
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str]:
+    """Paths and URLs, with each directory replaced by the ``.safetensors`` files below it, by name.
+
+    A directory that has none, or cannot be listed, comes back as it is, for `add` to refuse.
+    """
+    for source in sources:
+        found = list(_files_below(source, access or Access()))
+        yield from found or [source]
+
+
+def _files_below(source: str, access: Access) -> Iterator[str]:
+    if is_url(source):
+        try:
+            check_url(source, access)
+            import fsspec
+
+            fs, path = fsspec.core.url_to_fs(source)
+            if not path.endswith(".safetensors") and fs.isdir(path):
+                below = (file for file in fs.find(path) if file.endswith(".safetensors"))
+                yield from sorted(fs.unstrip_protocol(file) for file in below)
+        except Exception:  # the same error comes when it is read, with a name to it
+            return
+    elif os.path.isdir(source):
+        for folder, folders, files in os.walk(source):
+            folders.sort()
+            yield from (os.path.join(folder, file) for file in sorted(files) if file.endswith(".safetensors"))

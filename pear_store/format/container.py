@@ -15,9 +15,9 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pear_store.digest import ITEM_BYTES, RawTensor
 from pear_store.errors import CheckpointError, SourceError
-from pear_store.reading import LFS_POINTER, is_lfs_pointer, open_regular_file, read_text
+from pear_store.files import LFS_POINTER, is_lfs_pointer, open_regular_file, read_text
+from pear_store.format.digest import ITEM_BYTES, RawTensor
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 4 * 1024**3

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pear_store.digest import Digest, from_digest, is_digest
 from pear_store.errors import DamagedError
-from pear_store.index import (
+from pear_store.format.digest import Digest, from_digest, is_digest
+from pear_store.format.pack import Records
+from pear_store.local.index import (
     NO_PACK,
     NameRow,
     RemovedRow,
@@ -23,8 +24,8 @@ from pear_store.index import (
     tag_key,
     version_key,
 )
-from pear_store.opened import name_row, version_row
-from pear_store.pack import Records, find_packs, pack_path, read_records, read_records_alone
+from pear_store.local.opened import name_row, version_row
+from pear_store.local.packs import find_packs, pack_path, read_records, read_records_alone
 
 
 @dataclass

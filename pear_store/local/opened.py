@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from pear_store.digest import Digest, RawTensor, from_digest, tensor_digest
-from pear_store.directory import open_folder
 from pear_store.errors import AccessError, DamagedError, NotFoundError, PearStoreError, from_os_error
-from pear_store.index import (
+from pear_store.format.digest import Digest, RawTensor, from_digest, tensor_digest
+from pear_store.format.pack import Records
+from pear_store.local.directory import open_folder
+from pear_store.local.index import (
     Index,
     IndexReplacedError,
     NameRow,
@@ -34,9 +35,8 @@ from pear_store.index import (
     version_key,
     write_lock,
 )
-from pear_store.maps import map_file
-from pear_store.pack import (
-    Records,
+from pear_store.local.maps import map_file
+from pear_store.local.packs import (
     WrittenPack,
     find_unfinished,
     open_pack,

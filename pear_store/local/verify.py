@@ -1,58 +1,48 @@
-"""Checks a store, and mends it from good copies."""
+"""Checks a store: every tensor, every manifest, every row of the index."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pear_store import gc, sources
-from pear_store.checkpoint import tensor_names
-from pear_store.container import Header
-from pear_store.digest import Digest, RawTensor, from_digest, is_digest, to_digest
-from pear_store.directory import PACK_NAME, require_packs, store_path
 from pear_store.errors import (
     AccessError,
     DamagedError,
-    DamagedIndexError,
-    NotFoundError,
     PearStoreError,
     from_os_error,
 )
-from pear_store.forked import Worker, WorkerDiedError, can_fork
-from pear_store.index import (
+from pear_store.format.container import Header
+from pear_store.format.digest import Digest, from_digest, is_digest, to_digest
+from pear_store.format.manifest import manifest_digests, manifest_hash, manifest_names
+from pear_store.format.pack import Records
+from pear_store.local import gc
+from pear_store.local.catalog import Recorded, count_rows
+from pear_store.local.directory import PACK_NAME, require_packs, store_path
+from pear_store.local.index import (
     NO_PACK,
     ManifestRow,
     NameRow,
     OvertakenError,
     PackRow,
-    RemovedRow,
-    TagRow,
     TensorRow,
     VersionRow,
     View,
-    parse_tag_key,
     parse_version_key,
 )
-from pear_store.manifest import manifest_digests, manifest_hash, manifest_names, to_manifest
-from pear_store.opened import OpenStore, is_store
-from pear_store.pack import (
-    PackedTag,
-    PackedVersion,
+from pear_store.local.opened import OpenStore
+from pear_store.local.packs import (
     PackReader,
-    Records,
-    WrittenPack,
     bare_header,
     open_pack,
     pack_path,
     read_records,
     read_records_alone,
 )
-from pear_store.reading import Access, is_url
-from pear_store.recorded import Recorded, count_rows
+from pear_store.local.worker import Worker, WorkerDiedError, can_fork
 
 _LOOKS = 5
 _OURS = 4
@@ -96,15 +86,6 @@ class Report:
     @property
     def ok(self) -> bool:
         return not (self.damaged or self.damaged_packs or self.damaged_manifests or self.unknown_packs or self.index)
-
-
-@dataclass
-class Repaired:
-    """What a repair mended, and what it found no good copy of."""
-
-    healed: list[str] = field(default_factory=list)
-    missing: list[Damage] = field(default_factory=list)
-    packs: int = 0
 
 
 # ---- verify -------------------------------------------------------------------------------------
@@ -156,7 +137,7 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
     import sys
 
     run = (
-        "from pear_store.forked import end_with; from pear_store.integrity import _checked; "
+        "from pear_store.local.worker import end_with; from pear_store.local.verify import _checked; "
         f"end_with({os.getpid()}); print(_checked({os.fspath(path)!r}, {subset!r}))"
     )
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
@@ -540,188 +521,3 @@ def _by_manifest(records: Records) -> dict[bytes, list[str]]:
     for version in records.versions:
         found.setdefault(version.manifest, []).append(f"{version.task}@{version.version}")
     return found
-
-
-# ---- repair -------------------------------------------------------------------------------------
-
-
-def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access | None = None) -> Repaired:
-    """Writes damaged packs anew: what is good of them, and good copies of the rest.
-
-    Args:
-        copies: where good copies are: stores, task checkpoints, directories of them, fsspec URLs.
-        access: which protocols may be opened.
-
-    Raises:
-        NotFoundError: one of the copies is not there; nothing was done.
-        DamagedIndexError: the index is damaged; rebuild it first.
-    """
-    path, copies = store_path(path), list(copies)
-    for copy in copies:
-        if not is_url(copy) and not Path(copy).exists():
-            raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
-    report = verify(path)
-    if report.index or report.unknown_packs:
-        problem = report.index or f"{len(report.unknown_packs)} packs record what it never had"
-        raise DamagedIndexError(path / "index", problem)
-    result = Repaired()
-    if report.ok:
-        return result
-    wanted = {damage.digest for damage in report.damaged}
-    wanted_manifests = {damage.digest for damage in report.damaged_manifests}
-    found, manifests = _good_copies(copies, wanted, wanted_manifests, access)
-    opened = OpenStore(path)
-    try:
-        result.packs, healed = _rewrite(opened, report, found, manifests)
-    finally:
-        opened.close()
-    result.healed = sorted(healed)
-    result.missing = [d for d in [*report.damaged, *report.damaged_manifests] if d.digest not in healed]
-    return result
-
-
-def rewrite_packs(path: Path, packs: Iterable[bytes]) -> None:
-    """Writes packs anew, which then record what the index says of them."""
-    with closing(OpenStore(path)) as opened:
-        _rewrite(opened, Report(damaged_packs=[pack.hex() for pack in packs]), {}, {})
-
-
-def _good_copies(
-    copies: Iterable[str | Path], wanted: set[str], manifests: set[str], access: Access | None
-) -> tuple[dict[Digest, RawTensor], dict[str, bytes]]:
-    """Tensors and manifests by digest, as far as the sources have them."""
-    found: dict[Digest, RawTensor] = {}
-    found_manifests: dict[str, bytes] = {}
-    for copy in copies:
-        if not is_url(copy) and is_store(Path(copy)):
-            with ExitStack() as stack:
-                other = OpenStore(Path(copy))
-                stack.callback(other.close)
-                view = stack.enter_context(other.read())
-                for digest in wanted - found.keys():
-                    with suppress(DamagedError):
-                        found.update(
-                            (Digest(name), RawTensor(t.dtype, t.shape, bytes(t.data)))
-                            for name, t in other.tensors(view, [digest], "a copy").items()
-                        )
-                for digest in manifests - found_manifests.keys():
-                    row = view.get("manifests", from_digest(Digest(digest)))
-                    manifest = ManifestRow.manifest_of(row) if row else b""
-                    if to_digest(manifest_hash(manifest)) == digest:
-                        found_manifests[digest] = manifest
-            continue
-        for file in sources.expand([str(copy)], access):
-            task = sources.read_task(file, access=access)
-            found.update((t.digest, t) for t in task.tensors.values() if t.digest in wanted)
-            manifest = to_manifest(task)
-            if to_digest(manifest_hash(manifest)) in manifests:
-                found_manifests[to_digest(manifest_hash(manifest))] = manifest
-    return found, found_manifests
-
-
-def _rewrite(
-    opened: OpenStore, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
-) -> tuple[int, set[str]]:
-    """One commit that moves all that is good out of the damaged packs; returns how many went, and what was healed."""
-    packs: list[WrittenPack] = []
-    wanted = {damage.digest for damage in report.damaged}
-    gone: list[bytes] = []
-
-    def change(view: View) -> tuple[int, set[str]]:
-        gone.clear()
-        healed: set[str] = set()
-        hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
-        for digest in wanted:
-            row = view.get("tensors", from_digest(Digest(digest)))
-            if row is not None:
-                hit.add(TensorRow.peek(row).pack)
-        for damage in report.damaged_manifests:
-            key = from_digest(Digest(damage.digest))
-            manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
-            row = view.get("manifests", key)
-            if manifest is not None and row is not None:
-                old = ManifestRow.decode(key, row)
-                names = sorted(tensor_names(json.loads(manifest)))
-                rows = [row for name in names if (row := view.get("tensors", from_digest(Digest(name)))) is not None]
-                view.put("manifests", key, ManifestRow.encode(key, old.number, rows, manifest))
-                healed.add(damage.digest)
-        contents = gc.Contents()
-        stays: set[bytes] = set()
-        marks = gc.mark(view).marks
-        for digest, place in _rows_in(view, hit):
-            if not gc.is_needed(marks, place):
-                continue  # no version needs it
-            try:
-                _check_readable(opened.path, digest, place)
-                contents.tensors[digest] = opened.tensor(view, digest, place)
-            except DamagedError:
-                if digest in copies:
-                    contents.tensors[digest] = copies[digest]
-                    healed.add(digest)
-                elif digest in wanted:
-                    stays.add(place.pack)
-                    continue
-                else:  # damaged since it was verified
-                    stays.add(place.pack)
-                    continue
-            contents.numbers[digest] = place.number
-        contents.records = _records_in(view, hit, stays)
-        gone.extend(hit - stays - {NO_PACK})
-        packs[:] = [gc.move(opened, view, contents)]
-        gc.drop_manifests(view, marks)
-        gc.drop_packs(opened.path, view, gone)
-        return len(gone), healed
-
-    result = opened.write_packs(change, packs)
-    gc.unlink_packs(opened, gone)
-    return result
-
-
-def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:
-    """Raises a DamagedError where the disk cannot read a tensor: a map of it would end this process."""
-    try:
-        with open_pack(pack_path(path, place.pack)) as file:
-            if PackReader(file).digest(place.dtype, place.shape, place.offset, place.length) == from_digest(digest):
-                return
-    except OSError:
-        pass
-    raise DamagedError(f"tensor {digest}", "it cannot be read")
-
-
-def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:
-    for version_key_, value in view.rows("versions"):
-        row = VersionRow.decode(version_key_, value)
-        if row.manifest == key:
-            with suppress(DamagedError):
-                for version in read_records(pack_path(path, row.pack))[1].versions:
-                    if manifest_hash(version.manifest) == key:
-                        return version.manifest
-    return None
-
-
-def _records_in(view: View, hit: set[bytes], stays: set[bytes]) -> Records:
-    """What the index says that some packs record; a version whose manifest is lost keeps its old record."""
-    records = Records()
-    for key, value in view.rows("versions"):
-        row = VersionRow.decode(key, value)
-        if row.pack in hit:
-            found = view.get("manifests", row.manifest)
-            manifest = ManifestRow.manifest_of(found) if found else b""
-            if manifest_hash(manifest) == row.manifest:
-                task, number = parse_version_key(key)
-                records.versions.append(PackedVersion(task, number, row.time_ns, manifest, 0))
-            else:
-                stays.add(row.pack)
-    for key, value in view.rows("names"):
-        name = NameRow.decode(key, value)
-        if name.pack in hit:
-            records.highest[name.name] = name.highest
-    for key, value in view.rows("tags"):
-        tag = TagRow.decode(key, value)
-        if tag.pack in hit:
-            task, text = parse_tag_key(key)
-            records.tags.append(PackedTag(task, text, tag.version or None, tag.time_ns))
-    for key, value in view.rows("removed"):
-        if RemovedRow.decode(key, value).pack in hit:
-            records.removed.append(parse_version_key(key))
-    return records

@@ -5,9 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pear_store.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
-from pear_store.container import strict_json
-from pear_store.digest import Digest, RawTensor, is_digest
+from pear_store.format.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
+from pear_store.format.container import strict_json
+from pear_store.format.digest import Digest, RawTensor, is_digest
 
 
 def to_manifest(task: Task) -> bytes:

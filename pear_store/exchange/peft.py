@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from pear_store.checkpoint import CONTROL, FORMAT, Branch, Task, make_task, natural_key
-from pear_store.container import container_chunks, read_container, read_json
-from pear_store.digest import ITEM_BYTES, RawTensor
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError, from_os_error
-from pear_store.quant import dequantise
-from pear_store.reading import read_text
+from pear_store.files import read_text
+from pear_store.format.checkpoint import CONTROL, FORMAT, Branch, Task, make_task, natural_key
+from pear_store.format.codes import dequantise
+from pear_store.format.container import container_chunks, read_container, read_json
+from pear_store.format.digest import ITEM_BYTES, RawTensor
 
 if TYPE_CHECKING:
     import numpy as np

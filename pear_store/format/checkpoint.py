@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pear_store.container import check_json, container_chunks, parse_json, read_container
-from pear_store.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
 from pear_store.errors import CheckpointError, from_os_error
+from pear_store.format.container import check_json, container_chunks, parse_json, read_container
+from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
 
 FORMAT = "pear-task/1"
 ACTIVATIONS = ("identity", "relu", "gelu")

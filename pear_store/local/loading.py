@@ -14,15 +14,14 @@ from functools import partial
 from itertools import chain
 from stat import S_ISREG
 
-from pear_store import sources
-from pear_store.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
-from pear_store.container import parse_buffer
-from pear_store.digest import Digest, RawTensor
 from pear_store.errors import CheckpointError, PearStoreError
-from pear_store.forked import Worker, WorkerDiedError, can_fork, cores
-from pear_store.manifest import manifest_hash, to_manifest
-from pear_store.reading import Access, is_url
-from pear_store.sources import Source
+from pear_store.format.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
+from pear_store.format.container import parse_buffer
+from pear_store.format.digest import Digest, RawTensor
+from pear_store.format.manifest import manifest_hash, to_manifest
+from pear_store.local import sources
+from pear_store.local.sources import Access, Source, is_url
+from pear_store.local.worker import Worker, WorkerDiedError, can_fork, cores
 
 GROUP_TASKS = 200
 """Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""

@@ -33,10 +33,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import lmdb
 
-from pear_store.commit import Commit
-from pear_store.digest import ITEM_BYTES, fresh_name
-from pear_store.directory import check_index, open_folder
 from pear_store.errors import AccessError, DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
+from pear_store.format.digest import ITEM_BYTES, fresh_name
+from pear_store.format.pack import Commit
+from pear_store.local.directory import check_index, open_folder
 
 INDEX_FORMAT = b"4"
 UNSEALED_FORMAT = b"3"

@@ -15,11 +15,13 @@ from operator import gt
 from pathlib import Path
 from types import MappingProxyType
 
-from pear_store.container import Header
-from pear_store.digest import Digest, RawTensor, from_digest, is_digest
-from pear_store.directory import WRITTEN_NAME, open_folder
 from pear_store.errors import DamagedError, DamagedIndexError, PearStoreError, from_os_error
-from pear_store.index import (
+from pear_store.format.container import Header
+from pear_store.format.digest import Digest, RawTensor, from_digest, is_digest
+from pear_store.format.pack import Records
+from pear_store.local.catalog import Recorded, rows_of
+from pear_store.local.directory import WRITTEN_NAME, open_folder
+from pear_store.local.index import (
     NO_PACK,
     ContentsRow,
     ManifestRow,
@@ -36,9 +38,8 @@ from pear_store.index import (
     parse_version_key,
     version_key,
 )
-from pear_store.opened import OpenStore, name_row, version_row
-from pear_store.pack import (
-    Records,
+from pear_store.local.opened import OpenStore, name_row, version_row
+from pear_store.local.packs import (
     WrittenPack,
     bare_header,
     is_unfinished,
@@ -47,7 +48,7 @@ from pear_store.pack import (
     unlink_pack,
     write_pack,
 )
-from pear_store.recorded import Recorded, rows_of
+from pear_store.local.removal import remove_versions
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
@@ -227,32 +228,6 @@ def _recording(view: View, newest: dict[bytes, bytes]) -> list[bytes]:
 
 _OTHER = bytes([1, 0]) + bytes(254)  # of marks, whether a number is not needed
 _NONE = bytes(4)
-
-
-def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
-    """Removes versions' rows and records that in packs; returns the packs it placed."""
-    packs: list[WrittenPack] = []
-    rest = sorted(found)
-    manifests: dict[tuple[str, int], bytes] = {}
-    commit = view.next_commit()
-    for task, number in rest:
-        key = version_key(task, number)
-        row = version_row(view, task, number)
-        assert row is not None
-        manifests[task, number] = row.manifest
-        view.delete("versions", key)
-        view.put("removed", key, RemovedRow(row.pack, row.pack).encode(key))
-    for task in {task for task, _ in rest}:
-        known = name_row(view, task)
-        assert known is not None
-        last = view.last("versions", task.encode("ascii") + b"\0")
-        newest = parse_version_key(last[0])[1] if last else 0
-        view.put("names", name_key(task), NameRow(task, newest, known.highest, known.pack).encode(name_key(task)))
-    for start in range(0, len(rest), RECORDS_A_PACK):
-        records = Records(removed=rest[start : start + RECORDS_A_PACK], removed_manifests=manifests)
-        packs.append(write_pack(opened.path, {}, records, commit))
-        opened.enter(view, packs[-1], records, {})
-    return packs
 
 
 def expired(view: View, keep: int | None, older_than_s: float | None) -> Iterator[tuple[str, int]]:

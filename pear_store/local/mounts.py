@@ -1,6 +1,7 @@
 """Which file system a path lies on."""
 
 import os
+import warnings
 from pathlib import Path
 
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "9p", "fuse.sshfs",
@@ -24,3 +25,20 @@ def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) ->
         if inside and len(point) >= len(found[0]):
             found = (point, fields[2])
     return found[1] if found[1] in NETWORK else None
+
+
+def warn_of_network(path: Path) -> None:
+    """Warns of a store on a network file system."""
+    device = os.stat(path).st_dev
+    if device not in _NETWORK:
+        _NETWORK[device] = network_file_system(path)
+    if kind := _NETWORK[device]:
+        warnings.warn(
+            f"{path} is on a network file system ({kind}): its locks and memory maps are not reliable enough for an "
+            "index; keep the store on a local disk",
+            stacklevel=3,
+        )
+
+
+_NETWORK: dict[int, str | None] = {}
+"""Kind of network file system, if it is one, by device"""

@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pear_store.checkpoint import check_record
-from pear_store.commit import NO_COMMIT, Commit
-from pear_store.digest import Digest, from_digest, is_digest
-from pear_store.directory import open_folder, require_packs, store_path
 from pear_store.errors import CheckpointError, DamagedError, from_os_error
-from pear_store.gc import keep_copy, set_aside
-from pear_store.index import (
+from pear_store.format.checkpoint import check_record
+from pear_store.format.digest import Digest, from_digest, is_digest
+from pear_store.format.manifest import dump_manifest, manifest_digests, manifest_hash
+from pear_store.format.pack import NO_COMMIT, Commit, PackedVersion, Records
+from pear_store.local.directory import open_folder, require_packs, store_path
+from pear_store.local.gc import keep_copy, set_aside
+from pear_store.local.index import (
     NO_PACK,
     ManifestRow,
     NameRow,
@@ -32,13 +33,9 @@ from pear_store.index import (
     version_key,
     write_lock,
 )
-from pear_store.integrity import rewrite_packs
-from pear_store.manifest import dump_manifest, manifest_digests, manifest_hash
-from pear_store.opened import name_row, version_row
-from pear_store.pack import (
-    PackedVersion,
+from pear_store.local.opened import name_row, version_row
+from pear_store.local.packs import (
     PackReader,
-    Records,
     bare_header,
     find_unfinished,
     open_pack,
@@ -46,6 +43,7 @@ from pear_store.pack import (
     read_records,
     unlink_written,
 )
+from pear_store.local.repair import rewrite_packs
 
 
 @dataclass
@@ -162,11 +160,12 @@ def _set_aside_unfinished(path: Path, result: Rebuilt, found: _Found) -> None:
     unfinished = find_unfinished(path)
     if not unfinished:
         return
-    import subprocess  # here, as in pear_store.integrity; a damaged index can kill its reader
+    import subprocess  # here, as in pear_store.local.verify; a damaged index can kill its reader
     import sys
 
     run = (
-        "import sys; from pathlib import Path; from pear_store.opened import OpenStore; path, *packs = sys.argv[1:]\n"
+        "import sys; from pathlib import Path; from pear_store.local.opened import OpenStore\n"
+        "path, *packs = sys.argv[1:]\n"
         "with OpenStore(Path(path)).read() as view:\n"
         "    print(*[pack for pack in packs if view.get('packs', bytes.fromhex(pack)) is None])"
     )

@@ -1,0 +1,98 @@
+"""Verbs that read and write other people's formats."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pear_store.cli.group import complete_task, main, store_directory, store_option
+from pear_store.cli.tasks import added_line
+from pear_store.errors import PearStoreError
+from pear_store.format.container import read_json
+from pear_store.store import Store
+from pear_store.terminal import echo, echo_json, json_option
+
+
+@main.command("import-peft")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="The task's name [default: pear.json's].")
+@click.option("--backbone", help="timm name of the backbone [default: pear.json's].")
+@click.option("--digest", help="The backbone's digest, where timm or its weights are not at hand.")
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@click.option("--labels", type=click.Path(path_type=Path), help="UTF-8 file of class names, one a line.")
+@click.option("--preprocess", metavar="timm|FILE", help="The model's own preprocessing (timm), or a JSON file of it.")
+@click.option("--features-only", is_flag=True, help="Take a LoRA without a classifier: its task gives features.")
+@store_option
+@json_option
+def import_peft(
+    folder: Path, name: str | None, backbone: str | None, digest: str | None, weights: str | None,
+    labels: Path | None, preprocess: str | None, features_only: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Add a LoRA that Hugging Face PEFT saved for a timm model.
+
+    Reads FOLDER's adapter_config.json and adapter_model.safetensors. Name, backbone, labels and preprocessing come from
+    the options, else from a pear.json beside them, as export-peft writes. What neither says is asked for: with another
+    preprocessing than in training, a task can lose most of its accuracy.
+
+    The JSON of --preprocess, here for a LoRA that was trained on whole pictures at 96 pixels:
+
+    \b
+    {"input_size": [3, 96, 96],            3, height, width in pixels
+     "mean": [0.5, 0.5, 0.5],              subtracted from red, green, blue in 0 to 1
+     "std": [0.5, 0.5, 0.5],               then divided by
+     "interpolation": "bicubic",           nearest, bilinear, bicubic, box, hamming or lanczos
+     "crop_pct": 1.0,                      how much of the resized picture is kept
+     "crop_mode": "squash"}                center, squash or border, as in timm
+    """
+    from pear_store.exchange import peft
+
+    described: dict[str, Any] | None = None
+    if backbone is not None:
+        described = {"model": backbone, "digest": digest} if digest else peft.describe_backbone(backbone, weights)
+        if described is None:
+            raise PearStoreError(f"backbone {backbone!r}: nothing installed here can hash it; give --digest")
+    if preprocess == "timm" and not (described and "preprocess" in described):
+        raise click.UsageError("--preprocess timm asks timm for the model: give --backbone MODEL, without --digest")
+    task = peft.import_peft(
+        folder, name=name, backbone=described, labels=peft.read_labels(labels) if labels else None,
+        preprocess=_preprocess(preprocess, described), features_only=features_only,
+    )  # fmt: skip
+    with Store(store_directory()) as store:
+        result = store.add(task)
+    if as_json:
+        echo_json([{"file": str(folder), **asdict(result)}])
+    else:
+        echo(added_line(result))
+
+
+def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
+    if choice == "timm" and described:
+        return described["preprocess"]
+    return None if choice is None else read_json(choice)
+
+
+@main.command("export-peft")
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@store_option
+def export_peft(reference: str, folder: Path, weights: str | None) -> None:
+    """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model.
+
+    PEFT's LoRA lies at Linear modules and has no activation. So tasks that import-peft added can go, and tasks that
+    were trained with 'pear-train --positions qkv' or '--positions linear' and the activation identity (the default).
+    The default positions of pear-train include whole mlp blocks, which are no Linears: such a task cannot go.
+    """
+    from pear_store.exchange import peft
+
+    with Store(store_directory()) as store:
+        task = store.get(reference, copy=False)
+        described = peft.describe_backbone(task.backbone_model, weights)
+        if described is None:
+            echo(f"Warning: {task.backbone_model} is not known here: positions were not checked", err=True)
+        head = described["head"] if described else "head"
+        if head is None:
+            raise PearStoreError(f"{task.backbone_model} has several classifiers: PEFT cannot hold the task's one head")
+        peft.export_peft(task, folder, linears=described["linears"] if described else None, head=head)
+    echo(f"wrote {folder}")

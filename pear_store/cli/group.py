@@ -1,0 +1,82 @@
+"""The command itself, and the options that its verbs have in common."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from platformdirs import user_data_path
+
+from pear_store.errors import PearStoreError
+from pear_store.local.directory import store_path
+from pear_store.store import Store
+from pear_store.terminal import PrintableGroup, echo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class StoreGroup(PrintableGroup):
+    """Turns a PearStoreError into one stderr line and that error's exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        with warnings.catch_warnings():  # a caller's own way of showing them comes back
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except PearStoreError as error:
+                echo(f"Error: {error}", err=True)
+                ctx.exit(error.exit_code)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    echo(f"Warning: {message}", err=True)
+
+
+def _keep_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.find_root().meta["pear_store.path"] = value
+
+
+def store_option(command: F) -> F:
+    """--store DIR, before or after the verb."""
+    return click.option(
+        "--store", type=click.Path(readable=False), callback=_keep_store, expose_value=False, metavar="DIR",
+        help="The store's directory [default: $PEAR_STORE, else the user's data directory].",
+    )(command)  # fmt: skip
+
+
+def yes_option(command: F) -> F:
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def dry_run_option(command: F) -> F:
+    return click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")(command)
+
+
+def store_directory(ctx: click.Context | None = None) -> Path:
+    ctx = ctx or click.get_current_context()
+    chosen = ctx.find_root().meta.get("pear_store.path") or ctx.find_root().params.get("store_from_env")
+    return store_path(chosen) if chosen else user_data_path("pear") / "store"
+
+
+def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
+    """Names of tasks, and after ``@`` their versions and tags."""
+    try:
+        with Store(store_directory(ctx)) as store:
+            task, at, _ = start.partition("@")
+            if not at:
+                return [version.task for version in store.iter_tasks() if version.task.startswith(start)]
+            versions = store.versions(task)
+            names = [*(str(v.version) for v in versions), *(tag for v in versions for tag in v.tags)]
+            return [f"{task}@{name}" for name in names if f"{task}@{name}".startswith(start)]
+    except PearStoreError:
+        return []
+
+
+@click.group(cls=StoreGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@store_option
+@click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(readable=False))
+@click.version_option(package_name="pear-adapters")
+def main(store_from_env: str | None) -> None:
+    """Keep many tasks of one backbone in one store, each distinct tensor once."""

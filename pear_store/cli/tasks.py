@@ -1,0 +1,255 @@
+"""Verbs on tasks and their versions."""
+
+import os
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pear_store.cli.group import complete_task, dry_run_option, main, store_directory, store_option, yes_option
+from pear_store.errors import PearStoreError
+from pear_store.format.checkpoint import PARTS, natural_key
+from pear_store.format.digest import ITEM_BYTES
+from pear_store.local import sources
+from pear_store.local.add import Added
+from pear_store.local.loading import Refused
+from pear_store.local.references import Version
+from pear_store.local.sources import Access, Source
+from pear_store.store import Store
+from pear_store.terminal import allow_option, echo, echo_json, echo_table, json_option
+
+
+@main.command()
+@store_option
+@json_option
+def init(as_json: bool) -> None:
+    """Make an empty store; an existing one is left as it is."""
+    path = store_directory()
+    with Store.create(path):
+        pass
+    if as_json:
+        echo_json({"store": str(path)})
+    else:
+        echo(f"store at {path}")
+
+
+@main.command()
+@click.argument("given", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="SOURCE...")
+@click.option("--name", help="Store the one task under this name.")
+@allow_option
+@store_option
+@json_option
+@click.pass_context
+def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: tuple[str, ...], as_json: bool) -> None:
+    """Add task checkpoints: files, directories of them, fsspec URLs, or - for standard input.
+
+    A refused file costs only itself, and the exit code says so.
+    """
+    access = Access(allowed=frozenset(allowed))
+    files = list(sources.expand(given, access))
+    if name is not None and len(files) > 1:
+        raise click.UsageError(f"--name goes with one task, there are {len(files)}")
+    rows: list[dict[str, Any]] = []
+    exit_code = 0
+    stop: PearStoreError | None = None
+    with Store(store_directory()) as store:
+        given_files: list[Source] = [sys.stdin.buffer if file == "-" else file for file in files]
+        results = store.add_many(given_files, name, access)
+        for file in files:
+            try:
+                result: Added | Refused = next(results)
+            except PearStoreError as error:
+                stop = error
+                break
+            if isinstance(result, Refused):
+                exit_code = exit_code or result.error.exit_code
+                rows.append({"file": file, "error": str(result.error)})
+                echo(f"Error: {result.error}", err=True)
+            else:
+                rows.append({"file": file, **asdict(result)})
+                if not as_json:
+                    echo(added_line(result))
+    if as_json:
+        echo_json(rows)
+    if stop is not None:
+        raise stop
+    ctx.exit(exit_code)
+
+
+def added_line(result: Added) -> str:
+    sizes = f"{result.new_bytes:,} new bytes, {result.shared_bytes:,} shared"
+    if not result.changed:
+        return f"{result.task}@{result.version} is unchanged" + (f" ({sizes})" if result.new_bytes else "")
+    return f"added {result.task}@{result.version}: {sizes}"
+
+
+@main.command()
+@click.option("--all", "every", is_flag=True, help="Every version, not only the newest.")
+@store_option
+@json_option
+def ls(every: bool, as_json: bool) -> None:
+    """List the tasks: newest version and tensor bytes of each, and its tags; TAG@2 is one of an older version."""
+    with Store(store_directory()) as store:
+        versions = store.versions() if every else store.tasks()
+        tags = {} if every else store.tags()
+    others = [{tag: number for tag, number in tags.get(v.task, {}).items() if number != v.version} for v in versions]
+    if as_json:
+        rows = zip(versions, others, strict=True)
+        echo_json([{**version_json(v), **({"older_tags": older} if older else {})} for v, older in rows])
+    elif versions:
+        table = [version_row(version) for version in versions]
+        for row, older in zip(table, others, strict=True):
+            row["tags"] = " ".join([row["tags"], *(f"{tag}@{number}" for tag, number in older.items())]).strip()
+        echo_table(table)
+
+
+def version_json(version: Version) -> dict[str, Any]:
+    row = {"task": version.task, "version": version.version, "bytes": version.size_bytes}
+    return {**row, "tags": list(version.tags)} if version.tags else row
+
+
+def version_row(version: Version) -> dict[str, Any]:
+    return {
+        **version_json(version),
+        "bytes": f"{version.size_bytes:,}",
+        "added": _time(version.time_ns),
+        "tags": " ".join(version.tags),
+    }
+
+
+def _time(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+@main.command()
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@store_option
+@json_option
+def show(reference: str, as_json: bool) -> None:
+    """Show one task: backbone, labels, metrics, and which position uses which adapter."""
+    with Store(store_directory()) as store:
+        version = store.resolve(reference)
+        task = store.get(f"{version.task}@{version.version}", copy=False)
+    if as_json:
+        echo_json({**version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)})
+        return
+    echo(f"{version.task}@{version.version}, added {_time(version.time_ns)}, {version.size_bytes:,} tensor bytes")
+    echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
+    echo(f"activation  {task.activation}")
+    echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
+    for key, value in task.record["metrics"].items():
+        echo(f"{key:<11} {value}")
+    rows = []
+    for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
+        for branch in branches:
+            entry = task.record["adapters"][branch.adapter]
+            size = sum(task.tensors[entry[part]].size_bytes for part in PARTS if part in entry)
+            bits = entry["quant"]["bits"] if "quant" in entry else 8 * ITEM_BYTES[task.tensors[entry["down"]].dtype]
+            rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
+                         "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
+    if rows:
+        echo_table(rows)
+
+
+@main.command()
+@click.argument("reference", metavar="TASK", shell_complete=complete_task)
+@store_option
+@json_option
+def log(reference: str, as_json: bool) -> None:
+    """List a task's versions, the newest first."""
+    with Store(store_directory()) as store:
+        versions = store.versions(store.resolve(reference).task)[::-1]
+    if as_json:
+        echo_json([{**version_json(v), "tags": list(v.tags), "time_ns": v.time_ns} for v in versions])
+    else:
+        echo_table([version_row(version) for version in versions])
+
+
+@main.command()
+@click.argument("a", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("b", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@store_option
+@json_option
+def diff(a: str, b: str, as_json: bool) -> None:
+    """Compare two versions: which adapters differ, which are shared, and the bytes of each."""
+    with Store(store_directory()) as store:
+        found = store.diff(a, b)
+    if as_json:
+        value = asdict(found)
+        echo_json({**value, "a": version_json(found.a), "b": version_json(found.b)})
+        return
+    rows = [
+        {"position": p.position, "change": p.change, "shared": f"{p.shared_bytes:,}", "only first":
+         f"{p.a_bytes - p.shared_bytes:,}", "only second": f"{p.b_bytes - p.shared_bytes:,}"}
+        for p in sorted(found.positions, key=lambda p: natural_key(p.position))
+    ]  # fmt: skip
+    if rows:
+        echo_table(rows)
+    echo(f"head        {found.head}")
+    echo(f"record      {'differs in ' + ', '.join(found.fields) if found.fields else 'equal'}")
+    echo(
+        f"bytes       {found.shared_bytes:,} shared, {found.only_a_bytes:,} only in {found.a.task}@{found.a.version}, "
+        f"{found.only_b_bytes:,} only in {found.b.task}@{found.b.version}"
+    )
+
+
+@main.command()
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("tag", required=False)
+@click.option("--delete", is_flag=True, help="Remove the tag that TASK@TAG names.")
+@store_option
+@json_option
+def tag(reference: str, tag: str | None, delete: bool, as_json: bool) -> None:
+    """Name a version TASK@TAG; gc and rm keep a tagged version. A tag that is there is moved."""
+    if delete == (tag is not None):
+        raise click.UsageError("expected 'tag TASK[@VERSION] TAG' or 'tag --delete TASK@TAG'")
+    with Store(store_directory()) as store:
+        version = store.untag(reference) if tag is None else store.tag(reference, tag)
+    if as_json:
+        echo_json({**version_json(version), "tags": list(version.tags)})
+    else:
+        name = reference if tag is None else f"{version.task}@{tag}"
+        echo(f"{'removed tag' if delete else 'tagged'} {name}: version {version.version}")
+
+
+@main.command()
+@click.argument("references", nargs=-1, required=True, metavar="TASK[@VERSION]...", shell_complete=complete_task)
+@store_option
+@json_option
+@dry_run_option
+@yes_option
+def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> None:
+    """Remove versions, or all versions of tasks; 'gc' then frees what nothing else needs."""
+    with Store(store_directory()) as store:
+        found = store.remove(*references, dry_run=True)
+        names = ", ".join(f"{version.task}@{version.version}" for version in found)
+        if not dry_run:
+            if not yes:
+                click.confirm(f"Remove {names}?", abort=True, err=True)
+            found = store.remove(*references)
+    if as_json:
+        echo_json([version_json(version) for version in found])
+    else:
+        echo(f"{'would remove' if dry_run else 'removed'} {names}")
+
+
+@main.command()
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@store_option
+@json_option
+def export(reference: str, file: Path, force: bool, as_json: bool) -> None:
+    """Write a stored task as a task checkpoint, its tensors bit-identical."""
+    if os.path.exists(file) and not force:
+        raise PearStoreError(f"{file} exists; --force replaces it")
+    with Store(store_directory()) as store:
+        version = store.resolve(reference)
+        size = store.export(f"{version.task}@{version.version}", file)
+    if as_json:
+        echo_json({"task": version.task, "version": version.version, "file": str(file), "file_bytes": size})
+    else:
+        echo(f"wrote {version.task}@{version.version} to {file}, {size:,} bytes")

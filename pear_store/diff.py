@@ -1,0 +1,71 @@
+"""How two versions of tasks differ."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pear_store.format.checkpoint import Task, tensor_names
+from pear_store.local.references import Version
+
+
+@dataclass(frozen=True)
+class PositionDiff:
+    """What two versions use at one position: the digests of its adapters' tensors with their scales, or None."""
+
+    position: str
+    change: str
+    """equal, scale (the same tensors, other scales), changed, added or removed"""
+    shared_bytes: int
+    a_bytes: int
+    b_bytes: int
+
+
+@dataclass(frozen=True)
+class Diff:
+    """How two versions differ; bytes are tensor bytes, each tensor once."""
+
+    a: Version
+    b: Version
+    positions: tuple[PositionDiff, ...]
+    fields: tuple[str, ...]
+    """The fields of the records that differ, adapters and positions aside"""
+    head: str
+    shared_bytes: int
+    only_a_bytes: int
+    only_b_bytes: int
+
+
+def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
+    def uses(task: Task) -> dict[str, list[tuple[tuple[str, ...], float]]]:
+        """Position -> its branches as the digests of their tensors and their scales."""
+        names = {
+            name: tuple(sorted(tensor_names({"adapters": {name: entry}, "head": None})))
+            for name, entry in task.record["adapters"].items()
+        }
+        return {
+            position: [(names[branch.adapter], branch.scale) for branch in branches]
+            for position, branches in task.positions.items()
+        }
+
+    def size(digests: Iterable[str]) -> int:
+        return sum((task_a.tensors.get(digest) or task_b.tensors[digest]).size_bytes for digest in set(digests))
+
+    left, right = uses(task_a), uses(task_b)
+    positions = []
+    for position in sorted({*left, *right}):
+        one, two = left.get(position), right.get(position)
+        digests_a, digests_b = ({d for names, _ in side or () for d in names} for side in (one, two))
+        change = "added" if one is None else "removed" if two is None else "equal" if one == two else "changed"
+        if one and two and one != two and [names for names, _ in one] == [names for names, _ in two]:
+            change = "scale"
+        positions.append(PositionDiff(position, change, size(digests_a & digests_b), size(digests_a), size(digests_b)))
+    fields = [
+        key
+        for key in sorted({*task_a.record, *task_b.record} - {"adapters", "positions", "head"})
+        if task_a.record.get(key) != task_b.record.get(key)
+    ]
+    heads = (task_a.record["head"], task_b.record["head"])
+    all_a, all_b = set(task_a.tensors), set(task_b.tensors)
+    return Diff(
+        a, b, tuple(positions), tuple(fields), "equal" if heads[0] == heads[1] else "changed",
+        size(all_a & all_b), size(all_a - all_b), size(all_b - all_a),
+    )  # fmt: skip

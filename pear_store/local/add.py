@@ -1,0 +1,221 @@
+"""Adds tasks: what is new of a group becomes one pack, and one commit to the index."""
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pear_store.errors import DamagedError, DamagedIndexError, NameTakenError, OutOfNumbersError, from_os_error
+from pear_store.format.digest import Digest, RawTensor, from_digest
+from pear_store.format.pack import NO_COMMIT, Commit, PackedVersion, Records
+from pear_store.local.index import (
+    NO_PACK,
+    ManifestRow,
+    NameRow,
+    State,
+    TensorRow,
+    VersionRow,
+    View,
+    name_key,
+    version_key,
+)
+from pear_store.local.loading import Group, Loaded, Refused
+from pear_store.local.opened import OpenStore, name_row, version_row
+from pear_store.local.packs import WrittenPack, write_pack
+
+_KEPT_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `add` did with one task; bytes are tensor bytes."""
+
+    task: str
+    version: int
+    changed: bool
+    new_bytes: int
+    shared_bytes: int
+
+
+@dataclass
+class _Plan:
+    """What one commit would write: tensors that no good copy is stored of, of these the numbers of those that have a
+    damaged one, and versions. `stored` are the rows of the good ones that the group needs."""
+
+    tensors: dict[Digest, RawTensor] = field(default_factory=dict)
+    damaged: dict[Digest, int] = field(default_factory=dict)
+    stored: dict[Digest, bytes] = field(default_factory=dict)
+    versions: list[tuple[PackedVersion, Loaded]] = field(default_factory=list)
+    healed: list[Loaded] = field(default_factory=list)
+    results: list[Added | Refused] = field(default_factory=list)
+    commit: Commit = NO_COMMIT
+
+    @property
+    def records(self) -> Records:
+        return Records(versions=[version for version, _ in self.versions])
+
+    def same_pack(self, other: "_Plan") -> bool:
+        return list(self.tensors) == list(other.tensors) and self.records == other.records
+
+
+@dataclass
+class FoundGood:
+    """Encoded rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as
+    long as nobody else commits, they need no second look."""
+
+    rows: dict[Digest, bytes] = field(default_factory=dict)
+    as_of: State | None = None
+
+
+def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Added | Refused]:
+    now = time.time_ns()
+    with opened.read() as view:
+        plan = _make_plan(opened, view, group, found_good, now, planned_in := view.state)
+    if not (plan.tensors or plan.versions or plan.healed):
+        return plan.results
+    packs: list[WrittenPack] = []
+    try:
+        if plan.tensors or plan.versions:
+            packs.append(write_pack(opened.path, plan.tensors, plan.records, plan.commit))
+    except OSError as error:
+        raise from_os_error(error, opened.path) from None
+
+    def change(view: View) -> dict[Digest, bytes]:
+        nonlocal plan
+        written_in.clear()
+        if view.before != planned_in:  # another process added, removed or rebuilt meanwhile
+            current = _make_plan(opened, view, group, found_good, now, view.before)
+            if not current.same_pack(plan):
+                for pack in packs:
+                    pack.path.unlink(missing_ok=True)
+                packs.clear()
+                if current.tensors or current.versions:
+                    packs.append(write_pack(opened.path, current.tensors, current.records, current.commit))
+            plan = current
+        numbers = dict(plan.damaged)
+        fresh = [digest for digest in plan.tensors if digest not in numbers]
+        numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
+        rows: dict[Digest, bytes] = {}
+        for pack in packs:
+            rows = opened.enter(view, pack, Records(), numbers, plan.damaged)
+        places = {**plan.stored, **rows}
+        for loaded in plan.healed:
+            _put_manifest(view, loaded, places)
+        for version, loaded in plan.versions:
+            _put_manifest(view, loaded, places)
+            key = version_key(version.task, version.version)
+            row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.size_bytes)
+            view.put("versions", key, row.encode(key))
+            key = name_key(version.task)
+            name = NameRow(version.task, version.version, version.version, packs[0].hash)
+            view.put("names", key, name.encode(key))
+        if view.wrote:
+            written_in.append(view.state)
+        return rows
+
+    written_in: list[State] = []
+    rows = opened.write_packs(change, packs)
+    if written_in:
+        found_good.rows.update(rows)
+        found_good.as_of = written_in[-1]
+    return plan.results
+
+
+def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGood", now: int, state: State) -> _Plan:
+    """What this group would add to the store in this state."""
+    plan = _Plan(commit=view.next_commit())
+    names: dict[bytes, NameRow] = {}
+    newest: dict[str, tuple[int, bytes]] = {}
+    seen: set[bytes] = set()
+    if found_good.as_of != state or len(found_good.rows) > _KEPT_ROWS:
+        found_good.rows.clear()
+        found_good.as_of = state
+    good = found_good.rows
+    for loaded in group:
+        if isinstance(loaded, Refused):
+            plan.results.append(loaded)
+            continue
+        key = name_key(loaded.name)
+        known = names.get(key) or name_row(view, loaded.name)
+        if known and known.newest and known.name != loaded.name:
+            plan.results.append(Refused(NameTakenError(loaded.name, known.name)))
+            continue
+        new_bytes = 0
+        for digest in loaded.tensors:
+            if digest in plan.tensors:
+                continue
+            row = good.get(digest)
+            if row is None:
+                tensor = loaded.tensors[digest]
+                row = _good_row(opened, view, digest, tensor, seen, plan)
+                if row is None:
+                    plan.tensors[digest] = tensor
+                    new_bytes += tensor.size_bytes
+                    continue
+                good[digest] = row
+            plan.stored[digest] = row
+        before = newest.get(loaded.name)
+        if before is None and known and known.newest:
+            version = version_row(view, loaded.name, known.newest)
+            before = (known.newest, version.manifest if version else b"")
+        changed = before is None or before[1] != loaded.hash
+        number = (known.highest if known else 0) + 1 if before is None or changed else before[0]
+        if number >> 32:
+            plan.results.append(Refused(OutOfNumbersError(loaded.name)))
+            continue
+        if changed:
+            plan.versions.append((PackedVersion(loaded.name, number, now, loaded.manifest), loaded))
+            names[key] = NameRow(loaded.name, number, number, NO_PACK)
+            newest[loaded.name] = (number, loaded.hash)
+        elif loaded.name not in newest and not _intact(view, loaded):
+            plan.healed.append(loaded)
+        plan.results.append(Added(loaded.name, number, changed, new_bytes, loaded.size_bytes - new_bytes))
+    return plan
+
+
+def _good_row(
+    opened: OpenStore, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan
+) -> bytes | None:
+    """The encoded row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged
+    one, whose number goes into the plan. `seen` are the packs whose files were looked at."""
+    found = view.get("tensors", key := from_digest(digest))
+    if found is None:
+        return None
+    try:
+        row = TensorRow.decode(key, found)
+    except DamagedError as error:  # without its number, gc could not tell who needs the tensor
+        raise DamagedIndexError(opened.path / "index", f"{error.what}: {error.found}") from None
+    with suppress(DamagedError):
+        if (row.dtype, row.shape, row.length) == (tensor.dtype, tensor.shape, tensor.size_bytes):
+            if row.pack not in seen:
+                opened.forget_replaced(row.pack)
+            mapped = opened.map_of(view, row.pack)
+            seen.add(row.pack)
+            # two bytes objects compare by memcmp, memory views item by item
+            if bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data):
+                return found
+    plan.damaged[digest] = row.number
+    return None
+
+
+def _intact(view: View, loaded: Loaded) -> bool:
+    """Whether the stored manifest and what the index says of it are whole."""
+    row = view.get("manifests", loaded.hash)
+    try:
+        if row is None:
+            return False
+        ManifestRow.decode(loaded.hash, row)
+        return ManifestRow.manifest_of(row) == loaded.manifest
+    except DamagedError:
+        return False
+
+
+def _put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, bytes]) -> None:
+    row = view.get("manifests", loaded.hash)
+    own = None
+    if row is not None:
+        with suppress(DamagedError):
+            own = ManifestRow.decode(loaded.hash, row).number
+    number = view.take_numbers(1) if own is None else own
+    used = [rows[digest] for digest in sorted(loaded.tensors)]
+    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, used, loaded.manifest))

@@ -1,0 +1,43 @@
+"""Reads stored tasks."""
+
+import json
+
+from pear_store.format.checkpoint import Task, tensor_names
+from pear_store.format.digest import RawTensor
+from pear_store.local.index import View
+from pear_store.local.opened import OpenStore, PackGoneError
+from pear_store.local.references import manifest_of, resolve
+
+_LOOK_UPS = 3
+
+
+def read_version(opened: OpenStore, reference: str, copy: bool) -> Task:
+    """See :meth:`pear_store.Store.get`."""
+    for _ in range(_LOOK_UPS):
+        try:
+            return _read(opened, reference, copy)
+        except PackGoneError:  # a gc moved its tensors meanwhile: look them up again
+            continue
+    return _read(opened, reference, copy)
+
+
+def _read(opened: OpenStore, reference: str, copy: bool) -> Task:
+    manifest, tensors = opened.look(lambda view: _found(opened, view, reference))
+    record = json.loads(manifest)  # checked when it was added, and hashed when it was read
+    if copy:
+        tensors = {
+            digest: RawTensor.checked(t.dtype, t.shape, bytearray(t.data), t.digest) for digest, t in tensors.items()
+        }
+    return Task(record, dict(tensors))
+
+
+def _found(opened: OpenStore, view: View, reference: str) -> tuple[bytes, dict[str, RawTensor]]:
+    """A version's manifest and tensors."""
+    kept = opened.kept(view)
+    found = kept.get(reference)
+    if found is None:
+        name, number, row = resolve(view, reference, opened.path)
+        manifest, hints = manifest_of(view, row, f"version {name}@{number}")
+        names = sorted(tensor_names(json.loads(manifest)))
+        found = kept[reference] = manifest, opened.tensors(view, names, f"version {name}@{number}", hints)
+    return found

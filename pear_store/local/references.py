@@ -1,0 +1,133 @@
+"""What references such as ``dtd``, ``dtd@2`` and ``dtd@prod`` stand for, and lists of versions and tags."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pear_store.errors import DamagedError, NotFoundError
+from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
+from pear_store.format.manifest import manifest_hash
+from pear_store.local.index import (
+    ManifestRow,
+    NameRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+    View,
+    parse_tag_key,
+    parse_version_key,
+    tag_key,
+)
+from pear_store.local.opened import name_row, version_row
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a task; time in nanoseconds since the epoch, bytes of its distinct tensors."""
+
+    task: str
+    version: int
+    time_ns: int
+    size_bytes: int
+    tags: tuple[str, ...] = ()
+
+
+def parse_reference(text: str) -> tuple[str, int | str | None]:
+    """``T`` is the newest version of T, ``T@3`` the third, ``T@prod`` the one tagged so.
+
+    Raises:
+        NotFoundError: the text is none of these.
+    """
+    task, at, which = text.partition("@")
+    if TASK_NAME.fullmatch(task):
+        if not at:
+            return task, None
+        if which.isascii() and which.isdigit() and len(which) < 10:
+            return task, int(which)
+        if TAG_NAME.fullmatch(which):
+            return task, which
+    raise NotFoundError(f"{text!r} is no task or version: expected a task's name such as 'dtd', 'dtd@2' or 'dtd@prod'")
+
+
+def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[TensorRow]]:
+    """A version's manifest, its hash checked, and hints of where its tensors lie."""
+    found = view.get("manifests", row.manifest)
+    if found is None:
+        raise DamagedError(f"manifest of {what}", "missing")
+    manifest, hints = ManifestRow.unpack(found)
+    if manifest_hash(manifest) != row.manifest:
+        raise DamagedError(f"manifest of {what}", "its hash differs")
+    return manifest, hints
+
+
+def resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:
+    name, which = parse_reference(reference)
+    known = name_row(view, name)
+    if known is None or known.name != name or not known.newest:
+        raise NotFoundError(unknown_task(name, path))
+    if isinstance(which, str):
+        key = tag_key(name, which)
+        found = view.get("tags", key)
+        number = TagRow.decode(key, found).version if found else 0
+        if not number:
+            have = ", ".join(tag for tags in tags_of(view, name).values() for tag in tags) or "none"
+            raise NotFoundError(f"no tag {which!r} of task {name!r}; its tags: {have}")
+    else:
+        number = known.newest if which is None else which
+    row = version_row(view, name, number) if 0 < number <= known.highest else None
+    if row is None:
+        if number == known.newest or isinstance(which, str):
+            raise DamagedError(f"version {name}@{number}", "the index does not list it")
+        raise NotFoundError(f"no version {number} of task {name!r}; the newest is {known.newest}")
+    return name, number, row
+
+
+def unknown_task(name: str, path: Path) -> str:
+    return f"no task {name!r} in {path}; 'pear-store ls' shows what is there"
+
+
+def all_tags(view: View) -> dict[tuple[str, int], list[str]]:
+    """(task, version) -> tags. Walks them all, so that one that a damaged page hides is missed."""
+    return _by_version(view.every("tags"))
+
+
+def tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
+    """Like :func:`_all_tags`, of one task."""
+    return _by_version(view.rows("tags", task.encode("ascii") + b"\0"))
+
+
+def _by_version(rows: Iterable[tuple[bytes, bytes]]) -> dict[tuple[str, int], list[str]]:
+    found: dict[tuple[str, int], list[str]] = {}
+    for key, value in rows:
+        row = TagRow.decode(key, value)
+        if row.version:
+            task, tag = parse_tag_key(key)
+            found.setdefault((task, row.version), []).append(tag)
+    return found
+
+
+def newest_versions(view: View) -> Iterator[Version]:
+    """The newest version of every task, by name."""
+    tags = all_tags(view)
+    for key, value in view.every("names"):
+        row = NameRow.decode(key, value)
+        if row.newest:
+            yield version_of(view, row.name, row.newest, tags)
+
+
+def versions(view: View, task: str | None) -> list[Version]:
+    """Every version, of one task or of all."""
+    tags = all_tags(view)
+    rows = view.every("versions") if task is None else view.rows("versions", task.encode("ascii", "replace") + b"\0")
+    found = [version_of(view, *parse_version_key(key), tags) for key, _ in rows]
+    known = name_row(view, task) if task is not None and TASK_NAME.fullmatch(task) else None
+    if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
+        raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
+    return found
+
+
+def version_of(view: View, task: str, number: int, tags: dict[tuple[str, int], list[str]]) -> Version:
+    row = version_row(view, task, number)
+    if row is None:
+        raise DamagedError(f"version {task}@{number}", "the index does not list it")
+    return Version(task, number, row.time_ns, row.size_bytes, tuple(tags.get((task, number), ())))

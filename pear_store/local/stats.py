@@ -1,0 +1,50 @@
+"""Counts and sizes of what is stored."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from pear_store.local import gc
+from pear_store.local.index import NameRow, View
+from pear_store.local.opened import OpenStore
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and sizes: logical bytes over all versions, unique bytes (each tensor once), stored bytes on disk.
+
+    `dedup_ratio` is logical over unique bytes, `live_share` the part of the packs' tensor bytes that versions need.
+    """
+
+    tasks: int
+    versions: int
+    tensors: int
+    logical_bytes: int
+    unique_bytes: int
+    stored_bytes: int
+    pack_bytes: int
+    index_bytes: int
+    packs: int
+    dedup_ratio: float
+    live_share: float
+
+
+def count(opened: OpenStore) -> Stats:
+    """Counts and sizes of what is stored."""
+
+    def look(view: View) -> tuple[gc.Marked, int]:
+        return gc.mark(view), sum(1 for key, row in view.rows("names") if NameRow.decode(key, row).newest)
+
+    marked, tasks = opened.look(look)
+    pack_bytes = 0
+    for file in (opened.path / "packs").glob("*/*.safetensors"):
+        with suppress(FileNotFoundError):  # a gc beside us
+            pack_bytes += file.stat().st_size
+    # LMDB's file is sparse where it was never written: what it occupies is its blocks
+    index_bytes = (opened.path / "index" / "data.mdb").stat().st_blocks * 512
+    in_packs = sum(use.row.tensor_bytes for use in marked.packs.values())
+    return Stats(
+        tasks, marked.versions, marked.kept_tensors, marked.logical_bytes, marked.kept_bytes,
+        pack_bytes + index_bytes, pack_bytes, index_bytes, len(marked.packs),
+        round(marked.logical_bytes / marked.kept_bytes, 4) if marked.kept_bytes else 1.0,
+        round(marked.kept_bytes / in_packs, 4) if in_packs else 1.0,
+    )  # fmt: skip

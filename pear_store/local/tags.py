@@ -1,0 +1,28 @@
+"""Sets and removes tags."""
+
+import time
+
+from pear_store.format.pack import PackedTag, Records
+from pear_store.local.index import NO_PACK, TagRow, View, tag_key
+from pear_store.local.opened import OpenStore
+from pear_store.local.packs import WrittenPack, write_pack
+from pear_store.local.references import Version, all_tags, resolve, version_of
+
+
+def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Version:
+    """Has a tag stand for a version, or for none."""
+    packs: list[WrittenPack] = []
+
+    def change(view: View) -> Version:
+        name, number, _ = resolve(view, reference, opened.path)
+        key = tag_key(name, tag)
+        old = view.get("tags", key)
+        before = TagRow.decode(key, old) if old else TagRow(0, 0, NO_PACK)
+        if before.version != (0 if delete else number):
+            now = max(time.time_ns(), before.time_ns + 1)
+            records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
+            packs[:] = [write_pack(opened.path, {}, records, view.next_commit())]
+            opened.enter(view, packs[0], records, {})
+        return version_of(view, name, number, all_tags(view))
+
+    return opened.write_packs(change, packs)
