@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["pear_store"]):
     from pear_store.format.container import parse_container, read_header
     from pear_store.format.manifest import manifest_digests
     from pear_store.format.pack import records_in
-    from pear_store.local.index import (
+    from pear_store.local.rows import (
         ContentsRow,
         ManifestRow,
         NameRow,
@@ -45,8 +45,8 @@ with atheris.instrument_imports(include=["pear_store"]):
         VersionRow,
         parse_tag_key,
         parse_version_key,
+        sealed,
     )
-    from pear_store.local.index import _sealed as sealed
 from tests.makers import small_task
 
 ROWS: dict[str, list[Callable[[bytes, bytes], object]]] = {

@@ -28,7 +28,6 @@ from pear_store.local.references import (
     newest_versions,
     parse_reference,
     resolve,
-    tags_of,
     unknown_task,
     version_of,
     versions,
@@ -173,7 +172,7 @@ class Store:
 
         def look(view: View) -> Version:
             name, number, _ = resolve(view, reference, self.path)
-            return version_of(view, name, number, tags_of(view, name))
+            return version_of(view, name, number, self._open.tags(view))
 
         return self._open.look(look)
 

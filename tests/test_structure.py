@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pear_store.local.index import TABLES
+
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "pear_store": {"pear_store"},
@@ -68,6 +70,23 @@ def test_the_stores_wings_import_one_way(wing: str) -> None:
     for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
         ours = {name.split(".")[1] for name in modules(file) if name.startswith("pear_store.")}
         assert ours <= WINGS[wing], f"{file} imports {ours - WINGS[wing]}"
+
+
+def test_only_the_index_itself_knows_keys_and_bytes_of_its_rows() -> None:
+    """Others name a table by an attribute of a view, and a row by what it is called."""
+    ours = {"index.py", "rows.py", "tables.py"}
+    for file in (ROOT / "pear_store").rglob("*.py"):
+        if file.name in ours and file.parent.name == "local":
+            continue
+        assert not [name for name in modules(file) if name.startswith("pear_store.local.rows.") and "key" in name], file
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+                first = node.args[0]
+                named = isinstance(first, ast.Constant) and first.value in TABLES
+                of_view = isinstance(node.func.value, ast.Name) and "view" in node.func.value.id
+                assert not (named and of_view), f"{file}:{node.lineno}: a table by its name"
+                codes = node.func.attr == "encode" and isinstance(first, ast.Name) and "key" in first.id
+                assert not codes, f"{file}:{node.lineno}: a row as bytes"
 
 
 @pytest.mark.parametrize("package", ALLOWED)

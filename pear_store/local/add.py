@@ -6,22 +6,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pear_store.errors import DamagedError, DamagedIndexError, NameTakenError, OutOfNumbersError, from_os_error
-from pear_store.format.digest import Digest, RawTensor, from_digest
+from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.pack import NO_COMMIT, Commit, PackedVersion, Records
-from pear_store.local.index import (
-    NO_PACK,
-    ManifestRow,
-    NameRow,
-    State,
-    TensorRow,
-    VersionRow,
-    View,
-    name_key,
-    version_key,
-)
+from pear_store.local.catalog import enter
+from pear_store.local.index import State, View
 from pear_store.local.loading import Group, Loaded, Refused
-from pear_store.local.opened import OpenStore, name_row, version_row
+from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
+from pear_store.local.rows import NO_PACK, NameRow, VersionRow
+from pear_store.local.tables import StoredTensor
 
 _KEPT_ROWS = 50_000
 
@@ -44,7 +37,7 @@ class _Plan:
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     damaged: dict[Digest, int] = field(default_factory=dict)
-    stored: dict[Digest, bytes] = field(default_factory=dict)
+    stored: dict[Digest, StoredTensor] = field(default_factory=dict)
     versions: list[tuple[PackedVersion, Loaded]] = field(default_factory=list)
     healed: list[Loaded] = field(default_factory=list)
     results: list[Added | Refused] = field(default_factory=list)
@@ -63,7 +56,7 @@ class FoundGood:
     """Encoded rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as
     long as nobody else commits, they need no second look."""
 
-    rows: dict[Digest, bytes] = field(default_factory=dict)
+    rows: dict[Digest, StoredTensor] = field(default_factory=dict)
     as_of: State | None = None
 
 
@@ -80,7 +73,7 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
     except OSError as error:
         raise from_os_error(error, opened.path) from None
 
-    def change(view: View) -> dict[Digest, bytes]:
+    def change(view: View) -> dict[Digest, StoredTensor]:
         nonlocal plan
         written_in.clear()
         if view.before != planned_in:  # another process added, removed or rebuilt meanwhile
@@ -95,20 +88,17 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
         numbers = dict(plan.damaged)
         fresh = [digest for digest in plan.tensors if digest not in numbers]
         numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
-        rows: dict[Digest, bytes] = {}
+        rows: dict[Digest, StoredTensor] = {}
         for pack in packs:
-            rows = opened.enter(view, pack, Records(), numbers, plan.damaged)
+            rows = enter(opened.path, view, pack, Records(), numbers, plan.damaged)
         places = {**plan.stored, **rows}
         for loaded in plan.healed:
             _put_manifest(view, loaded, places)
         for version, loaded in plan.versions:
             _put_manifest(view, loaded, places)
-            key = version_key(version.task, version.version)
             row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.size_bytes)
-            view.put("versions", key, row.encode(key))
-            key = name_key(version.task)
-            name = NameRow(version.task, version.version, version.version, packs[0].hash)
-            view.put("names", key, name.encode(key))
+            view.versions.put(version.task, version.version, row)
+            view.names.put(NameRow(version.task, version.version, version.version, packs[0].hash))
         if view.wrote:
             written_in.append(view.state)
         return rows
@@ -124,7 +114,7 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
 def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGood", now: int, state: State) -> _Plan:
     """What this group would add to the store in this state."""
     plan = _Plan(commit=view.next_commit())
-    names: dict[bytes, NameRow] = {}
+    names: dict[str, NameRow] = {}
     newest: dict[str, tuple[int, bytes]] = {}
     seen: set[bytes] = set()
     if found_good.as_of != state or len(found_good.rows) > _KEPT_ROWS:
@@ -135,8 +125,8 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGo
         if isinstance(loaded, Refused):
             plan.results.append(loaded)
             continue
-        key = name_key(loaded.name)
-        known = names.get(key) or name_row(view, loaded.name)
+        key = loaded.name.casefold()
+        known = names.get(key) or view.names.get(loaded.name)
         if known and known.newest and known.name != loaded.name:
             plan.results.append(Refused(NameTakenError(loaded.name, known.name)))
             continue
@@ -156,7 +146,7 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGo
             plan.stored[digest] = row
         before = newest.get(loaded.name)
         if before is None and known and known.newest:
-            version = version_row(view, loaded.name, known.newest)
+            version = view.versions.get(loaded.name, known.newest)
             before = (known.newest, version.manifest if version else b"")
         changed = before is None or before[1] != loaded.hash
         number = (known.highest if known else 0) + 1 if before is None or changed else before[0]
@@ -175,14 +165,14 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGo
 
 def _good_row(
     opened: OpenStore, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan
-) -> bytes | None:
+) -> StoredTensor | None:
     """The encoded row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged
     one, whose number goes into the plan. `seen` are the packs whose files were looked at."""
-    found = view.get("tensors", key := from_digest(digest))
+    found = view.tensors.stored(digest)
     if found is None:
         return None
     try:
-        row = TensorRow.decode(key, found)
+        row = view.tensors.decode(digest, found)
     except DamagedError as error:  # without its number, gc could not tell who needs the tensor
         raise DamagedIndexError(opened.path / "index", f"{error.what}: {error.found}") from None
     with suppress(DamagedError):
@@ -200,22 +190,17 @@ def _good_row(
 
 def _intact(view: View, loaded: Loaded) -> bool:
     """Whether the stored manifest and what the index says of it are whole."""
-    row = view.get("manifests", loaded.hash)
     try:
-        if row is None:
-            return False
-        ManifestRow.decode(loaded.hash, row)
-        return ManifestRow.manifest_of(row) == loaded.manifest
+        row = view.manifests.get(loaded.hash)
+        return row is not None and view.manifests.text(loaded.hash) == loaded.manifest
     except DamagedError:
         return False
 
 
-def _put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, bytes]) -> None:
-    row = view.get("manifests", loaded.hash)
+def _put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, StoredTensor]) -> None:
     own = None
-    if row is not None:
-        with suppress(DamagedError):
-            own = ManifestRow.decode(loaded.hash, row).number
-    number = view.take_numbers(1) if own is None else own
+    with suppress(DamagedError):
+        own = view.manifests.get(loaded.hash)
+    number = view.take_numbers(1) if own is None else own.number
     used = [rows[digest] for digest in sorted(loaded.tensors)]
-    view.put("manifests", loaded.hash, ManifestRow.encode(loaded.hash, number, used, loaded.manifest))
+    view.manifests.put(loaded.hash, number, used, loaded.manifest)

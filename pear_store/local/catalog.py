@@ -1,31 +1,24 @@
-"""What packs record, held against what the index says.
+"""What packs record, and what the index says of them, both ways.
+
+:func:`enter` makes the rows of a pack that was just written. :class:`Recorded` compares what packs record
+with the rows. :func:`rows_of` gives what of it the index still needs.
 
 A pack may record what the index never had: it came from a copy of the store, or the index is an old one from a backup.
 No such pack is ever deleted.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pear_store.errors import DamagedError
-from pear_store.format.digest import Digest, from_digest, is_digest
+from pear_store.format.digest import Digest, is_digest
 from pear_store.format.pack import Records
-from pear_store.local.index import (
-    NO_PACK,
-    NameRow,
-    RemovedRow,
-    State,
-    TagRow,
-    TensorRow,
-    VersionRow,
-    View,
-    tag_key,
-    version_key,
-)
-from pear_store.local.opened import name_row, version_row
-from pear_store.local.packs import find_packs, pack_path, read_records, read_records_alone
+from pear_store.local.index import State, View
+from pear_store.local.packs import WrittenPack, find_packs, pack_path, place_pack, read_records, read_records_alone
+from pear_store.local.rows import NO_PACK, PackRow, RemovedRow, TagRow, TensorRow
+from pear_store.local.tables import StoredTensor
 
 
 @dataclass
@@ -54,7 +47,7 @@ class Recorded:
         """Looks at each pack that the index does not list. Under the write lock, or what is being added is found."""
         unlisted = Unlisted()
         for pack in find_packs(self._path, unlisted.foreign):
-            if view.get("packs", pack) is None:
+            if pack not in view.packs:
                 try:
                     header, records, problems = read_records(pack_path(self._path, pack))
                 except DamagedError:
@@ -78,9 +71,9 @@ class Recorded:
         current = set()  # numbers that rows name this pack for: they stay used, wherever those records go
         for version in records.versions:
             mark = (version.task, version.version, version.hash)
-            row = version_row(view, version.task, version.version)
+            row = view.versions.get(version.task, version.version)
             if row is None:  # removed? of two copies of a store, each may have had its own second version
-                removed = self._removed(view, version.task, version.version)
+                removed = view.removed.get(version.task, version.version)
                 known = known and removed is not None and self._has(removed.recorded_in, mark, pack)
             elif row.pack != pack:
                 known = known and row.manifest == version.hash and self._has(row.pack, mark, pack)
@@ -89,32 +82,26 @@ class Recorded:
                 rows += (row.manifest, row.time_ns) == (version.hash, version.time_ns)
                 current.add((version.task, version.version))
         for task, number in records.removed:
-            known = known and version_row(view, task, number) is None
-            removed = self._removed(view, task, number)  # none: no file records that version any more
+            known = known and not view.versions.has(task, number)
+            removed = view.removed.get(task, number)  # none: no file records that version any more
             if removed is not None and removed.pack == pack:
                 rows += 1
                 current.add((task, number))
             elif removed is not None:
                 known = known and self._has(removed.pack, (task, number, b""), pack)
         for task, number in records.highest_numbers().items():
-            name = name_row(view, task)
+            name = view.names.get(task)
             known = known and name is not None and name.highest >= number
             if name is not None and name.highest == number:
                 rows += (name.name, name.pack) == (task, pack)
                 if (task, number) not in current:
                     known = known and self._has(name.pack, (name.name, number, b"highest"), pack)
         for tag in records.tags:
-            value = view.get("tags", key := tag_key(tag.task, tag.tag))
-            now = TagRow(0, 0, NO_PACK) if value is None else TagRow.decode(key, value)
+            now = view.tags.get(tag.task, tag.tag) or TagRow(0, 0, NO_PACK)
             rows += now == TagRow(tag.version or 0, tag.time_ns, pack)
             known = known and now.time_ns >= tag.time_ns
             known = known and self._has(now.pack, (f"{tag.task}@{tag.tag}", now.time_ns, b""), pack)
         return known, rows
-
-    @staticmethod
-    def _removed(view: View, task: str, number: int) -> RemovedRow | None:
-        value = view.get("removed", key := version_key(task, number))
-        return None if value is None else RemovedRow.decode(key, value)
 
     def _has(self, pack: bytes, mark: tuple[str, int, bytes], asking: bytes) -> bool:
         """Whether the pack that a row names records what the row says; the one that asks does."""
@@ -136,9 +123,9 @@ class Recorded:
         """Whether a tensor is among these that the index lists where no file is."""
         there: dict[bytes, bool] = {}
         for name in filter(is_digest, names):
-            value = view.get("tensors", from_digest(Digest(name)))
-            if value is not None:
-                pack = TensorRow.peek(value).pack
+            row = view.tensors.peek(Digest(name))
+            if row is not None:
+                pack = row.pack
                 if pack not in there:
                     there[pack] = pack != NO_PACK and pack_path(self._path, pack).exists()
                 if not there[pack]:
@@ -165,10 +152,10 @@ def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:
 def count_rows(view: View) -> Counter[bytes]:
     """How many rows name each pack as the one that records what they say."""
     count: Counter[bytes] = Counter()
-    count.update(VersionRow.decode(key, value).pack for key, value in view.rows("versions"))
-    count.update(NameRow.decode(key, value).pack for key, value in view.rows("names"))
-    count.update(TagRow.decode(key, value).pack for key, value in view.rows("tags"))
-    count.update(RemovedRow.decode(key, value).pack for key, value in view.rows("removed"))
+    count.update(row.pack for _, _, row in view.versions.rows())
+    count.update(row.pack for row in view.names.rows())
+    count.update(row.pack for _, _, row in view.tags.rows())
+    count.update(row.pack for _, _, row in view.removed.rows())
     return count
 
 
@@ -176,20 +163,55 @@ def rows_of(view: View, pack: bytes, records: Records) -> Records:
     """Those of a pack's records that a row names this pack for, as another pack would record them."""
     current = Records(removed_manifests=records.removed_manifests)
     for version in records.versions:
-        row = version_row(view, version.task, version.version)
+        row = view.versions.get(version.task, version.version)
         if row is not None and (row.pack, row.manifest, row.time_ns) == (pack, version.hash, version.time_ns):
             moved_from = records.commit.number if version.moved_from is None else version.moved_from
             current.versions.append(replace(version, moved_from=moved_from))
     for task, number in records.removed:
-        value = view.get("removed", key := version_key(task, number))
-        if value is not None and RemovedRow.decode(key, value).pack == pack:
+        removed = view.removed.get(task, number)
+        if removed is not None and removed.pack == pack:
             current.removed.append((task, number))
     for tag in records.tags:
-        value = view.get("tags", key := tag_key(tag.task, tag.tag))
-        if value is not None and TagRow.decode(key, value) == TagRow(tag.version or 0, tag.time_ns, pack):
+        if view.tags.get(tag.task, tag.tag) == TagRow(tag.version or 0, tag.time_ns, pack):
             current.tags.append(tag)
     for task, number in records.highest_numbers().items():
-        name = name_row(view, task)
+        name = view.names.get(task)
         if name is not None and (name.name, name.highest, name.pack) == (task, number, pack):
             current.highest[task] = number
     return current
+
+
+def enter(
+    path: Path,
+    view: View,
+    pack: WrittenPack,
+    records: Records,
+    numbers: Mapping[Digest, int],
+    listed: Container[Digest] = frozenset(),
+) -> dict[Digest, StoredTensor]:
+    """Places a written pack and enters it, its tensors, and itself as what records these removals, tags and names.
+
+    Versions are entered by the caller. `numbers` has the tensors' numbers; those of `listed` may have rows, which
+    are replaced. Returns the tensors' rows, encoded.
+    """
+    view.packs.put(pack.hash, PackRow(pack.file_bytes, pack.tensor_bytes))
+    here = [numbers[digest] for digest in pack.places]
+    view.contents.enter(pack.hash, here, (place.length for place in pack.places.values()))
+    elsewhere: dict[bytes, set[int]] = {}
+    rows: dict[Digest, StoredTensor] = {}
+    for number, (digest, place) in zip(here, pack.places.items(), strict=True):
+        if digest in listed and (old := view.tensors.peek(digest)) is not None:
+            elsewhere.setdefault(old.pack, set()).add(number)
+        row = TensorRow(number, pack.hash, place.offset, place.length, place.dtype, place.shape)
+        rows[digest] = view.tensors.put(digest, row)
+    for other, moved in elsewhere.items():
+        view.contents.unlist(other, moved)
+    for task, number in records.removed:
+        found = view.removed.get(task, number)
+        if found is not None:
+            view.removed.put(task, number, RemovedRow(found.recorded_in, pack.hash))
+    for tag in records.tags:
+        view.tags.put(tag.task, tag.tag, TagRow(tag.version or 0, tag.time_ns, pack.hash))
+    view.enter_commit(pack.hash, pack.commit)
+    place_pack(path, pack)
+    return rows

@@ -1,389 +1,36 @@
-"""The index: an LMDB environment that says what a store holds and where.
-
-    tensors    32-byte digest                 -> TensorRow
-    packs      32-byte hash                   -> PackRow
-    contents   32-byte hash                   -> ContentsRow
-    manifests  32-byte hash                   -> ManifestRow
-    versions   task, NUL, big-endian number   -> VersionRow
-    names      case-folded task               -> NameRow
-    tags       task, NUL, tag                 -> TagRow
-    removed    task, NUL, big-endian number   -> RemovedRow
-    meta       format, id, next_number, commit
-
-Rows are little-endian structs that end with a CRC32 of key and row, because LMDB pages have no checksum (a manifest's
-has one of its numbers; its bytes are checked against their hash). Only the format has none: other text is refused. A
-task's newest version is in its name's row, too, so that a version which a damaged page hides is missed.
-"""
+"""The index: an LMDB environment that says what a store holds and where (rows.py and tables.py say in what form)."""
 
 import atexit
 import errno
 import fcntl
 import importlib
 import os
-import struct
 import threading
-import zlib
-from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import lmdb
 
 from pear_store.errors import AccessError, DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
-from pear_store.format.digest import ITEM_BYTES, fresh_name
+from pear_store.format.digest import fresh_name
 from pear_store.format.pack import Commit
 from pear_store.local.directory import check_index, open_folder
+from pear_store.local.rows import sealed, unsealed
+from pear_store.local.tables import Contents, Manifests, Names, Packs, Removed, Tags, Tensors, Versions
 
 INDEX_FORMAT = b"4"
 UNSEALED_FORMAT = b"3"
 """Like 4, but the rows of `meta` have no checksum. The first write adds it."""
 TABLES = ("tensors", "packs", "contents", "manifests", "versions", "names", "tags", "removed", "meta")
-_DTYPES = tuple(ITEM_BYTES)
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
 _FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
 _LOCK_BYTES = 128 << 10  # a header and 64 bytes for each of 1,024 readers
-_MANIFEST_BYTES = 8 << 20  # more than any manifest that add accepts
 _MOST_HEADS = 64
 """Packs that a commit follows; more than one only where several processes add at once"""
 T = TypeVar("T")
-
-
-class TensorRow(NamedTuple):
-    """Where a tensor lies: its number, pack hash, bytes from the pack's start, length in bytes, dtype and shape.
-
-    Numbers count up over the tensors ever stored; gc marks by them. A tensor that a version needs and that no pack
-    has is listed in the pack NO_PACK.
-    """
-
-    number: int
-    pack: bytes
-    offset: int
-    length: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    def encode(self, key: bytes) -> bytes:
-        dtype = _DTYPES.index(self.dtype)
-        head = _TENSOR.pack(self.number, self.pack, self.offset, self.length, dtype, len(self.shape))
-        return _sealed(key, head + _SHAPES[len(self.shape)].pack(*self.shape))
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "TensorRow":
-        return cls.peek(_unsealed(key, row))
-
-    @staticmethod
-    def number_of(row: bytes) -> int:
-        return int.from_bytes(row[:4], "little")
-
-    @staticmethod
-    def number_and_length(row: bytes) -> tuple[int, int]:
-        """Without a look at the checksum."""
-        try:
-            number, length = _NUMBER_AND_LENGTH.unpack_from(row)
-        except struct.error:
-            raise DamagedError("a tensor's index row", "it cannot be read") from None
-        return number, length
-
-    @classmethod
-    def peek(cls, row: bytes) -> "TensorRow":
-        """The row without a look at its checksum, where the tensor is hashed anyway."""
-        try:
-            number, pack, offset, length, dtype, dimensions = _TENSOR.unpack_from(row)
-            return cls(number, pack, offset, length, _DTYPES[dtype], _SHAPES[dimensions].unpack_from(row, _TENSOR.size))
-        except (struct.error, IndexError):
-            raise DamagedError("a tensor's index row", "it cannot be read") from None
-
-
-_TENSOR = struct.Struct("<I32sQQBB")
-_NUMBER_AND_LENGTH = struct.Struct("<I40xQ")
-_SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(9)]
-NO_PACK = bytes(32)
-
-
-@dataclass(frozen=True)
-class PackRow:
-    """A pack's size on disk and the bytes of its tensors."""
-
-    file_bytes: int
-    tensor_bytes: int
-
-    def encode(self, key: bytes) -> bytes:
-        return _sealed(key, struct.pack("<QQ", self.file_bytes, self.tensor_bytes))
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "PackRow":
-        return cls(*_opened("<QQ", key, row))
-
-
-@dataclass(frozen=True)
-class ContentsRow:
-    """The tensors that the index lists in a pack: their numbers, their lengths in bytes, and which of them (1) an
-    earlier gc has counted as removed. Those lie in the pack until it goes; an add may use them again."""
-
-    numbers: "array[int]"
-    lengths: "array[int]"
-    removed: bytes
-
-    def encode(self, key: bytes) -> bytes:
-        body = zlib.compress(self.numbers.tobytes() + self.lengths.tobytes() + self.removed, 1)
-        return _sealed(key, len(self.numbers).to_bytes(4, "little") + body)
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes, at_most: int) -> "ContentsRow":
-        """The row, if it lists no more tensors than the index has: few bytes can say that they stand for terabytes."""
-        row = _unsealed(key, row)
-        count = int.from_bytes(row[:4], "little")
-        if count > at_most:
-            raise DamagedError(f"contents of pack {key.hex()}", f"it lists {count} tensors, the index has {at_most}")
-        try:
-            body = zlib.decompressobj().decompress(row[4:], 13 * count + 1)
-        except zlib.error:
-            body = b""
-        if len(body) != 13 * count:
-            raise DamagedError(f"contents of pack {key.hex()}", "its length is wrong")
-        return cls(array("I", body[: 4 * count]), array("Q", body[4 * count : 12 * count]), body[12 * count :])
-
-    def without(self, numbers: Container[int]) -> "ContentsRow":
-        stays = [number not in numbers for number in self.numbers]
-        return ContentsRow(
-            array("I", compress(self.numbers, stays)), array("Q", compress(self.lengths, stays)),
-            bytes(compress(self.removed, stays)),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ManifestRow:
-    """A manifest's own number and the numbers of the tensors that it names; behind them, compressed, where those
-    tensors lay when it was added, and the manifest.
-
-    The manifest is not checked here: whoever uses it hashes it. The numbers carry a checksum of their own. The places
-    are hints: a tensor is hashed when it is read, and looked up in its own row where the hint no longer holds.
-    """
-
-    number: int
-    tensors: memoryview
-
-    @staticmethod
-    def encode(key: bytes, number: int, rows: Sequence[bytes], manifest: bytes) -> bytes:
-        """A row; `rows` are the encoded ones of the tensors, in the order of their digests."""
-        numbers = array("I", [number, *sorted(TensorRow.number_of(row) for row in rows)]).tobytes()
-        packs: dict[bytes, bytes] = {}
-        for row in rows:
-            packs.setdefault(row[4:36], len(packs).to_bytes(2, "little"))
-        hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
-        press = zlib.compressobj(1, zdict=_USUAL)
-        pressed = press.compress(_HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest)
-        head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
-        return head + numbers + pressed + press.flush()
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
-        end = 8 + 4 * int.from_bytes(row[4:8], "little")
-        if not 12 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
-            raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
-        numbers = memoryview(row)[8:end].cast("I")
-        return cls(numbers[0], numbers[1:])
-
-    @staticmethod
-    def number_of(row: bytes) -> int:
-        """The manifest's number, without a look at the checksum."""
-        return int.from_bytes(row[8:12], "little")
-
-    @staticmethod
-    def unpack(row: bytes) -> tuple[bytes, list[TensorRow]]:
-        """The manifest's bytes, unchecked, and the hints; empty if they cannot be had."""
-        try:
-            body = ManifestRow._body(row)
-            packs, count, _ = _HINTS.unpack_from(body)
-            at = _HINTS.size + 32 * packs
-            names = [body[begin : begin + 32] for begin in range(_HINTS.size, at, 32)]
-            places = []
-            for _ in range(count):
-                pack, offset, length, dtype, axes = _PLACE.unpack_from(body, at)
-                shape = _SHAPES[axes].unpack_from(body, at + _PLACE.size)
-                places.append(TensorRow(0, names[pack], offset, length, _DTYPES[dtype], shape))
-                at += _PLACE.size + 8 * axes
-            return body[at:], places
-        except (zlib.error, struct.error, IndexError):
-            return b"", []
-
-    @staticmethod
-    def manifest_of(row: bytes) -> bytes:
-        """The manifest's bytes, unchecked; empty if they cannot be had."""
-        try:
-            body = ManifestRow._body(row)
-            packs, _, hint_bytes = _HINTS.unpack_from(body)
-            return body[_HINTS.size + 32 * packs + hint_bytes :]
-        except (zlib.error, struct.error):
-            return b""
-
-    @staticmethod
-    def _body(row: bytes) -> bytes:
-        press = zlib.decompressobj(zdict=_USUAL)
-        return press.decompress(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
-
-
-_HINTS = struct.Struct("<HHI")
-_PLACE = struct.Struct("<HQQBB")
-_USUAL = (
-    b'"scale":"training":{"epochs":,"method":"pear","ratio":0.5,"seed":0},"metrics":{"test_top1":0.,"val_top1":0.'
-    b'"blocks.0.mlp.fc1.fc2.attn.qkv.proj":[["a3",1.0],["a12",0.0]],"format":"pear-task/1",'
-    b'"head":{"bias":"sha256:","weight":"sha256:"},"labels":["'
-    b'"backbone":{"digest":"sha256:","model":"vit_base_patch16_224.augreg_in21k"},"preprocess":{"crop_mode":"center",'
-    b'"crop_pct":0.9,"input_size":[3,224,224],"interpolation":"bicubic","mean":[0.485,0.456,0.406],'
-    b'"std":[0.229,0.224,0.225]},"mean":[0.5,0.5,0.5],"std":[0.5,0.5,0.5]},"task":"'
-    b'"positions":{"blocks.0.attn":[["a0",1.0]],"blocks.1.mlp":[["a1",1.0]],"blocks.10.attn":[["'
-    b'{"activation":"identity","adapters":{"a1":{"down":"sha256:","up":"sha256:"},"a2":{"down":"sha256:'
-)
-"""zlib's preset dictionary: what manifests have in common. Part of the format."""
-
-
-@dataclass(frozen=True)
-class VersionRow:
-    """A version: its manifest's hash, the pack that records it, when it was added, its tensors' bytes."""
-
-    manifest: bytes
-    pack: bytes
-    time_ns: int
-    size_bytes: int
-
-    def encode(self, key: bytes) -> bytes:
-        return _sealed(key, struct.pack("<32s32sQQ", self.manifest, self.pack, self.time_ns, self.size_bytes))
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "VersionRow":
-        return cls(*cls.fields(key, row))
-
-    @staticmethod
-    def fields(key: bytes, row: bytes) -> tuple[bytes, bytes, int, int]:
-        """Manifest, pack, time and bytes."""
-        manifest, pack, time_ns, size_bytes = _opened("<32s32sQQ", key, row)
-        return manifest, pack, time_ns, size_bytes
-
-
-@dataclass(frozen=True)
-class NameRow:
-    """A task's name as written, its newest version (0: none is left), the highest number that it ever had, and the
-    pack that records that."""
-
-    name: str
-    newest: int
-    highest: int
-    pack: bytes
-
-    def encode(self, key: bytes) -> bytes:
-        return _sealed(key, _NAME.pack(self.newest, self.highest, self.pack) + self.name.encode("ascii"))
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "NameRow":
-        name, newest, highest, pack = cls.fields(key, row)
-        try:
-            return cls(name.decode("ascii"), newest, highest, pack)
-        except UnicodeDecodeError:
-            raise DamagedError(f"index row {_shown(key)}", "its name is not ASCII") from None
-
-    @staticmethod
-    def fields(key: bytes, row: bytes) -> tuple[bytes, int, int, bytes]:
-        """Name, newest, highest and pack."""
-        body = _unsealed(key, row)
-        if not _NAME.size < len(body) <= _NAME.size + _MOST_NAME_BYTES:
-            raise DamagedError(f"index row {_shown(key)}", "its length is wrong")
-        newest, highest, pack = _NAME.unpack_from(body)
-        return body[_NAME.size :], newest, highest, pack
-
-
-_NAME = struct.Struct("<II32s")
-_MOST_NAME_BYTES = 100
-
-
-@dataclass(frozen=True)
-class TagRow:
-    """What a tag stands for, since when, and the pack that records it."""
-
-    version: int
-    time_ns: int
-    pack: bytes
-
-    def encode(self, key: bytes) -> bytes:
-        return _sealed(key, struct.pack("<IQ32s", self.version, self.time_ns, self.pack))
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "TagRow":
-        return cls(*_opened("<IQ32s", key, row))
-
-
-@dataclass(frozen=True)
-class RemovedRow:
-    """A version (or tag) that was removed: the pack that still records it, and the pack that records its removal."""
-
-    recorded_in: bytes
-    pack: bytes
-
-    def encode(self, key: bytes) -> bytes:
-        return _sealed(key, self.recorded_in + self.pack)
-
-    @classmethod
-    def decode(cls, key: bytes, row: bytes) -> "RemovedRow":
-        return cls(*_opened("<32s32s", key, row))
-
-
-def _shown(key: bytes) -> str:
-    """A key in a message: of a hostile one, which may be long, the beginning."""
-    return repr(key) if len(key) <= _MOST_SHOWN_BYTES else f"{key[:_MOST_SHOWN_BYTES]!r}…"
-
-
-_MOST_SHOWN_BYTES = 150  # more than any key of a task and a tag has
-
-
-def _sealed(key: bytes, body: bytes) -> bytes:
-    return body + zlib.crc32(key + body).to_bytes(4, "little")
-
-
-def _unsealed(key: bytes, row: bytes) -> bytes:
-    body = row[:-4]
-    if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:]:
-        raise DamagedError(f"index row {_shown(key)}", "its checksum differs")
-    return body
-
-
-def _opened(form: str, key: bytes, row: bytes) -> tuple[Any, ...]:
-    try:
-        return struct.unpack(form, _unsealed(key, row))
-    except struct.error:
-        raise DamagedError(f"index row {_shown(key)}", "its length is wrong") from None
-
-
-def version_key(task: str, version: int) -> bytes:
-    return task.encode("ascii") + b"\0" + version.to_bytes(4, "big")
-
-
-def parse_version_key(key: bytes) -> tuple[str, int]:
-    try:
-        if key[-5:-4] != b"\0":
-            raise ValueError
-        return key[:-5].decode("ascii"), int.from_bytes(key[-4:], "big")
-    except ValueError:
-        raise DamagedError(f"index key {_shown(key)}", "it is no version's") from None
-
-
-def tag_key(task: str, tag: str) -> bytes:
-    return f"{task}\0{tag}".encode("ascii")
-
-
-def parse_tag_key(key: bytes) -> tuple[str, str]:
-    try:
-        task, tag = key.decode("ascii").split("\0")
-        return task, tag
-    except ValueError:
-        raise DamagedError(f"index key {_shown(key)}", "it is no tag's") from None
-
-
-def name_key(task: str) -> bytes:
-    return task.casefold().encode("ascii")
 
 
 State = tuple[tuple[int, int], int]
@@ -453,6 +100,40 @@ class View:
         """What a writer began with."""
         return self.environment, self.id - 1
 
+    @property
+    def versions(self) -> Versions:
+        return Versions(self)
+
+    @property
+    def names(self) -> Names:
+        return Names(self)
+
+    @property
+    def tags(self) -> Tags:
+        return Tags(self)
+
+    @property
+    def removed(self) -> Removed:
+        return Removed(self)
+
+    @property
+    def packs(self) -> Packs:
+        return Packs(self)
+
+    @property
+    def contents(self) -> Contents:
+        return Contents(self)
+
+    @property
+    def tensors(self) -> Tensors:
+        return Tensors(self)
+
+    @property
+    def manifests(self) -> Manifests:
+        return Manifests(self)
+
+    # What follows is of bytes, for the tables alone.
+
     def get(self, table: str, key: bytes) -> bytes | None:
         return cast(bytes | None, self._txn.get(key, db=self._tables[table]))
 
@@ -514,36 +195,6 @@ class View:
             else:
                 found = cursor.next()
 
-    def drop_pack(self, pack: bytes) -> None:
-        """Deletes a pack's rows; those of its tensors are the caller's."""
-        self.delete("packs", pack)
-        self.delete("contents", pack)
-
-    def list_tensors(self, pack: bytes, numbers: Iterable[int], lengths: Iterable[int]) -> None:
-        """Enters which tensors a new pack holds; none of them is listed elsewhere."""
-        row = ContentsRow(array("I", numbers), array("Q", lengths), b"")
-        row = ContentsRow(row.numbers, row.lengths, bytes(len(row.numbers)))
-        self.put("contents", pack, row.encode(pack))
-
-    def unlist_tensors(self, pack: bytes, numbers: Container[int]) -> None:
-        """Takes tensors that moved elsewhere from a pack's contents."""
-        if self.get("contents", pack) is not None:
-            self.put("contents", pack, self.contents(pack).without(numbers).encode(pack))
-
-    def contents(self, pack: bytes) -> ContentsRow:
-        """What the index lists in a pack.
-
-        Raises:
-            DamagedError: the row is missing or damaged.
-        """
-        return ContentsRow.decode(pack, self.get("contents", pack) or b"", self.count("tensors"))
-
-    def every_contents(self) -> Iterator[tuple[bytes, ContentsRow]]:
-        """Like :meth:`every`, of `contents`."""
-        at_most = self.count("tensors")
-        for pack, row in self.every("contents"):
-            yield pack, ContentsRow.decode(pack, row, at_most)
-
     def take_numbers(self, count: int) -> int:
         """The first of `count` tensor numbers that were never used."""
         first = self.next_number()
@@ -560,7 +211,7 @@ class View:
             DamagedError: the row cannot be trusted.
         """
         body = self.meta(b"next_number")
-        if not body and self._is_unsealed and not (self.count("contents") or self.count("manifests")):
+        if not body and self._is_unsealed and not (len(self.contents) or len(self.manifests)):
             return 0
         if len(body) != 8:
             raise DamagedError("the index's count of numbers", "missing or of a wrong length")
@@ -573,10 +224,10 @@ class View:
     def meta(self, key: bytes) -> bytes:
         """A row of `meta`, its checksum checked; empty if there is none."""
         row = self.get("meta", key)
-        return row or b"" if not row or self._is_unsealed else _unsealed(key, row)
+        return row or b"" if not row or self._is_unsealed else unsealed(key, row)
 
     def put_meta(self, key: bytes, body: bytes) -> None:
-        self.put("meta", key, _sealed(key, body))
+        self.put("meta", key, sealed(key, body))
 
     def next_commit(self) -> Commit:
         """What a commit after all that this view sees is."""
@@ -602,10 +253,9 @@ class View:
         if not self._is_unsealed:
             return
         number, store = self.next_number(), self.meta(b"id")
-        for _, contents in self.every_contents():
+        for _, contents in self.contents.every():
             self._check_below(number, contents.numbers)
-        for key, row in self.every("manifests"):
-            manifest = ManifestRow.decode(key, row)
+        for _, manifest in self.manifests.every():
             self._check_below(number, (manifest.number, *manifest.tensors))
         self.put("meta", b"format", INDEX_FORMAT)
         self.put_meta(b"next_number", number.to_bytes(8, "little"))
@@ -684,8 +334,8 @@ class Index:
             if create:
                 with self._env.begin(write=True, db=meta) as txn:
                     txn.put(b"format", INDEX_FORMAT)
-                    txn.put(b"id", _sealed(b"id", fresh_name().encode()))
-                    txn.put(b"next_number", _sealed(b"next_number", bytes(8)))
+                    txn.put(b"id", sealed(b"id", fresh_name().encode()))
+                    txn.put(b"next_number", sealed(b"next_number", bytes(8)))
             with self._env.begin(db=meta) as txn:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
             self._sealed = found_format == INDEX_FORMAT

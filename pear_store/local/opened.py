@@ -6,33 +6,23 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from pear_store.errors import AccessError, DamagedError, NotFoundError, PearStoreError, from_os_error
-from pear_store.format.digest import Digest, RawTensor, from_digest, tensor_digest
-from pear_store.format.pack import Records
+from pear_store.format.digest import Digest, RawTensor, tensor_digest
 from pear_store.local.directory import open_folder
 from pear_store.local.index import (
     Index,
     IndexReplacedError,
-    NameRow,
     OvertakenError,
-    PackRow,
-    RemovedRow,
     State,
-    TagRow,
-    TensorRow,
-    VersionRow,
     View,
-    name_key,
     open_index,
     release_index,
-    tag_key,
-    version_key,
     write_lock,
 )
 from pear_store.local.maps import map_file
@@ -41,9 +31,13 @@ from pear_store.local.packs import (
     find_unfinished,
     open_pack,
     pack_path,
-    place_pack,
     unlink_pack,
     unlink_written,
+)
+from pear_store.local.references import all_tags
+from pear_store.local.rows import (
+    PackRow,
+    TensorRow,
 )
 
 _OPEN_PACKS = 4096
@@ -77,6 +71,7 @@ class OpenStore:
         self._lock = threading.Lock()
         self._maps: OrderedDict[bytes, MappedPack] = OrderedDict()
         self._kept: tuple[State | None, dict[str, tuple[bytes, dict[str, RawTensor]]]] = (None, {})
+        self._tags: tuple[State | None, dict[tuple[str, int], list[str]]] = (None, {})
         self._closed = False
         self._index = self._open_index()
 
@@ -155,7 +150,7 @@ class OpenStore:
     def _unlink_unfinished(self, view: View) -> None:
         unfinished = find_unfinished(self.path)
         for pack in unfinished:
-            if view.get("packs", pack) is None:
+            if pack not in view.packs:
                 unlink_pack(self.path, pack)
         if unfinished:
             unlink_written(self.path, unfinished)
@@ -176,45 +171,13 @@ class OpenStore:
         unlink_written(self.path, (pack.hash for pack in packs))
         return result
 
-    def enter(
-        self,
-        view: View,
-        pack: WrittenPack,
-        records: Records,
-        numbers: Mapping[Digest, int],
-        listed: Container[Digest] = frozenset(),
-    ) -> dict[Digest, bytes]:
-        """Places a written pack and enters it, its tensors, and itself as what records these removals, tags and names.
-
-        Versions are entered by the caller. `numbers` has the tensors' numbers; those of `listed` may have rows, which
-        are replaced. Returns the tensors' rows, encoded.
-        """
-        view.put("packs", pack.hash, PackRow(pack.file_bytes, pack.tensor_bytes).encode(pack.hash))
-        here = [numbers[digest] for digest in pack.places]
-        view.list_tensors(pack.hash, here, (place.length for place in pack.places.values()))
-        elsewhere: dict[bytes, set[int]] = {}
-        rows: dict[Digest, bytes] = {}
-        for number, (digest, place) in zip(here, pack.places.items(), strict=True):
-            key = from_digest(digest)
-            if digest in listed and (old := view.get("tensors", key)) is not None:
-                elsewhere.setdefault(TensorRow.peek(old).pack, set()).add(number)
-            row = TensorRow(number, pack.hash, place.offset, place.length, place.dtype, place.shape)
-            rows[digest] = row.encode(key)
-            view.put("tensors", key, rows[digest])
-        for other, moved in elsewhere.items():
-            view.unlist_tensors(other, moved)
-        for task, number in records.removed:
-            key = version_key(task, number)
-            found = view.get("removed", key)
-            if found is not None:
-                row_now = RemovedRow(RemovedRow.decode(key, found).recorded_in, pack.hash)
-                view.put("removed", key, row_now.encode(key))
-        for tag in records.tags:
-            key = tag_key(tag.task, tag.tag)
-            view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack.hash).encode(key))
-        view.enter_commit(pack.hash, pack.commit)
-        place_pack(self.path, pack)
-        return rows
+    def tags(self, view: View) -> dict[tuple[str, int], list[str]]:
+        """(task, version) -> tags, as the last commit left them: all were read, so that none is hidden by damage."""
+        state, tags = self._tags
+        if state != view.state:
+            tags = all_tags(view)
+            self._tags = (view.state, tags)
+        return tags
 
     # ---- tensors ------------------------------------------------------------------------------
 
@@ -246,10 +209,10 @@ class OpenStore:
         digest = ""
         try:
             for digest in digests:
-                row = view.get("tensors", from_digest(Digest(digest)))
+                row = view.tensors.peek(Digest(digest))
                 if row is None:
                     raise DamagedError("a tensor", "the index does not list it")
-                rows.append((Digest(digest), TensorRow.peek(row)))
+                rows.append((Digest(digest), row))
             self._fetch(view, rows)
             for digest, place in rows:
                 found[digest] = self.tensor(view, Digest(digest), place)
@@ -297,7 +260,7 @@ class OpenStore:
 
     def _map(self, view: View | None, pack: bytes) -> MappedPack:
         """Maps a pack; checks its length, unless only a hint names it."""
-        expected = None if view is None else view.get("packs", pack)
+        expected = None if view is None else view.packs.get(pack)
         try:
             return self._map_file(pack, expected, view is None)
         except OSError as error:
@@ -309,11 +272,11 @@ class OpenStore:
         except OSError as error:
             raise from_os_error(error, self.path) from None
 
-    def _map_file(self, pack: bytes, expected: bytes | None, hinted: bool) -> MappedPack:
+    def _map_file(self, pack: bytes, expected: PackRow | None, hinted: bool) -> MappedPack:
         try:
             with open_pack(pack_path(self.path, pack)) as file:
                 found = os.fstat(file.fileno())
-                right = hinted or (expected and found.st_size == PackRow.decode(pack, expected).file_bytes)
+                right = hinted or (expected and found.st_size == expected.file_bytes)
                 if not right or not found.st_size:
                     raise DamagedError(f"pack {pack.hex()}", f"{found.st_size} bytes on disk, the index says otherwise")
                 mapped_file = map_file(file.fileno(), found.st_size)
@@ -386,16 +349,3 @@ def _is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def name_row(view: View, task: str) -> NameRow | None:
-    """A task's name row, under any case of its name."""
-    key = name_key(task)
-    row = view.get("names", key)
-    return None if row is None else NameRow.decode(key, row)
-
-
-def version_row(view: View, task: str, number: int) -> VersionRow | None:
-    key = version_key(task, number)
-    row = view.get("versions", key)
-    return None if row is None else VersionRow.decode(key, row)

@@ -13,27 +13,7 @@ from pear_store.format.digest import Digest, from_digest, is_digest
 from pear_store.format.manifest import dump_manifest, manifest_digests, manifest_hash
 from pear_store.format.pack import NO_COMMIT, Commit, PackedVersion, Records
 from pear_store.local.directory import open_folder, require_packs, store_path
-from pear_store.local.gc import keep_copy, set_aside
-from pear_store.local.index import (
-    NO_PACK,
-    ManifestRow,
-    NameRow,
-    PackRow,
-    RemovedRow,
-    TagRow,
-    TensorRow,
-    VersionRow,
-    View,
-    name_key,
-    open_index,
-    parse_tag_key,
-    parse_version_key,
-    release_index,
-    tag_key,
-    version_key,
-    write_lock,
-)
-from pear_store.local.opened import name_row, version_row
+from pear_store.local.index import View, open_index, release_index, write_lock
 from pear_store.local.packs import (
     PackReader,
     bare_header,
@@ -44,6 +24,16 @@ from pear_store.local.packs import (
     unlink_written,
 )
 from pear_store.local.repair import rewrite_packs
+from pear_store.local.rows import (
+    NO_PACK,
+    NameRow,
+    PackRow,
+    RemovedRow,
+    TagRow,
+    TensorRow,
+    VersionRow,
+)
+from pear_store.local.sweep import keep_copy, set_aside
 
 
 @dataclass
@@ -127,7 +117,7 @@ class _Found:
     contested: dict[tuple[str, int], list[VersionRow]] = field(default_factory=dict)
     removed: dict[tuple[str, int], set[bytes | None]] = field(default_factory=dict)
     """The manifests of removed versions; None: whatever had the number"""
-    tags: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
+    tags: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     contradicted: set[bytes] = field(default_factory=set)
     """Packs that record a version under a number that another one keeps: they are written anew"""
     refused: dict[bytes, str] = field(default_factory=dict)
@@ -167,7 +157,7 @@ def _set_aside_unfinished(path: Path, result: Rebuilt, found: _Found) -> None:
         "import sys; from pathlib import Path; from pear_store.local.opened import OpenStore\n"
         "path, *packs = sys.argv[1:]\n"
         "with OpenStore(Path(path)).read() as view:\n"
-        "    print(*[pack for pack in packs if view.get('packs', bytes.fromhex(pack)) is None])"
+        "    print(*[pack for pack in packs if bytes.fromhex(pack) not in view.packs])"
     )
     names = [pack.hex() for pack in unfinished]
     done = subprocess.run([sys.executable, "-c", run, str(path.resolve()), *names], capture_output=True, text=True)
@@ -192,37 +182,33 @@ def _fill(view: View, path: Path, result: Rebuilt, found: _Found, progress: Call
     _give_numbers(view, homeless, found, result)
     missing: list[int] = []
     sizes: dict[bytes, int] = {}
-    for key in [key for key, _ in view.rows("manifests")]:
+    for key in list(view.manifests.hashes()):
         try:
             sizes[key] = _number_manifest(view, key, missing)
         except CheckpointError as error:
             found.refused[key] = error.problem
     if missing:
-        view.list_tensors(NO_PACK, missing, [0] * len(missing))
-    for key, value in list(view.rows("versions")):
-        row_ = VersionRow.decode(key, value)
-        if row_.manifest in found.refused:
-            view.delete("versions", key)
+        view.contents.enter(NO_PACK, missing, [0] * len(missing))
+    for task, number, row in list(view.versions.rows()):
+        if row.manifest in found.refused:
+            view.versions.delete(task, number)
             continue
-        entered = VersionRow(row_.manifest, row_.pack, row_.time_ns, sizes[row_.manifest])
-        view.put("versions", key, entered.encode(key))
-        task, number = parse_version_key(key)
-        known = name_row(view, task)
+        entered = VersionRow(row.manifest, row.pack, row.time_ns, sizes[row.manifest])
+        view.versions.put(task, number, entered)
+        known = view.names.get(task)
         assert known is not None
         newest = NameRow(task, max(number, known.newest if known.name == task else 0), known.highest, known.pack)
-        view.put("names", name_key(task), newest.encode(name_key(task)))
-    for key, value in list(view.rows("tags")):
-        tag = TagRow.decode(key, value)
-        task, text = parse_tag_key(key)
-        if tag.version and view.get("versions", version_key(task, tag.version)) is None:
+        view.names.put(newest)
+    for task, text, tag in list(view.tags.rows()):
+        if tag.version and not view.versions.has(task, tag.version):
             result.problems.append(f"tag {task}@{text}: its version {tag.version} is not there any more")
-            view.put("tags", key, TagRow(0, tag.time_ns, tag.pack).encode(key))
+            view.tags.put(task, text, TagRow(0, tag.time_ns, tag.pack))
             found.contradicted.add(tag.pack)
     if found.refused:
         _name_refused(path, files, found, result)
-    result.versions = view.count("versions")
-    result.tensors = view.count("tensors")
-    result.tasks = sum(1 for key, value in view.rows("names") if NameRow.decode(key, value).newest)
+    result.versions = len(view.versions)
+    result.tensors = len(view.tensors)
+    result.tasks = sum(1 for name in view.names.rows() if name.newest)
 
 
 def _name_refused(path: Path, files: list[Path], found: _Found, result: Rebuilt) -> None:
@@ -275,28 +261,26 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt, found: _Foun
     for number, (name, place) in enumerate(header.places.items(), first):
         if not is_digest(name):
             continue
-        key = from_digest(Digest(name))
-        old = view.get("tensors", key)
-        if old is not None:
-            before = TensorRow.peek(old)
+        before = view.tensors.peek(Digest(name))
+        if before is not None:
             if _is_good(path, Digest(name), before):
                 continue
-            view.unlist_tensors(before.pack, {before.number})
+            view.contents.unlist(before.pack, {before.number})
         row = TensorRow(number, pack, place.offset, place.length, place.dtype, place.shape)
-        view.put("tensors", key, row.encode(key))
+        view.tensors.put(Digest(name), row)
         numbers.append(number)
         lengths.append(place.length)
-    view.list_tensors(pack, numbers, lengths)
+    view.contents.enter(pack, numbers, lengths)
     tensor_bytes = sum(place.length for place in header.places.values())
-    view.put("packs", pack, PackRow(header.file_bytes, tensor_bytes).encode(pack))
+    view.packs.put(pack, PackRow(header.file_bytes, tensor_bytes))
     found.commits[pack] = records.commit
     found.followed.update(records.commit.after)
     refused: set[bytes] = set()
     for version in records.versions:
-        if version.hash not in refused and view.get("manifests", version.hash) is None:
+        if version.hash not in refused and version.hash not in view.manifests:
             try:
                 manifest_digests(version.manifest)
-                view.put("manifests", version.hash, ManifestRow.encode(version.hash, 0, (), version.manifest))
+                view.manifests.put(version.hash, 0, (), version.manifest)
             except ValueError as error:
                 refused.add(version.hash)
                 found.refused[version.hash] = str(error)
@@ -306,25 +290,23 @@ def _fill_pack(view: View, path: Path, file: Path, result: Rebuilt, found: _Foun
     for task, highest in records.highest.items():
         _raise_highest(view, task, highest, pack)
     for task, removed in records.removed:
-        key = version_key(task, removed)
-        view.put("removed", key, RemovedRow(NO_PACK, pack).encode(key))
+        view.removed.put(task, removed, RemovedRow(NO_PACK, pack))
         found.removed.setdefault((task, removed), set()).add(records.removed_manifests.get((task, removed)))
         _raise_highest(view, task, removed, pack)
     for tag in records.tags:
-        key = tag_key(tag.task, tag.tag)
+        key = (tag.task, tag.tag)
         rank = (records.commit.number, tag.time_ns, tag.version or 0)
         if rank > found.tags.get(key, (-1, 0, 0)):
             found.tags[key] = rank
-            view.put("tags", key, TagRow(tag.version or 0, tag.time_ns, pack).encode(key))
+            view.tags.put(tag.task, tag.tag, TagRow(tag.version or 0, tag.time_ns, pack))
 
 
 def _enter_version(view: View, pack: bytes, version: PackedVersion, commit: Commit, found: _Found) -> None:
-    key = version_key(version.task, version.version)
     number = commit.number if version.moved_from is None else version.moved_from
     row = VersionRow(version.hash, pack, version.time_ns, number << 1 | (version.moved_from is not None))
-    old = version_row(view, version.task, version.version)
+    old = view.versions.get(version.task, version.version)
     if old is None or (old.manifest == row.manifest and _order(old) < _order(row)):
-        view.put("versions", key, row.encode(key))
+        view.versions.put(version.task, version.version, row)
     elif old.manifest != row.manifest:
         found.contested.setdefault((version.task, version.version), []).append(row)
 
@@ -352,25 +334,25 @@ def _settle_removed(view: View, found: _Found) -> _Homeless:
     """Takes removed versions out. What another copy of the store has under a removed number is not what was removed."""
     homeless: _Homeless = []
     for (task, number), manifests in found.removed.items():
-        key = version_key(task, number)
-        row = version_row(view, task, number)
+        row = view.versions.get(task, number)
         rows = found.contested.pop((task, number), [])
         if row is not None:
             rows.append(row)
-            view.delete("versions", key)
+            view.versions.delete(task, number)
         candidates = [found.candidate(one) for one in rows]
         gone = [one for one in candidates if None in manifests or one.manifest in manifests]
         homeless += [(task, task, number, one) for one in candidates if one not in gone]
         if gone:
-            removed = RemovedRow.decode(key, view.get("removed", key) or b"")
-            view.put("removed", key, RemovedRow(max(one.pack for one in gone), removed.pack).encode(key))
+            removed = view.removed.get(task, number)
+            assert removed is not None
+            view.removed.put(task, number, RemovedRow(max(one.pack for one in gone), removed.pack))
     return homeless
 
 
 def _settle_contested(view: View, found: _Found) -> _Homeless:
     homeless: _Homeless = []
     for (task, number), rows in found.contested.items():
-        row = version_row(view, task, number)
+        row = view.versions.get(task, number)
         assert row is not None
         *others, first = sorted(map(found.candidate, [*rows, row]), key=lambda one: one.rank)
         _put_version(view, task, number, first)
@@ -380,27 +362,23 @@ def _settle_contested(view: View, found: _Found) -> _Homeless:
 
 def _settle_names(view: View, found: _Found) -> _Homeless:
     """Of names that differ in case only, one stays; versions of the others become versions of that."""
-    spelt: dict[bytes, dict[str, tuple[object, ...]]] = {}
-    for key, value in view.rows("versions"):
-        task, _ = parse_version_key(key)
-        ranks = spelt.setdefault(name_key(task), {})
-        ranks[task] = max(ranks.get(task, (False, 0)), found.candidate(VersionRow.decode(key, value)).rank)
+    spelt: dict[str, dict[str, tuple[object, ...]]] = {}
+    for task, _, row in view.versions.rows():
+        ranks = spelt.setdefault(task.casefold(), {})
+        ranks[task] = max(ranks.get(task, (False, 0)), found.candidate(row).rank)
     homeless: _Homeless = []
     for ranks in spelt.values():
         stays = max(ranks, key=lambda task: (ranks[task], task))
         for task in ranks.keys() - {stays}:
-            for key, value in list(view.rows("versions", task.encode("ascii") + b"\0")):
-                homeless.append(
-                    (stays, task, parse_version_key(key)[1], found.candidate(VersionRow.decode(key, value)))
-                )
-                view.delete("versions", key)
+            for number, row in list(view.versions.of(task)):
+                homeless.append((stays, task, number, found.candidate(row)))
+                view.versions.delete(task, number)
     return homeless
 
 
 def _put_version(view: View, task: str, number: int, one: _Candidate) -> None:
-    key = version_key(task, number)
     row = VersionRow(one.manifest, one.pack, one.time_ns, one.commit << 1 | one.acknowledged)
-    view.put("versions", key, row.encode(key))
+    view.versions.put(task, number, row)
 
 
 def _give_numbers(view: View, homeless: _Homeless, found: _Found, result: Rebuilt) -> None:
@@ -411,14 +389,11 @@ def _give_numbers(view: View, homeless: _Homeless, found: _Found, result: Rebuil
         found.contradicted.add(one.pack)
         manifest = _renamed(view, one.manifest, task, was)
         if task not in there:
-            rows = view.rows("versions", task.encode("ascii") + b"\0")
-            there[task] = {
-                (row.manifest, row.time_ns) for key, value in rows for row in [VersionRow.decode(key, value)]
-            }
+            there[task] = {(row.manifest, row.time_ns) for _, row in view.versions.of(task)}
         if (manifest, one.time_ns) in there[task]:
             continue
         there[task].add((manifest, one.time_ns))
-        known = name_row(view, task)
+        known = view.names.get(task)
         fresh = known.highest + 1 if known else 1
         if fresh >> 32:
             result.problems.append(f"version {was}@{number} of pack {one.pack.hex()}: no number is left for it")
@@ -435,10 +410,10 @@ def _renamed(view: View, manifest: bytes, task: str, was: str) -> bytes:
     """The hash of a manifest under the task's name as it is now."""
     if task == was:
         return manifest
-    record = json.loads(ManifestRow.manifest_of(view.get("manifests", manifest) or b""))
+    record = json.loads(view.manifests.text(manifest))
     text = dump_manifest({**record, "task": task})
     digest = manifest_hash(text)
-    view.put("manifests", digest, ManifestRow.encode(digest, 0, (), text))
+    view.manifests.put(digest, 0, (), text)
     return digest
 
 
@@ -452,9 +427,9 @@ def _is_good(path: Path, digest: Digest, row: TensorRow) -> bool:
 
 
 def _raise_highest(view: View, task: str, number: int, pack: bytes) -> None:
-    known = name_row(view, task)
+    known = view.names.get(task)
     if known is None or known.highest < number:
-        view.put("names", name_key(task), NameRow(task, 0, number, pack).encode(name_key(task)))
+        view.names.put(NameRow(task, 0, number, pack))
 
 
 def _number_manifest(view: View, key: bytes, missing: list[int]) -> int:
@@ -463,20 +438,16 @@ def _number_manifest(view: View, key: bytes, missing: list[int]) -> int:
     Raises:
         CheckpointError: it is not what a store accepts.
     """
-    row = view.get("manifests", key)
-    assert row is not None
-    manifest = ManifestRow.manifest_of(row)
+    manifest = view.manifests.text(key)
     rows = []
     names = manifest_digests(manifest)
     for name in names:
-        digest = from_digest(name)
-        found = view.get("tensors", digest)
+        found = view.tensors.stored(name)
         if found is None:  # no pack has it: listed as missing, so that its place is known when it comes back
             missing.append(view.take_numbers(1))
-            found = TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()).encode(digest)
-            view.put("tensors", digest, found)
+            found = view.tensors.put(name, TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()))
         rows.append(found)
-    view.put("manifests", key, ManifestRow.encode(key, view.take_numbers(1), rows, manifest))
+    view.manifests.put(key, view.take_numbers(1), rows, manifest)
     places = [TensorRow.peek(row) for row in rows]
     if all(place.pack != NO_PACK for place in places):
         tensors = {str(name): (place.dtype, place.shape) for name, place in zip(names, places, strict=True)}

@@ -7,18 +7,12 @@ from pathlib import Path
 from pear_store.errors import DamagedError, NotFoundError
 from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.format.manifest import manifest_hash
-from pear_store.local.index import (
-    ManifestRow,
-    NameRow,
+from pear_store.local.index import View
+from pear_store.local.rows import (
     TagRow,
     TensorRow,
     VersionRow,
-    View,
-    parse_tag_key,
-    parse_version_key,
-    tag_key,
 )
-from pear_store.local.opened import name_row, version_row
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,10 @@ def parse_reference(text: str) -> tuple[str, int | str | None]:
 
 def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[TensorRow]]:
     """A version's manifest, its hash checked, and hints of where its tensors lie."""
-    found = view.get("manifests", row.manifest)
+    found = view.manifests.unpack(row.manifest)
     if found is None:
         raise DamagedError(f"manifest of {what}", "missing")
-    manifest, hints = ManifestRow.unpack(found)
+    manifest, hints = found
     if manifest_hash(manifest) != row.manifest:
         raise DamagedError(f"manifest of {what}", "its hash differs")
     return manifest, hints
@@ -62,19 +56,18 @@ def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[Ten
 
 def resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:
     name, which = parse_reference(reference)
-    known = name_row(view, name)
+    known = view.names.get(name)
     if known is None or known.name != name or not known.newest:
         raise NotFoundError(unknown_task(name, path))
     if isinstance(which, str):
-        key = tag_key(name, which)
-        found = view.get("tags", key)
-        number = TagRow.decode(key, found).version if found else 0
+        found = view.tags.get(name, which)
+        number = found.version if found else 0
         if not number:
             have = ", ".join(tag for tags in tags_of(view, name).values() for tag in tags) or "none"
             raise NotFoundError(f"no tag {which!r} of task {name!r}; its tags: {have}")
     else:
         number = known.newest if which is None else which
-    row = version_row(view, name, number) if 0 < number <= known.highest else None
+    row = view.versions.get(name, number) if 0 < number <= known.highest else None
     if row is None:
         if number == known.newest or isinstance(which, str):
             raise DamagedError(f"version {name}@{number}", "the index does not list it")
@@ -88,20 +81,18 @@ def unknown_task(name: str, path: Path) -> str:
 
 def all_tags(view: View) -> dict[tuple[str, int], list[str]]:
     """(task, version) -> tags. Walks them all, so that one that a damaged page hides is missed."""
-    return _by_version(view.every("tags"))
+    return _by_version(view.tags.every())
 
 
 def tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
     """Like :func:`_all_tags`, of one task."""
-    return _by_version(view.rows("tags", task.encode("ascii") + b"\0"))
+    return _by_version(view.tags.of(task))
 
 
-def _by_version(rows: Iterable[tuple[bytes, bytes]]) -> dict[tuple[str, int], list[str]]:
+def _by_version(rows: Iterable[tuple[str, str, TagRow]]) -> dict[tuple[str, int], list[str]]:
     found: dict[tuple[str, int], list[str]] = {}
-    for key, value in rows:
-        row = TagRow.decode(key, value)
+    for task, tag, row in rows:
         if row.version:
-            task, tag = parse_tag_key(key)
             found.setdefault((task, row.version), []).append(tag)
     return found
 
@@ -109,8 +100,7 @@ def _by_version(rows: Iterable[tuple[bytes, bytes]]) -> dict[tuple[str, int], li
 def newest_versions(view: View) -> Iterator[Version]:
     """The newest version of every task, by name."""
     tags = all_tags(view)
-    for key, value in view.every("names"):
-        row = NameRow.decode(key, value)
+    for row in view.names.every():
         if row.newest:
             yield version_of(view, row.name, row.newest, tags)
 
@@ -118,16 +108,20 @@ def newest_versions(view: View) -> Iterator[Version]:
 def versions(view: View, task: str | None) -> list[Version]:
     """Every version, of one task or of all."""
     tags = all_tags(view)
-    rows = view.every("versions") if task is None else view.rows("versions", task.encode("ascii", "replace") + b"\0")
-    found = [version_of(view, *parse_version_key(key), tags) for key, _ in rows]
-    known = name_row(view, task) if task is not None and TASK_NAME.fullmatch(task) else None
+    rows = view.versions.every() if task is None else ((task, *one) for one in view.versions.of(task))
+    found = [_version(name, number, row, tags) for name, number, row in rows]
+    known = view.names.get(task) if task is not None and TASK_NAME.fullmatch(task) else None
     if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
         raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
     return found
 
 
 def version_of(view: View, task: str, number: int, tags: dict[tuple[str, int], list[str]]) -> Version:
-    row = version_row(view, task, number)
+    row = view.versions.get(task, number)
     if row is None:
         raise DamagedError(f"version {task}@{number}", "the index does not list it")
+    return _version(task, number, row, tags)
+
+
+def _version(task: str, number: int, row: VersionRow, tags: dict[tuple[str, int], list[str]]) -> Version:
     return Version(task, number, row.time_ns, row.size_bytes, tuple(tags.get((task, number), ())))

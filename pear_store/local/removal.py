@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from pear_store.errors import NotFoundError, TaggedError
 from pear_store.format.pack import Records
-from pear_store.local.index import NameRow, RemovedRow, View, name_key, parse_version_key, version_key
-from pear_store.local.opened import OpenStore, name_row, version_row
+from pear_store.local.catalog import enter
+from pear_store.local.index import View
+from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
 from pear_store.local.references import Version, all_tags, parse_reference, resolve, version_of
+from pear_store.local.rows import NameRow, RemovedRow
 
 RECORDS_A_PACK = 100_000
 
@@ -24,9 +26,9 @@ def remove(opened: OpenStore, references: Sequence[str], dry_run: bool) -> list[
             if isinstance(which, str):
                 raise NotFoundError(f"{reference!r} is a tag: name the version, or untag it")
             _, newest, _ = resolve(view, reference, opened.path)
-            prefix = version_key(name, newest) if which is not None else name.encode("ascii") + b"\0"
-            for key, _ in view.rows("versions", prefix):
-                version = version_of(view, *parse_version_key(key), tags)
+            numbers = [newest] if which is not None else [number for number, _ in view.versions.of(name)]
+            for number in numbers:
+                version = version_of(view, name, number, tags)
                 if version.tags:
                     raise TaggedError(version.task, version.version, version.tags[0])
                 found[version.task, version.version] = version
@@ -46,20 +48,17 @@ def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, in
     manifests: dict[tuple[str, int], bytes] = {}
     commit = view.next_commit()
     for task, number in rest:
-        key = version_key(task, number)
-        row = version_row(view, task, number)
+        row = view.versions.get(task, number)
         assert row is not None
         manifests[task, number] = row.manifest
-        view.delete("versions", key)
-        view.put("removed", key, RemovedRow(row.pack, row.pack).encode(key))
+        view.versions.delete(task, number)
+        view.removed.put(task, number, RemovedRow(row.pack, row.pack))
     for task in {task for task, _ in rest}:
-        known = name_row(view, task)
+        known = view.names.get(task)
         assert known is not None
-        last = view.last("versions", task.encode("ascii") + b"\0")
-        newest = parse_version_key(last[0])[1] if last else 0
-        view.put("names", name_key(task), NameRow(task, newest, known.highest, known.pack).encode(name_key(task)))
+        view.names.put(NameRow(task, view.versions.newest(task), known.highest, known.pack))
     for start in range(0, len(rest), RECORDS_A_PACK):
         records = Records(removed=rest[start : start + RECORDS_A_PACK], removed_manifests=manifests)
         packs.append(write_pack(opened.path, {}, records, commit))
-        opened.enter(view, packs[-1], records, {})
+        enter(opened.path, view, packs[-1], records, {})
     return packs

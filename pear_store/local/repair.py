@@ -15,20 +15,10 @@ from pear_store.format.checkpoint import tensor_names
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_store.format.pack import PackedTag, PackedVersion, Records
-from pear_store.local import gc, sources
+from pear_store.local import sources
 from pear_store.local.directory import store_path
-from pear_store.local.index import (
-    NO_PACK,
-    ManifestRow,
-    NameRow,
-    RemovedRow,
-    TagRow,
-    TensorRow,
-    VersionRow,
-    View,
-    parse_tag_key,
-    parse_version_key,
-)
+from pear_store.local.index import View
+from pear_store.local.mark import is_needed, mark
 from pear_store.local.opened import OpenStore, is_store
 from pear_store.local.packs import (
     PackReader,
@@ -37,8 +27,14 @@ from pear_store.local.packs import (
     pack_path,
     read_records,
 )
+from pear_store.local.repack import Needed, move
+from pear_store.local.rows import (
+    NO_PACK,
+    TensorRow,
+)
 from pear_store.local.sources import Access, is_url
-from pear_store.local.verify import Damage, Report, _rows_in, verify
+from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
+from pear_store.local.verify import Damage, Report, rows_in, verify
 
 
 @dataclass
@@ -110,8 +106,7 @@ def _good_copies(
                             for name, t in other.tensors(view, [digest], "a copy").items()
                         )
                 for digest in manifests - found_manifests.keys():
-                    row = view.get("manifests", from_digest(Digest(digest)))
-                    manifest = ManifestRow.manifest_of(row) if row else b""
+                    manifest = view.manifests.text(from_digest(Digest(digest)))
                     if to_digest(manifest_hash(manifest)) == digest:
                         found_manifests[digest] = manifest
             continue
@@ -137,24 +132,22 @@ def _rewrite(
         healed: set[str] = set()
         hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
         for digest in wanted:
-            row = view.get("tensors", from_digest(Digest(digest)))
+            row = view.tensors.peek(Digest(digest))
             if row is not None:
-                hit.add(TensorRow.peek(row).pack)
+                hit.add(row.pack)
         for damage in report.damaged_manifests:
             key = from_digest(Digest(damage.digest))
             manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
-            row = view.get("manifests", key)
-            if manifest is not None and row is not None:
-                old = ManifestRow.decode(key, row)
+            if manifest is not None and (old := view.manifests.get(key)) is not None:
                 names = sorted(tensor_names(json.loads(manifest)))
-                rows = [row for name in names if (row := view.get("tensors", from_digest(Digest(name)))) is not None]
-                view.put("manifests", key, ManifestRow.encode(key, old.number, rows, manifest))
+                rows = [one for name in names if (one := view.tensors.stored(Digest(name))) is not None]
+                view.manifests.put(key, old.number, rows, manifest)
                 healed.add(damage.digest)
-        contents = gc.Contents()
+        contents = Needed()
         stays: set[bytes] = set()
-        marks = gc.mark(view).marks
-        for digest, place in _rows_in(view, hit):
-            if not gc.is_needed(marks, place):
+        marks = mark(view).marks
+        for digest, place in rows_in(view, hit):
+            if not is_needed(marks, place):
                 continue  # no version needs it
             try:
                 _check_readable(opened.path, digest, place)
@@ -172,13 +165,13 @@ def _rewrite(
             contents.numbers[digest] = place.number
         contents.records = _records_in(view, hit, stays)
         gone.extend(hit - stays - {NO_PACK})
-        packs[:] = [gc.move(opened, view, contents)]
-        gc.drop_manifests(view, marks)
-        gc.drop_packs(opened.path, view, gone)
+        packs[:] = [move(opened, view, contents)]
+        drop_manifests(view, marks)
+        drop_packs(opened.path, view, gone)
         return len(gone), healed
 
     result = opened.write_packs(change, packs)
-    gc.unlink_packs(opened, gone)
+    unlink_packs(opened, gone)
     return result
 
 
@@ -194,8 +187,7 @@ def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:
 
 
 def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:
-    for version_key_, value in view.rows("versions"):
-        row = VersionRow.decode(version_key_, value)
+    for _, _, row in view.versions.rows():
         if row.manifest == key:
             with suppress(DamagedError):
                 for version in read_records(pack_path(path, row.pack))[1].versions:
@@ -207,26 +199,20 @@ def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:
 def _records_in(view: View, hit: set[bytes], stays: set[bytes]) -> Records:
     """What the index says that some packs record; a version whose manifest is lost keeps its old record."""
     records = Records()
-    for key, value in view.rows("versions"):
-        row = VersionRow.decode(key, value)
+    for task, number, row in view.versions.rows():
         if row.pack in hit:
-            found = view.get("manifests", row.manifest)
-            manifest = ManifestRow.manifest_of(found) if found else b""
+            manifest = view.manifests.text(row.manifest)
             if manifest_hash(manifest) == row.manifest:
-                task, number = parse_version_key(key)
                 records.versions.append(PackedVersion(task, number, row.time_ns, manifest, 0))
             else:
                 stays.add(row.pack)
-    for key, value in view.rows("names"):
-        name = NameRow.decode(key, value)
+    for name in view.names.rows():
         if name.pack in hit:
             records.highest[name.name] = name.highest
-    for key, value in view.rows("tags"):
-        tag = TagRow.decode(key, value)
+    for task, text, tag in view.tags.rows():
         if tag.pack in hit:
-            task, text = parse_tag_key(key)
             records.tags.append(PackedTag(task, text, tag.version or None, tag.time_ns))
-    for key, value in view.rows("removed"):
-        if RemovedRow.decode(key, value).pack in hit:
-            records.removed.append(parse_version_key(key))
+    for task, number, removed in view.removed.rows():
+        if removed.pack in hit:
+            records.removed.append((task, number))
     return records

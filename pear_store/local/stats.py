@@ -3,8 +3,8 @@
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pear_store.local import gc
-from pear_store.local.index import NameRow, View
+from pear_store.local.index import View
+from pear_store.local.mark import Marked, mark
 from pear_store.local.opened import OpenStore
 
 
@@ -31,8 +31,8 @@ class Stats:
 def count(opened: OpenStore) -> Stats:
     """Counts and sizes of what is stored."""
 
-    def look(view: View) -> tuple[gc.Marked, int]:
-        return gc.mark(view), sum(1 for key, row in view.rows("names") if NameRow.decode(key, row).newest)
+    def look(view: View) -> tuple[Marked, int]:
+        return mark(view), sum(1 for row in view.names.rows() if row.newest)
 
     marked, tasks = opened.look(look)
     pack_bytes = 0

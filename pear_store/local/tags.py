@@ -3,10 +3,12 @@
 import time
 
 from pear_store.format.pack import PackedTag, Records
-from pear_store.local.index import NO_PACK, TagRow, View, tag_key
+from pear_store.local.catalog import enter
+from pear_store.local.index import View
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
 from pear_store.local.references import Version, all_tags, resolve, version_of
+from pear_store.local.rows import NO_PACK, TagRow
 
 
 def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Version:
@@ -15,14 +17,12 @@ def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Versio
 
     def change(view: View) -> Version:
         name, number, _ = resolve(view, reference, opened.path)
-        key = tag_key(name, tag)
-        old = view.get("tags", key)
-        before = TagRow.decode(key, old) if old else TagRow(0, 0, NO_PACK)
+        before = view.tags.get(name, tag) or TagRow(0, 0, NO_PACK)
         if before.version != (0 if delete else number):
             now = max(time.time_ns(), before.time_ns + 1)
             records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
             packs[:] = [write_pack(opened.path, {}, records, view.next_commit())]
-            opened.enter(view, packs[0], records, {})
+            enter(opened.path, view, packs[0], records, {})
         return version_of(view, name, number, all_tags(view))
 
     return opened.write_packs(change, packs)

@@ -19,20 +19,10 @@ from pear_store.format.container import Header
 from pear_store.format.digest import Digest, from_digest, is_digest, to_digest
 from pear_store.format.manifest import manifest_digests, manifest_hash, manifest_names
 from pear_store.format.pack import Records
-from pear_store.local import gc
 from pear_store.local.catalog import Recorded, count_rows
 from pear_store.local.directory import PACK_NAME, require_packs, store_path
-from pear_store.local.index import (
-    NO_PACK,
-    ManifestRow,
-    NameRow,
-    OvertakenError,
-    PackRow,
-    TensorRow,
-    VersionRow,
-    View,
-    parse_version_key,
-)
+from pear_store.local.index import OvertakenError, View
+from pear_store.local.mark import mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import (
     PackReader,
@@ -42,6 +32,8 @@ from pear_store.local.packs import (
     read_records,
     read_records_alone,
 )
+from pear_store.local.rows import NO_PACK, ManifestRow, PackRow, TensorRow
+from pear_store.local.sweep import unknown_packs
 from pear_store.local.worker import Worker, WorkerDiedError, can_fork
 
 _LOOKS = 5
@@ -201,7 +193,7 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
     worker = None
     try:
         with opened.read() as view:
-            ours = {pack for pack, _ in view.rows("packs")} if can_fork() else set()
+            ours = set(view.packs.hashes()) if can_fork() else set()
         ours = set(sorted(ours)[::_OURS])
         if ours:  # on a core each: there most packs, here the index and the rest
             with suppress(OSError):  # no process more: all is done here
@@ -230,7 +222,7 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
         with opened.read() as view:  # what was added meanwhile may be hit, too
             report.damaged = _hit(view, bad)
             report.damaged_manifests = _hit_manifests(view, bad_manifests)
-        report.unknown_packs = sorted({*report.unknown_packs, *(pack.hex() for pack in gc.unknown_packs(opened))})
+        report.unknown_packs = sorted({*report.unknown_packs, *(pack.hex() for pack in unknown_packs(opened))})
     finally:
         opened.close()
         if worker is not None:
@@ -278,7 +270,7 @@ def check_packs(
     try:
         while True:
             with opened.read() as view:
-                packs = {pack for pack, _ in view.rows("packs") if _is_in(pack, subset)}
+                packs = {pack for pack in view.packs.hashes() if _is_in(pack, subset)}
             if packs <= done:  # else a gc moved something meanwhile, or an add brought more
                 return report, bad, rows
             for pack in sorted(packs - done):
@@ -296,16 +288,11 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
         DamagedError: naming the first row that cannot be trusted.
     """
     view.meta(b"id")
-    marked = gc.mark(view)
-    for table in ("versions", "removed"):
-        for key, _ in view.every(table):
-            parse_version_key(key)
-    for key, value in view.every("names"):
-        NameRow.decode(key, value)
+    marked = mark(view)
     listed_in: dict[int, tuple[bytes, int]] = {}
-    for pack, row in view.every_contents():
-        tensor_bytes = view.get("packs", pack)
-        if tensor_bytes is not None and sum(row.lengths) > PackRow.decode(pack, tensor_bytes).tensor_bytes:
+    for pack, row in view.contents.every():
+        pack_row = view.packs.get(pack)
+        if pack_row is not None and sum(row.lengths) > pack_row.tensor_bytes:
             raise DamagedError(f"contents of pack {pack.hex()}", "more bytes than the pack has")
         for number, length in zip(row.numbers, row.lengths, strict=True):
             if listed_in.setdefault(number, (pack, length)) != (pack, length):
@@ -316,21 +303,19 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
         raise DamagedError("the index's count of numbers", "too small")
     lost = set()
     known: dict[str, tuple[int, int]] = {}
-    for key, value in view.every("tensors"):
-        place = TensorRow.decode(key, value)
+    for digest, place in view.tensors.every():
         if len(known) < _KNOWN_NUMBERS:
-            known[to_digest(key)] = place.number, place.length
-        if len(key) != 32 or listed_in.pop(place.number, None) != (place.pack, place.length):
-            raise DamagedError(f"tensor {to_digest(key)}", f"its number {place.number} is not one of its pack's")
+            known[digest] = place.number, place.length
+        if listed_in.pop(place.number, None) != (place.pack, place.length):
+            raise DamagedError(f"tensor {digest}", f"its number {place.number} is not one of its pack's")
         if place.pack == NO_PACK:
-            lost.add(to_digest(key))
+            lost.add(digest)
     if listed_in:
         raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
     bad_manifests, sizes = _check_manifests(view, numbers, next_number, known)
-    for key, value in view.every("versions"):
-        version = VersionRow.decode(key, value)
+    for task, number, version in view.versions.every():
         if version.size_bytes > sizes.get(version.manifest, version.size_bytes):  # fewer: some were lost once
-            raise DamagedError("version {}@{}".format(*parse_version_key(key)), "more bytes than its tensors have")
+            raise DamagedError(f"version {task}@{number}", "more bytes than its tensors have")
     return lost, bad_manifests, marked.recorded
 
 
@@ -341,12 +326,11 @@ def _check_manifests(
     bytes. `numbers` are those in use, and come to be all; `known` are some tensors' numbers and lengths."""
     bad: set[bytes] = set()
     sizes: dict[bytes, int] = {}
-    for key, value in view.every("manifests"):
-        row = ManifestRow.decode(key, value)
+    for key, row in view.manifests.every():
         if row.number in numbers or row.number >= next_number:
             raise DamagedError(f"index row of manifest {key.hex()}", f"its number {row.number} is not its own")
         numbers.add(row.number)
-        manifest = ManifestRow.manifest_of(value)
+        manifest = view.manifests.text(key)
         if manifest_hash(manifest) != key:
             bad.add(key)
         else:
@@ -367,12 +351,12 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
         if found is None:
             if not is_digest(name):
                 raise DamagedError(f"manifest {key.hex()}", "it names what is no digest")
-            value = view.get("tensors", from_digest(Digest(name)))
-            if value is None:
+            found = view.tensors.number_and_length(Digest(name))
+            if found is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
             if len(known) >= _KNOWN_NUMBERS:
                 known.clear()
-            known[name] = found = TensorRow.number_and_length(value)
+            known[name] = found
         numbers.add(found[0])
         size += found[1]
     if numbers != set(row.tensors):
@@ -390,7 +374,7 @@ def _check_pack(
     tensors that are damaged."""
     for _ in range(_LOOKS):
         with opened.read() as view:
-            if view.get("packs", pack) is None:  # a gc was faster
+            if pack not in view.packs:  # a gc was faster
                 return set()
             found, bad, count = _read_pack(opened, view, pack, recorded)
             state = view.state
@@ -411,7 +395,7 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -
     try:
         header, records, problems = read_records(pack_path(opened.path, pack))
         sizes = PackRow(header.file_bytes, sum(place.length for place in header.places.values()))
-        sound = not problems and sizes.encode(pack) == view.get("packs", pack)
+        sound = not problems and view.packs.is_row(pack, sizes)
         is_known, rows = recorded.compare(view, pack, records)
         if not is_known:
             report.unknown_packs.append(pack.hex())
@@ -422,57 +406,56 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -
         with suppress(OSError, DamagedError):
             reader = PackReader(stack.enter_context(open_pack(pack_path(opened.path, pack))))
         for name, place in header.places.items():
-            value = view.get("tensors", key := from_digest(Digest(name))) if is_digest(name) else None
-            if value is None or (row := TensorRow.peek(value)).pack != pack:
+            row = view.tensors.peek(Digest(name)) if is_digest(name) else None
+            if row is None or row.pack != pack:
                 continue  # a copy elsewhere counts
             _, _, offset, length, dtype, shape = row
             report.tensors += 1
             report.bytes += length
             if (dtype, shape, offset, length) != place:
                 sound = False
-            if reader is None or reader.digest(dtype, shape, offset, length) != key:
+            if reader is None or reader.digest(dtype, shape, offset, length) != from_digest(Digest(name)):
                 bad.add(Digest(name))
-        if report.tensors != len(view.contents(pack).numbers):
+        if report.tensors != len(view.contents.get(pack).numbers):
             sound = False
         if not sound:  # its header does not tell what is in it: look at each row
             report.damaged_packs.append(pack.hex())
-            for digest, row in sorted(_rows_in(view, {pack}), key=lambda one: one[1].offset):
+            for digest, row in sorted(rows_in(view, {pack}), key=lambda one: one[1].offset):
                 found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
                 if found != from_digest(digest):
                     bad.add(digest)
     return report, bad, rows
 
 
-def _rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:
+def rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:
     """The tensors that the index lists in some packs; walks the table."""
-    rows = ((to_digest(key), TensorRow.peek(value)) for key, value in view.rows("tensors"))
-    return [(digest, row) for digest, row in rows if row.pack in packs]
+    return [(digest, row) for digest, row in view.tensors.rows() if row.pack in packs]
 
 
 def _hit(view: View, digests: set[Digest]) -> list[Damage]:
     """Which versions need damaged tensors; a tensor that none needs is left out."""
     if not digests:
         return []
-    rows = ((digest, view.get("tensors", from_digest(digest))) for digest in digests)
-    numbers = {TensorRow.peek(row).number: digest for digest, row in rows if row is not None}
+    rows = ((digest, view.tensors.peek(digest)) for digest in digests)
+    numbers = {row.number: digest for digest, row in rows if row is not None}
     hit: dict[Digest, list[str]] = {}
     known: dict[bytes, list[int]] = {}
-    for key, value in view.rows("versions"):
-        manifest = VersionRow.decode(key, value).manifest
-        if manifest not in known:
-            tensors = ManifestRow.decode(manifest, view.get("manifests", manifest) or b"").tensors
-            known[manifest] = [number for number in tensors if number in numbers]
-        for number in known[manifest]:
-            hit.setdefault(numbers[number], []).append("{}@{}".format(*parse_version_key(key)))
+    for task, version, row in view.versions.rows():
+        if row.manifest not in known:
+            manifest = view.manifests.get(row.manifest)
+            if manifest is None:
+                raise DamagedError(f"manifest of version {task}@{version}", "missing")
+            known[row.manifest] = [number for number in manifest.tensors if number in numbers]
+        for number in known[row.manifest]:
+            hit.setdefault(numbers[number], []).append(f"{task}@{version}")
     return [_damage(digest, versions) for digest, versions in sorted(hit.items())]
 
 
 def _hit_manifests(view: View, manifests: set[bytes]) -> list[Damage]:
     hit: dict[bytes, list[str]] = {}
-    for key, value in view.rows("versions") if manifests else ():
-        manifest = VersionRow.decode(key, value).manifest
-        if manifest in manifests:
-            hit.setdefault(manifest, []).append("{}@{}".format(*parse_version_key(key)))
+    for task, version, row in view.versions.rows() if manifests else ():
+        if row.manifest in manifests:
+            hit.setdefault(row.manifest, []).append(f"{task}@{version}")
     return [_damage(to_digest(manifest), versions) for manifest, versions in sorted(hit.items())]
 
 

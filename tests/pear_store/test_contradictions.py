@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pear_store import DamagedError, DamagedIndexError, PearStoreError, Store, rebuild, verify
-from pear_store.local.index import (
+from pear_store.local.index import View, open_index, release_index
+from pear_store.local.rows import (
     NO_PACK,
     ContentsRow,
     ManifestRow,
@@ -18,9 +19,6 @@ from pear_store.local.index import (
     TagRow,
     TensorRow,
     VersionRow,
-    View,
-    open_index,
-    release_index,
     tag_key,
     version_key,
 )
@@ -91,8 +89,8 @@ def a_manifest_lacks_a_tensor(view: View) -> None:
 
 def contents_list_what_lies_elsewhere(view: View) -> None:
     """One number moves from its pack's contents to another's; the tensors' rows say otherwise."""
-    (one, _), (two, _), *_ = (pair for pair in rows(view, "contents") if view.contents(pair[0]).numbers)
-    a, b = view.contents(one), view.contents(two)
+    (one, _), (two, _), *_ = (pair for pair in rows(view, "contents") if view.contents.get(pair[0]).numbers)
+    a, b = view.contents.get(one), view.contents.get(two)
     number, length = a.numbers[-1], a.lengths[-1]
     view.put("contents", one, a.without({number}).encode(one))
     more = ContentsRow(array("I", [*b.numbers, number]), array("Q", [*b.lengths, length]), b.removed + b"\0")
@@ -107,15 +105,15 @@ def a_tensor_lies_elsewhere(view: View) -> None:
 
 
 def contents_list_a_tensor_twice(view: View) -> None:
-    pack = next(pack for pack, _ in rows(view, "contents") if view.contents(pack).numbers)
-    row = view.contents(pack)
+    pack = next(pack for pack, _ in rows(view, "contents") if view.contents.get(pack).numbers)
+    row = view.contents.get(pack)
     twice = ContentsRow(array("I", [*row.numbers, row.numbers[0]]), array("Q", [*row.lengths, 8]), row.removed + b"\0")
     view.put("contents", pack, twice.encode(pack))
 
 
 def contents_say_another_length(view: View) -> None:
-    pack = next(pack for pack, _ in rows(view, "contents") if view.contents(pack).numbers)
-    row = view.contents(pack)
+    pack = next(pack for pack, _ in rows(view, "contents") if view.contents.get(pack).numbers)
+    row = view.contents.get(pack)
     row.lengths[0] += 8
     view.put("contents", pack, row.encode(pack))
 
@@ -238,7 +236,7 @@ def a_removal_that_no_pack_records(view: View) -> None:
 
 def a_pack_without_a_file(view: View) -> None:
     view.put("packs", b"p" * 32, PackRow(8, 0).encode(b"p" * 32))
-    view.list_tensors(b"p" * 32, [], [])
+    view.contents.enter(b"p" * 32, [], [])
 
 
 def a_pack_of_another_size(view: View) -> None:
@@ -258,7 +256,7 @@ def a_pack_is_gone(view: View) -> None:
 
 
 def a_pack_is_gone_with_its_contents(view: View) -> None:
-    view.drop_pack(rows(view, "packs")[0][0])
+    view.packs.drop(rows(view, "packs")[0][0])
 
 
 def a_tensor_is_gone(view: View) -> None:
@@ -424,13 +422,14 @@ def test_an_index_of_format_3_whose_count_is_wrong_is_not_sealed(filled: Path) -
 
 def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no hard links, an empty file in tmp/ says that a pack was placed and not yet committed."""
+    import pear_store.local.catalog as catalog
     import pear_store.local.opened as opened
 
     def no_link(*args: object, **options: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("os.link", no_link)
-    place = opened.place_pack  # type: ignore[attr-defined]
+    place = catalog.place_pack  # type: ignore[attr-defined]
 
     def place_and_die(*args: object) -> None:
         place(*args)  # type: ignore[arg-type]
@@ -438,7 +437,7 @@ def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkey
 
     store.add(small_task())
     assert list((store.path / "tmp").iterdir()) == []
-    monkeypatch.setattr(opened, "place_pack", place_and_die)
+    monkeypatch.setattr(catalog, "place_pack", place_and_die)
     monkeypatch.setattr(opened.OpenStore, "write_packs", lambda self, change, packs: self.write(change))
     with pytest.raises(SystemExit):
         store.add(small_task(seed=5))

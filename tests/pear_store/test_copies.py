@@ -99,13 +99,13 @@ def die_after_placing(path: Path, task: str) -> None:
     code = (
         "import os, signal\n"
         "from pear_store import Store\n"
-        "import pear_store.local.opened as opened\n"
+        "import pear_store.local.catalog as catalog\n"
         "from tests.conftest import small_task\n"
-        "place = opened.place_pack\n"
+        "place = catalog.place_pack\n"
         "def place_and_die(*args):\n"
         "    place(*args)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "opened.place_pack = place_and_die\n"
+        "catalog.place_pack = place_and_die\n"
         f"Store({str(path)!r}).add({task})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)

@@ -224,15 +224,15 @@ def test_a_pack_that_vanishes_from_tmp_while_it_is_added_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not a reason to begin again for ever."""
-    import pear_store.local.opened
+    import pear_store.local.catalog
 
-    place = pear_store.local.opened.place_pack  # type: ignore[attr-defined]
+    place = pear_store.local.catalog.place_pack  # type: ignore[attr-defined]
 
     def empty_tmp_first(root: Path, pack: WrittenPack) -> None:
         pack.path.unlink()
         place(root, pack)
 
-    monkeypatch.setattr(pear_store.local.opened, "place_pack", empty_tmp_first)
+    monkeypatch.setattr(pear_store.local.catalog, "place_pack", empty_tmp_first)
     with pytest.raises(PearStoreError, match="No such file"):
         store.add(small_task())
     monkeypatch.undo()

@@ -109,10 +109,10 @@ def test_a_child_that_unwinds_its_parents_add_deletes_nothing_of_it(
 
         return wrapped
 
-    import pear_store.local.opened
+    import pear_store.local.catalog
     import pear_store.local.packs
 
-    for module, name in ((pear_store.local.packs, "_write"), (pear_store.local.opened, "place_pack")):
+    for module, name in ((pear_store.local.packs, "_write"), (pear_store.local.catalog, "place_pack")):
         monkeypatch.setattr(module, name, forking(getattr(module, name)))
         try:
             store.add(small_task(f"t{name}", seed=len(forked) + 7))

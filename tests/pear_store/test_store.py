@@ -316,14 +316,14 @@ def test_what_dies_between_sweep_and_repack_is_not_counted_on(store: Store, monk
     list(store.add_many([small_task(name, seed=ord(name)) for name in "wxyz"]))
     store.get("x")
     store.remove("w")
-    steps = module._steps
+    steps = module.steps  # type: ignore[attr-defined]
 
     def steps_after_another_removed(*args: Any) -> Any:
         with Store(store.path) as other:
             other.remove("x")
         return steps(*args)
 
-    monkeypatch.setattr(module, "_steps", steps_after_another_removed)
+    monkeypatch.setattr(module, "steps", steps_after_another_removed)
     store.gc(repack_all=True)
     monkeypatch.undo()
     store.add(small_task("x2", seed=ord("x")))

@@ -1,0 +1,170 @@
+"""Marks what the versions need: one byte for each tensor and manifest ever numbered; no list of either is held."""
+
+from array import array
+from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass, field
+from itertools import compress
+from operator import gt
+
+from pear_store.errors import DamagedError
+from pear_store.local.index import View
+from pear_store.local.rows import (
+    NO_PACK,
+    ContentsRow,
+    PackRow,
+    TensorRow,
+)
+
+
+@dataclass
+class PackUse:
+    """How much of a pack is needed: live tensor bytes, and whether anything else in it is. `contents` is its new row
+    where what counts as removed has changed."""
+
+    row: PackRow
+    live_bytes: int = 0
+    needed: bool = False
+    contents: ContentsRow | None = None
+
+    @property
+    def dead_bytes(self) -> int:
+        return self.row.tensor_bytes - self.live_bytes
+
+
+@dataclass
+class Marked:
+    """What the versions need, and what they do not; bytes are tensor bytes."""
+
+    marks: bytearray
+    packs: dict[bytes, PackUse] = field(default_factory=dict)
+    recorded: Counter[bytes] = field(default_factory=Counter)
+    """How many rows name each pack as the one that records what they say"""
+    versions: int = 0
+    logical_bytes: int = 0
+    kept_tensors: int = 0
+    kept_bytes: int = 0
+    removed_tensors: int = 0
+    removed_bytes: int = 0
+    lost: ContentsRow | None = None
+    """Of NO_PACK, as `PackUse.contents`"""
+
+
+def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
+    """Marks what all versions but the dropped ones need, and counts.
+
+    Raises:
+        DamagedError: an index row cannot be trusted, so nothing may be called dead.
+    """
+    count = view.next_number()
+    if count > max(_MARKS, _NUMBERS_A_ROW * (len(view.tensors) + len(view.manifests))):
+        raise DamagedError("the index's count of numbers", f"{count} is far beyond what is stored")
+    marked = Marked(bytearray(count))
+    marks, packs = marked.marks, marked.packs
+    for pack, pack_row in view.packs.every():
+        packs[pack] = PackUse(pack_row)
+    expected = len(packs) + (NO_PACK in view.contents)
+    if len(view.contents) != expected:
+        raise DamagedError("index table contents", f"{len(view.contents)} rows, expected {expected}")
+
+    def need(pack: bytes) -> PackUse:
+        if pack not in packs:
+            raise DamagedError(f"pack {pack.hex()}", "the index does not list it")
+        packs[pack].needed = True
+        return packs[pack]
+
+    manifests = array("I")
+    seen: set[bytes] = set()
+    newest: dict[str, int] = {}
+    recorded = marked.recorded
+    for task, version, row in view.versions.every():
+        newest[task] = version
+        if (task, version) in dropped:
+            continue
+        marked.versions += 1
+        marked.logical_bytes += row.size_bytes
+        recorded[row.pack] += 1
+        if row.manifest in seen:
+            continue
+        seen.add(row.manifest)
+        manifest = view.manifests.get(row.manifest)
+        if manifest is None:
+            raise DamagedError(f"manifest of version {task}@{version}", "missing")
+        manifests.append(manifest.number)
+        try:
+            for number in manifest.tensors:
+                marks[number] = TENSOR
+        except IndexError:
+            raise DamagedError("the index's count of numbers", "too small") from None
+    recorded.update(_recording(view, newest))
+    for pack in recorded:
+        need(pack)
+    packs[NO_PACK] = PackUse(PackRow(0, 0))
+    needed = marks.count(TENSOR)
+    try:
+        for number in manifests:
+            if marks[number] == TENSOR:
+                raise DamagedError(f"index number {number}", "both a tensor and a manifest have it")
+            marks[number] = MANIFEST
+    except IndexError:
+        raise DamagedError("the index's count of numbers", "too small") from None
+    for pack, listed in view.contents.every():
+        try:
+            live = bytes(map(marks.__getitem__, listed.numbers))
+        except IndexError:
+            raise DamagedError("the index's count of numbers", "too small") from None
+        if pack not in packs or MANIFEST in live:
+            raise DamagedError(f"contents of pack {pack.hex()}", "it lists what is no tensor, or no pack")
+        if count := live.count(TENSOR):
+            use = need(pack)
+            use.live_bytes = sum(compress(listed.lengths, live))
+            marked.kept_tensors += count
+            marked.kept_bytes += use.live_bytes
+        dead = live.translate(_OTHER)
+        if dead != listed.removed:
+            fresh = bytes(map(gt, dead, listed.removed))
+            marked.removed_tensors += fresh.count(1)
+            marked.removed_bytes += sum(compress(listed.lengths, fresh))
+            packs[pack].contents = ContentsRow(listed.numbers, listed.lengths, dead)
+    marked.lost = packs.pop(NO_PACK).contents
+    if marked.kept_tensors != needed:
+        raise DamagedError("index table contents", f"{needed} tensors are needed, {marked.kept_tensors} are listed")
+    return marked
+
+
+_MARKS, _NUMBERS_A_ROW = 1 << 28, 1000
+"""So many numbers are believed, or so many for each tensor and manifest; a mark is a byte"""
+TENSOR, MANIFEST = 1, 2
+"""What a mark says of a number that a version needs"""
+
+
+def is_needed(marks: bytearray, row: TensorRow) -> bool:
+    return row.number < len(marks) and marks[row.number] == TENSOR
+
+
+def _recording(view: View, newest: dict[str, int]) -> list[bytes]:
+    """The packs that record names, tags and removals, one for each; `newest` are the tasks' newest
+    versions.
+
+    Raises:
+        DamagedError: a row is damaged, or contradicts the versions.
+    """
+    packs = []
+    for name in view.names.every():
+        packs.append(name.pack)
+        if newest.pop(name.name, 0) != name.newest or name.newest > name.highest:
+            raise DamagedError(f"index row of {name.name!r}", f"its newest version is not {name.newest}")
+    if newest:
+        raise DamagedError(f"index row of {min(newest)!r}", "missing")
+    for task, text, tag in view.tags.every():
+        packs.append(tag.pack)
+        if tag.version and not view.versions.has(task, tag.version):
+            raise DamagedError(f"tag {task}@{text}", f"there is no version {tag.version}")
+    for task, number, removed in view.removed.every():
+        packs.append(removed.pack)
+        if view.versions.has(task, number):
+            raise DamagedError(f"version {task}@{number}", "both there and removed")
+    return packs
+
+
+_OTHER = bytes([1, 0]) + bytes(254)  # of marks, whether a number is not needed

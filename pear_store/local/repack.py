@@ -1,0 +1,170 @@
+"""Writes packs anew that are mostly dead: what versions need of them moves into one new pack."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pear_store.errors import DamagedError, from_os_error
+from pear_store.format.container import Header
+from pear_store.format.digest import Digest, RawTensor, is_digest
+from pear_store.format.pack import Records
+from pear_store.local.catalog import Recorded, enter, rows_of
+from pear_store.local.index import State, View
+from pear_store.local.mark import TENSOR, Marked, PackUse, is_needed, mark
+from pear_store.local.opened import OpenStore
+from pear_store.local.packs import (
+    WrittenPack,
+    pack_path,
+    read_records,
+    write_pack,
+)
+from pear_store.local.rows import (
+    NameRow,
+    VersionRow,
+)
+from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
+
+REPACK_BYTES = 256 * 1024 * 1024
+"""Live bytes that one step of a repack moves at most."""
+REPACK_HEADER_BYTES = 16 * 1024 * 1024
+
+
+def choose_packs(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
+    """Packs worth rewriting: every one with dead bytes and all small ones, or else those more than two thirds dead,
+    where each byte written frees two or more, if that frees a tenth of the store; many without tensors become one."""
+    needed = {pack: use for pack, use in packs.items() if use.needed}
+    if repack_all:
+        small = [pack for pack, use in needed.items() if use.row.tensor_bytes * 4 < REPACK_BYTES]
+        dead = [pack for pack, use in needed.items() if use.dead_bytes]
+        many = 2
+    else:
+        small = [pack for pack, use in needed.items() if not use.row.tensor_bytes]
+        dead = [pack for pack, use in needed.items() if use.dead_bytes * 3 > use.row.tensor_bytes * 2]
+        many = _RECORD_PACKS
+        if sum(needed[pack].dead_bytes for pack in dead) * 10 < sum(use.row.tensor_bytes for use in needed.values()):
+            dead = []
+    emptied = [pack for pack, use in needed.items() if use.dead_bytes and not use.live_bytes]  # only records to write
+    chosen = {*dead, *emptied, *(small if len(small) >= many else ())}
+    return [pack for pack in needed if pack in chosen]
+
+
+_RECORD_PACKS = 8
+
+
+def steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[bytes]]:
+    """The victims in runs of at most REPACK_BYTES of live bytes and REPACK_HEADER_BYTES of headers, or one alone."""
+    step: list[bytes] = []
+    size = headers = 0
+    for pack in victims:
+        row = packs[pack].row
+        header = row.file_bytes - row.tensor_bytes
+        if step and (size + packs[pack].live_bytes > REPACK_BYTES or headers + header > REPACK_HEADER_BYTES):
+            yield step
+            step, size, headers = [], 0, 0
+        step.append(pack)
+        size += packs[pack].live_bytes
+        headers += header
+    if step:
+        yield step
+
+
+@dataclass
+class Needed:
+    """What of some packs is needed: tensors with their numbers, and records; and the packs' headers."""
+
+    headers: dict[bytes, Header] = field(default_factory=dict)
+    tensors: dict[Digest, RawTensor] = field(default_factory=dict)
+    numbers: dict[Digest, int] = field(default_factory=dict)
+    records: Records = field(default_factory=Records)
+
+    def merge(self, other: "Needed") -> None:
+        self.headers.update(other.headers)
+        self.tensors.update(other.tensors)
+        self.numbers.update(other.numbers)
+        self.records.versions += other.records.versions
+        self.records.removed += other.records.removed
+        self.records.tags += other.records.tags
+        self.records.highest.update(other.records.highest)
+        self.records.removed_manifests.update(other.records.removed_manifests)
+
+
+def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked, recorded: Recorded) -> Needed:
+    """What is still needed of a pack, by the pack's own header.
+
+    Raises:
+        DamagedError: something in it is damaged.
+    """
+    header, records, problems = read_records(pack_path(opened.path, pack))
+    if problems:
+        raise DamagedError(f"pack {pack.hex()}", f"{problems[0]} does not match its hash")
+    found = Needed({pack: header})
+    for name in header.places:
+        if not is_digest(name):
+            continue
+        row = view.tensors.get(Digest(name))
+        if row is not None and row.pack == pack and is_needed(marked.marks, row):
+            digest = Digest(name)
+            found.tensors[digest] = opened.tensor(view, digest, row)
+            found.numbers[digest] = row.number
+    live = bytes(map(marked.marks.__getitem__, view.contents.get(pack).numbers)).count(TENSOR)
+    if live != len(found.tensors):
+        raise DamagedError(
+            f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
+        )
+    found.records = rows_of(view, pack, records)
+    if len(found.records) != marked.recorded[pack] or not recorded.knows(view, pack, records):
+        raise DamagedError(f"pack {pack.hex()}", "its records are not what the index says")
+    return found
+
+
+def move(opened: OpenStore, view: View, contents: Needed) -> WrittenPack:
+    """Writes contents into a new pack and points the index there."""
+    written = write_pack(opened.path, contents.tensors, contents.records, view.next_commit())
+    enter(opened.path, view, written, contents.records, contents.numbers, contents.tensors)
+    for version in contents.records.versions:
+        row = view.versions.get(version.task, version.version)
+        assert row is not None
+        moved = VersionRow(row.manifest, written.hash, row.time_ns, row.size_bytes)
+        view.versions.put(version.task, version.version, moved)
+    for task in contents.records.highest:
+        known = view.names.get(task)
+        assert known is not None
+        view.names.put(NameRow(known.name, known.newest, known.highest, written.hash))
+    return written
+
+
+def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State | None) -> tuple[int, State]:
+    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and the state
+    after it.
+
+    `marked` holds as of a state; it is marked anew if there was a commit since, for an add may have come to need what
+    was dead.
+    """
+    packs: list[WrittenPack] = []
+    moved: list[bytes] = []
+
+    def change(view: View) -> tuple[int, State]:
+        packs.clear()
+        moved.clear()
+        left = 0
+        contents, recorded = Needed(), Recorded(opened.path)
+        now = marked if view.before == as_of else mark(view)
+        for pack in victims:
+            if pack not in view.packs:
+                continue
+            try:
+                contents.merge(_needed_of(opened, view, pack, now, recorded))
+                moved.append(pack)
+            except DamagedError:  # what is damaged stays where it is, for a repair to find
+                left += marked.packs[pack].dead_bytes
+        drop_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
+        drop_packs(opened.path, view, moved, contents.headers)
+        if contents.tensors or contents.records:
+            packs.append(move(opened, view, contents))
+        return left, view.state if view.wrote else view.before
+
+    try:
+        result = opened.write_packs(change, packs)
+    except OSError as error:
+        raise from_os_error(error, opened.path) from None
+    unlink_packs(opened, moved)
+    return result
