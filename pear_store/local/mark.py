@@ -77,9 +77,10 @@ def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
     seen: set[bytes] = set()
     newest: dict[str, int] = {}
     recorded = marked.recorded
+    table = view.manifests
     for task, version, row in view.versions.every():
         newest[task] = version
-        if (task, version) in dropped:
+        if dropped and (task, version) in dropped:
             continue
         marked.versions += 1
         marked.logical_bytes += row.size_bytes
@@ -87,7 +88,7 @@ def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
         if row.manifest in seen:
             continue
         seen.add(row.manifest)
-        manifest = view.manifests.get(row.manifest)
+        manifest = table.get(row.manifest)
         if manifest is None:
             raise DamagedError(f"manifest of version {task}@{version}", "missing")
         manifests.append(manifest.number)

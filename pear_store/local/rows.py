@@ -19,9 +19,9 @@ import struct
 import zlib
 from array import array
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from pear_store.errors import DamagedError
 from pear_store.format.digest import ITEM_BYTES
@@ -82,8 +82,7 @@ _NUMBER_AND_LENGTH = struct.Struct("<I40xQ")
 _SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(9)]
 
 
-@dataclass(frozen=True)
-class PackRow:
+class PackRow(NamedTuple):
     """A pack's size on disk and the bytes of its tensors."""
 
     file_bytes: int
@@ -97,8 +96,7 @@ class PackRow:
         return cls(*_opened("<QQ", key, row))
 
 
-@dataclass(frozen=True)
-class ContentsRow:
+class ContentsRow(NamedTuple):
     """The tensors that the index lists in a pack: their numbers, their lengths in bytes, and which of them (1) an
     earlier gc has counted as removed. Those lie in the pack until it goes; an add may use them again."""
 
@@ -133,8 +131,7 @@ class ContentsRow:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ManifestRow:
+class ManifestRow(NamedTuple):
     """A manifest's own number and the numbers of the tensors that it names; behind them, compressed, where those
     tensors lay when it was added, and the manifest.
 
@@ -155,13 +152,13 @@ class ManifestRow:
         hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
         press = zlib.compressobj(1, zdict=_USUAL)
         pressed = press.compress(_HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest)
-        head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
+        head = struct.pack("<II", crc32(key + numbers), len(numbers) // 4)
         return head + numbers + pressed + press.flush()
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
         end = 8 + 4 * int.from_bytes(row[4:8], "little")
-        if not 12 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
+        if not 12 <= end <= len(row) or crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
             raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
         numbers = memoryview(row)[8:end].cast("I")
         return cls(numbers[0], numbers[1:])
@@ -220,8 +217,7 @@ _USUAL = (
 """zlib's preset dictionary: what manifests have in common. Part of the format."""
 
 
-@dataclass(frozen=True)
-class VersionRow:
+class VersionRow(NamedTuple):
     """A version: its manifest's hash, the pack that records it, when it was added, its tensors' bytes."""
 
     manifest: bytes
@@ -234,11 +230,16 @@ class VersionRow:
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "VersionRow":
-        return cls(*_opened("<32s32sQQ", key, row))
+        body = row[:-4]  # inline, for a gc reads every version
+        if crc32(key + body).to_bytes(4, "little") != row[-4:] or len(body) != _VERSION.size:
+            _opened("<32s32sQQ", key, row)
+        return cls._make(_VERSION.unpack(body))
 
 
-@dataclass(frozen=True)
-class NameRow:
+_VERSION = struct.Struct("<32s32sQQ")
+
+
+class NameRow(NamedTuple):
     """A task's name as written, its newest version (0: none is left), the highest number that it ever had, and the
     pack that records that."""
 
@@ -266,8 +267,7 @@ _NAME = struct.Struct("<II32s")
 _MOST_NAME_BYTES = 100
 
 
-@dataclass(frozen=True)
-class TagRow:
+class TagRow(NamedTuple):
     """What a tag stands for, since when, and the pack that records it."""
 
     version: int
@@ -282,8 +282,7 @@ class TagRow:
         return cls(*_opened("<IQ32s", key, row))
 
 
-@dataclass(frozen=True)
-class RemovedRow:
+class RemovedRow(NamedTuple):
     """A version (or tag) that was removed: the pack that still records it, and the pack that records its removal."""
 
     recorded_in: bytes
@@ -306,12 +305,12 @@ _MOST_SHOWN_BYTES = 150  # more than any key of a task and a tag has
 
 
 def sealed(key: bytes, body: bytes) -> bytes:
-    return body + zlib.crc32(key + body).to_bytes(4, "little")
+    return body + crc32(key + body).to_bytes(4, "little")
 
 
 def unsealed(key: bytes, row: bytes) -> bytes:
     body = row[:-4]
-    if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:]:
+    if crc32(key + body).to_bytes(4, "little") != row[-4:]:
         raise DamagedError(f"index row {shown(key)}", "its checksum differs")
     return body
 

@@ -92,9 +92,9 @@ class Versions(_Table):
 
 
 def _versions(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, int, VersionRow]]:
+    decode = VersionRow.decode
     for key, row in rows:
-        task, number = parse_version_key(key)
-        yield task, number, VersionRow.decode(key, row)
+        yield *parse_version_key(key), decode(key, row)
 
 
 class Names(_Table):
@@ -116,7 +116,7 @@ class Names(_Table):
     def every(self) -> Iterator[NameRow]:
         for key, value in self._view.every("names"):
             row = NameRow.decode(key, value)
-            if name_key(row.name) != key:
+            if row.name.lower().encode("ascii") != key:
                 raise DamagedError(f"index row of {row.name!r}", "it lies under the key of another name")
             yield row
 

@@ -4,6 +4,7 @@ import shutil
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,10 +171,10 @@ def a_version_is_gone_and_its_name_agrees(view: View) -> None:
     name(view, 1, 3)
 
 
-def version(view: View, **changes: object) -> None:
+def version(view: View, **changes: Any) -> None:
     key = version_key("one", 1)
     row = VersionRow.decode(key, view.get("versions", key) or b"")
-    view.put("versions", key, VersionRow(**{**vars(row), **changes}).encode(key))
+    view.put("versions", key, row._replace(**changes).encode(key))
 
 
 def a_version_has_anothers_manifest(view: View) -> None:
