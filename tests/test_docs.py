@@ -7,10 +7,10 @@ from typing import Any
 import click
 import pytest
 
+import router.infer.cli
 from pear_store import Store
 from pear_store.cli.group import main
 from tests.conftest import floats, small_task
-from tools import batch_infer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,7 +25,7 @@ def reference() -> str:
     ]
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
     commands += [(f"pear-store {name}", main.commands[name]) for name in sorted(main.commands)]
-    commands += [("tools/batch_infer.py", batch_infer.main)]
+    commands += [("pear-infer", router.infer.cli.main)]
     for name, command in commands:
         settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
         with click.Context(command, info_name=name, **settings) as context:

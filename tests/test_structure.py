@@ -96,6 +96,13 @@ def test_nobody_imports_a_cli(package: str) -> None:
             assert not [name for name in modules(file) if "cli" in name.split(".")], file
 
 
+def test_nothing_of_router_imports_what_works_lists_off() -> None:
+    for file in (ROOT / "router").rglob("*.py"):
+        if "infer" not in file.parts:
+            assert not [name for name in modules(file) if name.startswith("router.infer")], file
+            assert "pyarrow" not in imports(file), file
+
+
 def test_one_module_opens_urls() -> None:
     using = {file.relative_to(ROOT) for p in ALLOWED for file in (ROOT / p).rglob("*.py") if "fsspec" in imports(file)}
     assert using == {Path("pear_store/local/sources.py")}

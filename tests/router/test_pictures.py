@@ -28,9 +28,9 @@ from pear_train.data import DataOptions, Pixels, open_dataset
 from pear_train.errors import ConfigError
 from pear_train.run import preprocess_record
 from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, load_backbone, open_image
+from router.infer import cli as infer_cli
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened
 from tests.makers import record
-from tools import batch_infer
 
 Pixel = tuple[int, ...]
 AVIF = pytest.param("AVIF", {}, marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"))
@@ -558,7 +558,7 @@ def test_memory_of_large_pictures_is_bounded(tmp_path: Path) -> None:
 import resource, sys
 from router import Preprocess, decode
 from tests.makers import record
-from tools import batch_infer
+from router.infer import cli as infer_cli
 import router.pictures
 router.pictures.PIXELS_IN_FLIGHT = 40_000_000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -736,7 +736,7 @@ def test_the_commands_take_the_limit(tmp_path: Path) -> None:
         Preprocess(preprocess_record(load_backbone("pear_tiny"), None), data.limits).pixels(data.train.image(0))
     with pytest.raises(ConfigError, match="max pixels 0"):
         DataOptions(max_pixels=0)
-    for command in (pear_train.cli.main, batch_infer.main):
+    for command in (pear_train.cli.main, infer_cli.main):
         assert "--max-pixels" in {name for option in command.params for name in option.opts}
 
 

@@ -17,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
 from pear_store.files import open_regular_file
+from router.errors import RouterError
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536
@@ -38,7 +38,11 @@ FAULT = pa.field("", pa.string())
 Image = str | bytes
 
 
-class ListError(click.ClickException):
+class OutputError(RouterError):
+    """An output that is not written, or not replaced."""
+
+
+class ListError(RouterError):
     """A list that cannot be read, or not be written in the wanted format."""
 
     def __init__(self, path: Path, problem: str) -> None:
@@ -158,7 +162,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except PearStoreError as error:  # the file cannot be opened; its text names it
-        raise click.ClickException(str(error)) from None
+        raise OutputError(str(error)) from None
     except (pa.ArrowException, ValueError, OSError, OverflowError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ListError(path, f"cannot be read as {path.suffix}: {reason:.500}") from None

@@ -1,4 +1,4 @@
-"""tools/lists.py: lists as users have them, with every kind of damage, and what is written from them."""
+"""router/infer/lists.py: lists as users have them, with every kind of damage, and what is written from them."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tools import lists
-from tools.lists import ImageList, check_writable, write_list
+from router import RouterError
+from router.infer import lists
+from router.infer.lists import ImageList, check_writable, write_list
 
 NEEDED = ["image", "task"]
 
@@ -73,11 +73,11 @@ def test_a_csv_in_its_encoding(tmp_path: Path, encoding: str, end: str) -> None:
     ],
 )  # fmt: skip
 def test_a_csv_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
-    with pytest.raises(click.ClickException) as refused:
+    with pytest.raises(RouterError) as refused:
         scan(tmp_path / "l.csv", content)
-    assert refused.value.message.startswith(f"{tmp_path / 'l.csv'}: ")
-    assert message in refused.value.message
-    assert refused.value.message.isprintable()
+    assert str(refused.value).startswith(f"{tmp_path / 'l.csv'}: ")
+    assert message in str(refused.value)
+    assert str(refused.value).isprintable()
 
 
 def test_a_line_of_csv_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytes
         with (tmp_path / f"l{suffix}").open("wb") as file:
             file.truncate(1 << 28)
         tracemalloc.start()
-        with pytest.raises(click.ClickException, match="65536 characters"):
+        with pytest.raises(RouterError, match="65536 characters"):
             ImageList.scan(tmp_path / f"l{suffix}", NEEDED)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
         tracemalloc.stop()
@@ -192,9 +192,9 @@ def test_an_empty_list_of_json_lines(tmp_path: Path) -> None:
     ],
 )
 def test_json_lines_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(click.ClickException) as refused:
+    with pytest.raises(RouterError) as refused:
         scan(tmp_path / "l.jsonl", content)
-    assert message in refused.value.message
+    assert message in str(refused.value)
 
 
 def test_what_json_cannot_hold_is_written_as_what_it_can(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_texts_of_every_kind_in_parquet(tmp_path: Path, kind: pa.DataType) -> No
     own = [json.loads(line)["own"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert own == TEXTS
     table = pa.concat_tables([part.table for part in listed.parts(1)])
-    assert table.take([2, 0])["own"].to_pylist() == [None, "x.png"]  # as batch_infer does
+    assert table.take([2, 0])["own"].to_pylist() == [None, "x.png"]  # as pear-infer does
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4)], ids=str)
@@ -278,10 +278,10 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "l.parquet"
 
     def refused() -> str:
-        with pytest.raises(click.ClickException) as error:
+        with pytest.raises(RouterError) as error:
             list(ImageList.scan(path, NEEDED).parts(1000))
-        assert error.value.message.isprintable()
-        return error.value.message
+        assert str(error.value).isprintable()
+        return str(error.value)
 
     parquet(path, ("image", ["a"]), ("task", ["a"]), ("x", [1]), ("x", [2]))
     assert "two columns are named 'x': rename one" in refused()
@@ -307,7 +307,7 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_an_output_that_parquet_cannot_hold_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(click.ClickException, match="cannot be written as .parquet: .* choose .jsonl or .csv"):
+    with pytest.raises(RouterError, match="cannot be written as .parquet: .* choose .jsonl or .csv"):
         check_writable(tmp_path / "o.parquet", pa.schema([("x", pa.struct([]))]))
 
 
@@ -326,9 +326,9 @@ def test_a_list_that_is_no_file(tmp_path: Path, suffix: str) -> None:
     )
     for make, message in makers:
         make()
-        with pytest.raises(click.ClickException) as refused:
+        with pytest.raises(RouterError) as refused:
             ImageList.scan(path, NEEDED)
-        assert f"{path}: {message}" in refused.value.message
+        assert f"{path}: {message}" in str(refused.value)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -337,5 +337,5 @@ def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, suffix:
     text = "image,task\na,a\n" if suffix == ".csv" else '{"image": "a", "task": "a"}\n'
     listed = scan(tmp_path / f"l{suffix}", text)
     (tmp_path / f"l{suffix}").write_text(text + text)
-    with pytest.raises(click.ClickException, match="changed while it was read"):
+    with pytest.raises(RouterError, match="changed while it was read"):
         list(listed.parts(10))

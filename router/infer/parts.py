@@ -14,11 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tools.lists import write_list
+from router.infer.lists import OutputError, write_list
 
 RECORD = {"run", "plan", "sha256", "report"}
 """What OUT.run.json holds."""
@@ -38,7 +37,7 @@ class Parts:
         overwrite: replace the output of a finished run.
 
     Raises:
-        ClickException: another process writes this output; the folder is another run's, or none's; or the output is
+        OutputError: another process writes this output; the folder is another run's, or none's; or the output is
             there, and may not be replaced.
     """
 
@@ -60,7 +59,7 @@ class Parts:
             self.chosen = self._begin(chosen, restart, overwrite)
         except BlockingIOError:
             os.close(self._lock)
-            raise click.ClickException(f"{out}: another run is writing it") from None
+            raise OutputError(f"{out}: another run is writing it") from None
         except BaseException:
             with suppress(OSError):  # it holds something
                 self.folder.rmdir()
@@ -73,7 +72,7 @@ class Parts:
         if not strange and began is None:
             strange = [p.name for p in self.folder.iterdir() if p.suffix != ".tmp"]
         if strange:
-            raise click.ClickException(f"{self.folder}: holds {min(strange)}, which is not of a run: move it")
+            raise OutputError(f"{self.folder}: holds {min(strange)}, which is not of a run: move it")
         if began is not None and self._has_finished(began):
             began = None
         if began is not None and not restart and self._goes_on(began):
@@ -109,7 +108,7 @@ class Parts:
         """
         if began["plan"] == self._content or not self.has(0):
             return bool(began["plan"] == self._content)
-        raise click.ClickException(
+        raise OutputError(
             f"{self.folder}: holds an unfinished run of other options ({self._differences(began['plan'])}): "
             "repeat those, or --restart"
         )
@@ -120,7 +119,7 @@ class Parts:
         if earlier is None or overwrite or not earlier["report"]["predictions"]:
             return None
         if earlier["plan"] != self._content:
-            raise click.ClickException(
+            raise OutputError(
                 f"{self._out}: was written with other options ({self._differences(earlier['plan'])}): "
                 "choose another output, or --overwrite"
             )
@@ -135,20 +134,20 @@ class Parts:
         """The record of the run that wrote the output; None if there is no output.
 
         Raises:
-            ClickException: the output, or the record, is something else.
+            OutputError: the output, or the record, is something else.
         """
         for path in (self._out, self._record):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 kind = "a link" if path.is_symlink() else "no regular file"
-                raise click.ClickException(f"{path}: is {kind}, and is not replaced: choose another output")
+                raise OutputError(f"{path}: is {kind}, and is not replaced: choose another output")
         record = _read(self._record, RECORD)
         if self._record.exists() and record is None:
-            raise click.ClickException(f"{self._record}: is there, and was not written by a run: move it")
+            raise OutputError(f"{self._record}: is there, and was not written by a run: move it")
         if not self._out.exists():
             return None
         if record is None or not _is_of(self._out, record):
             found = "was changed since a run wrote it" if record else "is there, and was not written by a run"
-            raise click.ClickException(f"{self._out}: {found}: it is not replaced: move it, or choose another output")
+            raise OutputError(f"{self._out}: {found}: it is not replaced: move it, or choose another output")
         return record
 
     def has(self, number: int) -> bool:

@@ -1,4 +1,4 @@
-"""tools/batch_infer.py: every format in and out, mixed tasks, rows that cannot be served, interruptions, bounds."""
+"""pear-infer: every format in and out, mixed tasks, rows that cannot be served, interruptions, bounds."""
 
 import errno
 import fcntl
@@ -24,16 +24,19 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import tools.batch_infer
-import tools.lists
-import tools.parts
+import router.infer.lists
+import router.infer.parts
+import router.infer.plan
+import router.infer.work
 from pear_store import Store, Task, make_task
 from router import Backbone, Predictions, Preprocess, Router, RouterError, decode
+from router.infer.cli import main
+from router.infer.lists import ImageList
+from router.infer.plan import ahead
+from router.infer.work import infer
 from tests.makers import floats
-from tools.batch_infer import ahead, infer, main
-from tools.lists import ImageList
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -582,7 +585,7 @@ def test_decoding_goes_on_while_the_router_runs(
         decoded[int(Path(images[0]).stem)].set()
         return found
 
-    monkeypatch.setattr(tools.batch_infer, "decode", watched)
+    monkeypatch.setattr("router.infer.plan.decode", watched)
     seen = []
     router: Any = Idle(backbone, lambda batch: seen.append(batch == 6 or decoded[batch].wait(30)))
     rows = pd.DataFrame({"image": [str(work / f"{i}.png") for i in range(6)], "task": "a"})
@@ -685,8 +688,8 @@ def interrupted(work: Path, monkeypatch: pytest.MonkeyPatch, *args: object) -> l
     """Leaves a run after its first part; returns its arguments."""
     given = [long_list(work, 40), work / "out.csv", "--store", work / "s", "--batch-size", 1, *args]
     with monkeypatch.context() as patched:
-        write_part = tools.parts.Parts.write
-        patched.setattr(tools.parts.Parts, "write", lambda self, number, table: (
+        write_part = router.infer.parts.Parts.write
+        patched.setattr(router.infer.parts.Parts, "write", lambda self, number, table: (
             write_part(self, number, table) if number == 0 else (_ for _ in ()).throw(KeyboardInterrupt)))  # fmt: skip
         assert run(*given).exit_code != 0
     assert len(list((work / "out.csv.parts").glob("*.parquet"))) == 1
@@ -762,7 +765,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tools.parts, "write_list", full)
+        patched.setattr(router.infer.parts, "write_list", full)
         done = run(*given)
     assert done.exit_code == 1
     assert "out.csv: No space left on device; finished parts are kept: free some space" in done.stderr.splitlines()[-1]
@@ -771,13 +774,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypat
 
 def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
-    bar = tools.batch_infer.tqdm  # type: ignore[attr-defined]
+    bar = router.infer.work.tqdm  # type: ignore[attr-defined]
 
     def kept(**given: Any) -> Any:
         bars.append(bar(**given))
         return bars[-1]
 
-    monkeypatch.setattr(tools.batch_infer, "tqdm", kept)
+    monkeypatch.setattr(router.infer.work, "tqdm", kept)
     given = [long_list(work, 60), work / "out.csv", "--store", work / "s", "--batch-size", 2]
     for more in ([], ["--tasks", "a,b,features", "--prefix", "p_", "--overwrite"]):
         assert run(*given, *more).exit_code == 0
@@ -871,14 +874,14 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
         done = run(*given, *more)
         assert (done.exit_code, "holds notes.txt, which is not of a run" in done.stderr) == (1, True)
     (work / "out.csv.parts" / "notes.txt").unlink()
-    write_list = tools.lists.write_list
+    write_list = router.infer.lists.write_list
 
     def late(*args: Any) -> None:
         write_list(*args)
         (work / "out.csv").write_text("mine")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tools.parts, "write_list", late)
+        patched.setattr(router.infer.parts, "write_list", late)
         done = run(*given)
     assert (done.exit_code, "out.csv: is there, and was not written by a run" in done.stderr) == (1, True)
     assert (work / "out.csv").read_text() == "mine"
@@ -889,7 +892,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
 def test_an_unfinished_run_that_had_done_nothing_is_forgotten(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [long_list(work, 20), work / "out.csv", "--store", work / "s", "--batch-size", 1]
     with monkeypatch.context() as patched:
-        patched.setattr(tools.parts.Parts, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(router.infer.parts.Parts, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*given).exit_code == 130
     assert (work / "out.csv.parts" / "plan.json").exists()
     long_list(work, 21)
@@ -967,3 +970,10 @@ def test_what_may_not_be_read_or_written_is_said_in_one_line(work: Path, monkeyp
                 os.seteuid(0)
             assert done.exit_code in (1, 2, 3, 11), done.output
             assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
+
+
+def test_without_pyarrow_one_line_says_what_to_install() -> None:
+    code = "import sys; sys.modules['pyarrow'] = None; from router.infer.start import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: pear-infer needs pyarrow: pip install 'pear-adapters[infer]'\n"

@@ -1,0 +1,1 @@
+"""Lists of images of any length: the command pear-infer (extra `infer`)."""

@@ -1,0 +1,178 @@
+"""From rows of a list to batches: what is asked of which task, decoded and on the device ahead of its turn."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pear_store import PearStoreError, Store
+from pear_store.local.sources import Access
+from router import ImageError, Limits, Preprocess, Router, RouterError, decode
+from router.infer.lists import Image, Rows
+from router.pictures import LIMITS, ImageLike
+
+PART_BATCHES = 16
+"""Batches in a part: what an interruption costs, and the window in which rows of one preprocessing meet."""
+AHEAD = 2
+"""Batches that are decoded and on the device before their turn."""
+TASK = pa.field("task", pa.string())
+"""A result, too, where every image goes through many tasks."""
+RESULTS = pa.schema(
+    [
+        ("version", pa.int64()),
+        ("label", pa.string()),
+        ("probability", pa.float64()),
+        ("topk", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+Result = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of the list that are worked off and written together."""
+
+    number: int
+    rows: Rows
+    results: list[Result]
+    """One for each row, or one for each row and task."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a row asks of an image in one preprocessing."""
+
+    image: ImageLike
+    way: Preprocess
+    tasks: list[str]
+    results: list[Result]
+    """One for each task, to be filled in."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Asks of one preprocessing, with their images on the device: float32 [batch, 3, h, w], normalised."""
+
+    asks: list[Ask]
+    images: Tensor
+
+
+class Tasks:
+    """What the names of tasks mean, looked up once: a task is run in the version it had then.
+
+    Args:
+        versions: those of an earlier run with the same options.
+        limits: what may be opened as a picture.
+    """
+
+    def __init__(self, router: Router, store: Store, versions: dict[str, int], limits: Limits = LIMITS) -> None:
+        self._router, self._store, self._versions, self._limits = router, store, versions, limits
+        self.find = lru_cache(65_536)(self._find)
+
+    def _find(self, name: str | None) -> tuple[str, int, Preprocess] | str:
+        """The task as ``name@version``, its version and preprocessing; or why it cannot be run."""
+        if not name:
+            return "no task is named"
+        try:
+            if name not in self._versions:
+                self._versions[name] = self._store.resolve(name).version
+            version = self._versions[name]
+            task = f"{name.partition('@')[0]}@{version}"
+            self._router.check(task)
+            return task, version, Preprocess(self._store.get(task, copy=False).preprocess, self._limits)
+        except (RouterError, PearStoreError) as error:
+            return str(error)
+
+
+def batches(
+    numbered: Iterable[tuple[int, Rows]],
+    tasks: Tasks,
+    every: list[str],
+    size: int,
+    device: torch.device,
+    place: Callable[[Image], ImageLike],
+) -> Iterator[Batch | Part]:
+    """Of each numbered part of a list: batches filled with rows of the same preprocessings, then the part they make up.
+
+    `place` says where an image of the list is.
+    """
+    for number, rows in numbered:
+        part = Part(number, rows, [])
+        groups: dict[tuple[object, ...], list[list[Ask]]] = {}
+        for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
+            asks: dict[object, Ask] = {}
+            for asked in every or (name,):
+                part.results.append(result := dict.fromkeys(RESULTS.names))
+                known = fault or tasks.find(asked)
+                if isinstance(known, str):
+                    result["error"] = known
+                    continue
+                task, result["version"], way = known
+                if not image:
+                    result["error"] = "no image is named"
+                    continue
+                ask = asks.setdefault(way.key, Ask(place(image), way, [], []))
+                ask.tasks.append(task)
+                ask.results.append(result)
+            if asks:
+                groups.setdefault(tuple(asks), []).append(list(asks.values()))
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                yield from load([ask for row in group[start : start + size] for ask in row], device)
+        yield part
+
+
+def load(asks: list[Ask], device: torch.device) -> Iterator[Batch]:
+    """Decodes some rows' images: a batch for each preprocessing. An image that cannot be read fails its own row."""
+    good: dict[object, list[tuple[Ask, Tensor]]] = {}
+    for ask, pixels in zip(asks, decode([ask.image for ask in asks], [ask.way for ask in asks]), strict=True):
+        if isinstance(pixels, ImageError):
+            for result in ask.results:
+                result["error"] = str(pixels)
+        else:
+            good.setdefault(ask.way.key, []).append((ask, pixels))
+    for found in good.values():
+        images = to_device(found[0][0].way, torch.stack([pixels for _, pixels in found]), device)
+        yield Batch([ask for ask, _ in found], images)
+
+
+def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
+    """The image as it can be opened from here: relative paths begin in the folder."""
+    if isinstance(image, bytes) or access.root is not None:
+        return image  # with a root, `access` lets them begin there
+    here = os.path.join(folder, image)
+    return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
+
+
+def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
+    """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
+    if device.type != "cuda":
+        return way.normalise(pixels).to(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
+    stream.synchronize()  # holds up this thread only
+    return images
+
+
+def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The items, made by another thread, up to `depth` before they are asked for."""
+    end: Any = object()
+    feeder = ThreadPoolExecutor(1, "pear-feed")
+    try:
+        waiting = deque(feeder.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(feeder.submit(next, items, end))
+            yield item
+    finally:
+        feeder.shutdown(cancel_futures=True)

@@ -1,0 +1,232 @@
+"""Works a list off, part by part."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from pear_store import PearStoreError, Store
+from pear_store.local.sources import Access
+from router import Limits, Predictions, Router, RouterError
+from router.infer.lists import Image, ImageList, ListError, OutputError, check_writable
+from router.infer.parts import Parts
+from router.infer.plan import (
+    AHEAD,
+    PART_BATCHES,
+    RESULTS,
+    TASK,
+    Ask,
+    Batch,
+    Part,
+    Result,
+    Tasks,
+    ahead,
+    batches,
+    find_image,
+)
+from router.pictures import ImageLike
+
+
+def serve(router: Router, batch: Batch, every: bool, top: int) -> None:
+    """Runs a batch and fills its results in. If it cannot be run as one, each task's rows are run by themselves."""
+    try:
+        predictions = run(router, batch, every)
+    except (RouterError, PearStoreError) as error:
+        alone = list(by_task(batch))
+        if len(alone) > 1:
+            for one in alone:
+                serve(router, one, every, top)
+        else:
+            for ask in batch.asks:
+                for result in ask.results:
+                    result["error"] = str(error)
+        return
+    for column, found in enumerate(predictions):
+        fill([ask.results[column] for ask in batch.asks], found, top)
+
+
+def run(router: Router, batch: Batch, every: bool) -> list[Predictions]:
+    """For each task that all rows have in common, or of each row's own task, what it says."""
+    if every:
+        return list(router.run_all(batch.images, batch.asks[0].tasks).values())
+    return [router.run(batch.images, [ask.tasks[0] for ask in batch.asks])]
+
+
+def by_task(batch: Batch) -> Iterator[Batch]:
+    """The batch in batches of one task each."""
+    rows: dict[str, list[tuple[int, Ask]]] = {}
+    for row, ask in enumerate(batch.asks):
+        for task, result in zip(ask.tasks, ask.results, strict=True):
+            rows.setdefault(task, []).append((row, Ask(ask.image, ask.way, [task], [result])))
+    for found in rows.values():
+        yield Batch([ask for _, ask in found], batch.images[[row for row, _ in found]])
+
+
+def fill(results: list[Result], predictions: Predictions, top: int) -> None:
+    """Fills the results of one batch in."""
+    rows = zip(results, predictions.tasks, predictions.finite, predictions.topk(top), strict=True)
+    for result, task, finite, found in rows:
+        best = [(label, round(probability, 6)) for label, probability in found]
+        name = task.partition("@")[0]
+        if not finite:
+            result["error"] = f"task {name!r} gave logits that are not finite numbers; try --dtype float32"
+        elif not best:
+            result["error"] = f"task {name!r} has no head: it gives features, not classes"
+        else:
+            result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
+
+
+def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
+    """The list's columns, then those of the results.
+
+    Raises:
+        OutputError: the list has a column of a result's name.
+    """
+    added = [field.with_name(prefix + field.name) for field in ([TASK] if with_task else []) + list(RESULTS)]
+    taken = [field.name for field in added if field.name in listed.schema.names]
+    if taken:
+        raise OutputError(
+            f"{listed.path}: has columns of its own with names of results: {', '.join(taken)}; none is ever replaced: "
+            f"rename them, or give {'another --prefix' if prefix else '--prefix pear_'}"
+        )
+    return pa.schema([*listed.schema, *added])
+
+
+def output(part: Part, schema: pa.Schema, every: list[str]) -> pa.Table:
+    """A part's rows of the output."""
+    rows, each = part.rows.table.num_rows, len(every) or 1
+    results = pa.Table.from_pylist(part.results, RESULTS).columns
+    if every:
+        results.insert(0, pa.array([task.partition("@")[0] for task in every] * rows, pa.string()))
+    listed = part.rows.table.take(pa.array([row for row in range(rows) for _ in range(each)], pa.int64()))
+    return pa.Table.from_arrays([*listed.columns, *results], schema=schema)
+
+
+def infer(
+    router: Router,
+    store: Store,
+    listed: ImageList,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    access: Access | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
+
+    Raises:
+        OutputError: the output may not be replaced; an unfinished run with other options, or another one now, has
+            it; the list has a column of a result's name, or cannot be read to its end.
+        RouterError, PearStoreError: tasks for all that cannot be run.
+    """
+    prefix: str = options["prefix"]
+    schema = output_schema(listed, options["tasks"] is not None, prefix)
+    check_writable(out, schema)
+    access = access or Access()
+    folder = (access.root or listed.path.parent).resolve()
+    place = partial(find_image, folder, access)
+    limits = Limits(options["max_pixels"], access)
+    plan = {
+        **options, "list": listed.digest, "encoding": listed.encoding, "root": access.root is not None,
+        "allowed": sorted(access.allowed), "folder": str(folder), "store": str(store.path.resolve()),
+        "backbone": router.backbone.digest,
+    }  # fmt: skip
+    with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:
+        if parts.finished is not None:
+            return {**parts.finished, "images": 0, "resumed_images": listed.rows, "seconds": 0.0, "images_per_s": 0.0,
+                    "finished_before": True, "out": str(out)}  # fmt: skip
+        every: list[str] = parts.chosen
+        versions: dict[str, int] = {}
+        resumed = 0
+        for table in parts.tables():
+            resumed += table.num_rows // (len(every) or 1)
+            if not every:
+                asked = zip(listed.tasks(table), table[f"{prefix}version"].to_pylist(), strict=True)
+                versions |= {name: version for name, version in asked if name and version}
+        try:
+            began = time.perf_counter()
+            work_off(router, listed, parts, Tasks(router, store, versions, limits), schema, resumed, place, options)
+            seconds = time.perf_counter() - began
+            errors = total = 0
+            first = None
+            for table in parts.tables():
+                total += table.num_rows
+                found = table[f"{prefix}error"].drop_null()
+                errors += len(found)
+                first = first or (found[0].as_py() if len(found) else None)
+            images = listed.rows - resumed
+            report = {
+                "predictions": total - errors,
+                "errors": errors,
+                "first_error": first,
+                "images": images,
+                "resumed_images": resumed,
+                "seconds": round(seconds, 3),
+                "images_per_s": round(images / seconds, 2),
+                "finished_before": False,
+                "out": str(out),
+            }
+            parts.finish(schema, parts.tables(), report)
+        except ListError:  # so the corrected list is not taken for other options
+            parts.give_up()
+            raise
+    return report
+
+
+def work_off(
+    router: Router,
+    listed: ImageList,
+    parts: Parts,
+    tasks: Tasks,
+    schema: pa.Schema,
+    resumed: int,
+    place: Callable[[Image], ImageLike],
+    options: dict[str, Any],
+) -> None:
+    """Serves all rows whose parts are not there yet; `resumed` is how many rows are done."""
+    every: list[str] = parts.chosen
+    numbered = enumerate(listed.parts(PART_BATCHES * options["batch_size"]))
+    left = ((number, rows) for number, rows in numbered if not parts.has(number))
+    work = batches(left, tasks, every, options["batch_size"], router.device, place)
+    each, served = len(every) or 1, 0
+    with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
+        for item in ahead(work, AHEAD):
+            if isinstance(item, Batch):
+                serve(router, item, bool(every), options["top"])
+                done = sum(len(ask.results) for ask in item.asks)
+                served += done
+                bar.update(done)
+            else:
+                parts.write(item.number, output(item, schema, every))
+                bar.update(len(item.results) - served)  # those that cannot be served
+                served = 0
+
+
+def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
+    """The tasks for every image, as name@version; none where each row has its own.
+
+    Raises:
+        OutputError: there is none for this backbone.
+        RouterError, PearStoreError: a named one that this router cannot run.
+    """
+    if wanted is None:
+        return []
+    if wanted == "all":
+        found = [f"{version.task}@{version.version}" for version in store.iter_tasks()]
+        chosen = [t for t in found if store.get(t, copy=False).backbone_digest == router.backbone.digest]
+        if not chosen:
+            raise OutputError(f"{store.path}: holds no task for backbone {router.backbone.name}")
+    else:
+        versions = [store.resolve(name.strip()) for name in wanted.split(",")]
+        chosen = list(dict.fromkeys(f"{version.task}@{version.version}" for version in versions))
+    for task in chosen:
+        router.check(task)
+    return chosen
