@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pear_store.format.checkpoint import Task, tensor_names
+from pear_store.format.checkpoint import Task
 from pear_store.local.references import Version
 
 
@@ -38,8 +38,8 @@ def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
     def uses(task: Task) -> dict[str, list[tuple[tuple[str, ...], float]]]:
         """Position -> its branches as the digests of their tensors and their scales."""
         names = {
-            name: tuple(sorted(tensor_names({"adapters": {name: entry}, "head": None})))
-            for name, entry in task.record["adapters"].items()
+            name: tuple(sorted({used for matrix in adapter.matrices for used in matrix.names}))
+            for name, adapter in task.adapters.items()
         }
         return {
             position: [(names[branch.adapter], branch.scale) for branch in branches]

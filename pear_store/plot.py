@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_store.errors import PearStoreError
-from pear_store.format.checkpoint import PARTS, Task, natural_key, outer_part
+from pear_store.format.checkpoint import Task, natural_key
 from pear_store.store import Store
 
 FORMATS = (".png", ".svg")
@@ -109,20 +109,20 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
 
 def _identity(task: Task, adapter: str) -> str:
     """What adapters have in common that differ in their cores alone."""
-    entry = task.record["adapters"][adapter]
-    return f"{entry['down']} {entry[outer_part(entry)]}"
+    parts = task.adapters[adapter]
+    return f"{parts.down.name} {parts.up.name}"
 
 
 def _shared_within(task: Task) -> int:
     """Bytes that a task would take besides if each branch had `down` and the part that reaches d_out for itself."""
-    entries = task.record["adapters"]
+    adapters = task.adapters
     alone = sum(
-        task.tensors[entries[branch.adapter][part]].size_bytes
+        task.tensors[part.name].size_bytes
         for branches in task.positions.values()
         for branch in branches
-        for part in ("down", outer_part(entries[branch.adapter]))
+        for part in (adapters[branch.adapter].down, adapters[branch.adapter].up)
     )
-    used = {entry[part] for entry in entries.values() for part in PARTS if part in entry}
+    used = {matrix.name for adapter in adapters.values() for matrix in adapter.matrices}
     return max(0, alone - sum(task.tensors[name].size_bytes for name in used))
 
 

@@ -1,18 +1,18 @@
 """Stored adapters for new tasks: a bank to borrow from, and a base set to start from. Frozen, bit-identical."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pear_store import Branch, Task
-from pear_store.format.checkpoint import tensor_names
+from pear_store.format.codes import matrix_values, up_values
+from pear_store.format.record import without_core
 from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
 from pear_train.config import TrainConfig
 from pear_train.errors import ConfigError
 from router import AdaptedBackbone
-from router.slots import adapter_matrix, adapter_shape
 
 
 class Bank:
@@ -108,19 +108,17 @@ class Bank:
 
 def widths_of(task: Task, adapter: str) -> tuple[int, int]:
     """(d_in, d_out) of a stored adapter."""
-    return adapter_shape(task, adapter, "down")[0], adapter_shape(task, adapter, "up")[1]
+    return task.adapters[adapter].shape
 
 
 def stored_adapter(task: Task, name: str, role: str, with_core: bool = True) -> FrozenAdapter:
     """An adapter of a task as it will be written again, tensor for tensor, with or without its core."""
-    entry = dict(task.record["adapters"][name])
-    if "basis" in entry and not with_core:
-        entry["up"] = entry.pop("basis")
-        if quant := entry.get("quant"):
-            entry["quant"] = {"bits": quant["bits"], "down": quant["down"], "up": quant["basis"]}
-    plain = Task({**task.record, "adapters": {name: entry}}, task.tensors)
-    down, up = (torch.from_numpy(adapter_matrix(plain, name, side).astype("f4")) for side in ("down", "up"))
-    used = sorted(tensor_names({"adapters": {name: entry}, "head": None}))
+    entry, adapter = dict(task.record["adapters"][name]), task.adapters[name]
+    if adapter.core is not None and not with_core:
+        entry, adapter = without_core(entry), replace(adapter, core=None)
+    values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
+    down, up = (torch.from_numpy(one.astype("f4")) for one in values)
+    used = sorted({used for matrix in adapter.matrices for used in matrix.names})
     return FrozenAdapter(role, down, up, None, entry, {one: task.tensors[one] for one in used})
 
 
@@ -166,13 +164,14 @@ def base_adapters(base: Task, adapted: AdaptedBackbone, positions: Sequence[str]
         branches = base.positions.get(position, [])
         if position in lower or not branches:
             continue
-        rank = adapter_matrix(base, branches[0].adapter, "down").shape[1]
-        if len(branches) > 1 or rank != config.rank or config.down == "common":
+        adapter = base.adapters[branches[0].adapter]
+        if len(branches) > 1 or adapter.rank != config.rank or config.down == "common":
             raise ConfigError(
-                f"{name}: {len(branches)} branch(es) of rank {rank} at {position!r}: to start from it, expected one of "
-                f"rank {config.rank} and down 'own'"
+                f"{name}: {len(branches)} branch(es) of rank {adapter.rank} at {position!r}: to start from it, "
+                f"expected one of rank {config.rank} and down 'own'"
             )
-        down, up = (torch.tensor(adapter_matrix(base, branches[0].adapter, side)).float() for side in ("down", "up"))
+        values = matrix_values(adapter.down, base.tensors), up_values(adapter, base.tensors)
+        down, up = (torch.tensor(one).float() for one in values)
         start[position] = (down, up * branches[0].scale)
     return BaseAdapters(
         {p: [Branch(names[one.adapter], one.scale) for one in branches] for p, branches in frozen.items()},

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
-from pear_store.format.checkpoint import map_tensor_names, tensor_names
-from pear_store.format.manifest import plain_names
+from pear_store.format.record import entry_names, renamed, with_core
 from pear_train.config import CODE_BITS, DTYPES
 from pear_train.finished import fingerprint
 from pear_train.run import TaskRun
@@ -25,10 +24,11 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
     for name in adapters.used():
         frozen = adapters.frozen.get(name)
         if frozen is not None and frozen.entry is not None:  # a stored one goes back as it came, whatever its form
-            own = plain_names(name, frozen.entry)
+            own: dict[str, str] = {}
+            for use, named in entry_names(frozen.entry):
+                own.setdefault(named, f"{name}.{use}")
             stored = {key: value for key, value in frozen.entry.items() if key != "role"}
-            renamed = map_tensor_names({"adapters": {name: stored}, "head": None}, own.__getitem__)
-            entries[name] = renamed["adapters"][name]
+            entries[name] = renamed(stored, own.__getitem__)
             tensors.update({own[old]: raw for old, raw in frozen.tensors.items()})
             continue
         entry: dict[str, Any] = {"down": f"{name}.down", "up": f"{name}.up"}
@@ -53,7 +53,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             if branch.core is not None:
                 name = f"c{i}" if j == 0 else f"c{i}.{j}"
                 tensors[f"{name}.up"] = from_torch(branch.core.to(DTYPES.get(config.tensor_dtype, torch.float16)))
-                entries[name] = _with_core(entries[branch.adapter], f"{name}.up")
+                entries[name] = with_core(entries[branch.adapter], f"{name}.up")
             scale = float(torch.as_tensor(branch.scale).detach())
             positions.setdefault(position, []).append([name, scale])
     plain = {name for branches in positions.values() for name, _ in branches}
@@ -115,31 +115,19 @@ def stored_bytes(task: Task) -> tuple[int, int, int]:
         tensor = task.tensors[name]
         counted.setdefault(tensor.digest, (kind, tensor.size_bytes))
 
-    for entry in task.record["adapters"].values():
-        kind = "knowledge" if entry.get("role") == "knowledge" else "adapter"
-        for name in sorted(tensor_names({"adapters": {"": entry}, "head": None})):
+    for adapter in task.adapters.values():
+        kind = "knowledge" if adapter.role == "knowledge" else "adapter"
+        for name in sorted(name for matrix in adapter.matrices for name in matrix.names):
             count(kind, name)
-    if (head := task.record["head"]) is not None:
-        for side in ("weight", "bias"):
-            count("head", head[side])
-        if "quant" in head:
-            count("head", head["quant"]["weight"]["scale"])
-    adapter, knowledge, head_bytes = (
+    for name in task.head.names if task.head is not None else ():
+        count("head", name)
+    adapter_bytes, knowledge, head_bytes = (
         sum(size for kind, size in counted.values() if kind == wanted) for wanted in ("adapter", "knowledge", "head")
     )
-    return adapter, knowledge, head_bytes
+    return adapter_bytes, knowledge, head_bytes
 
 
 def _write_codes(tensors: dict[str, RawTensor], name: str, matrix: Tensor, bits: int, rank_axis: int) -> dict[str, Any]:
     packed, scale = quantise(matrix, bits, rank_axis)
     tensors[name], tensors[f"{name}.scale"] = from_torch(packed), from_torch(scale)
     return {"shape": list(matrix.shape), "scale": f"{name}.scale"}
-
-
-def _with_core(entry: Any, core: str) -> dict[str, Any]:
-    """A shared adapter's entry with a core of one's own before what was its `up`."""
-    made = {**entry, "up": core, "basis": entry["up"]}
-    if "quant" in entry:
-        quant = entry["quant"]
-        made["quant"] = {"bits": quant["bits"], "down": quant["down"], "basis": quant["up"]}
-    return made

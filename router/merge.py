@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from pear_store import Task
+from pear_store.format.codes import matrix_values, up_values
 from router.backbone import AdaptedBackbone
-from router.slots import Use, adapter_matrix
+from router.slots import Use
 
 Merge = bool | Literal["auto"]
 """Merge a task that runs alone at once, never, or when it has run alone often enough."""
@@ -72,6 +73,8 @@ class Merger:
     def _merged(self, task: Task, position: str) -> nn.Parameter:
         weight = self._adapted.backbone.module.get_submodule(position).get_parameter("weight").clone()
         for branch in task.positions[position]:
-            down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
+            adapter = task.adapters[branch.adapter]
+            values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
+            down, up = (torch.tensor(one).float() for one in values)
             weight.addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
         return nn.Parameter(weight.to(self._adapted.device, self._adapted.dtype), requires_grad=False)

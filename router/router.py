@@ -39,7 +39,7 @@ from router.merge import Merge, Merger
 from router.pictures import MAX_PIXELS, ImageLike, Limits, check_reading
 from router.precision import fast_precision
 from router.preprocess import Preprocess, prepare
-from router.slots import LoadedTask, Slots, SlotStats, Use, adapter_shape, head_shape, without_bytes
+from router.slots import LoadedTask, Slots, SlotStats, Use, without_bytes
 from router.tensors import all_finite
 from router.trie import Ints, bucket, by_level, plan
 
@@ -655,15 +655,13 @@ class Router:
             raise TaskError(name, str(error)) from None
         for position, branches in task.positions.items():
             first = branches[0].adapter
-            found = (adapter_shape(task, first, "down")[0], adapter_shape(task, first, "up")[1])
+            found = task.adapters[first].shape
             expected = self._adapted.widths[position]
             if found != expected:
                 raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
-        if task.record["head"] is not None:
-            shape = head_shape(task)
-            if shape[1] != self._adapted.feature_width:
-                width = self._adapted.feature_width
-                raise TaskError(name, f"its head takes {shape[1]} features, the backbone gives {width}")
+        width = self._adapted.feature_width
+        if task.head is not None and (takes := task.head.weight.shape[1]) != width:
+            raise TaskError(name, f"its head takes {takes} features, the backbone gives {width}")
 
 
 def _check_stored(name: str, task: Task) -> None:

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import RawTensor, Task
-from pear_store.format.checkpoint import outer_part
+from pear_store.format.codes import matrix_values, to_numpy, up_values
 from router.errors import SlotBudgetError
 from router.ops import Activation, PositionWeights
-from router.tensors import dequantise, to_numpy, to_torch
 
 DOWN, UP, HEAD = 0, 1, 2
-_SIDES = ("down", "up")
 Key = tuple[int, str]
 """DOWN, UP or HEAD, and the digests of what is stored."""
 Ints = NDArray[np.int64]
@@ -46,15 +44,20 @@ class Use:
     """The task with its tensors' bytes. Drop it soon: it may hold maps of the store's packs, and so descriptors."""
 
     @cached_property
+    def _keys(self) -> dict[str, tuple[Key, Key]]:
+        """Of each adapter's `down` and `up`."""
+        keys = {name: adapter.keys(self.task.tensors) for name, adapter in self.task.adapters.items()}
+        return {name: ((DOWN, down), (UP, up)) for name, (down, up) in keys.items()}
+
+    @cached_property
     def _sources(self) -> dict[Key, str]:
         """The adapter that gives each key its values; "" for the head."""
         found: dict[Key, str] = {}
-        for name, entry in self.task.record["adapters"].items():
-            for side in (DOWN, UP):
-                found.setdefault((side, _stored_name(self.task, entry, _SIDES[side])), name)
-        if (head := self.task.record["head"]) is not None:
-            parts = [head["weight"], head["bias"], *([head["quant"]["weight"]["scale"]] if "quant" in head else [])]
-            found[HEAD, " ".join(self.task.tensors[part].digest for part in parts)] = ""
+        for name, keys in self._keys.items():
+            for key in keys:
+                found.setdefault(key, name)
+        if (head := self.task.head) is not None:
+            found[HEAD, head.key(self.task.tensors)] = ""
         return found
 
     @cached_property
@@ -63,10 +66,11 @@ class Use:
         found = {}
         for (side, stored), name in self._sources.items():
             if side == HEAD:
-                rows, width = head_shape(self.task)
+                assert self.task.head is not None
+                found[side, stored] = self.task.head.weight.shape
             else:
-                rows, width = adapter_shape(self.task, name, _SIDES[side])[:: 1 if side == UP else -1]
-            found[side, stored] = (rows, width)
+                adapter = self.task.adapters[name]
+                found[side, stored] = adapter.rank, adapter.shape[side]
         return found
 
     @cached_property
@@ -81,12 +85,8 @@ class Use:
     @cached_property
     def branches(self) -> dict[str, tuple[tuple[Key, Key, float], ...]]:
         """Position -> its branches: the keys of `down` and `up`, and the scale."""
-        adapters = self.task.record["adapters"]
-        keys = {
-            a: [(side, _stored_name(self.task, e, _SIDES[side])) for side in (DOWN, UP)] for a, e in adapters.items()
-        }
         return {
-            position: tuple((keys[one.adapter][0], keys[one.adapter][1], one.scale) for one in branches)
+            position: tuple((*self._keys[one.adapter], one.scale) for one in branches)
             for position, branches in self.task.positions.items()
         }
 
@@ -111,12 +111,15 @@ class Use:
     def write(self, key: Key, task: Task, out: NDArray[np.float32]) -> None:
         """The values of a key of the task as read into [elements]: rows of rank, or a head's weight, then its bias."""
         if key[0] == HEAD:
-            weight, bias = head_matrix(task), to_numpy(task.tensors[task.record["head"]["bias"]])
+            assert task.head is not None
+            weight, bias = matrix_values(task.head.weight, task.tensors), to_numpy(task.tensors[task.head.bias])
             out[: weight.size].reshape(weight.shape)[...] = weight
             out[weight.size :] = bias
         else:
-            matrix = adapter_matrix(task, self._sources[key], _SIDES[key[0]])
-            out.reshape(self.shapes[key])[...] = matrix if key[0] == UP else matrix.T
+            adapter = task.adapters[self._sources[key]]
+            up = key[0] == UP
+            rows = up_values(adapter, task.tensors) if up else matrix_values(adapter.down, task.tensors).T
+            out.reshape(self.shapes[key])[...] = rows
 
 
 @dataclass(frozen=True)
@@ -542,62 +545,3 @@ def _columns(own: Ranks, of: Ranks) -> Ints:
     """Where a task's rows lie among those of a batch."""
     starts = dict(zip((position for position, _ in of), np.cumsum([0, *(rank for _, rank in of)]), strict=False))
     return np.concatenate([np.arange(starts[p], starts[p] + rank) for p, rank in own] or [np.arange(0)])
-
-
-def _stored_name(task: Task, entry: Mapping[str, Any], side: str) -> str:
-    """Names the matrix that an adapter's side stands for: by digest, and by what else makes it, codes or a core."""
-    part = side if side == "down" else outer_part(entry)
-    name: str = task.tensors[entry[part]].digest
-    if "quant" in entry:
-        form = entry["quant"][part]
-        name += f" {task.tensors[form['scale']].digest} {entry['quant']['bits']} {form['shape']}"
-    return name if part == side else f"{task.tensors[entry['up']].digest} @ {name}"
-
-
-def adapter_matrix(task: Task, adapter: str, side: str) -> NDArray[np.floating[Any]]:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised, times its basis; never write to it."""
-    entry = task.record["adapters"][adapter]
-    if side == "down" or "basis" not in entry:
-        return _part_matrix(task, entry, side)
-    core, basis = to_numpy(task.tensors[entry["up"]]), _part_matrix(task, entry, "basis")
-    product: NDArray[np.floating[Any]] = core.astype(np.float32) @ basis.astype(np.float32)
-    return product
-
-
-def _part_matrix(task: Task, entry: Mapping[str, Any], part: str) -> NDArray[np.floating[Any]]:
-    """`down`, or what of the adapter reaches d_out, dequantised."""
-    if "quant" not in entry:
-        return to_numpy(task.tensors[entry[part]])
-    stored, form = to_torch(task.tensors[entry[part]], copy=False), entry["quant"][part]
-    scale = to_torch(task.tensors[form["scale"]], copy=False)
-    axis, shape = 1 if part == "down" else 0, tuple(form["shape"])
-    found: NDArray[np.floating[Any]] = dequantise(stored, scale, shape, entry["quant"]["bits"], axis).numpy()
-    return found
-
-
-def adapter_shape(task: Task, adapter: str, side: str) -> tuple[int, int]:
-    """The shape of :func:`adapter_matrix`."""
-    entry = task.record["adapters"][adapter]
-    part = side if side == "down" else outer_part(entry)
-    rows, columns = entry["quant"][part]["shape"] if "quant" in entry else task.tensors[entry[part]].shape
-    if part == "basis":
-        rows = task.tensors[entry["up"]].shape[0]
-    return rows, columns
-
-
-def head_shape(task: Task) -> tuple[int, int]:
-    """[classes, features] of a task's head."""
-    head = task.record["head"]
-    rows, columns = head["quant"]["weight"]["shape"] if "quant" in head else task.tensors[head["weight"]].shape
-    return rows, columns
-
-
-def head_matrix(task: Task) -> NDArray[np.floating[Any]]:
-    """The head's weight [classes, features], dequantised; never write to it."""
-    head = task.record["head"]
-    if "quant" not in head:
-        return to_numpy(task.tensors[head["weight"]])
-    one, stored = head["quant"]["weight"], to_torch(task.tensors[head["weight"]], copy=False)
-    scale = to_torch(task.tensors[one["scale"]], copy=False)
-    found: NDArray[np.floating[Any]] = dequantise(stored, scale, head_shape(task), head["quant"]["bits"], 0).numpy()
-    return found

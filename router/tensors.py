@@ -1,15 +1,15 @@
 """Between a store's raw tensors and torch, and the quantised form of adapters."""
 
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pear_store import RawTensor
 from pear_store.format import codes as quant
+from pear_store.format.codes import to_numpy
+from pear_store.format.record import FLOATS
 
 _DTYPES = {
     "F32": torch.float32,
@@ -21,7 +21,6 @@ _DTYPES = {
 }
 # torch cannot know that nobody writes to a map of a pack
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-_NUMPY = {"F32": "<f4", "F16": "<f2"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -37,17 +36,9 @@ def to_torch(raw: RawTensor, copy: bool = True) -> Tensor:
     return torch.frombuffer(bytearray(raw.data) if copy else raw.data, dtype=dtype).view(raw.shape)
 
 
-def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
-    """A floating tensor as a float16 or float32 array on the raw tensor's own memory, or of bfloat16 as a new one."""
-    if raw.dtype == "BF16":
-        bits = np.frombuffer(raw.data, "<u2").astype("<u4") << 16
-        return bits.view("<f4").reshape(raw.shape)
-    return np.frombuffer(raw.data, _NUMPY[raw.dtype]).reshape(raw.shape)
-
-
 def all_finite(raw: RawTensor) -> bool:
     """Whether no element is NaN or infinite; codes never are."""
-    return raw.dtype not in (*_NUMPY, "BF16") or bool(np.isfinite(to_numpy(raw)).all())
+    return raw.dtype not in FLOATS or bool(np.isfinite(to_numpy(raw)).all())
 
 
 def from_torch(tensor: Tensor) -> RawTensor:

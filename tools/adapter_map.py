@@ -31,8 +31,8 @@ class Row:
 def colours(task: Task) -> dict[str, tuple[float, float, float]]:
     """A colour for each adapter, the same where only cores differ: along the rainbow in order of first use."""
     owners = list(dict.fromkeys(branch.adapter for _, branches in positions(task) for branch in branches))
-    trained = [name for name in owners if task.record["adapters"][name].get("role") != "knowledge"]
-    downs = {name: task.record["adapters"][name]["down"] for name in trained}
+    trained = [name for name in owners if task.adapters[name].role != "knowledge"]
+    downs = {name: task.adapters[name].down.name for name in trained}
     order = {down: i for i, down in enumerate(dict.fromkeys(downs.values()))}
     return {
         name: colorsys.hsv_to_rgb(0.92 * order[down] / max(1, len(order)), 0.72, 0.88) for name, down in downs.items()
@@ -86,7 +86,7 @@ def draw(rows: Sequence[Row], out: Path, title: str = "") -> None:
                 )  # fmt: skip
                 axes.add_patch(box)
                 if is_borrowed:
-                    cored = "basis" in task.record["adapters"][branch.adapter]
+                    cored = task.adapters[branch.adapter].core is not None
                     how = "core" if cored else f"×{branch.scale:.2f}"
                     axes.text(x, y, how, ha="center", va="center", fontsize=7.5, color="#333333")
             if any(branch.adapter not in palette for branch in branches):

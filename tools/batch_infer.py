@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The command pear-infer, for those who call it by its earlier name."""
 
-from router.infer.start import main
+from router.infer.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ import click
 
 from pear_store.cli.group import complete_task, dry_run_option, main, store_directory, store_option, yes_option
 from pear_store.errors import PearStoreError
-from pear_store.format.checkpoint import PARTS, natural_key
+from pear_store.format.checkpoint import natural_key
 from pear_store.format.digest import ITEM_BYTES
 from pear_store.local import sources
 from pear_store.local.add import Added
@@ -145,9 +145,9 @@ def show(reference: str, as_json: bool) -> None:
     rows = []
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
-            entry = task.record["adapters"][branch.adapter]
-            size = sum(task.tensors[entry[part]].size_bytes for part in PARTS if part in entry)
-            bits = entry["quant"]["bits"] if "quant" in entry else 8 * ITEM_BYTES[task.tensors[entry["down"]].dtype]
+            adapter = task.adapters[branch.adapter]
+            size = sum(task.tensors[matrix.name].size_bytes for matrix in adapter.matrices)
+            bits = adapter.down.bits or 8 * ITEM_BYTES[task.tensors[adapter.down.name].dtype]
             rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
     if rows:

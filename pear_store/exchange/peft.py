@@ -26,13 +26,12 @@ from uuid import uuid4
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError, from_os_error
 from pear_store.files import read_text
 from pear_store.format.checkpoint import CONTROL, FORMAT, Branch, Task, make_task, natural_key
-from pear_store.format.codes import dequantise
+from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.container import container_chunks, read_container, read_json
 from pear_store.format.digest import ITEM_BYTES, RawTensor
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "pear.json"
 BACKBONES = "pear_store.backbones"
@@ -451,12 +450,12 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
     """A position's branches as one LoRA."""
     import numpy as np
 
-    entries = [task.record["adapters"][branch.adapter] for branch in branches]
-    if len(branches) == 1 and "quant" not in entries[0] and "basis" not in entries[0]:
-        down, up = (task.tensors[entries[0][side]] for side in ("down", "up"))
+    adapters = [task.adapters[branch.adapter] for branch in branches]
+    if len(branches) == 1 and adapters[0].down.bits is None and adapters[0].core is None:
+        down, up = (task.tensors[part.name] for part in (adapters[0].down, adapters[0].up))
         return _Pair(_transposed(down), _transposed(up), branches[0].scale)
-    downs = [_matrix(task, entry, "down") for entry in entries]
-    ups = [_matrix(task, entry, "up") for entry in entries]
+    downs = [matrix_values(adapter.down, task.tensors).astype(np.float32) for adapter in adapters]
+    ups = [up_values(adapter, task.tensors).astype(np.float32) for adapter in adapters]
     scale = branches[0].scale
     if len(branches) > 1:
         scale = 1.0
@@ -470,35 +469,12 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
 
 def _head_part(task: Task, side: str) -> RawTensor:
     """The head's weight or bias, dequantised to float32."""
-    head = task.record["head"]
-    stored = task.tensors[head[side]]
-    if side == "bias" or "quant" not in head:
-        return stored
-    one = head["quant"]["weight"]
-    matrix = dequantise(stored.data, _floats(task.tensors[one["scale"]]), tuple(one["shape"]), head["quant"]["bits"], 0)
+    head = task.head
+    assert head is not None
+    if side == "bias" or head.weight.bits is None:
+        return task.tensors[head.bias if side == "bias" else head.weight.name]
+    matrix = matrix_values(head.weight, task.tensors)
     return RawTensor("F32", matrix.shape, matrix.tobytes())
-
-
-def _matrix(task: Task, entry: Mapping[str, Any], side: str) -> NDArray[np.float32]:
-    """`down` [d_in, rank] or `up` [rank, d_out] of one adapter, dequantised, `up` times its basis."""
-    if side == "up" and "basis" in entry:
-        product: NDArray[np.float32] = _floats(task.tensors[entry["up"]]) @ _matrix(task, entry, "basis")
-        return product
-    stored = task.tensors[entry[side]]
-    if "quant" not in entry:
-        return _floats(stored)
-    one = entry["quant"][side]
-    scale = _floats(task.tensors[one["scale"]])
-    return dequantise(stored.data, scale, tuple(one["shape"]), entry["quant"]["bits"], 1 if side == "down" else 0)
-
-
-def _floats(tensor: RawTensor) -> NDArray[np.float32]:
-    import numpy as np
-
-    if tensor.dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(tensor.data, "<u2").astype("<u4") << 16).view(np.float32).reshape(tensor.shape)
-    kind = {"F32": "<f4", "F16": "<f2"}[tensor.dtype]
-    return np.frombuffer(tensor.data, kind).astype(np.float32).reshape(tensor.shape)
 
 
 def _transposed(matrix: RawTensor) -> RawTensor:

@@ -2,7 +2,6 @@
 
 import json
 import marshal
-import math
 import os
 import re
 from collections import OrderedDict
@@ -15,6 +14,17 @@ from typing import Any
 from pear_store.errors import CheckpointError, from_os_error
 from pear_store.format.container import check_json, container_chunks, parse_json, read_container
 from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
+from pear_store.format.record import (
+    FLOATS,
+    HEAD_PARTS,
+    Adapter,
+    Head,
+    Shapes,
+    entry_names,
+    is_sizes,
+    short,
+    tensor_names,
+)
 
 FORMAT = "pear-task/1"
 ACTIVATIONS = ("identity", "relu", "gelu")
@@ -23,7 +33,6 @@ CROP_MODES = ("center", "squash", "border")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TAG_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
-_FLOATS = ("F32", "F16", "BF16")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MAX_NAME = 1000
 _REQUIRED = (
@@ -84,6 +93,21 @@ class Task:
         }
 
     @Kept
+    def adapters(self) -> dict[str, Adapter]:
+        """Its adapters by name."""
+        shapes = self._shapes
+        return {name: Adapter.parse(entry, shapes) for name, entry in self.record["adapters"].items()}
+
+    @Kept
+    def head(self) -> Head | None:
+        """Its classifier; None: it gives features."""
+        return None if self.record["head"] is None else Head.parse(self.record["head"], self._shapes)
+
+    @property
+    def _shapes(self) -> Shapes:
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+
+    @Kept
     def size_bytes(self) -> int:
         """Tensor bytes, each distinct tensor once."""
         return sum({tensor.digest: tensor.size_bytes for tensor in self.tensors.values()}.values())
@@ -110,7 +134,7 @@ def _checked_task(
 ) -> Task:
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
-        if name not in finite and tensor.dtype in _FLOATS and not _all_finite(tensor):
+        if name not in finite and tensor.dtype in FLOATS and not _all_finite(tensor):
             raise CheckpointError(where, f"tensor {name!r}: holds NaN or infinity: expected finite values")
     return Task(record, tensors)
 
@@ -228,46 +252,6 @@ def natural_key(position: str) -> list[tuple[int, str]]:
     return [(len(number), number) if part.isascii() and part.isdigit() else (0, part) for part, number in parts]
 
 
-def outer_part(entry: Mapping[str, Any]) -> str:
-    """The part of an adapter that reaches d_out: `basis`, where `up` is a core that lies before it, else `up`."""
-    return "basis" if "basis" in entry else "up"
-
-
-def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    """The record with every tensor name replaced; nothing else is touched, unknown keys included."""
-    adapters = {}
-    for name, entry in record["adapters"].items():
-        new = {**entry, **{part: rename(entry[part]) for part in PARTS if part in entry}}
-        if "quant" in entry:
-            forms = {p: entry["quant"][p] for p in ("down", outer_part(entry))}
-            renamed = {part: {**form, "scale": rename(form["scale"])} for part, form in forms.items()}
-            new["quant"] = {**entry["quant"], **renamed}
-        adapters[name] = new
-    head = record["head"]
-    if head is not None:
-        head = {**head, "weight": rename(head["weight"]), "bias": rename(head["bias"])}
-        if "quant" in head:
-            form = head["quant"]["weight"]
-            head["quant"] = {**head["quant"], "weight": {**form, "scale": rename(form["scale"])}}
-    return {**record, "adapters": adapters, "head": head}
-
-
-def tensor_names(record: Mapping[str, Any]) -> set[str]:
-    """Every tensor name that a record uses."""
-    names: set[str] = set()
-    for entry in record["adapters"].values():
-        names.update(entry[part] for part in PARTS if part in entry)
-        if "quant" in entry:
-            names.update(entry["quant"][part]["scale"] for part in ("down", outer_part(entry)))
-    if (head := record["head"]) is not None:
-        names.update(_head_names(head))
-    return names
-
-
-def _head_names(head: Mapping[str, Any]) -> set[str]:
-    return {head["weight"], head["bias"]} | ({head["quant"]["weight"]["scale"]} if "quant" in head else set())
-
-
 def check_record(
     record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str | Path
 ) -> None:
@@ -289,7 +273,7 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
             yield f"field {key!r} is missing"
     if not (isinstance(record["task"], str) and TASK_NAME.fullmatch(record["task"])):
         yield (
-            f"field 'task': {_short(record['task'])}: expected a letter or digit, then up to 99 letters, digits, "
+            f"field 'task': {short(record['task'])}: expected a letter or digit, then up to 99 letters, digits, "
             "'.', '_' or '-'"
         )
     backbone = record["backbone"]
@@ -313,19 +297,17 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
             _GOOD_STRUCTURES[structure] = named
     yield from _head_problems(record["head"], record["labels"], tensors)
     head = record["head"]
-    if unnamed := tensors.keys() - named - (set() if head is None else _head_names(head)):
-        yield f"tensor {_short(min(unnamed))}: nothing in the record names it"
+    if unnamed := tensors.keys() - named - {name for _, name in entry_names(head or {}, HEAD_PARTS)}:
+        yield f"tensor {short(min(unnamed))}: nothing in the record names it"
 
 
 def _name_problems(where: str, names: Iterable[Any]) -> Iterator[str]:
     for name in names:
         if not isinstance(name, str) or len(name) > _MAX_NAME or CONTROL.search(name):
             expected = f"at most {_MAX_NAME} characters, none of them a control character"
-            yield f"{where}: name {_short(name)}: expected {expected}"
+            yield f"{where}: name {short(name)}: expected {expected}"
 
 
-PARTS = ("down", "up", "basis")
-"""Of an adapter: what of it names tensors."""
 _STRUCTURE = ("activation", "adapters", "positions", "preprocess")
 _GOOD_STRUCTURES: dict[bytes, frozenset[str]] = {}
 """What of records was found good (the same for all tasks of one kind), with the tensors that it names"""
@@ -343,58 +325,18 @@ def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, t
 
 def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
     if record["activation"] not in ACTIVATIONS:
-        yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {_short(record['activation'])}"
+        yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {short(record['activation'])}"
     shapes: dict[str, tuple[int, int]] = {}
     if not isinstance(record["adapters"], dict):
         yield "field 'adapters': expected an object"
     yield from _name_problems("field 'adapters'", record["adapters"])
     for name, entry in record["adapters"].items():
         try:
-            shapes[name] = _adapter_shape(entry, tensors)
+            shapes[name] = Adapter.parse(entry, tensors).shape
         except ValueError as error:
-            yield f"field 'adapters', {_short(name)}: {error}"
+            yield f"field 'adapters', {short(name)}: {error}"
     yield from _position_problems(record["positions"], shapes)
     yield from _preprocess_problems(record["preprocess"])
-
-
-def _adapter_shape(entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
-    """(d_in, d_out) of an adapter whose shapes chain; else a ValueError."""
-    if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
-        raise ValueError("expected the tensor names 'down' and 'up'")
-    outer = outer_part(entry)
-    down, up = (
-        _coded_shape(part, entry[part], entry["quant"], axis, tensors)
-        if "quant" in entry
-        else _tensor(entry[part], tensors, _FLOATS)[1]
-        for part, axis in (("down", 1), (outer, 0))
-    )
-    core = _tensor(entry["up"], tensors, _FLOATS)[1] if outer == "basis" else None
-    chains = len(down) == len(up) == 2 and 0 not in (*down, *up)
-    if not chains or (down[1], up[0]) != ((up[0], up[0]) if core is None else core):
-        if core is None:
-            raise ValueError(f"down {list(down)} and up {list(up)} do not chain: expected [d_in, r] and [r, d_out]")
-        found = f"down {list(down)}, up {list(core)} and basis {list(up)}"
-        raise ValueError(f"{found} do not chain: expected [d_in, r], [r, s] and [s, d_out]")
-    return down[0], up[1]
-
-
-def _coded_shape(
-    side: str, stored: Any, quant: Any, rank_axis: int, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> tuple[int, ...]:
-    """The shape of the matrix that codes stand for; else a ValueError."""
-    allowed = (4, 8) if side == "weight" else (1, 4, 8)
-    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
-        raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
-    one = quant.get(side)
-    if not (isinstance(one, dict) and _is_sizes(one.get("shape"), 2)):
-        raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {side!r}")
-    shape = tuple(one["shape"])
-    packed_bytes = (math.prod(shape) * quant["bits"] + 7) // 8
-    if (found := _tensor(stored, tensors, ("U8",))[1]) != (packed_bytes,):
-        raise ValueError(f"{side}: {quant['bits']}-bit {list(shape)} is U8 [{packed_bytes}], found {list(found)}")
-    if (found := _tensor(one.get("scale"), tensors, _FLOATS)[1]) != (shape[rank_axis],):
-        raise ValueError(f"scale of {side}: expected [{shape[rank_axis]}], found {list(found)}")
-    return shape
 
 
 def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
@@ -402,17 +344,17 @@ def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) ->
         yield "field 'positions': expected an object"
     yield from _name_problems("field 'positions'", positions)
     for position, branches in positions.items():
-        field_name = f"field 'positions', {_short(position)}"
+        field_name = f"field 'positions', {short(position)}"
         if not (isinstance(branches, list) and branches):
             yield f"{field_name}: names no adapter: expected a list of [adapter, scale]"
         widths = set()
         for branch in branches:
             if not (isinstance(branch, list) and len(branch) == 2 and isinstance(branch[0], str)):
-                yield f"{field_name}: {_short(branch)}: expected [adapter, scale]"
+                yield f"{field_name}: {short(branch)}: expected [adapter, scale]"
             if branch[0] not in shapes:
-                yield f"{field_name}: names adapter {_short(branch[0])}, which field 'adapters' lacks"
+                yield f"{field_name}: names adapter {short(branch[0])}, which field 'adapters' lacks"
             if not _is_number(branch[1]):
-                yield f"{field_name}: scale {_short(branch[1])}: expected a finite number"
+                yield f"{field_name}: scale {short(branch[1])}: expected a finite number"
             widths.add(shapes[branch[0]])
         if len(widths) > 1:
             yield f"{field_name}: adapters of different widths {sorted(widths)}: expected one d_in and d_out"
@@ -425,28 +367,20 @@ def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tupl
         if labels:
             yield f"field 'labels': {len(labels)} labels without a head: expected none"
         return
-    if not (isinstance(head, dict) and {"weight", "bias"} <= set(head)):
-        yield "field 'head': expected null or the tensor names 'weight' and 'bias'"
     try:
-        if "quant" in head:
-            weight = _coded_shape("weight", head["weight"], head["quant"], 0, tensors)
-        else:
-            weight = _tensor(head["weight"], tensors, _FLOATS)[1]
-        bias = _tensor(head["bias"], tensors, _FLOATS)[1]
+        classes = Head.parse(head, tensors).weight.shape[0]
     except ValueError as error:
         yield f"field 'head': {error}"
         return
-    if len(weight) != 2 or 0 in weight or bias != weight[:1]:
-        yield f"field 'head': weight {list(weight)} and bias {list(bias)}: expected [classes, d] and [classes]"
-    if len(labels) != weight[0]:
-        yield f"field 'labels': {len(labels)} labels, the head has {weight[0]} rows: expected one label a row"
+    if len(labels) != classes:
+        yield f"field 'labels': {len(labels)} labels, the head has {classes} rows: expected one label a row"
 
 
 def _preprocess_problems(preprocess: Any) -> Iterator[str]:
     if not isinstance(preprocess, dict):
         yield "field 'preprocess': expected an object"
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "input_size": (lambda v: _is_sizes(v, 3) and v[0] == 3 and max(v) <= 16384, "[3, height, width]"),
+        "input_size": (lambda v: is_sizes(v, 3) and v[0] == 3 and max(v) <= 16384, "[3, height, width]"),
         "mean": (lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)), "3 numbers"),
         "std": (
             lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and x >= 1e-6 for x in v),
@@ -458,38 +392,14 @@ def _preprocess_problems(preprocess: Any) -> Iterator[str]:
     }
     for key, (good, expected) in checks.items():
         if key not in preprocess or not good(preprocess[key]):
-            yield f"field 'preprocess', {key!r}: expected {expected}, found {_short(preprocess.get(key))}"
+            yield f"field 'preprocess', {key!r}: expected {expected}, found {short(preprocess.get(key))}"
     reading = preprocess.get("reading", 0)  # which of these rules it knows is the router's to say
     if type(reading) is not int or reading < 0:
-        yield f"field 'preprocess', 'reading': expected an integer of at least 0, found {_short(reading)}"
-
-
-def _tensor(
-    name: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], dtypes: tuple[str, ...]
-) -> tuple[str, tuple[int, ...]]:
-    if not isinstance(name, str) or name not in tensors:
-        raise ValueError(f"names tensor {_short(name)}, which the file lacks")
-    dtype, shape = tensors[name]
-    if dtype not in dtypes:
-        raise ValueError(f"tensor {_short(name)} is {dtype}: expected {' or '.join(dtypes)}")
-    return dtype, shape
+        yield f"field 'preprocess', 'reading': expected an integer of at least 0, found {short(reading)}"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_sizes(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31 for n in value)
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _all_finite(tensor: RawTensor) -> bool:

@@ -1,9 +1,13 @@
-"""Quantised adapters and heads: from packed codes back to numbers (docs/design.md, section 5)."""
+"""From stored tensors and codes to numbers (docs/design.md, section 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pear_store.format.digest import RawTensor
+from pear_store.format.record import Adapter, Matrix
 
 if TYPE_CHECKING:  # numpy only where numbers are needed: commands that move bytes start without it
     import numpy as np
@@ -39,3 +43,30 @@ def dequantise(
     levels = (2 * np.arange(2**bits, dtype=np.float32) - top) / np.float32(top)
     matrix: NDArray[np.float32] = levels[codes] * np.expand_dims(scale, 1 - rank_axis)
     return matrix
+
+
+def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
+    """A floating tensor as a float16 or float32 array on the raw tensor's own memory, or of bfloat16 as a new one."""
+    import numpy as np
+
+    if raw.dtype == "BF16":  # the upper half of a float32
+        bits = np.frombuffer(raw.data, "<u2").astype("<u4") << 16
+        return bits.view("<f4").reshape(raw.shape)
+    return np.frombuffer(raw.data, {"F32": "<f4", "F16": "<f2"}[raw.dtype]).reshape(raw.shape)
+
+
+def matrix_values(matrix: Matrix, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:
+    """float [rows, columns], dequantised; never write to it."""
+    if matrix.scale is None or matrix.bits is None:
+        return to_numpy(tensors[matrix.name])
+    scale = to_numpy(tensors[matrix.scale]).astype("<f4")
+    return dequantise(tensors[matrix.name].data, scale, matrix.shape, matrix.bits, matrix.rank_axis)
+
+
+def up_values(adapter: Adapter, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:
+    """[rank, d_out]: what stands beside `down`, the core multiplied in; never write to it."""
+    up = matrix_values(adapter.up, tensors)
+    if adapter.core is None:
+        return up
+    product: NDArray[np.floating[Any]] = matrix_values(adapter.core, tensors).astype("<f4") @ up.astype("<f4")
+    return product

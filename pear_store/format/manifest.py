@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pear_store.format.checkpoint import PARTS, Task, map_tensor_names, outer_part, tensor_names
+from pear_store.format.checkpoint import Task
 from pear_store.format.container import strict_json
 from pear_store.format.digest import Digest, RawTensor, is_digest
+from pear_store.format.record import HEAD_PARTS, entry_names, map_tensor_names, tensor_names
 
 
 def to_manifest(task: Task) -> bytes:
@@ -49,29 +50,14 @@ def manifest_hash(manifest: bytes) -> bytes:
     return hashlib.sha256(manifest).digest()
 
 
-def plain_names(adapter: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """For each tensor name that an adapter's entry uses, one after its use."""
-    names: dict[str, str] = {}
-    for part in PARTS:
-        if part in entry:
-            names.setdefault(entry[part], f"{adapter}.{part}")
-    if "quant" in entry:
-        for part in ("down", outer_part(entry)):
-            names.setdefault(entry["quant"][part]["scale"], f"{adapter}.{part}.scale")
-    return names
-
-
 def with_plain_names(task: Task) -> Task:
     """The task with its tensors named after their use (``a3.down``, ``head.weight``) instead of by digest."""
     names: dict[str, str] = {}
     record: dict[str, Any] = dict(task.record)
     for adapter, entry in record["adapters"].items():
-        for stored, plain in plain_names(adapter, entry).items():
-            names.setdefault(stored, plain)
-    if record["head"] is not None:
-        for side in ("weight", "bias"):
-            names.setdefault(record["head"][side], f"head.{side}")
-        if "quant" in record["head"]:
-            names.setdefault(record["head"]["quant"]["weight"]["scale"], "head.weight.scale")
+        for use, stored in entry_names(entry):
+            names.setdefault(stored, f"{adapter}.{use}")
+    for use, stored in entry_names(record["head"] or {}, HEAD_PARTS):
+        names.setdefault(stored, f"head.{use}")
     tensors: dict[str, RawTensor] = {names[name]: task.tensors[name] for name in tensor_names(record)}
     return Task(map_tensor_names(record, names.__getitem__), tensors)

@@ -2,8 +2,9 @@
 
 import json
 
-from pear_store.format.checkpoint import Task, tensor_names
+from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
+from pear_store.format.record import tensor_names
 from pear_store.local.index import View
 from pear_store.local.opened import OpenStore, PackGoneError
 from pear_store.local.references import manifest_of, resolve

@@ -11,10 +11,10 @@ from pear_store.errors import (
     DamagedIndexError,
     NotFoundError,
 )
-from pear_store.format.checkpoint import tensor_names
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_store.format.pack import PackedTag, PackedVersion, Records
+from pear_store.format.record import tensor_names
 from pear_store.local import sources
 from pear_store.local.directory import store_path
 from pear_store.local.index import View

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import router.preprocess as preprocess_module
 import router.router as router_module
 from pear_store import PearStoreError, RawTensor, Store, Task, make_task, write_checkpoint
+from pear_store.format.codes import matrix_values, up_values
 from router import (
     Backbone,
     BackboneError,
@@ -29,7 +30,6 @@ from router import (
     UnknownTaskError,
     WrongBackboneError,
 )
-from router.slots import adapter_matrix, head_matrix
 from router.tensors import dequantise, from_torch, quantise, to_torch
 from tests.conftest import floats, whole
 
@@ -45,7 +45,9 @@ def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tens
 
         def hook(_: object, args: tuple[torch.Tensor], y: torch.Tensor, branches: Any = branches) -> torch.Tensor:
             for branch in branches:
-                down, up = (torch.tensor(adapter_matrix(task, branch.adapter, side)).float() for side in ("down", "up"))
+                adapter = task.adapters[branch.adapter]
+                values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
+                down, up = (torch.tensor(one).float() for one in values)
                 y = y + branch.scale * (PHI[task.activation](args[0] @ down) @ up)
             return y
 
@@ -53,10 +55,10 @@ def reference(backbone: Backbone, task: Task, image: torch.Tensor) -> torch.Tens
     features: torch.Tensor = backbone.module(image.unsqueeze(0))[0]
     for one in hooks:
         one.remove()
-    head = task.record["head"]
-    if head is None:
+    if task.head is None:
         return features
-    return F.linear(features, torch.tensor(head_matrix(task)), to_torch(task.tensors[head["bias"]]))
+    weight = torch.tensor(matrix_values(task.head.weight, task.tensors))
+    return F.linear(features, weight, to_torch(task.tensors[task.head.bias]))
 
 
 @pytest.fixture
@@ -321,7 +323,7 @@ def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> 
     router.add(scaled)
     (loaded,) = router._slots.load([router._find("t").use])
     up = router._slots.gather([loaded], {"blocks.0.attn": np.array([0])})["blocks.0.attn"].up
-    exact = torch.tensor(adapter_matrix(task, "a0", "up"))
+    exact = torch.tensor(up_values(task.adapters["a0"], task.tensors))
     assert torch.equal(up, (exact * (1 + 2**-10)).bfloat16())
     assert not torch.equal(up, exact.bfloat16() * (1 + 2**-10))
 

@@ -11,3 +11,7 @@ def main() -> None:
             raise
         sys.exit("Error: pear-infer needs pyarrow: pip install 'pear-adapters[infer]'")
     command()
+
+
+if __name__ == "__main__":
+    main()

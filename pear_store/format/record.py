@@ -1,0 +1,249 @@
+"""What a task's record says of its adapters and its head, parsed and judged once (docs/design.md, section 5).
+
+Another kind of adapter is another part of `Adapter`, and what :meth:`Adapter.parse` accepts: everything else (names of
+tensors, keys by which tensors are shared, shapes, bytes) follows from an adapter's matrices.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from pear_store.format.digest import RawTensor
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype and shape of each tensor, by name"""
+FLOATS = ("F32", "F16", "BF16")
+PARTS = ("down", "up", "basis")
+"""Of an adapter: what of it names tensors."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as a record names it: one tensor, or codes with a scale for each index of the rank axis.
+
+    Args:
+        name: of its tensor, float [rows, columns] or U8 codes.
+        shape: (rows, columns) of the matrix itself.
+        rank_axis: along which scales lie: 1 for `down`, 0 for all others.
+        bits: of a code; None: no codes.
+        scale: name of the scales' tensor, float [shape[rank_axis]].
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank_axis: int
+    bits: int | None = None
+    scale: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if self.scale is None else (self.name, self.scale)
+
+    def key(self, tensors: Mapping[str, RawTensor]) -> str:
+        """Equal for matrices of equal values, by digests: what slots are shared by."""
+        digest = str(tensors[self.name].digest)
+        if self.scale is None:
+            return digest
+        return f"{digest} {tensors[self.scale].digest} {self.bits} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`down` [d_in, r] and `up` [r, d_out], or with a core: `down` [d_in, r], `core` [r, s] and `up` [s, d_out].
+
+    `up` is what reaches d_out: where there is a core, the record calls that `basis`, and the core `up`.
+    """
+
+    down: Matrix
+    up: Matrix
+    core: Matrix | None = None
+    role: str | None = None
+
+    @classmethod
+    def parse(cls, entry: Any, tensors: Shapes) -> "Adapter":
+        """An adapter whose shapes chain.
+
+        Raises:
+            ValueError: anything else; says what was expected and found.
+        """
+        if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
+            raise ValueError("expected the tensor names 'down' and 'up'")
+        outer = "basis" if "basis" in entry else "up"
+        down = _matrix("down", entry["down"], entry.get("quant"), "quant" in entry, 1, tensors)
+        up = _matrix(outer, entry[outer], entry.get("quant"), "quant" in entry, 0, tensors)
+        core = _matrix("up", entry["up"], None, False, 0, tensors) if outer == "basis" else None
+        shapes = [one.shape for one in (down, core, up) if one is not None]
+        chains = all(len(shape) == 2 and 0 not in shape for shape in shapes)
+        if not chains or any(a[1] != b[0] for a, b in pairwise(shapes)):
+            found, expected = f"down {list(down.shape)} and up {list(up.shape)}", "[d_in, r] and [r, d_out]"
+            if core is not None:
+                found = f"down {list(down.shape)}, up {list(core.shape)} and basis {list(up.shape)}"
+                expected = "[d_in, r], [r, s] and [s, d_out]"
+            raise ValueError(f"{found} do not chain: expected {expected}")
+        role = entry.get("role")
+        return cls(down, up, core, role if isinstance(role, str) else None)
+
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        yield self.down
+        if self.core is not None:
+            yield self.core
+        yield self.up
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return self.down.shape[0], self.up.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the product as it runs: of `down`."""
+        return self.down.shape[1]
+
+    def keys(self, tensors: Mapping[str, RawTensor]) -> tuple[str, str]:
+        """Of what is multiplied: `down`, and `up` with the core before it."""
+        up = self.up.key(tensors)
+        return self.down.key(tensors), up if self.core is None else f"{self.core.key(tensors)} @ {up}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier: weight [classes, features] and bias [classes]."""
+
+    weight: Matrix
+    bias: str
+
+    @classmethod
+    def parse(cls, entry: Any, tensors: Shapes) -> "Head":
+        """A head whose shapes agree.
+
+        Raises:
+            ValueError: anything else; says what was expected and found.
+        """
+        if not (isinstance(entry, dict) and {"weight", "bias"} <= set(entry)):
+            raise ValueError("expected null or the tensor names 'weight' and 'bias'")
+        weight = _matrix("weight", entry["weight"], entry.get("quant"), "quant" in entry, 0, tensors)
+        bias = tensor_shape(entry["bias"], tensors, FLOATS)
+        if len(weight.shape) != 2 or 0 in weight.shape or bias != weight.shape[:1]:
+            raise ValueError(f"weight {list(weight.shape)} and bias {list(bias)}: expected [classes, d] and [classes]")
+        return cls(weight, entry["bias"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.weight.names, self.bias)
+
+    def key(self, tensors: Mapping[str, RawTensor]) -> str:
+        return " ".join(str(tensors[name].digest) for name in (self.weight.name, self.bias, *self.weight.names[1:]))
+
+
+def _matrix(part: str, stored: Any, quant: Any, coded: bool, rank_axis: int, tensors: Shapes) -> Matrix:
+    if not coded:
+        return Matrix(stored, tensor_shape(stored, tensors, FLOATS), rank_axis)  # type: ignore[arg-type]
+    allowed = (4, 8) if part == "weight" else (1, 4, 8)
+    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
+        raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
+    form = quant.get(part)
+    if not (isinstance(form, dict) and is_sizes(form.get("shape"), 2)):
+        raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {part!r}")
+    rows, columns = form["shape"]
+    packed_bytes = (math.prod((rows, columns)) * quant["bits"] + 7) // 8
+    if (found := tensor_shape(stored, tensors, ("U8",))) != (packed_bytes,):
+        raise ValueError(f"{part}: {quant['bits']}-bit {[rows, columns]} is U8 [{packed_bytes}], found {list(found)}")
+    scales = (rows, columns)[rank_axis]
+    if (found := tensor_shape(form.get("scale"), tensors, FLOATS)) != (scales,):
+        raise ValueError(f"scale of {part}: expected [{scales}], found {list(found)}")
+    return Matrix(stored, (rows, columns), rank_axis, quant["bits"], form["scale"])
+
+
+def tensor_shape(name: Any, tensors: Shapes, dtypes: tuple[str, ...]) -> tuple[int, ...]:
+    """The shape of a tensor that a record names.
+
+    Raises:
+        ValueError: there is none of that name, or it is of another dtype.
+    """
+    if not isinstance(name, str) or name not in tensors:
+        raise ValueError(f"names tensor {short(name)}, which the file lacks")
+    dtype, shape = tensors[name]
+    if dtype not in dtypes:
+        raise ValueError(f"tensor {short(name)} is {dtype}: expected {' or '.join(dtypes)}")
+    return shape
+
+
+def is_sizes(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31 for n in value)
+    )
+
+
+def short(value: Any) -> str:
+    """A value in a message, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---- names of tensors, of records that need no tensors at hand ------------------------------------------------------
+
+
+def _forms(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parts of an adapter or a head that are codes, and their forms in `quant`."""
+    for part in ("down", "basis" if "basis" in entry else "up", "weight") if "quant" in entry else ():
+        if part in entry:
+            yield part, entry["quant"][part]
+
+
+def entry_names(entry: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Iterator[tuple[str, str]]:
+    """What an adapter's (or with other parts a head's) entry names: use (``down``, ``down.scale``) and tensor."""
+    for part in parts:
+        if part in entry:
+            yield part, entry[part]
+    for part, form in _forms(entry):
+        yield f"{part}.scale", form["scale"]
+
+
+HEAD_PARTS = ("weight", "bias")
+
+
+def renamed(entry: Mapping[str, Any], rename: Callable[[str], str], parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
+    """An entry with every tensor name replaced; nothing else is touched, unknown keys included."""
+    made = {**entry, **{part: rename(entry[part]) for part in parts if part in entry}}
+    if forms := {part: {**form, "scale": rename(form["scale"])} for part, form in _forms(entry)}:
+        made["quant"] = {**entry["quant"], **forms}
+    return made
+
+
+def with_core(entry: Mapping[str, Any], core: str) -> dict[str, Any]:
+    """An adapter's entry with a core of that tensor's name before what was its `up`."""
+    made = {**entry, "up": core, "basis": entry["up"]}
+    if "quant" in entry:
+        made["quant"] = {**entry["quant"], "basis": entry["quant"]["up"]}
+        del made["quant"]["up"]
+    return made
+
+
+def without_core(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of the adapter whose core another's has before its `up`."""
+    made = {**entry, "up": entry["basis"]}
+    del made["basis"]
+    if "quant" in entry:
+        made["quant"] = {**entry["quant"], "up": entry["quant"]["basis"]}
+        del made["quant"]["basis"]
+    return made
+
+
+def map_tensor_names(record: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The record with every tensor name replaced."""
+    adapters = {name: renamed(entry, rename) for name, entry in record["adapters"].items()}
+    head = record["head"]
+    return {**record, "adapters": adapters, "head": head and renamed(head, rename, HEAD_PARTS)}
+
+
+def tensor_names(record: Mapping[str, Any]) -> set[str]:
+    """Every tensor name that a record uses."""
+    names = {name for entry in record["adapters"].values() for _, name in entry_names(entry)}
+    if (head := record["head"]) is not None:
+        names.update(name for _, name in entry_names(head, HEAD_PARTS))
+    return names
