@@ -1,5 +1,6 @@
 """Ctrl-C or want of memory at every line of the router: what it answers afterwards is what a fresh router answers."""
 
+import linecache
 import os
 import sys
 import threading
@@ -33,6 +34,9 @@ LEVELS: dict[str, AdaptedBackbone] = {}
 class Lines:
     """Counts the lines of router that run, and raises an error at one of them.
 
+    Where a `with` statement is left, Python traces its line once more, before what leaves it has been called. No signal
+    arrives there, so these events do not count: an error there would leave any lock locked.
+
     Args:
         threads: look at threads that start now, too.
     """
@@ -40,11 +44,15 @@ class Lines:
     def __init__(self, stop_at: int = -1, error: type[BaseException] = KeyboardInterrupt, threads: bool = True) -> None:
         self.seen: list[tuple[str, int]] = []
         self._stop_at, self._error, self._threads = stop_at, error, threads
+        self._lines: dict[FrameType, int] = {}
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(ROUTER):
             return None
-        if event == "line":
+        before, now = self._lines.get(frame, 0), frame.f_lineno
+        self._lines[frame] = now
+        leaves = before > now and linecache.getline(frame.f_code.co_filename, now).lstrip().startswith("with ")
+        if event == "line" and not leaves:
             self.seen.append((frame.f_code.co_filename, frame.f_lineno))
             if len(self.seen) - 1 == self._stop_at:
                 raise self._error
@@ -60,6 +68,7 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
         threading.settrace(None)
+        self._lines.clear()  # of frames, which hold all that they hold
 
 
 def chosen(seen: list[tuple[str, int]]) -> list[int]:
