@@ -19,7 +19,7 @@ PARTS = ("down", "up", "basis")
 """Of an adapter: what of it names tensors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A matrix as a record names it: one tensor, or codes with a scale for each index of the rank axis.
 
@@ -49,7 +49,7 @@ class Matrix:
         return f"{digest} {tensors[self.scale].digest} {self.bits} {list(self.shape)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """`down` [d_in, r] and `up` [r, d_out], or with a core: `down` [d_in, r], `core` [r, s] and `up` [s, d_out].
 
@@ -75,8 +75,7 @@ class Adapter:
         up = _matrix(outer, entry[outer], entry.get("quant"), "quant" in entry, 0, tensors)
         core = _matrix("up", entry["up"], None, False, 0, tensors) if outer == "basis" else None
         shapes = [one.shape for one in (down, core, up) if one is not None]
-        chains = all(len(shape) == 2 and 0 not in shape for shape in shapes)
-        if not chains or any(a[1] != b[0] for a, b in pairwise(shapes)):
+        if any(a[1] != b[0] for a, b in pairwise(shapes)):
             found, expected = f"down {list(down.shape)} and up {list(up.shape)}", "[d_in, r] and [r, d_out]"
             if core is not None:
                 found = f"down {list(down.shape)}, up {list(core.shape)} and basis {list(up.shape)}"
@@ -108,7 +107,7 @@ class Adapter:
         return self.down.key(tensors), up if self.core is None else f"{self.core.key(tensors)} @ {up}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Head:
     """A linear classifier: weight [classes, features] and bias [classes]."""
 
@@ -126,7 +125,7 @@ class Head:
             raise ValueError("expected null or the tensor names 'weight' and 'bias'")
         weight = _matrix("weight", entry["weight"], entry.get("quant"), "quant" in entry, 0, tensors)
         bias = tensor_shape(entry["bias"], tensors, FLOATS)
-        if len(weight.shape) != 2 or 0 in weight.shape or bias != weight.shape[:1]:
+        if bias != weight.shape[:1]:
             raise ValueError(f"weight {list(weight.shape)} and bias {list(bias)}: expected [classes, d] and [classes]")
         return cls(weight, entry["bias"])
 
@@ -140,7 +139,10 @@ class Head:
 
 def _matrix(part: str, stored: Any, quant: Any, coded: bool, rank_axis: int, tensors: Shapes) -> Matrix:
     if not coded:
-        return Matrix(stored, tensor_shape(stored, tensors, FLOATS), rank_axis)  # type: ignore[arg-type]
+        shape = tensor_shape(stored, tensors, FLOATS)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{part} {list(shape)}: expected {_AXES[part]}")
+        return Matrix(stored, (shape[0], shape[1]), rank_axis)
     allowed = (4, 8) if part == "weight" else (1, 4, 8)
     if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
         raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
@@ -155,6 +157,9 @@ def _matrix(part: str, stored: Any, quant: Any, coded: bool, rank_axis: int, ten
     if (found := tensor_shape(form.get("scale"), tensors, FLOATS)) != (scales,):
         raise ValueError(f"scale of {part}: expected [{scales}], found {list(found)}")
     return Matrix(stored, (rows, columns), rank_axis, quant["bits"], form["scale"])
+
+
+_AXES = {"down": "[d_in, r]", "up": "[r, s]", "basis": "[s, d_out]", "weight": "[classes, d] and [classes] of its bias"}
 
 
 def tensor_shape(name: Any, tensors: Shapes, dtypes: tuple[str, ...]) -> tuple[int, ...]:

@@ -127,7 +127,7 @@ def main(
 
 def _failure(text: str, exit_code: int = 1) -> click.ClickException:
     failure = click.ClickException(printable(text))
-    failure.exit_code = exit_code  # type: ignore[misc]
+    vars(failure)["exit_code"] = exit_code
     return failure
 
 

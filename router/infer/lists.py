@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -280,8 +281,7 @@ def _parquet(file: BinaryIO) -> pq.ParquetFile:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
@@ -593,8 +593,8 @@ def _values(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
     if types.is_nested(kind) or types.is_floating(kind) or _is_binary(kind):
         return [_plain(value) for value in column.to_pylist()]
     if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind):
-        return column.to_pylist()  # type: ignore[no-any-return]
-    return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+        return list(column.to_pylist())
+    return list(column.cast(pa.string()).to_pylist())
 
 
 def _plain(value: Any) -> Any:

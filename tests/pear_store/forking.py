@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def fork_while_threads_work(path: str, work: str, leave: Callable[[int], None]) 
     try:
         for i in range(3):
             time.sleep(0.02)
-            in_child(lambda i=i: use(store, f"child{i}"), leave)  # type: ignore[misc]
+            in_child(partial(use, store, f"child{i}"), leave)
             store.add(small_task(f"parent{i}", seed=100 + i))
     finally:
         done.set()

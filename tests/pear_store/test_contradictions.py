@@ -3,6 +3,7 @@
 import shutil
 from array import array
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from pear_store import DamagedError, DamagedIndexError, PearStoreError, Store, rebuild, verify
 from pear_store.local.index import View, open_index, release_index
+from pear_store.local.packs import WrittenPack, place_pack
 from pear_store.local.rows import (
     NO_PACK,
     ContentsRow,
@@ -24,7 +26,7 @@ from pear_store.local.rows import (
     version_key,
 )
 from tests.conftest import small_task
-from tests.pear_store.test_integrity import everything, filled  # noqa: F401
+from tests.pear_store.test_integrity import everything
 from tests.pear_store.test_store import contents, packs
 
 Rows = list[tuple[bytes, bytes]]
@@ -280,7 +282,7 @@ PLANTED = [
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_verify_finds_and_gc_survives_every_contradiction(filled: Path, plant: Callable[[View], None]) -> None:  # noqa: F811
+def test_verify_finds_and_gc_survives_every_contradiction(filled: Path, plant: Callable[[View], None]) -> None:
     before = everything(filled)
     change(filled, plant)
     report = verify(filled)
@@ -295,7 +297,7 @@ def test_verify_finds_and_gc_survives_every_contradiction(filled: Path, plant: C
     assert verify(filled).ok
 
 
-def test_a_flipped_bit_in_the_count_of_numbers_removes_nothing(filled: Path) -> None:  # noqa: F811
+def test_a_flipped_bit_in_the_count_of_numbers_removes_nothing(filled: Path) -> None:
     """One bit made the next tensors share numbers with older ones, and gc took those for dead."""
     before = everything(filled)
     with Store(filled) as store, store._open.read() as view:
@@ -303,7 +305,7 @@ def test_a_flipped_bit_in_the_count_of_numbers_removes_nothing(filled: Path) -> 
     for bit in range(8 * len(row)):
         flipped = bytearray(row)
         flipped[bit // 8] ^= 1 << bit % 8
-        change(filled, lambda view, flipped=bytes(flipped): view.put("meta", b"next_number", flipped))  # type: ignore[misc]
+        change(filled, methodcaller("put", "meta", b"next_number", bytes(flipped)))
         with Store(filled) as store:
             with pytest.raises(DamagedError):
                 store.add(small_task("four", seed=4))
@@ -351,7 +353,7 @@ def test_an_old_index_beside_newer_packs_costs_nothing(store: Store, repacked: b
     assert everything(store.path) == before
 
 
-def test_a_pack_that_the_index_knows_all_of_goes(filled: Path) -> None:  # noqa: F811
+def test_a_pack_that_the_index_knows_all_of_goes(filled: Path) -> None:
     """A gc that died after its commit leaves those."""
     before = everything(filled)
     shutil.copytree(filled / "packs", filled.parent / "packs")
@@ -390,7 +392,7 @@ def as_format_3(path: Path, next_number: int | None = None) -> None:
     change(path, unseal)
 
 
-def test_an_index_of_format_3_is_read_and_sealed_at_the_first_write(filled: Path) -> None:  # noqa: F811
+def test_an_index_of_format_3_is_read_and_sealed_at_the_first_write(filled: Path) -> None:
     before = everything(filled)
     as_format_3(filled)
     assert everything(filled) == before
@@ -408,7 +410,7 @@ def test_an_index_of_format_3_is_read_and_sealed_at_the_first_write(filled: Path
     assert everything(filled) == {**before, **{k: v for k, v in everything(filled).items() if k == "four@1"}}
 
 
-def test_an_index_of_format_3_whose_count_is_wrong_is_not_sealed(filled: Path) -> None:  # noqa: F811
+def test_an_index_of_format_3_whose_count_is_wrong_is_not_sealed(filled: Path) -> None:
     before = everything(filled)
     as_format_3(filled, next_number=4)
     with Store(filled) as store:
@@ -430,10 +432,9 @@ def test_gc_without_hard_links_leaves_no_trace_of_what_died(store: Store, monkey
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("os.link", no_link)
-    place = catalog.place_pack  # type: ignore[attr-defined]
 
-    def place_and_die(*args: object) -> None:
-        place(*args)  # type: ignore[arg-type]
+    def place_and_die(path: Path, pack: WrittenPack) -> None:
+        place_pack(path, pack)
         raise SystemExit
 
     store.add(small_task())

@@ -226,7 +226,7 @@ def test_a_pack_that_vanishes_from_tmp_while_it_is_added_is_an_error(
     """And not a reason to begin again for ever."""
     import pear_store.local.catalog
 
-    place = pear_store.local.catalog.place_pack  # type: ignore[attr-defined]
+    place = pear_store.local.packs.place_pack
 
     def empty_tmp_first(root: Path, pack: WrittenPack) -> None:
         pack.path.unlink()

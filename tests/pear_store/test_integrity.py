@@ -25,25 +25,12 @@ from pear_store import (
     verify,
     write_checkpoint,
 )
-from pear_store.local import gc, repack
+from pear_store.local import gc, repack, sweep
 from pear_store.local import verify as integrity
-from tests.conftest import floats, small_task
+from tests.conftest import small_task
 from tests.pear_store.test_store import contents, flip, keep_log, packs
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def filled(tmp_path: Path) -> Path:
-    """Three tasks: two share three tensors, one has two versions, a tag, and a removed version."""
-    with Store.create(tmp_path / "s") as store:
-        store.add(small_task("one"))
-        store.add(small_task("two", head__bias=floats([5.0, 5.0])))
-        for seed in (3, 4, 5):
-            store.add(small_task("three", seed=seed))
-        store.tag("three@1", "prod")
-        store.remove("three@2")
-    return tmp_path / "s"
 
 
 def everything(path: Path) -> dict[str, tuple[int, tuple[str, ...], dict[str, bytes]]]:
@@ -399,19 +386,17 @@ def test_what_is_added_after_a_sweep_that_found_nothing_is_not_repacked_away(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a sweep commits nothing, and the next writer has its number."""
-    import pear_store.local.gc as module
-
     list(store.add_many([small_task(name, seed=ord(name)) for name in "ab"]))
     store.remove("a")
     assert store.gc().dead_bytes > 0
-    steps = module.steps  # type: ignore[attr-defined]
+    steps = repack.steps
 
     def steps_after_another_added(*args: Any) -> Any:
         with Store(store.path) as other:
             assert other.add(small_task("new", seed=ord("a"))).new_bytes == 0  # the dead tensors serve again
         return steps(*args)
 
-    monkeypatch.setattr(module, "steps", steps_after_another_added)
+    monkeypatch.setattr(gc, "steps", steps_after_another_added)
     store.gc(repack_all=True)
     monkeypatch.undo()
     with Store(store.path) as fresh:
@@ -424,19 +409,17 @@ def test_a_rebuild_between_a_repack_and_its_unlinking_loses_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rebuilt index may name the old packs again."""
-    import pear_store.local.gc as module
-
     for name in "abcd":
         store.add(small_task(name, seed=ord(name)))
     store.remove("d")
-    unlink = module.unlink_packs  # type: ignore[attr-defined]
+    unlink = sweep.unlink_packs
 
     def unlink_after_a_rebuild(*args: Any) -> None:
         rebuild(store.path)
         unlink(*args)
 
-    for one in (module, repack):
-        monkeypatch.setattr(one, "unlink_packs", unlink_after_a_rebuild)
+    for module in (gc, repack):
+        monkeypatch.setattr(module, "unlink_packs", unlink_after_a_rebuild)
     store.gc(repack_all=True)
     monkeypatch.undo()
     store.gc(repack_all=True)

@@ -41,6 +41,7 @@ from pear_store import (
 )
 from pear_store.cli.group import main
 from pear_store.format.manifest import to_manifest
+from pear_store.local import repack
 from pear_store.local.index import open_index, release_index
 from tests.conftest import floats, record, small_task, tensors
 from tests.pear_store.workers import add_file
@@ -311,19 +312,17 @@ def test_adding_a_good_file_heals_a_damaged_tensor(tmp_path: Path, damage: str) 
 
 def test_what_dies_between_sweep_and_repack_is_not_counted_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that pointed into a repacked pack would make a later add of its tensors a lie."""
-    import pear_store.local.gc as module
-
     list(store.add_many([small_task(name, seed=ord(name)) for name in "wxyz"]))
     store.get("x")
     store.remove("w")
-    steps = module.steps  # type: ignore[attr-defined]
+    steps = repack.steps
 
     def steps_after_another_removed(*args: Any) -> Any:
         with Store(store.path) as other:
             other.remove("x")
         return steps(*args)
 
-    monkeypatch.setattr(module, "steps", steps_after_another_removed)
+    monkeypatch.setattr("pear_store.local.gc.steps", steps_after_another_removed)
     store.gc(repack_all=True)
     monkeypatch.undo()
     store.add(small_task("x2", seed=ord("x")))

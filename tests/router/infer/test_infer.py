@@ -23,6 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from tqdm import tqdm
 
 import router.infer.lists
 import router.infer.parts
@@ -774,10 +775,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypat
 
 def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
-    bar = router.infer.work.tqdm  # type: ignore[attr-defined]
 
     def kept(**given: Any) -> Any:
-        bars.append(bar(**given))
+        bars.append(tqdm(**given))
         return bars[-1]
 
     monkeypatch.setattr(router.infer.work, "tqdm", kept)
