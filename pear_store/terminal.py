@@ -1,4 +1,5 @@
-"""What reaches a terminal: lines without control characters. All commands print through here."""
+"""What reaches a terminal: lines without control characters, which all commands print through here; and the options
+that commands of all packages share."""
 
 import json
 import sys

@@ -71,9 +71,9 @@ class Adapter:
         if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
             raise ValueError("expected the tensor names 'down' and 'up'")
         outer = "basis" if "basis" in entry else "up"
-        down = _matrix("down", entry["down"], entry.get("quant"), "quant" in entry, 1, tensors)
-        up = _matrix(outer, entry[outer], entry.get("quant"), "quant" in entry, 0, tensors)
-        core = _matrix("up", entry["up"], None, False, 0, tensors) if outer == "basis" else None
+        down = _matrix("down", entry, tensors, rank_axis=1)
+        up = _matrix(outer, entry, tensors)
+        core = _matrix("up", {"up": entry["up"]}, tensors) if outer == "basis" else None  # never codes
         shapes = [one.shape for one in (down, core, up) if one is not None]
         if any(a[1] != b[0] for a, b in pairwise(shapes)):
             found, expected = f"down {list(down.shape)} and up {list(up.shape)}", "[d_in, r] and [r, d_out]"
@@ -123,7 +123,7 @@ class Head:
         """
         if not (isinstance(entry, dict) and {"weight", "bias"} <= set(entry)):
             raise ValueError("expected null or the tensor names 'weight' and 'bias'")
-        weight = _matrix("weight", entry["weight"], entry.get("quant"), "quant" in entry, 0, tensors)
+        weight = _matrix("weight", entry, tensors)
         bias = tensor_shape(entry["bias"], tensors, FLOATS)
         if bias != weight.shape[:1]:
             raise ValueError(f"weight {list(weight.shape)} and bias {list(bias)}: expected [classes, d] and [classes]")
@@ -137,12 +137,15 @@ class Head:
         return " ".join(str(tensors[name].digest) for name in (self.weight.name, self.bias, *self.weight.names[1:]))
 
 
-def _matrix(part: str, stored: Any, quant: Any, coded: bool, rank_axis: int, tensors: Shapes) -> Matrix:
-    if not coded:
+def _matrix(part: str, entry: Mapping[str, Any], tensors: Shapes, rank_axis: int = 0) -> Matrix:
+    """One matrix of an adapter's or a head's entry; else a ValueError."""
+    stored = entry[part]
+    if "quant" not in entry:
         shape = tensor_shape(stored, tensors, FLOATS)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{part} {list(shape)}: expected {_AXES[part]}")
         return Matrix(stored, (shape[0], shape[1]), rank_axis)
+    quant = entry["quant"]
     allowed = (4, 8) if part == "weight" else (1, 4, 8)
     if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
         raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
@@ -159,7 +162,12 @@ def _matrix(part: str, stored: Any, quant: Any, coded: bool, rank_axis: int, ten
     return Matrix(stored, (rows, columns), rank_axis, quant["bits"], form["scale"])
 
 
-_AXES = {"down": "[d_in, r]", "up": "[r, s]", "basis": "[s, d_out]", "weight": "[classes, d] and [classes] of its bias"}
+_AXES = {
+    "down": "[d_in, r]",
+    "up": "[r, d_out], or [r, s] before a basis",
+    "basis": "[s, d_out]",
+    "weight": "[classes, d] and [classes] of its bias",
+}
 
 
 def tensor_shape(name: Any, tensors: Shapes, dtypes: tuple[str, ...]) -> tuple[int, ...]:

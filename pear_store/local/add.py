@@ -61,6 +61,12 @@ class FoundGood:
 
 
 def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Added | Refused]:
+    """Adds what can be added of a group in one commit; one result for each of its tasks, in order.
+
+    Raises:
+        DiskFullError, AccessError: nothing of the group was added.
+        DamagedIndexError: a row cannot be trusted; nothing was added.
+    """
     now = time.time_ns()
     with opened.read() as view:
         plan = _make_plan(opened, view, group, found_good, now, planned_in := view.state)
@@ -111,7 +117,7 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
     return plan.results
 
 
-def _make_plan(opened: OpenStore, view: View, group: Group, found_good: "FoundGood", now: int, state: State) -> _Plan:
+def _make_plan(opened: OpenStore, view: View, group: Group, found_good: FoundGood, now: int, state: State) -> _Plan:
     """What this group would add to the store in this state."""
     plan = _Plan(commit=view.next_commit())
     names: dict[str, NameRow] = {}

@@ -21,7 +21,6 @@ from array import array
 from collections.abc import Container, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from pear_store.errors import DamagedError
 from pear_store.format.digest import ITEM_BYTES
@@ -152,13 +151,13 @@ class ManifestRow(NamedTuple):
         hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
         press = zlib.compressobj(1, zdict=_USUAL)
         pressed = press.compress(_HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest)
-        head = struct.pack("<II", crc32(key + numbers), len(numbers) // 4)
+        head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
         return head + numbers + pressed + press.flush()
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
         end = 8 + 4 * int.from_bytes(row[4:8], "little")
-        if not 12 <= end <= len(row) or crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
+        if not 12 <= end <= len(row) or zlib.crc32(key + row[8:end]) != int.from_bytes(row[:4], "little"):
             raise DamagedError(f"index row of manifest {key.hex()}", "its checksum differs")
         numbers = memoryview(row)[8:end].cast("I")
         return cls(numbers[0], numbers[1:])
@@ -231,7 +230,7 @@ class VersionRow(NamedTuple):
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "VersionRow":
         body = row[:-4]  # inline, for a gc reads every version
-        if crc32(key + body).to_bytes(4, "little") != row[-4:] or len(body) != _VERSION.size:
+        if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:] or len(body) != _VERSION.size:
             _opened("<32s32sQQ", key, row)
         return cls._make(_VERSION.unpack(body))
 
@@ -305,12 +304,12 @@ _MOST_SHOWN_BYTES = 150  # more than any key of a task and a tag has
 
 
 def sealed(key: bytes, body: bytes) -> bytes:
-    return body + crc32(key + body).to_bytes(4, "little")
+    return body + zlib.crc32(key + body).to_bytes(4, "little")
 
 
 def unsealed(key: bytes, row: bytes) -> bytes:
     body = row[:-4]
-    if crc32(key + body).to_bytes(4, "little") != row[-4:]:
+    if zlib.crc32(key + body).to_bytes(4, "little") != row[-4:]:
         raise DamagedError(f"index row {shown(key)}", "its checksum differs")
     return body
 
