@@ -5,19 +5,14 @@ from pathlib import Path
 from types import TracebackType
 
 from pear_store.diff import Diff, compare
-from pear_store.errors import (
-    NotFoundError,
-    PearStoreError,
-)
+from pear_store.errors import NotFoundError, PearStoreError
 from pear_store.format.checkpoint import TAG_NAME, Task, write_checkpoint
 from pear_store.format.manifest import with_plain_names
 from pear_store.local import gc
 from pear_store.local.add import Added, FoundGood, add_group
 from pear_store.local.create import make_store
 from pear_store.local.directory import store_path
-from pear_store.local.index import (
-    View,
-)
+from pear_store.local.index import View
 from pear_store.local.loading import Refused, load_groups
 from pear_store.local.mounts import warn_of_network
 from pear_store.local.opened import OpenStore

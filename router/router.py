@@ -602,8 +602,9 @@ class Router:
             raise UnknownTaskError(str(error)) from None
         task = self._read_version(version)
         _check_stored(name, task)
-        self._check(name, task)
-        known = self._make_known(name, without_bytes(task), version, lambda: self._read_version(version))
+        bare = without_bytes(task)
+        self._check(name, bare)
+        known = self._make_known(name, bare, version, lambda: self._read_version(version))
         return known, task
 
     def _read_version(self, version: Version) -> Task:

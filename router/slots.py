@@ -111,12 +111,13 @@ class Use:
     def write(self, key: Key, task: Task, out: NDArray[np.float32]) -> None:
         """The values of a key of the task as read into [elements]: rows of rank, or a head's weight, then its bias."""
         if key[0] == HEAD:
-            assert task.head is not None
-            weight, bias = matrix_values(task.head.weight, task.tensors), to_numpy(task.tensors[task.head.bias])
+            head = self.task.head
+            assert head is not None
+            weight, bias = matrix_values(head.weight, task.tensors), to_numpy(task.tensors[head.bias])
             out[: weight.size].reshape(weight.shape)[...] = weight
             out[weight.size :] = bias
         else:
-            adapter = task.adapters[self._sources[key]]
+            adapter = self.task.adapters[self._sources[key]]  # parsed already; the task as read is not
             up = key[0] == UP
             rows = up_values(adapter, task.tensors) if up else matrix_values(adapter.down, task.tensors).T
             out.reshape(self.shapes[key])[...] = rows

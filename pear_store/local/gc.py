@@ -14,14 +14,10 @@ from pear_store.local.catalog import Recorded
 from pear_store.local.index import State, View
 from pear_store.local.mark import Marked, mark
 from pear_store.local.opened import OpenStore
-from pear_store.local.packs import (
-    WrittenPack,
-)
+from pear_store.local.packs import WrittenPack
 from pear_store.local.removal import remove_versions
 from pear_store.local.repack import choose_packs, repack, steps
-from pear_store.local.rows import (
-    NO_PACK,
-)
+from pear_store.local.rows import NO_PACK
 from pear_store.local.sweep import (
     clear_tmp,
     drop_manifests,

@@ -9,12 +9,7 @@ from operator import gt
 
 from pear_store.errors import DamagedError
 from pear_store.local.index import View
-from pear_store.local.rows import (
-    NO_PACK,
-    ContentsRow,
-    PackRow,
-    TensorRow,
-)
+from pear_store.local.rows import NO_PACK, ContentsRow, PackRow, TensorRow
 
 
 @dataclass

@@ -26,19 +26,9 @@ from pear_store.local.index import (
     write_lock,
 )
 from pear_store.local.maps import map_file
-from pear_store.local.packs import (
-    WrittenPack,
-    find_unfinished,
-    open_pack,
-    pack_path,
-    unlink_pack,
-    unlink_written,
-)
+from pear_store.local.packs import WrittenPack, find_unfinished, open_pack, pack_path, unlink_pack, unlink_written
 from pear_store.local.references import all_tags
-from pear_store.local.rows import (
-    PackRow,
-    TensorRow,
-)
+from pear_store.local.rows import PackRow, TensorRow
 
 _OPEN_PACKS = 4096
 """Maps that are kept; the system allows some 65,000 in a process, those included that only buffers handed out keep"""

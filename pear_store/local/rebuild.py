@@ -24,15 +24,7 @@ from pear_store.local.packs import (
     unlink_written,
 )
 from pear_store.local.repair import rewrite_packs
-from pear_store.local.rows import (
-    NO_PACK,
-    NameRow,
-    PackRow,
-    RemovedRow,
-    TagRow,
-    TensorRow,
-    VersionRow,
-)
+from pear_store.local.rows import NO_PACK, NameRow, PackRow, RemovedRow, TagRow, TensorRow, VersionRow
 from pear_store.local.sweep import keep_copy, set_aside
 
 

@@ -8,11 +8,7 @@ from pear_store.errors import DamagedError, NotFoundError
 from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.format.manifest import manifest_hash
 from pear_store.local.index import View
-from pear_store.local.rows import (
-    TagRow,
-    TensorRow,
-    VersionRow,
-)
+from pear_store.local.rows import TagRow, TensorRow, VersionRow
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,12 @@ def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[Ten
 
 
 def resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:
+    """The task, number and row that a reference stands for; `path` is the store's, for messages.
+
+    Raises:
+        NotFoundError: no such task, version or tag.
+        DamagedError: the index lists it, but its row is missing or damaged.
+    """
     name, which = parse_reference(reference)
     known = view.names.get(name)
     if known is None or known.name != name or not known.newest:

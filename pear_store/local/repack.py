@@ -11,16 +11,8 @@ from pear_store.local.catalog import Recorded, enter, rows_of
 from pear_store.local.index import State, View
 from pear_store.local.mark import TENSOR, Marked, PackUse, is_needed, mark
 from pear_store.local.opened import OpenStore
-from pear_store.local.packs import (
-    WrittenPack,
-    pack_path,
-    read_records,
-    write_pack,
-)
-from pear_store.local.rows import (
-    NameRow,
-    VersionRow,
-)
+from pear_store.local.packs import WrittenPack, pack_path, read_records, write_pack
+from pear_store.local.rows import NameRow, VersionRow
 from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
 
 REPACK_BYTES = 256 * 1024 * 1024

@@ -6,11 +6,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pear_store.errors import (
-    DamagedError,
-    DamagedIndexError,
-    NotFoundError,
-)
+from pear_store.errors import DamagedError, DamagedIndexError, NotFoundError
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_store.format.pack import PackedTag, PackedVersion, Records
@@ -20,18 +16,9 @@ from pear_store.local.directory import store_path
 from pear_store.local.index import View
 from pear_store.local.mark import is_needed, mark
 from pear_store.local.opened import OpenStore, is_store
-from pear_store.local.packs import (
-    PackReader,
-    WrittenPack,
-    open_pack,
-    pack_path,
-    read_records,
-)
+from pear_store.local.packs import PackReader, WrittenPack, open_pack, pack_path, read_records
 from pear_store.local.repack import Needed, move
-from pear_store.local.rows import (
-    NO_PACK,
-    TensorRow,
-)
+from pear_store.local.rows import NO_PACK, TensorRow
 from pear_store.local.sources import Access, is_url
 from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
 from pear_store.local.verify import Damage, Report, rows_in, verify

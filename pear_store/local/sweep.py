@@ -15,18 +15,8 @@ from pear_store.local.directory import WRITTEN_NAME, open_folder
 from pear_store.local.index import View
 from pear_store.local.mark import MANIFEST
 from pear_store.local.opened import OpenStore
-from pear_store.local.packs import (
-    bare_header,
-    is_unfinished,
-    pack_path,
-    read_records,
-    unlink_pack,
-)
-from pear_store.local.rows import (
-    ManifestRow,
-    RemovedRow,
-    TensorRow,
-)
+from pear_store.local.packs import bare_header, is_unfinished, pack_path, read_records, unlink_pack
+from pear_store.local.rows import ManifestRow, RemovedRow, TensorRow
 
 
 def refuse_unknown(path: Path, unknown: list[bytes]) -> None:
