@@ -920,9 +920,13 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: p
             signal.raise_signal(signal.SIGINT)
         return run_router(*args)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Router, "run", interrupted_run)
-        done = run(*given)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Router, "run", interrupted_run)
+            done = run(*given)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code == 130
     last = done.stderr.splitlines()[-1]
     assert last == "Error: interrupted; the same command goes on after the last finished part"
