@@ -108,7 +108,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def measure_store(work: Path, tasks: int) -> Figures:
     from pear_store import Store
-    from pear_store.cli.group import main as command
+    from pear_store.cli import main as command
 
     files = [str(file) for file in sorted((work / "bulk").iterdir())]
     names = [f"bulk-{number:05}" for number in range(tasks)]

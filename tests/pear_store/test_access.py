@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from pear_store import Store, rebuild, repair, verify
-from pear_store.cli.group import main
+from pear_store.cli import main
 from pear_store.errors import AccessError
 from pear_store.local import verify as integrity
 from tests.makers import floats, small_task

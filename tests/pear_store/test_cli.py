@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pear_store import write_checkpoint
-from pear_store.cli.group import main
+from pear_store.cli import main
 from tests.conftest import container, record, small_task, tensors
 
 

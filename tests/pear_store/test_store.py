@@ -39,7 +39,7 @@ from pear_store import (
     verify,
     write_checkpoint,
 )
-from pear_store.cli.group import main
+from pear_store.cli import main
 from pear_store.format.manifest import to_manifest
 from pear_store.local import repack
 from pear_store.local.index import open_index, release_index
