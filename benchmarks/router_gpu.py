@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The router on a GPU: ViT-B/16, rank 8, one task and mixes of 16 and 64 at batches of 1, 16 and 256.
 
-Eager with the plain op, eager with the Triton kernel, and compiled; PEFT and AdapterHub beside them. Contestants of a
-batch size take turns; figures are medians over the bare backbone's in the same mode (eager or compiled).
+As it comes (the faster op), eager with the plain op, eager with the Triton kernel, and compiled; PEFT and AdapterHub
+beside them. Contestants of a batch size take turns; figures are medians over the bare backbone's in the same mode
+(eager or compiled).
 
     python benchmarks/router_gpu.py --out benchmarks/results/router_gpu.json
 """
@@ -42,8 +43,11 @@ Call = Callable[[int], object]
 
 
 @contextmanager
-def op(fused: bool) -> Any:
-    """Takes the plain op, or the Triton kernel, whatever is faster."""
+def op(fused: bool | None) -> Any:
+    """Takes the plain op, or the Triton kernel, whatever is faster; None leaves the choice to the router."""
+    if fused is None:
+        yield
+        return
     asked = []
 
     def fused_is_faster(*_: object) -> bool:
@@ -72,7 +76,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
         "bare, compiled": ("bare, compiled", lambda n: compiled_bare(images[:n])),
     }
 
-    def add_pear(mode: str, over: str, fused: bool, compile: bool) -> None:
+    def add_pear(mode: str, over: str, fused: bool | None, compile: bool) -> None:
         router = Router(backbone, device="cuda", dtype=dtype, compile=compile)
         for task in tasks:
             router.add(task)
@@ -88,6 +92,7 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
     def run_peft(model: Any, count: int, n: int) -> object:
         return model(images[:n], adapter_names=rows(count, n))
 
+    add_pear("as it comes", "bare", fused=None, compile=False)
     add_pear("eager", "bare", fused=False, compile=False)
     add_pear("triton", "bare", fused=True, compile=False)
     add_pear("compiled", "bare, compiled", fused=False, compile=True)
@@ -143,17 +148,12 @@ def measure(calls: dict[str, tuple[str, Call]], batch: int, repeats: int) -> dic
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option("--repeats", default=30, show_default=True, type=click.IntRange(1))
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, max(BATCHES)), help="Instead of all three.")
 @click.option("--environment", default="runs/peers", show_default=True, type=click.Path(path_type=Path))
-def main(out: Path, dtype: str, repeats: int, environment: Path) -> None:
+def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], environment: Path) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA GPU here: nothing is measured")
     missing = go_where_adapterhub_is(environment)
-    with torch.inference_mode():
-        calls = contestants(getattr(torch, dtype), missing)
-        figures = {}
-        for batch in BATCHES:
-            print(f"batch {batch}", file=sys.stderr)
-            figures[f"batch {batch}"] = measure(calls, batch, repeats)
     packages = ("torch", "timm", "peft", "triton", *(() if missing else ("adapters", "transformers")))
     report = {
         "command": " ".join(["python", "benchmarks/router_gpu.py", *sys.argv[1:]]),
@@ -162,10 +162,15 @@ def main(out: Path, dtype: str, repeats: int, environment: Path) -> None:
         "dtype": dtype,
         "repeats": repeats,
         "adapterhub_not_run": missing,
-        "figures": figures,
+        "figures": {},
     }
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    with torch.inference_mode():
+        calls = contestants(getattr(torch, dtype), missing)
+        for batch in batches or BATCHES:
+            print(f"batch {batch}", file=sys.stderr)
+            report["figures"][f"batch {batch}"] = measure(calls, batch, repeats)
+            out.write_text(json.dumps(report, indent=1) + "\n")  # a time limit may end what follows
+    print(json.dumps(report["figures"], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The branch op as one Triton kernel, and when to use it.
 
-The plain op is two launches and writes φ(x · down) to memory and reads it back; a residual add after it reads and
-writes the output once more. The kernel keeps φ(x · down) in registers, and may add a residual on the way. Whether it
-is the faster one depends on the GPU and the shapes, so :func:`use_fused` times both at the first call with a shape
-and keeps to the winner. Without Triton, or off CUDA, it says no.
+The plain op is two launches, and writes φ(x · down) to memory and reads it back. The kernel keeps φ(x · down) in
+registers. Whether it is the faster one depends on the GPU and the shapes, so :func:`use_fused` times both at the first
+call with a shape and keeps to the winner. Without Triton, or off CUDA, it says no.
 """
 
 from collections.abc import Callable
@@ -22,6 +21,8 @@ except ImportError:  # pragma: no cover  (where torch comes without it)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 128
+BLOCK_TOKEN = 32
+"""Tokens of a tile. Of 12 tiles of 16 to 128 tokens and 64 to 256 channels, 32 x 128 was the fastest on an H200."""
 _CODES = {"identity": 0, "relu": 1, "gelu": 2}
 
 if triton is not None:
@@ -35,13 +36,13 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _branch(  # type: ignore[no-untyped-def]
-        out, y, x, down, up, residual, codes,
+        out, y, x, down, up, codes,
         tokens, tiles, d_in, d_out, rank,
         down_group, down_dim, down_rank, up_group, up_rank, up_dim,
-        CODE: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
+        CODE: tl.constexpr, DOT: tl.constexpr,
         BLOCK_TOKEN: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RANK: tl.constexpr,
     ):  # fmt: skip
-        """A tile of tokens of a group. Contiguous: x [group, token, d_in]; y, residual, out [group, token, d_out]."""
+        """A tile of tokens of a group. Contiguous: x [group, token, d_in]; y, out [group, token, d_out]."""
         group = (tl.program_id(0) // tiles).to(tl.int64)
         token = (tl.program_id(0) % tiles) * BLOCK_TOKEN + tl.arange(0, BLOCK_TOKEN)
         ranks = tl.arange(0, BLOCK_RANK)
@@ -64,25 +65,20 @@ if triton is not None:
             place = row * d_out + dim[None, :]
             total = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
             total = tl.dot(h, up_tile.to(x.dtype.element_ty).to(DOT), total, input_precision="ieee")
-            if RESIDUAL:
-                total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
     # Triton's interpreter multiplies the bits of bfloat16: there products are of float32
     _INTERPRETED = not isinstance(_branch, triton.JITFunction)
 
 
-def add_branch_fused(
-    y: Tensor, x: Tensor, weights: PositionWeights, residual: Tensor | None = None, in_place: bool = False
-) -> Tensor:
+def add_branch_fused(y: Tensor, x: Tensor, weights: PositionWeights, in_place: bool = False) -> Tensor:
     """Adds a position's branches to its module's output, in one kernel; summed in float32, rounded once.
 
-        y + φ(x · down) · up [+ residual]
+        y + φ(x · down) · up
 
     Takes what :func:`router.ops.add_branch` takes, where :func:`can_fuse` says so. Not differentiable.
 
     Args:
-        residual: of y's shape and dtype.
         in_place: write the sum into `y`, where it is contiguous, and return it; else mutate nothing.
     """
     down, up = weights.down, weights.up
@@ -97,14 +93,14 @@ def add_branch_fused(
     activation = weights.activation
     code, codes = (_CODES[activation], out) if isinstance(activation, str) else (-1, _row_codes(activation))
     tokens = x.shape[1]
-    block = 64 if x.dtype != torch.float32 else 32
-    tiles = triton.cdiv(tokens, block)
+    tiles = triton.cdiv(tokens, BLOCK_TOKEN)
     _branch[(groups * tiles,)](
-        out, y, x, down, up, out if residual is None else residual.contiguous(), codes,
+        out, y, x, down, up, codes,
         tokens, tiles, d_in, d_out, rank,
         *down.stride(), *up.stride(),
-        CODE=code, RESIDUAL=residual is not None, DOT=tl.float32 if _INTERPRETED else _DTYPES[x.dtype],
-        BLOCK_TOKEN=block, BLOCK_DIM=64, BLOCK_RANK=max(16, triton.next_power_of_2(rank)),
+        CODE=code, DOT=tl.float32 if _INTERPRETED else _DTYPES[x.dtype],
+        BLOCK_TOKEN=BLOCK_TOKEN, BLOCK_DIM=64 if x.dtype == torch.float32 else 128,
+        BLOCK_RANK=max(16, triton.next_power_of_2(rank)),
     )  # fmt: skip
     return out
 

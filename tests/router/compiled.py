@@ -92,3 +92,16 @@ def test_shared_images_run_eagerly(backbone: Backbone, task_maker: Maker) -> Non
     for name in "ab":
         torch.testing.assert_close(found[name].logits, expected[name].logits, atol=1e-5, rtol=1e-5)
     assert graphs() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
+def test_compiled_on_a_gpu_answers_as_on_the_cpu(backbone: Backbone, task_maker: Maker) -> None:
+    compiled, eager = Router(backbone, device="cuda", compile=True), Router(backbone)
+    for router in (compiled, eager):
+        for i, name in enumerate("abc"):
+            router.add(task_maker(name, seed=i, activation=("identity", "relu", "gelu")[i]))
+    images = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    for names in ("abcab", "ccc"):
+        found, expected = (router.run(images[: len(names)], list(names)).logits for router in (compiled, eager))
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=1e-3)  # convolutions take TF32
