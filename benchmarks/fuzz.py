@@ -47,7 +47,7 @@ with atheris.instrument_imports(include=["pear_store"]):
         parse_version_key,
         sealed,
     )
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 
 ROWS: dict[str, list[Callable[[bytes, bytes], object]]] = {
     "tensors": [

@@ -155,7 +155,7 @@ def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], environm
         raise click.ClickException("no CUDA GPU here: nothing is measured")
     missing = go_where_adapterhub_is(environment)
     packages = ("torch", "timm", "peft", "triton", *(() if missing else ("adapters", "transformers")))
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/router_gpu.py", *sys.argv[1:]]),
         "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.machine()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},

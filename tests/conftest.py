@@ -1,7 +1,6 @@
-"""Shared fixtures and makers."""
+"""Shared fixtures."""
 
 import os
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,23 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports ours
 
 from pear_store import RawTensor, Store, Task, make_task
-from router import Backbone, Predictions, load_backbone
-from tests.makers import floats, record, small_task, tensors
+from router import Backbone, load_backbone
+from tests.helpers.makers import floats, record
 
-__all__ = ["SHARED", "container", "floats", "record", "small_task", "tensors", "whole"]
 SHARED = Path(__file__).parents[2] / "shared"
-
-
-def container(header: bytes | str, data: bytes = b"") -> bytes:
-    """A raw safetensors file around any header."""
-    text = header.encode() if isinstance(header, str) else header
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def whole(predictions: Predictions) -> torch.Tensor:
-    """The logits of a batch whose rows have equally many classes."""
-    assert isinstance(predictions.logits, torch.Tensor)
-    return predictions.logits
 
 
 @pytest.fixture

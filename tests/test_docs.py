@@ -10,7 +10,7 @@ import pytest
 import router.infer.cli
 from pear_store import Store
 from pear_store.cli import main
-from tests.conftest import floats, small_task
+from tests.helpers.makers import floats, small_task
 
 DOCS = Path(__file__).parents[1] / "docs"
 

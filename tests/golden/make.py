@@ -13,7 +13,7 @@ import numpy as np
 
 from pear_store import RawTensor, Store, Task, make_task, write_checkpoint
 from pear_store.exchange.peft import export_peft, import_peft
-from tests.makers import record
+from tests.helpers.makers import record
 
 D, RANK, CLASSES = 8, 2, 3
 BACKBONE = {"model": "pear_tiny", "digest": "sha256:" + "5" * 64}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pear_store import Store
-from tests.makers import floats, small_task
+from tests.helpers.makers import floats, small_task
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from pear_store import Store, rebuild, repair, verify
 from pear_store.cli import main
 from pear_store.errors import AccessError
 from pear_store.local import verify as integrity
-from tests.makers import floats, small_task
-from tests.pear_store.forking import in_child
+from tests.helpers.forking import in_child
+from tests.helpers.makers import floats, small_task
 from tests.pear_store.test_store import contents, packs
 
 NOBODY = 65534

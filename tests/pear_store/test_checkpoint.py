@@ -24,7 +24,7 @@ from pear_store import (
 )
 from pear_store.format.container import read_container
 from pear_store.format.digest import tensor_digest
-from tests.conftest import container, floats, record, small_task, tensors
+from tests.helpers.makers import container, floats, record, small_task, tensors
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from pear_store import write_checkpoint
 from pear_store.cli import main
-from tests.conftest import container, record, small_task, tensors
+from tests.helpers.makers import container, record, small_task, tensors
 
 
 def run(*args: object, **settings: Any) -> Result:

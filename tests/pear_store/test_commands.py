@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pear_store import Store, Task, make_task, write_checkpoint
-from tests.conftest import floats, record, small_task, tensors
+from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.test_cli import run
 from tests.pear_store.test_store import flip, packs
 

@@ -25,7 +25,7 @@ from pear_store.local.rows import (
     tag_key,
     version_key,
 )
-from tests.conftest import small_task
+from tests.helpers.makers import small_task
 from tests.pear_store.test_integrity import everything
 from tests.pear_store.test_store import contents, packs
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pear_store.local.rebuild as recovery
 from pear_store import NotFoundError, Store, Task, rebuild, verify
 from pear_store.local.packs import read_records
-from tests.conftest import small_task
+from tests.helpers.makers import small_task
 from tests.pear_store.test_integrity import ROOT, everything
 from tests.pear_store.test_store import contents, packs
 
@@ -100,7 +100,7 @@ def die_after_placing(path: Path, task: str) -> None:
         "import os, signal\n"
         "from pear_store import Store\n"
         "import pear_store.local.catalog as catalog\n"
-        "from tests.conftest import small_task\n"
+        "from tests.helpers.makers import small_task\n"
         "place = catalog.place_pack\n"
         "def place_and_die(*args):\n"
         "    place(*args)\n"

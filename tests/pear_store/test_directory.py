@@ -12,7 +12,7 @@ import pytest
 
 from pear_store import DamagedError, FormatError, PearStoreError, Store, rebuild, repair, verify
 from pear_store.local.packs import WrittenPack
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
 OLD = time.time() - 7200

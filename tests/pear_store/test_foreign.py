@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pear_store import CheckpointError, PearStoreError, RawTensor, SourceError
 from pear_store.exchange.peft import import_peft, read_labels
 from pear_store.format.container import container_chunks
-from tests.conftest import container, floats, record
+from tests.helpers.makers import container, floats, record
 from tests.pear_store.test_cli import run
 
 PREFIX = "base_model.model."

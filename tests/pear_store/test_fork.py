@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pear_store import Store, rebuild, verify, write_checkpoint
-from tests.makers import small_task
-from tests.pear_store.forking import LIMIT_S, in_child, use
+from tests.helpers.forking import LIMIT_S, in_child, use
+from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
 
@@ -29,7 +29,7 @@ def test_a_child_forked_while_threads_use_the_store_uses_it_too(store: Store, wo
     store.add(small_task())
     code = (
         "import os, sys\n"
-        "from tests.pear_store.forking import fork_while_threads_work\n"
+        "from tests.helpers.forking import fork_while_threads_work\n"
         f"fork_while_threads_work({str(store.path)!r}, {work!r}, {leave})\n"
     )
     done = subprocess.run(
@@ -77,7 +77,7 @@ def test_a_child_forked_in_an_iteration_leaves_the_parents_place_among_the_reade
     expected = [version.task for version in store.tasks()]
     code = (
         "import os, sys\n"
-        "from tests.pear_store.forking import fork_in_an_iteration\n"
+        "from tests.helpers.forking import fork_in_an_iteration\n"
         f"fork_in_an_iteration({str(store.path)!r}, {leave!r})\n"
     )
     done = subprocess.run(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pear_store import CheckpointError, Store, verify, write_checkpoint
 from pear_store.format.checkpoint import task_from_container
 from pear_store.format.container import parse_container
-from tests.conftest import container, record, small_task, tensors
+from tests.helpers.makers import container, record, small_task, tensors
 from tests.pear_store.test_store import contents
 
 SIZES = st.sampled_from([-1, 0, 1, 2, 6, 2**31, 2**48, 2**63, 2**64, True, 1.5, None, "6"])

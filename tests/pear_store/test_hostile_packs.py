@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pear_store import PearStoreError, Store, rebuild, verify
 from pear_store.local.index import TABLES, View
 from pear_store.local.packs import read_records
-from tests.conftest import container, small_task
+from tests.helpers.makers import container, small_task
 from tests.pear_store.test_contradictions import change
 from tests.pear_store.test_store import contents
 

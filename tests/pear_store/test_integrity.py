@@ -27,7 +27,7 @@ from pear_store import (
 )
 from pear_store.local import gc, repack, sweep
 from pear_store.local import verify as integrity
-from tests.conftest import small_task
+from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, flip, keep_log, packs
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +248,7 @@ def test_a_pack_of_a_commit_that_never_came_is_not_resurrected(filled: Path) -> 
         "import os, signal\n"
         "from pear_store import Store\n"
         "import pear_store.local.catalog as catalog\n"
-        "from tests.conftest import small_task\n"
+        "from tests.helpers.makers import small_task\n"
         "place = catalog.place_pack\n"
         "def place_and_die(*args):\n"
         "    place(*args)\n"
@@ -336,7 +336,7 @@ def test_flipped_bits_are_never_handed_out_are_named_and_are_mended(filled: Path
         used = [at for at, byte in enumerate(file.read_bytes()) if byte]  # most of LMDB's pages are empty
         flip(file, 8 * rng.choice(used) + rng.randrange(8))
         reader = subprocess.run(
-            [sys.executable, "-m", "tests.pear_store.reader", str(filled)],
+            [sys.executable, "-m", "tests.helpers.reader", str(filled)],
             cwd=ROOT, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         if reader.returncode == 0:

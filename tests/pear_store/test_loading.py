@@ -16,7 +16,7 @@ from pear_store.format.checkpoint import KnownTensors
 from pear_store.local import loading
 from pear_store.local.loading import Loaded, load_groups
 from pear_store.local.worker import Worker, WorkerDiedError
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from pear_store.format.manifest import to_manifest
 from router import Backbone, Router
 from router.describe import describe
 from router.tensors import from_torch, quantise, to_torch
-from tests.conftest import floats, record
+from tests.helpers.makers import floats, record
 
 LABELS = ["oak", "elm", "ash"]
 IMAGES = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))

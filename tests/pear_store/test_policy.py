@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pear_store import NotFoundError, PearStoreError, Store, TaggedError, make_task, verify
-from tests.conftest import floats, record, small_task, tensors
+from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.test_store import contents
 
 

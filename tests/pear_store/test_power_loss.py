@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from pear_store import Store, rebuild, verify
-from tests.makers import small_task
-from tests.pear_store.power import CALLS, Replay
+from tests.helpers.makers import small_task
+from tests.helpers.power import CALLS, Replay
 from tests.pear_store.test_store import contents, keep_log
 
 LOSSES = int(os.environ.get("PEAR_POWER_LOSSES", "24"))
@@ -32,7 +32,7 @@ State = dict[str, Any]
 
 
 def _command(call: str) -> list[str]:
-    return [sys.executable, "-c", f"from tests.pear_store.workers import *; {call}"]
+    return [sys.executable, "-c", f"from tests.helpers.workers import *; {call}"]
 
 
 def state_of(path: Path) -> State:

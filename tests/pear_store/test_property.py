@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pear_store import NotFoundError, Store, TaggedError, Task, rebuild, verify
 from pear_store.local.add import Added
-from tests.conftest import floats, small_task
+from tests.helpers.makers import floats, small_task
 
 NAMES = st.sampled_from(["a", "a.b", "B", "c-1"])
 

@@ -24,7 +24,7 @@ from pear_store import (
 )
 from pear_store.files import open_regular_file
 from pear_store.local.sources import is_url, open_source
-from tests.conftest import small_task
+from tests.helpers.makers import small_task
 from tests.pear_store.test_cli import run
 
 ROOT = os.geteuid() == 0

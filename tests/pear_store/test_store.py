@@ -43,8 +43,8 @@ from pear_store.cli import main
 from pear_store.format.manifest import to_manifest
 from pear_store.local import repack
 from pear_store.local.index import open_index, release_index
-from tests.conftest import floats, record, small_task, tensors
-from tests.pear_store.workers import add_file
+from tests.helpers.makers import floats, record, small_task, tensors
+from tests.helpers.workers import add_file
 
 
 def contents(task: Task) -> dict[str, bytes]:
@@ -369,7 +369,7 @@ def test_more_packs_are_read_and_held_than_files_may_be_open(store: Store) -> No
     code = """
 import resource, sys
 from pear_store import Store
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 with Store(sys.argv[1]) as store:
     held = [store.get(f"t{i}", copy=False) for i in range(60)]
@@ -651,7 +651,7 @@ def test_a_forked_child_uses_the_same_store(store: Store) -> None:
 
 
 def _spawn(call: str) -> "subprocess.Popen[str]":
-    code = f"from tests.pear_store.workers import *; {call}"
+    code = f"from tests.helpers.workers import *; {call}"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).parents[2],

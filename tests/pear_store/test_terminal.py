@@ -14,7 +14,7 @@ import pytest
 from pear_store import CheckpointError, Store, Task, make_task
 from pear_store.format.checkpoint import natural_key
 from pear_store.terminal import printable
-from tests.conftest import record, tensors
+from tests.helpers.makers import record, tensors
 from tests.pear_store.test_cli import run
 
 EVIL = "x\x1b[2J\x1b]0;title\x07\r\x9b31m\u202eevil\nError: forged"

@@ -1,6 +1,7 @@
 """Training on a GPU: what it learns runs on a CPU, alone and beside other tasks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from pear_store import read_checkpoint
 from pear_train.cli import main
 from router import Router
-from tests.conftest import whole
+from tests.helpers.predictions import whole
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")]
 
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def colours(path: Path, seed: int) -> None:
     """Three classes: noise with more red, green or blue."""
     rng = np.random.default_rng(seed)
-    parts = {}
+    parts: dict[str, Any] = {}
     for split, count in (("train", 48), ("val", 24), ("test", 24)):
         targets = np.arange(count) % 3
         images = rng.integers(0, 120, (count, 48, 48, 3))

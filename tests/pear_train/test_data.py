@@ -12,7 +12,7 @@ from pear_store import SourceError
 from pear_train import DataError, Split, open_dataset
 from pear_train.data import Pixels, augment
 from router import Preprocess
-from tests.conftest import record
+from tests.helpers.makers import record
 
 
 def picture(path: Path, value: int, grey: bool = False) -> None:

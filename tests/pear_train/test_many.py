@@ -35,7 +35,8 @@ from pear_train.loop import Step
 from pear_train.run import given_digest
 from router import Backbone, ImageError, Router
 from router.tensors import to_torch
-from tests.conftest import floats, whole
+from tests.helpers.makers import floats
+from tests.helpers.predictions import whole
 
 
 def write_stripes(path: Path, classes: int, count: int, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ from pear_train import DataError, Dataset, Split, open_dataset
 from pear_train.cli import main
 from pear_train.data import DataOptions, Pixels, read_pictures
 from router import Preprocess
-from tests.conftest import record
+from tests.helpers.makers import record
 from tests.pear_train.test_data import folder, vtab
 
 PREPROCESS = Preprocess(record()["preprocess"])

@@ -10,7 +10,7 @@ import torch
 
 from pear_store import Store, Task
 from router import Backbone, Router
-from tests.conftest import whole
+from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")]

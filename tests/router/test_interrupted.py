@@ -17,7 +17,7 @@ import torch
 import router as package
 from pear_store import Store, Task
 from router import AdaptedBackbone, Backbone, ClosedError, Router
-from tests.conftest import whole
+from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
 Act = Callable[[Router], object]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pear_store import RawTensor, Store, Task, make_task
 from router import Router, load_backbone
-from tests.makers import floats, record
+from tests.helpers.makers import floats, record
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 path, count = sys.argv[1], int(sys.argv[2])

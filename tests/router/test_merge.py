@@ -7,7 +7,7 @@ import torch
 
 from pear_store import Store, Task
 from router import Backbone, Router, RouterError
-from tests.conftest import whole
+from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
 LINEARS = ("blocks.0.attn.qkv", "blocks.3.attn.proj")

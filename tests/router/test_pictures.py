@@ -30,7 +30,7 @@ from pear_train.run import preprocess_record
 from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, load_backbone, open_image
 from router.infer import cli as infer_cli
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened
-from tests.makers import record
+from tests.helpers.makers import record
 
 Pixel = tuple[int, ...]
 AVIF = pytest.param("AVIF", {}, marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"))
@@ -557,7 +557,7 @@ def test_memory_of_large_pictures_is_bounded(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from router import Preprocess, decode
-from tests.makers import record
+from tests.helpers.makers import record
 from router.infer import cli as infer_cli
 import router.pictures
 router.pictures.PIXELS_IN_FLIGHT = 40_000_000

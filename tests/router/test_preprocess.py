@@ -15,7 +15,7 @@ from PIL import Image
 import router.preprocess
 from router import ImageError, Limits, Preprocess, decode, prepare
 from router.pictures import Picture
-from tests.makers import record
+from tests.helpers.makers import record
 
 
 def way(size: int = 48, **changes: Any) -> Preprocess:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pear_store import RawTensor, Task, make_task
 from router import Backbone, Router, load_backbone
 from router.tensors import from_torch, quantise
-from tests.makers import record
+from tests.helpers.makers import record
 from tests.router.test_router import reference
 
 WIDTHS = {"blocks.0.attn": (192, 192), "blocks.1.mlp": (192, 192), "blocks.3.attn.qkv": (192, 576),

@@ -31,7 +31,8 @@ from router import (
     WrongBackboneError,
 )
 from router.tensors import dequantise, from_torch, quantise, to_torch
-from tests.conftest import floats, whole
+from tests.helpers.makers import floats
+from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
 PHI = {"identity": lambda h: h, "relu": torch.relu, "gelu": F.gelu}

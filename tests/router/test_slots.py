@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pear_store import Store, Task, Version
 from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
 from router.slots import Pool
-from tests.conftest import whole
+from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))

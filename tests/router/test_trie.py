@@ -15,8 +15,8 @@ from router import backbone as backbone_module
 from router import router as router_module
 from router.backbone import AdaptedBackbone
 from router.trie import bucket, by_level, plan
-from tests.conftest import whole
-from tests.makers import floats, record
+from tests.helpers.makers import floats, record
+from tests.helpers.predictions import whole
 
 LEVELS = 3
 rows_of = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=12)

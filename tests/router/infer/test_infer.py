@@ -35,7 +35,7 @@ from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
 from router.infer.work import infer
-from tests.makers import floats
+from tests.helpers.makers import floats
 
 ROOT = Path(__file__).parents[3]
 

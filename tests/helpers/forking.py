@@ -13,7 +13,7 @@ from typing import Any
 
 from pear_store import PearStoreError, Store, Task, rebuild
 from pear_store.local import verify as integrity
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 
 LIMIT_S = 60
 

@@ -1,5 +1,6 @@
 """Makers of small tasks, without torch: worker processes start in a fraction of a second."""
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ from pear_store import RawTensor, Task, make_task
 def floats(values: Any) -> RawTensor:
     array = np.asarray(values, dtype="<f4")
     return RawTensor("F32", array.shape, array.tobytes())
+
+
+def container(header: bytes | str, data: bytes = b"") -> bytes:
+    """A raw safetensors file around any header."""
+    text = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def record(name: str = "dtd", **changes: Any) -> dict[str, Any]:

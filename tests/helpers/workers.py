@@ -10,7 +10,7 @@ from typing import Any
 
 from pear_store import Added, NotFoundError, Store, rebuild
 from pear_store.local import loading
-from tests.makers import small_task
+from tests.helpers.makers import small_task
 
 
 def add_and_acknowledge(path: str, worker: int, seconds: float) -> None:

@@ -1,0 +1,1 @@
+"""What tests share: makers of tasks and files, processes to kill, and how their output is read."""
