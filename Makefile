@@ -28,11 +28,11 @@ lint: $(VENV)/dev.installed
 
 # Needs the data and weights that benchmarks/README.md names, in ../shared.
 bench: $(VENV)/dev.installed
-	$(BIN)/python benchmarks/pear_tiny.py --data ../shared/data \
+	$(BIN)/python -m benchmarks.study.pear_tiny --data ../shared/data \
 		--deit ../shared/weights/deit_tiny_patch16_224.safetensors --out benchmarks/results/pear_tiny.json
-	for stage in shape knobs decay sharing across codes peers pixels; do $(BIN)/python benchmarks/study.py $$stage --shared ../shared || exit 1; done
-	$(BIN)/python benchmarks/study.py final --shared ../shared --seeds 3
-	$(BIN)/python benchmarks/study_report.py
+	for stage in shape knobs decay sharing across codes peers pixels; do $(BIN)/python -m benchmarks.study.run $$stage --shared ../shared || exit 1; done
+	$(BIN)/python -m benchmarks.study.run final --shared ../shared --seeds 3
+	$(BIN)/python -m benchmarks.study.report
 
 $(VENV)/%.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

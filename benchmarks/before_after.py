@@ -6,7 +6,7 @@ the two. Rounds alternate: before, after; after, before; and so on. The same fil
 makes them. A ratio is after over before: the median over the rounds, with the 95 % interval of 2,000 bootstrap samples
 of the rounds.
 
-    python benchmarks/before_after.py --before main --out runs/before_after.json
+    python -m benchmarks.before_after --before main --out runs/before_after.json
 
     bulk add    all tasks into a new store, seconds a task
     one add     one more task, median of several
@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def child(tree: Path, what: str, work: Path, tasks: int) -> Figures:
     """What a fresh process measures that imports the project from `tree`."""
     command = [
         sys.executable,
+        "-P",  # without this file's folder, whose router/ is not the project's
         str(Path(__file__).resolve()),
         "--child",
         what,
@@ -250,7 +252,7 @@ def compare(before: str, work: Path, tasks: int, rounds: int, only: tuple[str, .
     finally:
         git("worktree", "remove", "--force", str(tree))
     return {
-        "command": "python benchmarks/before_after.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.before_after " + " ".join(sys.argv[1:]),
         "commits": {**commits, "changed_since": git("status", "--porcelain", "--untracked-files=no").splitlines()},
         "machine": machine(work), "load": [*load, os.getloadavg()],
         "versions": {"python": platform.python_version(),
@@ -272,10 +274,11 @@ def main(
     before: str | None, out: Path | None, tasks: int, rounds: int, only: tuple[str, ...], work: Path, what: str | None
 ) -> None:
     if what is not None:
-        import pear_store
-
         tree = Path(os.environ["BEFORE_AFTER_TREE"])
-        assert Path(pear_store.__file__).is_relative_to(tree), f"{pear_store.__file__} is not of {tree}"
+        for package in ("pear_store", "router"):
+            spec = find_spec(package)
+            assert spec and spec.origin, f"no {package}"
+            assert Path(spec.origin).is_relative_to(tree), f"{spec.origin} is not of {tree}"
         click.echo(json.dumps({"prepare": prepare, **MEASURES}[what](work, tasks)))
         return
     if before is None or out is None:

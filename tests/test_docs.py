@@ -12,7 +12,8 @@ from pear_store import Store
 from pear_store.cli import main
 from tests.helpers.makers import floats, small_task
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def reference() -> str:
@@ -77,6 +78,18 @@ def test_the_promises_name_tests_that_exist() -> None:
             "test_reading",
             "test_foreign",
         )
+
+
+def test_the_benchmarks_and_tools_that_docs_name_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "Makefile"]
+    named = set()
+    for page in pages:
+        text = page.read_text()
+        named |= {(page.name, name) for name in re.findall(r"\b(?:benchmarks|tools)/[a-z0-9_/]+\.py\b", text)}
+        modules = re.findall(r"-m ((?:benchmarks|tools)\.[a-z0-9_.]+)\b", text)
+        named |= {(page.name, name.replace(".", "/") + ".py") for name in modules}
+    assert len(named) > 15
+    assert not [(page, name) for page, name in named if not (ROOT / name).is_file()]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Coverage-guided fuzzing of the store's readers with atheris (pip install atheris).
 
-    python benchmarks/fuzz.py checkpoint -max_total_time=300 runs/checkpoints
-    python benchmarks/fuzz.py pack -max_total_time=300 runs/packs
-    python benchmarks/fuzz.py row -max_total_time=300 runs/rows
+    python -m benchmarks.store.fuzz checkpoint -max_total_time=300 runs/checkpoints
+    python -m benchmarks.store.fuzz pack -max_total_time=300 runs/packs
+    python -m benchmarks.store.fuzz row -max_total_time=300 runs/rows
 
     checkpoint  a task checkpoint
     pack        a pack's header, records and manifests
@@ -25,8 +25,6 @@ from io import BytesIO
 from pathlib import Path
 
 import atheris
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it must find tests/
 
 with atheris.instrument_imports(include=["pear_store"]):
     from pear_store import PearStoreError, Store, write_checkpoint
@@ -155,7 +153,7 @@ TARGETS = {"checkpoint": checkpoint, "pack": pack, "row": row}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
-        print(__doc__.replace("Coverage", "Usage: fuzz.py checkpoint|pack|row [OPTION]... CORPUS\n\nCoverage"))
+        print(f"Usage: python -m benchmarks.store.fuzz {'|'.join(TARGETS)} [OPTION]... CORPUS\n\n{__doc__}")
         sys.exit(0 if "--help" in sys.argv else 2)
     target = sys.argv.pop(1)
     folders = [word for word in sys.argv[1:] if not word.startswith("-")]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tables and the plot of the study, from benchmarks/results/study.jsonl alone.
 
-python benchmarks/study_report.py        # writes docs/results/study.md and study.png
+python -m benchmarks.study.report        # writes docs/results/study.md and study.png
 """
 
 import json
@@ -12,10 +12,11 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from study import GROUPS, RESULTS, SWEEP_SETS, UPON, plan_of, plans_upon
 from tabulate import tabulate
 
-DOCS = Path(__file__).parents[1] / "docs" / "results"
+from benchmarks.study.run import GROUPS, RESULTS, SWEEP_SETS, UPON, plan_of, plans_upon
+
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 PAIRS = (
     ("pear r=8, 0.5", "unpruned r=8"),
     ("pear r=8, 0.75", "unpruned r=8"),
@@ -154,7 +155,7 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
 
     return f"""# The study: accuracy per byte
 
-Written by `python benchmarks/study_report.py` from `benchmarks/results/study.jsonl`. Bytes are of float16 tensors, adapters with
+Written by `python -m benchmarks.study.report` from `benchmarks/results/study.jsonl`. Bytes are of float16 tensors, adapters with
 their cores; the head comes on top, the same for all. Runs: {one["machine"]}, bfloat16 autocast{exceptions(every)}, gradients clipped at
 norm 1, for peers as for ours.
 
@@ -219,7 +220,7 @@ The first tries, on four sets: the last rows of the table above and these turn w
 
 ## Forms of other papers
 
-At about the default's bytes; from their papers, in a few lines of hooks (`benchmarks/study_peers.py`), without dropout and
+At about the default's bytes; from their papers, in a few lines of hooks (`benchmarks/study/peers.py`), without dropout and
 drop path; val. The plot shows all peers, each with the best of its learning rates (one to three, weight decay 1e-4, warm-up 0.1).
 
 ![Mean val top-1 of four sets over adapter bytes, all peers](study_peers.png)

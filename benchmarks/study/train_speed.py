@@ -5,7 +5,7 @@ DeiT-tiny at 96 pixels, rank 8 at the 12 fused qkv Linears (identity, so the sam
 random images, steps taken in turns in one process, medians. Memory is the peak resident size of a process of each
 variant's own.
 
-    python benchmarks/train_speed.py --weights ../shared/weights/deit_tiny_patch16_224.safetensors
+    python -m benchmarks.study.train_speed --weights ../shared/weights/deit_tiny_patch16_224.safetensors
 """
 
 import json
@@ -31,7 +31,7 @@ from pear_train.loop import Job, _Trainer
 from router import load_backbone
 
 MODEL, PIXELS, BATCH, RANK, CLASSES = "deit_tiny_patch16_224", 96, 32, 8, 10
-OUT = Path(__file__).parent / "results" / "train_speed.json"
+OUT = Path(__file__).parents[1] / "results" / "train_speed.json"
 VARIANTS = {"ours, alone": 1, "ours, 4 tasks together": 4, "PEFT LoRA": 0}
 
 

@@ -5,7 +5,7 @@ Contestants of a section take turns in one process, on the same weights in memor
 Everything is over the bare backbone that a contestant runs: timm's for Pear and PEFT, Hugging Face's for AdapterHub.
 Weights are random. A load is of a task that the process has not read before; files are in the system's cache.
 
-    python benchmarks/router_peers.py --out benchmarks/results/router_peers.json
+    python -m benchmarks.router.peers --out benchmarks/results/router_peers.json
 
 AdapterHub's package needs an older transformers than PEFT's newest; where it is not there, the script makes an
 environment for it in runs/peers, on top of the present one, and goes on in that. --only runs single sections
@@ -361,7 +361,7 @@ def go_where_adapterhub_is(folder: Path) -> str | None:
         if done.returncode:
             return f"{ADAPTERHUB} could not be installed: {done.stderr.strip().splitlines()[-1]}"
         (folder / "installed").touch()
-    os.execv(python, [str(python), *sys.argv])
+    os.execv(python, [str(python), *sys.orig_argv[1:]])
 
 
 def machine() -> dict[str, Any]:
@@ -390,7 +390,7 @@ def main(out: Path, only: tuple[str, ...], repeats: int, images: int, environmen
         needed = name.startswith(("adapterhub", "parallel"))
         with torch.inference_mode():
             found = {"not_run": missing} if missing and needed else SECTIONS[name](repeats, images)
-        command = " ".join(["python", "benchmarks/router_peers.py", *sys.argv[1:]])
+        command = " ".join(["python", "-m", "benchmarks.router.peers", *sys.argv[1:]])
         report["sections"][name] = {"command": command, "repeats": repeats, "images": images, "figures": found}
         packages = ("torch", "timm", "peft", "transformers", *(() if missing else ("adapters",)))
         report |= {

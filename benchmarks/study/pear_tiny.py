@@ -4,8 +4,8 @@
 Probe: logistic regression (scikit-learn, L-BFGS) on the frozen, standardised features of the train split; C chosen on
 val from 6 values; test looked at once. No set of these was used in pretraining.
 
-    python benchmarks/pear_tiny.py --data ../shared/data --deit ../shared/weights/deit_tiny_patch16_224.safetensors \
-        --out benchmarks/results/pear_tiny.json
+    python -m benchmarks.study.pear_tiny --data ../shared/data \
+        --deit ../shared/weights/deit_tiny_patch16_224.safetensors --out benchmarks/results/pear_tiny.json
 """
 
 import json
@@ -133,7 +133,7 @@ def main(data: Path, deit: str, weights: str | None, out: Path) -> None:
     means = {name: round(sum(row[name] for row in table.values()) / len(table), 2) for name in models}
     low, mid, high = means.values()
     result = {
-        "command": "python benchmarks/pear_tiny.py",
+        "command": "python -m benchmarks.study.pear_tiny",
         "machine": f"{platform.machine()}, 2 threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "digest": trained.digest,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How the store behaves at 100,000 tasks: add, list, show, get, gc and add again.
 
-    python benchmarks/store_scale.py --out benchmarks/results/store_scale.json
+    python -m benchmarks.store.scale --out benchmarks/results/store_scale.json
 
 Tasks have 10 tensors of 256 to 512 bytes; 60 % of them are drawn from a common pool of 2,000. Adds go through
 Store.add_many from tasks in memory (so the checkpoint's parsing is not in the clock, hashing is), in runs of 5,000.
@@ -145,7 +145,7 @@ def measure(out: Path, tasks: int, path: Path) -> None:
         "ls_per_task_end_over_start": read[-1]["ls_per_task_s"] / read[0]["ls_per_task_s"],
     }
     found = {
-        "command": "python benchmarks/store_scale.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.store.scale " + " ".join(sys.argv[1:]),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
                     "lmdb": version("lmdb")},
         "figures": figures, "targets": TARGETS,

@@ -6,7 +6,7 @@ measures all contestants interleaved, in an order that rotates from repeat to re
 target. restic comes from PATH, else from apt-get; DVC from --peers-venv, which is made if absent; a
 peer that cannot be had is left out and named in the JSON. A run of 1,000 tasks needs about 8 GB of disk. Run it alone.
 
-    python benchmarks/store_peers.py --out benchmarks/results/store_peers.json
+    python -m benchmarks.store.peers --out benchmarks/results/store_peers.json
 """
 
 import compileall
@@ -454,7 +454,7 @@ def run(out: Path, tasks: int, repeats: int, work: Path, peers_venv: Path) -> No
         for reader, reads in found[kind].items():
             found[kind][reader] = {key: summary([row[key] for row in reads]) for key in reads[0]}
     record = {
-        "command": f"python benchmarks/store_peers.py --out {RESULT} --tasks {tasks} --repeats {repeats}",
+        "command": f"python -m benchmarks.store.peers --out {RESULT} --tasks {tasks} --repeats {repeats}",
         "machine": machine(work), "versions": versions(peers), "noise_at_start_and_end": noise, "method": METHOD,
         "notes": notes, "targets": rows, "measured": found,
     }  # fmt: skip

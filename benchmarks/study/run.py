@@ -4,10 +4,10 @@
 Each run is one row of benchmarks/results/study.jsonl; what is there is not repeated, so the script may be stopped
 and started at will. Sweeps look at val only, with the weights of the last epoch; test is looked at in the
 stages `final`, `tuned` and `table`, and where tasks stand upon others. Runs that differ only in what happens after
-pruning share the epochs before it, which are the same to the bit. benchmarks/study_report.py makes tables and plots.
+pruning share the epochs before it, which are the same to the bit. benchmarks/study/report.py makes tables and plots.
 
-    python benchmarks/study.py shape --shared ../shared
-    python benchmarks/study.py final --shared ../shared --seeds 3
+    python -m benchmarks.study.run shape --shared ../shared
+    python -m benchmarks.study.run final --shared ../shared --seeds 3
 
 Several processes of a thread each (OMP_NUM_THREADS=1, --processes 2 --process 0, and 1) get more done than one
 of several threads. Rows are the same row whatever the precision of their forwards, which each of them names: --dtype
@@ -28,10 +28,10 @@ from typing import Any
 import click
 import timm
 import torch
-from study_peers import adapt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.study.peers import adapt
 from pear_store import Store, Task, read_checkpoint
 from pear_train import Dataset, TrainConfig, open_dataset
 from pear_train.adapters import AdapterSet
@@ -44,7 +44,7 @@ from router import Backbone, Preprocess, Router, load_backbone
 from router.precision import fast_precision
 
 DEVICE = torch.device("cpu")
-RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 GROUPS = {
     "natural": ("cifar10", "dtd10", "chars74k36", "sign_digits"),
     "specialized": ("rsscn7", "neu_surface", "chest_xray3", "brain_mri", "spoken_digits_mel"),

@@ -5,7 +5,7 @@ As it comes (the faster op), eager with the plain op, eager with the Triton kern
 beside them. Contestants of a batch size take turns; figures are medians over the bare backbone's in the same mode
 (eager or compiled).
 
-    python benchmarks/router_gpu.py --out benchmarks/results/router_gpu.json
+    python -m benchmarks.router.gpu --out benchmarks/results/router_gpu.json
 """
 
 import json
@@ -23,7 +23,8 @@ from unittest import mock
 
 import click
 import torch
-from router_peers import (
+
+from benchmarks.router.peers import (
     LINEARS_24,
     LINEARS_48,
     adapterhub_model,
@@ -33,7 +34,6 @@ from router_peers import (
     peft_model,
     vit,
 )
-
 from router import Router, kernels, load_backbone
 
 NAMES = [f"t{i}" for i in range(64)]
@@ -156,7 +156,7 @@ def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], environm
     missing = go_where_adapterhub_is(environment)
     packages = ("torch", "timm", "peft", "triton", *(() if missing else ("adapters", "transformers")))
     report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/router_gpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.router.gpu", *sys.argv[1:]]),
         "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.machine()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "dtype": dtype,

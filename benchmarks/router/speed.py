@@ -1,6 +1,6 @@
 """What routing costs over the bare backbone: mixed batches, one task, merged, loaded tasks, switches, misses, run_all.
 
-    python benchmarks/router_speed.py PART [PART ...] --out benchmarks/results/router_speed.json
+    python -m benchmarks.router.speed PART [PART ...] --out benchmarks/results/router_speed.json
 
 A part's figures are written under its name, those of other parts are kept. ViT-B/16 with random weights, normalised
 tensors, 2 threads; adapters of rank 8 at the preset `blocks` (24 positions), random, about as small as trained ones.
@@ -314,7 +314,7 @@ def main() -> None:
         results[name] = {
             **found,
             "repeats": args.repeats,
-            "command": " ".join(["python", "benchmarks/router_speed.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks.router.speed", *sys.argv[1:]]),
             "machine": {
                 "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                 "instructions": torch.backends.cpu.get_cpu_capability(), "system": platform.platform(),
