@@ -19,7 +19,7 @@ from pear_train.partial import state_bytes
 from pear_train.record import to_task
 from pear_train.run import TaskRun, preprocess_record
 from router import AdaptedBackbone, Backbone
-from router.backbone import open_device
+from router.device import open_device
 
 
 @dataclass(frozen=True)

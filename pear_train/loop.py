@@ -22,7 +22,7 @@ from pear_train.recall import by_class, recall_by_class
 from pear_train.record import stored_bytes, to_task
 from pear_train.run import TaskRun, in_batches
 from router import AdaptedBackbone, Backbone, PositionWeights, Router, RouterError
-from router.backbone import open_device
+from router.device import open_device
 
 
 @dataclass(frozen=True)

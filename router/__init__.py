@@ -1,6 +1,8 @@
 """One frozen backbone, any number of tasks, any mix of them in a batch."""
 
-from router.backbone import AdaptedBackbone, Backbone, choose_positions, load_backbone
+from router.adapted import AdaptedBackbone
+from router.backbone import Backbone, load_backbone
+from router.batches import Batch, prepare
 from router.errors import (
     BackboneError,
     ClosedError,
@@ -14,21 +16,24 @@ from router.errors import (
 )
 from router.ops import PositionWeights, add_branch
 from router.pictures import Limits, open_image
-from router.preprocess import Prepared, Preprocess, decode, prepare
-from router.router import Predictions, Router
+from router.positions import choose_positions
+from router.predictions import Prediction, Predictions
+from router.preprocess import Preprocess, decode
+from router.router import Router
 from router.slots import SlotStats
 
 __all__ = [
     "AdaptedBackbone",
     "Backbone",
     "BackboneError",
+    "Batch",
     "ClosedError",
     "ForkedError",
     "ImageError",
     "Limits",
     "PositionWeights",
+    "Prediction",
     "Predictions",
-    "Prepared",
     "Preprocess",
     "Router",
     "RouterError",

@@ -5,6 +5,9 @@ task at the bare backbone's cost. The sum is taken in float32 from the pristine 
 borrows the copies, and the pristine ones are never written to.
 """
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
@@ -13,28 +16,32 @@ from torch import nn
 
 from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
-from router.backbone import AdaptedBackbone
-from router.slots import Use
+from router.adapted import AdaptedBackbone
+from router.layout import Use
 
 Merge = bool | Literal["auto"]
 """Merge a task that runs alone at once, never, or when it has run alone often enough."""
 AUTO_ROWS = 512
 """Images that a task must have run alone, less those of other batches since, until it is merged.
 
-For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images; benchmarks/router_speed.py has what it saves."""
+For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images; benchmarks/README.md has what it saves."""
+
+log = logging.getLogger(__name__)
 
 
 class Merger:
-    """Holds the merged matrices of at most one task. Not thread-safe.
+    """Holds the merged matrices of at most one task. Thread-safe: tasks are read and merged while forwards go on.
 
     Args:
-        is_live: whether a key is of a task that is known; what no longer is, is forgotten.
+        read: gives a task with its tensors' bytes.
     """
 
-    def __init__(self, adapted: AdaptedBackbone, merge: Merge, is_live: Callable[[Hashable], bool]) -> None:
-        self._adapted, self._merge, self._is_live = adapted, merge, is_live
+    def __init__(self, adapted: AdaptedBackbone, merge: Merge, read: Callable[[Use], Task]) -> None:
+        self._adapted, self._merge, self._read = adapted, merge, read
+        self._lock = threading.Lock()
         self._rows: dict[Hashable, int] = {}
         self._held: tuple[Hashable, dict[str, nn.Parameter]] | None = None
+        self._merging: Hashable = None
         self.merges = 0
 
     def matrices(self, use: Use, rows: int) -> Mapping[str, nn.Parameter]:
@@ -43,25 +50,47 @@ class Merger:
         Args:
             rows: images in the batch.
         """
-        key, task = use.key, use.task
-        if self._merge is False or not self._can(task):
+        key = use.key
+        if self._merge is False or not self._can(use.task):
             return {}
-        self.ran(rows, but=key)
-        if self._held is not None and self._held[0] == key:
-            return self._held[1]
-        self._rows[key] = self._rows.get(key, 0) + rows
-        if self._merge == "auto" and self._rows[key] < AUTO_ROWS:
-            return {}
-        self._held = None  # its memory first
-        task = use.read()
-        self._held = (key, {position: self._merged(task, position) for position in task.positions})
-        self.merges += 1
-        return self._held[1]
+        with self._lock:
+            self._ran(rows, but=key)
+            if self._held is not None and self._held[0] == key:
+                return self._held[1]
+            self._rows[key] = self._rows.get(key, 0) + rows
+            if self._merging is not None or (self._merge == "auto" and self._rows[key] < AUTO_ROWS):
+                return {}
+            self._held = None  # its memory first
+            self._merging = key
+        try:
+            began = time.perf_counter()
+            task = self._read(use)
+            held = key, {position: self._merged(task, position) for position in task.positions}
+            self._held = held
+            self.merges += 1
+            log.debug("merged task %s: %d matrices in %.3f s", task.name, len(held[1]), time.perf_counter() - began)
+        finally:
+            self._merging = None
+        return held[1]
 
-    def ran(self, rows: int, but: Hashable = None) -> None:
-        """Counts a batch against all tasks but one."""
-        if self._held is not None and not self._is_live(self._held[0]):
-            self._held = None
+    def ran(self, rows: int) -> None:
+        """Counts a batch of several tasks against each."""
+        if self._merge is not False:
+            with self._lock:
+                self._ran(rows)
+
+    @property
+    def held(self) -> Hashable:
+        """The key of the task whose matrices are held; None where there is none."""
+        held = self._held
+        return None if held is None else held[0]
+
+    def forget(self) -> None:
+        """Gives the memory back."""
+        with self._lock:
+            self._held, self._rows = None, {}
+
+    def _ran(self, rows: int, but: Hashable = None) -> None:
         self._rows = {k: left for k, n in self._rows.items() if (left := n if k == but else n - rows) > 0}
 
     def _can(self, task: Task) -> bool:

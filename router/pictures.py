@@ -32,8 +32,9 @@ with suppress(ImportError):  # whoever has it can read HEIC
 
     pillow_heif.register_heif_opener()
 
-ImageLike = Image.Image | NDArray[Any] | str | PathLike[str] | bytes
-"""A PIL image; a uint8 or uint16 array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; a path or URL; or a file's bytes."""
+ImageLike = Image.Image | NDArray[Any] | str | PathLike[str] | bytes | BinaryIO
+"""A PIL image; a uint8 or uint16 array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; a path or URL; a file's bytes; or a
+file that is open to read bytes from, which is read from its start."""
 
 READINGS = (0, 1)
 """The rules that this Pear knows."""
@@ -177,6 +178,8 @@ def _name(image: object) -> str:
         return f"array image {image.dtype} {list(image.shape)}"
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes"
+    if hasattr(image, "read"):
+        return f"image of file {str(getattr(image, 'name', '') or image)!r:.200}"
     return fspath(image) if isinstance(image, str | PathLike) else f"image of type {type(image).__name__}"
 
 
@@ -191,12 +194,23 @@ def _source(image: ImageLike, name: str, limits: Limits, files: ExitStack) -> Im
         if 0 in image.shape:
             raise ImageError(f"{name} is empty")
         return image
+    if not isinstance(image, str | PathLike | bytes) and hasattr(image, "read"):
+        image = _bytes_of(image, name)
     if isinstance(image, bytes):
         return _open_file(BytesIO(image), name)
     if not isinstance(image, str | PathLike):
-        raise ImageError(f"{name}: expected a PIL image, an array, a path, or a file's bytes")
+        raise ImageError(f"{name}: expected a PIL image, an array, a path, a file's bytes, or an open file")
     path = image if isinstance(image, str) else Path(fspath(image))
     return _open_file(files.enter_context(open_source(path, limits.access)), name)
+
+
+def _bytes_of(file: BinaryIO, name: str) -> bytes:
+    if file.seekable():
+        file.seek(0)
+    found = file.read()
+    if not isinstance(found, bytes):
+        raise ImageError(f"{name}: gives {type(found).__name__}, not bytes: open it with mode 'rb'")
+    return found
 
 
 def _open_file(file: BinaryIO, name: str) -> Image.Image:

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from os import PathLike, fspath
 from typing import Any
@@ -104,47 +103,12 @@ class Preprocess:
         Raises:
             ImageError: the first image that cannot be read.
         """
-        (prepared,) = prepare(images, [self] * len(images))
-        return prepared.images[prepared.index]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The rows of a batch that have one preprocessing; an image that several of them ask for is there once."""
-
-    preprocess: Preprocess
-    images: Tensor
-    """float32 [image, 3, h, w], normalised, all distinct."""
-    rows: list[int]
-    """The batch's rows, ascending."""
-    index: list[int]
-    """For each of `rows`, which of `images` it is."""
-
-
-def prepare(images: Sequence[ImageLike], ways: Sequence[Preprocess]) -> list[Prepared]:
-    """A batch, each image prepared in its own way, as one tensor for each preprocessing.
-
-    Images may be of any sizes: each is resized to its preprocessing's input size; unlike sizes never meet in a tensor.
-
-    Raises:
-        ImageError: the first image that cannot be read.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for row, way in enumerate(ways):
-        groups.setdefault(way.key, []).append(row)
-    pixels: list[Tensor] = []
-    for found in decode(images, ways):
-        if isinstance(found, ImageError):
-            raise found
-        pixels.append(found)
-    prepared = []
-    for rows in groups.values():
-        distinct = {id(pixels[row]): pixels[row] for row in rows}
-        place = {key: i for i, key in enumerate(distinct)}
-        way = ways[rows[0]]
-        stacked = way.normalise(torch.stack(list(distinct.values())))
-        prepared.append(Prepared(way, stacked, rows, [place[id(pixels[row])] for row in rows]))
-    return prepared
+        pixels = []
+        for found in decode(images, [self] * len(images)):
+            if isinstance(found, ImageError):
+                raise found
+            pixels.append(found)
+        return self.normalise(torch.stack(pixels))
 
 
 def decode(images: Sequence[ImageLike], ways: Sequence[Preprocess]) -> list[Tensor | ImageError]:

@@ -1,7 +1,5 @@
 """Between a store's raw tensors and torch, and the quantised form of adapters."""
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,21 +17,15 @@ _DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
-# torch cannot know that nobody writes to a map of a pack
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def to_torch(raw: RawTensor, copy: bool = True) -> Tensor:
-    """A CPU tensor.
-
-    Args:
-        copy: give it memory of its own; else it shares the raw tensor's, maybe a read-only map: never write to it.
-    """
+def to_torch(raw: RawTensor) -> Tensor:
+    """A CPU tensor with memory of its own."""
     dtype = _DTYPES[raw.dtype]
     if not len(raw.data):
         return torch.empty(raw.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(raw.data) if copy else raw.data, dtype=dtype).view(raw.shape)
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).view(raw.shape)
 
 
 def all_finite(raw: RawTensor) -> bool:

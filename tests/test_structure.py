@@ -111,6 +111,49 @@ def test_nothing_of_router_imports_what_works_lists_off() -> None:
             assert "pyarrow" not in imports(file), file
 
 
+FACES = {"router", "call", "engine"}
+"""Of router, those that bring ideas together; nothing else of it imports them"""
+
+
+def test_ideas_of_router_do_not_import_its_faces() -> None:
+    for file in (ROOT / "router").glob("*.py"):
+        ours = {name.split(".")[1] for name in modules(file) if name.startswith("router.")}
+        if file.stem not in (*FACES, "__init__"):
+            assert not ours & FACES, f"{file} imports {ours & FACES}"
+        if file.stem in ("pictures", "preprocess", "batches"):
+            assert not ours & {"slots", "matrices", "adapted", "registry"}, f"{file}: images know nothing of tasks"
+        if file.stem in ("slots", "matrices", "layout"):
+            assert not ours & {"adapted", "registry", "batches"}, f"{file}: slots know nothing of forwards and names"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_class_is_long(package: str) -> None:
+    """docs/design.md says why those are that are."""
+    long = {
+        f"{file.relative_to(ROOT)} {node.name}"
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno >= 250
+    }
+    assert long <= LONG
+
+
+LONG = {"router/router.py Router"}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_importing_changes_neither_warnings_nor_logging(package: str) -> None:
+    code = (
+        "import logging, warnings, torch, timm, numpy, PIL.Image\n"  # which have filters of their own
+        "before = list(warnings.filters), warnings.showwarning, list(logging.root.handlers), logging.root.level\n"
+        f"import {package}\n"
+        "assert before == (list(warnings.filters), warnings.showwarning, logging.root.handlers, logging.root.level)\n"
+        f"assert not logging.getLogger({package!r}).handlers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_module_opens_urls() -> None:
     using = {file.relative_to(ROOT) for p in ALLOWED for file in (ROOT / p).rglob("*.py") if "fsspec" in imports(file)}
     assert using == {Path("pear_store/local/sources.py")}

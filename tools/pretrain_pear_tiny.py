@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import router.pear_tiny  # noqa: F401  (registers the student with timm)
+import router.models.pear_tiny  # noqa: F401  (registers the student with timm)
 from router import open_image
 
 SIDE = 96

@@ -123,7 +123,7 @@ def outside(router: Router, call: Callable[[], object]) -> float:
             return found
 
         with (
-            patch("router.backbone.add_branch", timed_branch),
+            patch("router.adapted.add_branch", timed_branch),
             patch.object(router._adapted, "features", timed_forward),
         ):
             start = time.perf_counter()
@@ -231,7 +231,8 @@ class Bench:
             turn, miss = cycle(names), cycle(names)
 
             def first() -> None:
-                tight._known.clear()  # refresh keeps what did not change
+                tight._registry._known.clear()  # refresh keeps what did not change
+                tight._registry._uses.clear()
                 tight.run(one, next(miss))
 
             with _no_forward(router), _no_forward(tight):

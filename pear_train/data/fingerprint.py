@@ -27,8 +27,11 @@ def picture_digest(image: ImageLike) -> str:
             values, told = image.tobytes(), f"{image.mode} {image.size} {image.getpalette()}"
         elif isinstance(image, bytes):
             values, told = image, "file"
-        else:
+        elif isinstance(image, np.ndarray):
             values, told = np.ascontiguousarray(image).tobytes(), f"{image.dtype} {image.shape}"
+        else:
+            image.seek(0)
+            values, told = image.read(), "file"
     except Exception:  # a broken file, in whatever way Pillow says so; the check before the first epoch names it
         return "unreadable"
     return hashlib.sha256(told.encode() + values).hexdigest()

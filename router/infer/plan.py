@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from pear_store import PearStoreError, Store
 from pear_store.local.sources import Access
-from router import ImageError, Limits, Preprocess, Router, RouterError, decode
+from router import Batch, Limits, Preprocess, Router, RouterError, prepare
 from router.infer.lists import Image, Rows
 from router.pictures import LIMITS, ImageLike
 
@@ -60,11 +59,11 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Asks of one preprocessing, with their images on the device: float32 [batch, 3, h, w], normalised."""
+class Work:
+    """Asks whose images are of one size, prepared and on the device: a row of the batch for each."""
 
     asks: list[Ask]
-    images: Tensor
+    batch: Batch
 
 
 class Tasks:
@@ -101,7 +100,7 @@ def batches(
     size: int,
     device: torch.device,
     place: Callable[[Image], ImageLike],
-) -> Iterator[Batch | Part]:
+) -> Iterator[Work | Part]:
     """Of each numbered part of a list: batches filled with rows of the same preprocessings, then the part they make up.
 
     `place` says where an image of the list is.
@@ -132,18 +131,14 @@ def batches(
         yield part
 
 
-def load(asks: list[Ask], device: torch.device) -> Iterator[Batch]:
-    """Decodes some rows' images: a batch for each preprocessing. An image that cannot be read fails its own row."""
-    good: dict[object, list[tuple[Ask, Tensor]]] = {}
-    for ask, pixels in zip(asks, decode([ask.image for ask in asks], [ask.way for ask in asks]), strict=True):
-        if isinstance(pixels, ImageError):
-            for result in ask.results:
-                result["error"] = str(pixels)
-        else:
-            good.setdefault(ask.way.key, []).append((ask, pixels))
-    for found in good.values():
-        images = to_device(found[0][0].way, torch.stack([pixels for _, pixels in found]), device)
-        yield Batch([ask for ask, _ in found], images)
+def load(asks: list[Ask], device: torch.device) -> Iterator[Work]:
+    """Prepares some rows' images: a batch for each size. An image that cannot be read fails its own row."""
+    found, errors = prepare([ask.image for ask in asks], [ask.way for ask in asks], device)
+    for row, error in errors.items():
+        for result in asks[row].results:
+            result["error"] = str(error)
+    for batch in found:
+        yield Work([asks[row] for row in batch.rows], batch)
 
 
 def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
@@ -152,17 +147,6 @@ def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
         return image  # with a root, `access` lets them begin there
     here = os.path.join(folder, image)
     return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
-
-
-def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
-    """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
-    if device.type != "cuda":
-        return way.normalise(pixels).to(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
-    stream.synchronize()  # holds up this thread only
-    return images
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:

@@ -3,18 +3,19 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pear_store import PearStoreError, Store
+from pear_store import Store
 from pear_store.local.sources import Access
-from router import Limits, Predictions, Router, RouterError
+from router import Batch, Limits, Predictions, Router
 from router.infer.lists import Image, ImageList, ListError, OutputError, check_writable
 from router.infer.parts import Parts
 from router.infer.plan import (
@@ -22,11 +23,10 @@ from router.infer.plan import (
     PART_BATCHES,
     RESULTS,
     TASK,
-    Ask,
-    Batch,
     Part,
     Result,
     Tasks,
+    Work,
     ahead,
     batches,
     find_image,
@@ -34,52 +34,27 @@ from router.infer.plan import (
 from router.pictures import ImageLike
 
 
-def serve(router: Router, batch: Batch, every: bool, top: int) -> None:
-    """Runs a batch and fills its results in. If it cannot be run as one, each task's rows are run by themselves."""
-    try:
-        predictions = run(router, batch, every)
-    except (RouterError, PearStoreError) as error:
-        alone = list(by_task(batch))
-        if len(alone) > 1:
-            for one in alone:
-                serve(router, one, every, top)
-        else:
-            for ask in batch.asks:
-                for result in ask.results:
-                    result["error"] = str(error)
-        return
-    for column, found in enumerate(predictions):
-        fill([ask.results[column] for ask in batch.asks], found, top)
-
-
-def run(router: Router, batch: Batch, every: bool) -> list[Predictions]:
-    """For each task that all rows have in common, or of each row's own task, what it says."""
-    if every:
-        return list(router.run_all(batch.images, batch.asks[0].tasks).values())
-    return [router.run(batch.images, [ask.tasks[0] for ask in batch.asks])]
-
-
-def by_task(batch: Batch) -> Iterator[Batch]:
-    """The batch in batches of one task each."""
-    rows: dict[str, list[tuple[int, Ask]]] = {}
-    for row, ask in enumerate(batch.asks):
-        for task, result in zip(ask.tasks, ask.results, strict=True):
-            rows.setdefault(task, []).append((row, Ask(ask.image, ask.way, [task], [result])))
-    for found in rows.values():
-        yield Batch([ask for _, ask in found], batch.images[[row for row, _ in found]])
+def serve(router: Router, work: Work, top: int) -> None:
+    """Runs a batch, each image through all tasks that its row asks for, and fills their results in."""
+    counts = [len(ask.tasks) for ask in work.asks]
+    image_of = np.repeat(work.batch.image_of, counts)
+    rows = Batch(work.batch.images, np.arange(len(image_of)), image_of)
+    tasks = [task for ask in work.asks for task in ask.tasks]
+    fill([result for ask in work.asks for result in ask.results], router.run_batch(rows, tasks, on_error="return"), top)
 
 
 def fill(results: list[Result], predictions: Predictions, top: int) -> None:
     """Fills the results of one batch in."""
-    rows = zip(results, predictions.tasks, predictions.finite, predictions.topk(top), strict=True)
-    for result, task, finite, found in rows:
-        best = [(label, round(probability, 6)) for label, probability in found]
-        name = task.partition("@")[0]
-        if not finite:
+    for row, (result, found) in enumerate(zip(results, predictions, strict=True)):
+        name = found.task.partition("@")[0]
+        if row in predictions.failures:
+            result["error"] = found.error
+        elif found.error is not None:
             result["error"] = f"task {name!r} gave logits that are not finite numbers; try --dtype float32"
-        elif not best:
+        elif not found.classes:
             result["error"] = f"task {name!r} has no head: it gives features, not classes"
         else:
+            best = [(label, round(probability, 6)) for label, probability in found.topk(top)]
             result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
 
 
@@ -199,8 +174,8 @@ def work_off(
     each, served = len(every) or 1, 0
     with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
         for item in ahead(work, AHEAD):
-            if isinstance(item, Batch):
-                serve(router, item, bool(every), options["top"])
+            if isinstance(item, Work):
+                serve(router, item, options["top"])
                 done = sum(len(ask.results) for ask in item.asks)
                 served += done
                 bar.update(done)

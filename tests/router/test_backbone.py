@@ -19,7 +19,7 @@ from router import (
     load_backbone,
 )
 from router.backbone import backbone_digest
-from router.pear_tiny import WEIGHTS
+from router.models.pear_tiny import WEIGHTS
 from tests.conftest import SHARED
 
 CPU = torch.device("cpu")

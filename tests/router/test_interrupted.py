@@ -119,7 +119,7 @@ def check_books(router: Router) -> None:
     used = {key: loaded.use.sizes[key] for loaded in slots._tasks.values() for key in loaded.values}
     assert size == sum(used.values())
     assert slots._entries.keys() == used.keys()
-    for (side, width), pool in slots._pools.items():
+    for (side, width), pool in slots.matrices.pools.items():
         taken = [
             values
             for loaded in slots._tasks.values()
@@ -181,7 +181,7 @@ WAYS: dict[str, tuple[Act, Act, dict[str, Any]]] = {
 def test_a_call_that_is_interrupted_at_any_line_changes_no_answer(
     backbone: Backbone, stores: tuple[Store, Store], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.backbone.PART_BYTES", 60_000)
+    monkeypatch.setattr("router.adapted.PART_BYTES", 60_000)
     before, act, options = WAYS[way]
     options = {"merge": False, **options}
     roomy = {**options, "slot_bytes": None}

@@ -48,13 +48,14 @@ def test_every_row_equals_its_image_prepared_alone(files: list[str]) -> None:
     small, large = way(48), way(64, crop_mode="center", crop_pct=0.9)
     ways = [small, large, small, large, small]
     images = [files[0], files[1], files[2], files[0], files[0]]
-    groups = prepare(images, ways)
-    assert [group.rows for group in groups] == [[0, 2, 4], [1, 3]]
-    assert [tuple(group.images.shape) for group in groups] == [(2, 3, 48, 48), (2, 3, 64, 64)]
-    for group in groups:
-        for row, i in zip(group.rows, group.index, strict=True):
+    batches, errors = prepare(images, ways)
+    assert not errors
+    assert [batch.rows.tolist() for batch in batches] == [[0, 2, 4], [1, 3]]
+    assert [tuple(batch.images.shape) for batch in batches] == [(2, 3, 48, 48), (2, 3, 64, 64)]
+    for batch in batches:
+        for row, i in zip(batch.rows, batch.image_of, strict=True):
             alone = ways[row].normalise(ways[row].pixels(images[row]).unsqueeze(0))
-            assert torch.equal(group.images[i], alone[0])
+            assert torch.equal(batch.images[i], alone[0])
     assert torch.equal(small(images[:3]), torch.stack([small([image])[0] for image in images[:3]]))
 
 
@@ -95,8 +96,11 @@ def test_a_bad_image_is_an_error_in_its_own_row(files: list[str]) -> None:
     images = [files[0], "nowhere.png", files[1], "nowhere.png"]
     found = decode(images, [way(48), way(48), way(48), way(64)])
     assert [isinstance(one, ImageError) for one in found] == [False, True, False, True]
+    (batch,), errors = prepare(images, [way(48)] * 4)
+    assert batch.rows.tolist() == [0, 2]
+    assert {row: str(error) for row, error in errors.items()} == dict.fromkeys((1, 3), "nowhere.png: no such file")
     with pytest.raises(ImageError, match=r"^nowhere.png: no such file$"):
-        prepare(images, [way(48)] * 4)
+        way()(images)
     with pytest.raises(ImageError, match="image of type Tensor: expected a PIL image"):
         way()([torch.zeros(3, 48, 48), torch.zeros(3, 64, 64)])  # type: ignore[list-item]
 

@@ -59,7 +59,8 @@ class Images:
     def __getitem__(self, i):
         return router.run(images[:1], "t").logits[0]
 
-with router._lock, router._device_lock, router._slots.lock:  # as if other threads were in the middle of something
+# as if other threads were in the middle of something
+with router._registry.lock, router._adapted.turn, router._slots.lock:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
     process.start()

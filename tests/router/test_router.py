@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import router.preprocess as preprocess_module
-import router.router as router_module
 from pear_store import PearStoreError, RawTensor, Store, Task, make_task, write_checkpoint
 from pear_store.format.codes import matrix_values, up_values
 from router import (
@@ -181,20 +180,19 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
     ("images", "task", "message"),
     [
         (torch.zeros(2, 3, 40, 40), "a", "images of 40 x 40 pixels: the tasks expect 48 x 48"),
-        (torch.zeros(2, 1, 48, 48), "a", r"images float32 \[2, 1, 48, 48\]: expected a normalised float tensor"),
-        (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), "a", r"images uint8 .*expected a normalised float tensor"),
+        (torch.zeros(2, 1, 48, 48), "a", r"images float32 \[2, 1, 48, 48\]: expected normalised floats"),
+        (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), "a", r"images uint8 .*expected normalised floats"),
         (torch.zeros(2, 3, 48, 48), ["a"], "2 images but 1 tasks"),
         (torch.zeros(0, 3, 48, 48), "a", "no images"),
         (["nowhere.png"], "a", "nowhere.png: no such file"),
-        ("photo.png", "a", "images is one path, 'photo.png': expected a list"),
+        ("photo.png", "a", "photo.png: no such file"),
         ([np.zeros((4, 4), np.float32)], "a", r"array image float32 \[4, 4\]: expected uint8"),
         ([3], "a", "image of type int: expected a PIL image"),
-        (Image.new("RGB", (4, 4)), "a", "images is one Image: expected a list of images"),
-        (None, "a", "images is one NoneType: expected a list"),
+        (None, "a", "images is one NoneType: expected an image, or a list of images"),
         (
-            np.zeros((48, 40, 3), np.uint8),
+            np.zeros((3, 48, 40), np.uint8),
             "a",
-            r"images uint8 \[48, 40, 3\]: expected an array \[batch, h, w, 1, 3 or 4\]",
+            r"images uint8 \[3, 48, 40\]: expected an array \[batch, h, w, 1, 3 or 4\], or \[h, w\]",
         ),
         (["nowhere://x/a.png"], "a", "nowhere://x/a.png: protocol 'nowhere' is not opened unless allowed"),
     ],
@@ -322,8 +320,11 @@ def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> 
     scaled = Task({**task.record, "positions": {"blocks.0.attn": [["a0", 1 + 2**-10]]}}, task.tensors)
     router = Router(backbone, dtype=torch.bfloat16)
     router.add(scaled)
-    (loaded,) = router._slots.load([router._find("t").use])
-    up = router._slots.gather([loaded], {"blocks.0.attn": np.array([0])})["blocks.0.attn"].up
+    use = router._find("t").use
+    router._slots.load(use, use.read())
+    loaded = router._slots.find([use])
+    assert loaded is not None
+    up = router._slots.matrices.gather(loaded, {"blocks.0.attn": np.array([0])})["blocks.0.attn"].up
     exact = torch.tensor(up_values(task.adapters["a0"], task.tensors))
     assert torch.equal(up, (exact * (1 + 2**-10)).bfloat16())
     assert not torch.equal(up, exact.bfloat16() * (1 + 2**-10))
@@ -595,7 +596,7 @@ def test_long_lists_run_in_parts(
     backbone: Backbone, task_maker: Maker, monkeypatch: pytest.MonkeyPatch, router: Router
 ) -> None:
     """At most so many pictures are decoded and run at once; each is decoded once, in its own order."""
-    monkeypatch.setattr("router.router.PIXELS", 8 * 48 * 48)
+    monkeypatch.setattr("router.batches.PIXELS", 8 * 48 * 48)
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (48, 48, 3), dtype=np.uint8) for _ in range(21)]
     names = [list("abcd")[i % 4] for i in range(21)]
@@ -604,9 +605,9 @@ def test_long_lists_run_in_parts(
 
     def counted(given: Any, ways: Any) -> Any:
         decoded.append(len(given))
-        return preprocess_module.prepare(given, ways)
+        return preprocess_module.decode(given, ways)
 
-    monkeypatch.setattr(router_module, "prepare", counted)
+    monkeypatch.setattr("router.batches.decode", counted)
     router._adapted._module((48, 48)).get_submodule("norm").register_forward_pre_hook(
         lambda _, args: rows.append(len(args[0]))
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pear_store import Store, Task, Version
 from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
-from router.slots import Pool
+from router.matrices import Pool
 from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]

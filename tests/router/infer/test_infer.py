@@ -30,7 +30,8 @@ import router.infer.parts
 import router.infer.plan
 import router.infer.work
 from pear_store import Store, Task, make_task
-from router import Backbone, Predictions, Preprocess, Router, RouterError, decode
+from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode
+from router.engine import Engine
 from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
@@ -463,18 +464,14 @@ def test_a_task_that_cannot_be_run_fails_only_its_own_rows(
 ) -> None:
     with Store(work / "s") as store:
         store.add(task_maker("c", seed=5))
-    run_router, run_all = Router.run, Router.run_all
+    run_engine = Engine.run
 
-    def failing(method: Any) -> Any:
-        def run_(self: Router, images: Any, tasks: list[str]) -> Any:
-            if any(task.startswith("c@") for task in tasks):
-                raise RouterError("task 'c' is broken")
-            return method(self, images, tasks)
+    def failing(self: Engine, images: Any, image_of: Any, uses: Any, task_of: Any) -> Any:
+        if any(use.task.name == "c" for use in uses):
+            raise RouterError("task 'c' is broken")
+        return run_engine(self, images, image_of, uses, task_of)
 
-        return run_
-
-    monkeypatch.setattr(Router, "run", failing(run_router))
-    monkeypatch.setattr(Router, "run_all", failing(run_all))
+    monkeypatch.setattr(Engine, "run", failing)
     rows = pd.DataFrame({"image": [f"{i}.png" for i in range(4)], "task": ["a", "c", "a", "c"]})
     listed = write(work / "list.csv", rows)
     done = run(listed, work / "out.jsonl", "--store", work / "s")
@@ -499,15 +496,16 @@ class Idle:
     def __init__(self, backbone: Backbone, meanwhile: Callable[[int], None] = lambda batch: None) -> None:
         self.backbone, self.device = backbone, torch.device("cpu")
         self.meanwhile = meanwhile
-        self.asked: list[tuple[tuple[int, ...], list[str]]] = []
+        self.asked: list[tuple[int, list[str]]] = []
 
     def check(self, task: str) -> None:
         pass
 
-    def run(self, images: torch.Tensor, tasks: list[str]) -> Predictions:
-        self.asked.append((tuple(images.shape), tasks))
+    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str) -> Predictions:
+        self.asked.append((batch.images.shape[2], tasks))
         self.meanwhile(len(self.asked))
-        return Predictions(torch.zeros(len(images), 2), tasks, [("x", "y")] * len(images))
+        count = len(tasks)
+        return Predictions(torch.zeros(count, 2), tasks, [("x", "y")] * count, [1] * count)
 
 
 def options(size: int) -> dict[str, Any]:
@@ -529,8 +527,8 @@ def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) 
     router: Any = Idle(backbone)
     with Store(work / "s") as store:
         infer(router, store, listed, work / "out.csv", options(8))
-    assert [shape for shape, _ in router.asked if shape[2] == 48] == [(8, 3, 48, 48)] * 7 + [(4, 3, 48, 48)]
-    assert [shape for shape, _ in router.asked if shape[2] == 64] == [(8, 3, 64, 64)] * 5
+    assert [len(tasks) for side, tasks in router.asked if side == 48] == [8] * 7 + [4]
+    assert [len(tasks) for side, tasks in router.asked if side == 64] == [8] * 5
     assert all(len(set(tasks)) == 1 for _, tasks in router.asked)
     assert [row["task"] for row in read(work / "out.csv")] == names
 
@@ -586,7 +584,7 @@ def test_decoding_goes_on_while_the_router_runs(
         decoded[int(Path(images[0]).stem)].set()
         return found
 
-    monkeypatch.setattr("router.infer.plan.decode", watched)
+    monkeypatch.setattr("router.batches.decode", watched)
     seen = []
     router: Any = Idle(backbone, lambda batch: seen.append(batch == 6 or decoded[batch].wait(30)))
     rows = pd.DataFrame({"image": [str(work / f"{i}.png") for i in range(6)], "task": "a"})
@@ -911,19 +909,19 @@ def test_a_parts_folder_that_is_a_link_is_not_followed(work: Path) -> None:
 
 def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [long_list(work, 120), work / "out.csv", "--store", work / "s", "--batch-size", 2]
-    run_router, calls = Router.run, 0
+    run_router, calls = Router.run_batch, 0
 
-    def interrupted_run(*args: Any) -> Any:
+    def interrupted_run(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 40:
             signal.raise_signal(signal.SIGINT)
-        return run_router(*args)
+        return run_router(*args, **options)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(Router, "run", interrupted_run)
+            patched.setattr(Router, "run_batch", interrupted_run)
             done = run(*given)
     finally:
         signal.signal(signal.SIGINT, before)

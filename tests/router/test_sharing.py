@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pear_store import Task, make_task
 from router import Backbone, Router, choose_positions, load_backbone
-from router import backbone as backbone_module
-from router import router as router_module
-from router.backbone import AdaptedBackbone
-from router.trie import bucket, by_level, plan
+from router import adapted as adapted_module
+from router import batches as batches_module
+from router.adapted import AdaptedBackbone
+from router.sharing import bucket, by_level, plan
 from tests.helpers.makers import floats, record
 from tests.helpers.predictions import whole
 
@@ -161,8 +161,8 @@ def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.Monke
     mixes = (["t0"] * 7, ["t1", "t2"] * 3 + ["t3"], ["t0", "t0", "t0", "t1", "t1", "t1", "t2"])
     found: list[list[torch.Tensor]] = []
     seen: list[int] = []
-    for limit in (backbone_module.PART_BYTES, 1, 3 * 4 * size * size * 3):
-        monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
+    for limit in (adapted_module.PART_BYTES, 1, 3 * 4 * size * size * 3):
+        monkeypatch.setattr(adapted_module, "PART_BYTES", limit)
         router = router_of(backbone, choice)
         module = router._adapted._module((size, size))
         last = module.get_submodule(router._adapted.levels.blocks[-1])
@@ -190,7 +190,7 @@ def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.Monke
 def test_blocks_that_take_or_give_more_than_one_tensor_stay_whole(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone_module, "PART_BYTES", 1)
+    monkeypatch.setattr(adapted_module, "PART_BYTES", 1)
     torch.manual_seed(0)
     model: Any = timm.create_model(name, num_classes=5, **options).eval()
     size = options.get("img_size", 224)
@@ -222,18 +222,18 @@ def test_parts_end_where_a_tasks_rows_do_or_divide_them(
     inner = next(part for _, part in last.named_modules() if isinstance(part, torch.nn.LayerNorm))
     inner.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     router.run_all(asked, names)
-    monkeypatch.setattr(backbone_module, "PART_BYTES", limit * given.pop()[:1].nbytes)
+    monkeypatch.setattr(adapted_module, "PART_BYTES", limit * given.pop()[:1].nbytes)
     given.clear()
     router.run_all(asked, names)
     assert [len(x) for x in given] == expected
 
 
-@pytest.mark.parametrize("limit", [1, backbone_module.PART_BYTES])
+@pytest.mark.parametrize("limit", [1, adapted_module.PART_BYTES])
 @pytest.mark.parametrize(("choice", "first_given"), [("blocks.?", 6), ("*.mlp", 3)])
 def test_a_block_grows_within_unless_its_branches_need_it_grown(
     choice: str, first_given: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone_module, "PART_BYTES", limit)
+    monkeypatch.setattr(adapted_module, "PART_BYTES", limit)
     backbone, _, _ = model_of("vit_tiny_patch16_224")
     size = backbone.input_size[0]
     router = router_of(backbone, choice)
@@ -254,8 +254,8 @@ def test_a_block_grows_within_unless_its_branches_need_it_grown(
 def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, choice, _ = model_of("vit_tiny_patch16_224")
     size = backbone.input_size[0]
-    monkeypatch.setattr(router_module, "SHARED_PIXELS_CPU", 4 * size * size)
-    monkeypatch.setattr(router_module, "SHARED_ROWS", 6)
+    monkeypatch.setattr(batches_module, "SHARED_PIXELS_CPU", 4 * size * size)
+    monkeypatch.setattr(batches_module, "SHARED_ROWS", 6)
     router = router_of(backbone, choice)
     images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
     alone = {name: router.run(images, name).logits for name in ("t0", "t1", "t2")}
@@ -277,10 +277,10 @@ def test_a_cpus_forwards_take_few_images_together_but_one_images_tasks_whole(mon
     router.run(images, ["t0"] * 7)
     assert rows == [7], "images that do not repeat go together"
     rows.clear()
-    monkeypatch.setattr(router_module, "SHARED_PIXELS_CPU", 1)
+    monkeypatch.setattr(batches_module, "SHARED_PIXELS_CPU", 1)
     router.run_all(images[:1], ["t0", "t1", "t2"])
     assert rows == [3], "one image's trunk runs once"
     rows.clear()
-    monkeypatch.setattr(router_module, "SHARED_ROWS", 2)
+    monkeypatch.setattr(batches_module, "SHARED_ROWS", 2)
     router.run_all(images[:1], ["t0", "t1", "t2"])
     assert rows == [2, 1]

@@ -1,0 +1,200 @@
+"""From images and tasks to batches that a backbone runs: what is decoded together, and what a forward takes at once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from router.errors import ImageError
+from router.pictures import ImageLike
+from router.preprocess import Preprocess, decode
+from router.sharing import Ints
+
+PIXELS = 512 * 224 * 224
+"""Most pixels of the images that are decoded together, and of one forward: longer lists go in parts."""
+SHARED_ROWS, SHARED_PIXELS_CPU = 512, 64 * 224 * 224
+"""Most rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few,
+rows of several images have together at most so many pixels; rows of one, whose trunk runs once, may have more."""
+
+Images = Tensor | ImageLike | Sequence[ImageLike]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size, and the rows that ask for them."""
+
+    images: Tensor
+    """float32 [image, 3, h, w], normalised."""
+    rows: Ints
+    """int64 [row], the numbers of the rows, ascending."""
+    image_of: Ints
+    """int64 [row], indices into `images`."""
+
+    def parts(self, on_cpu: bool) -> Iterator[Ints]:
+        """int64 [row], places in `rows`: those of each forward, so that none has too many pixels."""
+        pixels = self.images.shape[2] * self.images.shape[3]
+        most = max(1, PIXELS // pixels)
+        shared = min(SHARED_ROWS, most)
+        return _parts(self.image_of, min(shared, SHARED_PIXELS_CPU // pixels) if on_cpu else shared, shared, most)
+
+    def part(self, places: Ints) -> "Batch":
+        """The batch of some of its rows."""
+        return Batch(self.images, self.rows[places], self.image_of[places])
+
+
+def as_images(images: Images) -> Tensor | list[ImageLike]:
+    """A batch of images: what was given, or a list of it if it is one image.
+
+    Raises:
+        ImageError: it is neither.
+    """
+    if isinstance(images, Tensor):
+        batch = images.unsqueeze(0) if images.ndim == 3 else images
+        if batch.ndim != 4 or batch.shape[1] != 3 or not images.is_floating_point():
+            found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            raise ImageError(f"images {found}: expected normalised floats [batch, 3, h, w], or [3, h, w] of one image")
+        return batch
+    if isinstance(images, np.ndarray):
+        if images.ndim == 4:
+            return list(images)  # of views, which are told apart by id: held as long as the list
+        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):
+            return [images]
+        raise ImageError(
+            f"images {images.dtype} {list(images.shape)}: expected an array [batch, h, w, 1, 3 or 4], or [h, w], "
+            "[h, w, 1], [h, w, 3] or [h, w, 4] of one image"
+        )
+    if isinstance(images, list | tuple):
+        return list(images)
+    if isinstance(images, str | PathLike | bytes | Image.Image) or hasattr(images, "read"):
+        return [cast(ImageLike, images)]
+    raise ImageError(f"images is one {type(images).__name__}: expected an image, or a list of images")
+
+
+def same_images(images: Tensor | list[ImageLike]) -> Ints:
+    """int64 [image]: the first of its like for each, which is the same object, path or bytes.
+
+    Images of a tensor are alike where it was expanded along the batch.
+    """
+    count = len(images)
+    if isinstance(images, Tensor):
+        return np.zeros(count, np.int64) if count > 1 and images.stride(0) == 0 else np.arange(count)
+    first: dict[object, int] = {}
+    return np.array([first.setdefault(_likeness(image), i) for i, image in enumerate(images)], np.int64)
+
+
+def _likeness(image: object) -> object:
+    if isinstance(image, str | PathLike):
+        return fspath(image)
+    return image if isinstance(image, bytes) else id(image)
+
+
+def check_size(images: Tensor, ways: Sequence[Preprocess], tasks: Sequence[str]) -> None:
+    """That normalised images are what tasks expect.
+
+    Args:
+        ways: each task's preprocessing.
+
+    Raises:
+        ImageError: the tasks differ in preprocessing, or expect another size.
+    """
+    if len({way.key for way in ways}) > 1:
+        listed = ", ".join(map(repr, tasks))
+        raise ImageError(f"tasks {listed} differ in preprocessing: give a list of images, not one tensor")
+    size = ways[0].size
+    if tuple(images.shape[2:]) != size:
+        found = f"{images.shape[2]} x {images.shape[3]}"
+        raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
+
+
+def batches(
+    images: list[ImageLike], image_of: Ints, ways: Sequence[Preprocess], device: torch.device
+) -> Iterator[tuple[list[Batch], dict[int, ImageError]]]:
+    """Rows in parts of what is decoded together: their batches, and why rows are in none.
+
+    Args:
+        image_of: int64 [row], the image of each row.
+        ways: how each row's image is prepared.
+    """
+    sizes = {way.key: way.size for way in ways}
+    for rows in _decoded_together(image_of, sum(height * width for height, width in sizes.values())):
+        found, errors = prepare([images[i] for i in image_of[rows].tolist()], [ways[i] for i in rows.tolist()], device)
+        yield (
+            [Batch(batch.images, rows[batch.rows], batch.image_of) for batch in found],
+            {int(rows[row]): error for row, error in errors.items()},
+        )
+
+
+def prepare(
+    images: Sequence[ImageLike], ways: Sequence[Preprocess], device: torch.device | str = "cpu"
+) -> tuple[list[Batch], dict[int, ImageError]]:
+    """Images, each prepared in its own way: a batch for each size, and an error for each that cannot be read.
+
+    An image is decoded once, and prepared once in each way; in its batch it is there once.
+    """
+    errors: dict[int, ImageError] = {}
+    sizes: dict[tuple[int, int], dict[int, tuple[Preprocess, Tensor, list[int]]]] = {}
+    for row, (found, way) in enumerate(zip(decode(images, ways), ways, strict=True)):
+        if isinstance(found, ImageError):
+            errors[row] = found
+        else:
+            sizes.setdefault(way.size, {}).setdefault(id(found), (way, found, []))[2].append(row)
+    made = []
+    for distinct in sizes.values():
+        by_way: dict[object, list[tuple[Preprocess, Tensor, list[int]]]] = {}
+        for one in distinct.values():
+            by_way.setdefault(one[0].key, []).append(one)
+        normalised = [
+            to_device(alike[0][0], torch.stack([pixels for _, pixels, _ in alike]), torch.device(device))
+            for alike in by_way.values()
+        ]
+        asked = [rows for alike in by_way.values() for _, _, rows in alike]
+        rows = np.array([row for some in asked for row in some], np.int64)
+        image_of = np.repeat(np.arange(len(asked)), [len(some) for some in asked])
+        order = np.argsort(rows)
+        made.append(
+            Batch(normalised[0] if len(normalised) == 1 else torch.cat(normalised), rows[order], image_of[order])
+        )
+    return made, errors
+
+
+def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
+    """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
+    if device.type != "cuda":
+        return way.normalise(pixels).to(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
+    stream.synchronize()  # holds up this thread only
+    return images
+
+
+def _decoded_together(image_of: Ints, image_pixels: int) -> list[Ints]:
+    """Rows whose images are decoded together: all, or those of as many images as PIXELS allow."""
+    most, count = max(1, PIXELS // image_pixels), len(image_of)
+    if count <= most:
+        return [np.arange(count)]
+    distinct, number = np.unique(image_of, return_inverse=True)
+    return [np.flatnonzero(number // most == part) for part in range(-(-len(distinct) // most))]
+
+
+def _parts(image_of: Ints, together: int, shared: int, most: int) -> Iterator[Ints]:
+    """Rows of each forward: up to `most` of unlike images; where images repeat, of whole images up to `together`, or of
+    one up to `shared`."""
+    count = len(image_of)
+    if count <= together or len(np.unique(image_of)) == count:
+        yield from (np.arange(start, min(start + most, count)) for start in range(0, count, most))
+        return
+    by_image = np.argsort(image_of, kind="stable")
+    starts = np.flatnonzero(np.diff(image_of[by_image], prepend=-1)).tolist()
+    parts, begin = [], 0
+    for start, stop in zip(starts, [*starts[1:], count], strict=True):
+        if stop - begin > together and start > begin:
+            parts.append(by_image[begin:start])
+            begin = start
+    parts.append(by_image[begin:])
+    yield from (part[i : i + shared] for part in parts for i in range(0, len(part), shared))

@@ -1,0 +1,33 @@
+"""The device and the process that a backbone runs in."""
+
+import os
+
+import torch
+
+from router.errors import BackboneError, ForkedError
+
+_computed_in = 0
+"""The process that used a backbone first; 0 for none yet."""
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The device, checked to be there.
+
+    Raises:
+        BackboneError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split(".")[0].split())
+        raise BackboneError(f"device {str(name)!r} cannot be used: {reason}") from None
+    return device
+
+
+def check_process() -> None:
+    """Raises a ForkedError where torch would wait for threads of the process that this one was forked from."""
+    global _computed_in
+    if _computed_in not in (0, os.getpid()) and torch.get_num_threads() > 1:
+        raise ForkedError
+    _computed_in = os.getpid()

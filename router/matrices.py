@@ -1,0 +1,169 @@
+"""Matrices on the device: pools of rank rows, and what a batch gathers from them.
+
+A pool holds rank rows of one side and width; row 0 is zero. A branch is a list of row numbers and a scale. So
+concatenation, mixed ranks and scales of a position are index operations, and a batch is one gather for each pool.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from router.layout import DOWN, UP, Ints, LoadedTask, Ranks, Use, columns_of, rounded, union
+from router.ops import Activation, PositionWeights
+
+
+class Pool:
+    """[capacity, width] on the device, with the rows that are free; grows by half."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows = torch.zeros(64, width, device=device, dtype=dtype)
+        self._free = np.arange(1, 64)
+
+    def take(self, count: int) -> Ints:
+        """The numbers of free rows, to be filled."""
+        old = len(self.rows)
+        if len(self._free) < count:
+            more = max(old // 2, count)
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(more, self.rows.shape[1])])
+            self._free = np.concatenate([self._free, np.arange(old, old + more)])
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
+
+    def run(self, taken: Ints) -> Tensor | None:
+        """The memory of rows that lie one behind the other, as rows that were freed together do; else None."""
+        if len(taken) and taken[-1] - taken[0] == len(taken) - 1 and (taken[1:] > taken[:-1]).all():
+            return self.rows[taken[0] : taken[-1] + 1]
+        return None
+
+    def put(self, taken: Ints, values: Tensor) -> None:
+        """Copies [count, width] into taken rows."""
+        if (run := self.run(taken)) is not None:
+            run.copy_(values)
+        else:
+            self.rows.index_copy_(0, torch.from_numpy(taken).to(values.device), values.to(self.rows.dtype))
+
+    def free(self, rows: Sequence[Ints]) -> None:
+        self._free = np.concatenate([*rows, self._free])
+
+    def free_all_but(self, rows: Sequence[Ints]) -> None:
+        self._free = np.setdiff1d(np.arange(1, len(self.rows)), np.concatenate([*rows, np.arange(1)]))
+
+
+class Matrices:
+    """The pools of a router. Not thread-safe.
+
+    Args:
+        dtype: of the compute, in which `down` is kept; `up` is float32, because scales are applied before the cast.
+        widths: position -> (d_in, d_out).
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, widths: Mapping[str, tuple[int, int]]) -> None:
+        self.device = device
+        self._dtype, self._widths = dtype, widths
+        self.pools: dict[tuple[int, int], Pool] = {}
+        """By side and width."""
+        self._host = torch.empty(0)
+        self._ever: Ranks = ()
+        self._activations: set[str] = set()
+
+    def pool(self, side: int, width: int) -> Pool:
+        pool = self.pools.get((side, width))
+        if pool is None:
+            dtype = torch.float32 if side else self._dtype
+            pool = self.pools[side, width] = Pool(width, self.device, dtype)
+        return pool
+
+    def staging(self, count: int) -> Tensor:
+        """float32 [count] on the host, to be filled and copied: pinned for a GPU, else one buffer used again."""
+        if self.device.type == "cuda":
+            return torch.empty(count, pin_memory=True)
+        if len(self._host) < count:
+            self._host = torch.empty(count)
+        return self._host[:count]
+
+    def copy(self, host: Tensor) -> Tensor:
+        """The values on the device; a GPU copies pinned ones while this goes on."""
+        return host.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def remember(self, use: Use) -> None:
+        """Counts a task among those that padded batches have room for."""
+        self._ever = union(frozenset((self._ever, rounded(use.ranks))))
+        self._activations.add(use.task.activation)
+
+    def gather(
+        self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], padded: bool = False
+    ) -> dict[str, PositionWeights]:
+        """What each position adds, gathered once for a forward; positions that no row uses are left out.
+
+        Args:
+            tasks: the distinct tasks of the batch.
+            units: position -> index into `tasks` of each equal run of rows there; -1 for rows that add nothing.
+            padded: give every position that some task used since the router was made, its largest rank rounded up
+                to a power of two: so that forms and shapes do not tell which tasks these are, for compiled graphs.
+        """
+        ranks = self._ever if padded else union(frozenset(loaded.use.ranks for loaded in tasks))
+        if not ranks:
+            return {}
+        count = sum(rank for _, rank in ranks)
+        rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
+        scale = np.zeros((len(tasks) + 1, count), np.float32)
+        for i, loaded in enumerate(tasks):
+            columns = columns_of(loaded.use.ranks, ranks)
+            rows[:, i, columns] = loaded.rows
+            scale[i, columns] = loaded.use.scale
+        down = self._select(DOWN, ranks, units, rows[DOWN], scale)
+        up = self._select(UP, ranks, units, rows[UP], scale)
+        runs = {id(units[position]): units[position] for position, _ in ranks}
+        activation = {key: self._activation(tasks, found, padded) for key, found in runs.items()}
+        weights = {}
+        for position, _ in ranks:
+            d, u = down[position].transpose(1, 2), up[position]
+            if len(u) == 1 and not padded:
+                d, u = d[0], u[0]
+            weights[position] = PositionWeights(d, u, activation[id(units[position])])
+        return weights
+
+    def _select(
+        self, side: int, ranks: Ranks, units: Mapping[str, Ints], rows: Ints, scale: NDArray[np.float32]
+    ) -> dict[str, Tensor]:
+        """[units, rank, width] of each position, in the compute dtype: one index_select for each width."""
+        places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, and by what the units are
+        start = 0
+        for position, rank in ranks:
+            alike = places.setdefault(self._widths[position][side], {}).setdefault(id(units[position]), [])
+            alike.append((position, start, rank))
+            start += rank
+        out: dict[str, Tensor] = {}
+        for width, by_units in places.items():
+            picks = []
+            for alike in by_units.values():
+                columns = np.concatenate([np.arange(begin, begin + rank) for _, begin, rank in alike])
+                picks.append(np.ix_(units[alike[0][0]], columns))
+            found = self.pool(side, width).rows.index_select(0, self._to_device([rows[pick] for pick in picks]))
+            if side == UP:
+                factor = self._to_device([scale[pick] for pick in picks])
+                found = found.mul_(factor.unsqueeze(1)).to(self._dtype)
+            start = 0
+            for alike, (runs, columns) in zip(by_units.values(), picks, strict=True):
+                count = len(runs) * columns.shape[1]
+                part = found[start : start + count].view(len(runs), -1, width)
+                each = torch.split(part, [rank for _, _, rank in alike], 1)
+                out.update((position, one) for (position, _, _), one in zip(alike, each, strict=True))
+                start += count
+        return out
+
+    def _to_device(self, parts: Sequence[NDArray[Any]]) -> Tensor:
+        host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+        return self.copy(host.pin_memory() if self.device.type == "cuda" else host)
+
+    def _activation(self, tasks: Sequence[LoadedTask], units: Ints, padded: bool) -> Activation:
+        named = [loaded.use.task.activation for loaded in tasks]
+        names = sorted(self._activations if padded else set(named))
+        if len(names) == 1:
+            return names[0]
+        found = np.array([*named, "identity"])[units]
+        return {name: torch.from_numpy(found == name).to(self.device).view(-1, 1, 1) for name in names}

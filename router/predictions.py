@@ -1,0 +1,159 @@
+"""What tasks say of images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from router.errors import RouterError
+from router.layout import Ints
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a task says of one image."""
+
+    task: str
+    """The reference that was asked for, such as ``dtd`` or ``dtd@prod``."""
+    version: int | None
+    """The task's version in the store; None if it was added to the router, or not found."""
+    logits: Tensor
+    """float32 [classes]; for a task without head, its features. NaN where the row failed."""
+    classes: tuple[str, ...]
+    """The names of the classes; none for a task without head."""
+    error: str | None
+    """Why there is no answer; None where there is one."""
+
+    @property
+    def probs(self) -> Tensor:
+        """float32 [classes]: softmax of the logits."""
+        return self.logits.softmax(-1)
+
+    @property
+    def label(self) -> str | None:
+        """The likeliest class's name; None for a task without head, and where there is an error."""
+        return self.classes[int(self.logits.argmax())] if self.classes and self.error is None else None
+
+    def topk(self, k: int) -> list[tuple[str, float]]:
+        """The k likeliest classes with their probabilities, best first; none where there is no label.
+
+        Raises:
+            RouterError: k is below 1.
+        """
+        if k < 1:
+            raise RouterError(f"k {k}: expected at least 1")
+        values, indices = self.probs.topk(min(k, len(self.classes)) if self.error is None else 0)
+        return [(self.classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Predictions(Sequence[Prediction]):
+    """What tasks say of a batch of images, in the images' order. A sequence of `Prediction`.
+
+    `logits` is a float32 tensor [batch, classes] where all rows have equally many classes, else a list of [classes];
+    for a task without head, they are its features. `classes` are each row's class names.
+
+    A row whose numbers are not finite, because they overflowed or the image held NaN, has no label: `errors` says so,
+    and no other row is touched by it. Nor has one that failed, where `run` was asked to return errors.
+    """
+
+    logits: Tensor | list[Tensor]
+    tasks: list[str]
+    classes: list[tuple[str, ...]]
+    versions: list[int | None]
+    """Each row's version of its task in the store; None if the task was added to the router, or not found."""
+    failures: Mapping[int, Exception] = field(default_factory=lambda: MappingProxyType({}))
+    """Row -> the RouterError or PearStoreError for which it was not run."""
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prediction]: ...
+    def __getitem__(self, index: int | slice) -> Prediction | list[Prediction]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return Prediction(self.tasks[row], self.versions[row], self.logits[row], self.classes[row], self.errors[row])
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def probs(self) -> Tensor | list[Tensor]:
+        """Softmax of the logits, in the same form."""
+        if isinstance(self.logits, Tensor):
+            return self.logits.softmax(-1)
+        return [row.softmax(-1) for row in self.logits]
+
+    @cached_property
+    def finite(self) -> list[bool]:
+        """Whether all logits of a row are numbers, neither NaN nor infinite."""
+        if isinstance(self.logits, Tensor):
+            flags: list[bool] = self.logits.isfinite().all(-1).tolist()
+            return flags
+        return [bool(row.isfinite().all()) for row in self.logits]
+
+    @cached_property
+    def errors(self) -> list[str | None]:
+        """Why a row has no answer; None where it has one."""
+        reason = "gives NaN or infinity for this image: use dtype float32, or mend the image"
+        said: list[str | None] = [
+            None if finite else f"task {task!r} {reason}" for task, finite in zip(self.tasks, self.finite, strict=True)
+        ]
+        for row, error in self.failures.items():
+            said[row] = str(error)
+        return said
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The likeliest class's name of each image; None for a task without head, and where `errors` has something."""
+        return [one.label for one in self]
+
+    def topk(self, k: int) -> list[list[tuple[str, float]]]:
+        """The k likeliest classes of each image with their probabilities, best first; none where there is no label.
+
+        Raises:
+            RouterError: k is below 1.
+        """
+        return [one.topk(k) for one in self]
+
+
+class Answers:
+    """The logits of rows as forwards give them, on the CPU.
+
+    Args:
+        widths: int64 [row], how many logits each row has. A row that no forward answers has NaN.
+    """
+
+    def __init__(self, widths: Ints) -> None:
+        self._widths = widths
+        self._starts = np.cumsum(widths) - widths
+        self._flat = torch.full((int(widths.sum()),), torch.nan)
+        self._same = int(widths[0]) if len(widths) and (widths == widths[0]).all() else 0
+
+    def put(self, rows: Ints, logits: Tensor) -> None:
+        """Keeps the logits [row, classes] of some rows, all of that width."""
+        if self._same:
+            self._flat.view(-1, self._same)[torch.from_numpy(rows)] = logits
+        else:
+            places = self._starts[rows][:, None] + np.arange(logits.shape[1])
+            self._flat[torch.from_numpy(places)] = logits
+
+    def of(self, rows: slice) -> Tensor | list[Tensor]:
+        """The logits of a run of rows: [row, classes] where they are equally wide, else a list of [classes]."""
+        widths = self._widths[rows]
+        if not len(widths):
+            return []
+        start = int(self._starts[rows][0])
+        part = self._flat[start : start + int(widths.sum())]
+        if (widths == widths[0]).all():
+            return part.view(len(widths), -1)
+        return list(torch.split(part, widths.tolist()))
