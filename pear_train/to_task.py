@@ -1,4 +1,4 @@
-"""From a run to its task checkpoint: what is written, and what it costs."""
+"""From a run to the task that its checkpoint holds."""
 
 import os
 from dataclasses import asdict
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
 from pear_store.format.record import entry_names, renamed, with_core
-from pear_train.config import CODE_BITS, DTYPES
-from pear_train.finished import fingerprint
+from pear_train.dtypes import code_bits, float_dtype
+from pear_train.identity import fingerprint
 from pear_train.run import TaskRun
 from router.tensors import from_torch, quantise
 
@@ -33,7 +33,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             continue
         entry: dict[str, Any] = {"down": f"{name}.down", "up": f"{name}.up"}
         matrices = dict(zip(("down", "up"), adapters.matrices(name), strict=True))
-        bits, dtype = CODE_BITS.get(config.tensor_dtype), DTYPES.get(config.tensor_dtype, torch.float16)
+        bits, dtype = code_bits(config.tensor_dtype), float_dtype(config.tensor_dtype)
         if frozen is not None:
             entry["role"] = "knowledge"
             bits, dtype = frozen.bits, torch.float16
@@ -52,20 +52,20 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             name = branch.adapter
             if branch.core is not None:
                 name = f"c{i}" if j == 0 else f"c{i}.{j}"
-                tensors[f"{name}.up"] = from_torch(branch.core.to(DTYPES.get(config.tensor_dtype, torch.float16)))
+                tensors[f"{name}.up"] = from_torch(branch.core.to(float_dtype(config.tensor_dtype)))
                 entries[name] = with_core(entries[branch.adapter], f"{name}.up")
             scale = float(torch.as_tensor(branch.scale).detach())
             positions.setdefault(position, []).append([name, scale])
     plain = {name for branches in positions.values() for name, _ in branches}
     entries = {name: entry for name, entry in entries.items() if name in plain}
     head: dict[str, Any] = {"weight": "head.weight", "bias": "head.bias"}
-    head_bits = CODE_BITS.get(config.head_dtype)
+    head_bits = code_bits(config.head_dtype)
     if head_bits is None:
-        tensors["head.weight"] = from_torch(run.head.weight.to(DTYPES[config.head_dtype]))
+        tensors["head.weight"] = from_torch(run.head.weight.to(float_dtype(config.head_dtype)))
     else:
         form = _write_codes(tensors, "head.weight", run.head.weight, head_bits, rank_axis=0)
         head["quant"] = {"bits": head_bits, "weight": form}
-    tensors["head.bias"] = from_torch(run.head.bias.to(DTYPES.get(config.head_dtype, torch.float16)))
+    tensors["head.bias"] = from_torch(run.head.bias.to(float_dtype(config.head_dtype)))
     record = {
         "format": "pear-task/1",
         "task": config.task,
@@ -105,26 +105,6 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
 def in_order(run: TaskRun) -> list[str]:
     """The pruned positions, in forward order."""
     return sorted(run.pruned, key=list(run.adapters.own).index)
-
-
-def stored_bytes(task: Task) -> tuple[int, int, int]:
-    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once."""
-    counted: dict[str, tuple[str, int]] = {}
-
-    def count(kind: str, name: str) -> None:
-        tensor = task.tensors[name]
-        counted.setdefault(tensor.digest, (kind, tensor.size_bytes))
-
-    for adapter in task.adapters.values():
-        kind = "knowledge" if adapter.role == "knowledge" else "adapter"
-        for name in sorted(name for matrix in adapter.matrices for name in matrix.names):
-            count(kind, name)
-    for name in task.head.names if task.head is not None else ():
-        count("head", name)
-    adapter_bytes, knowledge, head_bytes = (
-        sum(size for kind, size in counted.values() if kind == wanted) for wanted in ("adapter", "knowledge", "head")
-    )
-    return adapter_bytes, knowledge, head_bytes
 
 
 def _write_codes(tensors: dict[str, RawTensor], name: str, matrix: Tensor, bits: int, rank_axis: int) -> dict[str, Any]:
