@@ -32,7 +32,7 @@ def next_batch(run: TaskRun) -> Batch:
 
 def batch_key(run: TaskRun) -> tuple[Any, ...]:
     """Runs of one key can step together."""
-    return (bool(run.adapters.branches), run.record["input_size"], run.config.activation, str(run.autocast))
+    return (bool(run.adapters.branches), run.preprocess["input_size"], run.config.activation, str(run.autocast))
 
 
 def step_together(group: Sequence[tuple[TaskRun, Batch]]) -> None:

@@ -89,8 +89,8 @@ def _start(configs: Sequence[TrainConfig], adapted: AdaptedBackbone, datasets: S
     ]
     first = runs[0]
     for run in runs[1:]:
-        if run.record["input_size"] != first.record["input_size"]:
-            sizes = f"{run.record['input_size'][1:]} and {first.record['input_size'][1:]}"
+        if run.preprocess["input_size"] != first.preprocess["input_size"]:
+            sizes = f"{run.preprocess['input_size'][1:]} and {first.preprocess['input_size'][1:]}"
             raise ConfigError(f"base set: tasks of one input size expected, found {sizes}")
         run.adapters = first.adapters
     parameters = [*first.adapters.trained().values(), *(p for run in runs for p in run.head.parameters())]

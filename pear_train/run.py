@@ -54,7 +54,7 @@ class TaskRun:
         bank: Sequence[Task] = (),
     ) -> None:
         self.config, self.adapted, self.device = config, adapted, adapted.device
-        self.record = preprocess_record(adapted.backbone, config.img_size)
+        self.preprocess = preprocess_record(adapted.backbone, config.img_size)
         self.precision = choose_precision(config.dtype, self.device)
         """Of the forward; a run that goes on keeps it, whatever is fast where it does."""
         self.machines = [describe_machine(self.device)]
@@ -68,7 +68,7 @@ class TaskRun:
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.record, dataset.limits))
+        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.preprocess, dataset.limits))
         self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
         self.batches = -(-len(self.train_pixels) // config.batch_size)
         """Steps of an epoch."""

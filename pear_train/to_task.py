@@ -1,6 +1,7 @@
 """From a run to the task that its checkpoint holds."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
 from pear_store.format.record import entry_names, renamed, with_core
+from pear_train.adapters import FrozenAdapter
 from pear_train.dtypes import code_bits, float_dtype
 from pear_train.identity import fingerprint
 from pear_train.run import TaskRun
@@ -18,34 +20,38 @@ from router.tensors import from_torch, quantise
 
 def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
     """The task as the run stands, tensors in the dtypes to be written."""
-    config, adapters = run.config, run.adapters
     tensors: dict[str, RawTensor] = {}
-    entries: dict[str, Any] = {}
+    entries, positions = _write_adapters(run, tensors)
+    record = {
+        "format": "pear-task/1",
+        "task": run.config.task,
+        "backbone": {"model": run.adapted.backbone.name, "digest": run.adapted.backbone.digest},
+        "activation": run.config.activation,
+        "adapters": entries,
+        "positions": positions,
+        "head": _write_head(run, tensors),
+        "labels": list(run.dataset.classes),
+        "preprocess": run.preprocess,
+        "metrics": metrics,
+        "training": _training(run),
+    }
+    return make_task(record, tensors, run.config.task)
+
+
+def _write_adapters(run: TaskRun, tensors: dict[str, RawTensor]) -> tuple[dict[str, Any], dict[str, list[list[Any]]]]:
+    """Adds what adapters and cores hold to `tensors`; returns the record's `adapters` and `positions`."""
+    config, adapters = run.config, run.adapters
+    entries = {}
     for name in adapters.used():
         frozen = adapters.frozen.get(name)
-        if frozen is not None and frozen.entry is not None:  # a stored one goes back as it came, whatever its form
-            own: dict[str, str] = {}
-            for use, named in entry_names(frozen.entry):
-                own.setdefault(named, f"{name}.{use}")
-            stored = {key: value for key, value in frozen.entry.items() if key != "role"}
-            entries[name] = renamed(stored, own.__getitem__)
-            tensors.update({own[old]: raw for old, raw in frozen.tensors.items()})
-            continue
-        entry: dict[str, Any] = {"down": f"{name}.down", "up": f"{name}.up"}
-        matrices = dict(zip(("down", "up"), adapters.matrices(name), strict=True))
-        bits, dtype = code_bits(config.tensor_dtype), float_dtype(config.tensor_dtype)
-        if frozen is not None:
-            entry["role"] = "knowledge"
-            bits, dtype = frozen.bits, torch.float16
-        if bits is not None:
-            entry["quant"] = {"bits": bits}
-        for side, rank_axis in (("down", 1), ("up", 0)):
-            matrix = matrices[side]
-            if bits is not None:
-                entry["quant"][side] = _write_codes(tensors, f"{name}.{side}", matrix, bits, rank_axis)
-            else:
-                tensors[f"{name}.{side}"] = from_torch(matrix.to(dtype))
-        entries[name] = entry
+        if frozen is not None and frozen.entry is not None:
+            entries[name] = _write_stored(tensors, name, frozen, frozen.entry)
+        elif frozen is not None:
+            entry = _write_matrices(tensors, name, frozen.down, frozen.up, frozen.bits, torch.float16)
+            entries[name] = {"down": entry.pop("down"), "up": entry.pop("up"), "role": "knowledge", **entry}
+        else:
+            bits, dtype = code_bits(config.tensor_dtype), float_dtype(config.tensor_dtype)
+            entries[name] = _write_matrices(tensors, name, *adapters.matrices(name), bits, dtype)
     positions: dict[str, list[list[Any]]] = {}
     for i, (position, branches) in enumerate(adapters.branches.items()):
         for j, branch in enumerate(branches):
@@ -57,49 +63,72 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
             scale = float(torch.as_tensor(branch.scale).detach())
             positions.setdefault(position, []).append([name, scale])
     plain = {name for branches in positions.values() for name, _ in branches}
-    entries = {name: entry for name, entry in entries.items() if name in plain}
+    return {name: entry for name, entry in entries.items() if name in plain}, positions
+
+
+def _write_stored(
+    tensors: dict[str, RawTensor], name: str, adapter: FrozenAdapter, entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A stored adapter goes back as it came, whatever its form, but for its tensors' names."""
+    own: dict[str, str] = {}
+    for use, named in entry_names(entry):
+        own.setdefault(named, f"{name}.{use}")
+    tensors.update({own[old]: raw for old, raw in adapter.tensors.items()})
+    return renamed({key: value for key, value in entry.items() if key != "role"}, own.__getitem__)
+
+
+def _write_matrices(
+    tensors: dict[str, RawTensor], name: str, down: Tensor, up: Tensor, bits: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """An adapter's matrices, as floats or as codes of `bits`."""
+    entry: dict[str, Any] = {"down": f"{name}.down", "up": f"{name}.up"}
+    if bits is not None:
+        entry["quant"] = {"bits": bits}
+    for side, matrix, rank_axis in (("down", down, 1), ("up", up, 0)):
+        if bits is None:
+            tensors[f"{name}.{side}"] = from_torch(matrix.to(dtype))
+        else:
+            entry["quant"][side] = _write_codes(tensors, f"{name}.{side}", matrix, bits, rank_axis)
+    return entry
+
+
+def _write_head(run: TaskRun, tensors: dict[str, RawTensor]) -> dict[str, Any]:
+    """Adds the head to `tensors`; returns what the record says of it."""
     head: dict[str, Any] = {"weight": "head.weight", "bias": "head.bias"}
-    head_bits = code_bits(config.head_dtype)
-    if head_bits is None:
-        tensors["head.weight"] = from_torch(run.head.weight.to(float_dtype(config.head_dtype)))
+    bits, dtype = code_bits(run.config.head_dtype), float_dtype(run.config.head_dtype)
+    if bits is None:
+        tensors["head.weight"] = from_torch(run.head.weight.to(dtype))
     else:
-        form = _write_codes(tensors, "head.weight", run.head.weight, head_bits, rank_axis=0)
-        head["quant"] = {"bits": head_bits, "weight": form}
-    tensors["head.bias"] = from_torch(run.head.bias.to(float_dtype(config.head_dtype)))
-    record = {
-        "format": "pear-task/1",
-        "task": config.task,
-        "backbone": {"model": run.adapted.backbone.name, "digest": run.adapted.backbone.digest},
-        "activation": config.activation,
-        "adapters": entries,
-        "positions": positions,
-        "head": head,
-        "labels": list(run.dataset.classes),
-        "preprocess": run.record,
-        "metrics": metrics,
-        "training": {
-            **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
-            "data": run.dataset.description.partition(": ")[2],
-            "data_name": os.fsencode(Path(run.dataset.description.partition(": ")[0]).name).decode(errors="replace"),
-            "data_fingerprint": run.identity["data"],
-            "images": run.dataset.counts,
-            "unreadable": run.dataset.unreadable_counts,
-            "recall": run.recall,
-            "importance_score": config.importance,
-            "precision": run.precision,
-            "given": run.given,
-            "importance": run.importance,
-            "pruned": in_order(run),
-            "borrowed": run.sources,
-            "banked": run.banked,
-            "history": run.history,
-            "fingerprint": fingerprint(run.identity),
-            "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
-            "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
-            "machines": run.machines,
-        },
+        form = _write_codes(tensors, "head.weight", run.head.weight, bits, rank_axis=0)
+        head["quant"] = {"bits": bits, "weight": form}
+    tensors["head.bias"] = from_torch(run.head.bias.to(dtype))
+    return head
+
+
+def _training(run: TaskRun) -> dict[str, Any]:
+    """What the record says of how the task was trained."""
+    config = run.config
+    return {
+        **{key: value for key, value in asdict(config).items() if key not in ("task", "device")},
+        "data": run.dataset.description.partition(": ")[2],
+        "data_name": os.fsencode(Path(run.dataset.description.partition(": ")[0]).name).decode(errors="replace"),
+        "data_fingerprint": run.identity["data"],
+        "images": run.dataset.counts,
+        "unreadable": run.dataset.unreadable_counts,
+        "recall": run.recall,
+        "importance_score": config.importance,
+        "precision": run.precision,
+        "given": run.given,
+        "importance": run.importance,
+        "pruned": in_order(run),
+        "borrowed": run.sources,
+        "banked": run.banked,
+        "history": run.history,
+        "fingerprint": fingerprint(run.identity),
+        "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
+        "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
+        "machines": run.machines,
     }
-    return make_task(record, tensors, config.task)
 
 
 def in_order(run: TaskRun) -> list[str]:

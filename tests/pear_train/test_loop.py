@@ -126,7 +126,7 @@ def test_what_is_trained_is_what_is_routed(
     rows = torch.arange(12)
     with torch.no_grad():
         trained = run.head(run.features(run.val_pixels, rows))
-    images = Preprocess(run.record)([data.val.image(i) for i in range(12)])
+    images = Preprocess(run.preprocess)([data.val.image(i) for i in range(12)])
     router = Router(backbone)
     router.add(tmp_path / "t.safetensors")
     train(config(task="other", method="adapters", seed=5), backbone, data, tmp_path / "o.safetensors")
