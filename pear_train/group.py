@@ -41,7 +41,7 @@ def step_together(group: Sequence[tuple[TaskRun, Batch]]) -> None:
         run.before_step()
     run, batch = group[0]
     if batch.features is not None:
-        parts = [one.features for _, one in group]
+        parts = [other.features for _, other in group]
     elif len(group) == 1:
         assert batch.images is not None
         parts = [run.adapted.features(batch.images, run.step_weights(), run.autocast)]
@@ -73,15 +73,15 @@ def stack_weights(
     Ranks are filled up with zeros, which add nothing whatever the activation, and have no gradient to give.
     """
     stacked = {}
-    for position in dict.fromkeys(position for one in weights for position in one):
-        rank = max(one[position].down.shape[1] for one in weights if position in one)
+    for position in dict.fromkeys(position for added in weights for position in added):
+        rank = max(added[position].down.shape[1] for added in weights if position in added)
         d_in, d_out = widths[position]
         downs, ups = [], []
-        for one in weights:
-            if position in one:
-                missing = rank - one[position].down.shape[1]
-                downs.append(F.pad(one[position].down, (0, missing)))
-                ups.append(F.pad(one[position].up, (0, 0, 0, missing)))
+        for added in weights:
+            if position in added:
+                missing = rank - added[position].down.shape[1]
+                downs.append(F.pad(added[position].down, (0, missing)))
+                ups.append(F.pad(added[position].up, (0, 0, 0, missing)))
             else:
                 like = next(w[position].down for w in weights if position in w)
                 downs.append(like.new_zeros(d_in, rank))

@@ -119,28 +119,28 @@ class _Loop:
     def step(self) -> None:
         """One step of every active task, of tasks that can share a forward together."""
         ready: list[tuple[ActiveJob, Batch]] = []
-        for one in list(self.active):
-            with self._failing_alone(one.job):
-                ready.append((one, next_batch(one.run)))
+        for task in list(self.active):
+            with self._failing_alone(task.job):
+                ready.append((task, next_batch(task.run)))
         stepped: list[ActiveJob] = []
         for _, pairs in groupby(sorted(ready, key=_key), _key):
             group = list(pairs)
-            with self._failing_alone(*(one.job for one, _ in group)):
-                step_together([(one.run, batch) for one, batch in group])
-                stepped += [one for one, _ in group]
-        for one in stepped:
-            with self._failing_alone(one.job):
-                self._after_step(one)
+            with self._failing_alone(*(task.job for task, _ in group)):
+                step_together([(task.run, batch) for task, batch in group])
+                stepped += [task for task, _ in group]
+        for task in stepped:
+            with self._failing_alone(task.job):
+                self._after_step(task)
 
-    def _after_step(self, one: ActiveJob) -> None:
-        ended = one.after_step()
+    def _after_step(self, task: ActiveJob) -> None:
+        ended = task.after_step()
         if self.progress is not None:
-            self.progress(one.progress(ended))
-        if one.run.finished:
-            self.active.remove(one)
-            self.ended.append(one.finish())
+            self.progress(task.progress(ended))
+        if task.run.finished:
+            self.active.remove(task)
+            self.ended.append(task.finish())
         elif ended:
-            one.keep()
+            task.keep()
 
     @contextmanager
     def _failing_alone(self, *jobs: Job) -> Iterator[None]:
@@ -149,7 +149,7 @@ class _Loop:
             with memory_named(", ".join(job.config.task for job in jobs)):
                 yield
         except self.errors as error:
-            self.active = [one for one in self.active if not any(one.job is job for job in jobs)]
+            self.active = [task for task in self.active if not any(task.job is job for job in jobs)]
             self.ended += [Failed(job.config.task, str(error)) for job in jobs]
 
 

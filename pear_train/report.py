@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pear_store import Task
+from pear_train.choices import Method
 from pear_train.recall import by_class
 
 
@@ -26,7 +27,7 @@ class Result:
     """What a run gave. Bytes are of the tensors as written, each distinct one once; top-1 in 0..1, from the file."""
 
     task: str
-    method: str
+    method: Method
     val_top1: float
     test_top1: float | None
     trainable_params: int
@@ -73,17 +74,17 @@ def stored_bytes(task: Task) -> tuple[int, int, int]:
     """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once."""
     counted: dict[str, tuple[str, int]] = {}
 
-    def count(kind: str, name: str) -> None:
+    def count(part: str, name: str) -> None:
         tensor = task.tensors[name]
-        counted.setdefault(tensor.digest, (kind, tensor.size_bytes))
+        counted.setdefault(tensor.digest, (part, tensor.size_bytes))
 
     for adapter in task.adapters.values():
-        kind = "knowledge" if adapter.role == "knowledge" else "adapter"
+        part = "knowledge" if adapter.role == "knowledge" else "adapter"
         for name in sorted(name for matrix in adapter.matrices for name in matrix.names):
-            count(kind, name)
+            count(part, name)
     for name in task.head.names if task.head is not None else ():
         count("head", name)
     adapter_bytes, knowledge, head_bytes = (
-        sum(size for kind, size in counted.values() if kind == wanted) for wanted in ("adapter", "knowledge", "head")
+        sum(size for part, size in counted.values() if part == wanted) for wanted in ("adapter", "knowledge", "head")
     )
     return adapter_bytes, knowledge, head_bytes

@@ -47,8 +47,8 @@ def _write_adapters(run: TaskRun, tensors: dict[str, RawTensor]) -> tuple[dict[s
         if frozen is not None and frozen.entry is not None:
             entries[name] = _write_stored(tensors, name, frozen, frozen.entry)
         elif frozen is not None:
-            entry = _write_matrices(tensors, name, frozen.down, frozen.up, frozen.bits, torch.float16)
-            entries[name] = {"down": entry.pop("down"), "up": entry.pop("up"), "role": "knowledge", **entry}
+            written = _write_matrices(tensors, name, frozen.down, frozen.up, frozen.bits, torch.float16)
+            entries[name] = {**written, "role": "knowledge"}
         else:
             bits, dtype = code_bits(config.tensor_dtype), float_dtype(config.tensor_dtype)
             entries[name] = _write_matrices(tensors, name, *adapters.matrices(name), bits, dtype)
