@@ -1,11 +1,13 @@
 """Trains tasks: adapter sets on a frozen backbone, pruned and shared."""
 
-from pear_train.base import Base, train_base
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Split, open_dataset
 from pear_train.errors import ConfigError, DataError, DivergedError, PearTrainError, ResourceError
-from pear_train.loop import Failed, Job, Result, Step, train, train_many
+from pear_train.job import Job
+from pear_train.loop import train, train_many
+from pear_train.make_base import Base, train_base
 from pear_train.plot import plot_result
+from pear_train.report import Failed, Result, Step
 from pear_train.tasks import TaskEntry, read_tasks
 
 __all__ = [

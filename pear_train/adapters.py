@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pear_store import RawTensor
+from pear_train.choices import Activation, Role
 from router import PositionWeights
 from router.tensors import fake_quantise
 
@@ -29,11 +30,11 @@ class TrainedBranch:
 class FrozenAdapter:
     """An adapter that does not train: `down` [d_in, rank] and `up` [rank, d_out], float32, as they will be read back.
 
-    `role` says what it is: "knowledge", "bank" or "base". One from a store is written as it was found: `entry`, with
-    its `tensors`; a knowledge checkpoint as float16, or as codes of `bits`.
+    One from a store (role bank or base) is written as it was found: `entry`, with its `tensors`; a knowledge checkpoint
+    as float16, or as codes of `bits`.
     """
 
-    role: str
+    role: Role
     down: Tensor
     up: Tensor
     bits: int | None = None
@@ -61,14 +62,15 @@ class AdapterSet(nn.Module):
         self,
         widths: Mapping[str, tuple[int, int]],
         rank: int,
-        activation: str,
+        activation: Activation,
         scale: float,
         generator: torch.Generator,
         common_down: bool = False,
         bits: int | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.bits = activation, bits
+        self.activation: Activation = activation
+        self.bits = bits
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.frozen: dict[str, FrozenAdapter] = {}
         self.own: dict[str, str] = {}

@@ -1,17 +1,16 @@
-"""Stored adapters for new tasks: a bank to borrow from, and a base set to start from. Frozen, bit-identical."""
+"""A bank: stored adapters that a new task may borrow, frozen and bit-identical."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pear_store import Branch, Task
+from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.record import without_core
 from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
-from pear_train.config import TrainConfig
-from pear_train.errors import ConfigError
+from pear_train.choices import Activation, Role
 from router import AdaptedBackbone
 
 
@@ -25,7 +24,7 @@ class Bank:
         cores: adapters are borrowed with a new core: offer them without the one that a stored task has for them.
     """
 
-    def __init__(self, tasks: Sequence[Task], adapted: AdaptedBackbone, activation: str, cores: bool) -> None:
+    def __init__(self, tasks: Sequence[Task], adapted: AdaptedBackbone, activation: Activation, cores: bool) -> None:
         self.cores = cores
         self.adapters: dict[str, FrozenAdapter] = {}
         """By name: every distinct one."""
@@ -111,7 +110,7 @@ def widths_of(task: Task, adapter: str) -> tuple[int, int]:
     return task.adapters[adapter].shape
 
 
-def stored_adapter(task: Task, name: str, role: str, with_core: bool = True) -> FrozenAdapter:
+def stored_adapter(task: Task, name: str, role: Role, with_core: bool = True) -> FrozenAdapter:
     """An adapter of a task as it will be written again, tensor for tensor, with or without its core."""
     entry, adapter = dict(task.record["adapters"][name]), task.adapters[name]
     if adapter.core is not None and not with_core:
@@ -120,61 +119,3 @@ def stored_adapter(task: Task, name: str, role: str, with_core: bool = True) -> 
     down, up = (torch.from_numpy(one.astype("f4")) for one in values)
     used = sorted({used for matrix in adapter.matrices for used in matrix.names})
     return FrozenAdapter(role, down, up, None, entry, {one: task.tensors[one] for one in used})
-
-
-@dataclass(frozen=True)
-class BaseAdapters:
-    """What a base set gives a new task."""
-
-    frozen: Mapping[str, list[Branch]]
-    """Positions that use the base's adapters as they are, with its scales."""
-    adapters: Mapping[str, FrozenAdapter]
-    start: Mapping[str, tuple[Tensor, Tensor]]
-    """Where the adapters of the other positions start: down, and up times its scale."""
-
-
-def base_adapters(base: Task, adapted: AdaptedBackbone, positions: Sequence[str], config: TrainConfig) -> BaseAdapters:
-    """Divides a base set at the input of block number `config.base_blocks`.
-
-    Raises:
-        ConfigError: it is for another backbone, or its adapters do not fit the configuration.
-    """
-    name = f"base {base.name!r}"
-    if base.backbone_digest != adapted.backbone.digest:
-        raise ConfigError(f"{name}: made for {base.backbone_model} {base.backbone_digest[:19]}…: another backbone")
-    if base.activation != config.activation:
-        raise ConfigError(f"{name}: its activation is {base.activation!r}: train with it, not {config.activation!r}")
-    if strangers := [p for p in base.positions if p not in positions]:
-        raise ConfigError(f"{name}: has adapters at {strangers[0]!r}: not among the positions {config.positions!r}")
-    for position, branches in base.positions.items():
-        if (found := widths_of(base, branches[0].adapter)) != adapted.widths[position]:
-            raise ConfigError(f"{name}: widths {found} at {position!r}: the backbone's are {adapted.widths[position]}")
-    level, blocks = adapted.levels.of, len(adapted.levels.blocks)
-    if config.base_blocks >= blocks:
-        raise ConfigError(
-            f"base blocks {config.base_blocks}: {adapted.backbone.name} has {blocks} blocks at which tasks may part: "
-            "expected fewer than that"
-        )
-    lower = [p for p in positions if level.get(p, 0) <= config.base_blocks]
-    frozen = {p: base.positions[p] for p in lower if p in base.positions}
-    used = dict.fromkeys(branch.adapter for branches in frozen.values() for branch in branches)
-    names = {old: f"s{i}" for i, old in enumerate(used)}
-    start = {}
-    for position in positions:
-        branches = base.positions.get(position, [])
-        if position in lower or not branches:
-            continue
-        adapter = base.adapters[branches[0].adapter]
-        if len(branches) > 1 or adapter.rank != config.rank or config.down == "common":
-            raise ConfigError(
-                f"{name}: {len(branches)} branch(es) of rank {adapter.rank} at {position!r}: to start from it, "
-                f"expected one of rank {config.rank} and down 'own'"
-            )
-        values = matrix_values(adapter.down, base.tensors), up_values(adapter, base.tensors)
-        down, up = (torch.tensor(one).float() for one in values)
-        start[position] = (down, up * branches[0].scale)
-    return BaseAdapters(
-        {p: [Branch(names[one.adapter], one.scale) for one in branches] for p, branches in frozen.items()},
-        {new: stored_adapter(base, old, "base") for old, new in names.items()},
-        start,
-    )

@@ -1,26 +1,26 @@
 """The options of one training run."""
 
 from dataclasses import Field, dataclass, fields
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
-import torch
-
-from pear_store.format.checkpoint import ACTIVATIONS, TASK_NAME
+from pear_store.format.checkpoint import TASK_NAME
+from pear_train.choices import (
+    Activation,
+    Augment,
+    Borrow,
+    Down,
+    Dtype,
+    HeadDtype,
+    Importance,
+    Knowledge,
+    KnowledgeBits,
+    Method,
+    Select,
+    Sharing,
+    TensorDtype,
+)
 from pear_train.errors import ConfigError
-
-METHODS = ("pear", "adapters", "linear")
-SHARING = ("nearest", "top", "similar", "none")
-KNOWLEDGE = ("none", "fold", "lowbit", "exact")
-BORROW = ("core", "scale")
-IMPORTANCE = ("taylor", "taylor_abs", "magnitude", "gradient", "random")
-DOWN = ("own", "common")
-AUGMENT = ("none", "flip", "crop", "flip+crop")
-SELECT = ("best", "last")
-TENSOR_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4", "Q1")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
-HEAD_DTYPES = ("F16", "BF16", "F32", "Q8", "Q4")
+from pear_train.options import check_option, kinds
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainConfig:
     """Options of one run; docs/training.md says how to choose them."""
 
     task: str
-    method: str = "pear"
+    method: Method = "pear"
     """pear (prune and share), adapters (no pruning) or linear (head only)."""
     epochs: int = 20
     prune_epoch: int | None = None
@@ -37,18 +37,18 @@ class TrainConfig:
     """Comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns of module paths; auto: qkv,mlp, or blocks
     where a backbone has no such modules that run."""
     rank: int = 12
-    activation: str = "identity"
+    activation: Activation = "identity"
     scale: float = 1.0
     """Factor of a branch."""
     ratio: float = 0.92
     """Share of the adapters of each shape that is pruned, below 1."""
-    down: str = "own"
+    down: Down = "own"
     """own: trained; common: frozen, the same for all tasks of a backbone, so that only `up` is new to a store."""
-    importance: str = "taylor"
+    importance: Importance = "taylor"
     """What ranks adapters (pear_train/importance.py), or random as a control."""
-    sharing: str = "nearest"
+    sharing: Sharing = "nearest"
     """How a pruned position finds the kept adapter that it borrows; none leaves it empty."""
-    borrow: str = "core"
+    borrow: Borrow = "core"
     """What a borrowed branch has of its own: a core, a matrix of rank x rank between down and up, or only a scale."""
     borrowed_scale: float = 0.0
     """Where a borrowed branch's scale starts, as a multiple of `scale`; with a core, where that starts as so many times
@@ -56,9 +56,9 @@ class TrainConfig:
     train_borrowed_scale: bool = True
     scale_lr: float = 10.0
     """Learning rate of trained scales, as a multiple of `lr`."""
-    knowledge: str = "fold"
+    knowledge: Knowledge = "fold"
     """What is preserved of a pruned adapter at its own position."""
-    knowledge_bits: int = 1
+    knowledge_bits: KnowledgeBits = 1
     """Bits of a low-bit knowledge checkpoint: 1 or 4."""
     lr: float = 1e-2
     weight_decay: float = 1.0
@@ -69,20 +69,20 @@ class TrainConfig:
     """Gradients of all weights together are scaled down to this norm."""
     drop_branch: float = 0.0
     """Probability that a position's branches are left out of a training step."""
-    augment: str = "none"
+    augment: Augment = "none"
     """What training images undergo: none, flip (left to right), crop (shifted by up to an eighth), flip+crop."""
     batch_size: int = 32
     seed: int = 0
     img_size: int | None = None
     """Pixels of a side; None for the backbone's own."""
     device: str | None = None
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is faster."""
-    tensor_dtype: str = "F16"
+    tensor_dtype: TensorDtype = "F16"
     """What adapters are written in: F32, F16, BF16, or codes of 8, 4 or 1 bits (Q8, Q4, Q1), trained as such."""
-    head_dtype: str = "F16"
+    head_dtype: HeadDtype = "F16"
     """What the head is written in: F32, F16, BF16, or a weight of codes of 8 or 4 bits (Q8, Q4)."""
-    select: str = "best"
+    select: Select = "best"
     """The epoch that is kept: the best on val (of those after pruning, the later of equals), or the last."""
     patience: int | None = None
     """Stop after so many epochs without a better val top-1 (counted after pruning); None never."""
@@ -148,98 +148,3 @@ OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainCon
 """Every option by its name; each has a default."""
 
 _BORROWING = ("borrow", "borrowed_scale", "train_borrowed_scale", "scale_lr", "knowledge_bits")
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": METHODS,
-    "sharing": SHARING,
-    "knowledge": KNOWLEDGE,
-    "importance": IMPORTANCE,
-    "activation": ACTIVATIONS,
-    "dtype": ("auto", "float32", "bfloat16"),
-    "down": DOWN,
-    "borrow": BORROW,
-    "augment": AUGMENT,
-    "select": SELECT,
-    "tensor_dtype": TENSOR_DTYPES,
-    "head_dtype": HEAD_DTYPES,
-    "knowledge_bits": (1, 4),
-}
-
-
-@dataclass(frozen=True)
-class _Range:
-    """What a number may be. Beyond it lies a slip of the pen, which would end in an overflow or fill the memory."""
-
-    low: float
-    high: float
-    above: bool = False
-    """The low end itself is not allowed."""
-    below: bool = False
-    """The high end itself is not allowed."""
-
-    def __contains__(self, value: float) -> bool:
-        inside = self.low <= value <= self.high  # a NaN is in no range
-        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
-
-    def __str__(self) -> str:
-        low, high = (f"{end:,.0f}" if abs(end) < 1e9 else f"{end:g}" for end in (self.low, self.high))
-        return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
-
-
-_RANGES = {
-    "epochs": _Range(1, 100_000),
-    "prune_epoch": _Range(0, 100_000),  # whether it fits the epochs is said apart
-    "rank": _Range(1, 4_096),  # an adapter of more is larger than the matrices beside it
-    "scale": _Range(0, 1e6, above=True),  # a base's adapters are divided by it
-    "ratio": _Range(0, 1, below=True),  # of 1, nothing would be kept to borrow from
-    "borrowed_scale": _Range(-1e6, 1e6),
-    "scale_lr": _Range(0, 1e6, above=True),
-    "knowledge_bits": _Range(1, 4),
-    "lr": _Range(0, 1_000, above=True),  # AdamW moves a weight by about so much in a step
-    "weight_decay": _Range(0, 1_000),
-    "warmup": _Range(0, 1),  # a share
-    "max_grad_norm": _Range(0, 1e12, above=True),
-    "drop_branch": _Range(0, 1, below=True),  # what stays is divided by one minus this
-    "batch_size": _Range(1, 1_000_000),
-    "seed": _Range(0, 2**63 - 1),  # what torch takes, and what a checkpoint can hold
-    "img_size": _Range(1, 16_384),  # what a task checkpoint allows
-    "patience": _Range(1, 100_000),
-    "base_blocks": _Range(0, 10_000),
-    "bank_share": _Range(1, 1_000),
-}
-
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-
-
-def kinds(option: Field[Any]) -> list[str]:
-    """The types of an option's values, by name; None is not named."""
-    types = get_args(option.type) or (option.type,)
-    return [kind.__name__ for kind in types if kind is not NoneType]
-
-
-def check_option(shown: str, option: Field[Any], value: Any) -> None:
-    """Checks the value of one option.
-
-    Args:
-        shown: what the message calls the option.
-    Raises:
-        ConfigError: it has another type than the option, or is not among what the option allows.
-    """
-    name = option.name
-    if value is None and option.default is None:
-        return
-    allowed = kinds(option)
-    where = f"{shown} {_short(value)}"
-    if not any(type(value) in _TYPES[kind] for kind in allowed):
-        raise ConfigError(f"{where}: expected {' or '.join(allowed)}")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise ConfigError(f"{where}: expected one of {', '.join(map(str, _CHOICES[name]))}")
-    if name in _RANGES and value not in _RANGES[name]:
-        raise ConfigError(f"{where}: expected {_RANGES[name]}")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "of more than 20 digits"  # Python refuses to print very long ones
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

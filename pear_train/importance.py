@@ -5,8 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pear_train.choices import GradientScore
 
-def gradient_scores(kind: str, ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]) -> dict[str, float]:
+
+def gradient_scores(
+    kind: GradientScore, ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]
+) -> dict[str, float]:
     """What removing each adapter would do to the loss, from its gradient; each adapter as one group of weights.
 
         taylor:      I_k = mean over batches of ⟨up_k, ∂L/∂up_k⟩²

@@ -6,7 +6,7 @@ from pathlib import Path
 from pear_store import PearStoreError
 from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
-from pear_train.loop import Result
+from pear_train.report import Result
 
 _SOFTWARE = "pear-train"
 """In a picture's metadata: what says so may be replaced."""

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pear_train.choices import Sharing
+
 
 def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[int, int]], ratio: float) -> list[str]:
     """The positions whose adapters are pruned, least important first.
@@ -24,7 +26,7 @@ def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[in
 
 
 def choose_sources(
-    rule: str,
+    rule: Sharing,
     pruned: Sequence[str],
     importance: Mapping[str, float],
     widths: Mapping[str, tuple[int, int]],

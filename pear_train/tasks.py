@@ -10,9 +10,10 @@ from typing import Any
 from pear_store import PearStoreError
 from pear_store.files import read_text
 from pear_store.format.checkpoint import TASK_NAME
-from pear_train.config import OPTIONS, TrainConfig, check_option
+from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data.options import DataOptions
 from pear_train.errors import ConfigError
+from pear_train.options import checked_options
 
 DATA_OPTIONS: dict[str, Field[Any]] = {option.name: option for option in fields(DataOptions)}
 """Every option of the data by its name."""
@@ -80,24 +81,3 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         except ConfigError as error:
             raise ConfigError(f"{path}: {where}: {error}") from None
     return entries
-
-
-def checked_options(
-    where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]] = OPTIONS
-) -> dict[str, Any]:
-    """Options by their names as fields, those of TrainConfig by default, each checked alone.
-
-    Raises:
-        ConfigError: beginning with `where`: an option that there is not, or a value that it does not take.
-    """
-    found = {}
-    for key, value in options.items():
-        name = re.sub("-", "_", key)
-        if name not in known:
-            raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(known)}")
-        try:
-            check_option(f"{key} =", known[name], value)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        found[name] = value
-    return found

@@ -22,10 +22,11 @@ from tabulate import tabulate
 
 from pear_store import PearStoreError, read_checkpoint
 from pear_train import Dataset, Failed, Job, PearTrainError, TrainConfig, train_many
+from pear_train.config import OPTIONS
 from pear_train.data.vtab import open_vtab
-from pear_train.finished import Identity, is_finished
-from pear_train.run import run_identity
-from pear_train.tasks import checked_options
+from pear_train.identity import Identity, run_identity
+from pear_train.options import parse_settings
+from pear_train.output import is_finished
 from router import RouterError, load_backbone
 
 GROUPS = {
@@ -62,7 +63,7 @@ def main(
         for name in names:
             if not (folder / name).is_dir():
                 raise click.ClickException(f"{folder / name}: no such folder: expected VTAB-1k's task {name!r} there")
-        options = {**CONVENTIONS, **_options(changes)}
+        options = {**CONVENTIONS, **parse_settings("--set", changes, OPTIONS)}
         configs = {name: TrainConfig(task=name, **options) for name in names}
         loaded = load_backbone(backbone, weights)
         out.mkdir(parents=True, exist_ok=True)
@@ -93,17 +94,6 @@ def main(
 
 def _open(path: Path, tune: bool) -> Dataset:
     return replace(open_vtab(path), test=None) if tune else open_vtab(path, whole=True)
-
-
-def _options(changes: tuple[str, ...]) -> dict[str, Any]:
-    found = {}
-    for change in changes:
-        name, _, value = change.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return checked_options("--set", found)
 
 
 def score(done: Container[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:

@@ -21,8 +21,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from pear_train.data import Dataset, Pixels, open_dataset
-from pear_train.run import preprocess_record
+from pear_train.data import Dataset, Pixels, open_dataset, preprocess_record
 from router import AdaptedBackbone, Backbone, Preprocess, choose_positions, load_backbone
 from router.precision import fast_precision
 

@@ -35,12 +35,15 @@ from benchmarks.study.peers import adapt
 from pear_store import Store, Task, read_checkpoint
 from pear_train import Dataset, TrainConfig, open_dataset
 from pear_train.adapters import AdapterSet
-from pear_train.base import train_base
-from pear_train.data import Pixels
-from pear_train.loop import _Trainer
-from pear_train.record import stored_bytes, to_task
-from pear_train.run import TaskRun, in_batches, preprocess_record
-from router import Backbone, Preprocess, Router, load_backbone
+from pear_train.data import Pixels, preprocess_record
+from pear_train.evaluate import in_batches
+from pear_train.group import next_batch, step_together
+from pear_train.machine import on_device
+from pear_train.make_base import train_base
+from pear_train.report import stored_bytes
+from pear_train.run import TaskRun
+from pear_train.to_task import to_task
+from router import AdaptedBackbone, Backbone, Preprocess, Router, load_backbone
 from router.precision import fast_precision
 
 DEVICE = torch.device("cpu")
@@ -137,7 +140,7 @@ class Study:
         self.done = {plan_of(row).key for row in rows}
         self._backbones: dict[str, Backbone] = {}
         self._kept: tuple[str, StudyRun] | None = None
-        self._trainers: dict[str, _Trainer] = {}
+        self._adapted: dict[str, AdaptedBackbone] = {}
         self._data: tuple[str, Dataset] | None = None
 
     def backbone(self, name: str) -> Backbone:
@@ -214,32 +217,34 @@ class Study:
 
     def trained(self, plan: Plan, config: TrainConfig, base: Task | None = None, bank: Sequence[Task] = ()) -> StudyRun:
         """A run at its end, from the epochs before pruning if another had the same."""
-        trainer = self._trainers.setdefault(plan.backbone, _Trainer(self.backbone(plan.backbone), config))
+        if plan.backbone not in self._adapted:
+            self._adapted[plan.backbone] = on_device(self.backbone(plan.backbone), config.device)
+        adapted = self._adapted[plan.backbone]
         if base is not None or bank:
-            run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
-            self._steps(trainer, run, config.epochs * run.batches)
+            run = StudyRun(config, adapted, self.data(plan.dataset), base, bank)
+            self._steps(run, config.epochs * run.batches)
             return run
         key = plan.before_pruning
         if self._kept is None or self._kept[0] != key or config.method == "linear":
-            run = StudyRun(config, trainer.adapted, self.data(plan.dataset), base, bank)
+            run = StudyRun(config, adapted, self.data(plan.dataset), base, bank)
             initialise(run.adapters, plan.options.get("init", ""))
             if plan.options.get("init") == "q and v alone":
                 leave_k(run.adapters)
             stop = (
                 config.epochs if config.method == "linear" else TrainConfig(task="x", epochs=config.epochs).pruned_after
             )
-            self._steps(trainer, run, (config.prune_epoch or stop) * run.batches - 1)
+            self._steps(run, (config.prune_epoch or stop) * run.batches - 1)
             self._kept = (key, run)
         run = self._kept[1].fork(config)
         if plan.options.get("init") == "q and v alone":  # hooks are not copied
             leave_k(run.adapters)
-        self._steps(trainer, run, config.epochs * run.batches)
+        self._steps(run, config.epochs * run.batches)
         return run
 
-    def _steps(self, trainer: _Trainer, run: StudyRun, until: int) -> None:
+    def _steps(self, run: StudyRun, until: int) -> None:
         """Steps up to number `until` of the run; the step before pruning is the last that can be shared."""
         while (run.epoch - 1) * run.batches + run.batch < until and not run.finished:
-            trainer.step([(run, trainer.batch(run))])
+            step_together([(run, next_batch(run))])
             run.after_step()
 
     @torch.no_grad()

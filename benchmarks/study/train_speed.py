@@ -27,7 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pear_train import Dataset, Split, TrainConfig
-from pear_train.loop import Job, _Trainer
+from pear_train.group import next_batch, step_together
+from pear_train.job import ActiveJob, Job
+from pear_train.machine import on_device
 from router import load_backbone
 
 MODEL, PIXELS, BATCH, RANK, CLASSES = "deit_tiny_patch16_224", 96, 32, 8, 10
@@ -45,11 +47,11 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
         data = Dataset("random: images", tuple(map(str, range(CLASSES))), split, split, None)
         config = TrainConfig(task="x", method="adapters", positions="qkv", rank=RANK, img_size=PIXELS, batch_size=BATCH,
                              device=device, epochs=10**6, dtype="float32")  # fmt: skip
-        trainer = _Trainer(load_backbone(MODEL, weights), config)
-        active = [trainer.start(Job(config, lambda: data, Path(os.devnull)), None, ()) for _ in range(count)]
+        adapted = on_device(load_backbone(MODEL, weights), device)
+        active = [ActiveJob.start(Job(config, lambda: data, Path(os.devnull)), adapted) for _ in range(count)]
 
         def step() -> None:
-            trainer.step([(one.run, trainer.batch(one.run)) for one in active])
+            step_together([(one.run, next_batch(one.run)) for one in active])
             for one in active:
                 one.run.optimiser.step()
 

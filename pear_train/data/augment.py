@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pear_train.choices import Augment
 
-def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
+
+def augment(images: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
     """Flips half of the images left to right; shifts each by up to an eighth of its sides, mirrored at the border.
 
     Args:
         images: [batch, 3, h, w]; not mutated.
-        how: none, flip, crop or flip+crop.
     """
     if "flip" in how:
         flipped = torch.rand(len(images), generator=generator) < 0.5

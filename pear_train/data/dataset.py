@@ -1,11 +1,9 @@
-"""What a data set is to the trainer, and how images become batches."""
+"""What a data set is to the trainer."""
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from pear_store.format.checkpoint import CONTROL
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
-from router import ImageError, Limits, Preprocess
+from router import Limits
 from router.pictures import LIMITS, ImageLike
 
 LOOKED_FOR = (
@@ -22,9 +20,6 @@ LOOKED_FOR = (
     "train800.txt, a .npz file with x_train and y_train, or a name that timm.data.create_dataset knows, such as "
     "torch/cifar10 or hfds/ORG/NAME"
 )
-
-CACHE_BYTES = 4 * 1024**3
-"""Pixels of a split are kept in memory up to this size, and decoded anew for every batch beyond it."""
 
 MOST_CLASSES = 100_000
 MOST_FAULTS = 1_000
@@ -170,93 +165,6 @@ class Dataset:
     def sizes(self) -> str:
         test = "no" if self.test is None else len(self.test)
         return f"{len(self.classes)} classes; {len(self.train)} train, {len(self.val)} val, {test} test images"
-
-
-class Pixels:
-    """A split's images at the input size, decoded once if they fit into memory. Making it decodes every image."""
-
-    def __init__(self, split: Split, preprocess: Preprocess) -> None:
-        """Raises a DataError that names every image that cannot be read."""
-        self._decode_all(split, preprocess)
-        raise_all(list(self.unreadable.values()))
-
-    @classmethod
-    def readable(cls, split: Split, preprocess: Preprocess) -> "Pixels":
-        """The pixels of all images of a split that can be read; `unreadable` says of each other one why not."""
-        made = cls.__new__(cls)
-        made._decode_all(split, preprocess)
-        if made.unreadable:
-            made.kept = torch.tensor([i for i in range(len(split)) if i not in made.unreadable], dtype=torch.long)
-            made._split, made.targets = split.subset(made.kept), split.targets[made.kept]
-            made._cache = None if made._cache is None else made._cache[made.kept]
-        return made
-
-    def _decode_all(self, split: Split, preprocess: Preprocess) -> None:
-        self._split, self._preprocess, self.targets = split, preprocess, split.targets
-        self.kept = torch.arange(len(split))
-        """Numbers of the split's images that there are pixels of."""
-        self.unreadable: dict[int, str] = {}
-        shape = (len(split), 3, *preprocess.size)
-        self._cache = torch.zeros(shape, dtype=torch.uint8) if math.prod(shape) <= CACHE_BYTES else None
-        for i, pixels in enumerate(self._decode(range(len(split)))):
-            if isinstance(pixels, ImageError):
-                self.unreadable[i] = str(pixels)
-            elif self._cache is not None:
-                self._cache[i] = pixels
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def images(self, indices: Tensor) -> Tensor:
-        """Normalised float32 [batch, 3, h, w].
-
-        Raises:
-            ImageError: an image that was readable before is not any more.
-        """
-        if self._cache is not None:
-            return self._preprocess.normalise(self._cache[indices])
-        decoded = []
-        for pixels in self._decode(indices.tolist()):
-            if isinstance(pixels, ImageError):
-                raise pixels
-            decoded.append(pixels)
-        return self._preprocess.normalise(torch.stack(decoded))
-
-    def _decode(self, indices: "range | list[int]") -> "Iterator[Tensor | ImageError]":
-        with ThreadPoolExecutor() as workers:  # Pillow decodes and resizes without the GIL
-            yield from workers.map(self._decode_one, indices)
-
-    def _decode_one(self, index: int) -> "Tensor | ImageError":
-        try:
-            image = self._split.image(index)
-        except ImageError as error:
-            return error
-        except Exception as error:  # whatever a reader of timm, torchvision or datasets can raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return ImageError(f"image {self._split.names[index]}: cannot be read: {reason}")
-        try:
-            return self._preprocess.pixels(image)
-        except ImageError as error:
-            return error if isinstance(image, str) else ImageError(f"image {self._split.names[index]}: {error}")
-
-
-def read_pictures(dataset: Dataset, preprocess: Preprocess) -> tuple[Dataset, dict[str, Pixels]]:
-    """Decodes the images of all splits. Without those that cannot be read, if the data set says so.
-
-    Raises:
-        DataError: images that cannot be read, all of them named; or too few are left.
-    """
-    pixels = {name: Pixels.readable(split, preprocess) for name, split in dataset.splits.items()}
-    faults = [f"{name}: {fault}" for name, read in pixels.items() for fault in read.unreadable.values()]
-    if not faults:
-        return dataset, pixels
-    if not dataset.skip_unreadable:
-        count = f"{len(faults)} of {sum(map(len, dataset.splits.values()))} images cannot be read"
-        remedy = "mend or remove them, or train without them with --skip-unreadable"
-        raise_all(faults, f"{dataset.description}: {count}: {remedy}")
-    left = {name: split.subset(pixels[name].kept) for name, split in dataset.splits.items()}
-    train, val, test = left["train"], left["val"], left.get("test")
-    return replace(dataset, train=train, val=val, test=test, unreadable=tuple(faults), opened=dataset), pixels
 
 
 def listed(names: list[str]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pear_train import ConfigError, TrainConfig, read_tasks
-from pear_train.config import OPTIONS, kinds
+from pear_train.config import OPTIONS
+from pear_train.options import kinds
 
 NUMBERS = [name for name, option in OPTIONS.items() if set(kinds(option)) & {"int", "float"}]
 

@@ -220,7 +220,7 @@ def test_pixels_are_what_the_router_sees(tmp_path: Path, monkeypatch: pytest.Mon
     preprocess = Preprocess(record()["preprocess"])
     rows = torch.tensor([3, 0, 7])
     cached = Pixels(data.train, preprocess).images(rows)
-    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", 0)
+    monkeypatch.setattr("pear_train.data.pixels.CACHE_BYTES", 0)
     assert torch.equal(Pixels(data.train, preprocess).images(rows), cached)
     assert torch.equal(preprocess([data.train.image(i) for i in (3, 0, 7)]), cached)
 

@@ -19,10 +19,12 @@ from PIL import Image
 from pear_store import read_checkpoint
 from pear_train import ConfigError, DivergedError, ResourceError, TrainConfig, open_dataset, train
 from pear_train.cli import main
-from pear_train.finished import check_out, differences, identity_of, is_finished, partial_path
-from pear_train.loop import Step, _memory_named
+from pear_train.identity import differences, identity_of, run_identity
+from pear_train.memory import memory_named
+from pear_train.output import check_out, is_finished, partial_path
 from pear_train.plot import check_plot, plot_path
-from pear_train.run import TaskRun, run_identity
+from pear_train.report import Step
+from pear_train.run import TaskRun
 from router import AdaptedBackbone, Backbone
 
 FAST = ("--epochs", 2, "--rank", 2, "--positions", "blocks.[01].attn", "--ratio", 0.5, "--dtype", "float32")
@@ -182,7 +184,7 @@ def test_a_disk_without_room_is_found_before_training(pictures: Path, backbone: 
 def test_a_plot_that_cannot_be_drawn_is_said_before_training(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pear_train.cli.train_many", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("pear_train.cli.work.train_many", lambda *_, **__: pytest.fail("trained"))
     command = ("t", "--data", pictures, "--out", tmp_path / "t.safetensors", "--plot", *FAST)
     (tmp_path / "t.png").write_bytes((pictures / "dark" / "0.png").read_bytes())
     done = run(*command)
@@ -245,9 +247,9 @@ def test_a_loss_that_is_none_ends_the_run_at_that_step(task_run: TaskRun) -> Non
 
 
 def test_a_memory_that_is_too_small_is_named() -> None:
-    with pytest.raises(ResourceError, match="t: out of memory: lower --batch-size"), _memory_named("t"):
+    with pytest.raises(ResourceError, match="t: out of memory: lower --batch-size"), memory_named("t"):
         torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="shape"), _memory_named("t"):
+    with pytest.raises(RuntimeError, match="shape"), memory_named("t"):
         torch.ones(2) @ torch.ones(3, 3)
 
 

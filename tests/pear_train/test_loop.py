@@ -14,9 +14,11 @@ from pear_store import Store, read_checkpoint
 from pear_train import ConfigError, DivergedError, TrainConfig, open_dataset, train
 from pear_train.cli import main
 from pear_train.data import Dataset
-from pear_train.loop import Job, Step, _Active, _Trainer
-from pear_train.record import stored_bytes
-from pear_train.run import TaskRun, attached
+from pear_train.group import next_batch, step_together
+from pear_train.job import ActiveJob, Job
+from pear_train.report import Step, stored_bytes
+from pear_train.run import TaskRun
+from pear_train.start import attached
 from router import AdaptedBackbone, Backbone, BackboneError, Preprocess, Router, load_backbone
 
 
@@ -46,15 +48,13 @@ def task_run(config: TrainConfig, backbone: Backbone, data: Dataset) -> TaskRun:
     return TaskRun(config, AdaptedBackbone(backbone, torch.device("cpu"), torch.float32, for_training=True), data)
 
 
-def finish(run: TaskRun, backbone: Backbone, out: Path) -> Any:
+def finish(run: TaskRun, out: Path) -> Any:
     """Trains a run to its end, keeping the last epoch's weights in it."""
-    trainer = _Trainer(backbone, run.config)
-    trainer.adapted = run.adapted
-    active = _Active(Job(run.config, lambda: run.dataset, out), run, 0.0)
+    active = ActiveJob(Job(run.config, lambda: run.dataset, out), run, 0.0)
     while not run.finished:
-        trainer.step([(run, trainer.batch(run))])
+        step_together([(run, next_batch(run))])
         run.after_step()
-    return trainer.finish(active)
+    return active.finish()
 
 
 @pytest.mark.parametrize("method", ["linear", "adapters", "pear"])
@@ -122,11 +122,11 @@ def test_what_is_trained_is_what_is_routed(
     made = config(activation=activation, sharing=sharing, borrow=borrow, knowledge=knowledge, knowledge_bits=bits,
                   tensor_dtype="F32", head_dtype="F32", select="last")  # fmt: skip
     run = task_run(made, backbone, data)
-    result = finish(run, backbone, tmp_path / "t.safetensors")
+    result = finish(run, tmp_path / "t.safetensors")
     rows = torch.arange(12)
     with torch.no_grad():
         trained = run.head(run.features(run.val_pixels, rows))
-    images = Preprocess(run.record)([data.val.image(i) for i in range(12)])
+    images = Preprocess(run.preprocess)([data.val.image(i) for i in range(12)])
     router = Router(backbone)
     router.add(tmp_path / "t.safetensors")
     train(config(task="other", method="adapters", seed=5), backbone, data, tmp_path / "o.safetensors")
@@ -233,7 +233,8 @@ def run(*args: object) -> Result:
 
 def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
     out = tmp_path / "t.safetensors"
-    done = run("stripes", "--data", stripes, "--out", out, "--epochs", 3, "--prune-epoch", 1, "--rank", 2, "--json")
+    options = ("--epochs", 3, "--set", "prune_epoch=1", "--rank", 2, "--json")
+    done = run("stripes", "--data", stripes, "--out", out, *options)
     assert done.exit_code == 0, done.stderr
     assert "a NumPy archive; 3 classes; 60 train, 30 val, 60 test images" in done.stderr
     report = json.loads(done.stdout)
@@ -306,9 +307,7 @@ def test_gradients_are_clipped_together(stripes: str, backbone: Backbone) -> Non
     moved = []
     for limit in (1e-3, 1e9):
         run = task_run(config(max_grad_norm=limit), backbone, open_dataset(stripes))
-        trainer = _Trainer(backbone, run.config)
-        trainer.adapted = run.adapted
-        trainer.step([(run, trainer.batch(run))])
+        step_together([(run, next_batch(run))])
         before = torch.cat([p.grad.flatten() for p in run.tensors().values() if p.grad is not None])
         run.move()
         after = torch.cat([p.grad.flatten() for p in run.tensors().values() if p.grad is not None])

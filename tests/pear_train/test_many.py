@@ -30,9 +30,9 @@ from pear_train import (
     train_many,
 )
 from pear_train.cli import main
-from pear_train.finished import partial_path
-from pear_train.loop import Step
-from pear_train.run import given_digest
+from pear_train.identity import given_digest
+from pear_train.output import partial_path
+from pear_train.report import Step
 from router import Backbone, ImageError, Router
 from router.tensors import to_torch
 from tests.helpers.makers import floats
@@ -130,7 +130,7 @@ def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
         return test.image(number)
 
     gone = True
-    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", 0)
+    monkeypatch.setattr("pear_train.data.pixels.CACHE_BYTES", 0)
     fragile = replace(good, test=Split(goes, test.targets))
     jobs = [
         Job(config("fragile"), lambda: fragile, tmp_path / "fragile"),
@@ -220,10 +220,10 @@ def test_a_run_goes_on_in_the_precision_it_began_in(
         if step.epoch == 2:
             raise InterruptedError
 
-    monkeypatch.setattr("pear_train.run.fast_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr("pear_train.machine.fast_precision", lambda device: torch.bfloat16)
     with pytest.raises(InterruptedError):
         train(config(dtype="auto"), backbone, data, out, stop)
-    monkeypatch.setattr("pear_train.run.fast_precision", lambda device: torch.float32)
+    monkeypatch.setattr("pear_train.machine.fast_precision", lambda device: torch.float32)
     train(config(dtype="auto"), backbone, data, out)
     assert read_checkpoint(out).record["training"]["precision"] == "bfloat16"
     train(config(dtype="auto"), backbone, data, out)
@@ -359,7 +359,8 @@ def run(*args: object) -> Ran:
     return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
 
 
-FAST = ("--epochs", 3, "--prune-epoch", 1, "--rank", 4, "--batch-size", 16, "--positions", "blocks", "--ratio", 0.5)
+FAST = ("--epochs", 3, "--set", "prune_epoch=1", "--rank", 4, "--batch-size", 16, "--positions", "blocks",
+        "--ratio", 0.5)  # fmt: skip
 
 
 def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> None:

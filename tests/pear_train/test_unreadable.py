@@ -34,7 +34,7 @@ def broken(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("cache", [4 * 1024**3, 0])
 def test_all_are_named_at_once(tmp_path: Path, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", cache)
+    monkeypatch.setattr("pear_train.data.pixels.CACHE_BYTES", cache)
     names = broken(tmp_path)
     data = open_dataset(str(tmp_path))
     with pytest.raises(DataError, match="4 of 36 images cannot be read: mend or remove them, .*--skip-unreadable") as e:
@@ -47,7 +47,7 @@ def test_all_are_named_at_once(tmp_path: Path, cache: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("cache", [4 * 1024**3, 0])
 def test_or_left_out_and_counted(tmp_path: Path, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pear_train.data.dataset.CACHE_BYTES", cache)
+    monkeypatch.setattr("pear_train.data.pixels.CACHE_BYTES", cache)
     names = broken(tmp_path)
     data = open_dataset(str(tmp_path), options=DataOptions(skip_unreadable=True))
     left, pixels = read_pictures(data, PREPROCESS)

@@ -24,9 +24,8 @@ import pear_train.cli
 import pear_train.data.timm_data
 from pear_store import CheckpointError, Store, Task, make_task
 from pear_store.local.sources import Access
-from pear_train.data import DataOptions, Pixels, open_dataset
+from pear_train.data import DataOptions, Pixels, open_dataset, preprocess_record
 from pear_train.errors import ConfigError
-from pear_train.run import preprocess_record
 from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, load_backbone, open_image
 from router.infer import cli as infer_cli
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened

@@ -1,77 +1,21 @@
 """What lies where a run is to write: the same run's file, another's, or something that is no run's at all."""
 
-import hashlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
 from pear_store.files import open_regular_file
-from pear_train.config import OPTIONS, TrainConfig
 from pear_train.errors import ConfigError, ResourceError
-
-Identity: TypeAlias = dict[str, Any]
-"""What a run depends on. Runs of equal identities give equal files on one machine."""
+from pear_train.identity import Identity, differences, identity_of
 
 STATE_FORMAT = "pear-run/3"
-
-
-def identity(
-    config: TrainConfig, backbone: str, preprocess: Mapping[str, Any], data: str, given: str | None
-) -> Identity:
-    """The identity of a run.
-
-    Args:
-        backbone: the backbone's digest.
-        data: the data set's fingerprint.
-        given: digest of base set and bank, if there are any.
-    """
-    options = {key: value for key, value in asdict(config).items() if key != "device"}
-    told = {**options, "backbone": backbone, "preprocess": dict(preprocess), "data": data, "given": given}
-    plain: Identity = json.loads(json.dumps(told))
-    return plain
-
-
-def fingerprint(run: Identity) -> str:
-    """One sha256 of an identity."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-
-
-def identity_of(task: Task) -> Identity:
-    """The identity of the run that wrote a task checkpoint; keys that an older Pear did not record are absent."""
-    training = task.record["training"]
-    options = {key: training[key] for key in OPTIONS if key in training and key not in ("device", "importance")}
-    if "importance_score" in training:
-        options["importance"] = training["importance_score"]
-    found = {"task": task.name, **options, "backbone": task.backbone_digest, "preprocess": dict(task.preprocess)}
-    return {**found, **{new: training[key] for new, key in _RECORDED.items() if key in training}}
-
-
-_RECORDED = {"data": "data_fingerprint", "given": "given"}
-_SAID = {
-    "data": "other pictures, classes or splits",
-    "backbone": "another backbone",
-    "preprocess": "pictures read or resized in another way",
-    "given": "another --base or --bank",
-}
-
-
-def differences(there: Identity, now: Identity) -> list[str]:
-    """What of a run differs from the one to come, each in a few words."""
-    found = []
-    for key, wanted in now.items():
-        if key not in there:
-            found.append("no record of its data" if key == "data" else f"no record of its {key.replace('_', ' ')}")
-        elif there[key] != wanted:
-            found.append(_SAID.get(key) or f"{key.replace('_', ' ')} {there[key]} there, {wanted} now")
-    return found
 
 
 def is_finished(out: Path, run: Callable[[], Identity], overwrite: bool = False) -> bool:

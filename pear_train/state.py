@@ -2,7 +2,9 @@
 
 import errno
 import json
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 
 from pear_train.adapters import FrozenAdapter, TrainedBranch
 from pear_train.errors import PearTrainError, ResourceError
-from pear_train.finished import STATE_FORMAT, differences, partial_path, temporary_path
+from pear_train.identity import differences
+from pear_train.optimiser import train_what_is_there
+from pear_train.output import STATE_FORMAT, partial_path, temporary_path
 from pear_train.run import TaskRun
 from router.tensors import from_torch, to_torch
+
+logger = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -27,12 +33,34 @@ def state_bytes(run: TaskRun) -> int:
     return 4 * numbers * (2 * 4 + 2) + 1_000_000  # float32: weights, the best ones, two moments; and a record
 
 
-def save_partial(run: TaskRun, out: Path) -> None:
+def save_state(run: TaskRun, out: Path) -> None:
     """Writes the state at an epoch's end, whole or not at all.
 
     Raises:
         ResourceError, PearTrainError: the disk is full, or does not allow it; an older state is untouched.
     """
+    began, path, temporary = time.perf_counter(), partial_path(out), temporary_path(out)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(run).items()}
+    try:
+        save_file(tensors, temporary, {"run": json.dumps(_record(run))})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        size_bytes = temporary.stat().st_size
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise ResourceError(
+                f"{path}: the run's state cannot be written: the disk is full. Free some, and the same command goes on "
+                "after the last epoch that was kept"
+            ) from None
+        raise PearTrainError(f"{path}: the run's state cannot be written: {error}") from None
+    seconds = time.perf_counter() - began
+    logger.debug("%s: kept the state, %d bytes, in %.2f s", run.config.task, size_bytes, seconds)
+
+
+def _tensors(run: TaskRun) -> dict[str, Tensor]:
+    """Weights as they are and as they were best, moments, generators, and adapters that do not train."""
     tensors: dict[str, Tensor] = {f"now {name}": tensor for name, tensor in run.state().items()}
     tensors.update({f"best {name}": tensor for name, tensor in run.best_state.items()})
     for name, parameter in run.tensors().items():
@@ -40,12 +68,15 @@ def save_partial(run: TaskRun, out: Path) -> None:
             if moment in run.optimiser.state.get(parameter, {}):
                 tensors[f"{moment} {name}"] = torch.as_tensor(run.optimiser.state[parameter][moment])
     tensors["generator"], tensors["dropping"] = run.generator.get_state(), run.dropping.get_state()
-    frozen: dict[str, Any] = {}
     for name, adapter in run.adapters.frozen.items():
-        frozen[name] = {"role": adapter.role, "bits": adapter.bits, "entry": adapter.entry}
         tensors[f"down {name}"], tensors[f"up {name}"] = adapter.down, adapter.up
         tensors.update({f"raw {name} {key}": to_torch(raw) for key, raw in adapter.tensors.items()})
-    record = {
+    return tensors
+
+
+def _record(run: TaskRun) -> dict[str, Any]:
+    """What is no tensor."""
+    return {
         "format": STATE_FORMAT,
         "identity": run.identity,
         "machines": run.machines,
@@ -57,35 +88,22 @@ def save_partial(run: TaskRun, out: Path) -> None:
         "banked": run.banked,
         "pruned": run.pruned,
         "history": run.history,
-        "frozen": frozen,
+        "frozen": {
+            name: {"role": adapter.role, "bits": adapter.bits, "entry": adapter.entry}
+            for name, adapter in run.adapters.frozen.items()
+        },
         "branches": {
-            position: [[one.adapter, float(torch.as_tensor(one.scale).detach()), isinstance(one.scale, nn.Parameter),
-                        one.core is not None]
-                       for one in branches]
+            position: [[branch.adapter, float(torch.as_tensor(branch.scale).detach()),
+                        isinstance(branch.scale, nn.Parameter), branch.core is not None]
+                       for branch in branches]
             for position, branches in run.adapters.branches.items()
         },
     }  # fmt: skip
-    path = partial_path(out)
-    temporary = temporary_path(out)
-    try:
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary,
-                  {"run": json.dumps(record)})  # fmt: skip
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise ResourceError(
-                f"{path}: the run's state cannot be written: the disk is full. Free some, and the same command goes on "
-                "after the last epoch that was kept"
-            ) from None
-        raise PearTrainError(f"{path}: the run's state cannot be written: {error}") from None
 
 
-def resume_partial(run: TaskRun, out: Path) -> bool:
+def resume_state(run: TaskRun, out: Path) -> bool:
     """Brings a fresh run to where an interrupted one of the same identity stood, if there is one."""
-    path = partial_path(out)
+    began, path = time.perf_counter(), partial_path(out)
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {}).get("run", "{}"))
@@ -94,13 +112,30 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError, ValueError):
         return False
+    _restore_adapters(run, record, tensors)
+    run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
+    run.pruned, run.history = record["pruned"], record["history"]
+    run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
+    run.precision = record["precision"]
+    run.machines = [*record["machines"], *(machine for machine in run.machines if machine not in record["machines"])]
+    if run.pruned:
+        run.adapters.drop_unused()
+        train_what_is_there(run.optimiser, run.adapters, run.head)
+    _restore_weights(run, tensors)
+    run.generator.set_state(tensors["generator"])
+    run.dropping.set_state(tensors["dropping"])
+    logger.debug("%s: read the state in %.2f s", run.config.task, time.perf_counter() - began)
+    return True
+
+
+def _restore_adapters(run: TaskRun, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     adapters, device = run.adapters, run.device
     adapters.frozen = {
         name: FrozenAdapter(
-            one["role"], tensors[f"down {name}"], tensors[f"up {name}"], one["bits"], one["entry"],
+            frozen["role"], tensors[f"down {name}"], tensors[f"up {name}"], frozen["bits"], frozen["entry"],
             {key.split(" ", 2)[2]: from_torch(tensors[key]) for key in tensors if key.startswith(f"raw {name} ")},
         ).to(device)
-        for name, one in record["frozen"].items()
+        for name, frozen in record["frozen"].items()
     }  # fmt: skip
     adapters.branches = {
         position: [
@@ -113,14 +148,11 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
         ]
         for position, branches in record["branches"].items()
     }
-    run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
-    run.pruned, run.history = record["pruned"], record["history"]
-    run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
-    run.precision = record["precision"]
-    run.machines = [*record["machines"], *(one for one in run.machines if one not in record["machines"])]
-    if run.pruned:
-        adapters.drop_unused()
-        run.tell_optimiser()
+
+
+def _restore_weights(run: TaskRun, tensors: dict[str, Tensor]) -> None:
+    """Weights and their moments."""
+    device = run.device
     run.restore({name: tensors[f"now {name}"] for name in run.tensors()})
     run.best_state = {name: tensors[f"best {name}"].to(device) for name in run.tensors() if f"best {name}" in tensors}
     run.optimiser.state.clear()
@@ -128,6 +160,3 @@ def resume_partial(run: TaskRun, out: Path) -> bool:
         found = {m: tensors[f"{m} {name}"] for m in _MOMENTS if f"{m} {name}" in tensors}
         if found:
             run.optimiser.state[parameter] = {m: t if m == "step" else t.to(device) for m, t in found.items()}
-    run.generator.set_state(tensors["generator"])
-    run.dropping.set_state(tensors["dropping"])
-    return True

@@ -1,0 +1,145 @@
+"""The command itself: what it takes, and what it prints at the end."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pear_store import PearStoreError
+from pear_store.terminal import echo
+from pear_train.cli.answer import answer_many, answer_one
+from pear_train.cli.options import HeadedCommand, option, read_options, run_option
+from pear_train.cli.progress import say
+from pear_train.cli.work import Request, Work, do_work
+from pear_train.errors import PearTrainError
+from pear_train.plot import plot_path, plot_result
+from pear_train.report import Result
+from router import RouterError
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("task", required=False)
+@option("Data", "--data", help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
+@option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
+@run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
+@run_option("Data", "--val-split", "Folder of the val split; none: hold a tenth of train out.")
+@run_option("Data", "--test-split", "Folder of the test split; none: there is no test split.")
+@run_option("Data", "--no-splits", "The folders are classes, even if they are called train or test.")
+@run_option("Data", "--skip-unreadable", "Train without pictures that cannot be read.")
+@run_option("Data", "--max-pixels", "Pictures with more pixels are refused before they are decoded.")
+@option("Backbone", "--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
+@option("Backbone", "--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@run_option("Backbone", "--img-size", "Pixels of a side [default: the backbone's own].")
+@run_option("Method", "--method", "Prune and share, all adapters, or head only.")
+@run_option(
+    "Method", "--positions", "auto, or presets (blocks, attn, mlp, qkv, linear: the last two for PEFT) or patterns, by "
+    "commas.",
+)  # fmt: skip
+@run_option("Method", "--rank", "Rank of an adapter.")
+@run_option("Method", "--ratio", "Share of the adapters that is pruned.")
+@run_option("Training", "--epochs", "Epochs in all.")
+@run_option("Training", "--lr", "Peak learning rate.")
+@run_option("Training", "--weight-decay", "Of AdamW.")
+@run_option("Training", "--warmup", "Share of the steps over which the learning rate rises.")
+@run_option("Training", "--batch-size", "Images a step.")
+@run_option("Training", "--augment", "What training images undergo.")
+@run_option("Training", "--patience", "Stop after so many epochs without a better val.")
+@run_option("Training", "--seed", "Of initial adapters and batch order.")
+@option("Several tasks", "--tasks", "tasks_file", type=_PATH, help="TOML file of many tasks, instead of TASK.")
+@option(
+    "Several tasks", "--together", type=click.IntRange(1),
+    help="Tasks of --tasks in one batch [default: 8 on a GPU, else 1].",
+)  # fmt: skip
+@option("Sharing between tasks", "--bank", type=_PATH, help="Store whose adapters pruned positions may borrow.")
+@option("Sharing between tasks", "--bank-tasks", help="Comma-separated tasks of --bank [default: the 64 added last].")
+@option("Sharing between tasks", "--base", type=_PATH, help="Base set to start from, as --make-base wrote it.")
+@run_option("Sharing between tasks", "--base-blocks", "Lowest blocks that take --base frozen.")
+@option(
+    "Sharing between tasks", "--make-base", is_flag=True,
+    help="Train one adapter set for all of --tasks, and write it as a base set.",
+)  # fmt: skip
+@option(
+    "Output", "--out", type=_PATH, required=True,
+    help="Task checkpoint to write; with --tasks a folder, made where it is missing.",
+)  # fmt: skip
+@option(
+    "Output", "--overwrite", is_flag=True,
+    help="Replace what runs of other options or data left at --out; refused without.",
+)  # fmt: skip
+@option("Output", "--force", is_flag=True, help="Train again, whatever task checkpoint lies at --out.")
+@run_option("Output", "--tensor-dtype", "What adapters are written in; Q8, Q4, Q1: codes.")
+@run_option("Output", "--head-dtype", "What the head is written in.")
+@option("Output", "--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
+@run_option("Machine", "--device", "Such as cpu or cuda [default: cuda where there is one].")
+@run_option("Machine", "--dtype", "Precision of training.")
+@option(
+    "Other", "--set", "settings", multiple=True, metavar="NAME=VALUE",
+    help="Any option of a run, by its name in a file of tasks; may be repeated. The only way to set prune_epoch, "
+    "activation, scale, down, importance, sharing, borrow, borrowed_scale, train_borrowed_scale, scale_lr, knowledge, "
+    "knowledge_bits, max_grad_norm, drop_branch, select and bank_share.",
+)  # fmt: skip
+@click.pass_context
+def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
+    """Train TASK: adapters on a frozen backbone, pruned and shared, into one task checkpoint.
+
+    With --tasks FILE, train every task that FILE names into the folder --out. A task whose checkpoint is there already,
+    of the same options and data, is not trained again; one of others is refused. An interrupted run goes on after its
+    last epoch.
+    """
+    request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
+    _check_usage(request)
+    try:
+        work = do_work(request, read_options(ctx, settings))
+    except (PearTrainError, RouterError, PearStoreError) as error:
+        say(f"Error: {error}")
+        sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        echo("Stopped: the same command goes on after the last epoch that was ended.", err=True)
+        sys.exit(130)
+    if work is not None:
+        _answer(request, work)
+
+
+def _check_usage(request: Request) -> None:
+    """Refuses options that would say nothing."""
+    task, tasks_file = request.task, request.tasks_file
+    if (task is None) == (tasks_file is None) or (task is None) != (request.data is None):
+        raise click.UsageError("expected either TASK with --data, or --tasks")
+    if request.make_base and tasks_file is None:
+        raise click.UsageError("--make-base needs --tasks")
+    if request.together is not None and not request.many:
+        raise click.UsageError("--together needs --tasks, and no --make-base: it says how many tasks train at once")
+    if request.bank_tasks is not None and request.bank is None:
+        raise click.UsageError("--bank-tasks needs --bank: it names tasks of that store")
+    unused = [f"--{name}" for name in ("base", "bank", "plot") if getattr(request, name)]
+    if request.make_base and unused:
+        raise click.UsageError(f"--make-base takes no {' or '.join(unused)}")
+
+
+def _answer(request: Request, work: Work) -> None:
+    """Prints results, then draws pictures; the exit code says whether all is well."""
+    if request.many:
+        answer_many(work.entries, work.results, work.kept, work.paths, request.as_json)
+    else:
+        assert isinstance(work.results[0], Result)
+        answer_one(work.results[0], request.out, request.as_json)
+    trained = [result for result in work.results if isinstance(result, Result)]
+    drawn = [_draw(result, plot_path(work.paths[result.task])) for result in trained] if request.plot else []
+    if len(trained) < len(work.results) or not all(drawn):
+        sys.exit(1)
+
+
+def _draw(result: Result, path: Path) -> bool:
+    """Draws a picture; says what is wrong if it cannot be drawn, for the run itself is done."""
+    try:
+        plot_result(result, path)
+    except PearTrainError as error:
+        echo(f"Error: {result.task}: {error}", err=True)
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""Options under headings, and how what was said on the command line becomes options of runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from pear_train.config import OPTIONS
+from pear_train.errors import ConfigError
+from pear_train.options import choices, kinds, parse_settings
+from pear_train.tasks import DATA_OPTIONS
+
+F = TypeVar("F", bound=Callable[..., Any])
+KNOWN = OPTIONS | DATA_OPTIONS
+"""What a run can be told, by name: the same names as in a file of tasks."""
+
+Heading: TypeAlias = Literal[
+    "Data", "Backbone", "Method", "Training", "Several tasks", "Sharing between tasks", "Output", "Machine", "Other"
+]
+_PLAIN = {"int": int, "float": float, "str": str}
+
+
+class HeadedOption(click.Option):
+    """An option that --help shows under a heading."""
+
+    def __init__(self, *args: Any, heading: Heading, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.heading: Heading = heading
+
+
+class HeadedCommand(click.Command):
+    """A command whose --help shows options under their headings, in the order in which these come first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
+                heading = str(getattr(parameter, "heading", "Other"))
+                shown.setdefault(heading, []).append(record)
+        for heading, records in shown.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def option(heading: Heading, *names: str, **settings: Any) -> Callable[[F], F]:
+    """An option of the command alone."""
+    return click.option(*names, cls=HeadedOption, heading=heading, **settings)
+
+
+def run_option(heading: Heading, flag: str, help: str) -> Callable[[F], F]:
+    """An option of a run: type and default are those of its field."""
+    field = KNOWN[flag.removeprefix("--").replace("-", "_")]
+    settings: dict[str, Any] = {"default": field.default, "show_default": field.default is not None}
+    if fixed := choices(field):
+        settings["type"] = click.Choice(fixed)
+    elif (kind := kinds(field)[0]) == "bool":
+        settings["is_flag"] = True
+    else:
+        settings["type"] = _PLAIN[kind]
+    return option(heading, flag, help=help, **settings)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Options of runs, as the command line gives them."""
+
+    options: Mapping[str, Any]
+    """Every option, with its default where nothing was said."""
+    shown: Mapping[str, str]
+    """How those were said that were: ``--rank`` or ``--set sharing``."""
+
+
+def read_options(ctx: click.Context, settings: Sequence[str]) -> Told:
+    """What flags and --set say of the runs.
+
+    Raises:
+        ConfigError: --set names no option, gives it a value that it does not take, or says what a flag says, too.
+    """
+    values = {name: value for name, value in ctx.params.items() if name in KNOWN}
+    said = [name for name in values if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    shown = {name: f"--{name.replace('_', '-')}" for name in said}
+    told = parse_settings("--set", settings, KNOWN)
+    for name in told:
+        if name in shown:
+            raise ConfigError(f"--set: {name} is also given as {shown[name]}: say it once")
+    return Told({**values, **told}, {**shown, **{name: f"--set {name}" for name in told}})

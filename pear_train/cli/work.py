@@ -1,0 +1,219 @@
+"""From what is asked to what is trained: each step that the command takes, through the library."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from pear_store import PearStoreError, Store, Task, read_checkpoint
+from pear_store.terminal import echo, printable
+from pear_train.cli.answer import summary_line
+from pear_train.cli.options import Told
+from pear_train.cli.progress import Progress
+from pear_train.config import OPTIONS
+from pear_train.data import Dataset, open_dataset
+from pear_train.errors import ConfigError, PearTrainError
+from pear_train.identity import given_digest, run_identity
+from pear_train.job import Job
+from pear_train.loop import train_many
+from pear_train.make_base import Base, base_identity, check_configs, train_base
+from pear_train.output import check_out, is_finished
+from pear_train.plot import check_plot, plot_path
+from pear_train.recall import recall_warnings
+from pear_train.report import Failed, Result, result_of
+from pear_train.tasks import TaskEntry, read_tasks
+from router import Backbone, RouterError, load_backbone
+
+_BANK_TASKS = 64
+"""All of a bank's adapters at a position are tried in one forward: more would not fit, and hardly help."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, but for the options of the runs."""
+
+    task: str | None
+    data: str | None
+    data_root: Path | None
+    tasks_file: Path | None
+    together: int | None
+    backbone: str
+    weights: str | None
+    out: Path
+    bank: Path | None
+    bank_tasks: str | None
+    base: Path | None
+    make_base: bool
+    overwrite: bool
+    force: bool
+    plot: bool
+    as_json: bool
+
+    @property
+    def many(self) -> bool:
+        """Many checkpoints are to be written; a base set of many tasks is one."""
+        return self.tasks_file is not None and not self.make_base
+
+
+@dataclass
+class Work:
+    """The tasks, and what came of them."""
+
+    entries: list[TaskEntry]
+    paths: dict[str, Path]
+    """Where each task's checkpoint goes."""
+    jobs: list[Job] = field(default_factory=list)
+    results: list[Result | Failed] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    """Tasks whose checkpoint was there already."""
+
+
+def do_work(request: Request, told: Told) -> Work | None:
+    """Trains what is asked; None where that was a base set, which is printed already."""
+    out, many = request.out, request.many
+    if os.path.isdir(out) != many and os.path.exists(out):
+        raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
+    if request.tasks_file is not None:
+        entries = read_tasks(request.tasks_file, told.options)
+    else:
+        entries = [TaskEntry.of(str(request.task), str(request.data), told.options)]
+    _note_unused(request, entries, told)
+    if many:
+        _make_folder(out)
+    work = Work(entries, {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries})
+    if not many:
+        check_out(out)
+    if request.plot:
+        for path in work.paths.values():
+            check_plot(plot_path(path))
+    base = None if request.base is None else read_checkpoint(request.base)
+    bank = _bank(request.bank, request.bank_tasks)
+    datasets = [] if many else [_open(entry, request.data_root) for entry in entries]  # first: a mistake shows at once
+    loaded = load_backbone(request.backbone, request.weights)
+    echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
+    if request.make_base:
+        _make_base(request, entries, loaded, datasets)
+        return None
+    _plan(request, work, loaded, datasets, given_digest(base, bank))
+    _train(request, work, loaded, base, bank, 8 if many and _on_gpu(told.options["device"]) else 1)
+    return work
+
+
+def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dataset], given: str | None) -> None:
+    """Finds out which tasks are trained already, which are to train, and which cannot."""
+    for i, entry in enumerate(work.entries):
+        config, path = entry.config, work.paths[entry.config.task]
+        try:  # of many, all mistakes show now, and each costs only its task
+            dataset = datasets[i] if datasets else open_dataset(entry.data, request.data_root, entry.data_options)
+            now = partial(run_identity, config, loaded, dataset, given)
+            if not request.force and is_finished(path, now, request.overwrite):
+                work.kept.add(config.task)
+                work.results.append(result_of(read_checkpoint(path), path.stat().st_size))
+            else:
+                check_out(path)
+                again = partial(_open, entry, request.data_root)  # of many, not all are kept in memory
+                work.jobs.append(Job(config, again if request.many else partial(_as_it_is, dataset), path))
+        except (PearTrainError, RouterError, PearStoreError) as error:
+            if not request.many:
+                raise
+            work.results.append(Failed(config.task, str(error)))
+            echo(f"Error: {config.task}: {error}", err=True)
+    if work.kept and request.many:
+        count = f"{len(work.kept)} of {len(work.entries)}"
+        echo(f"tasks     {count} are trained already, with the same options and data", err=True)
+    elif work.kept:
+        echo(f"{request.out}: trained already, with the same options and data; --force trains again", err=True)
+
+
+def _as_it_is(dataset: Dataset) -> Dataset:
+    return dataset
+
+
+def _train(
+    request: Request, work: Work, loaded: Backbone, base: Task | None, bank: Sequence[Task], default_together: int
+) -> None:
+    many, together = request.many, request.together or default_together
+    epochs = sum(job.config.epochs for job in work.jobs) if many else None
+    with Progress(str(request.task or request.tasks_file), epochs) as bar:
+        ended = train_many(
+            work.jobs, loaded, bar.show, together=together, on_error="report" if many else "raise", base=base,
+            bank=bank, say=bar.say,
+        )  # fmt: skip
+        for result in ended:
+            work.results.append(result)
+            bar.say(summary_line(result))
+            for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
+                bar.say(f"Warning: {result.task}: {warning}")
+
+
+def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]) -> None:
+    configs, out = [entry.config for entry in entries], request.out
+    check_configs(configs)
+    now = partial(base_identity, configs, loaded, datasets)
+    if not request.force and is_finished(out, now, request.overwrite):
+        echo(f"{out}: made already, with the same options and data; --force makes it again", err=True)
+        made = Base(read_checkpoint(out).record["training"]["val_top1"], out.stat().st_size, 0.0)
+    else:
+        with Progress("base") as bar:
+            made = train_base(configs, loaded, datasets, out, bar.show)
+    shown = f"{click.format_filename(out)}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes"
+    click.echo(json.dumps(asdict(made)) if request.as_json else shown)
+
+
+def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None:
+    """Says which options have no effect: the method does not use them, or the file of tasks has others."""
+    unused: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        config = replace(entry.config, method="adapters") if request.make_base else entry.config
+        for name in config.unused(request.base is not None, request.bank is not None):
+            unused.setdefault((name, config.method), []).append(config.task)
+        for name in told.shown:
+            value = getattr(entry.config if name in OPTIONS else entry.data_options, name)
+            if value != told.options[name]:
+                unused.setdefault((name, "file"), []).append(config.task)
+    for (name, why), tasks in unused.items():
+        reason = (
+            "the file of tasks says otherwise" if why == "file" else f"this run of method {why!r} has no use for it"
+        )
+        of = "" if len(entries) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
+        shown = told.shown.get(name, name.replace("_", " "))
+        echo(f"note      {shown} has no effect{of}: {reason}", err=True)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from None
+
+
+def _open(entry: TaskEntry, root: Path | None) -> Dataset:
+    """Opens a task's data, and says on stderr what it was taken for."""
+    dataset = open_dataset(entry.data, root, entry.data_options)
+    lines = [f"data      {dataset.description}; {dataset.sizes()}", f"classes   {dataset.table()}"]
+    lines += [f"skipped   {note}" for note in dataset.notes]
+    lines += [f"Warning: {entry.data}: {warning}" for warning in dataset.warnings()]
+    tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)  # above the progress bar, if there is one
+    return dataset
+
+
+def _bank(path: Path | None, names: str | None) -> list[Task]:
+    """The newest versions of tasks in a store: of those named, or of those added last."""
+    if path is None:
+        return []
+    with Store(path) as store:
+        if names is not None:
+            return [store.get(name) for name in names.split(",")]
+        newest = sorted(store.tasks(), key=lambda version: version.time_ns)[-_BANK_TASKS:]
+        return [store.get(version.task) for version in newest]
+
+
+def _on_gpu(device: str | None) -> bool:
+    return torch.cuda.is_available() if device is None else device.startswith("cuda")

@@ -1,0 +1,125 @@
+"""One task from its options to its file: how a run is begun, carried on after a stop, and ended."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pear_store import Task, write_checkpoint
+from pear_train.config import TrainConfig
+from pear_train.data import Dataset
+from pear_train.errors import DivergedError
+from pear_train.evaluate import predict
+from pear_train.output import check_out, check_room, partial_path, rehearse
+from pear_train.recall import recall_by_class
+from pear_train.report import Result, Step, result_of
+from pear_train.run import TaskRun
+from pear_train.state import resume_state, save_state, state_bytes
+from pear_train.to_task import to_task
+from router import AdaptedBackbone, Router
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task to train: options, where its data comes from (opened when its turn comes), and where its file goes."""
+
+    config: TrainConfig
+    dataset: Callable[[], Dataset]
+    out: Path
+
+
+@dataclass
+class ActiveJob:
+    """A job whose turn has come."""
+
+    job: Job
+    run: TaskRun
+    began: float
+    """In seconds of time.perf_counter."""
+
+    @classmethod
+    def start(
+        cls,
+        job: Job,
+        adapted: AdaptedBackbone,
+        base: Task | None = None,
+        bank: Sequence[Task] = (),
+        say: Callable[[str], None] | None = None,
+    ) -> "ActiveJob":
+        """A run at its beginning, or where it was interrupted; checks that its end will have what it needs."""
+        began, task = time.perf_counter(), job.config.task
+        check_out(job.out)
+        run = TaskRun(job.config, adapted, job.dataset(), base, bank)
+        check_room(job.out, state_bytes(run))
+        rehearse(job.out, to_task(run, {}))  # the record, labels and all, and the file are found good or refused now
+        here = run.machines
+        if resume_state(run, job.out):
+            logger.info("%s: goes on after epoch %d of %d", task, run.epoch - 1, job.config.epochs)
+            if say is not None:
+                say(f"{task}: goes on after epoch {run.epoch - 1} of {job.config.epochs}")
+                if run.machines != here:
+                    say(
+                        f"{task}: began elsewhere, with {_shown(run.machines[0])} instead of {_shown(here[0])}: "
+                        "the file may differ in rounding from one of an uninterrupted run"
+                    )
+        logger.debug("%s: ready to train in %.2f s", task, time.perf_counter() - began)
+        return cls(job, run, began)
+
+    def after_step(self) -> bool:
+        """Moves the weights; returns whether an epoch ended. The state of a run that diverged leads nowhere."""
+        try:
+            return self.run.after_step()
+        except DivergedError:
+            partial_path(self.job.out).unlink(missing_ok=True)
+            raise
+
+    def progress(self, ended: bool) -> Step:
+        """Where the run stands, after a step that ended an epoch or did not."""
+        run = self.run
+        epoch, batch = (run.epoch - 1, run.batches) if ended else (run.epoch, run.batch)
+        val = run.history[-1]["val_top1"] if ended else None
+        epochs = run.config.epochs
+        return Step(run.config.task, epoch, epochs, batch, run.batches, run.running_loss, run.train_top1, val)
+
+    def keep(self) -> None:
+        """Writes the state, from which the same job goes on after an interruption."""
+        save_state(self.run, self.job.out)
+
+    def finish(self) -> Result:
+        """Writes the checkpoint, and evaluates it as it was written."""
+        run, out = self.run, self.job.out
+        if run.config.select == "best":
+            run.restore(run.best_state)
+        written = rehearse(out, to_task(run, {}))
+        metrics = self._evaluate(written)
+        task = to_task(run, metrics)
+        began = time.perf_counter()
+        file_bytes = write_checkpoint(out, task)
+        logger.debug("%s: wrote %s, %d bytes, in %.2f s", task.name, out, file_bytes, time.perf_counter() - began)
+        partial_path(out).unlink(missing_ok=True)
+        seconds = round(time.perf_counter() - self.began, 2)
+        logger.info("%s: trained in %.2f s", task.name, seconds)
+        return result_of(task, file_bytes, seconds)
+
+    def _evaluate(self, written: Task) -> dict[str, float]:
+        """Top-1 of each split but train, through the router; keeps the recall of each class."""
+        began, run = time.perf_counter(), self.run
+        router = Router(run.adapted.backbone, device=run.device)
+        router.add(written)
+        metrics = {}
+        for split, pixels in run.pixels.items():
+            if split == "train":
+                continue
+            predicted = predict(router, written.name, pixels, run.config.lr)
+            metrics[f"{split}_top1"] = int((predicted == pixels.targets).sum()) / len(pixels.targets)
+            run.recall[split] = recall_by_class(predicted, pixels.targets, len(written.labels))
+        logger.debug("%s: evaluated the written task in %.2f s", written.name, time.perf_counter() - began)
+        return metrics
+
+
+def _shown(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())

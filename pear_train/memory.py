@@ -1,0 +1,22 @@
+"""A memory that is too small, as one of our errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pear_train.errors import ResourceError
+
+
+@contextmanager
+def memory_named(task: str) -> Iterator[None]:
+    """Turns a memory that is too small into a ResourceError that names the task and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, and only a text for the host's
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        raise ResourceError(
+            f"{task}: out of memory: lower --batch-size, --img-size or --rank, or train fewer tasks --together"
+        ) from None

@@ -1,0 +1,146 @@
+"""What each option takes: its type, its choices, its range. Judged here, whoever says it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import Field, dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pear_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What a number may be. Beyond it lies a slip of the pen, which would end in an overflow or fill the memory."""
+
+    low: float
+    high: float
+    above: bool = False
+    """The low end itself is not allowed."""
+    below: bool = False
+    """The high end itself is not allowed."""
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high  # a NaN is in no range
+        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,.0f}" if abs(end) < 1e9 else f"{end:g}" for end in (self.low, self.high))
+        return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+
+
+_RANGES = {
+    "epochs": _Range(1, 100_000),
+    "prune_epoch": _Range(0, 100_000),  # whether it fits the epochs is said apart
+    "rank": _Range(1, 4_096),  # an adapter of more is larger than the matrices beside it
+    "scale": _Range(0, 1e6, above=True),  # a base's adapters are divided by it
+    "ratio": _Range(0, 1, below=True),  # of 1, nothing would be kept to borrow from
+    "borrowed_scale": _Range(-1e6, 1e6),
+    "scale_lr": _Range(0, 1e6, above=True),
+    "lr": _Range(0, 1_000, above=True),  # AdamW moves a weight by about so much in a step
+    "weight_decay": _Range(0, 1_000),
+    "warmup": _Range(0, 1),  # a share
+    "max_grad_norm": _Range(0, 1e12, above=True),
+    "drop_branch": _Range(0, 1, below=True),  # what stays is divided by one minus this
+    "batch_size": _Range(1, 1_000_000),
+    "seed": _Range(0, 2**63 - 1),  # what torch takes, and what a checkpoint can hold
+    "img_size": _Range(1, 16_384),  # what a task checkpoint allows
+    "patience": _Range(1, 100_000),
+    "base_blocks": _Range(0, 10_000),
+    "bank_share": _Range(1, 1_000),
+}
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+def choices(option: Field[Any]) -> tuple[Any, ...]:
+    """The values of an option whose type is a Literal; none for another."""
+    return get_args(option.type) if get_origin(option.type) is Literal else ()
+
+
+def kinds(option: Field[Any]) -> list[str]:
+    """The types of an option's values, by name; None is not named."""
+    if fixed := choices(option):
+        return list(dict.fromkeys(type(value).__name__ for value in fixed))
+    types = get_args(option.type) or (option.type,)
+    return [kind.__name__ for kind in types if kind is not NoneType]
+
+
+def check_option(shown: str, option: Field[Any], value: Any) -> None:
+    """Checks the value of one option.
+
+    Args:
+        shown: what the message calls the option.
+    Raises:
+        ConfigError: it has another type than the option, or is not among what the option allows.
+    """
+    name = option.name
+    if value is None and option.default is None:
+        return
+    allowed, fixed = kinds(option), choices(option)
+    where = f"{shown} {_short(value)}"
+    if not any(type(value) in _TYPES[kind] for kind in allowed):
+        raise ConfigError(f"{where}: expected {' or '.join(allowed)}")
+    if fixed and value not in fixed:
+        raise ConfigError(f"{where}: expected one of {', '.join(map(str, fixed))}")
+    if name in _RANGES and value not in _RANGES[name]:
+        raise ConfigError(f"{where}: expected {_RANGES[name]}")
+
+
+def checked_options(where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+    """Options by their names as fields of `known`, each checked alone.
+
+    Raises:
+        ConfigError: beginning with `where`: an option that there is not, or a value that it does not take.
+    """
+    checked = {}
+    for key, value in options.items():
+        name = re.sub("-", "_", key)
+        if name not in known:
+            raise ConfigError(f"{where}: unknown option {key!r}: expected one of {', '.join(known)}")
+        try:
+            check_option(f"{key} =", known[name], value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        checked[name] = value
+    return checked
+
+
+def parse_settings(where: str, settings: Iterable[str], known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+    """Options from texts ``name=value``, as a command line has them; ``none`` where an option may be None.
+
+    Raises:
+        ConfigError: beginning with `where`: no ``=``, a name twice, an unknown name, or a value that is not taken.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name = re.sub("-", "_", key.strip())
+        if not equals:
+            raise ConfigError(f"{where}: {_short(setting)}: expected name=value, such as rank=8")
+        if name in values:
+            raise ConfigError(f"{where}: {name} is set twice")
+        values[name] = _parsed(text.strip(), known[name]) if name in known else text
+    return checked_options(where, values, known)
+
+
+def _parsed(text: str, option: Field[Any]) -> Any:
+    """A text as a value of the option's type, if it is one; else the text, which the check then refuses."""
+    allowed = kinds(option)
+    if option.default is None and "str" not in allowed and text.lower() == "none":
+        return None
+    if "bool" in allowed:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    numbers = {"int": (int,), "float": (int, float)}
+    for number in numbers.get(allowed[0], ()):
+        with suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "of more than 20 digits"  # Python refuses to print very long ones
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,90 @@
+"""What a caller is told of a run: each step, the result, or why there is none."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pear_store import Task
+from pear_train.choices import Method
+from pear_train.recall import by_class
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress, given to the callback after every batch; `val_top1` after the last batch of an epoch."""
+
+    task: str
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    loss: float
+    train_top1: float
+    val_top1: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. Bytes are of the tensors as written, each distinct one once; top-1 in 0..1, from the file."""
+
+    task: str
+    method: Method
+    val_top1: float
+    test_top1: float | None
+    trainable_params: int
+    adapter_bytes: int
+    knowledge_bytes: int
+    head_bytes: int
+    file_bytes: int
+    epochs: int
+    best_epoch: int
+    seconds: float
+    importance: dict[str, float]
+    borrowed: dict[str, str]
+    """Source position of each pruned position that borrows from this task."""
+    banked: dict[str, list[str]]
+    """What each pruned position borrows from the bank."""
+    pruned: list[str]
+    history: list[dict[str, float]]
+    """For each epoch: loss, train_top1 (while it went on), val_top1 (at its end)."""
+    classes: dict[str, dict[str, Any]]
+    """For each class, `images` and `recall` by split; recall is None where a split has no image of the class."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task that could not be trained; the others were."""
+
+    task: str
+    error: str
+
+
+def result_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Result:
+    """What the run gave that wrote a checkpoint, as the checkpoint says."""
+    training, metrics = task.record["training"], task.record["metrics"]
+    adapter_bytes, knowledge_bytes, head_bytes = stored_bytes(task)
+    return Result(
+        task.name, training["method"], metrics["val_top1"], metrics.get("test_top1"), training["trainable_params"],
+        adapter_bytes, knowledge_bytes, head_bytes, file_bytes, len(training["history"]), training["kept_epoch"],
+        seconds, training["importance"], training["borrowed"], training["banked"], training["pruned"],
+        training["history"], by_class(task.labels, training),
+    )  # fmt: skip
+
+
+def stored_bytes(task: Task) -> tuple[int, int, int]:
+    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once."""
+    counted: dict[str, tuple[str, int]] = {}
+
+    def count(part: str, name: str) -> None:
+        tensor = task.tensors[name]
+        counted.setdefault(tensor.digest, (part, tensor.size_bytes))
+
+    for adapter in task.adapters.values():
+        part = "knowledge" if adapter.role == "knowledge" else "adapter"
+        for name in sorted(name for matrix in adapter.matrices for name in matrix.names):
+            count(part, name)
+    for name in task.head.names if task.head is not None else ():
+        count("head", name)
+    adapter_bytes, knowledge, head_bytes = (
+        sum(size for part, size in counted.values() if part == wanted) for wanted in ("adapter", "knowledge", "head")
+    )
+    return adapter_bytes, knowledge, head_bytes

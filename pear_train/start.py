@@ -1,0 +1,64 @@
+"""What a run starts from: its positions, and the adapters there, new ones or those of a base set."""
+
+from contextlib import suppress
+
+import torch
+
+from pear_store import Task
+from pear_train.adapters import AdapterSet, TrainedBranch
+from pear_train.base import BaseAdapters, base_adapters
+from pear_train.config import TrainConfig
+from pear_train.dtypes import code_bits
+from pear_train.errors import ConfigError
+from router import AdaptedBackbone, BackboneError, choose_positions
+
+
+def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
+    """The positions of a choice, attached; of `auto` those of qkv and mlp if they run, else those of blocks."""
+    module = adapted.backbone.module
+    if choice != "auto":
+        positions = choose_positions(module, choice)
+        adapted.attach(positions)
+        return positions
+    with suppress(BackboneError):
+        return attached(adapted, "qkv,mlp")
+    return attached(adapted, "blocks")
+
+
+def start_adapters(
+    config: TrainConfig, adapted: AdaptedBackbone, base: Task | None, generator: torch.Generator
+) -> AdapterSet:
+    """The adapters of a run before its first step, on the backbone's device.
+
+    Raises:
+        ConfigError: the base set does not fit, or leaves nothing to train.
+    """
+    positions = [] if config.method == "linear" else attached(adapted, config.positions)
+    given = None if base is None else base_adapters(base, adapted, positions, config)
+    trained = [position for position in positions if given is None or position not in given.frozen]
+    if positions and not trained:
+        raise ConfigError(f"positions {config.positions!r}: all lie in blocks that take the base set frozen")
+    widths = {position: adapted.widths[position] for position in trained}
+    common, bits = config.down == "common", code_bits(config.tensor_dtype)
+    adapters = AdapterSet(widths, config.rank, config.activation, config.scale, generator, common, bits)
+    if given is not None:
+        _start_from(given, adapters, positions, config.scale, adapted.device)
+    return adapters.to(adapted.device)
+
+
+@torch.no_grad()
+def _start_from(
+    given: BaseAdapters, adapters: AdapterSet, positions: list[str], scale: float, device: torch.device
+) -> None:
+    """Puts a base set's adapters in place: frozen in the lowest blocks, as starting values above."""
+    for position, (down, up) in given.start.items():
+        adapters.down[adapters.own[position]].copy_(down)
+        adapters.up[adapters.own[position]].copy_(up / scale)
+    adapters.frozen.update({name: adapter.to(device) for name, adapter in given.adapters.items()})
+    own = adapters.branches
+    adapters.branches = {}
+    for position in positions:  # in forward order
+        frozen = given.frozen.get(position)
+        adapters.branches[position] = (
+            own[position] if frozen is None else [TrainedBranch(branch.adapter, branch.scale) for branch in frozen]
+        )
