@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,13 +11,17 @@ from torch.nn import functional as F
 
 from router.adapted import AdaptedBackbone
 from router.errors import ClosedError
+from router.graphs import PIXELS as GRAPH_PIXELS
+from router.graphs import Graphs
 from router.layout import LoadedTask, Use
+from router.matrices import Gathered
 from router.merge import Merger
-from router.ops import PositionWeights
 from router.registry import Registry
 from router.sharing import Ints, Walk, bucket, by_level, plan
 from router.slots import Slots
 
+Way = Literal["shared", "alone", "apart", "compiled", "recorded"]
+"""How a batch runs: images shared until tasks part; one task, merged; rows apart, eager, compiled or recorded."""
 _TRIES = 4
 """How often a batch loads what others evict, before it holds them up to load it."""
 
@@ -26,13 +31,23 @@ class Engine:
 
     Args:
         compiled: batches that share no image run through torch.compile, padded to powers of two.
+        graphs: on a GPU, small batches that share no image are recorded and replayed, padded likewise.
     """
 
     def __init__(
-        self, adapted: AdaptedBackbone, slots: Slots, merger: Merger, registry: Registry, compiled: bool
+        self,
+        adapted: AdaptedBackbone,
+        slots: Slots,
+        merger: Merger,
+        registry: Registry,
+        compiled: bool,
+        graphs: bool,
     ) -> None:
         self.adapted, self.slots, self._merger, self._registry = adapted, slots, merger, registry
         self._compiled = compiled
+        self._end: Any = None
+        """On a GPU, an event after the last forward: memory that batches share is then free."""
+        self._graphs = Graphs(self._features, adapted.device, adapted.dtype) if graphs else None
 
     @property
     def changes(self) -> int:
@@ -101,66 +116,103 @@ class Engine:
         if len(uses) > 1:
             self._merger.ran(len(task_of))
         matrices = self._merger.matrices(uses[0], len(task_of)) if len(uses) == 1 else {}
-        shared = len(np.unique(image_of)) < len(image_of)
-        compiled = self._compiled and not shared
-        if compiled:
+        way = self._way(images, image_of, bool(matrices))
+        if way in ("compiled", "recorded"):
             walk = bucket(image_of, task_of)
         else:
-            walk = plan(image_of, task_of, [self._adds(use, i, shared) for i, use in enumerate(uses)])
+            walk = plan(image_of, task_of, [self._adds(use, i, way == "shared") for i, use in enumerate(uses)])
         answers = None
         for tries in range(_TRIES):
             self.load(uses)
             with self.adapted.turn:
                 if self._registry.closed:
                     raise ClosedError
-                if (loaded := self._gather(uses, walk, shared, compiled, last=tries == _TRIES - 1)) is not None:
-                    answers = self._forward(images, walk, loaded, matrices, compiled, task_of)
+                self._after_the_last()
+                if (ready := self._gather(uses, walk, way, images, last=tries == _TRIES - 1)) is not None:
+                    answers = self._forward(images, walk, ready, matrices, way, task_of)
+                    self._note_end()
                     break
         assert answers is not None
         return answers.fetch()  # a GPU may begin with the next batch meanwhile
 
-    def _gather(
-        self, uses: Sequence[Use], walk: Walk, shared: bool, compiled: bool, last: bool
-    ) -> tuple[list[LoadedTask], dict[str, PositionWeights]] | None:
+    def _way(self, images: Tensor, image_of: Ints, merged: bool) -> Way:
+        if len(np.unique(image_of)) < len(image_of):
+            return "shared"
+        if merged:
+            return "alone"
+        pixels = images.shape[2] * images.shape[3] << (len(image_of) - 1).bit_length()
+        if self._graphs is not None and self._graphs.refused is None and pixels <= GRAPH_PIXELS:
+            return "recorded"
+        return "compiled" if self._compiled else "apart"
+
+    def _gather(self, uses: Sequence[Use], walk: Walk, way: Way, images: Tensor, last: bool) -> "_Ready | None":
         """The tasks and what they add; None if another thread evicted one.
 
         Args:
             last: then it is loaded again, while everybody waits.
         """
-        level = self.adapted.levels.of if shared else {}
+        level = self.adapted.levels.of if way == "shared" else {}
         units = {position: walk.units[level.get(position, 0)] for position in self.adapted.widths}
+        padded = way in ("compiled", "recorded")
         with self.slots.lock:
             if last:
                 self.load(uses)
-            loaded = self.slots.find(uses)
-            if loaded is None:
+            if (loaded := self.slots.find(uses)) is None:
                 return None
-            return loaded, self.slots.matrices.gather(loaded, units, padded=compiled)
+            matrices, held = self.slots.matrices, None
+            if self._graphs is not None and way == "recorded":
+                held = self._graphs.held(matrices.form(loaded, padded), (len(walk.start), images.shape[2:]))
+            return _Ready(loaded, matrices.gather(loaded, units, padded, held))
 
     def _forward(
         self,
         images: Tensor,
         walk: Walk,
-        loaded: tuple[list[LoadedTask], dict[str, PositionWeights]],
+        ready: "_Ready",
         matrices: Mapping[str, nn.Parameter],
-        compiled: bool,
+        way: Way,
         task_of: Ints,
     ) -> "_Answers":
-        tasks, weights = loaded
-        grow = {self.adapted.levels.blocks[i - 1]: self._index(rows) for i, rows in walk.grow.items()}
-        if compiled or not np.array_equal(walk.start, np.arange(len(images))):  # graphs tell a copy from a given tensor
+        eager = way in ("alone", "apart", "shared")
+        if not eager or not np.array_equal(walk.start, np.arange(len(images))):  # dynamo tells copies apart
             images = images.index_select(0, torch.from_numpy(walk.start).to(images.device))
-        features = self.adapted.features(
-            images, {} if matrices else weights, grow=grow, matrices=matrices, compiled=compiled, in_parts=not compiled
-        )
+        if way == "recorded":
+            assert self._graphs is not None
+            features = self._graphs.features((len(images), images.shape[2:]), images, ready.gathered)
+        else:
+            grow = {self.adapted.levels.blocks[i - 1]: self._index(rows) for i, rows in walk.grow.items()}
+            weights = {} if matrices else ready.gathered.weights
+            features = self.adapted.features(
+                images, weights, grow=grow, matrices=matrices, compiled=way == "compiled", in_parts=eager
+            )
         by_task = np.argsort(task_of, kind="stable")
-        counts = np.bincount(task_of, minlength=len(tasks))
+        counts = np.bincount(task_of, minlength=len(ready.tasks))
         groups = torch.split(features.index_select(0, self._index(walk.end[by_task])), counts.tolist())
         logits = [
             values if one.head is None else F.linear(values, *one.head)
-            for values, one in zip(groups, tasks, strict=True)
+            for values, one in zip(groups, ready.tasks, strict=True)
         ]
         return _Answers(np.split(by_task, np.cumsum(counts)[:-1]), logits)
+
+    def _features(self, images: Tensor, gathered: Gathered) -> Tensor:
+        return self.adapted.features(images, gathered.weights)
+
+    def _after_the_last(self) -> None:
+        """Lets a GPU's stream wait for the forward before, which another thread may have put into another stream."""
+        if self._end is not None:
+            torch.cuda.current_stream(self.adapted.device).wait_event(self._end)
+
+    def _note_end(self) -> None:
+        if self.adapted.device.type == "cuda":
+            self._end = torch.cuda.current_stream(self.adapted.device).record_event()
+
+    def clear(self) -> None:
+        """Gives the slots' memory back, after the forward under way."""
+        with self.adapted.turn:
+            self.slots.clear()
+            self._merger.forget()
+            if self._graphs is not None:
+                self._graphs.clear()
 
     def _adds(self, use: Use, number: int, shared: bool) -> list[Hashable]:
         """What a task adds at each level; where no image is shared, tasks need not be compared."""
@@ -171,6 +223,14 @@ class Engine:
 
     def _index(self, rows: Ints) -> Tensor:
         return torch.from_numpy(rows).to(self.adapted.device)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a forward needs besides its images."""
+
+    tasks: list[LoadedTask]
+    gathered: Gathered
 
 
 @dataclass(frozen=True)

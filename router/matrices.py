@@ -5,6 +5,7 @@ concatenation, mixed ranks and scales of a position are index operations, and a 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.layout import DOWN, UP, Ints, LoadedTask, Ranks, Use, columns_of, rounded, union
-from router.ops import Activation, PositionWeights
+from router.ops import PositionWeights
 
 
 class Pool:
@@ -94,20 +95,36 @@ class Matrices:
         self._ever = union(frozenset((self._ever, rounded(use.ranks))))
         self._activations.add(use.task.activation)
 
+    def form(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[Ranks, tuple[str, ...]]:
+        """The positions of a batch with their ranks, and its activations: what its shapes follow from.
+
+        Args:
+            padded: every position that some task used since the router was made, its largest rank rounded up to a power
+                of two: so that form and shapes do not tell which tasks these are.
+        """
+        if padded:
+            return self._ever, tuple(sorted(self._activations))
+        named = {loaded.use.task.activation for loaded in tasks}
+        return union(frozenset(loaded.use.ranks for loaded in tasks)), tuple(sorted(named))
+
     def gather(
-        self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], padded: bool = False
-    ) -> dict[str, PositionWeights]:
+        self,
+        tasks: Sequence[LoadedTask],
+        units: Mapping[str, Ints],
+        padded: bool = False,
+        into: "Gathered | None" = None,
+    ) -> "Gathered":
         """What each position adds, gathered once for a forward; positions that no row uses are left out.
 
         Args:
             tasks: the distinct tasks of the batch.
             units: position -> index into `tasks` of each equal run of rows there; -1 for rows that add nothing.
-            padded: give every position that some task used since the router was made, its largest rank rounded up
-                to a power of two: so that forms and shapes do not tell which tasks these are, for compiled graphs.
+            padded: see `form`.
+            into: what an earlier batch of the same form and units gathered: its memory is written to.
         """
-        ranks = self._ever if padded else union(frozenset(loaded.use.ranks for loaded in tasks))
+        ranks, activations = self.form(tasks, padded)
         if not ranks:
-            return {}
+            return Gathered({}, {}, {})
         count = sum(rank for _, rank in ranks)
         rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
         scale = np.zeros((len(tasks) + 1, count), np.float32)
@@ -115,22 +132,39 @@ class Matrices:
             columns = columns_of(loaded.use.ranks, ranks)
             rows[:, i, columns] = loaded.rows
             scale[i, columns] = loaded.use.scale
-        down = self._select(DOWN, ranks, units, rows[DOWN], scale)
-        up = self._select(UP, ranks, units, rows[UP], scale)
+        flat: dict[tuple[int, int], Tensor] = {} if into is None else into.flat
+        down = self._select(DOWN, ranks, units, rows[DOWN], scale, flat)
+        up = self._select(UP, ranks, units, rows[UP], scale, flat)
         runs = {id(units[position]): units[position] for position, _ in ranks}
-        activation = {key: self._activation(tasks, found, padded) for key, found in runs.items()}
+        masks = [self._masks(tasks, found, activations) for found in runs.values()]
+        if into is not None:
+            for kept, made in zip(into.masks.values(), masks, strict=True):
+                for name, mask in made.items():
+                    kept[name].copy_(mask)
+            return into
+        named = dict(zip(runs, masks, strict=True))
         weights = {}
         for position, _ in ranks:
             d, u = down[position].transpose(1, 2), up[position]
             if len(u) == 1 and not padded:
                 d, u = d[0], u[0]
-            weights[position] = PositionWeights(d, u, activation[id(units[position])])
-        return weights
+            weights[position] = PositionWeights(d, u, named[id(units[position])] or activations[0])
+        return Gathered(weights, flat, named)
 
     def _select(
-        self, side: int, ranks: Ranks, units: Mapping[str, Ints], rows: Ints, scale: NDArray[np.float32]
+        self,
+        side: int,
+        ranks: Ranks,
+        units: Mapping[str, Ints],
+        rows: Ints,
+        scale: NDArray[np.float32],
+        flat: dict[tuple[int, int], Tensor],
     ) -> dict[str, Tensor]:
-        """[units, rank, width] of each position, in the compute dtype: one index_select for each width."""
+        """[units, rank, width] of each position, in the compute dtype: one index_select for each width.
+
+        Args:
+            flat: by side and width, [row, width]; made here, or written to.
+        """
         places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, and by what the units are
         start = 0
         for position, rank in ranks:
@@ -145,8 +179,11 @@ class Matrices:
                 picks.append(np.ix_(units[alike[0][0]], columns))
             found = self.pool(side, width).rows.index_select(0, self._to_device([rows[pick] for pick in picks]))
             if side == UP:
-                factor = self._to_device([scale[pick] for pick in picks])
-                found = found.mul_(factor.unsqueeze(1)).to(self._dtype)
+                found.mul_(self._to_device([scale[pick] for pick in picks]).unsqueeze(1))
+            if (side, width) in flat:
+                flat[side, width].copy_(found)
+                continue
+            found = flat[side, width] = found.to(self._dtype)
             start = 0
             for alike, (runs, columns) in zip(by_units.values(), picks, strict=True):
                 count = len(runs) * columns.shape[1]
@@ -160,10 +197,21 @@ class Matrices:
         host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
         return self.copy(host.pin_memory() if self.device.type == "cuda" else host)
 
-    def _activation(self, tasks: Sequence[LoadedTask], units: Ints, padded: bool) -> Activation:
-        named = [loaded.use.task.activation for loaded in tasks]
-        names = sorted(self._activations if padded else set(named))
+    def _masks(self, tasks: Sequence[LoadedTask], units: Ints, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Of each activation, the rows that have it; none where there is but one."""
         if len(names) == 1:
-            return names[0]
-        found = np.array([*named, "identity"])[units]
+            return {}
+        found = np.array([*(loaded.use.task.activation for loaded in tasks), "identity"])[units]
         return {name: torch.from_numpy(found == name).to(self.device).view(-1, 1, 1) for name in names}
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a batch gathered from the pools."""
+
+    weights: dict[str, PositionWeights]
+    """Position -> what it adds: views of the rest."""
+    flat: dict[tuple[int, int], Tensor]
+    """By side and width: [row, width]."""
+    masks: dict[int, dict[str, Tensor]]
+    """By what the units are, and by activation: which of them have it."""

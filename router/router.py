@@ -61,6 +61,9 @@ class Router:
             not counted in slot_bytes.
         compile: run mixed batches through torch.compile; a string names its backend. Batches are padded to powers
             of two. Nothing is merged, and batches that share images run eagerly.
+        graphs: on a GPU, batches of few pixels, which take it less time than their launches take Python, are recorded
+            as CUDA graphs when their like comes for the second time; padded to powers of two. Not with `compile`. New:
+            its tests have not run on a GPU yet, and nothing was measured.
         max_pixels: pictures with more pixels are refused before they are decoded.
         access: which paths and URLs of pictures may be opened; by default all files, and URLs of usual protocols.
 
@@ -80,6 +83,7 @@ class Router:
         slot_bytes: int | None = None,
         merge: Merge = "auto",
         compile: bool | str = False,
+        graphs: bool = False,
         max_pixels: int = MAX_PIXELS,
         access: Access | None = None,
     ) -> None:
@@ -98,14 +102,17 @@ class Router:
         dtype = _precision(dtype, self.device)
         self._options = {
             "device": str(self.device), "dtype": dtype, "slot_bytes": slot_bytes, "merge": merge, "compile": compile,
-            "max_pixels": max_pixels, "access": access,
+            "graphs": graphs, "max_pixels": max_pixels, "access": access,
         }  # fmt: skip
         backend = "inductor" if compile is True else compile or None
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype, compile=backend)
         self._slots = Slots(Matrices(self.device, dtype, self._adapted.widths), slot_bytes)
         self._registry = Registry(store, limits, dtype, self._check, self._slots.__contains__)
         self._merger = Merger(self._adapted, False if backend else merge, self._registry.read)
-        self._engine = Engine(self._adapted, self._slots, self._merger, self._registry, backend is not None)
+        self._engine = Engine(
+            self._adapted, self._slots, self._merger, self._registry,
+            compiled=backend is not None, graphs=graphs and backend is None and self.device.type == "cuda",
+        )  # fmt: skip
         self._pin_lock = threading.Lock()
         self._ahead: ThreadPoolExecutor | None = None
 
@@ -144,11 +151,9 @@ class Router:
         if self._ahead is not None:
             self._ahead.shutdown(cancel_futures=True)
             self._ahead = None
-        with self._adapted.turn:
-            self._slots.clear()
-            self._merger.forget()
-            if self._own_store and self.store is not None:
-                self.store.close()
+        self._engine.clear()
+        if self._own_store and self.store is not None:
+            self.store.close()
 
     def add(self, task: Task | str | Path) -> str:
         """Makes a task known that is in no store, from a checkpoint; returns its name.

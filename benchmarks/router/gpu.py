@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The router on a GPU: ViT-B/16, rank 8, one task and mixes of 16 and 64 at batches of 1, 16 and 256.
 
-As it comes (the faster op), eager with the plain op, eager with the Triton kernel, and compiled; PEFT and AdapterHub
-beside them. Contestants of a batch size take turns; figures are medians over the bare backbone's in the same mode
-(eager or compiled).
+As CUDA graphs (small batches; also from two threads), eager with the plain op, eager with the Triton kernel, and
+compiled; PEFT and AdapterHub beside them. Contestants of a batch size take turns; figures are medians over the bare
+backbone's, eager or compiled. The bare backbone is there as a CUDA graph, too.
 
     python -m benchmarks.router.gpu --out benchmarks/results/router_gpu.json
 """
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -64,7 +65,7 @@ def rows(tasks: int, batch: int) -> list[str]:
     return [NAMES[i % tasks] for i in range(batch)]
 
 
-def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str, Call]]:
+def contestants(dtype: torch.dtype, missing: str | None, ours: bool) -> dict[str, tuple[str, Call]]:
     """Of each: the bare one that it is over, and the call."""
     images = torch.randn(max(BATCHES), 3, 224, 224, device="cuda", dtype=dtype)
     backbone = load_backbone(vit())
@@ -73,11 +74,12 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
     compiled_bare = torch.compile(bare, dynamic=False)
     found: dict[str, tuple[str, Call]] = {
         "bare": ("bare", lambda n: bare(images[:n])),
+        "bare, CUDA graph": ("bare, CUDA graph", graphed(bare, images)),
         "bare, compiled": ("bare, compiled", lambda n: compiled_bare(images[:n])),
     }
 
-    def add_pear(mode: str, over: str, fused: bool | None, compile: bool) -> None:
-        router = Router(backbone, device="cuda", dtype=dtype, compile=compile)
+    def add_pear(mode: str, over: str, fused: bool | None, compile: bool = False, graphs: bool = False) -> None:
+        router = Router(backbone, device="cuda", dtype=dtype, compile=compile, graphs=graphs)
         for task in tasks:
             router.add(task)
 
@@ -88,19 +90,28 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
         for count in (1, 16, 64):
             title = "one task" if count == 1 else f"{count} tasks"
             found[f"pear {mode}, {title}"] = (over, partial(run, count))
+        if graphs:
+            pool = ThreadPoolExecutor(2)
+
+            def run_two(n: int) -> None:
+                """Two batches of 16 tasks at once: half of its time is a batch's."""
+                for done in [pool.submit(torch.inference_mode()(run), 16, n) for _ in range(2)]:
+                    done.result()
+
+            found["pear graphs, 16 tasks, two batches from two threads"] = (over, run_two)
 
     def run_peft(model: Any, count: int, n: int) -> object:
         return model(images[:n], adapter_names=rows(count, n))
 
-    add_pear("as it comes", "bare", fused=None, compile=False)
-    add_pear("eager", "bare", fused=False, compile=False)
-    add_pear("triton", "bare", fused=True, compile=False)
+    add_pear("graphs", "bare", fused=None, graphs=True)
+    add_pear("eager", "bare", fused=False)
+    add_pear("triton", "bare", fused=True)
     add_pear("compiled", "bare, compiled", fused=False, compile=True)
-    for title, pattern in (("48 linears", LINEARS_48), ("24 linears", LINEARS_24)):
+    for title, pattern in () if ours else (("48 linears", LINEARS_48), ("24 linears", LINEARS_24)):
         model = peft_model(pattern, bare, NAMES)
         for count in (16, 64):
             found[f"peft {title}, {count} tasks"] = ("bare", partial(run_peft, model, count))
-    if not missing:
+    if not missing and not ours:
         from adapters.composition import BatchSplit
 
         hf_bare = hf_vit().to("cuda", dtype)
@@ -115,6 +126,23 @@ def contestants(dtype: torch.dtype, missing: str | None) -> dict[str, tuple[str,
         for count in (16, 64):
             found[f"adapterhub BatchSplit, {count} tasks"] = ("hf bare", partial(run_split, count=count))
     return found
+
+
+def graphed(bare: torch.nn.Module, images: torch.Tensor) -> Call:
+    """The bare backbone as a CUDA graph for each batch size, given images that lie in its memory already."""
+    graphs: dict[int, Any] = {}
+
+    def run(n: int) -> None:
+        if n not in graphs:
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                bare(images[:n])
+            torch.cuda.synchronize()
+            graphs[n] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[n]):
+                bare(images[:n])
+        graphs[n].replay()
+
+    return run
 
 
 def measure(calls: dict[str, tuple[str, Call]], batch: int, repeats: int) -> dict[str, Any]:
@@ -149,12 +177,13 @@ def measure(calls: dict[str, tuple[str, Call]], batch: int, repeats: int) -> dic
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option("--repeats", default=30, show_default=True, type=click.IntRange(1))
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, max(BATCHES)), help="Instead of all three.")
+@click.option("--ours", is_flag=True, help="Without PEFT and AdapterHub.")
 @click.option("--environment", default="runs/peers", show_default=True, type=click.Path(path_type=Path))
-def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], environment: Path) -> None:
+def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], ours: bool, environment: Path) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA GPU here: nothing is measured")
-    missing = go_where_adapterhub_is(environment)
-    packages = ("torch", "timm", "peft", "triton", *(() if missing else ("adapters", "transformers")))
+    missing = None if ours else go_where_adapterhub_is(environment)
+    packages = ("torch", "timm", "peft", "triton", *(() if missing or ours else ("adapters", "transformers")))
     report: dict[str, Any] = {
         "command": " ".join(["python", "-m", "benchmarks.router.gpu", *sys.argv[1:]]),
         "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.machine()},
@@ -165,7 +194,7 @@ def main(out: Path, dtype: str, repeats: int, batches: tuple[int, ...], environm
         "figures": {},
     }
     with torch.inference_mode():
-        calls = contestants(getattr(torch, dtype), missing)
+        calls = contestants(getattr(torch, dtype), missing, ours)
         for batch in batches or BATCHES:
             print(f"batch {batch}", file=sys.stderr)
             report["figures"][f"batch {batch}"] = measure(calls, batch, repeats)

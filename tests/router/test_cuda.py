@@ -87,6 +87,66 @@ def test_a_merged_task_answers_as_unmerged(backbone: Backbone, task_maker: Maker
     assert agree(whole(merged), whole(plain))
 
 
+@pytest.mark.parametrize("dtype", RTOL, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_recorded_batches_answer_as_eager_ones_whatever_their_mix(
+    backbone: Backbone, tasks: list[Task], images: torch.Tensor, task_maker: Maker, dtype: torch.dtype
+) -> None:
+    recorded = router_of(backbone, tasks, device="cuda", dtype=dtype, merge=False, graphs=True)
+    eager = router_of(backbone, tasks, device="cuda", dtype=dtype, merge=False)
+    for router in (recorded, eager):
+        router.preload(list("abcd")).result()
+    graphs = recorded._engine._graphs
+    assert graphs is not None and eager._engine._graphs is None
+
+    def check(names: list[str], order: list[int]) -> None:
+        given = images[order]
+        assert agree(whole(recorded.run(given, names)), whole(eager.run(given, names)), dtype), names
+
+    mixes = [NAMES, list("aaaaaaaa"), list("dcbadcba"), list("abcda"), list("dddd"), list("ab"), ["c"], ["b"]]
+    for _ in range(3):
+        for i, names in enumerate(mixes):
+            check(names, [(j * 3 + i) % 8 for j in range(len(names))])
+    assert graphs.refused is None
+    assert len(graphs) == 4, "a graph for 8, 4, 2 and 1 rows"
+    for router in (recorded, eager):
+        router.add(task_maker("wide", seed=9, rank=20, positions=("blocks.1.mlp",)))  # another form of batch
+    for _ in range(3):
+        check(["wide", "a", "wide", "b"], [0, 1, 2, 3])
+        check(["a", "b", "c", "d"], [4, 5, 6, 7])
+    assert len(graphs) == 1, "what was recorded for the narrower form is gone"
+
+
+def test_recorded_batches_of_several_threads_and_streams_do_not_mix(
+    backbone: Backbone, tasks: list[Task], images: torch.Tensor
+) -> None:
+    router = router_of(backbone, tasks, device="cuda", merge=False, graphs=True)
+    eager = router_of(backbone, tasks, device="cuda", merge=False)
+    right = {name: whole(eager.run(images, name)) for name in "abcd"}
+
+    def ask(i: int) -> bool:
+        name = "abcd"[i % 4]
+        if i % 3:
+            return agree(whole(router.run(images, name)), right[name])
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            return agree(whole(router.run(images, name)), right[name])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(200)))
+
+
+def test_a_backbone_that_cannot_be_recorded_runs_eagerly(
+    backbone: Backbone, tasks: list[Task], images: torch.Tensor
+) -> None:
+    router = router_of(backbone, tasks, device="cuda", merge=False, graphs=True)
+    right = whole(router.run(images, NAMES))
+    norm = router._adapted._module((48, 48)).get_submodule("norm")
+    norm.register_forward_hook(lambda _, __, y: y + 0 * float(y.sum()))  # which waits for the GPU
+    for _ in range(4):
+        assert agree(whole(router.run(images, NAMES)), right)
+    graphs = router._engine._graphs
+    assert graphs is not None and graphs.refused and len(graphs) == 0
+
+
 def test_tasks_of_a_store_take_turns_in_few_slots(
     backbone: Backbone, task_maker: Maker, store: Store, images: torch.Tensor
 ) -> None:

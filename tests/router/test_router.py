@@ -324,7 +324,7 @@ def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> 
     router._slots.load(use, use.read())
     loaded = router._slots.find([use])
     assert loaded is not None
-    up = router._slots.matrices.gather(loaded, {"blocks.0.attn": np.array([0])})["blocks.0.attn"].up
+    up = router._slots.matrices.gather(loaded, {"blocks.0.attn": np.array([0])}).weights["blocks.0.attn"].up
     exact = torch.tensor(up_values(task.adapters["a0"], task.tensors))
     assert torch.equal(up, (exact * (1 + 2**-10)).bfloat16())
     assert not torch.equal(up, exact.bfloat16() * (1 + 2**-10))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from pear_store import Store, Task, Version
 from router import Backbone, ClosedError, Router, SlotBudgetError, UnknownTaskError
-from router.matrices import Pool
+from router.matrices import Gathered, Pool
 from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
@@ -208,6 +209,34 @@ def test_closed(backbone: Backbone, four: dict[str, Task]) -> None:
         with pytest.raises(ClosedError, match="this router is closed"):
             call()
     router.close()
+
+
+def test_a_batch_may_be_gathered_into_the_memory_of_another(backbone: Backbone, task_maker: Maker) -> None:
+    """As recorded forwards do: of any mix of the same form."""
+    router = Router(backbone)
+    for i, name in enumerate("abc"):
+        router.add(task_maker(name, seed=i, rank=(4, 3, 2)[i], activation=("identity", "relu", "gelu")[i]))
+    router.preload(list("abc")).result(60)
+    uses = [router._find(name).use for name in "abc"]
+
+    def gathered(order: list[int], into: Gathered | None = None) -> Gathered:
+        loaded = router._slots.find([uses[i] for i in dict.fromkeys(order)])
+        assert loaded is not None
+        numbers = {number: i for i, number in enumerate(dict.fromkeys(order))}
+        runs = np.array([*(numbers[i] for i in order), -1])
+        units = dict.fromkeys(router._adapted.widths, runs)
+        return router._slots.matrices.gather(loaded, units, padded=True, into=into)
+
+    held = gathered([0, 1, 2])
+    for order in ([2, 2, 1], [1, 0, 0], [0, 0, 0], [2, 1, 0]):
+        fresh, again = gathered(order), gathered(order, held)
+        assert again is held
+        for position, weights in fresh.weights.items():
+            kept = held.weights[position]
+            assert torch.equal(kept.down, weights.down) and torch.equal(kept.up, weights.up)
+            assert isinstance(kept.activation, dict) and isinstance(weights.activation, dict)
+            for name, mask in weights.activation.items():
+                assert torch.equal(kept.activation[name], mask)
 
 
 @given(st.lists(st.one_of(st.integers(1, 40), st.none()), max_size=30))
