@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,19 +22,11 @@ from router.batches import Batch, Images, as_images, same_images
 from router.call import Call, OnError
 from router.device import open_device
 from router.engine import Engine
-from router.errors import (
-    BackboneError,
-    ClosedError,
-    ForkedError,
-    ImageError,
-    RouterError,
-    TaskError,
-    UnknownTaskError,
-    WrongBackboneError,
-)
+from router.errors import BackboneError, ClosedError, ForkedError, ImageError, RouterError, UnknownTaskError
+from router.fit import check_fit
 from router.matrices import Matrices
 from router.merge import Merge, Merger
-from router.pictures import MAX_PIXELS, Limits, check_reading
+from router.pictures import MAX_PIXELS, Limits
 from router.precision import fast_precision
 from router.predictions import Predictions
 from router.registry import Known, Registry
@@ -107,7 +100,7 @@ class Router:
         backend = "inductor" if compile is True else compile or None
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype, compile=backend)
         self._slots = Slots(Matrices(self.device, dtype, self._adapted.widths), slot_bytes)
-        self._registry = Registry(store, limits, dtype, self._check, self._slots.__contains__)
+        self._registry = Registry(store, limits, dtype, partial(check_fit, self._adapted), self._slots.__contains__)
         self._merger = Merger(self._adapted, False if backend else merge, self._registry.read)
         self._engine = Engine(
             self._adapted, self._slots, self._merger, self._registry,
@@ -323,27 +316,6 @@ class Router:
         uses = [self._find(name).use for name in dict.fromkeys(names)]
         self._engine.load(uses)
         self._engine.drop_stale(since, [use.key for use in uses])
-
-    def _check(self, name: str, task: Task) -> None:
-        """That a task runs on this backbone, its positions attached."""
-        if task.backbone_digest != self.backbone.digest:
-            raise WrongBackboneError(
-                name, task.backbone_model, task.backbone_digest, self.backbone.name, self.backbone.digest
-            )
-        try:
-            check_reading(task.preprocess)
-            if not task.positions.keys() <= self._adapted.widths.keys():
-                self._adapted.attach(task.positions)
-        except RouterError as error:
-            raise TaskError(name, str(error)) from None
-        for position, branches in task.positions.items():
-            found = task.adapters[branches[0].adapter].shape
-            expected = self._adapted.widths[position]
-            if found != expected:
-                raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
-        width = self._adapted.feature_width
-        if task.head is not None and (takes := task.head.weight.shape[1]) != width:
-            raise TaskError(name, f"its head takes {takes} features, the backbone gives {width}")
 
 
 def _precision(dtype: object, device: torch.device) -> torch.dtype:
