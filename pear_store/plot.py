@@ -32,11 +32,8 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
     path = Path(path)
     if path.suffix not in FORMATS:
         raise PearStoreError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a caller's own figures and backend stay as they are
 
     names = list(references) or [version.task for version in store.tasks()]
     if not names:
@@ -65,10 +62,9 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
                 adapter = row[position][stripe * len(row[position]) // stripes]
                 picture[y, x * stripes + stripe] = colours.get(adapter, (0.78, 0.78, 0.78))
     below = 0.06 * max(map(len, map(_shown, columns)), default=0) if len(columns) <= _LABELS else 0  # inches of names
-    figure, (left, right) = plt.subplots(
-        1, 2, sharey=True, width_ratios=[3, 1], layout="constrained",
-        figsize=(max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below),
-    )  # fmt: skip
+    size = (max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below)
+    figure = Figure(size, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     extent = (-0.5, max(1, len(columns)) - 0.5, len(names) - 0.5, -0.5)
     left.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
     left.set_title(
@@ -103,8 +99,6 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise PearStoreError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        plt.close(figure)
 
 
 def _identity(task: Task, adapter: str) -> str:

@@ -11,7 +11,6 @@ import io
 import json
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +25,7 @@ from tabulate import tabulate
 
 import pear_store.cli
 import pear_train.cli
-from pear_store import read_checkpoint
 from router import Router, load_backbone, open_image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # its neighbours, also where it is run as a file
-from tools.adapter_map import Row, draw
 
 Picture = NDArray[np.uint8]
 Labelled = dict[str, list[tuple[Picture, str]]]
@@ -205,15 +200,12 @@ def timed(what: str) -> Iterator[None]:
 @click.option("--epochs", default=14, show_default=True)
 def main(out: Path, epochs: int) -> None:
     empty_folder(out)
-    samples: dict[str, list[Picture]] = {}
     tests: dict[str, list[tuple[Picture, str]]] = {}
     heading("1. Real images, from installed packages, as image folders")
     for task, make in TASKS.items():
         labelled = make()
         write_folder(out / "data" / task, labelled)
         tests[task] = labelled["test"]
-        first = {label: picture for picture, label in reversed(labelled["train"])}
-        samples[task] = list(first.values())[:3]
         classes = len({label for _, label in labelled["train"]})
         counts = ", ".join(f"{len(pictures)} {split}" for split, pictures in labelled.items())
         click.echo(f"{task:9} {classes:2} classes; {counts}.  {make.__doc__}")
@@ -245,6 +237,7 @@ def main(out: Path, epochs: int) -> None:
         f"({stats['logical_bytes']:,} before sharing). {len(TASKS)} fine-tuned copies of the backbone would take "
         f"{copies:,} bytes, {copies / stats['unique_bytes']:.0f} times as many."
     )
+    store(*where, "plot", out / "adapters.png")
 
     heading("4. Route: one backbone, five tasks, one batch")
     router = Router("pear_tiny", out / "pear.store")
@@ -286,19 +279,6 @@ def main(out: Path, epochs: int) -> None:
     click.echo(text)
     click.echo("Test top-1, and adapter bytes in float16; a head comes on top, the same for all three.")
     (out / "table.txt").write_text(text + "\n")
-    rows = [
-        Row(
-            read_checkpoint(out / f"{task}-pear.safetensors"),
-            samples[task],
-            [f"{title:7}{100 * reports[task][method]['test_top1']:5.1f} % {reports[task][method]['adapter_bytes']:8,} B"
-             for method, title in zip(METHODS, ("linear", "full", "Pear"), strict=True)],
-        ) for task in TASKS
-    ]  # fmt: skip
-    title = (
-        "Which position uses which adapter: filled = its own (darker: more important), pale = borrowed along the arc"
-    )
-    draw(rows, out / "adapters.png", title)
-    click.echo(f"\nLook at {out / 'adapters.png'}: which position uses which adapter in which task.")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """The demo's images and picture; `make demo` itself runs the rest."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
-from pear_store import Task, make_task, write_checkpoint
-from tools import adapter_map
 from tools.demo import TASKS, empty_folder, main, write_folder
 
 
@@ -47,15 +43,3 @@ def test_the_demo_removes_only_what_it_made(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["--out", str(out)])
     assert (done.exit_code, "demo: holds 'notes.txt', which is not the demo's" in done.stderr) == (1, True)
     assert (out / "notes.txt").read_text() == "mine"
-
-
-def test_the_map_is_drawn(task_maker: Callable[..., Task], tmp_path: Path) -> None:
-    task = task_maker("a")
-    borrowed = {**task.record["training"], "borrowed": {"blocks.5.attn": "blocks.0.attn"}}
-    task = make_task({**task.record, "training": borrowed}, task.tensors)
-    write_checkpoint(tmp_path / "a.safetensors", task)
-    done = CliRunner().invoke(adapter_map.main, [str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "m.png")])
-    assert done.exit_code == 0, done.output
-    assert np.asarray(Image.open(tmp_path / "m.png").convert("L")).std() > 10
-    missing = CliRunner().invoke(adapter_map.main, ["nowhere", "--out", str(tmp_path / "m.png")])
-    assert "nowhere: no such file" in missing.stderr
