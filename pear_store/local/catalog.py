@@ -329,8 +329,10 @@ class Applying:
         self._spellings: set[str] = set()
         """... as they are written"""
         self._new: dict[bytes, Commit] = {}
-        self._unnumbered: set[bytes] = set()
-        """Manifests whose tensors' numbers or bytes are not known yet"""
+        self._entered: set[bytes] = set()
+        """Manifests that have no numbers yet"""
+        self._renumbered: set[bytes] = set()
+        """Other manifests, of whose tensors more may be known now"""
         self._found_again: set[int] = set()
         """Numbers of tensors that no pack had so far"""
         self._settled = Settled()
@@ -380,7 +382,7 @@ class Applying:
                 try:
                     manifest_digests(version.manifest)
                     view.manifests.put(version.hash, 0, (), version.manifest)
-                    self._unnumbered.add(version.hash)
+                    self._entered.add(version.hash)
                 except ValueError as error:
                     refused.add(version.hash)
                     self._settled.refused[version.hash] = str(error)
@@ -427,7 +429,8 @@ class Applying:
         contests.settle()
         self._settled.problems += contests.problems
         self._settled.contradicted |= contests.contradicted
-        self._unnumbered |= contests.renamed
+        self._entered |= contests.made
+        self._renumbered |= contests.renamed
         self._complete(contests)
         return self._settled
 
@@ -447,9 +450,9 @@ class Applying:
             self._facts = Facts()
             self._enter_all_of(list(view.packs.hashes()))
         for task in self._spellings:
-            self._unnumbered.update(row.manifest for _, row in view.versions.of(task))
+            self._renumbered.update(row.manifest for _, row in view.versions.of(task))
         for rows in self._facts.contested.values():
-            self._unnumbered.update(row.manifest for row in rows)
+            self._renumbered.update(row.manifest for row in rows)
 
     def _enter_all_of(self, packs: Iterable[bytes]) -> None:
         for pack in packs:
@@ -503,7 +506,7 @@ class Applying:
         if self._found_again:  # what their manifests' versions take, and whether they are accepted, is known now
             for key, manifest in view.manifests.every():
                 if not self._found_again.isdisjoint(manifest.tensors):
-                    self._unnumbered.add(key)
+                    self._renumbered.add(key)
         sizes = self._number_manifests()
         all_tasks = self._is_first or bool(self._found_again)
         newest: dict[str, tuple[str, int]] = {}
@@ -535,9 +538,15 @@ class Applying:
         view = self._view
         missing: list[int] = []
         sizes: dict[bytes, int] = {}
-        for key in sorted(self._unnumbered):
+        fresh = view.take_numbers(len(self._entered))
+        for key in sorted(self._entered | self._renumbered):
+            number = fresh
+            if key in self._entered:
+                fresh += 1
+            else:
+                number = _number_of(view, key)
             try:
-                sizes[key] = _number_manifest(view, key, missing)
+                sizes[key] = _number_manifest(view, key, number, missing)
             except CheckpointError as error:
                 self._settled.refused[key] = error.problem
         if missing:
@@ -546,18 +555,26 @@ class Applying:
         return sizes
 
 
-def _number_manifest(view: View, key: bytes, missing: list[int]) -> int:
-    """Enters a manifest's numbers; returns the bytes of its tensors. Appends those that no pack has to `missing`.
+def _number_of(view: View, key: bytes) -> int:
+    """The number of a manifest that was entered earlier.
+
+    Raises:
+        DamagedError: it is not as it was then.
+    """
+    row = view.manifests.get(key)
+    if row is None or manifest_hash(view.manifests.text(key)) != key:
+        raise DamagedError(f"manifest {key.hex()}", "missing, or its hash differs")
+    return row.number
+
+
+def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) -> int:
+    """Enters a manifest's number and those of its tensors; returns the tensors' bytes. Appends the numbers of those
+    that no pack has to `missing`.
 
     Raises:
         CheckpointError: it is not what a store accepts.
-        DamagedError: its row is damaged.
     """
     manifest = view.manifests.text(key)
-    before = view.manifests.get(key)
-    number = None if before is None or not len(before.tensors) else before.number
-    if number is not None and manifest_hash(manifest) != key:
-        raise DamagedError(f"manifest {key.hex()}", "its hash differs")
     rows = []
     names = manifest_digests(manifest)
     for name in names:
@@ -566,7 +583,7 @@ def _number_manifest(view: View, key: bytes, missing: list[int]) -> int:
             missing.append(view.take_numbers(1))
             found = view.tensors.put(name, TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()))
         rows.append(found)
-    view.manifests.put(key, view.take_numbers(1) if number is None else number, rows, manifest)
+    view.manifests.put(key, number, rows, manifest)
     places = [TensorRow.peek(row) for row in rows]
     if all(place.pack != NO_PACK for place in places):
         tensors = {str(name): (place.dtype, place.shape) for name, place in zip(names, places, strict=True)}

@@ -79,7 +79,9 @@ class Contests:
         self.contradicted: set[bytes] = set()
         """Packs that record what the rows say otherwise"""
         self.renamed: set[bytes] = set()
-        """Manifests made for tasks whose name changed"""
+        """Manifests of tasks whose name changed ..."""
+        self.made: set[bytes] = set()
+        """... and those of them that were not there before"""
 
     def settle(self) -> None:
         self._give_numbers(self._settle_removed() + self._settle_contested() + self._settle_names())
@@ -189,5 +191,6 @@ class Contests:
         renamed = manifest_hash(text)
         if renamed not in self._view.manifests:
             self._view.manifests.put(renamed, 0, (), text)
+            self.made.add(renamed)
         self.renamed.add(renamed)
         return renamed
