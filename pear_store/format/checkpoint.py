@@ -8,11 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pear_store.errors import CheckpointError, from_os_error
-from pear_store.format.container import check_json, container_chunks, parse_json, read_container
+from pear_store.format.container import KnownHeaders, check_json, container_chunks, parse_json, read_container
 from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
 from pear_store.format.record import (
     FLOATS,
@@ -175,21 +176,29 @@ _KNOWN_BYTES = 16 * 1024 * 1024
 _SEEN = 100_000
 
 
-def read_checkpoint(path: str | Path, known: KnownTensors | None = None) -> Task:
-    """Reads and checks a task checkpoint; `known` are tensors of those read before.
+class ReadBefore:
+    """What was found good in files that were read before. It spares work for the next ones and changes no verdict."""
+
+    def __init__(self) -> None:
+        self.headers = KnownHeaders()
+        self.tensors = KnownTensors()
+
+
+def read_checkpoint(path: str | Path, known: ReadBefore | None = None) -> Task:
+    """Reads and checks a task checkpoint; `known` is of those read before.
 
     Raises:
         NotFoundError: no such file.
         CheckpointError: anything in it that is not as docs/design.md, section 5 says.
     """
-    return task_from_container(*read_container(path), path, known)
+    return task_from_container(*read_container(path, known.headers if known else None), path, known)
 
 
 def task_from_container(
     metadata: Mapping[str, str],
     tensors: Mapping[str, RawTensor],
     path: str | Path,
-    known: KnownTensors | None = None,
+    known: ReadBefore | None = None,
 ) -> Task:
     """The task that a file's metadata and tensors hold; see :func:`read_checkpoint`."""
     if "pear" not in metadata:
@@ -197,8 +206,8 @@ def task_from_container(
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     try:
         record = parse_json(metadata["pear"])
-        known_structure = isinstance(record, dict) and _structure_key(record, shapes) in _GOOD_STRUCTURES
-        check_json({k: v for k, v in record.items() if k not in _STRUCTURE} if known_structure else record)
+        is_judged = isinstance(record, dict) and _is_good_structure(_structure_key(record, shapes))
+        check_json({k: v for k, v in record.items() if k not in _STRUCTURE} if is_judged else record)
     except ValueError as error:
         raise CheckpointError(path, f"metadata key 'pear' is not valid JSON: {error}") from None
     if not isinstance(record, dict):
@@ -209,14 +218,14 @@ def task_from_container(
         if not isinstance(digests, dict) or set(digests) != set(tensors):
             raise CheckpointError(path, "field 'digests': expected one digest for each tensor")
         for name, tensor in tensors.items():
-            if known is not None and known.prove(tensor, digests[name]):
+            if known is not None and known.tensors.prove(tensor, digests[name]):
                 proven.add(name)
             elif tensor.digest != digests[name]:
                 raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
     task = _checked_task(record, tensors, path, proven)
     if known is not None:
         for name in tensors.keys() - proven:
-            known.remember(tensors[name])
+            known.tensors.remember(tensors[name])
     return task
 
 
@@ -287,14 +296,14 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
             yield f"field {key!r}: expected an object"
     yield from _name_problems("field 'metrics'", record["metrics"])
     structure = _structure_key(record, tensors)
-    named = None if structure is None else _GOOD_STRUCTURES.get(structure)
-    if named is None:
+    if structure is None:
         yield from _structure_problems(record, tensors)
         named = frozenset(tensor_names({**record, "head": None}))
-        if structure is not None and len(structure) <= _MAX_STRUCTURE_BYTES:
-            if len(_GOOD_STRUCTURES) >= _MAX_STRUCTURES:
-                _GOOD_STRUCTURES.clear()
-            _GOOD_STRUCTURES[structure] = named
+    else:
+        try:
+            named = _good_structure(structure)
+        except ValueError as error:
+            yield str(error)
     yield from _head_problems(record["head"], record["labels"], tensors)
     head = record["head"]
     if unnamed := tensors.keys() - named - {name for _, name in entry_names(head or {}, HEAD_PARTS)}:
@@ -309,18 +318,40 @@ def _name_problems(where: str, names: Iterable[Any]) -> Iterator[str]:
 
 
 _STRUCTURE = ("activation", "adapters", "positions", "preprocess")
-_GOOD_STRUCTURES: dict[bytes, frozenset[str]] = {}
-"""What of records was found good (the same for all tasks of one kind), with the tensors that it names"""
-_MAX_STRUCTURES = 256
 _MAX_STRUCTURE_BYTES = 1 << 16
 
 
 def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes | None:
     """The structure of a record and the shapes of its tensors as bytes: equal ones are equally good. None where they
-    are not of Python's own types, or nested too deeply."""
+    are not of Python's own types, nested too deeply, or more than is worth keeping."""
     with suppress(ValueError):
-        return marshal.dumps((*map(record.get, _STRUCTURE), dict(tensors)), 2)  # 2: references would differ by run
+        found = marshal.dumps((*map(record.get, _STRUCTURE), dict(tensors)), 2)  # 2: references would differ by run
+        return found if len(found) <= _MAX_STRUCTURE_BYTES else None
     return None
+
+
+def _is_good_structure(structure: bytes | None) -> bool:
+    if structure is None:
+        return False
+    try:
+        _good_structure(structure)
+    except ValueError:
+        return False
+    return True
+
+
+@lru_cache(64)
+def _good_structure(structure: bytes) -> frozenset[str]:
+    """The tensors that a structure names, if it is JSON and nothing is wrong with it; else a ValueError.
+
+    It is the same for all tasks of one kind. At most 64 good ones are kept, each of at most 64 KiB.
+    """
+    *parts, tensors = marshal.loads(structure)
+    record = dict(zip(_STRUCTURE, parts, strict=True))
+    check_json(record)
+    for problem in _structure_problems(record, tensors):
+        raise ValueError(problem)
+    return frozenset(tensor_names({**record, "head": None}))
 
 
 def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:

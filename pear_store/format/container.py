@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import chain
 from math import isfinite, prod
@@ -116,6 +117,35 @@ def check_json(value: Any) -> None:
     raise ValueError("nested too deeply")
 
 
+class KnownHeaders:
+    """What follows the metadata in headers that were found good. It is the same for all tasks of one shape, so the next
+    one needs no look at each tensor. Holds at most 4 MiB."""
+
+    def __init__(self) -> None:
+        self._ends: dict[bytes, tuple[dict[str, Place], int]] = {}
+        """The places, from the end of the header on, and the bytes of all tensors"""
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def find(self, end: bytes, start: int, file_bytes: int) -> dict[str, Place] | None:
+        """The places that a header with this end gives, in a file whose tensors begin at `start`."""
+        kept = self._ends.get(end)
+        if kept is None or start + kept[1] != file_bytes:
+            return None
+        return {n: Place(dtype, shape, start + at, length) for n, (dtype, shape, at, length) in kept[0].items()}
+
+    def remember(self, end: bytes, start: int, header: Header) -> None:
+        if len(end) < _MAX_END_BYTES:
+            if len(self._ends) >= _MAX_ENDS:
+                self._ends.clear()
+            places = {n: p._replace(offset=p.offset - start) for n, p in header.places.items()}
+            self._ends[end] = (places, header.file_bytes - start)
+
+
+_MAX_END_BYTES, _MAX_ENDS = 1 << 16, 64
+
+
 def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
     """Reads and checks the header of an open file of `file_bytes`; leaves the file just behind it.
 
@@ -124,7 +154,7 @@ def read_header(file: BinaryIO, where: str | Path, file_bytes: int) -> Header:
     """
     start = file.read(8)
     length = _header_length(start, where, file_bytes)
-    return _checked_header(file.read(length), where, file_bytes)
+    return _parse_header(file.read(length), where, file_bytes)
 
 
 def read_metadata(file: BinaryIO, where: str | Path, file_bytes: int) -> dict[str, str]:
@@ -136,17 +166,19 @@ def read_metadata(file: BinaryIO, where: str | Path, file_bytes: int) -> dict[st
     text = file.read(_header_length(file.read(8), where, file_bytes))
     head, cut, _ = text.partition(_END_OF_METADATA)
     metadata = _only_metadata(head) if cut else None
-    return _checked_header(text, where, file_bytes).metadata if metadata is None else metadata
+    return _parse_header(text, where, file_bytes).metadata if metadata is None else metadata
 
 
-def parse_buffer(data: memoryview, where: str | Path) -> tuple[Header, dict[str, RawTensor]]:
-    """A file that lies in memory: its header and its tensors, as views.
+def parse_buffer(
+    data: memoryview, where: str | Path, known: KnownHeaders | None = None
+) -> tuple[Header, dict[str, RawTensor]]:
+    """A file that lies in memory: its header and its tensors, as views; `known` are headers of files read before.
 
     Raises:
         CheckpointError: it is not a file that safetensors could have written.
     """
     length = _header_length(bytes(data[:64]), where, len(data))
-    header = _checked_header(bytes(data[8 : 8 + length]), where, len(data))
+    header = _checked_header(bytes(data[8 : 8 + length]), where, len(data), known)
     tensors = {
         name: RawTensor.unchecked(p.dtype, p.shape, data[p.offset : p.offset + p.length], p.length)
         for name, p in header.places.items()
@@ -169,29 +201,25 @@ def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
     return length
 
 
-def _checked_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
+def _checked_header(text: bytes, where: str | Path, file_bytes: int, known: KnownHeaders | None) -> Header:
+    if known is None:
+        return _parse_header(text, where, file_bytes)
     start = 8 + len(text)
-    head, cut, tail = text.partition(_END_OF_METADATA)
-    if cut and (kept := _TAILS.get(tail)) is not None and start + kept[1] == file_bytes:
-        metadata = _only_metadata(head)
-        if metadata is not None:
-            places = {n: Place(dtype, shape, start + at, length) for n, (dtype, shape, at, length) in kept[0].items()}
-            return Header(metadata, places, file_bytes)
+    head, cut, end = text.partition(_END_OF_METADATA)
+    metadata = _only_metadata(head) if cut else None
+    if metadata is None:
+        return _parse_header(text, where, file_bytes)
+    places = known.find(end, start, file_bytes)
+    if places is not None:
+        return Header(metadata, places, file_bytes)
     found = _parse_header(text, where, file_bytes)
-    if cut and len(tail) < _MAX_TAIL and _only_metadata(head) is not None:
-        if len(_TAILS) >= _MAX_TAILS:  # several threads may pass it at once
-            _TAILS.clear()
-        _TAILS[tail] = ({n: p._replace(offset=p.offset - start) for n, p in found.places.items()}, file_bytes - start)
+    known.remember(end, start, found)
     return found
 
 
 _END_OF_METADATA = b'"},"'
 """In a header that begins with its metadata, the first of these is where they end: within a text, a quotation mark that
 follows a comma would be escaped."""
-_TAILS: dict[bytes, tuple[dict[str, Place], int]] = {}
-"""What follows the metadata in headers that were found good (the same for all tasks of one shape): the places, from the
-end of the header on, and the bytes of all tensors"""
-_MAX_TAIL, _MAX_TAILS = 1 << 16, 64
 
 
 def _only_metadata(head: bytes) -> dict[str, str] | None:
@@ -242,10 +270,10 @@ def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
         raise CheckpointError(where, f"tensor {name!r}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     try:  # what most are: of a dtype and shape that came before
-        kept_dtype, kept_shape, length = _LENGTHS[dtype, *shape]
+        kept_dtype, kept_shape, length = _sized(dtype, *shape)
         begin, end = offsets
         if (
-            type(shape) is list and {int}.issuperset(map(type, shape))  # True == 1 == 1.0
+            type(shape) is list
             and type(begin) is int and type(end) is int and end - begin == length and 0 <= begin < 2**48
         ):  # fmt: skip
             return Place(kept_dtype, kept_shape, data_start + begin, length)
@@ -261,23 +289,25 @@ def _place(name: str, entry: Any, data_start: int, where: str | Path) -> Place:
     if offsets[1] - offsets[0] != length:
         problem = f"{dtype} {shape} is {length} bytes, data_offsets say {offsets[1] - offsets[0]}"
         raise CheckpointError(where, f"tensor {name!r}: {problem}")
-    if len(_LENGTHS) >= _MAX_LENGTHS:
-        _LENGTHS.clear()
-    _LENGTHS[dtype, *shape] = (dtype, tuple(shape), length)
     return Place(dtype, tuple(shape), data_start + offsets[0], length)
 
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_MAX_LENGTHS = 1000
-_LENGTHS: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}
-"""Dtype and shape that were found good, with their bytes"""
+
+
+@lru_cache(1024, typed=True)  # typed: True == 1 == 1.0
+def _sized(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], int]:
+    """Dtype, shape and bytes of what is a tensor's dtype and shape; else a KeyError or ValueError."""
+    if len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise ValueError
+    return dtype, shape, prod(shape) * ITEM_BYTES[dtype]
 
 
 def _is_size(n: object) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48
 
 
-def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTensor]]:
+def read_container(path: str | Path, known: KnownHeaders | None = None) -> tuple[dict[str, str], dict[str, RawTensor]]:
     """The metadata and tensors of one file.
 
     Raises:
@@ -287,12 +317,14 @@ def read_container(path: str | Path) -> tuple[dict[str, str], dict[str, RawTenso
     """
     try:
         with open_regular_file(path) as file:
-            return _parse(file, path, os.fstat(file.fileno()).st_size)
+            return _parse(file, path, os.fstat(file.fileno()).st_size, known)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
 
 
-def parse_container(stream: BinaryIO, where: str | Path) -> tuple[dict[str, str], dict[str, RawTensor]]:
+def parse_container(
+    stream: BinaryIO, where: str | Path, known: KnownHeaders | None = None
+) -> tuple[dict[str, str], dict[str, RawTensor]]:
     """Like :func:`read_container`, from a stream that cannot tell its length."""
     try:
         content = stream.read(MAX_FILE_BYTES + 1)
@@ -300,16 +332,18 @@ def parse_container(stream: BinaryIO, where: str | Path) -> tuple[dict[str, str]
         raise SourceError(where, f"cannot be read: {error.strerror or error}") from None
     if not isinstance(content, bytes):
         raise CheckpointError(where, f"its read gives {type(content).__name__}: expected a file opened in binary mode")
-    return _parse(BytesIO(content), where, len(content))
+    return _parse(BytesIO(content), where, len(content), known)
 
 
-def _parse(file: BinaryIO, where: str | Path, file_bytes: int) -> tuple[dict[str, str], dict[str, RawTensor]]:
+def _parse(
+    file: BinaryIO, where: str | Path, file_bytes: int, known: KnownHeaders | None
+) -> tuple[dict[str, str], dict[str, RawTensor]]:
     if file_bytes > MAX_FILE_BYTES:
         raise CheckpointError(where, f"more than {MAX_FILE_BYTES} bytes: larger files are not read")
     data = memoryview(file.read(file_bytes + 1))
     if len(data) != file_bytes:
         raise CheckpointError(where, "changed while it was read")
-    header, tensors = parse_buffer(data, where)
+    header, tensors = parse_buffer(data, where, known)
     return header.metadata, tensors
 
 

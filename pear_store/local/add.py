@@ -13,7 +13,7 @@ from pear_store.local.index import State, View
 from pear_store.local.loading import Group, Loaded, Refused
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
-from pear_store.local.rows import NO_PACK, NameRow, VersionRow
+from pear_store.local.rows import NO_PACK, NameRow
 from pear_store.local.tables import StoredTensor
 
 _KEPT_ROWS = 50_000
@@ -46,6 +46,11 @@ class _Plan:
     @property
     def records(self) -> Records:
         return Records(versions=[version for version, _ in self.versions])
+
+    @property
+    def sizes(self) -> dict[bytes, int]:
+        """Tensor bytes of the versions, by manifest"""
+        return {loaded.hash: loaded.size_bytes for _, loaded in self.versions}
 
     def same_pack(self, other: "_Plan") -> bool:
         return list(self.tensors) == list(other.tensors) and self.records == other.records
@@ -96,15 +101,10 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
         numbers.update(zip(fresh, range(first := view.take_numbers(len(fresh)), first + len(fresh)), strict=True))
         rows: dict[Digest, StoredTensor] = {}
         for pack in packs:
-            rows = enter(opened.path, view, pack, Records(), numbers, plan.damaged)
+            rows = enter(opened.path, view, pack, plan.records, numbers, plan.damaged, plan.sizes)
         places = {**plan.stored, **rows}
-        for loaded in plan.healed:
+        for loaded in (*plan.healed, *(loaded for _, loaded in plan.versions)):
             _put_manifest(view, loaded, places)
-        for version, loaded in plan.versions:
-            _put_manifest(view, loaded, places)
-            row = VersionRow(loaded.hash, packs[0].hash, version.time_ns, loaded.size_bytes)
-            view.versions.put(version.task, version.version, row)
-            view.names.put(NameRow(version.task, version.version, version.version, packs[0].hash))
         if view.wrote:
             written_in.append(view.state)
         return rows

@@ -15,7 +15,7 @@ from itertools import chain
 from stat import S_ISREG
 
 from pear_store.errors import CheckpointError, PearStoreError
-from pear_store.format.checkpoint import TASK_NAME, KnownTensors, Task, task_from_container
+from pear_store.format.checkpoint import TASK_NAME, ReadBefore, Task, task_from_container
 from pear_store.format.container import parse_buffer
 from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.manifest import manifest_hash, to_manifest
@@ -61,20 +61,48 @@ def load_groups(given: Iterable[Source], name: str | None, access: Access | None
     A group's tensors are good until the next group is asked for. Only a list or tuple is read ahead: what comes from
     elsewhere may be gone, or another, when the next is asked for.
     """
-    if isinstance(given, list | tuple) and can_fork() and (count := cores()) > 1:
-        chunks = _chunks(iter(given))
-        first = next(chunks, [])
-        if len(first) < len(given):
-            try:
-                workers = _Workers(min(count, _WORKERS), name, access)
-            except OSError:  # there can be no process more
-                pass
-            else:
-                with workers:
-                    yield from workers.load(chain([first], chunks))
-                return
-    known = KnownTensors()
-    yield from _split(load(source, name, known, access) for source in given)
+    with Loader(name, access) as loader:
+        yield from loader.load(given)
+
+
+class Loader:
+    """What one `add` reads with: what it found good in the files before, and its workers. Closed with the `add`.
+
+    This process keeps nothing of it. Workers end, and their memory goes, also where an `add` is not finished.
+    """
+
+    def __init__(self, name: str | None, access: Access | None) -> None:
+        self._name = name
+        self._access = access
+        self._known = ReadBefore()
+        self._workers: _Workers | None = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = None
+        self._known = ReadBefore()
+
+    def load(self, given: Iterable[Source]) -> Iterator[Group]:
+        """See :func:`load_groups`."""
+        if isinstance(given, list | tuple) and can_fork() and (count := cores()) > 1:
+            chunks = _chunks(iter(given))
+            first = next(chunks, [])
+            if len(first) < len(given):
+                try:
+                    self._workers = _Workers(min(count, _WORKERS), self._name, self._access, self._known)
+                except OSError:  # there can be no process more
+                    pass
+                else:
+                    yield from self._workers.load(chain([first], chunks))
+                    return
+        yield from _split(load(source, self._name, self._known, self._access) for source in given)
 
 
 def _chunks(pending: Iterator[Source]) -> Iterator[list[Source]]:
@@ -120,7 +148,7 @@ def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
 
 
 def load(
-    source: Source, name: str | None, known: KnownTensors | None = None, access: Access | None = None
+    source: Source, name: str | None, known: ReadBefore | None = None, access: Access | None = None
 ) -> Loaded | Refused:
     """One source, read and checked, under another name if given."""
     try:
@@ -170,22 +198,18 @@ class _InSlot(Mapping[Digest, RawTensor]):
 class _Workers:
     """Processes that read groups of files into slots of shared memory, each ahead by a slot or two."""
 
-    def __init__(self, count: int, name: str | None, access: Access | None) -> None:
-        self._name, self._access = name, access
-        self._known = KnownTensors()
+    def __init__(self, count: int, name: str | None, access: Access | None, known: ReadBefore) -> None:
+        self._name, self._access, self._known = name, access, known
         self._slots = [[mmap.mmap(-1, GROUP_BYTES) for _ in range(_SLOTS)] for _ in range(count)]
         self._workers: list[Worker] = []
         try:
             for slots in self._slots:
                 self._workers.append(Worker(partial(self._read, slots)))
         except OSError:
-            self.__exit__()
+            self.close()
             raise
 
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for worker in self._workers:
             worker.close()
 
@@ -239,7 +263,7 @@ class _Workers:
                     if end > len(memory) or file.readinto(memory[start:]) != size:
                         end = start
                         continue
-                header, tensors = parse_buffer(memory[start : start + size], path)
+                header, tensors = parse_buffer(memory[start : start + size], path, self._known.headers)
                 task = task_from_container(header.metadata, tensors, path, self._known)
                 one = _loaded(task, self._name, path)
             except (OSError, PearStoreError):

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "9p", "fuse.sshfs",
@@ -29,10 +30,8 @@ def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) ->
 
 def warn_of_network(path: Path) -> None:
     """Warns of a store on a network file system."""
-    device = os.stat(path).st_dev
-    if device not in _NETWORK:
-        _NETWORK[device] = network_file_system(path)
-    if kind := _NETWORK[device]:
+    kind = _kind(os.stat(path).st_dev, path)
+    if kind:
         warnings.warn(
             f"{path} is on a network file system ({kind}): its locks and memory maps are not reliable enough for an "
             "index; keep the store on a local disk",
@@ -40,5 +39,7 @@ def warn_of_network(path: Path) -> None:
         )
 
 
-_NETWORK: dict[int, str | None] = {}
-"""Kind of network file system, if it is one, by device"""
+@lru_cache(64)
+def _kind(device: int, path: Path) -> str | None:
+    """:func:`network_file_system`, looked up once for a path on a device."""
+    return network_file_system(path)

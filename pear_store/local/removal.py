@@ -1,15 +1,14 @@
 """Removes versions; their tensors go with the next gc."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from pear_store.errors import NotFoundError, TaggedError
-from pear_store.format.pack import Records
-from pear_store.local.catalog import enter
+from pear_store.local.catalog import enter, take_out
 from pear_store.local.index import View
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
 from pear_store.local.references import Version, all_tags, parse_reference, resolve, version_of
-from pear_store.local.rows import NameRow, RemovedRow
 
 RECORDS_A_PACK = 100_000
 
@@ -44,21 +43,10 @@ def remove(opened: OpenStore, references: Sequence[str], dry_run: bool) -> list[
 def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
     """Removes versions' rows and records that in packs; returns the packs it placed."""
     packs: list[WrittenPack] = []
-    rest = sorted(found)
-    manifests: dict[tuple[str, int], bytes] = {}
     commit = view.next_commit()
-    for task, number in rest:
-        row = view.versions.get(task, number)
-        assert row is not None
-        manifests[task, number] = row.manifest
-        view.versions.delete(task, number)
-        view.removed.put(task, number, RemovedRow(row.pack, row.pack))
-    for task in {task for task, _ in rest}:
-        known = view.names.get(task)
-        assert known is not None
-        view.names.put(NameRow(task, view.versions.newest(task), known.highest, known.pack))
-    for start in range(0, len(rest), RECORDS_A_PACK):
-        records = Records(removed=rest[start : start + RECORDS_A_PACK], removed_manifests=manifests)
+    taken = take_out(view, found)
+    for start in range(0, len(taken.removed), RECORDS_A_PACK):
+        records = replace(taken, removed=taken.removed[start : start + RECORDS_A_PACK])
         packs.append(write_pack(opened.path, {}, records, commit))
         enter(opened.path, view, packs[-1], records, {})
     return packs

@@ -12,7 +12,6 @@ from pear_store.local.index import State, View
 from pear_store.local.mark import TENSOR, Marked, PackUse, is_needed, mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, pack_path, read_records, write_pack
-from pear_store.local.rows import NameRow, VersionRow
 from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
 
 REPACK_BYTES = 256 * 1024 * 1024
@@ -112,15 +111,6 @@ def move(opened: OpenStore, view: View, contents: Needed) -> WrittenPack:
     """Writes contents into a new pack and points the index there."""
     written = write_pack(opened.path, contents.tensors, contents.records, view.next_commit())
     enter(opened.path, view, written, contents.records, contents.numbers, contents.tensors)
-    for version in contents.records.versions:
-        row = view.versions.get(version.task, version.version)
-        assert row is not None
-        moved = VersionRow(row.manifest, written.hash, row.time_ns, row.size_bytes)
-        view.versions.put(version.task, version.version, moved)
-    for task in contents.records.highest:
-        known = view.names.get(task)
-        assert known is not None
-        view.names.put(NameRow(known.name, known.newest, known.highest, written.hash))
     return written
 
 

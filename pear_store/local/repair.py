@@ -9,9 +9,9 @@ from pathlib import Path
 from pear_store.errors import DamagedError, DamagedIndexError, NotFoundError
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import manifest_hash, to_manifest
-from pear_store.format.pack import PackedTag, PackedVersion, Records
 from pear_store.format.record import tensor_names
 from pear_store.local import sources
+from pear_store.local.catalog import records_of
 from pear_store.local.directory import store_path
 from pear_store.local.index import View
 from pear_store.local.mark import is_needed, mark
@@ -150,7 +150,7 @@ def _rewrite(
                     stays.add(place.pack)
                     continue
             contents.numbers[digest] = place.number
-        contents.records = _records_in(view, hit, stays)
+        contents.records = records_of(view, hit, stays)
         gone.extend(hit - stays - {NO_PACK})
         packs[:] = [move(opened, view, contents)]
         drop_manifests(view, marks)
@@ -181,25 +181,3 @@ def _manifest_in_packs(path: Path, view: View, key: bytes) -> bytes | None:
                     if manifest_hash(version.manifest) == key:
                         return version.manifest
     return None
-
-
-def _records_in(view: View, hit: set[bytes], stays: set[bytes]) -> Records:
-    """What the index says that some packs record; a version whose manifest is lost keeps its old record."""
-    records = Records()
-    for task, number, row in view.versions.rows():
-        if row.pack in hit:
-            manifest = view.manifests.text(row.manifest)
-            if manifest_hash(manifest) == row.manifest:
-                records.versions.append(PackedVersion(task, number, row.time_ns, manifest, 0))
-            else:
-                stays.add(row.pack)
-    for name in view.names.rows():
-        if name.pack in hit:
-            records.highest[name.name] = name.highest
-    for task, text, tag in view.tags.rows():
-        if tag.pack in hit:
-            records.tags.append(PackedTag(task, text, tag.version or None, tag.time_ns))
-    for task, number, removed in view.removed.rows():
-        if removed.pack in hit:
-            records.removed.append((task, number))
-    return records

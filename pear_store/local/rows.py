@@ -18,7 +18,7 @@ task's newest version is in its name's row, too, so that a version which a damag
 import struct
 import zlib
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -121,6 +121,16 @@ class ContentsRow(NamedTuple):
         if len(body) != 13 * count:
             raise DamagedError(f"contents of pack {key.hex()}", "its length is wrong")
         return cls(array("I", body[: 4 * count]), array("Q", body[4 * count : 12 * count]), body[12 * count :])
+
+    @classmethod
+    def of(cls, numbers: Iterable[int], lengths: Iterable[int]) -> "ContentsRow":
+        """Of tensors none of which was counted as removed."""
+        listed = array("I", numbers)
+        return cls(listed, array("Q", lengths), bytes(len(listed)))
+
+    def with_more(self, numbers: Iterable[int], lengths: Iterable[int]) -> "ContentsRow":
+        more = ContentsRow.of(numbers, lengths)
+        return ContentsRow(self.numbers + more.numbers, self.lengths + more.lengths, self.removed + more.removed)
 
     def without(self, numbers: Container[int]) -> "ContentsRow":
         stays = [number not in numbers for number in self.numbers]

@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeAlias
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
 from pear_store.files import open_regular_file, read_whole
-from pear_store.format.checkpoint import KnownTensors, Task, read_checkpoint, task_from_container
+from pear_store.format.checkpoint import ReadBefore, Task, read_checkpoint, task_from_container
 from pear_store.format.container import parse_container
 
 PROTOCOLS = frozenset(
@@ -137,8 +137,8 @@ def label(source: Source) -> str:
     return str(getattr(source, "name", "stream"))
 
 
-def read_task(source: Source, known: KnownTensors | None = None, access: Access | None = None) -> Task:
-    """A source's task, checked whole; `known` are tensors of sources read before.
+def read_task(source: Source, known: ReadBefore | None = None, access: Access | None = None) -> Task:
+    """A source's task, checked whole; `known` is of sources read before.
 
     Raises:
         NotFoundError: there is nothing at the path or URL.
@@ -149,13 +149,14 @@ def read_task(source: Source, known: KnownTensors | None = None, access: Access 
         return source
     if isinstance(source, Path) or (isinstance(source, str) and not is_url(source)):
         return read_checkpoint(source, known)
+    headers = known.headers if known else None
     if not isinstance(source, str):
         if not hasattr(source, "read"):
             expected = "expected a Task, a path, a URL or a binary file; add_many takes several"
             raise CheckpointError("source", f"{type(source).__name__}: {expected}")
-        return task_from_container(*parse_container(source, label(source)), label(source), known)
+        return task_from_container(*parse_container(source, label(source), headers), label(source), known)
     with open_source(source, access) as file:
-        return task_from_container(*parse_container(file, source), source, known)
+        return task_from_container(*parse_container(file, source, headers), source, known)
 
 
 def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str]:

@@ -3,7 +3,6 @@
 `rows` walks what is there; `every`, too, and misses no row that a damaged page hides: it raises a DamagedError.
 """
 
-from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import NewType, Protocol
 
@@ -109,6 +108,9 @@ class Names(_Table):
     def put(self, row: NameRow) -> None:
         self._view.put("names", key := name_key(row.name), row.encode(key))
 
+    def delete(self, task: str) -> None:
+        self._view.delete("names", name_key(task))
+
     def rows(self) -> Iterator[NameRow]:
         for key, row in self._view.rows("names"):
             yield NameRow.decode(key, row)
@@ -131,6 +133,9 @@ class Tags(_Table):
 
     def put(self, task: str, tag: str, row: TagRow) -> None:
         self._view.put("tags", key := tag_key(task, tag), row.encode(key))
+
+    def delete(self, task: str, tag: str) -> None:
+        self._view.delete("tags", tag_key(task, tag))
 
     def of(self, task: str) -> Iterator[tuple[str, str, TagRow]]:
         return _tags(self._view.rows("tags", _of_task(task)))
@@ -157,6 +162,9 @@ class Removed(_Table):
 
     def put(self, task: str, number: int, row: RemovedRow) -> None:
         self._view.put("removed", key := version_key(task, number), row.encode(key))
+
+    def delete(self, task: str, number: int) -> None:
+        self._view.delete("removed", version_key(task, number))
 
     def rows(self) -> Iterator[tuple[str, int, RemovedRow]]:
         return _removed(self._view.rows("removed"))
@@ -228,8 +236,7 @@ class Contents(_Table):
 
     def enter(self, pack: bytes, numbers: Iterable[int], lengths: Iterable[int]) -> None:
         """Enters which tensors a new pack holds; none of them is listed elsewhere."""
-        found = array("I", numbers)
-        self.put(pack, ContentsRow(found, array("Q", lengths), bytes(len(found))))
+        self.put(pack, ContentsRow.of(numbers, lengths))
 
     def unlist(self, pack: bytes, numbers: Container[int]) -> None:
         """Takes tensors that moved elsewhere from a pack's contents."""

@@ -373,7 +373,7 @@ def test_a_kill_in_a_rebuild_leaves_the_old_index_or_the_new(filled: Path, monke
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pear_store.local.rebuild._settle_names", stop)
+    monkeypatch.setattr("pear_store.local.contests.Contests._settle_names", stop)
     with pytest.raises(KeyboardInterrupt):
         rebuild(filled)
     monkeypatch.undo()

@@ -1,18 +1,23 @@
 """Files read by forked workers, and what is not checked twice."""
 
+import gc
+import importlib
+import inspect
 import os
+import pkgutil
 import signal
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
+import pear_store
 from pear_store import CheckpointError, Refused, Store, make_task, read_checkpoint, write_checkpoint
-from pear_store.format import container as container_module
-from pear_store.format.checkpoint import KnownTensors
+from pear_store.format.checkpoint import ReadBefore
 from pear_store.local import loading
 from pear_store.local.loading import Loaded, load_groups
 from pear_store.local.worker import Worker, WorkerDiedError
@@ -106,7 +111,7 @@ def test_a_worker_that_dies_is_named_and_leaves_no_child() -> None:
 
 
 def test_a_known_digest_is_believed_only_of_equal_bytes(tmp_path: Path) -> None:
-    known = KnownTensors()
+    known = ReadBefore()
     for name in "abc":  # the third time it is compared, not hashed
         write_checkpoint(tmp_path / name, small_task(name))
         read_checkpoint(tmp_path / name, known)
@@ -124,9 +129,9 @@ def test_headers_found_good_change_no_verdict(tmp_path: Path) -> None:
     good = path.read_bytes()
     length = 8 + int.from_bytes(good[:8], "little")
 
-    def verdict() -> object:
+    def verdict(known: ReadBefore | None = None) -> object:
         try:
-            task = read_checkpoint(path)
+            task = read_checkpoint(path, known)
             return dict(task.record), {n: (t.dtype, t.shape, bytes(t.data)) for n, t in task.tensors.items()}
         except CheckpointError as error:
             return str(error)
@@ -134,14 +139,14 @@ def test_headers_found_good_change_no_verdict(tmp_path: Path) -> None:
     refused = 0
     for at in range(0, length, 3):
         path.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
-        container_module._TAILS.clear()
+        known = ReadBefore()
         fresh = verdict()
         changed = path.read_bytes()
         path.write_bytes(good)
-        verdict()
-        assert container_module._TAILS
+        verdict(known)
+        assert len(known.headers) == 1
         path.write_bytes(changed)
-        assert verdict() == fresh, at
+        assert verdict(known) == fresh, at
         refused += isinstance(fresh, str)
     assert refused > length // 6
 
@@ -190,17 +195,53 @@ def test_large_structures_are_not_kept(tmp_path: Path) -> None:
     from pear_store.format import checkpoint
 
     task = small_task()
-    checkpoint._GOOD_STRUCTURES.clear()
+    checkpoint._good_structure.cache_clear()
     adapters = {"a0": {**task.record["adapters"]["a0"], "note": "x" * 100_000}}
     write_checkpoint(tmp_path / "t", make_task({**task.record, "adapters": adapters}, task.tensors))
     read_checkpoint(tmp_path / "t")
-    assert not checkpoint._GOOD_STRUCTURES
+    assert checkpoint._good_structure.cache_info().currsize == 0
     write_checkpoint(tmp_path / "t", task)
     read_checkpoint(tmp_path / "t")
-    assert len(checkpoint._GOOD_STRUCTURES) == 1
+    assert checkpoint._good_structure.cache_info().currsize == 1
 
 
 def test_a_record_of_other_mappings_is_taken() -> None:
     task = small_task()
     adapters = OrderedDict(task.record["adapters"])
     assert make_task({**task.record, "adapters": adapters}, task.tensors).record["adapters"] == adapters
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_process_keeps_nothing_of_an_add(files: list[Path], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of one that ends, nor of one that is left unfinished: no memory, no file, no process."""
+    kept: list[weakref.ref[object]] = []
+
+    class Watched(ReadBefore):
+        def __init__(self) -> None:
+            super().__init__()
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(loading, "ReadBefore", Watched)
+    before = len(os.listdir("/proc/self/fd"))
+    for fork in (True, False):
+        monkeypatch.setattr(loading, "can_fork", lambda fork=fork: fork)
+        assert len(list(store.add_many(files))) == 30
+        unfinished = store.add_many(files)
+        next(unfinished)
+        del unfinished
+    gc.collect()
+    assert kept and not any(known() for known in kept)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
+
+
+def test_no_module_keeps_what_grows() -> None:
+    """Modules hold constants. What is kept of calls is in caches of bounded size."""
+    for module in pkgutil.walk_packages(pear_store.__path__, "pear_store."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, dict | list | set | deque) and not name.startswith("__"):
+                assert value, f"{module.name}.{name} begins empty, so it is meant to be filled"
+            if hasattr(value, "cache_info"):
+                bounded = value.cache_info().maxsize is not None or not inspect.signature(value).parameters
+                assert bounded, f"{module.name}.{name} is a cache without a bound"

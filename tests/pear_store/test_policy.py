@@ -117,7 +117,6 @@ def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.
     assert network_file_system(tmp_path / "s", mounts) == "nfs4"
     assert network_file_system(tmp_path.parent, mounts) is None
     monkeypatch.setattr("pear_store.local.mounts.network_file_system", lambda path: "nfs4")
-    monkeypatch.setattr("pear_store.local.mounts._NETWORK", {})  # devices looked at before
     with pytest.warns(UserWarning, match=r"network file system \(nfs4\)"):
         Store.create(tmp_path / "s").close()
 

@@ -1,0 +1,196 @@
+"""Which of several versions keeps a number, and what becomes of the others.
+
+Packs contradict one another where copies of a store were put together, or where a commit never came. What is decided
+here depends on what the packs record, not on the order in which they are read. Where all else is equal, hashes decide.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from pear_store.format.manifest import dump_manifest, manifest_hash
+from pear_store.format.pack import Commit, PackedVersion
+from pear_store.local.index import View
+from pear_store.local.rows import NameRow, RemovedRow, VersionRow
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version that a pack records. Of two of one number, the greater one keeps it: the one that is known to have been
+    acknowledged, else the one of the later commit. Time and hashes only make the order one and the same for all."""
+
+    acknowledged: bool
+    commit: int
+    time_ns: int
+    manifest: bytes
+    pack: bytes
+
+    @property
+    def rank(self) -> tuple[bool, int, int, bytes, bytes]:
+        return self.acknowledged, self.commit, self.time_ns, self.manifest, self.pack
+
+
+_Homeless = list[tuple[str, str, int, Candidate]]
+"""Versions whose number is another's: the task's name as it is now, the name and number recorded"""
+
+
+@dataclass
+class Facts:
+    """What packs record beside the rows made so far."""
+
+    commits: dict[bytes, Commit] = field(default_factory=dict)
+    followed: set[bytes] = field(default_factory=set)
+    """Packs that a later commit names: theirs were acknowledged"""
+    contested: dict[tuple[str, int], list[VersionRow]] = field(default_factory=dict)
+    """Versions whose number has a row already, of another version or the same one"""
+    removed: dict[tuple[str, int], set[bytes | None]] = field(default_factory=dict)
+    """The manifests of removed versions; None: whatever had the number"""
+    tags: dict[tuple[str, str], tuple[int, int, int, bytes]] = field(default_factory=dict)
+    """Rank of what each tag's row says"""
+
+    def enter_commit(self, pack: bytes, commit: Commit) -> None:
+        self.commits[pack] = commit
+        self.followed.update(commit.after)
+
+    def candidate(self, row: VersionRow) -> Candidate:
+        """A row that :func:`unsettled` or :meth:`Contests._put` made."""
+        was_moved, commit = row.size_bytes & 1, row.size_bytes >> 1
+        return Candidate(bool(was_moved) or row.pack in self.followed, commit, row.time_ns, row.manifest, row.pack)
+
+
+def unsettled(pack: bytes, version: PackedVersion, commit: Commit) -> VersionRow:
+    """A version's row until it is settled. Its place for the bytes holds the commit, and whether it was moved."""
+    number = commit.number if version.moved_from is None else version.moved_from
+    return VersionRow(version.hash, pack, version.time_ns, number << 1 | (version.moved_from is not None))
+
+
+class Contests:
+    """Settles the unsettled versions of some tasks.
+
+    Args:
+        tasks: names as they are written; None: all.
+    """
+
+    def __init__(self, view: View, facts: Facts, tasks: set[str] | None) -> None:
+        self._view = view
+        self._facts = facts
+        self._tasks = tasks
+        self.problems: list[str] = []
+        self.contradicted: set[bytes] = set()
+        """Packs that record what the rows say otherwise"""
+        self.renamed: set[bytes] = set()
+        """Manifests of tasks whose name changed ..."""
+        self.made: set[bytes] = set()
+        """... and those of them that were not there before"""
+
+    def settle(self) -> None:
+        self._give_numbers(self._settle_removed() + self._settle_contested() + self._settle_names())
+
+    def rows(self) -> Iterator[tuple[str, int, VersionRow]]:
+        """The versions of these tasks."""
+        if self._tasks is None:
+            yield from self._view.versions.rows()
+            return
+        for task in sorted(self._tasks):
+            for number, row in self._view.versions.of(task):
+                yield task, number, row
+
+    def _settle_removed(self) -> _Homeless:
+        """Takes removed versions out. What another copy of the store has under a removed number is not what was
+        removed."""
+        view = self._view
+        homeless: _Homeless = []
+        for (task, number), manifests in self._facts.removed.items():
+            row = view.versions.get(task, number)
+            rows = self._facts.contested.pop((task, number), [])
+            if row is not None:
+                rows.append(row)
+                view.versions.delete(task, number)
+            gone = {one.pack for one in rows if None in manifests or one.manifest in manifests}
+            stay = [one for one in rows if None not in manifests and one.manifest not in manifests]
+            homeless += [(task, task, number, one) for one in self._distinct(stay)]
+            if gone:
+                removed = view.removed.get(task, number)
+                assert removed is not None
+                view.removed.put(task, number, RemovedRow(max(gone), removed.pack))
+            if len(gone) > 1:  # the row names one of them: once that is deleted, another would bring the version back
+                self.contradicted |= gone
+        return homeless
+
+    def _settle_contested(self) -> _Homeless:
+        homeless: _Homeless = []
+        for (task, number), rows in self._facts.contested.items():
+            row = self._view.versions.get(task, number)
+            assert row is not None
+            *others, first = self._distinct([*rows, row])
+            self._put(task, number, first)
+            homeless += [(task, task, number, one) for one in others]
+        return homeless
+
+    def _distinct(self, rows: list[VersionRow]) -> list[Candidate]:
+        """What was recorded under one number, the greatest last. Rows of one manifest are one version."""
+        by_rank = sorted(map(self._facts.candidate, rows), key=lambda one: one.rank)
+        greatest = {one.manifest: one for one in by_rank}
+        return sorted(greatest.values(), key=lambda one: one.rank)
+
+    def _settle_names(self) -> _Homeless:
+        """Of names that differ in case only, one stays; versions of the others become versions of that."""
+        view = self._view
+        spellings: dict[str, list[str]] = {}
+        before = ""
+        for task, _, _ in self.rows():
+            if task != before:
+                spellings.setdefault(task.casefold(), []).append(task)
+                before = task
+        homeless: _Homeless = []
+        for tasks in spellings.values():
+            if len(tasks) == 1:
+                continue
+            found = {task: [(n, self._facts.candidate(row)) for n, row in view.versions.of(task)] for task in tasks}
+            stays = max(tasks, key=lambda task: (max(one.rank for _, one in found[task]), task))
+            for task in tasks:
+                for number, one in found[task] if task != stays else ():
+                    homeless.append((stays, task, number, one))
+                    view.versions.delete(task, number)
+        return homeless
+
+    def _put(self, task: str, number: int, one: Candidate) -> None:
+        row = VersionRow(one.manifest, one.pack, one.time_ns, one.commit << 1 | one.acknowledged)
+        self._view.versions.put(task, number, row)
+
+    def _give_numbers(self, homeless: _Homeless) -> None:
+        """Gives each version whose number is another's the next free one. One that has been given its own before is
+        passed over."""
+        there: dict[str, set[tuple[bytes, int]]] = {}
+        for task, was, number, one in sorted(homeless, key=lambda item: (*item[:3], item[3].rank)):
+            self.contradicted.add(one.pack)
+            manifest = self._under_name(one.manifest, task, was)
+            if task not in there:
+                there[task] = {(row.manifest, row.time_ns) for _, row in self._view.versions.of(task)}
+            if (manifest, one.time_ns) in there[task]:
+                continue
+            there[task].add((manifest, one.time_ns))
+            known = self._view.names.get(task)
+            fresh = known.highest + 1 if known else 1
+            if fresh >> 32:
+                self.problems.append(f"version {was}@{number} of pack {one.pack.hex()}: no number is left for it")
+                continue
+            self._view.names.put(NameRow(task, 0, fresh, one.pack))
+            self._put(task, fresh, replace(one, manifest=manifest))
+            self.problems.append(
+                f"version {was}@{number}: two are recorded, as in copies of one store; that of pack {one.pack.hex()} "
+                f"is {task}@{fresh} now"
+            )
+
+    def _under_name(self, manifest: bytes, task: str, was: str) -> bytes:
+        """The hash of a manifest under the task's name as it is now."""
+        if task == was:
+            return manifest
+        record = json.loads(self._view.manifests.text(manifest))
+        text = dump_manifest({**record, "task": task})
+        renamed = manifest_hash(text)
+        if renamed not in self._view.manifests:
+            self._view.manifests.put(renamed, 0, (), text)
+            self.made.add(renamed)
+        self.renamed.add(renamed)
+        return renamed
