@@ -180,10 +180,10 @@ class Router:
         """
         self._check_usable()
         changed = self._registry.refresh()
+        self._engine.drop_stale(None, self._slots.keys())
         for name in self._registry.pinned.intersection(changed):
             with suppress(RouterError, PearStoreError):
                 self._load([name])
-        self._engine.drop_stale(None, self._slots.keys())
         return changed
 
     def preload(self, tasks: str | Iterable[str]) -> Future[None]:

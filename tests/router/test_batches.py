@@ -364,6 +364,27 @@ def test_names_of_one_version_share_a_slot(backbone: Backbone, task_maker: Maker
     assert reads == ["t@1", "t@2"]
 
 
+def test_what_is_known_of_tasks_is_bounded_and_found_again(
+    backbone: Backbone, task_maker: Maker, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.registry.KNOWN_TASKS", 3)
+    monkeypatch.setattr("router.registry.NAMES", 4)
+    names = [f"t{i}" for i in range(8)]
+    for i, name in enumerate(names):
+        store.add(task_maker(name, seed=i))
+    with Router(backbone, store) as probe:
+        right = {name: whole(probe.run(PIXELS, name)) for name in names}
+        size = probe.stats().size_bytes // len(names)
+    router = Router(backbone, store, slot_bytes=size * 5 // 2)
+    router.pin("t7")
+    for name in [*names, *reversed(names)]:
+        torch.testing.assert_close(whole(router.run(PIXELS, name)), right[name], atol=1e-5, rtol=1e-5)
+        assert len(router._registry._known) <= 3 + 2, "a few more, where the oldest are loaded or pinned"
+        assert len(router._registry._versions) <= 4 + 5
+        assert len(router._registry._read) <= 16
+    assert router.refresh() == {}
+
+
 def test_loads_are_logged(
     backbone: Backbone, task_maker: Maker, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
