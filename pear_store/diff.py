@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from pear_store.format.checkpoint import Task
 from pear_store.local.references import Version
+
+Change = Literal["equal", "scale", "changed", "added", "removed"]
+"""What became of a position; scale: the same tensors, other scales"""
 
 
 @dataclass(frozen=True)
@@ -12,8 +16,7 @@ class PositionDiff:
     """What two versions use at one position: the digests of its adapters' tensors with their scales, or None."""
 
     position: str
-    change: str
-    """equal, scale (the same tensors, other scales), changed, added or removed"""
+    change: Change
     shared_bytes: int
     a_bytes: int
     b_bytes: int
@@ -28,7 +31,7 @@ class Diff:
     positions: tuple[PositionDiff, ...]
     fields: tuple[str, ...]
     """The fields of the records that differ, adapters and positions aside"""
-    head: str
+    head: Literal["equal", "changed"]
     shared_bytes: int
     only_a_bytes: int
     only_b_bytes: int
@@ -54,7 +57,7 @@ def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
     for position in sorted({*left, *right}):
         one, two = left.get(position), right.get(position)
         digests_a, digests_b = ({d for names, _ in side or () for d in names} for side in (one, two))
-        change = "added" if one is None else "removed" if two is None else "equal" if one == two else "changed"
+        change: Change = "added" if one is None else "removed" if two is None else "equal" if one == two else "changed"
         if one and two and one != two and [names for names, _ in one] == [names for names, _ in two]:
             change = "scale"
         positions.append(PositionDiff(position, change, size(digests_a & digests_b), size(digests_a), size(digests_b)))

@@ -14,6 +14,7 @@ from pear_store.local.create import make_store
 from pear_store.local.directory import store_path
 from pear_store.local.index import View
 from pear_store.local.loading import Refused, load_groups
+from pear_store.local.log import Operation, is_on
 from pear_store.local.mounts import warn_of_network
 from pear_store.local.opened import OpenStore
 from pear_store.local.read import read_version
@@ -48,7 +49,10 @@ class Store:
             DamagedIndexError: its index cannot be opened.
         """
         self.path = store_path(path)
-        self._open = OpenStore(self.path)
+        with Operation(__name__, "open", self.path) as operation:
+            self._open = OpenStore(self.path)
+            if is_on(__name__):
+                operation.size_bytes = self._open.index.size_bytes
         warn_of_network(self.path)
 
     @classmethod
@@ -103,8 +107,13 @@ class Store:
             DiskFullError: the group that did not fit is not there, all before it are.
         """
         found_good = FoundGood()
-        for group in load_groups(sources, name, access):
-            yield from add_group(self._open, group, found_good)
+        with Operation(__name__, "add", self.path) as operation:
+            for group in load_groups(sources, name, access):
+                results = add_group(self._open, group, found_good)
+                operation.size_bytes += sum(one.new_bytes for one in results if isinstance(one, Added))
+                operation.leave()
+                yield from results
+                operation.come_back()
 
     # ---- reading ------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import uuid4
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError, from_os_error
@@ -467,7 +467,7 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
     return _Pair(RawTensor("F32", a.shape, a.tobytes()), RawTensor("F32", b.shape, b.tobytes()), scale)
 
 
-def _head_part(task: Task, side: str) -> RawTensor:
+def _head_part(task: Task, side: Literal["weight", "bias"]) -> RawTensor:
     """The head's weight or bias, dequantised to float32."""
     head = task.head
     assert head is not None

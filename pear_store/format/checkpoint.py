@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pear_store.errors import CheckpointError, from_os_error
 from pear_store.format.container import KnownHeaders, check_json, container_chunks, parse_json, read_container
@@ -28,9 +28,12 @@ from pear_store.format.record import (
 )
 
 FORMAT = "pear-task/1"
-ACTIVATIONS = ("identity", "relu", "gelu")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROP_MODES = ("center", "squash", "border")
+Activation = Literal["identity", "relu", "gelu"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+CropMode = Literal["center", "squash", "border"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TAG_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
@@ -74,8 +77,9 @@ class Task:
         return Digest(self.record["backbone"]["digest"])
 
     @property
-    def activation(self) -> str:
-        return str(self.record["activation"])
+    def activation(self) -> Activation:
+        activation: Activation = self.record["activation"]
+        return activation
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from pear_store.format.digest import RawTensor
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape of each tensor, by name"""
+Part = Literal["down", "up", "basis", "weight"]
+"""A matrix of an adapter or of a head, as records call it"""
 FLOATS = ("F32", "F16", "BF16")
 PARTS = ("down", "up", "basis")
 """Of an adapter: what of it names tensors."""
@@ -70,7 +72,7 @@ class Adapter:
         """
         if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
             raise ValueError("expected the tensor names 'down' and 'up'")
-        outer = "basis" if "basis" in entry else "up"
+        outer: Part = "basis" if "basis" in entry else "up"
         down = _matrix("down", entry, tensors, rank_axis=1)
         up = _matrix(outer, entry, tensors)
         core = _matrix("up", {"up": entry["up"]}, tensors) if outer == "basis" else None  # never codes
@@ -137,7 +139,7 @@ class Head:
         return " ".join(str(tensors[name].digest) for name in (self.weight.name, self.bias, *self.weight.names[1:]))
 
 
-def _matrix(part: str, entry: Mapping[str, Any], tensors: Shapes, rank_axis: int = 0) -> Matrix:
+def _matrix(part: Part, entry: Mapping[str, Any], tensors: Shapes, rank_axis: int = 0) -> Matrix:
     """One matrix of an adapter's or a head's entry; else a ValueError."""
     stored = entry[part]
     if "quant" not in entry:
@@ -162,7 +164,7 @@ def _matrix(part: str, entry: Mapping[str, Any], tensors: Shapes, rank_axis: int
     return Matrix(stored, (rows, columns), rank_axis, quant["bits"], form["scale"])
 
 
-_AXES = {
+_AXES: dict[Part, str] = {
     "down": "[d_in, r]",
     "up": "[r, d_out], or [r, s] before a basis",
     "basis": "[s, d_out]",

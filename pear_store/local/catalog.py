@@ -23,6 +23,7 @@ from pear_store.format.container import Header
 from pear_store.format.digest import Digest, from_digest, is_digest
 from pear_store.format.manifest import manifest_digests, manifest_hash
 from pear_store.format.pack import NO_COMMIT, Commit, PackedTag, PackedVersion, Records
+from pear_store.format.record import tensor_names
 from pear_store.local.contests import Contests, Facts, unsettled
 from pear_store.local.index import State, View
 from pear_store.local.packs import (
@@ -517,21 +518,17 @@ class Applying:
             if row.manifest in sizes:
                 view.versions.put(task, number, row._replace(size_bytes=sizes[row.manifest]))
             newest[task.casefold()] = task, number
-        for task in [name.name.casefold() for name in view.names.rows()] if all_tasks else self._touched:
-            self._complete_name(task, *newest.get(task, ("", 0)))
+        touched = (name for task in self._touched if (name := view.names.get(task)) is not None)
+        for known in list(view.names.rows() if all_tasks else touched):
+            task, number = newest.get(known.name.casefold(), (known.name, 0))
+            if task != known.name:
+                self._settled.contradicted.add(known.pack)
+            view.names.put(known._replace(name=task, newest=number))
         for task, text, tag in list(view.tags.rows()):
             if tag.version and not view.versions.has(task, tag.version):
                 self._settled.problems.append(f"tag {task}@{text}: its version {tag.version} is not there any more")
                 view.tags.put(task, text, TagRow(0, tag.time_ns, tag.pack))
                 self._settled.contradicted.add(tag.pack)
-
-    def _complete_name(self, key: str, task: str, newest: int) -> None:
-        known = self._view.names.get(key)
-        if known is None:  # only a tag names it
-            return
-        if task and task != known.name:
-            self._settled.contradicted.add(known.pack)
-        self._view.names.put(known._replace(name=task or known.name, newest=newest))
 
     def _number_manifests(self) -> dict[bytes, int]:
         """Enters manifests' numbers; returns the bytes of their tensors. Those that no store accepts are refused."""
@@ -575,8 +572,9 @@ def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) ->
         CheckpointError: it is not what a store accepts.
     """
     manifest = view.manifests.text(key)
+    record = json.loads(manifest)  # it was checked when it was entered
+    names = [Digest(name) for name in sorted(tensor_names(record))]
     rows = []
-    names = manifest_digests(manifest)
     for name in names:
         found = view.tensors.stored(name)
         if found is None:  # no pack has it: listed as missing, so that its place is known when it comes back
@@ -587,7 +585,7 @@ def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) ->
     places = [TensorRow.peek(row) for row in rows]
     if all(place.pack != NO_PACK for place in places):
         tensors = {str(name): (place.dtype, place.shape) for name, place in zip(names, places, strict=True)}
-        check_record(json.loads(manifest), tensors, "its manifest")
+        check_record(record, tensors, "its manifest")
     return sum(place.length for place in places)
 
 

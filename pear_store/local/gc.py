@@ -12,6 +12,7 @@ from itertools import groupby
 from pear_store.errors import PearStoreError
 from pear_store.local.catalog import Recorded
 from pear_store.local.index import State, View
+from pear_store.local.log import Operation, info
 from pear_store.local.mark import Marked, mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack
@@ -62,6 +63,15 @@ def collect(
     opened: OpenStore, dry_run: bool, repack_all: bool, keep: int | None, older_than_s: float | None
 ) -> GcResult:
     """See :meth:`pear_store.Store.gc`."""
+    with Operation(__name__, "gc", opened.path) as operation:
+        result = _collect(opened, dry_run, repack_all, keep, older_than_s)
+        operation.size_bytes = result.removed_bytes
+        return result
+
+
+def _collect(
+    opened: OpenStore, dry_run: bool, repack_all: bool, keep: int | None, older_than_s: float | None
+) -> GcResult:
     if keep is not None and keep < 1:
         raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
     packs: list[WrittenPack] = []
@@ -104,6 +114,9 @@ def collect(
     else:
         removed, marked = opened.write_packs(sweep, packs)
         unlink_packs(opened, gone)  # not before the rows' going is durable
+        if gone:
+            swept = sum(marked.packs[pack].row.file_bytes for pack in gone if pack in marked.packs)
+            info(__name__, "gc %s: deleted %d packs of %d bytes", opened.path, len(gone), swept)
         foreign += clear_tmp(opened.path)
     victims = choose_packs(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)

@@ -388,6 +388,13 @@ class Index:
         except OSError:
             return False
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the disk: the file is sparse where it was never written. 0, while a rebuild replaces it."""
+        with suppress(FileNotFoundError):
+            return os.stat(self._file).st_blocks * 512
+        return 0
+
     def _found(self) -> tuple[int, int]:
         found = os.stat(self._file)
         return found.st_dev, found.st_ino

@@ -25,6 +25,7 @@ from pear_store.local.index import (
     release_index,
     write_lock,
 )
+from pear_store.local.log import info
 from pear_store.local.maps import map_file
 from pear_store.local.packs import WrittenPack, find_unfinished, open_pack, pack_path, unlink_pack, unlink_written
 from pear_store.local.references import all_tags
@@ -139,11 +140,12 @@ class OpenStore:
 
     def _unlink_unfinished(self, view: View) -> None:
         unfinished = find_unfinished(self.path)
-        for pack in unfinished:
-            if pack not in view.packs:
-                unlink_pack(self.path, pack)
+        gone = [pack for pack in unfinished if pack not in view.packs]
+        for pack in gone:
+            unlink_pack(self.path, pack)
         if unfinished:
             unlink_written(self.path, unfinished)
+            info(__name__, "%s: deleted %d packs whose commit never came", self.path, len(gone))
 
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
         """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
@@ -326,6 +328,7 @@ def is_store(path: Path) -> bool:
                     folder.check("index.new", stat.S_IFDIR)
                     folder.rename("index.new", "index")
                     folder.sync()
+                    info(__name__, "%s: finished a rebuild that was cut off", path)
         return True
     except OSError as error:
         if isinstance(found := from_os_error(error, path), AccessError):

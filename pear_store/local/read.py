@@ -6,6 +6,7 @@ from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
 from pear_store.format.record import tensor_names
 from pear_store.local.index import View
+from pear_store.local.log import Operation, is_on
 from pear_store.local.opened import OpenStore, PackGoneError
 from pear_store.local.references import manifest_of, resolve
 
@@ -14,6 +15,15 @@ _LOOK_UPS = 3
 
 def read_version(opened: OpenStore, reference: str, copy: bool) -> Task:
     """See :meth:`pear_store.Store.get`."""
+    if is_on(__name__):
+        with Operation(__name__, "get", f"{reference} of {opened.path}") as operation:
+            task = _read_where_it_is(opened, reference, copy)
+            operation.size_bytes = sum(tensor.size_bytes for tensor in task.tensors.values())
+            return task
+    return _read_where_it_is(opened, reference, copy)
+
+
+def _read_where_it_is(opened: OpenStore, reference: str, copy: bool) -> Task:
     for _ in range(_LOOK_UPS):
         try:
             return _read(opened, reference, copy)

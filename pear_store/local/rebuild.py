@@ -12,6 +12,7 @@ from pear_store.format.pack import Commit, Records
 from pear_store.local.catalog import Applying
 from pear_store.local.directory import open_folder, require_packs, store_path
 from pear_store.local.index import View, open_index, release_index, write_lock
+from pear_store.local.log import Operation, info, is_on
 from pear_store.local.packs import bare_header, find_unfinished, pack_path, read_records, unlink_written
 from pear_store.local.repair import rewrite_packs
 from pear_store.local.sweep import keep_copy, set_aside
@@ -41,6 +42,14 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
     """
     path = store_path(path)
     require_packs(path)
+    with Operation(__name__, "rebuild", path) as operation:
+        result = _rebuild(path, progress)
+        if is_on(__name__):
+            operation.size_bytes = sum(file.stat().st_size for file in _pack_files(path))
+        return result
+
+
+def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
     result = Rebuilt()
     try:
         with write_lock(path), open_folder(path) as store:
@@ -65,6 +74,7 @@ def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done
             store.rename("index.new", "index")
             store.sync()
         if contradicted:
+            info(__name__, "rebuild %s: %d packs record what others contradict; written anew", path, len(contradicted))
             rewrite_packs(path, contradicted)
     except OSError as error:
         raise from_os_error(error, path) from None

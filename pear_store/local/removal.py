@@ -6,6 +6,7 @@ from dataclasses import replace
 from pear_store.errors import NotFoundError, TaggedError
 from pear_store.local.catalog import enter, take_out
 from pear_store.local.index import View
+from pear_store.local.log import Operation
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
 from pear_store.local.references import Version, all_tags, parse_reference, resolve, version_of
@@ -35,9 +36,12 @@ def remove(opened: OpenStore, references: Sequence[str], dry_run: bool) -> list[
             packs[:] = remove_versions(opened, view, list(found))
         return list(found.values())
 
-    if dry_run:
-        return opened.look(change)
-    return opened.write_packs(change, packs)
+    with Operation(__name__, "remove", f"{', '.join(references)} of {opened.path}") as operation:
+        if dry_run:
+            return opened.look(change)
+        removed = opened.write_packs(change, packs)
+        operation.size_bytes = sum(pack.file_bytes for pack in packs)
+        return removed
 
 
 def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:

@@ -9,6 +9,7 @@ from pear_store.format.digest import Digest, RawTensor, is_digest
 from pear_store.format.pack import Records
 from pear_store.local.catalog import Recorded, enter, rows_of
 from pear_store.local.index import State, View
+from pear_store.local.log import Operation, info
 from pear_store.local.mark import TENSOR, Marked, PackUse, is_needed, mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, pack_path, read_records, write_pack
@@ -144,9 +145,17 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
             packs.append(move(opened, view, contents))
         return left, view.state if view.wrote else view.before
 
-    try:
-        result = opened.write_packs(change, packs)
-    except OSError as error:
-        raise from_os_error(error, opened.path) from None
-    unlink_packs(opened, moved)
+    with Operation(__name__, "repack", opened.path) as operation:
+        try:
+            result = opened.write_packs(change, packs)
+        except OSError as error:
+            raise from_os_error(error, opened.path) from None
+        unlink_packs(opened, moved)
+        operation.size_bytes = sum(pack.file_bytes for pack in packs)
+    if moved:
+        before = sum(marked.packs[pack].row.file_bytes for pack in moved)
+        info(
+            __name__, "gc %s: wrote %d packs of %d bytes anew, as %d of %d bytes",
+            opened.path, len(moved), before, len(packs), operation.size_bytes,
+        )  # fmt: skip
     return result

@@ -14,6 +14,7 @@ from pear_store.local import sources
 from pear_store.local.catalog import records_of
 from pear_store.local.directory import store_path
 from pear_store.local.index import View
+from pear_store.local.log import Operation
 from pear_store.local.mark import is_needed, mark
 from pear_store.local.opened import OpenStore, is_store
 from pear_store.local.packs import PackReader, WrittenPack, open_pack, pack_path, read_records
@@ -48,6 +49,11 @@ def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access |
     for copy in copies:
         if not is_url(copy) and not Path(copy).exists():
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
+    with Operation(__name__, "repair", path) as operation:
+        return _repair(path, copies, access, operation)
+
+
+def _repair(path: Path, copies: Iterable[str | Path], access: Access | None, operation: Operation) -> Repaired:
     report = verify(path)
     if report.index or report.unknown_packs:
         problem = report.index or f"{len(report.unknown_packs)} packs record what it never had"
@@ -60,7 +66,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access |
     found, manifests = _good_copies(copies, wanted, wanted_manifests, access)
     opened = OpenStore(path)
     try:
-        result.packs, healed = _rewrite(opened, report, found, manifests)
+        result.packs, healed, operation.size_bytes = _rewrite(opened, report, found, manifests)
     finally:
         opened.close()
     result.healed = sorted(healed)
@@ -108,8 +114,9 @@ def _good_copies(
 
 def _rewrite(
     opened: OpenStore, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
-) -> tuple[int, set[str]]:
-    """One commit that moves all that is good out of the damaged packs; returns how many went, and what was healed."""
+) -> tuple[int, set[str], int]:
+    """One commit that moves all that is good out of the damaged packs; returns how many went, what was healed, and the
+    bytes written."""
     packs: list[WrittenPack] = []
     wanted = {damage.digest for damage in report.damaged}
     gone: list[bytes] = []
@@ -157,9 +164,9 @@ def _rewrite(
         drop_packs(opened.path, view, gone)
         return len(gone), healed
 
-    result = opened.write_packs(change, packs)
+    count, healed = opened.write_packs(change, packs)
     unlink_packs(opened, gone)
-    return result
+    return count, healed, sum(pack.file_bytes for pack in packs)
 
 
 def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:

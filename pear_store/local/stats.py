@@ -39,8 +39,7 @@ def count(opened: OpenStore) -> Stats:
     for file in (opened.path / "packs").glob("*/*.safetensors"):
         with suppress(FileNotFoundError):  # a gc beside us
             pack_bytes += file.stat().st_size
-    # LMDB's file is sparse where it was never written: what it occupies is its blocks
-    index_bytes = (opened.path / "index" / "data.mdb").stat().st_blocks * 512
+    index_bytes = opened.index.size_bytes
     in_packs = sum(use.row.tensor_bytes for use in marked.packs.values())
     return Stats(
         tasks, marked.versions, marked.kept_tensors, marked.logical_bytes, marked.kept_bytes,

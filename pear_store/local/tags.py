@@ -5,6 +5,7 @@ import time
 from pear_store.format.pack import PackedTag, Records
 from pear_store.local.catalog import enter
 from pear_store.local.index import View
+from pear_store.local.log import Operation
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, write_pack
 from pear_store.local.references import Version, all_tags, resolve, version_of
@@ -25,4 +26,7 @@ def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Versio
             enter(opened.path, view, packs[0], records, {})
         return version_of(view, name, number, all_tags(view))
 
-    return opened.write_packs(change, packs)
+    with Operation(__name__, "tag", f"{reference} of {opened.path}") as operation:
+        version = opened.write_packs(change, packs)
+        operation.size_bytes = sum(pack.file_bytes for pack in packs)
+        return version

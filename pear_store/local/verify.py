@@ -17,6 +17,7 @@ from pear_store.format.pack import Records
 from pear_store.local.catalog import Recorded, count_rows
 from pear_store.local.directory import PACK_NAME, require_packs, store_path
 from pear_store.local.index import OvertakenError, View
+from pear_store.local.log import Operation
 from pear_store.local.mark import mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import PackReader, bare_header, open_pack, pack_path, read_records, read_records_alone
@@ -89,14 +90,16 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
     if not 1 <= part <= parts:
         raise PearStoreError(f"subset {part}/{parts}: expected n/t with n from 1 to t")
     require_packs(path)
-    found, problem = _in_child(path, subset)
-    if found is not None and (refused := found.pop("refused", None)):
-        raise AccessError(*refused)
-    report = Report(index=problem) if found is None else _from_json(found)
-    if report.index:
-        report = _check_packs_alone(path, subset, report.index)
-    report.advice = _advice(report)
-    return report
+    with Operation(__name__, "verify", path) as operation:
+        found, problem = _in_child(path, subset)
+        if found is not None and (refused := found.pop("refused", None)):
+            raise AccessError(*refused)
+        report = Report(index=problem) if found is None else _from_json(found)
+        if report.index:
+            report = _check_packs_alone(path, subset, report.index)
+        report.advice = _advice(report)
+        operation.size_bytes = report.bytes
+        return report
 
 
 def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | None, str]:

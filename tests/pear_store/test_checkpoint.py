@@ -4,7 +4,7 @@ import copy
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from pear_store import (
     read_checkpoint,
     write_checkpoint,
 )
+from pear_store.format import checkpoint
 from pear_store.format.container import read_container
 from pear_store.format.digest import tensor_digest
 from tests.helpers.makers import container, floats, record, small_task, tensors
@@ -351,3 +352,17 @@ def test_any_header_gives_only_our_errors(tmp_path_factory: pytest.TempPathFacto
     path = write(tmp_path_factory.getbasetemp() / "header", container(json.dumps(header), b"\0" * 4))
     with pytest.raises(CheckpointError):
         read_container(path)
+
+
+def test_choices_are_judged_by_the_types_that_name_them() -> None:
+    """One place says what may be chosen: the type. What is not among it is refused with all of it named."""
+    task = small_task()
+    for field, choice in (("interpolation", checkpoint.Interpolation), ("crop_mode", checkpoint.CropMode)):
+        for value in get_args(choice):
+            make_task({**task.record, "preprocess": {**task.preprocess, field: value}}, task.tensors)
+        with pytest.raises(CheckpointError, match=f"expected one of {', '.join(get_args(choice))}, found 'no'"):
+            make_task({**task.record, "preprocess": {**task.preprocess, field: "no"}}, task.tensors)
+    for value in get_args(checkpoint.Activation):
+        assert make_task({**task.record, "activation": value}, task.tensors).activation == value
+    with pytest.raises(CheckpointError, match=f"expected one of {', '.join(get_args(checkpoint.Activation))}, found"):
+        make_task({**task.record, "activation": "no"}, task.tensors)
