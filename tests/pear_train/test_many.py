@@ -1,9 +1,11 @@
 """Several tasks at once, interrupted runs, banks, base sets, codes: small real problems."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,34 +161,67 @@ def test_what_a_run_is_given_tells_base_from_bank(folder: Path, backbone: Backbo
     assert given_digest(task, []) != given_digest(None, [task])
 
 
-_CHILD = """
-import sys
+_RUNS = """
+import os, sys, traceback
 from pathlib import Path
 from pear_train import TrainConfig, open_dataset, train
 from router import load_backbone
-config = TrainConfig(**eval(sys.argv[1]))
-result = train(config, load_backbone("pear_tiny"), open_dataset(sys.argv[2]), Path(sys.argv[3]),
-               lambda step: print(step.epoch, step.batch, flush=True))
+for line in sys.stdin:
+    options, data, out = eval(line)
+    child = os.fork()
+    if child == 0:
+        print(os.getpid(), flush=True)
+        try:
+            train(TrainConfig(**options), load_backbone("pear_tiny"), open_dataset(data), Path(out),
+                  lambda step: print(step.epoch, step.batch, flush=True))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)  # at once
 """
 
 
+@pytest.fixture(scope="module")
+def run_alone() -> Iterator[Callable[..., list[str]]]:
+    """Trains in a process of its own, killed at the step `until`; gives its steps.
+
+    The processes are children of one that has imported everything, which takes longer than to train, and done nothing.
+    """
+    with subprocess.Popen([sys.executable, "-c", _RUNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as parent:  # fmt: skip
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        told, said = parent.stdin, parent.stdout
+
+        def run_one(options: dict[str, Any], data: Path, out: Path, until: str | None = None) -> list[str]:
+            print(repr((options, str(data), str(out))), file=told, flush=True)
+            child = int(said.readline())
+            steps: list[str] = []
+            while not (line := said.readline().strip()).startswith("ended"):
+                assert line, "the processes' parent is gone"
+                steps.append(line)
+                if line == until:
+                    os.kill(child, signal.SIGKILL)
+            assert line == f"ended {0 if until is None else -signal.SIGKILL}"
+            return steps
+
+        yield run_one
+
+
 @pytest.mark.parametrize("knowledge", ["fold", "lowbit"])
-def test_a_killed_run_goes_on_to_the_same_file(knowledge: str, folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_file(
+    knowledge: str, folder: Path, tmp_path: Path, run_alone: Callable[..., list[str]]
+) -> None:
     options = {**vars(config()), "epochs": 6, "knowledge": knowledge, "select": "best",
                "drop_branch": 0.2, "augment": "flip+crop"}  # fmt: skip
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = [sys.executable, "-c", _CHILD, repr(options), str(folder / "t0.npz")]
-    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
+    run_alone(options, folder / "t0.npz", whole)
     epochs = []
     for until in ("2 1", "4 2", None):  # killed before pruning and after it
-        lines = []
-        with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                lines.append(line.strip())
-                if line.strip() == until:
-                    child.send_signal(signal.SIGKILL)
-        epochs.append(lines[0].split()[0])
+        steps = run_alone(options, folder / "t0.npz", out, until)
+        epochs.append(steps[0].split()[0])
         assert partial_path(out).exists() == (until is not None)
     assert epochs == ["1", "2", "4"]
     assert out.read_bytes() == whole.read_bytes()

@@ -30,7 +30,7 @@ import router.infer.parts
 import router.infer.plan
 import router.infer.work
 from pear_store import Store, Task, make_task
-from router import Backbone, Predictions, Preprocess, Router, RouterError, decode
+from router import Backbone, Predictions, Preprocess, Router, RouterError, decode, load_backbone
 from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
@@ -38,6 +38,16 @@ from router.infer.work import infer
 from tests.helpers.makers import floats
 
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command would load it anew, which takes as long as all else that most of these tests do."""
+
+    def load(name: str, weights: str | None) -> Backbone:
+        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
+
+    monkeypatch.setattr("router.router.load_backbone", load)
 
 
 @pytest.fixture
