@@ -65,7 +65,10 @@ def other(stripes: str, backbone: Backbone, tmp_path_factory: pytest.TempPathFac
     return out
 
 
-@pytest.mark.parametrize("method", ["linear", "adapters", "pear"])
+@pytest.mark.parametrize(
+    "method",
+    ["linear", pytest.param("adapters", marks=pytest.mark.slow), pytest.param("pear", marks=pytest.mark.slow)],
+)
 def test_methods_learn_and_report_what_they_wrote(
     method: str, stripes: str, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -92,6 +95,7 @@ def test_methods_learn_and_report_what_they_wrote(
         assert min(result.importance.values()) > 0
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_file_and_another_gives_another(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
     data = open_dataset(stripes)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -111,6 +115,7 @@ FOLDS = [("similar", "scale", "fold", 1), ("nearest", "core", "fold", 1)]
 """For identity alone: test_options_that_clash."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "sharing", "borrow", "knowledge", "bits"),
     [("identity", *form) for form in FORMS + FOLDS] + [("relu", *form) for form in FORMS],
@@ -151,6 +156,7 @@ def test_what_is_trained_is_what_is_routed(
     assert result.knowledge_bytes == exact_bytes * knowledge_share + scales
 
 
+@pytest.mark.slow
 def test_an_exact_knowledge_checkpoint_keeps_the_function(stripes: str, backbone: Backbone) -> None:
     """Borrowing that starts at zero beside an exact copy changes nothing but the copy's rounding."""
     run = task_run(config(knowledge="exact"), backbone, open_dataset(stripes))
@@ -261,6 +267,7 @@ def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: 
     assert right / 60 == pytest.approx(report["test_top1"])
 
 
+@pytest.mark.slow
 def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
     done = run("stripes", "--data", stripes, "--out", tmp_path / "t", "--epochs", 2, "--rank", 1)
     assert "borrows blocks." in done.stdout

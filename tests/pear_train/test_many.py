@@ -74,6 +74,7 @@ def matrices(path: Path) -> dict[str, torch.Tensor]:
     return {name: to_torch(raw).float() for name, raw in read_checkpoint(path).tensors.items()}
 
 
+@pytest.mark.slow
 def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """Different ranks after pruning, class counts, batch counts and lengths; the third joins when a place is free."""
     options: list[dict[str, Any]] = [
@@ -103,6 +104,7 @@ def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbo
         )
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     jobs = [
         Job(config("t0", lr=1000, weight_decay=1000), lambda: open_dataset(str(folder / "t0.npz")), tmp_path / "t0"),
@@ -116,6 +118,7 @@ def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t1"]
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def run_alone() -> Iterator[Callable[..., list[str]]]:
         yield run_one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knowledge", ["fold", "lowbit"])
 def test_a_killed_run_goes_on_to_the_same_file(
     knowledge: str, folder: Path, tmp_path: Path, run_alone: Callable[..., list[str]]
@@ -227,6 +231,7 @@ def test_a_killed_run_goes_on_to_the_same_file(
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     data, out = open_dataset(str(folder / "t0.npz")), tmp_path / "out"
 
@@ -246,6 +251,7 @@ def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: 
         assert seen[0].epoch == begins
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_precision_it_began_in(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +271,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(
     assert read_checkpoint(out).record["training"]["precision"] == "float32"
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     made = config(epochs=40, patience=2, select="best")
     result = train(made, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "out")
@@ -274,6 +281,7 @@ def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbon
     assert result.best_epoch > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q1", "BF16"), ("BF16", "F32")])
 def test_codes_are_trained_and_routed(
     tensors: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
@@ -299,6 +307,7 @@ def test_codes_are_trained_and_routed(
     assert read_checkpoint(tmp_path / "again").record["head"] == task.record["head"]
 
 
+@pytest.mark.slow
 def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     for borrow in ("core", "scale"):
         knowledge = "fold" if borrow == "core" else "none"
@@ -327,6 +336,7 @@ def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Bac
         assert whole(router.run(torch.zeros(1, 3, 48, 48), "t1")).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     data = open_dataset(str(folder / "t0.npz"))
     train(config("t0"), backbone, data, tmp_path / "t0")
@@ -335,6 +345,7 @@ def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backb
     assert train(config("t0"), backbone, data, tmp_path / "t1", bank=[stranger]).banked == {}
 
 
+@pytest.mark.slow
 def test_strange_stored_tasks_are_passed_over_or_refused(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """Of the right backbone by name, but with adapters of other widths, as a hostile checkpoint may have."""
     data = open_dataset(str(folder / "t0.npz"))
@@ -352,6 +363,7 @@ def test_strange_stored_tasks_are_passed_over_or_refused(folder: Path, backbone:
         train(config("t1", base_blocks=6), backbone, data, tmp_path / "t1", base=task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["Q4", "Q1"])
 def test_common_down_in_codes_is_trained_as_it_is_written(
     bits: str, folder: Path, backbone: Backbone, tmp_path: Path
@@ -361,6 +373,7 @@ def test_common_down_in_codes_is_trained_as_it_is_written(
     assert result.history[-1]["val_top1"] == result.val_top1
 
 
+@pytest.mark.slow
 def test_a_base_of_tasks_of_unequal_length(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """The first is the shortest: it begins again, and is seen in every step."""
     write_stripes(tmp_path / "short.npz", 2, 20)
@@ -372,6 +385,7 @@ def test_a_base_of_tasks_of_unequal_length(folder: Path, backbone: Backbone, tmp
     assert set(made.val_top1) == {"short", "t1"}
 
 
+@pytest.mark.slow
 def test_common_down_is_the_same_for_every_task(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     for i in range(2):
         train(config(f"t{i}", down="common", method="adapters", seed=i, tensor_dtype="F16"), backbone,
@@ -397,6 +411,7 @@ def run(*args: object) -> Ran:
 FAST = ("--epochs", 3, "--prune-epoch", 1, "--rank", 4, "--batch-size", 16, "--positions", "blocks", "--ratio", 0.5)
 
 
+@pytest.mark.slow
 def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> None:
     file = folder / "tasks.toml"
     tables = (
@@ -423,6 +438,7 @@ def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> No
     assert "was there" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     file = folder / "base.toml"
     file.write_text('[tasks.t0]\ndata = "t0.npz"\n[tasks.t1]\ndata = "t1.npz"\n')
@@ -450,6 +466,7 @@ def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbon
     assert "to start from it, expected one of rank 2" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_command_with_a_bank(folder: Path, tmp_path: Path) -> None:
     assert run("t0", "--data", folder / "t0.npz", "--out", tmp_path / "t0", *FAST).exit_code == 0
     with Store.create(tmp_path / "s") as store:

@@ -86,6 +86,7 @@ def store_path(tmp_path: Path, task_maker: Maker) -> Path:
     return tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told_to_spawn_and_never_hangs(store_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED), store_path],
@@ -100,6 +101,7 @@ def serve(router: Router, names: list[str]) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 def test_a_router_is_made_anew_in_a_spawned_process(store_path: Path, task_maker: Maker) -> None:
     with Store(store_path) as store, Router("pear_tiny", store, merge=False, slot_bytes=10**6) as router:
         router.add(task_maker("added", seed=2))
