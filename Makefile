@@ -3,13 +3,24 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test faults lint bench clean
+.PHONY: demo test check check-router check-rest faults lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m tools.demo --out demo-out
 
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest
+
+# Linters, and all tests but those marked slow, within a minute: two processes of one thread each, for two cores.
+check: export OMP_NUM_THREADS = 1
+check: $(VENV)/dev.installed
+	$(MAKE) --jobs 2 --keep-going lint check-router check-rest
+
+check-router: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -q -m 'not slow' tests/router
+
+check-rest: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -q -m 'not slow' --ignore tests/router
 
 # 300 kills, 1,000 flipped bits, a soak of two minutes, 1,200 simulated losses of power and 42 on a real ext4 (where root may
 # mount one and strace is there); takes about 35 minutes.

@@ -1,6 +1,7 @@
 """What the docs say is what the code does."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,19 @@ def test_the_benchmarks_and_tools_that_docs_name_exist() -> None:
         named |= {(page.name, name.replace(".", "/") + ".py") for name in modules}
     assert len(named) > 15
     assert not [(page, name) for page, name in named if not (ROOT / name).is_file()]
+
+
+def test_the_make_targets_that_docs_name_exist_and_check_leaves_slow_tests_out() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("benchmarks/*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"(?:`|^    )make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"check", "demo", "faults", "test"} <= named <= targets
+    assert "'not slow'" in makefile
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert any(marker.startswith("slow:") for marker in settings["markers"])
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def helps() -> dict[str, tuple[str, str]]:
     return {script: (problem, said) for script, problem, said in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
 def test_a_script_starts(helps: dict[str, tuple[str, str]], script: Path) -> None:
     problem, said = helps[str(script)]

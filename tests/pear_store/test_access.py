@@ -21,6 +21,8 @@ from tests.helpers.forking import in_child
 from tests.helpers.makers import floats, small_task
 from tests.pear_store.test_store import contents, packs
 
+pytestmark = pytest.mark.slow
+
 NOBODY = 65534
 
 

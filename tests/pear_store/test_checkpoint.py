@@ -325,6 +325,7 @@ def test_a_file_without_digests_is_accepted(tmp_path: Path) -> None:
     assert read_checkpoint(path).record == record()
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=400))
 def test_random_bytes_give_only_our_errors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = write(tmp_path_factory.getbasetemp() / "random", content)
@@ -339,6 +340,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted({path for path, _, _ in BAD_RECORDS})), json_values)
 def test_any_value_in_any_field_is_accepted_or_refused(path: str, value: Any) -> None:
     try:

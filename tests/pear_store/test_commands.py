@@ -124,6 +124,7 @@ def test_verify_repair_and_rebuild(where: Path) -> None:
     assert run(*store, "verify", "--subset", "3/2").exit_code == 2
 
 
+@pytest.mark.slow
 def test_plot(where: Path) -> None:
     store = ("--store", where / "s")
     for name in ("map.png", "map.svg"):
@@ -134,6 +135,7 @@ def test_plot(where: Path) -> None:
     assert "no task 'nope'" in run(*store, "plot", where / "map.png", "nope").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(where: Path, shell: str) -> None:
     assert "pear-store" in run("completion", shell).stdout
@@ -163,6 +165,7 @@ def colours(picture: Path) -> set[tuple[int, ...]]:
     return {rgb for rgb in wide if max(rgb) - min(rgb) > 100}
 
 
+@pytest.mark.slow
 def test_a_plot_shows_what_cores_share(where: Path) -> None:
     with Store.create(where / "real") as store:
         store.add(cored("one"))

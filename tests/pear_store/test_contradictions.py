@@ -29,6 +29,8 @@ from tests.helpers.makers import small_task
 from tests.pear_store.test_integrity import everything
 from tests.pear_store.test_store import contents, packs
 
+pytestmark = pytest.mark.slow
+
 Rows = list[tuple[bytes, bytes]]
 
 

@@ -19,6 +19,8 @@ from tests.helpers.makers import small_task
 from tests.pear_store.test_integrity import ROOT, everything
 from tests.pear_store.test_store import contents, packs
 
+pytestmark = pytest.mark.slow
+
 Content = dict[str, bytes]
 
 

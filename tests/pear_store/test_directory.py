@@ -15,6 +15,8 @@ from pear_store.local.packs import WrittenPack
 from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
+pytestmark = pytest.mark.slow
+
 OLD = time.time() - 7200
 
 

@@ -109,6 +109,7 @@ def swapped(value: dict[str, Any]) -> st.SearchStrategy[Any]:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(config=swapped(CONFIG), sidecar=swapped(SIDECAR) | st.just(SIDECAR))
 def test_whatever_the_json_says_the_error_is_ours(
@@ -121,6 +122,7 @@ def test_whatever_the_json_says_the_error_is_ours(
         assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(name=text, tail=st.sampled_from([".lora_A.weight", ".lora_B.weight", ".weight", ""]), rows=st.integers(0, 3))
 def test_whatever_tensors_are_called_the_error_is_ours(
@@ -139,6 +141,7 @@ def test_whatever_tensors_are_called_the_error_is_ours(
         assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     content=st.binary(max_size=40) | st.text(max_size=20).map(str.encode),

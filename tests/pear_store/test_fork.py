@@ -18,6 +18,8 @@ from tests.helpers.forking import LIMIT_S, in_child, use
 from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("work", "leave"),

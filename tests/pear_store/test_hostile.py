@@ -5,6 +5,7 @@ import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +93,7 @@ def test_a_store_is_none_the_worse(store: Store, tmp_path: Path) -> None:
     assert verify(store.path).ok
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_file() -> None:
     """What a header claims is not allocated, and what it nests is not followed."""
     claims = [

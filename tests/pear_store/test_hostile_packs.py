@@ -24,6 +24,8 @@ from tests.helpers.makers import container, small_task
 from tests.pear_store.test_contradictions import change
 from tests.pear_store.test_store import contents
 
+pytestmark = pytest.mark.slow
+
 GOOD = contents(small_task())
 MOST_BYTES = 1 << 30
 

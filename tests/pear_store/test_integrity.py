@@ -30,6 +30,8 @@ from pear_store.local import verify as integrity
 from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, flip, keep_log, packs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

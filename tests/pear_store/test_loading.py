@@ -122,6 +122,7 @@ def test_a_known_digest_is_believed_only_of_equal_bytes(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "c", known)
 
 
+@pytest.mark.slow
 def test_headers_found_good_change_no_verdict(tmp_path: Path) -> None:
     """Every file of one changed byte is taken or refused alike, whether or not its like was read before."""
     path = tmp_path / "t"

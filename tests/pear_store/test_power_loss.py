@@ -19,6 +19,8 @@ from tests.helpers.makers import small_task
 from tests.helpers.power import CALLS, Replay
 from tests.pear_store.test_store import contents, keep_log
 
+pytestmark = pytest.mark.slow
+
 LOSSES = int(os.environ.get("PEAR_POWER_LOSSES", "24"))
 """Simulated losses of power."""
 CUTS = int(os.environ.get("PEAR_POWER_CUTS", "1"))

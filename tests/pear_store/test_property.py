@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -11,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pear_store import NotFoundError, Store, TaggedError, Task, rebuild, verify
 from pear_store.local.add import Added
 from tests.helpers.makers import floats, small_task
+
+pytestmark = pytest.mark.slow
 
 NAMES = st.sampled_from(["a", "a.b", "B", "c-1"])
 

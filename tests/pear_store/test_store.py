@@ -345,6 +345,7 @@ def test_a_healed_tensor_can_be_damaged_and_healed_again(store: Store) -> None:
     assert store.add(small_task()).new_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_pack_lost_while_mapped_is_replaced_and_gc_goes_on(store: Store) -> None:
     store.add(small_task())
     store.get("dtd")
@@ -363,6 +364,7 @@ def test_a_pack_lost_while_mapped_is_replaced_and_gc_goes_on(store: Store) -> No
         assert [v["task"] for v in json.loads(opened.metadata()["pear"])["versions"]] == ["dtd"]
 
 
+@pytest.mark.slow
 def test_more_packs_are_read_and_held_than_files_may_be_open(store: Store) -> None:
     for i in range(60):
         store.add(small_task(f"t{i}", seed=i))
@@ -413,6 +415,7 @@ def test_a_system_with_too_many_maps_is_an_error_of_ours(store: Store, monkeypat
         store.get("dtd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_path", [False, True])
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_path: bool) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -462,6 +465,7 @@ def test_adding_heals_a_damaged_manifest(store: Store) -> None:
     store.gc()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 20, 45, 60])
 def test_a_damaged_tensor_row_stops_add_and_repack_until_a_rebuild(store: Store, at: int) -> None:
     """Its number is lost: counting on the row could let gc take what a version needs."""
@@ -481,6 +485,7 @@ def test_a_damaged_tensor_row_stops_add_and_repack_until_a_rebuild(store: Store,
     assert not store.add(small_task()).changed
 
 
+@pytest.mark.slow
 def test_many_large_records_can_be_added_and_repacked(store: Store) -> None:
     notes = '"' * 1_500_000  # doubles when escaped
     for i in range(12):
@@ -658,6 +663,7 @@ def _spawn(call: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adders_and_gc_together_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s"
     Store.create(path).close()
@@ -684,6 +690,7 @@ def keep_log(line: str) -> None:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} {line}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["add", "gc", "rebuild"])
 def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, work: str) -> None:
     """Kills at random moments; the store opens at once and holds every acknowledged task, whole."""
@@ -724,6 +731,7 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, work: str) -> None:
     assert verify(path).ok
 
 
+@pytest.mark.slow
 def test_kill_9_of_an_add_with_workers_loses_nothing_and_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     for i in range(120):
@@ -755,6 +763,7 @@ def test_kill_9_of_an_add_with_workers_loses_nothing_and_leaves_no_process(tmp_p
     keep_log(f"{killed} kills of adds with workers: 0 acknowledged tasks lost, no process left")
 
 
+@pytest.mark.slow
 def test_a_soak_loses_nothing(tmp_path: Path) -> None:
     """A writer, an adder that removes and collects, three readers and a gc loop together."""
     path = tmp_path / "s"
@@ -818,6 +827,7 @@ def test_adding_files_from_another_process_is_seen(store: Store, tmp_path: Path)
     assert store.tasks()[0].task == "new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["gc", "repack", "remove", "tag", "rebuild"])
 def test_a_full_disk_in_the_middle_of_other_work_loses_nothing(small_disk: Path, work: str) -> None:
     with Store.create(small_disk / "s") as store:

@@ -66,6 +66,7 @@ def test_new_records_hold_no_control_characters_in_names(changes: dict[str, Any]
         make_task(record(**changes), tensors())
 
 
+@pytest.mark.slow
 def test_file_names_with_escape_sequences_or_bytes_that_are_no_text(tmp_path: Path) -> None:
     store = os.fsdecode(os.fsencode(tmp_path) + b"/s\xff\xe9")
     file = tmp_path / "a\x1b[2J\nError: forged.safetensors"

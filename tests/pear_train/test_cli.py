@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from pear_train.cli import main
 
 
+@pytest.mark.slow
 def test_names_with_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
     data = tmp_path / "red\x1b[31m"
     for label in ("a", "b"):

@@ -62,6 +62,7 @@ def interrupt(pictures: Path, backbone: Backbone, out: Path, **changes: Any) -> 
         train(config(**changes), backbone, open_dataset(str(pictures)), out, stop)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_another_is_refused(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.safetensors"
     command = ("t", "--data", pictures, "--out", out, *FAST)
@@ -84,6 +85,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(pictures: 
     assert replaced.exit_code == 0 and read_checkpoint(out).record["training"]["lr"] == 0.02
 
 
+@pytest.mark.slow
 def test_changed_pictures_are_seen_under_the_same_names(pictures: Path, backbone: Backbone, tmp_path: Path) -> None:
     """In a finished task of many, and in an interrupted run."""
     tasks, out = tmp_path / "tasks.toml", tmp_path / "out"
@@ -196,6 +198,7 @@ def test_a_plot_that_cannot_be_drawn_is_said_before_training(
     assert done.exit_code == 1 and "--plot needs matplotlib: pip install matplotlib" in done.stderr
 
 
+@pytest.mark.slow
 def test_results_come_before_plots(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("t", "--data", pictures, "--out", tmp_path / "t.safetensors", "--plot", *FAST)
 
@@ -256,6 +259,7 @@ def test_a_memory_that_is_too_small_is_named() -> None:
 # ---- interruptions, options without a use -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_so(pictures: Path, backbone: Backbone, tmp_path: Path) -> None:
     data = open_dataset(str(pictures))
     train(config(), backbone, data, tmp_path / "whole")
@@ -293,6 +297,7 @@ def test_options_that_say_nothing_are_named_or_refused(pictures: Path, tmp_path:
         assert refused.exit_code == 2 and message in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_base_set_follows_the_same_rule(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "other")
     tasks = tmp_path / "tasks.toml"

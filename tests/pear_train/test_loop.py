@@ -57,7 +57,18 @@ def finish(run: TaskRun, out: Path) -> Any:
     return active.finish()
 
 
-@pytest.mark.parametrize("method", ["linear", "adapters", "pear"])
+@pytest.fixture(scope="module")
+def other(stripes: str, backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another trained task, for mixed batches."""
+    out = tmp_path_factory.mktemp("other") / "o.safetensors"
+    train(config(task="other", method="adapters", seed=5), backbone, open_dataset(stripes), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["linear", pytest.param("adapters", marks=pytest.mark.slow), pytest.param("pear", marks=pytest.mark.slow)],
+)
 def test_methods_learn_and_report_what_they_wrote(
     method: str, stripes: str, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -84,6 +95,7 @@ def test_methods_learn_and_report_what_they_wrote(
         assert min(result.importance.values()) > 0
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_file_and_another_gives_another(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
     data = open_dataset(stripes)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -103,6 +115,7 @@ FOLDS = [("similar", "scale", "fold", 1), ("nearest", "core", "fold", 1)]
 """For identity alone: test_options_that_clash."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "sharing", "borrow", "knowledge", "bits"),
     [("identity", *form) for form in FORMS + FOLDS] + [("relu", *form) for form in FORMS],
@@ -114,6 +127,7 @@ def test_what_is_trained_is_what_is_routed(
     knowledge: str,
     bits: int,
     stripes: str,
+    other: Path,
     backbone: Backbone,
     tmp_path: Path,
 ) -> None:
@@ -129,8 +143,7 @@ def test_what_is_trained_is_what_is_routed(
     images = Preprocess(run.preprocess)([data.val.image(i) for i in range(12)])
     router = Router(backbone)
     router.add(tmp_path / "t.safetensors")
-    train(config(task="other", method="adapters", seed=5), backbone, data, tmp_path / "o.safetensors")
-    router.add(tmp_path / "o.safetensors")
+    router.add(other)
     torch.testing.assert_close(router.run(images, "stripes").logits, trained, atol=1e-5, rtol=1e-5)
     mixed = router.run(images, ["stripes", "other"] * 6).logits
     torch.testing.assert_close(mixed[::2], trained[::2], atol=1e-5, rtol=1e-5)
@@ -143,6 +156,7 @@ def test_what_is_trained_is_what_is_routed(
     assert result.knowledge_bytes == exact_bytes * knowledge_share + scales
 
 
+@pytest.mark.slow
 def test_an_exact_knowledge_checkpoint_keeps_the_function(stripes: str, backbone: Backbone) -> None:
     """Borrowing that starts at zero beside an exact copy changes nothing but the copy's rounding."""
     run = task_run(config(knowledge="exact"), backbone, open_dataset(stripes))
@@ -254,6 +268,7 @@ def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: 
     assert right / 60 == pytest.approx(report["test_top1"])
 
 
+@pytest.mark.slow
 def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
     done = run("stripes", "--data", stripes, "--out", tmp_path / "t", "--epochs", 2, "--rank", 1)
     assert "borrows blocks." in done.stdout

@@ -1,9 +1,11 @@
 """Several tasks at once, interrupted runs, banks, base sets, codes: small real problems."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +74,7 @@ def matrices(path: Path) -> dict[str, torch.Tensor]:
     return {name: to_torch(raw).float() for name, raw in read_checkpoint(path).tensors.items()}
 
 
+@pytest.mark.slow
 def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """Different ranks after pruning, class counts, batch counts and lengths; the third joins when a place is free."""
     options: list[dict[str, Any]] = [
@@ -101,6 +104,7 @@ def test_tasks_trained_together_come_out_as_alone(folder: Path, backbone: Backbo
         )
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     jobs = [
         Job(config("t0", lr=1000, weight_decay=1000), lambda: open_dataset(str(folder / "t0.npz")), tmp_path / "t0"),
@@ -114,6 +118,7 @@ def test_a_task_that_fails_costs_only_itself(folder: Path, backbone: Backbone, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t1"]
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_in_its_evaluation_is_not_there_and_costs_only_itself(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,39 +164,74 @@ def test_what_a_run_is_given_tells_base_from_bank(folder: Path, backbone: Backbo
     assert given_digest(task, []) != given_digest(None, [task])
 
 
-_CHILD = """
-import sys
+_RUNS = """
+import os, sys, traceback
 from pathlib import Path
 from pear_train import TrainConfig, open_dataset, train
 from router import load_backbone
-config = TrainConfig(**eval(sys.argv[1]))
-result = train(config, load_backbone("pear_tiny"), open_dataset(sys.argv[2]), Path(sys.argv[3]),
-               lambda step: print(step.epoch, step.batch, flush=True))
+for line in sys.stdin:
+    options, data, out = eval(line)
+    child = os.fork()
+    if child == 0:
+        print(os.getpid(), flush=True)
+        try:
+            train(TrainConfig(**options), load_backbone("pear_tiny"), open_dataset(data), Path(out),
+                  lambda step: print(step.epoch, step.batch, flush=True))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)  # at once
 """
 
 
+@pytest.fixture(scope="module")
+def run_alone() -> Iterator[Callable[..., list[str]]]:
+    """Trains in a process of its own, killed at the step `until`; gives its steps.
+
+    The processes are children of one that has imported everything, which takes longer than to train, and done nothing.
+    """
+    with subprocess.Popen([sys.executable, "-c", _RUNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as parent:  # fmt: skip
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        told, said = parent.stdin, parent.stdout
+
+        def run_one(options: dict[str, Any], data: Path, out: Path, until: str | None = None) -> list[str]:
+            print(repr((options, str(data), str(out))), file=told, flush=True)
+            child = int(said.readline())
+            steps: list[str] = []
+            while not (line := said.readline().strip()).startswith("ended"):
+                assert line, "the processes' parent is gone"
+                steps.append(line)
+                if line == until:
+                    os.kill(child, signal.SIGKILL)
+            assert line == f"ended {0 if until is None else -signal.SIGKILL}"
+            return steps
+
+        yield run_one
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("knowledge", ["fold", "lowbit"])
-def test_a_killed_run_goes_on_to_the_same_file(knowledge: str, folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_file(
+    knowledge: str, folder: Path, tmp_path: Path, run_alone: Callable[..., list[str]]
+) -> None:
     options = {**vars(config()), "epochs": 6, "knowledge": knowledge, "select": "best",
                "drop_branch": 0.2, "augment": "flip+crop"}  # fmt: skip
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = [sys.executable, "-c", _CHILD, repr(options), str(folder / "t0.npz")]
-    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
+    run_alone(options, folder / "t0.npz", whole)
     epochs = []
     for until in ("2 1", "4 2", None):  # killed before pruning and after it
-        lines = []
-        with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                lines.append(line.strip())
-                if line.strip() == until:
-                    child.send_signal(signal.SIGKILL)
-        epochs.append(lines[0].split()[0])
+        steps = run_alone(options, folder / "t0.npz", out, until)
+        epochs.append(steps[0].split()[0])
         assert partial_path(out).exists() == (until is not None)
     assert epochs == ["1", "2", "4"]
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     data, out = open_dataset(str(folder / "t0.npz")), tmp_path / "out"
 
@@ -211,6 +251,7 @@ def test_a_partial_run_of_other_options_is_not_taken_up(folder: Path, backbone: 
         assert seen[0].epoch == begins
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_precision_it_began_in(
     folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +271,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(
     assert read_checkpoint(out).record["training"]["precision"] == "float32"
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     made = config(epochs=40, patience=2, select="best")
     result = train(made, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "out")
@@ -239,6 +281,7 @@ def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbon
     assert result.best_epoch > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q1", "BF16"), ("BF16", "F32")])
 def test_codes_are_trained_and_routed(
     tensors: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
@@ -264,6 +307,7 @@ def test_codes_are_trained_and_routed(
     assert read_checkpoint(tmp_path / "again").record["head"] == task.record["head"]
 
 
+@pytest.mark.slow
 def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     for borrow in ("core", "scale"):
         knowledge = "fold" if borrow == "core" else "none"
@@ -292,6 +336,7 @@ def test_a_bank_is_borrowed_frozen_and_bit_identical(folder: Path, backbone: Bac
         assert whole(router.run(torch.zeros(1, 3, 48, 48), "t1")).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     data = open_dataset(str(folder / "t0.npz"))
     train(config("t0"), backbone, data, tmp_path / "t0")
@@ -300,6 +345,7 @@ def test_a_bank_of_another_backbone_is_passed_over(folder: Path, backbone: Backb
     assert train(config("t0"), backbone, data, tmp_path / "t1", bank=[stranger]).banked == {}
 
 
+@pytest.mark.slow
 def test_strange_stored_tasks_are_passed_over_or_refused(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """Of the right backbone by name, but with adapters of other widths, as a hostile checkpoint may have."""
     data = open_dataset(str(folder / "t0.npz"))
@@ -317,6 +363,7 @@ def test_strange_stored_tasks_are_passed_over_or_refused(folder: Path, backbone:
         train(config("t1", base_blocks=6), backbone, data, tmp_path / "t1", base=task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["Q4", "Q1"])
 def test_common_down_in_codes_is_trained_as_it_is_written(
     bits: str, folder: Path, backbone: Backbone, tmp_path: Path
@@ -326,6 +373,7 @@ def test_common_down_in_codes_is_trained_as_it_is_written(
     assert result.history[-1]["val_top1"] == result.val_top1
 
 
+@pytest.mark.slow
 def test_a_base_of_tasks_of_unequal_length(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     """The first is the shortest: it begins again, and is seen in every step."""
     write_stripes(tmp_path / "short.npz", 2, 20)
@@ -337,6 +385,7 @@ def test_a_base_of_tasks_of_unequal_length(folder: Path, backbone: Backbone, tmp
     assert set(made.val_top1) == {"short", "t1"}
 
 
+@pytest.mark.slow
 def test_common_down_is_the_same_for_every_task(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     for i in range(2):
         train(config(f"t{i}", down="common", method="adapters", seed=i, tensor_dtype="F16"), backbone,
@@ -363,6 +412,7 @@ FAST = ("--epochs", 3, "--set", "prune_epoch=1", "--rank", 4, "--batch-size", 16
         "--ratio", 0.5)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> None:
     file = folder / "tasks.toml"
     tables = (
@@ -389,6 +439,7 @@ def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> No
     assert "was there" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
     file = folder / "base.toml"
     file.write_text('[tasks.t0]\ndata = "t0.npz"\n[tasks.t1]\ndata = "t1.npz"\n')
@@ -416,6 +467,7 @@ def test_a_base_set_is_shared_below_and_started_from_above(folder: Path, backbon
     assert "to start from it, expected one of rank 2" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_command_with_a_bank(folder: Path, tmp_path: Path) -> None:
     assert run("t0", "--data", folder / "t0.npz", "--out", tmp_path / "t0", *FAST).exit_code == 0
     with Store.create(tmp_path / "s") as store:

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_compiled_cases() -> None:
     cases = Path(__file__).with_name("compiled.py")

@@ -19,6 +19,8 @@ from pear_store import Store, Task
 from router import AdaptedBackbone, Backbone, ClosedError, Router
 from tests.helpers.predictions import whole
 
+pytestmark = pytest.mark.slow
+
 Maker = Callable[..., Task]
 Act = Callable[[Router], object]
 INTERRUPTS = int(os.environ.get("PEAR_INTERRUPTS", "5"))

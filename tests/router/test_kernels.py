@@ -143,6 +143,7 @@ def test_what_is_compiled_has_the_plain_op_and_no_graph_break(timed: list[str]) 
     assert timed == []
 
 
+@pytest.mark.slow
 def test_everything_works_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -155,6 +156,7 @@ def test_everything_works_without_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_it_compiles_for_gpus() -> None:
     """Without one: to machine code, in a process in which kernels are not interpreted."""
     code = """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TASKS = int(os.environ.get("PEAR_MANY_TASKS", "300"))
 WORK = """
 import json, os, resource, sys

@@ -549,6 +549,7 @@ def test_pixels_in_flight_are_bounded_and_no_one_waits_for_ever() -> None:
     assert peak == [500]
 
 
+@pytest.mark.slow
 def test_memory_of_large_pictures_is_bounded(tmp_path: Path) -> None:
     """Pictures of 30 megapixels, whose 170 MB each would add up, were they decoded at once; in a process of its own."""
     for i in range(5):

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from router import Backbone, Router, load_backbone
 from router.tensors import from_torch, quantise
 from tests.helpers.makers import record
 from tests.router.test_router import reference
+
+pytestmark = pytest.mark.slow
 
 WIDTHS = {"blocks.0.attn": (192, 192), "blocks.1.mlp": (192, 192), "blocks.3.attn.qkv": (192, 576),
           "blocks.4.mlp.fc2": (384, 192), "blocks.5.mlp": (192, 192), "norm": (192, 192)}  # fmt: skip

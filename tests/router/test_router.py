@@ -302,6 +302,7 @@ def test_slots_evict_the_least_recently_used_within_the_budget(backbone: Backbon
     torch.testing.assert_close(router.run(images, "q").logits, expected["q"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_low_precision_is_near(
     router: Router, backbone: Backbone, tasks: dict[str, Task], dtype: torch.dtype, share: float
@@ -330,6 +331,7 @@ def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> 
     assert not torch.equal(up, exact.bfloat16() * (1 + 2**-10))
 
 
+@pytest.mark.slow
 def test_threads_get_old_or_new_versions_never_a_mixture(backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
     """8 threads run single, mixed and all, while versions change, slots are short, and tasks are loaded ahead."""
     images = torch.randn(2, 3, 48, 48)
@@ -426,6 +428,7 @@ def test_one_image_for_several_tasks_is_decoded_and_run_once(
         torch.testing.assert_close(out.logits[row], router.run(given[:1], name).logits[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_rows_of_few_images_run_in_parts(backbone: Backbone, task_maker: Maker) -> None:
     router = Router(backbone)
     names = [f"t{i}" for i in range(5)]

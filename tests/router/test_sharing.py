@@ -153,6 +153,7 @@ def test_run_all_equals_separate_runs(name: str) -> None:
     assert different > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, choice, _ = model_of(name)
@@ -180,6 +181,7 @@ def test_blocks_take_large_batches_in_parts(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(several, at_once, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -204,6 +206,7 @@ def test_blocks_that_take_or_give_more_than_one_tensor_stay_whole(
         torch.testing.assert_close(together[task].logits, alone, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "tasks", "limit", "expected"),
     [(6, 2, 7, [6] * 2), (6, 2, 5, [3] * 4), (6, 2, 2, [2] * 6), (2, 4, 3, [2] * 4), (2, 4, 7, [4] * 2)],
@@ -228,6 +231,7 @@ def test_parts_end_where_a_tasks_rows_do_or_divide_them(
     assert [len(x) for x in given] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, adapted_module.PART_BYTES])
 @pytest.mark.parametrize(("choice", "first_given"), [("blocks.?", 6), ("*.mlp", 3)])
 def test_a_block_grows_within_unless_its_branches_need_it_grown(

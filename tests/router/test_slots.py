@@ -91,6 +91,7 @@ def test_loading_ahead_spares_a_miss_and_says_what_failed(backbone: Backbone, fo
         router.preload(list("pqr")).result(10)
 
 
+@pytest.mark.slow
 def test_loading_ahead_does_not_wait_for_the_forward(backbone: Backbone, four: dict[str, Task]) -> None:
     router = with_room_for(4, backbone, four)
     router.run(IMAGE, "q")  # positions are attached

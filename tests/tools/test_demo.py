@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from tools.demo import TASKS, empty_folder, main, write_folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_images_are_real_and_splits_are_apart(task: str, tmp_path: Path) -> None:
     made = TASKS[task]()

@@ -37,6 +37,7 @@ def run(*args: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_all_19_tasks_and_the_table(layout: Path, tmp_path: Path) -> None:
     options = ("--backbone", "pear_tiny", "--set", "epochs=2", "--set", "rank=1", "--together", 4)
     code, out, err = run(layout, "--out", tmp_path / "out", *options)

@@ -30,7 +30,7 @@ import router.infer.parts
 import router.infer.plan
 import router.infer.work
 from pear_store import Store, Task, make_task
-from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode
+from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode, load_backbone
 from router.engine import Engine
 from router.infer.cli import main
 from router.infer.lists import ImageList
@@ -39,6 +39,16 @@ from router.infer.work import infer
 from tests.helpers.makers import floats
 
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command would load it anew, which takes as long as all else that most of these tests do."""
+
+    def load(name: str, weights: str | None) -> Backbone:
+        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
+
+    monkeypatch.setattr("router.router.load_backbone", load)
 
 
 @pytest.fixture
@@ -201,6 +211,7 @@ def test_values_of_every_kind_come_through(work: Path) -> None:
         assert (row["pear_label"], row["pear_topk"]) == (row["label"], row["topk"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> None:
     own = {name: [f"my {name}", ""] for name in ("version", "label", "probability", "topk", "error")}
@@ -337,6 +348,7 @@ def test_root_confines_a_list_to_a_directory(work: Path, monkeypatch: pytest.Mon
     assert (done.exit_code, "does not exist" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_large_pictures_and_unlisted_protocols_are_opened_only_when_told_so(work: Path) -> None:
     for column, options, problem in (
         ("0.png", ["--max-pixels", 599], "give max_pixels (--max-pixels) of at least 600"),
@@ -379,6 +391,7 @@ def test_a_run_that_serves_nothing_says_so(work: Path, monkeypatch: pytest.Monke
     assert "2 predictions, 0 errors" in run(*given).stdout
 
 
+@pytest.mark.slow
 def test_the_corrected_list_of_a_failed_run_is_taken(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     for first, second in ((".csv", ".csv"), (".parquet", ".parquet")):
@@ -401,6 +414,7 @@ def test_the_corrected_list_of_a_failed_run_is_taken(work: Path, monkeypatch: py
     assert (done.exit_code, "300 predictions" in done.stdout) == (0, True), done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [(), ("--tasks", "a,b", "--prefix", "p_")])
 def test_images_that_a_parquet_list_holds(work: Path, backbone: Backbone, wanted: tuple[str, ...]) -> None:
     names = ["0.png", "1.png", "broken.png", "2.png"]
@@ -426,6 +440,7 @@ def test_images_that_a_parquet_list_holds(work: Path, backbone: Backbone, wanted
 # ---- every image through many tasks -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wanted", "names"), [("all", ["a", "b", "features"]), ("b, a@1,b@1", ["b", "a"])])
 def test_every_image_through_many_tasks(work: Path, backbone: Backbone, wanted: str, names: list[str]) -> None:
     images = [str(work / f"{i}.png") for i in range(3)] + [str(work / "broken.png"), str(work / "4.png")]
@@ -533,6 +548,7 @@ def test_rows_of_one_preprocessing_fill_batches(work: Path, backbone: Backbone) 
     assert [row["task"] for row in read(work / "out.csv")] == names
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_list(work: Path, backbone: Backbone) -> None:
     router: Any = Idle(backbone)
     peaks = []
@@ -614,6 +630,7 @@ def long_list(work: Path, rows: int, suffix: str = ".csv") -> Path:
     return write(work / f"list{suffix}", pd.DataFrame({"image": images, "task": tasks, "id": range(rows)}))
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_give_what_an_uninterrupted_run_gives(work: Path) -> None:
     listed, suffix = long_list(work, 320), ".jsonl"
     args = ["--store", work / "s", "--batch-size", 4]
@@ -635,6 +652,7 @@ def test_kill_9_and_the_same_command_give_what_an_uninterrupted_run_gives(work: 
     assert not parts.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "suffix", "wanted"),
     [
@@ -695,6 +713,7 @@ def interrupted(work: Path, monkeypatch: pytest.MonkeyPatch, *args: object) -> l
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [(), ("--tasks", "all", "--prefix", "p_")])
 def test_a_resumed_run_keeps_the_versions_it_began_with(
     work: Path, monkeypatch: pytest.MonkeyPatch, task_maker: Callable[..., Task], wanted: tuple[str, ...]
@@ -714,6 +733,7 @@ def test_a_resumed_run_keeps_the_versions_it_began_with(
     assert {row[f"{p}version"] for row in read(work / "out.csv") if row[f"{p}task"] == "a"} == {2}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_mixed_with_another(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = interrupted(work, monkeypatch)
     other = [*given[:-1], 2]
@@ -730,6 +750,7 @@ def test_an_unfinished_run_is_not_mixed_with_another(work: Path, monkeypatch: py
     assert (done.exit_code, json.loads(done.stdout)["resumed_images"], len(read(work / "out.csv"))) == (0, 0, 41)
 
 
+@pytest.mark.slow
 def test_two_runs_never_write_one_output(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = interrupted(work, monkeypatch)
     holder = os.open(work / "out.csv.parts", os.O_RDONLY)
@@ -749,6 +770,7 @@ def test_a_folder_of_something_else_is_left_alone(work: Path) -> None:
     assert (work / "out.csv.parts" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_output_is_replaced_only_by_a_whole_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(long_list(work, 3), work / "out.csv", "--store", work / "s").exit_code == 0
     given = interrupted(work, monkeypatch, "--overwrite")
@@ -771,6 +793,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(work: Path, monkeypat
     assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 20
 
 
+@pytest.mark.slow
 def test_the_bar_counts_every_row(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
 
@@ -802,6 +825,7 @@ def small_list(work: Path, **more: Any) -> Path:
     return write(work / "list.csv", pd.DataFrame({"image": ["0.png", "broken.png"], "task": ["a", "b"], **more}))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [small_list(work), work / "out.csv", "--store", work / "s"]
     report = json.loads(run(*given, "--json").stdout)
@@ -829,6 +853,7 @@ def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyP
     assert "more" in read(work / "out.csv")[0]
 
 
+@pytest.mark.slow
 def test_what_no_run_wrote_is_never_replaced(work: Path) -> None:
     given = [small_list(work), work / "out.csv", "--store", work / "s", "--overwrite"]
     out, record = work / "out.csv", work / "out.csv.run.json"
@@ -865,6 +890,7 @@ def test_what_no_run_wrote_is_never_replaced(work: Path) -> None:
     refused("out.csv: is there, and was not written by a run")
 
 
+@pytest.mark.slow
 def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = interrupted(work, monkeypatch)
     (work / "out.csv.parts" / "notes.txt").write_text("mine")
@@ -887,6 +913,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
     assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 40
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_that_had_done_nothing_is_forgotten(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [long_list(work, 20), work / "out.csv", "--store", work / "s", "--batch-size", 1]
     with monkeypatch.context() as patched:
@@ -907,6 +934,7 @@ def test_a_parts_folder_that_is_a_link_is_not_followed(work: Path) -> None:
     assert (work / "mine" / "00000000.parquet").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [long_list(work, 120), work / "out.csv", "--store", work / "s", "--batch-size", 2]
     run_router, calls = Router.run_batch, 0
@@ -933,6 +961,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: p
     assert report["predictions"] + report["errors"] == 120
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_indeed(work: Path, small_disk: Path) -> None:
     given: list[object] = ["--store", work / "s", "--batch-size", 2]
     for suffix in (".csv", ".jsonl", ".parquet"):
@@ -974,6 +1003,7 @@ def test_what_may_not_be_read_or_written_is_said_in_one_line(work: Path, monkeyp
             assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
 
 
+@pytest.mark.slow
 def test_without_pyarrow_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['pyarrow'] = None; from router.infer.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -95,6 +95,7 @@ def test_a_line_of_csv_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
     assert written(listed, tmp_path / "o.csv").read_text() == "image,task,n\na.png,a,1\n,,\n,,\n,,\ne.png,a,5\n,,\n"
 
 
+@pytest.mark.slow
 def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "LINE_CHARACTERS", 1 << 16)
     for suffix in (".csv", ".jsonl"):
@@ -181,6 +182,7 @@ def test_an_empty_list_of_json_lines(tmp_path: Path) -> None:
         assert (listed.rows, listed.schema.names, rows(listed)) == (0, NEEDED, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
