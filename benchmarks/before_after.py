@@ -16,6 +16,10 @@ of the rounds.
     cold read   opening a store and reading tasks, with the page cache dropped (all of it as root, else the store's)
     mixed       a batch of normalised images on pear_tiny, each with a task of its own, best of several
     files       the same of image files, decoding included
+    one task    the batch, all of one task
+    run_all     one image through all tasks
+    help        `pear-store --help`, a process
+    training    a task of 512 images on pear_tiny, 4 epochs, read, pruned, judged and written
 """
 
 import contextlib
@@ -98,6 +102,11 @@ def prepare(work: Path, tasks: int) -> Figures:
     generator = np.random.default_rng(0)
     for i in range(IMAGES):
         Image.fromarray(generator.integers(0, 255, (240, 320, 3), np.uint8)).save(work / f"{i}.jpg")
+    images, targets = generator.integers(0, 120, (512, 48, 48, 3)), np.arange(512) % 3
+    images[np.arange(512), :, :, targets] += 100
+    images, few = images.astype(np.uint8), slice(96)
+    np.savez(work / "train.npz", x_train=images, x_val=images[few], x_test=images[few],
+             y_train=targets, y_val=targets[few], y_test=targets[few])  # fmt: skip
     return {}
 
 
@@ -175,11 +184,40 @@ def measure_router(work: Path, _: int) -> Figures:
     with Router("pear_tiny", work / "routed.store") as router:
         router.run(images, names)
         router.run(files, names)
-        mixed = min(seconds(lambda: router.run(images, names)) for _ in range(CALLS))
-        return {"mixed": mixed, "files": min(seconds(lambda: router.run(files, names)) for _ in range(CALLS))}
+        router.run_all(images[:1], names)
+        calls = {
+            "mixed": lambda: router.run(images, names),
+            "files": lambda: router.run(files, names),
+            "one task": lambda: router.run(images, names[0]),
+            "run_all": lambda: router.run_all(images[:1], names),
+        }
+        return {name: min(seconds(call) for _ in range(CALLS)) for name, call in calls.items()}
 
 
-MEASURES = {"store": measure_store, "cold": measure_cold, "router": measure_router}
+def measure_help(_: Path, __: int) -> Figures:
+    command = [sys.executable, "-P", "-c", "from pear_store.cli import main; main(['--help'])"]
+    return {
+        "help": min(seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(CALLS))
+    }
+
+
+def measure_training(work: Path, _: int) -> Figures:
+    import torch
+
+    from pear_train.cli import main as command
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory(dir=work) as folder, contextlib.redirect_stdout(io.StringIO()):
+        words = ["t", "--data", str(work / "train.npz"), "--backbone", "pear_tiny", "--img-size", "48", "--json"]
+        first, second = ([*words, "--epochs", str(epochs), "--out", f"{folder}/{epochs}"] for epochs in (2, 4))
+        run_command(command, first)  # imports what it needs
+        return {"training": seconds(lambda: run_command(command, second))}
+
+
+MEASURES = {
+    "store": measure_store, "cold": measure_cold, "router": measure_router, "help": measure_help,
+    "training": measure_training,
+}  # fmt: skip
 
 
 # ---- in the process that compares ---------------------------------------------------------------

@@ -67,7 +67,8 @@ def test_parts_of_a_verify_have_packs_however_many_parts_there_are(store: Store)
         next(n for n in range(1, 3001) if integrity._is_in(bytes.fromhex(p.stem), (n, 3000))) for p in packs(store)
     ]
     assert max(numbers) > 256
-    assert [integrity.check_packs(store.path, (n, 3000))[0].packs for n in numbers] == [1] * 12
+    found = [integrity.check_packs(store.path, (n, 3000))[0].packs for n in numbers]
+    assert found == [numbers.count(n) for n in numbers]  # two may fall into one part
 
 
 @pytest.mark.parametrize("forks", [True, False])
