@@ -525,6 +525,10 @@ class Applying:
                 self._settled.contradicted.add(known.pack)
             view.names.put(known._replace(name=task, newest=number))
         for task, text, tag in list(view.tags.rows()):
+            if (task, tag.version) in contests.shared:  # its record has only the number
+                self._settled.problems.append(
+                    f"tag {task}@{text}: two versions are recorded as {task}@{tag.version}; see which one it should be"
+                )
             if tag.version and not view.versions.has(task, tag.version):
                 self._settled.problems.append(f"tag {task}@{text}: its version {tag.version} is not there any more")
                 view.tags.put(task, text, TagRow(0, tag.time_ns, tag.pack))

@@ -78,6 +78,8 @@ class Contests:
         self.problems: list[str] = []
         self.contradicted: set[bytes] = set()
         """Packs that record what the rows say otherwise"""
+        self.shared: set[tuple[str, int]] = set()
+        """Numbers that several versions were recorded under"""
         self.renamed: set[bytes] = set()
         """Manifests of tasks whose name changed ..."""
         self.made: set[bytes] = set()
@@ -124,6 +126,8 @@ class Contests:
             assert row is not None
             *others, first = self._distinct([*rows, row])
             self._put(task, number, first)
+            if others:
+                self.shared.add((task, number))
             homeless += [(task, task, number, one) for one in others]
         return homeless
 

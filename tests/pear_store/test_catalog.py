@@ -276,3 +276,19 @@ def test_a_pack_that_cannot_be_read_changes_nothing(store: Store) -> None:
             apply_to(index, store.path, [second])
         with index.read() as view:
             assert normal_form(view) == before
+
+
+def test_a_tag_of_a_number_that_two_versions_had_is_named(store: Store) -> None:
+    """A tag's record has only the number, so it may come to stand for the other copy's version."""
+    store.add(small_task(seed=1))
+    others = copies(store, 2)
+    for path, seed in zip(others, (2, 3), strict=True):
+        added_at(path, seed, small_task(seed=seed))
+    with Store(others[0]) as copy:
+        copy.tag("dtd@2", "prod")
+    put_together(store.path, others)
+    found = rebuild(store.path).problems
+    assert [problem for problem in found if problem.startswith("tag")] == [
+        "tag dtd@prod: two versions are recorded as dtd@2; see which one it should be"
+    ]
+    assert rebuild(store.path).problems == []
