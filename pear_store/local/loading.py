@@ -102,7 +102,9 @@ class Loader:
                 else:
                     yield from self._workers.load(chain([first], chunks))
                     return
-        yield from _split(load(source, self._name, self._known, self._access) for source in given)
+        alone = isinstance(given, list | tuple) and len(given) == 1  # nothing comes that it would be known for
+        known = None if alone else self._known
+        yield from _split(load(source, self._name, known, self._access) for source in given)
 
 
 def _chunks(pending: Iterator[Source]) -> Iterator[list[Source]]:
