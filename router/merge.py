@@ -8,6 +8,7 @@ borrows the copies, and the pristine ones are never written to.
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
@@ -29,6 +30,10 @@ For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images; benchmarks/R
 log = logging.getLogger(__name__)
 
 
+class _UnderWay:
+    """Lives as long as a merge."""
+
+
 class Merger:
     """Holds the merged matrices of at most one task. Thread-safe: tasks are read and merged while forwards go on.
 
@@ -41,7 +46,8 @@ class Merger:
         self._lock = threading.Lock()
         self._rows: dict[Hashable, int] = {}
         self._held: tuple[Hashable, dict[str, nn.Parameter]] | None = None
-        self._merging: Hashable = None
+        self._merging: Callable[[], _UnderWay | None] = lambda: None
+        """What the call that merges now holds, if there is one: it is gone with the call, however that ends."""
         self.merges = 0
 
     def matrices(self, use: Use, rows: int) -> Mapping[str, nn.Parameter]:
@@ -58,19 +64,17 @@ class Merger:
             if self._held is not None and self._held[0] == key:
                 return self._held[1]
             self._rows[key] = self._rows.get(key, 0) + rows
-            if self._merging is not None or (self._merge == "auto" and self._rows[key] < AUTO_ROWS):
+            if self._merging() is not None or (self._merge == "auto" and self._rows[key] < AUTO_ROWS):
                 return {}
             self._held = None  # its memory first
-            self._merging = key
-        try:
-            began = time.perf_counter()
-            task = self._read(use)
-            held = key, {position: self._merged(task, position) for position in task.positions}
-            self._held = held
-            self.merges += 1
-            log.debug("merged task %s: %d matrices in %.3f s", task.name, len(held[1]), time.perf_counter() - began)
-        finally:
-            self._merging = None
+            under_way = _UnderWay()
+            self._merging = weakref.ref(under_way)
+        began = time.perf_counter()
+        task = self._read(use)
+        held = key, {position: self._merged(task, position) for position in task.positions}
+        self._held = held
+        self.merges += 1
+        log.debug("merged task %s: %d matrices in %.3f s", task.name, len(held[1]), time.perf_counter() - began)
         return held[1]
 
     def ran(self, rows: int) -> None:
