@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pear_store.remote import retry
 from pear_store.remote.place import Place
+from tests.pear_store.remote.faults import Team
 from tests.pear_store.remote.servers import RangeHandler, StaticHandler
 
 
@@ -116,3 +118,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         made = ObjectPlace(f"s3://bucket/{tmp_path.name}-{os.urandom(4).hex()}", options)
     yield made
     made.close()
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Iterator[Team]:
+    """Stores that share a place in memory."""
+    made = Team(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again at once."""
+    monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.0)
