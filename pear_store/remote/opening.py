@@ -7,10 +7,7 @@ from urllib.parse import urlsplit
 from pear_store.errors import PlaceError
 from pear_store.local.directory import store_path
 from pear_store.remote.directory import DirectoryPlace
-from pear_store.remote.objects import ObjectPlace
 from pear_store.remote.place import Place
-from pear_store.remote.sftp import SftpPlace
-from pear_store.remote.web import WebPlace
 
 _OBJECTS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 SECRETS = ("secret", "password", "token", "access_key", "account_key", "credential")
@@ -36,10 +33,16 @@ def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
     if parts.password is not None:
         raise PlaceError(f"{scheme}://{parts.hostname}", "the URL holds a password: remove it, see docs/remotes.md")
     if scheme in ("http", "https"):
+        from pear_store.remote.web import WebPlace  # here and below: each brings much that few commands need
+
         return WebPlace(url)
     if scheme == "sftp":
+        from pear_store.remote.sftp import SftpPlace
+
         return SftpPlace(url, options or {})
     if scheme in _OBJECTS:
+        from pear_store.remote.objects import ObjectPlace
+
         return ObjectPlace(url, options or {})
     raise PlaceError(url, "expected a directory, s3://, gs://, az://, sftp://, https:// or http://")
 

@@ -21,8 +21,9 @@ from pear_store.errors import (
 )
 from pear_store.format.container import strict_json
 from pear_store.format.digest import fresh_name
+from pear_store.local.create import make_store
 from pear_store.local.directory import open_folder
-from pear_store.local.opened import OpenStore
+from pear_store.local.opened import OpenStore, is_store
 from pear_store.local.sync import held
 from pear_store.remote import pull as pulling
 from pear_store.remote import push as pushing
@@ -213,3 +214,37 @@ def status(opened: OpenStore, name: str | None = None) -> Changes:
         chosen, _ = pulling.chosen(mirror, (), remote.tasks)
         found.pull = [version for version in found.pull if version.task in chosen]
         return found
+
+
+def stats(opened: OpenStore, name: str | None = None) -> dict[str, str | int]:
+    """What a remote holds: entries, tasks that have a version, versions, packs and their bytes."""
+    with connected(opened, name) as (remote, place, mirror):
+        read_on(mirror, place)
+        return {"name": remote.name, "url": remote.url, "entries": mirror.head[0], **mirror.counts()}
+
+
+def clone_store(path: Path, remote: Remote, progress: pulling.Progress = lambda done, all_: None) -> pulling.Pulled:
+    """Makes a store of what a remote holds, or goes on with one that was cut off.
+
+    Raises:
+        FormatError: the directory holds something else.
+        PearStoreError: it is a store that has another remote of that name.
+    """
+    url = checked_url(remote.url)
+    if not is_store(path):
+        with closing(Persistent(open_place(url, remote.options))) as place:  # first: no store is made in vain
+            try:
+                parse_settings(place.get(SETTINGS_NAME, MAX_ENTRY_BYTES), place.url)
+            except AbsentError:
+                raise NotFoundError(f"{url}: no remote there") from None
+        make_store(path)
+    known = {one.name: one for one in remotes(path)}
+    if remote.name not in known:
+        with closing(OpenStore(path)) as opened:
+            if held(opened).highest:
+                raise PearStoreError(f"{path}: a store that is no clone; 'remote add' and 'pull' take a remote's tasks")
+        add_remote(path, remote)
+    elif known[remote.name].url != url:
+        raise PearStoreError(f"{path}: a clone of {known[remote.name].url}; choose another directory")
+    with closing(OpenStore(path)) as opened:
+        return pull(opened, remote.name, (), progress)

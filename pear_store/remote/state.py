@@ -86,3 +86,13 @@ class LogState:
 
     def is_dropped(self, pack: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM packs WHERE pack = ? AND dropped", (pack,)).fetchone() is not None
+
+    def counts(self) -> dict[str, int]:
+        """Of what is there now."""
+        tasks, versions = self._db.execute(
+            "SELECT count(DISTINCT task), count(*) FROM versions WHERE NOT removed"
+        ).fetchone()
+        packs, pack_bytes = self._db.execute(
+            "SELECT count(*), coalesce(sum(file_bytes), 0) FROM packs WHERE NOT dropped"
+        ).fetchone()
+        return {"tasks": tasks, "versions": versions, "packs": packs, "pack_bytes": pack_bytes}
