@@ -2,15 +2,19 @@
 
 PearStoreError            exit code 1
 ├── NotFoundError         3   no such file, store, task, version or tag
+│   └── AbsentError           no such object on a remote
 ├── CheckpointError       4   a file that is no valid task checkpoint
 ├── DamagedError          5   stored bytes that are not what was stored
-│   └── DamagedIndexError     the index itself; a rebuild makes it anew from the packs
+│   ├── DamagedIndexError     the index itself; a rebuild makes it anew from the packs
+│   └── DamagedRemoteError    what lies on a remote
 ├── DiskFullError         6   no space left where the store lives
 ├── NameTakenError        7   a task name that differs from a stored one in case only
 ├── FormatError           8   a store written by a newer Pear, or a directory that is no store
 ├── TaggedError           9   a version that may not be removed, because a tag holds it
 ├── SourceError          10   a file or URL that is not opened: no regular file, no permission, a protocol not allowed
-└── AccessError          11   the system does not let this process read or write the store
+├── AccessError          11   the system does not let this process read or write the store
+├── PlaceError           12   a remote that cannot be reached, or does not do what was asked
+└── ClashError           13   what another store has pushed contradicts what this one would push
 """
 
 import copyreg
@@ -125,6 +129,45 @@ class AccessError(PearStoreError):
             f"{path}: {reason}; to read a store, all of it must be readable; to change it, all of it must be writable"
         )
         self.path, self.reason = str(path), reason
+
+
+class AbsentError(NotFoundError):
+    """A remote does not have an object of that name."""
+
+    def __init__(self, place: str, name: str) -> None:
+        super().__init__(f"{place}: there is no {name}")
+        self.place, self.name = place, name
+
+
+class DamagedRemoteError(DamagedError):
+    """What a remote gave is not what its log says, or breaks the rules of the format."""
+
+    remedy = "nothing of it was taken"
+
+    def __init__(self, place: str, what: str, found: str) -> None:
+        super().__init__(f"{place}: {what}", found)
+        self.place = place
+
+
+class PlaceError(PearStoreError):
+    """A remote that cannot be reached, refuses, or cannot do what a remote must; `again`: another try may help."""
+
+    exit_code = 12
+
+    def __init__(self, place: str, problem: str, again: bool = False) -> None:
+        super().__init__(f"{place}: {problem}")
+        self.place, self.problem, self.again = place, problem, again
+
+
+class ClashError(PearStoreError):
+    """What is on a remote contradicts what would be pushed; nothing of that was pushed."""
+
+    exit_code = 13
+
+    def __init__(self, clashes: list[str]) -> None:
+        shown = "; ".join(clashes[:5]) + (f"; and {len(clashes) - 5} more" if len(clashes) > 5 else "")
+        super().__init__(shown)
+        self.clashes = clashes
 
 
 def from_os_error(error: OSError, path: Path, failed: str = "") -> PearStoreError:

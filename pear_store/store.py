@@ -1,6 +1,6 @@
 """The store: many tasks in one directory, each distinct tensor once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +32,10 @@ from pear_store.local.removal import remove
 from pear_store.local.sources import Access, Source
 from pear_store.local.stats import Stats, count
 from pear_store.local.tags import set_tag
+from pear_store.remote import remotes
+from pear_store.remote.changes import Changes
+from pear_store.remote.pull import Pulled
+from pear_store.remote.push import Pushed
 
 
 class Store:
@@ -250,3 +254,51 @@ class Store:
             DamagedError: something cannot be trusted, so nothing may be called dead.
         """
         return gc.collect(self._open, dry_run, repack_all, keep, older_than_s)
+
+    # ---- sharing ------------------------------------------------------------------------------
+
+    def push(
+        self,
+        remote: str | None = None,
+        tasks: Collection[str] = (),
+        progress: Callable[[int, int], None] = lambda done, all_: None,
+    ) -> Pushed:
+        """Sends versions, removals and tags that a remote lacks; what it returned is on the remote.
+
+        Args:
+            remote: its name; None: ``origin``, or the only one.
+            tasks: none: all.
+            progress: told versions done and all of them.
+
+        Raises:
+            ClashError: what another store pushed contradicts what would be sent.
+            PlaceError: the remote cannot be reached or written; the same again goes on.
+        """
+        return remotes.push(self._open, remote, tasks, progress)
+
+    def pull(
+        self,
+        remote: str | None = None,
+        references: Collection[str] = (),
+        progress: Callable[[int, int], None] = lambda done, all_: None,
+    ) -> Pulled:
+        """Takes versions, removals and tags from a remote, in commits of bounded size.
+
+        Args:
+            references: tasks, or versions such as ``dtd@2``; none: all that the remote was added for.
+
+        Raises:
+            NotFoundError: the remote has no such task or version.
+            DamagedRemoteError, CheckpointError: what it gave is not what its log says, or no task; all before it was
+                taken.
+            PlaceError: the remote cannot be reached; the same again goes on.
+        """
+        return remotes.pull(self._open, remote, references, progress)
+
+    def remote_status(self, remote: str | None = None) -> Changes:
+        """What a push and a pull would do."""
+        return remotes.status(self._open, remote)
+
+    def remote_stats(self, remote: str | None = None) -> dict[str, str | int]:
+        """What a remote holds: entries, tasks, versions, packs and their bytes."""
+        return remotes.stats(self._open, remote)

@@ -18,16 +18,27 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
+def store_commands() -> dict[str, click.Command]:
+    """Of pear-store, those of its groups included, by name."""
+    found: dict[str, click.Command] = {}
+    for name, command in sorted(main.commands.items()):
+        found[name] = command
+        if isinstance(command, click.Group):
+            found.update({f"{name} {inner}": command.commands[inner] for inner in sorted(command.commands)})
+    return found
+
+
 def reference() -> str:
     """docs/reference.md, as the commands' own help says it."""
     parts = [
         "# pear-store: reference\n\nWritten by `python -m tests.test_docs`; a test holds it against `--help`. Exit codes: "  # noqa: E501
         "0 done, 1 other errors, 2 usage,\n3 not found, 4 no valid checkpoint, 5 damage, 6 disk full, 7 name taken, "
         "8 not a store that this Pear reads, 9 tagged,\n10 a file or URL that is not opened, 11 a store that may not "
-        "be read or written.\n"
+        "be read or written,\n12 a remote that cannot be reached or used, "
+        "13 what another store pushed contradicts this one.\n"
     ]
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
-    commands += [(f"pear-store {name}", main.commands[name]) for name in sorted(main.commands)]
+    commands += [(f"pear-store {name}", command) for name, command in store_commands().items()]
     commands += [("pear-infer", router.infer.cli.main), ("pear-train", pear_train.cli.main)]
     for name, command in commands:
         settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
@@ -40,9 +51,9 @@ def test_the_reference_is_what_help_says() -> None:
     assert (DOCS / "reference.md").read_text() == reference(), "run: python -m tests.test_docs"
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
+@pytest.mark.parametrize("name", store_commands())
 def test_every_command_has_help_for_itself_and_its_options(name: str) -> None:
-    command = main.commands[name]
+    command = store_commands()[name]
     assert command.help
     for parameter in command.params:
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name

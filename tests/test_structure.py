@@ -47,16 +47,21 @@ WINGS = {
     "format": LEAVES | {"format"},
     "local": LEAVES | {"format", "local"},
     "exchange": LEAVES | {"format", "exchange"},
-    "store": LEAVES | {"format", "local", "diff"},
-    "cli": LEAVES | {"format", "local", "exchange", "store", "diff", "plot", "terminal", "cli"},
+    "remote": LEAVES | {"format", "local", "remote"},
+    "store": LEAVES | {"format", "local", "remote", "diff"},
+    "cli": LEAVES | {"format", "local", "exchange", "remote", "store", "diff", "plot", "terminal", "cli"},
 }
 """Of pear_store, each wing and what it may import of the others"""
 
 
 def modules(file: Path) -> set[str]:
     """The full names of the modules that a file imports, at any depth of its code."""
+    return modules_of(ast.parse(file.read_text()))
+
+
+def modules_of(tree: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -70,6 +75,17 @@ def test_the_stores_wings_import_one_way(wing: str) -> None:
     for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
         ours = {name.split(".")[1] for name in modules(file) if name.startswith("pear_store.")}
         assert ours <= WINGS[wing], f"{file} imports {ours - WINGS[wing]}"
+
+
+def test_remotes_know_no_index() -> None:
+    """What they need of a store, catalog.py and what is built on it say; and no start of a command pays for them."""
+    for file in (ROOT / "pear_store" / "remote").rglob("*.py"):
+        inner = {name for name in modules(file) if name.startswith("pear_store.local.")}
+        hidden = {f"pear_store.local.{name}" for name in ("index", "tables", "rows", "contests")}
+        assert not inner & hidden, f"{file} imports {inner & hidden}"
+        body = ast.parse(file.read_text()).body
+        tops = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in modules_of(node)}
+        assert not tops & {"obstore", "paramiko"}, f"{file}: an optional package is imported where it is needed"
 
 
 def test_only_the_index_itself_knows_keys_and_bytes_of_its_rows() -> None:

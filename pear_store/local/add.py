@@ -104,7 +104,7 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
             rows = enter(opened.path, view, pack, plan.records, numbers, plan.damaged, plan.sizes)
         places = {**plan.stored, **rows}
         for loaded in (*plan.healed, *(loaded for _, loaded in plan.versions)):
-            _put_manifest(view, loaded, places)
+            put_manifest(view, loaded, places)
         if view.wrote:
             written_in.append(view.state)
         return rows
@@ -143,7 +143,7 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: FoundGoo
             row = good.get(digest)
             if row is None:
                 tensor = loaded.tensors[digest]
-                row = _good_row(opened, view, digest, tensor, seen, plan)
+                row = good_row(opened, view, digest, tensor, seen, plan.damaged)
                 if row is None:
                     plan.tensors[digest] = tensor
                     new_bytes += tensor.size_bytes
@@ -169,11 +169,11 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: FoundGoo
     return plan
 
 
-def _good_row(
-    opened: OpenStore, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], plan: _Plan
+def good_row(
+    opened: OpenStore, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], damaged: dict[Digest, int]
 ) -> StoredTensor | None:
     """The encoded row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged
-    one, whose number goes into the plan. `seen` are the packs whose files were looked at."""
+    one, whose number goes into `damaged`. `seen` are the packs whose files were looked at."""
     found = view.tensors.stored(digest)
     if found is None:
         return None
@@ -190,7 +190,7 @@ def _good_row(
             # two bytes objects compare by memcmp, memory views item by item
             if bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data):
                 return found
-    plan.damaged[digest] = row.number
+    damaged[digest] = row.number
     return None
 
 
@@ -203,7 +203,8 @@ def _intact(view: View, loaded: Loaded) -> bool:
         return False
 
 
-def _put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, StoredTensor]) -> None:
+def put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, StoredTensor]) -> None:
+    """Enters a manifest; `rows` are those of its tensors, and may be of more."""
     own = None
     with suppress(DamagedError):
         own = view.manifests.get(loaded.hash)

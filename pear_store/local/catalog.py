@@ -236,8 +236,8 @@ def enter(
 
     Args:
         numbers: the tensors' numbers. Those of `listed` may have rows, which are replaced.
-        sizes: tensor bytes by manifest, of versions that are new. Each is its task's newest. The other versions that
-            the pack records have rows, which from now on name this pack.
+        sizes: tensor bytes by manifest, of versions that are new. The other versions that the pack records have rows,
+            which from now on name this pack.
 
     Returns:
         the tensors' rows, encoded.
@@ -258,15 +258,18 @@ def enter(
         if version.hash in sizes:
             added = VersionRow(version.hash, pack.hash, version.time_ns, sizes[version.hash])
             view.versions.put(version.task, version.version, added)
-            view.names.put(NameRow(version.task, version.version, version.version, pack.hash))
+            name = view.names.get(version.task)
+            if name is None or name.highest <= version.version:
+                name = NameRow(version.task, name.newest if name else 0, version.version, pack.hash)
+            view.names.put(name._replace(newest=max(name.newest, version.version)))
         else:
             known = view.versions.get(version.task, version.version)
             assert known is not None
             view.versions.put(version.task, version.version, known._replace(pack=pack.hash))
-    for task in records.highest:
-        name = view.names.get(task)
-        assert name is not None
-        view.names.put(name._replace(pack=pack.hash))
+    for task, number in records.highest.items():
+        name = view.names.get(task) or NameRow(task, 0, number, pack.hash)
+        if name.highest <= number:
+            view.names.put(name._replace(highest=number, pack=pack.hash))
     for task, number in records.removed:
         removed = view.removed.get(task, number)
         if removed is not None:

@@ -118,55 +118,61 @@ def _rewrite(
     """One commit that moves all that is good out of the damaged packs; returns how many went, what was healed, and the
     bytes written."""
     packs: list[WrittenPack] = []
-    wanted = {damage.digest for damage in report.damaged}
     gone: list[bytes] = []
 
     def change(view: View) -> tuple[int, set[str]]:
-        gone.clear()
-        healed: set[str] = set()
-        hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
-        for digest in wanted:
-            row = view.tensors.peek(Digest(digest))
-            if row is not None:
-                hit.add(row.pack)
-        for damage in report.damaged_manifests:
-            key = from_digest(Digest(damage.digest))
-            manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
-            if manifest is not None and (old := view.manifests.get(key)) is not None:
-                names = sorted(tensor_names(json.loads(manifest)))
-                rows = [one for name in names if (one := view.tensors.stored(Digest(name))) is not None]
-                view.manifests.put(key, old.number, rows, manifest)
-                healed.add(damage.digest)
-        contents = Needed()
-        stays: set[bytes] = set()
-        marks = mark(view).marks
-        for digest, place in rows_in(view, hit):
-            if not is_needed(marks, place):
-                continue  # no version needs it
-            try:
-                _check_readable(opened.path, digest, place)
-                contents.tensors[digest] = opened.tensor(view, digest, place)
-            except DamagedError:
-                if digest in copies:
-                    contents.tensors[digest] = copies[digest]
-                    healed.add(digest)
-                elif digest in wanted:
-                    stays.add(place.pack)
-                    continue
-                else:  # damaged since it was verified
-                    stays.add(place.pack)
-                    continue
-            contents.numbers[digest] = place.number
-        contents.records = records_of(view, hit, stays)
-        gone.extend(hit - stays - {NO_PACK})
-        packs[:] = [move(opened, view, contents)]
-        drop_manifests(view, marks)
-        drop_packs(opened.path, view, gone)
+        written, left, healed = rewrite_in(opened, view, report, copies, manifests)
+        packs[:], gone[:] = [written], left
         return len(gone), healed
 
     count, healed = opened.write_packs(change, packs)
     unlink_packs(opened, gone)
     return count, healed, sum(pack.file_bytes for pack in packs)
+
+
+def rewrite_in(
+    opened: OpenStore, view: View, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
+) -> tuple[WrittenPack, list[bytes], set[str]]:
+    """Moves all that is good out of the damaged packs into one that it places; returns that, the packs that have no
+    rows any more, whose files go after the commit, and what was healed."""
+    wanted = {damage.digest for damage in report.damaged}
+    healed: set[str] = set()
+    hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
+    for digest in wanted:
+        row = view.tensors.peek(Digest(digest))
+        if row is not None:
+            hit.add(row.pack)
+    for damage in report.damaged_manifests:
+        key = from_digest(Digest(damage.digest))
+        manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
+        if manifest is not None and (old := view.manifests.get(key)) is not None:
+            names = sorted(tensor_names(json.loads(manifest)))
+            rows = [one for name in names if (one := view.tensors.stored(Digest(name))) is not None]
+            view.manifests.put(key, old.number, rows, manifest)
+            healed.add(damage.digest)
+    contents = Needed()
+    stays: set[bytes] = set()
+    marks = mark(view).marks
+    for digest, place in rows_in(view, hit):
+        if not is_needed(marks, place):
+            continue  # no version needs it
+        try:
+            _check_readable(opened.path, digest, place)
+            contents.tensors[digest] = opened.tensor(view, digest, place)
+        except DamagedError:
+            if digest in copies:
+                contents.tensors[digest] = copies[digest]
+                healed.add(digest)
+            else:  # wanted, or damaged since it was verified
+                stays.add(place.pack)
+                continue
+        contents.numbers[digest] = place.number
+    contents.records = records_of(view, hit, stays)
+    gone = list(hit - stays - {NO_PACK})
+    written = move(opened, view, contents)
+    drop_manifests(view, marks)
+    drop_packs(opened.path, view, gone)
+    return written, gone, healed
 
 
 def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:

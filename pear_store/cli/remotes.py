@@ -1,0 +1,292 @@
+"""Verbs that share a store with others."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pear_store.cli.group import complete_task, main, store_directory, store_option
+from pear_store.errors import PearStoreError
+from pear_store.local.directory import store_path
+from pear_store.remote.changes import Changes
+from pear_store.remote.pull import Pulled
+from pear_store.remote.push import Pushed
+from pear_store.remote.remotes import Remote, add_remote, clone_store, init_remote, remotes, remove_remote
+from pear_store.store import Store
+from pear_store.terminal import PrintableGroup, echo, echo_json, echo_table, json_option
+
+
+def _options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r}: expected KEY=VALUE")
+        found[key] = value
+    return found
+
+
+option_option = click.option(
+    "--option", "options", multiple=True, callback=_options, metavar="KEY=VALUE",
+    help="For the place, such as endpoint=http://host:9000 or region=eu-west-1; never a secret. May be repeated.",
+)  # fmt: skip
+tasks_option = click.option(
+    "--tasks", "patterns", multiple=True, metavar="PATTERN", default=("*",),
+    help="Which tasks a pull takes that names none, such as 'dtd*'; may be repeated [default: all].",
+)  # fmt: skip
+
+
+def complete_remote(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
+    try:
+        return [remote.name for remote in remotes(store_directory(ctx)) if remote.name.startswith(start)]
+    except (PearStoreError, OSError):
+        return []
+
+
+@main.group(cls=PrintableGroup)
+def remote() -> None:
+    """Name the places that this store is shared through."""
+
+
+@remote.command("init")
+@click.argument("name")
+@click.argument("url")
+@option_option
+@tasks_option
+@store_option
+@json_option
+def init_command(name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
+    """Make an empty remote at a directory, s3://, gs://, az:// or sftp:// URL, and add it.
+
+    A place that cannot be written by several without loss is refused.
+    """
+    with Store(store_directory()) as store:
+        init_remote(url, options)
+        add_remote(store.path, Remote(name, url, options, patterns))
+    _report_added(name, url, as_json)
+
+
+@remote.command("add")
+@click.argument("name")
+@click.argument("url")
+@option_option
+@tasks_option
+@store_option
+@json_option
+def add_command(name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
+    """Add a remote that is there, also one on a web server, which is only read."""
+    with Store(store_directory()) as store:
+        add_remote(store.path, Remote(name, url, options, patterns))
+    _report_added(name, url, as_json)
+
+
+def _report_added(name: str, url: str, as_json: bool) -> None:
+    if as_json:
+        echo_json({"name": name, "url": url})
+    else:
+        echo(f"remote {name} at {url}")
+
+
+@remote.command("ls")
+@store_option
+@json_option
+def ls_command(as_json: bool) -> None:
+    """List the remotes."""
+    with Store(store_directory()) as store:
+        found = remotes(store.path)
+    rows = [{"name": one.name, "url": one.url, "tasks": list(one.tasks), "options": dict(one.options)} for one in found]
+    if as_json:
+        echo_json(rows)
+    elif rows:
+        shown = [{**row, "tasks": " ".join(one.tasks), "options": " ".join(map("=".join, one.options.items()))}
+                 for row, one in zip(rows, found, strict=True)]  # fmt: skip
+        echo_table(shown, colalign=("left",) * 4)
+
+
+@remote.command("rm")
+@click.argument("name", shell_complete=complete_remote)
+@store_option
+@json_option
+def rm_command(name: str, as_json: bool) -> None:
+    """Forget a remote; what lies there stays."""
+    with Store(store_directory()) as store:
+        found = remove_remote(store.path, name)
+    if as_json:
+        echo_json({"name": name, "url": found.url})
+    else:
+        echo(f"forgot remote {name}; what lies at {found.url} was left as it is")
+
+
+@remote.command("show")
+@click.argument("name", required=False, shell_complete=complete_remote)
+@store_option
+@json_option
+def show_command(name: str | None, as_json: bool) -> None:
+    """Show what a remote holds: entries of its log, tasks, versions, packs and their bytes."""
+    with Store(store_directory()) as store:
+        found = store.remote_stats(name)
+    if as_json:
+        echo_json(found)
+    else:
+        for key, value in found.items():
+            echo(f"{key:<12}{value:,}" if isinstance(value, int) else f"{key:<12}{value}")
+
+
+def _split(store: Store, given: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """The remote and the tasks: the first argument is a remote if it is the name of one."""
+    if given and given[0] in {one.name for one in remotes(store.path)}:
+        return given[0], given[1:]
+    return None, given
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=verb, unit=" versions", disable=None, leave=False) as bar:
+
+        def show(done: int, every: int) -> None:
+            bar.total = every
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@main.command()
+@click.argument("given", nargs=-1, metavar="[REMOTE] [TASK]...", shell_complete=complete_task)
+@store_option
+@json_option
+def push(given: tuple[str, ...], as_json: bool) -> None:
+    """Send versions, removals and tags that a remote lacks: of some tasks, or of all.
+
+    The remote is 'origin', or the only one, if the first argument is not a remote's name. What another store pushed
+    under the same number is named before anything is sent; 'pull' gives yours another number.
+    """
+    with Store(store_directory()) as store, _progress("push") as progress:
+        name, tasks = _split(store, given)
+        result = store.push(name, tasks, progress)
+    if as_json:
+        echo_json(pushed_json(result))
+        return
+    for task, version in result.versions:
+        echo(f"pushed {task}@{version}")
+    for task, version in result.removed:
+        echo(f"removed {task}@{version} there")
+    for task, tag, standing in result.tags:
+        echo(f"tagged {task}@{tag} there: {'nothing' if standing is None else f'version {standing}'}")
+    echo(f"{len(result.versions)} versions, {result.sent_bytes:,} bytes sent")
+
+
+def pushed_json(result: Pushed) -> dict[str, Any]:
+    return {
+        "versions": _numbered(result.versions), "removed": _numbered(result.removed),
+        "tags": [{"task": task, "tag": tag, "version": version} for task, tag, version in result.tags],
+        "sent_bytes": result.sent_bytes,
+    }  # fmt: skip
+
+
+def _numbered(versions: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    return [{"task": task, "version": version} for task, version in versions]
+
+
+@main.command()
+@click.argument("given", nargs=-1, metavar="[REMOTE] [TASK[@VERSION]]...", shell_complete=complete_task)
+@store_option
+@json_option
+def pull(given: tuple[str, ...], as_json: bool) -> None:
+    """Take versions, removals and tags from a remote: of some tasks, or of all.
+
+    A version that is only here and whose number another store has used gets the next free number.
+    """
+    with Store(store_directory()) as store, _progress("pull") as progress:
+        name, references = _split(store, given)
+        result = store.pull(name, references, progress)
+    _report_pulled(result, as_json)
+
+
+def _report_pulled(result: Pulled, as_json: bool) -> None:
+    for problem in result.problems:
+        echo(f"Warning: {problem}", err=True)
+    if as_json:
+        echo_json(
+            {
+                "versions": _numbered(result.versions), "removed": _numbered(result.removed),
+                "renumbered": [{"task": t, "version": old, "new_version": new} for t, old, new in result.renumbered],
+                "tags": [{"task": task, "tag": tag} for task, tag in result.tags],
+                "problems": result.problems, "read_bytes": result.read_bytes,
+            }
+        )  # fmt: skip
+        return
+    for task, version in result.versions:
+        echo(f"took {task}@{version}")
+    for task, old, new in result.renumbered:
+        echo(f"{task}@{old} of yours is {task}@{new} now: another store has pushed number {old}")
+    for task, version in result.removed:
+        echo(f"removed {task}@{version}")
+    for task, tag in result.tags:
+        echo(f"moved tag {task}@{tag}")
+    echo(f"{len(result.versions)} versions, {result.read_bytes:,} tensor bytes read")
+
+
+@main.command()
+@click.argument("url")
+@click.argument("directory", required=False, type=click.Path())
+@option_option
+@tasks_option
+@json_option
+def clone(url: str, directory: str | None, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
+    """Make a store of what a remote holds, in DIRECTORY [default: the last part of the URL].
+
+    The remote is named 'origin' there. The same command goes on with a clone that was cut off.
+    """
+    path = store_path(directory or Path(url.rstrip("/")).name)
+    with _progress("clone") as progress:
+        result = clone_store(path, Remote("origin", url, options, patterns), progress)
+    _report_pulled(result, as_json)
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[REMOTE]", shell_complete=complete_remote)
+@store_option
+@json_option
+def status(name: str | None, as_json: bool) -> None:
+    """Say what is here and not on a remote, and the other way round; nothing is changed."""
+    with Store(store_directory()) as store:
+        found = store.remote_status(name)
+    if as_json:
+        echo_json(status_json(found))
+        return
+    for version in found.push:
+        echo(f"to push    {version.task}@{version.number}")
+    for task, number in found.push_removed:
+        echo(f"to push    the removal of {task}@{number}")
+    for tag in found.push_tags:
+        echo(f"to push    tag {tag.task}@{tag.tag}")
+    for version in found.pull:
+        echo(f"to pull    {version.task}@{version.number}")
+    for task, number in found.pull_removed:
+        echo(f"to pull    the removal of {task}@{number}")
+    for task, tag_name in found.pull_tags:
+        echo(f"to pull    tag {task}@{tag_name}")
+    for clash in found.clashes:
+        echo(f"clash      {clash}")
+    if not (found.push or found.push_removed or found.push_tags or found.pull or found.pull_removed
+            or found.pull_tags or found.clashes):  # fmt: skip
+        echo("both hold the same")
+
+
+def status_json(found: Changes) -> dict[str, Any]:
+    return {
+        "push": {
+            "versions": _numbered((v.task, v.number) for v in found.push), "removed": _numbered(found.push_removed),
+            "tags": [{"task": tag.task, "tag": tag.tag, "version": tag.version} for tag in found.push_tags],
+        },
+        "pull": {
+            "versions": _numbered((v.task, v.number) for v in found.pull), "removed": _numbered(found.pull_removed),
+            "tags": [{"task": t, "tag": tag, "version": now} for (t, tag), (_, now) in found.pull_tags.items()],
+        },
+        "clashes": found.clashes,
+    }  # fmt: skip

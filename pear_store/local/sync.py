@@ -1,0 +1,283 @@
+"""What a store gives to a remote and takes from one: the only part of `local` that knows that there are others."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pear_store.errors import DamagedError, from_os_error
+from pear_store.format.digest import Digest, RawTensor
+from pear_store.format.pack import PackedTag, PackedVersion, Records
+from pear_store.local.add import good_row, put_manifest
+from pear_store.local.catalog import enter, take_out
+from pear_store.local.index import View
+from pear_store.local.loading import Loaded
+from pear_store.local.opened import OpenStore, PackGoneError
+from pear_store.local.packs import WrittenPack, pack_path, read_records_alone, write_pack
+from pear_store.local.references import manifest_of, resolve
+from pear_store.local.repair import rewrite_in
+from pear_store.local.rows import NO_PACK, TagRow
+from pear_store.local.sweep import unlink_packs
+from pear_store.local.tables import StoredTensor
+from pear_store.local.verify import Report
+
+T = TypeVar("T")
+Numbered = tuple[str, int]
+"""A task's name and a version's number"""
+_LOOK_UPS = 3
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a store holds: versions' manifests (their hashes) and times, tags, removals, names."""
+
+    versions: Mapping[Numbered, tuple[bytes, int]]
+    tags: Mapping[tuple[str, str], int]
+    removed: Mapping[Numbered, bytes | None]
+    """The manifests' hashes, where that is known"""
+    highest: Mapping[str, int]
+    """The highest number that each task ever had"""
+    spellings: Mapping[str, str]
+    """Names of tasks that have a version, by their case-folded ones"""
+
+
+def held(opened: OpenStore) -> Held:
+    """All that a store holds."""
+
+    def look(view: View) -> Held:
+        versions = {(task, number): (row.manifest, row.time_ns) for task, number, row in view.versions.every()}
+        tags = {(task, tag): row.version for task, tag, row in view.tags.every() if row.version}
+        removed: dict[Numbered, bytes | None] = {}
+        known: dict[bytes, Records] = {}
+        for task, number, row in view.removed.every():
+            if row.pack not in known:
+                known[row.pack] = _records(opened, row.pack)
+            removed[task, number] = known[row.pack].removed_manifests.get((task, number))
+        names = list(view.names.every())
+        return Held(
+            versions, tags, removed, {name.name: name.highest for name in names},
+            {name.name.casefold(): name.name for name in names if name.newest},
+        )  # fmt: skip
+
+    return opened.look(look)
+
+
+def _records(opened: OpenStore, pack: bytes) -> Records:
+    try:
+        return read_records_alone(pack_path(opened.path, pack))
+    except DamagedError:
+        return Records()
+
+
+def manifest_in(opened: OpenStore, task: str, number: int) -> bytes:
+    """A version's manifest.
+
+    Raises:
+        NotFoundError: it is not there, or not any more.
+    """
+    reference = f"{task}@{number}"
+    return opened.look(
+        lambda view: manifest_of(view, resolve(view, reference, opened.path)[2], f"version {reference}")[0]
+    )
+
+
+def tensors_in(opened: OpenStore, digests: Iterable[Digest], what: str) -> dict[Digest, RawTensor]:
+    """Stored tensors, as views of maps; each has been checked. `what` names their version in messages.
+
+    Raises:
+        DamagedError: one is damaged, or not there.
+    """
+    wanted = list(digests)
+
+    def look(view: View) -> dict[Digest, RawTensor]:
+        return {Digest(name): tensor for name, tensor in opened.tensors(view, wanted, what).items()}
+
+    for _ in range(_LOOK_UPS):
+        try:
+            return opened.look(look)
+        except PackGoneError:  # a gc moved them meanwhile
+            continue
+    return opened.look(look)
+
+
+def good_tensors_in(opened: OpenStore, digests: Iterable[Digest]) -> dict[Digest, RawTensor]:
+    """Those of the tensors that are stored and whole."""
+    found: dict[Digest, RawTensor] = {}
+    for digest in digests:
+        if opened.look(lambda view, digest=digest: view.tensors.peek(digest) is not None):  # type: ignore[misc]
+            try:
+                found.update(tensors_in(opened, [digest], "a task"))
+            except DamagedError:
+                continue
+    return found
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A version from elsewhere, checked, and all its tensors."""
+
+    loaded: Loaded
+    number: int
+    time_ns: int
+
+
+@dataclass
+class Received:
+    """What :func:`receive` changed."""
+
+    taken: list[Numbered] = field(default_factory=list)
+    renumbered: list[tuple[str, int, int]] = field(default_factory=list)
+    """Versions that were only here and whose number another one has: task, the number that it had, the new one"""
+
+
+def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str, int]) -> Received:
+    """Takes versions in under their own numbers, in one commit.
+
+    A version that is here under such a number and is another one gets the next free number; its tags go with it. Packs
+    that record what is otherwise now are written anew in the same commit.
+
+    Args:
+        floors: the highest number of each task that is used elsewhere: what gets a new number gets a higher one.
+
+    Raises:
+        DiskFullError, AccessError: nothing was changed.
+    """
+    packs: list[WrittenPack] = []
+    gone: list[bytes] = []
+
+    def change(view: View) -> Received:
+        packs.clear()
+        gone.clear()
+        received, records, contradicted = _plan(view, opened, incoming, floors)
+        if not records:
+            return received
+        used = {(v.task, v.version) for v in records.versions}
+        fresh = [one.loaded for one in incoming if (one.loaded.name, one.number) in used]
+        sizes = {loaded.hash: loaded.size_bytes for loaded in fresh}
+        for task, _, number in received.renumbered:
+            for version in records.versions:
+                if (version.task, version.version) == (task, number):
+                    sizes[version.hash] = _size_of(view, task, version.hash)
+        damaged: dict[Digest, int] = {}
+        stored: dict[Digest, StoredTensor] = {}
+        tensors: dict[Digest, RawTensor] = {}
+        seen: set[bytes] = set()
+        for loaded in fresh:
+            for digest, tensor in loaded.tensors.items():
+                if digest not in stored and digest not in tensors:
+                    row = good_row(opened, view, digest, tensor, seen, damaged)
+                    if row is None:
+                        tensors[digest] = tensor
+                    else:
+                        stored[digest] = row
+        pack = write_pack(opened.path, tensors, records, view.next_commit())
+        packs.append(pack)
+        numbers = dict(damaged)
+        new = [digest for digest in tensors if digest not in numbers]
+        numbers.update(zip(new, range(first := view.take_numbers(len(new)), first + len(new)), strict=True))
+        stored |= enter(opened.path, view, pack, records, numbers, damaged, sizes)
+        for loaded in fresh:
+            put_manifest(view, loaded, stored)
+        if contradicted:
+            report = Report(damaged_packs=[one.hex() for one in contradicted])
+            written, left, _ = rewrite_in(opened, view, report, {}, {})
+            packs.append(written)
+            gone.extend(left)
+        return received
+
+    return _written(opened, change, packs, gone)
+
+
+def _plan(
+    view: View, opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str, int]
+) -> tuple[Received, Records, set[bytes]]:
+    """What taking versions in would change, what of that is recorded, and packs that record otherwise."""
+    received, records = Received(), Records()
+    contradicted: set[bytes] = set()
+    tops: dict[str, int] = {}
+    for one in incoming:
+        name = view.names.get(one.loaded.name)
+        here = name.highest if name else 0
+        tops[one.loaded.name] = max(tops.get(one.loaded.name, 0), here, floors.get(one.loaded.name, 0), one.number)
+    for one in sorted(incoming, key=lambda one: (one.loaded.name, one.number)):
+        task, number, manifest = one.loaded.name, one.number, one.loaded.hash
+        known = view.versions.get(task, number)
+        if known is not None and known.manifest == manifest:
+            continue
+        records.versions.append(PackedVersion(task, number, one.time_ns, one.loaded.manifest))
+        received.taken.append((task, number))
+        if known is not None:
+            tops[task] += 1
+            text = view.manifests.text(known.manifest)
+            records.versions.append(PackedVersion(task, tops[task], known.time_ns, text))
+            received.renumbered.append((task, number, tops[task]))
+            for _, tag, row in list(view.tags.of(task)):
+                if row.version == number:
+                    now = max(time.time_ns(), row.time_ns + 1)
+                    records.tags.append(PackedTag(task, tag, tops[task], now))
+            contradicted.add(known.pack)
+        gone = view.removed.get(task, number)
+        if gone is not None:  # another version had that number here, and was never anywhere else
+            contradicted |= {gone.recorded_in, gone.pack}
+            view.removed.delete(task, number)
+    records.versions.sort(key=lambda version: (version.task, version.version))
+    return received, records, {pack for pack in contradicted if pack != NO_PACK and pack in view.packs}
+
+
+def _size_of(view: View, task: str, manifest: bytes) -> int:
+    return next(row.size_bytes for _, row in view.versions.of(task) if row.manifest == manifest)
+
+
+def settle(
+    opened: OpenStore,
+    removed: Mapping[Numbered, bytes],
+    tags: Mapping[tuple[str, str], tuple[int | None, int | None]],
+    highest: Mapping[str, int],
+) -> tuple[list[Numbered], list[tuple[str, str]]]:
+    """Takes over removals, tags and highest numbers, in one commit; returns the versions removed and the tags set.
+
+    Args:
+        removed: manifests of versions that go, if they are still those and no tag is left on them.
+        tags: what each tag must stand for now, and what it is to stand for; None: nothing.
+        highest: numbers used elsewhere.
+    """
+    packs: list[WrittenPack] = []
+
+    def change(view: View) -> tuple[list[Numbered], list[tuple[str, str]]]:
+        packs.clear()
+        moved: list[PackedTag] = []
+        for (task, tag), (before, after) in tags.items():
+            now = view.tags.get(task, tag) or TagRow(0, 0, NO_PACK)
+            if (now.version or None) == before != after and (after is None or view.versions.has(task, after)):
+                moved.append(PackedTag(task, tag, after, max(time.time_ns(), now.time_ns + 1)))
+        standing = {(task, tag): row.version for task, tag, row in view.tags.every()}
+        standing.update({(one.task, one.tag): one.version or 0 for one in moved})
+        tagged = {(task, number) for (task, _), number in standing.items()}
+        gone = [
+            (task, number)
+            for (task, number), manifest in removed.items()
+            if (row := view.versions.get(task, number)) is not None
+            and row.manifest == manifest
+            and (task, number) not in tagged
+        ]
+        records = take_out(view, gone) if gone else Records()
+        records.tags = moved
+        for task, number in highest.items():
+            name = view.names.get(task)
+            if name is None or (name.name == task and name.highest < number):
+                records.highest[task] = number
+        if records:
+            packs.append(write_pack(opened.path, {}, records, view.next_commit()))
+            enter(opened.path, view, packs[0], records, {})
+        return gone, [(one.task, one.tag) for one in moved]
+
+    return _written(opened, change, packs, [])
+
+
+def _written(opened: OpenStore, change: Callable[[View], T], packs: list[WrittenPack], gone: list[bytes]) -> T:
+    try:
+        result = opened.write_packs(change, packs)
+    except OSError as error:
+        raise from_os_error(error, opened.path) from None
+    unlink_packs(opened, gone)
+    return result

@@ -1,0 +1,126 @@
+"""What differs between a store and a remote, by what both hold now and what they last agreed on."""
+
+from dataclasses import dataclass, field
+
+from pear_store.local.sync import Held, Numbered
+from pear_store.remote.log import LoggedTag, LoggedVersion
+from pear_store.remote.mirror import Mirror
+
+
+@dataclass
+class Changes:
+    """What a push would do, what a pull would do, and what neither can settle."""
+
+    push: list[LoggedVersion] = field(default_factory=list)
+    push_removed: list[Numbered] = field(default_factory=list)
+    push_tags: list[LoggedTag] = field(default_factory=list)
+    push_highest: dict[str, int] = field(default_factory=dict)
+    pull: list[LoggedVersion] = field(default_factory=list)
+    pull_removed: dict[Numbered, bytes] = field(default_factory=dict)
+    pull_tags: dict[tuple[str, str], tuple[int | None, int | None]] = field(default_factory=dict)
+    pull_highest: dict[str, int] = field(default_factory=dict)
+    clashes: list[str] = field(default_factory=list)
+    """What keeps a push from being done ..."""
+    renumbers: list[Numbered] = field(default_factory=list)
+    """... those of them that a pull settles by another number"""
+    same: list[Numbered] = field(default_factory=list)
+    same_tags: list[tuple[str, str, int | None]] = field(default_factory=list)
+
+    @property
+    def is_pushed(self) -> bool:
+        """Whether there is nothing to push."""
+        return not (self.push or self.push_removed or self.push_tags or self.push_highest)
+
+
+def compare(held: Held, mirror: Mirror, tasks: set[str] | None = None) -> Changes:
+    """The differences, of some tasks or of all."""
+    if tasks is not None:  # another spelling of one is a clash with it
+        tasks = tasks | {here for task in tasks if (here := held.spellings.get(task.casefold()))}
+    found = Changes()
+    _compare_held(held, mirror, tasks, found)
+    _compare_remote(held, mirror, tasks, found)
+    _compare_tags(held, mirror, tasks, found)
+    return found
+
+
+def _compare_held(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
+    """What is here: is it there?"""
+    tops: dict[str, int] = {}
+    for (task, number), (manifest, time_ns) in held.versions.items():
+        if tasks is not None and task not in tasks:
+            continue
+        spelled = mirror.spelling(task)
+        if spelled not in (None, task):
+            found.clashes.append(f"task {task!r} differs only in case from {spelled!r} on the remote")
+            continue
+        there = mirror.version(task, number)
+        if there is None:
+            found.push.append(LoggedVersion(task, number, time_ns, manifest))
+            tops[task] = max(number, tops.get(task, 0))
+        elif there[0].manifest != manifest:
+            found.clashes.append(f"{task}@{number} is another version on the remote; 'pear-store pull' renumbers yours")
+            found.renumbers.append((task, number))
+        elif there[1]:
+            found.pull_removed[task, number] = manifest
+        else:
+            found.same.append((task, number))
+    for (task, number), removed in held.removed.items():
+        if (tasks is None or task in tasks) and (task, number) not in held.versions:
+            there = mirror.version(task, number)
+            if there is not None and not there[1] and there[0].manifest == removed:
+                if tags := mirror.tags_of(task, number):
+                    if all(mirror.agreed(task, tag) == number and held.tags.get((task, tag)) != number for tag in tags):
+                        found.push_removed.append((task, number))  # untagged here before: that is pushed with it
+                    else:
+                        found.clashes.append(
+                            f"{task}@{number} was removed here and is tagged {tags[0]!r} on the remote"
+                        )
+                else:
+                    found.push_removed.append((task, number))
+    for task in tops:
+        highest = held.highest.get(task, 0)
+        if highest > max(tops[task], mirror.highest(task)):
+            found.push_highest[task] = highest
+
+
+def _compare_remote(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
+    """What is there: is it here?"""
+    for task in mirror.tasks() if tasks is None else sorted(tasks):
+        spelled = held.spellings.get(task.casefold())
+        if spelled not in (None, task):
+            continue  # a clash, named before
+        for version in mirror.versions(task):
+            key = (task, version.number)
+            here = held.versions.get(key)
+            was_here = held.removed.get(key, b"") == version.manifest or mirror.taken(*key)
+            if (here is None and not was_here) or (here is not None and here[0] != version.manifest):
+                found.pull.append(version)
+        if (highest := mirror.highest(task)) > held.highest.get(task, 0):
+            found.pull_highest[task] = highest
+
+
+def _compare_tags(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
+    there, agreed = mirror.tags(), mirror.agreed_tags()
+    for task, tag in sorted({*held.tags, *there, *agreed}):
+        if tasks is not None and task not in tasks:
+            continue
+        a, b, base = (side.get((task, tag)) for side in (held.tags, there, agreed))
+        if a == b and not (a is not None and (task, a) in found.renumbers):
+            if a != base:
+                found.same_tags.append((task, tag, a))
+        elif b == base:  # moved here
+            if a is not None and mirror.version(task, a) is not None and not mirror.has_version(task, a):
+                found.clashes.append(f"tag {task}@{tag} stands for version {a}, which was removed on the remote")
+            else:
+                found.push_tags.append(LoggedTag(task, tag, a, b))
+        elif a == base:  # moved there
+            found.pull_tags[task, tag] = (a, b)
+        else:
+            found.clashes.append(
+                f"tag {task}@{tag} stands for {_named(a)} here and for {_named(b)} on the remote; "
+                "set it here to what the remote says, or remove it here and pull"
+            )
+
+
+def _named(version: int | None) -> str:
+    return "nothing" if version is None else f"version {version}"

@@ -1,0 +1,269 @@
+"""The log of a remote: its entries and what they say, as bytes (docs/remotes.md has the format).
+
+Whatever is read here may come from a stranger: sizes, counts, names and nesting are checked before anything is used.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+from pear_store.errors import DamagedRemoteError, FormatError
+from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
+from pear_store.format.container import Place as TensorPlace
+from pear_store.format.container import strict_json
+from pear_store.format.digest import ITEM_BYTES, Digest, from_digest, to_digest
+
+SETTINGS_NAME = "pear-remote.json"
+SETTINGS_FORMAT = "pear-remote/1"
+ENTRY_FORMAT = "pear-log/1"
+INDEX_FORMAT = "pear-index/1"
+MAX_ENTRY_BYTES = 4096
+"""Of an entry, and of pear-remote.json"""
+MAX_INDEX_BYTES = 16 << 20
+"""Of an index, as it lies there and as text"""
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_PACK_BYTES = 1 << 40
+_MOST_AXES = 8
+T = TypeVar("T")
+
+
+def entry_name(number: int) -> str:
+    return f"log/{number:020d}"
+
+
+def index_name(index: bytes) -> str:
+    return f"index/{index.hex()}"
+
+
+def pack_name(pack: bytes) -> str:
+    return f"packs/{pack.hex()[:2]}/{pack.hex()}.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry: a random id, by which its writer knows it; the hash of the entry before it (None: it is the first);
+    the hash of its index. Time and host are for people."""
+
+    id: str
+    previous: bytes | None
+    index: bytes
+    time_ns: int
+    host: str
+
+    def encode(self) -> bytes:
+        return _dump(
+            {
+                "format": ENTRY_FORMAT, "id": self.id, "previous": self.previous and self.previous.hex(),
+                "index": self.index.hex(), "time_ns": self.time_ns, "host": self.host,
+            }
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoggedVersion:
+    task: str
+    number: int
+    time_ns: int
+    manifest: bytes
+    """Its hash"""
+
+
+@dataclass(frozen=True)
+class LoggedTag:
+    """A tag stands for a version from now on (None: for none); `before`: what it stood for when it was set."""
+
+    task: str
+    tag: str
+    version: int | None
+    before: int | None
+
+
+@dataclass(frozen=True)
+class PackListing:
+    """A pack's size, and where its tensors lie in it."""
+
+    file_bytes: int
+    places: dict[Digest, TensorPlace]
+
+
+@dataclass
+class LogIndex:
+    """What an entry says."""
+
+    packs: dict[bytes, PackListing] = field(default_factory=dict)
+    manifests: dict[bytes, bytes] = field(default_factory=dict)
+    versions: list[LoggedVersion] = field(default_factory=list)
+    removed: list[tuple[str, int]] = field(default_factory=list)
+    tags: list[LoggedTag] = field(default_factory=list)
+    highest: dict[str, int] = field(default_factory=dict)
+    """The highest numbers that tasks ever had, also of versions that are on no remote"""
+    drop: list[bytes] = field(default_factory=list)
+    """Packs that will be deleted"""
+
+    def __len__(self) -> int:
+        return sum(map(len, (self.packs, self.versions, self.removed, self.tags, self.highest, self.drop)))
+
+    def encode(self) -> bytes:
+        """The bytes of its object, which its hash names.
+
+        Raises:
+            ValueError: more than a reader would read.
+        """
+        text = _dump(
+            {
+                "format": INDEX_FORMAT,
+                "packs": {
+                    pack.hex(): {
+                        "file_bytes": listing.file_bytes,
+                        "tensors": [
+                            [from_digest(digest).hex(), p.dtype, list(p.shape), p.offset, p.length]
+                            for digest, p in listing.places.items()
+                        ],
+                    }
+                    for pack, listing in self.packs.items()
+                },
+                "manifests": {key.hex(): manifest.decode("utf-8") for key, manifest in self.manifests.items()},
+                "versions": [[v.task, v.number, v.time_ns, v.manifest.hex()] for v in self.versions],
+                "removed": [list(one) for one in self.removed],
+                "tags": [[t.task, t.tag, t.version, t.before] for t in self.tags],
+                "highest": self.highest,
+                "drop": [pack.hex() for pack in self.drop],
+            }
+        )
+        if len(text) > MAX_INDEX_BYTES:
+            raise ValueError(f"an index of {len(text)} bytes: at most {MAX_INDEX_BYTES} are read")
+        return zlib.compress(text, 6)
+
+
+def encode_settings(id: str) -> bytes:
+    return _dump({"format": SETTINGS_FORMAT, "id": id})
+
+
+def parse_settings(data: bytes, place: str) -> str:
+    """The id of a remote by its pear-remote.json.
+
+    Raises:
+        FormatError: another Pear wrote it.
+        DamagedRemoteError: it breaks the rules.
+    """
+    return _parsed(place, SETTINGS_NAME, data, SETTINGS_FORMAT, lambda value: _hex(value["id"], 16).hex())
+
+
+def parse_entry(data: bytes, place: str, number: int) -> Entry:
+    """Raises as :func:`parse_settings`."""
+
+    def parse(value: Any) -> Entry:
+        previous = None if value["previous"] is None else _hex(value["previous"])
+        host = value["host"]
+        if (previous is None) != (number == 1) or not (isinstance(host, str) and len(host) <= 255):
+            raise ValueError("its field 'previous' or 'host'")
+        return Entry(_hex(value["id"], 16).hex(), previous, _hex(value["index"]), _count(value["time_ns"]), host)
+
+    return _parsed(place, entry_name(number), data, ENTRY_FORMAT, parse)
+
+
+def parse_index(data: bytes, place: str, index: bytes) -> LogIndex:
+    """What an entry says, by the object that it names. Raises as :func:`parse_settings`."""
+    name = index_name(index)
+    if hashlib.sha256(data).digest() != index:
+        raise DamagedRemoteError(place, name, "its bytes do not hash to its name")
+    unpacking = zlib.decompressobj()
+    try:
+        text = unpacking.decompress(data, MAX_INDEX_BYTES)
+    except zlib.error:
+        raise DamagedRemoteError(place, name, "it cannot be decompressed") from None
+    if unpacking.unconsumed_tail or not unpacking.eof or unpacking.unused_data:
+        raise DamagedRemoteError(place, name, f"more than {MAX_INDEX_BYTES} bytes, or cut off")
+    return _parsed(place, name, text, INDEX_FORMAT, _index)
+
+
+def _index(value: Any) -> LogIndex:
+    found = LogIndex()
+    for text, listing in value["packs"].items():
+        file_bytes = _count(listing["file_bytes"])
+        if file_bytes > MAX_PACK_BYTES:
+            raise ValueError("a pack's size")
+        places = dict(_place(row, file_bytes) for row in _list(listing["tensors"]))
+        if len(places) != len(listing["tensors"]):
+            raise ValueError("a pack that lists a tensor twice")
+        found.packs[_hex(text)] = PackListing(file_bytes, places)
+    for text, manifest in value["manifests"].items():
+        raw = manifest.encode("utf-8")
+        if len(raw) > MAX_MANIFEST_BYTES or hashlib.sha256(raw).digest() != _hex(text):
+            raise ValueError("a manifest that does not hash to its name, or is too large")
+        found.manifests[_hex(text)] = raw
+    for task, number, time_ns, manifest in _list(value["versions"]):
+        found.versions.append(LoggedVersion(_task(task), _number(number), _count(time_ns), _hex(manifest)))
+    found.removed = [(_task(task), _number(number)) for task, number in _list(value["removed"])]
+    for task, tag, version, before in _list(value["tags"]):
+        if not (isinstance(tag, str) and TAG_NAME.fullmatch(tag)):
+            raise ValueError("a tag's name")
+        numbers = (None if number is None else _number(number) for number in (version, before))
+        found.tags.append(LoggedTag(_task(task), tag, *numbers))
+    found.highest = {_task(task): _number(number) for task, number in value["highest"].items()}
+    found.drop = [_hex(pack) for pack in _list(value["drop"])]
+    if len({(v.task.casefold(), v.number) for v in found.versions}) != len(found.versions):
+        raise ValueError("a version that is there twice")
+    return found
+
+
+def _place(row: Any, file_bytes: int) -> tuple[Digest, TensorPlace]:
+    digest, dtype, shape, offset, length = row
+    sizes = tuple(map(_count, shape))
+    known = isinstance(dtype, str) and dtype in ITEM_BYTES and isinstance(shape, list) and len(sizes) <= _MOST_AXES
+    if not known or prod(sizes) * ITEM_BYTES[dtype] != _count(length) or _count(offset) + length > file_bytes:
+        raise ValueError("a tensor's place")
+    return to_digest(_hex(digest)), TensorPlace(dtype, sizes, offset, length)
+
+
+def _parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any], T]) -> T:
+    try:
+        value = strict_json(data)
+        if not isinstance(value, dict) or not isinstance(value.get("format"), str):
+            raise ValueError("no object with a format")
+        if value["format"] != known:
+            raise FormatError(
+                f"{place}: {name} is of format {value['format'][:40]!r}, this Pear reads {known!r}: use a newer Pear"
+            )
+        return parse(value)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        problem = f": {str(error)[:120]}" if type(error) is ValueError else ""
+        raise DamagedRemoteError(place, name, f"it is not as {known!r} is{problem}") from None
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("what should be a list")
+    return value
+
+
+def _hex(value: Any, count: int = 32) -> bytes:
+    if not (isinstance(value, str) and len(value) == 2 * count and set(value) <= set("0123456789abcdef")):
+        raise ValueError("what should be a hash")
+    return bytes.fromhex(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a count or a time")
+    return value
+
+
+def _task(value: Any) -> str:
+    if not (isinstance(value, str) and TASK_NAME.fullmatch(value)):
+        raise ValueError("a task's name")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**32:
+        raise ValueError("a version's number")
+    return value

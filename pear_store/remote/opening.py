@@ -1,0 +1,59 @@
+"""Which place a URL names."""
+
+import os
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from pear_store.errors import PlaceError
+from pear_store.local.directory import store_path
+from pear_store.remote.directory import DirectoryPlace
+from pear_store.remote.place import Place
+
+_OBJECTS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+SECRETS = ("secret", "password", "token", "access_key", "account_key", "credential")
+
+
+def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
+    """The place at a URL or a directory's path.
+
+    Raises:
+        PlaceError: no place is of this kind, or it needs a package that is not there.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return DirectoryPlace(store_path(url))
+    scheme = scheme.lower()
+    if scheme == "file":
+        return DirectoryPlace(store_path(rest))
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise PlaceError(scheme, "the URL cannot be read") from None
+    if parts.password is not None:
+        raise PlaceError(f"{scheme}://{parts.hostname}", "the URL holds a password: remove it, see docs/remotes.md")
+    if scheme in ("http", "https"):
+        from pear_store.remote.web import WebPlace  # here and below: each brings much that few commands need
+
+        return WebPlace(url)
+    if scheme == "sftp":
+        from pear_store.remote.sftp import SftpPlace
+
+        return SftpPlace(url, options or {})
+    if scheme in _OBJECTS:
+        from pear_store.remote.objects import ObjectPlace
+
+        return ObjectPlace(url, options or {})
+    raise PlaceError(url, "expected a directory, s3://, gs://, az://, sftp://, https:// or http://")
+
+
+def checked_url(url: str) -> str:
+    """A URL as it is kept: a directory's path from the root on."""
+    return url if "://" in url else os.path.abspath(store_path(url))
+
+
+def check_options(options: Mapping[str, str]) -> None:
+    """Raises a PlaceError where an option would have a secret written into the store's directory."""
+    for key in options:
+        if any(word in key.lower() for word in SECRETS):
+            raise PlaceError(f"option {key!r}", "secrets are not kept with a store: set them in the environment")

@@ -1,0 +1,242 @@
+"""Takes from a remote what a store lacks. What arrives is hashed, checked as any task that is added, and entered in
+local commits of bounded size; what was taken stays taken when a pull is cut off."""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from pear_store.errors import AbsentError, CheckpointError, DamagedError, DamagedRemoteError, NotFoundError
+from pear_store.format.checkpoint import TASK_NAME, make_task
+from pear_store.format.container import MAX_FILE_BYTES
+from pear_store.format.container import Place as TensorPlace
+from pear_store.format.digest import Digest, RawTensor, tensor_digest
+from pear_store.format.manifest import manifest_digests
+from pear_store.local.loading import Loaded
+from pear_store.local.opened import OpenStore
+from pear_store.local.references import parse_reference
+from pear_store.local.sync import Held, Incoming, Numbered, good_tensors_in, held, receive, settle
+from pear_store.remote.changes import compare
+from pear_store.remote.log import LoggedVersion, pack_name
+from pear_store.remote.mirror import Mirror
+from pear_store.remote.place import Place
+from pear_store.remote.reading import read_on
+
+GROUP_BYTES = 64 << 20
+GROUP_VERSIONS = 200
+READERS = 8
+"""Packs that are read at once"""
+Progress = Callable[[int, int], None]
+"""Told versions done and all of them"""
+
+
+@dataclass
+class Pulled:
+    """What a pull did; bytes are those of tensors that were read."""
+
+    versions: list[Numbered] = field(default_factory=list)
+    renumbered: list[tuple[str, int, int]] = field(default_factory=list)
+    """Versions that were only here: task, the number that they had, the number that they have now"""
+    removed: list[Numbered] = field(default_factory=list)
+    tags: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What was not taken, and why"""
+    read_bytes: int = 0
+
+
+def pull(
+    opened: OpenStore,
+    place: Place,
+    mirror: Mirror,
+    references: Collection[str] = (),
+    patterns: Collection[str] = ("*",),
+    progress: Progress = lambda done, all_: None,
+) -> Pulled:
+    """Takes versions, removals, tags and numbers.
+
+    Args:
+        references: tasks, or versions ``T@2`` and ``T@prod``; none: all tasks whose names match one of `patterns`.
+
+    Raises:
+        NotFoundError: the remote has no such task or version.
+        DamagedRemoteError: what was read is not what the log says; all before it was taken.
+        PlaceError: the remote cannot be reached.
+    """
+    read_on(mirror, place)
+    tasks, numbers = chosen(mirror, references, patterns)
+    pulled = Pulled()
+    before = held(opened)
+    changes = compare(before, mirror, tasks)
+    mirror.take(changes.same)
+    wanted = [v for v in changes.pull if v.task not in numbers or v.number in numbers[v.task]]
+    _name_removed(mirror, before, numbers)
+    for done, group in _groups(opened, place, mirror, wanted, pulled):
+        progress(done, len(wanted))
+        received = receive(opened, group, {one.loaded.name: mirror.highest(one.loaded.name) for one in group})
+        mirror.take((one.loaded.name, one.number) for one in group)
+        pulled.versions += received.taken
+        pulled.renumbered += received.renumbered
+    progress(len(wanted), len(wanted))
+    _settle(opened, mirror, tasks, pulled)
+    return pulled
+
+
+def _settle(opened: OpenStore, mirror: Mirror, tasks: set[str], pulled: Pulled) -> None:
+    """Takes removals, tags and numbers over, by what the store holds now."""
+    now = held(opened)
+    changes = compare(now, mirror, tasks)
+    mirror.agree(changes.same_tags)
+    tags = {
+        key: (before, after)
+        for key, (before, after) in changes.pull_tags.items()
+        if after is None or (key[0], after) in now.versions
+    }
+    if changes.pull_removed or tags or changes.pull_highest:
+        removed, moved = settle(opened, changes.pull_removed, tags, changes.pull_highest)
+        pulled.removed += removed
+        pulled.tags += moved
+        mirror.agree((*key, tags[key][1]) for key in moved)
+        for task, number in changes.pull_removed.keys() - set(removed):
+            pulled.problems.append(f"{task}@{number} was removed on the remote, and is kept here: a tag holds it")
+    pulled.problems += [clash for clash in changes.clashes if clash not in pulled.problems]
+
+
+def chosen(
+    mirror: Mirror, references: Collection[str], patterns: Collection[str]
+) -> tuple[set[str], dict[str, set[int]]]:
+    """The tasks that are meant; and of those of which not all versions are, which ones."""
+    if not references:
+        return {task for task in mirror.tasks() if any(fnmatchcase(task, one) for one in patterns)}, {}
+    tasks: set[str] = set()
+    numbers: dict[str, set[int]] = {}
+    whole: set[str] = set()
+    for reference in references:
+        task, which = parse_reference(reference)
+        if not mirror.versions(task):
+            raise NotFoundError(f"{mirror.url}: no task {task!r} there")
+        tasks.add(task)
+        if which is None:
+            whole.add(task)
+            continue
+        number = mirror.tag(task, which) if isinstance(which, str) else which
+        if number is None or not mirror.has_version(task, number):
+            raise NotFoundError(f"{mirror.url}: no version {reference} there")
+        numbers.setdefault(task, set()).add(number)
+    return tasks, {task: chosen for task, chosen in numbers.items() if task not in whole}
+
+
+def _name_removed(mirror: Mirror, before: Held, numbers: dict[str, set[int]]) -> None:
+    for task, chosen in numbers.items():
+        for number in chosen:
+            if (task, number) not in before.versions and mirror.taken(task, number):
+                raise NotFoundError(f"{task}@{number} was removed here and is not taken again; 'push' removes it there")
+
+
+def _groups(
+    opened: OpenStore, place: Place, mirror: Mirror, wanted: list[LoggedVersion], pulled: Pulled
+) -> Iterator[tuple[int, list[Incoming]]]:
+    """The versions with all their tensors, in runs of what one commit takes; and how many came before."""
+    with ThreadPoolExecutor(READERS) as pool:
+        group: list[tuple[LoggedVersion, bytes, list[Digest]]] = []
+        done = size = 0
+        for version in wanted:
+            manifest = mirror.manifest(version.manifest)
+            where = f"{mirror.url}: {version.task}@{version.number}"
+            try:
+                digests = manifest_digests(manifest)
+            except ValueError as error:
+                raise DamagedRemoteError(
+                    mirror.url, f"manifest of {version.task}@{version.number}", str(error)
+                ) from None
+            more = 0
+            for digest in digests:
+                places = mirror.places(digest)
+                more += places[0][1].length if places else 0
+            if more > MAX_FILE_BYTES:
+                raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
+            if group and (size + more > GROUP_BYTES or len(group) == GROUP_VERSIONS):
+                yield done, _fetch(opened, place, mirror, group, pulled, pool)
+                done, group, size = done + len(group), [], 0
+            group.append((version, manifest, digests))
+            size += more
+        if group:
+            yield done, _fetch(opened, place, mirror, group, pulled, pool)
+
+
+def _fetch(
+    opened: OpenStore,
+    place: Place,
+    mirror: Mirror,
+    group: list[tuple[LoggedVersion, bytes, list[Digest]]],
+    pulled: Pulled,
+    pool: ThreadPoolExecutor,
+) -> list[Incoming]:
+    needed = {digest for _, _, digests in group for digest in digests}
+    tensors = good_tensors_in(opened, sorted(needed))
+    missing = sorted(needed - tensors.keys())
+    try:
+        fetched = fetch_tensors(place, mirror, missing, pool)
+    except AbsentError:  # a pack that was dropped meanwhile: the log says where its tensors are now
+        read_on(mirror, place)
+        fetched = fetch_tensors(place, mirror, missing, pool)
+    pulled.read_bytes += sum(tensor.size_bytes for tensor in fetched.values())
+    tensors |= fetched
+    return [
+        _checked(mirror, version, manifest, {d: tensors[d] for d in digests}) for version, manifest, digests in group
+    ]
+
+
+def _checked(mirror: Mirror, version: LoggedVersion, manifest: bytes, tensors: dict[Digest, RawTensor]) -> Incoming:
+    """A version as any that is added: a remote may say anything."""
+    where = f"{mirror.url}: {version.task}@{version.number}"
+    record = json.loads(manifest)
+    make_task(record, {str(digest): tensor for digest, tensor in tensors.items()}, where)
+    if record["task"] != version.task or not TASK_NAME.fullmatch(version.task):
+        raise CheckpointError(where, f"its manifest is of task {str(record['task'])[:100]!r}")
+    size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
+    loaded = Loaded(version.task, tensors, size_bytes, manifest, version.manifest)
+    return Incoming(loaded, version.number, version.time_ns)
+
+
+def fetch_tensors(
+    place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPoolExecutor
+) -> dict[Digest, RawTensor]:
+    """Tensors by digest, each hashed; where one pack has a bad copy, the next one that lists it is asked.
+
+    Raises:
+        DamagedRemoteError: no pack has a good copy of one.
+        AbsentError: a pack is gone.
+    """
+    found: dict[Digest, RawTensor] = {}
+    wanted = {digest: mirror.places(digest) for digest in digests}
+    problem: DamagedError | None = None
+    for attempt in range(max(map(len, wanted.values()), default=0)):
+        by_pack: dict[bytes, list[tuple[Digest, TensorPlace]]] = {}
+        for digest, places in wanted.items():
+            if digest not in found and attempt < len(places):
+                by_pack.setdefault(places[attempt][0], []).append((digest, places[attempt][1]))
+        for tensors, error in pool.map(lambda item: _read(place, *item), by_pack.items()):
+            found.update(tensors)
+            problem = problem or error
+    for digest, places in wanted.items():
+        if digest not in found:
+            raise problem or DamagedRemoteError(mirror.url, f"tensor {digest}", f"{len(places)} packs list it")
+    return found
+
+
+def _read(
+    place: Place, pack: bytes, listed: list[tuple[Digest, TensorPlace]]
+) -> tuple[dict[Digest, RawTensor], DamagedError | None]:
+    found: dict[Digest, RawTensor] = {}
+    problem: DamagedError | None = None
+    try:
+        read = place.get_ranges(pack_name(pack), [(at.offset, at.length) for _, at in listed])
+    except DamagedError as error:
+        return {}, error
+    for (digest, at), data in zip(listed, read, strict=True):
+        if tensor_digest(at.dtype, at.shape, data) == digest:
+            found[digest] = RawTensor.checked(at.dtype, at.shape, data, digest)
+        else:
+            problem = DamagedRemoteError(place.url, pack_name(pack), f"the bytes of tensor {digest} do not hash to it")
+    return found, problem
