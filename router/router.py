@@ -162,6 +162,10 @@ class Router:
             self._engine.drop_stale(None, [replaced])
         return task.name
 
+    def added(self) -> list[str]:
+        """The names of the tasks that were added, which come before the store's."""
+        return [task.name for task in self._registry.added()]
+
     def check(self, tasks: str | Known | Iterable[str | Known]) -> None:
         """Raises what `run` would raise for these tasks together, before any image is given."""
         self._engine.check([self._find(task).use for task in _tasks(tasks)])

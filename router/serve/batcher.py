@@ -62,7 +62,8 @@ class Batcher:
         self._open: dict[Request, None] = {}
         self._idle: asyncio.Event | None = None
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
         """How many images wait: all that were admitted and are not in the batch under way."""
         return len(self._open) - len({part.request for part in self._flow.running}.intersection(self._open))
 
@@ -130,8 +131,8 @@ class Batcher:
             raise DeviceFailedError(self.failed)
         if self.draining:
             raise DrainingError
-        if len(self) + len(asked) > self.queue:
-            raise QueueFullError(len(self), self.queue, self.retry_after_s)
+        if self.waiting + len(asked) > self.queue:
+            raise QueueFullError(self.waiting, self.queue, self.retry_after_s)
         now = time.perf_counter()
         requests = [Request(image, list(tasks), loop.create_future(), now) for image, tasks in asked]
         for request in requests:
@@ -144,7 +145,7 @@ class Batcher:
     @property
     def retry_after_s(self) -> int:
         """In how many seconds what waits now will be done, from 1 to 60."""
-        return max(1, min(60, math.ceil(self._flow.row_s * len(self))))
+        return max(1, min(60, math.ceil(self._flow.row_s * self.waiting)))
 
     async def warm_up(self) -> None:
         """Runs the backbone once on the device's thread.

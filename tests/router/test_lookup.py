@@ -64,6 +64,12 @@ def test_what_is_loaded_and_what_fits(where: Path, backbone: Backbone) -> None:
             router.check(["a", "b"])
 
 
+def test_what_was_added_is_named(backbone: Backbone, task_maker: Callable[..., Task]) -> None:
+    with Router(backbone) as router:
+        router.add(task_maker("mine"))
+        assert router.added() == ["mine"]
+
+
 def test_the_backbone_can_be_run_ahead(backbone: Backbone) -> None:
     router = Router(backbone)
     router.warm_up()

@@ -110,7 +110,7 @@ def test_what_waits_when_the_device_becomes_free_is_one_batch(held: HeldRouter) 
         await until(lambda: batcher._flow.running)  # a lone request does not wait for others
         later = [asyncio.create_task(batcher.predict(PICTURES[i], task)) for i, task in enumerate("bcdab")]
         await until(lambda: len(batcher._flow.ready) == 5)
-        assert len(batcher) == 5
+        assert batcher.waiting == 5
         held.go.set()
         await asyncio.gather(first, *later)
         await batcher.close()
@@ -159,7 +159,7 @@ def test_a_flood_of_one_task_starves_no_other(held: HeldRouter) -> None:
         flood = [asyncio.create_task(batcher.predict(PICTURES[0], f"a@{1}" if i % 2 else "a")) for i in range(60)]
         await until(lambda: len(batcher._flow.waiting))
         others = [asyncio.create_task(batcher.predict(PICTURES[0], task)) for task in "bcd"]
-        await until(lambda: len(batcher) == 62)
+        await until(lambda: batcher.waiting == 62)
         held.go.set()
         await asyncio.gather(*others)
         assert sum(task.done() for task in flood) < 30
@@ -251,16 +251,16 @@ def test_a_full_queue_refuses_at_once_and_all_or_none(held: HeldRouter) -> None:
         running = asyncio.create_task(batcher.predict(PICTURES[0], "a"))
         await until(lambda: batcher._flow.running)
         asked = [asyncio.create_task(batcher.predict(PICTURES[0], "a")) for _ in range(2)]
-        await until(lambda: len(batcher) == 2)
+        await until(lambda: batcher.waiting == 2)
         with pytest.raises(QueueFullError, match=r"^2 images wait, the limit is 3: try again in 1 s$"):
             batcher.submit([(PICTURES[0], ["a"])] * 2)
-        assert len(batcher) == 2
+        assert batcher.waiting == 2
         asked.append(asyncio.create_task(batcher.predict(PICTURES[0], "b")))
-        await until(lambda: len(batcher) == 3)
+        await until(lambda: batcher.waiting == 3)
         with pytest.raises(QueueFullError):
             await batcher.predict(PICTURES[0], "c")
         asked.pop().cancel()  # whoever gives up makes room
-        await until(lambda: len(batcher) == 2)
+        await until(lambda: batcher.waiting == 2)
         asked.append(asyncio.create_task(batcher.predict(PICTURES[0], "d")))
         await until(lambda: len(batcher._flow.ready) == 3)
         held.go.set()
@@ -301,7 +301,7 @@ def test_one_that_is_given_up_in_its_batch_harms_nobody(held: HeldRouter) -> Non
         first.cancel()
         second = asyncio.create_task(batcher.predict(PICTURES[0], "b"))
         await until(lambda: len(batcher._flow.ready))
-        assert len(batcher) == 1
+        assert batcher.waiting == 1
         held.go.set()
         await second
         await batcher.close()
