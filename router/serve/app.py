@@ -54,6 +54,8 @@ class Service:
         self.router, self.batcher, self.limits, self.tokens = router, batcher, limits, tokens
         self.catalogue = Catalogue(router)
         self.held = Held(limits.held_bytes)
+        self.drained = True
+        """Whether all that waited when the app ended was finished."""
         self._drain_s = drain_s
         self._warming: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
@@ -65,7 +67,7 @@ class Service:
         """Of an app that runs by itself; one that is mounted begins with its first request."""
         self.start()
         yield
-        await self.batcher.close(self._drain_s)
+        self.drained = await self.batcher.close(self._drain_s)
 
     def start(self) -> "asyncio.Task[None]":
         """Begins to run the backbone once, unless that was begun."""
@@ -370,7 +372,7 @@ def create_app(
         raise RouterError("expected tokens that are not empty, and drain_s of at least 0")
     tokens = Tokens(use_token, manage_token)
     limits = limits or RequestLimits()
-    service = Service(router, batcher or Batcher(router), limits, tokens, drain_s)
+    service = Service(router, Batcher(router) if batcher is None else batcher, limits, tokens, drain_s)
     openapi = document(limits, with_tokens=use_token is not None or manage_token is not None)
 
     async def show_openapi(request: Request) -> Response:

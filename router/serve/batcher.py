@@ -155,14 +155,23 @@ class Batcher:
         """
         await asyncio.get_running_loop().run_in_executor(self._flow.device, self.router.warm_up)
 
+    def drain(self) -> None:
+        """Admits nothing more; what waits is run at once."""
+        self._flow.draining = True
+        self._flow.pump()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is under way."""
+        return bool(self._flow.running)
+
     async def close(self, limit_s: float | None = None) -> bool:
         """Admits nothing more, and finishes what waits; what is not done within `limit_s` fails with a DrainingError.
 
         Returns:
             Whether all was finished.
         """
-        self._flow.draining = True
-        self._flow.pump()
+        self.drain()
         if self._open and self._idle is not None:
             self._idle.clear()
             with suppress(TimeoutError):
