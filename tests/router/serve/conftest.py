@@ -1,6 +1,7 @@
 """A store of tasks, pictures, and a router that can be held up."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from io import BytesIO
@@ -62,10 +63,12 @@ class HeldRouter(Router):
         return super().run_batch(batch, tasks, **options)
 
 
-@pytest.fixture
-def filled(tmp_path: Path, task_maker: Callable[..., Task]) -> Path:
-    """A store: a to d for 48 pixels, wide for 64, features without head, foreign for another backbone."""
-    with Store.create(tmp_path / "s") as store:
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory, task_maker: Callable[..., Task]) -> Path:
+    """A store that nobody changes: a to d for 48 pixels, wide for 64, features without head, foreign for another
+    backbone."""
+    where = tmp_path_factory.mktemp("serve") / "s"
+    with Store.create(where) as store:
         for seed, name in enumerate("abcd"):
             store.add(task_maker(name, seed=seed, classes=3 + seed % 2))
         store.add(task_maker("wide", seed=9, classes=5, size=64))
@@ -73,7 +76,20 @@ def filled(tmp_path: Path, task_maker: Callable[..., Task]) -> Path:
         good = task_maker("foreign", seed=4)
         other = {**good.record, "backbone": {"model": "vit_huge", "digest": "sha256:" + "a" * 64}}
         store.add(make_task(other, good.tensors))
-    return tmp_path / "s"
+    return where
+
+
+@pytest.fixture(scope="session")
+def shared(backbone: Backbone, template: Path) -> Iterator[Router]:
+    """A router of that store, for tests that change neither."""
+    with Router(backbone, template) as made:
+        yield made
+
+
+@pytest.fixture
+def filled(tmp_path: Path, template: Path) -> Path:
+    """A copy of that store."""
+    return shutil.copytree(template, tmp_path / "s")
 
 
 @pytest.fixture

@@ -71,9 +71,9 @@ def assert_problem(response: httpx.Response, status: int, detail: str) -> dict[s
     return found
 
 
-def test_every_form_of_a_request(router: Router) -> None:
-    alone = {task: router.run(PICTURES[0], task)[0] for task in ("a", "b", "a@1", "wide", "features")}
-    other = router.run(PICTURES[1], "b")[0]
+def test_every_form_of_a_request(shared: Router) -> None:
+    alone = {task: shared.run(PICTURES[0], task)[0] for task in ("a", "b", "a@1", "wide", "features")}
+    other = shared.run(PICTURES[1], "b")[0]
 
     async def work(client: httpx.AsyncClient) -> None:
         url = "/v1/tasks/a/predict"
@@ -111,10 +111,10 @@ def test_every_form_of_a_request(router: Router) -> None:
         (row,) = results(await client.post(f"{url}?probabilities=true", content=PICTURES[0], headers=RAW))
         torch.testing.assert_close(torch.tensor(row["probabilities"]), alone["a"].probs, rtol=1e-5, atol=1e-5)
 
-    serve(router, work)
+    serve(shared, work)
 
 
-def test_one_bad_image_of_many_costs_only_its_row(router: Router) -> None:
+def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         asked = [
             {"image": BASE64[0], "task": "a"},
@@ -124,13 +124,13 @@ def test_one_bad_image_of_many_costs_only_its_row(router: Router) -> None:
             {"image": BASE64[1], "task": "b"},
         ]
         rows = results(await client.post("/v1/predict", json={"images": asked}))
-        assert_row(rows[0], router.run(PICTURES[0], "a")[0])
-        assert_row(rows[4], router.run(PICTURES[1], "b")[0])
+        assert_row(rows[0], shared.run(PICTURES[0], "a")[0])
+        assert_row(rows[4], shared.run(PICTURES[1], "b")[0])
         assert [row["error"] and row["error"]["status"] for row in rows] == [None, 400, 404, 422, None]
         assert "not an image" in rows[1]["error"]["detail"]
         assert all(row["label"] is None for row in rows[1:4])
 
-    serve(router, work)
+    serve(shared, work)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_one_bad_image_of_many_costs_only_its_row(router: Router) -> None:
         ("/v1/tasks", "image/png", b"", 405, "another method"),
     ],
 )  # fmt: skip
-def test_what_is_refused(router: Router, url: str, content_type: str, body: bytes, status: int, detail: str) -> None:
+def test_what_is_refused(shared: Router, url: str, content_type: str, body: bytes, status: int, detail: str) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         assert_problem(await client.post(url, content=body, headers={"Content-Type": content_type}), status, detail)
 
-    serve(router, work)
+    serve(shared, work)
 
 
-def test_no_path_or_url_of_a_request_is_opened(router: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_path_or_url_of_a_request_is_opened(shared: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret.png").write_bytes(PICTURES[0])
     opened: list[object] = []
     monkeypatch.setattr("router.pictures.open_source", lambda *args: opened.append(args))
@@ -193,7 +193,7 @@ def test_no_path_or_url_of_a_request_is_opened(router: Router, tmp_path: Path, m
         files = {"a": (path, b"x")}
         assert_problem(await client.post("/v1/predict", files=files), 400, "not an image")
 
-    serve(router, work)
+    serve(shared, work)
     assert not opened
 
 
@@ -384,7 +384,7 @@ def test_a_refresh_takes_up_new_versions_and_removals_count_from_then(
     serve(router, work)
 
 
-def test_tokens_say_who_may_do_what(router: Router, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_say_who_may_do_what(shared: Router, caplog: pytest.LogCaptureFixture) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         use, manage = {"Authorization": "Bearer use-me"}, {"Authorization": "bearer manage-me"}
         for headers in ({}, {"Authorization": "Basic use-me"}, {"Authorization": "Bearer use-m"},
@@ -403,21 +403,21 @@ def test_tokens_say_who_may_do_what(router: Router, caplog: pytest.LogCaptureFix
             assert (await client.get(url)).status_code == 200
 
     caplog.set_level("DEBUG")
-    serve(router, work, use_token="use-me", manage_token="manage-me")
+    serve(shared, work, use_token="use-me", manage_token="manage-me")
     assert "use-me" not in caplog.text
     assert "manage-me" not in caplog.text
     with pytest.raises(RouterError, match="not empty"):
-        create_app(router, use_token="")
+        create_app(shared, use_token="")
 
 
-def test_with_one_token_nothing_is_managed(router: Router) -> None:
+def test_with_one_token_nothing_is_managed(shared: Router) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         assert_problem(await client.post("/v1/refresh", headers={"Authorization": "Bearer x"}), 403, "manage")
 
-    serve(router, work, use_token="x")
+    serve(shared, work, use_token="x")
 
 
-def test_tokens_are_compared_in_constant_time(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_compared_in_constant_time(shared: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
 
     def compare(a: bytes, b: bytes) -> bool:
@@ -430,7 +430,7 @@ def test_tokens_are_compared_in_constant_time(router: Router, monkeypatch: pytes
         for token in ("", "x", "much longer than it is", "right"):
             await client.get("/v1/tasks", headers={"Authorization": f"Bearer {token}"})
 
-    serve(router, work, use_token="right", manage_token="other")
+    serve(shared, work, use_token="right", manage_token="other")
     assert compared == [0] * 8
 
 
@@ -481,21 +481,21 @@ def test_a_device_that_fails_is_seen(held: HeldRouter) -> None:
     serve(held, work)
 
 
-def test_it_mounts_into_another_app(router: Router) -> None:
+def test_it_mounts_into_another_app(shared: Router) -> None:
     async def work() -> None:
-        inner = create_app(router)
+        inner = create_app(shared)
         outer = Starlette(routes=[Mount("/pear", inner)])
         transport = httpx.ASGITransport(outer)
         async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
             (row,) = results(await client.post("/pear/v1/tasks/a/predict", content=PICTURES[0], headers=RAW))
-            assert_row(row, router.run(PICTURES[0], "a")[0])
+            assert_row(row, shared.run(PICTURES[0], "a")[0])
             assert (await client.get("/pear/readyz")).status_code == 200
         await inner.state.service.batcher.close()
 
     run(work())
 
 
-def test_the_document_says_what_there_is(router: Router) -> None:
+def test_the_document_says_what_there_is(shared: Router) -> None:
     counted: list[tuple[str, str, int]] = []
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -517,21 +517,21 @@ def test_the_document_says_what_there_is(router: Router) -> None:
         assert found["paths"]["/v1/refresh"]["post"]["security"]
         assert "security" not in found["paths"]["/livez"]["get"]
 
-    serve(router, work, use_token="x", counted=lambda path, task, status, seconds: counted.append((path, task, status)))
+    serve(shared, work, use_token="x", counted=lambda path, task, status, seconds: counted.append((path, task, status)))
     assert counted == [("/openapi.json", "", 200)]
 
 
-def test_answers_carry_security_headers(router: Router) -> None:
+def test_answers_carry_security_headers(shared: Router) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for response in (await client.get("/livez"), await client.get("/nowhere"), await client.get("/v1/tasks")):
             assert response.headers["X-Content-Type-Options"] == "nosniff"
             assert "default-src 'none'" in response.headers["Content-Security-Policy"]
             assert "Access-Control-Allow-Origin" not in response.headers
 
-    serve(router, work)
+    serve(shared, work)
 
 
-def test_bodies_of_any_bytes_give_only_documented_refusals(router: Router) -> None:
+def test_bodies_of_any_bytes_give_only_documented_refusals(shared: Router) -> None:
     chosen = random.Random(0)
     form = b'--x\r\nContent-Disposition: form-data; name="a"; filename="f"\r\n\r\n' + PICTURES[0] + b"\r\n--x--\r\n"
     seeds = {
@@ -558,4 +558,4 @@ def test_bodies_of_any_bytes_give_only_documented_refusals(router: Router) -> No
             response = await client.post(url, content=bytes(body), headers={"Content-Type": kind})
             assert response.status_code in (200, 400, 404, 413, 415, 422), (response.status_code, kind, bytes(body))
 
-    serve(router, work)
+    serve(shared, work)

@@ -33,17 +33,17 @@ def assert_same(found: Prediction, expected: Prediction) -> None:
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_an_answer_is_what_run_says_of_image_and_task_alone(router: Router) -> None:
+def test_an_answer_is_what_run_says_of_image_and_task_alone(shared: Router) -> None:
     tasks = ["a", "b@1", "wide", "features", "c", "d", "a", "wide@1"]
 
     async def work() -> list[Prediction]:
-        batcher = Batcher(router)
+        batcher = Batcher(shared)
         found = await asyncio.gather(*(batcher.predict(PICTURES[i % 6], task) for i, task in enumerate(tasks)))
         assert await batcher.close(10)
         return found
 
     for i, (task, found) in enumerate(zip(tasks, run(work()), strict=True)):
-        assert_same(found, router.run(PICTURES[i % 6], task)[0])
+        assert_same(found, shared.run(PICTURES[i % 6], task)[0])
 
 
 def test_many_clients_while_tasks_come_go_and_get_new_versions(
@@ -204,9 +204,9 @@ def test_max_wait_only_adds(held: HeldRouter) -> None:
         (PICTURES[0], "foreign", WrongBackboneError, "vit_huge"),
     ],
 )
-def test_what_is_bad_ends_alone(router: Router, image: bytes, task: str, kind: type[Exception], text: str) -> None:
+def test_what_is_bad_ends_alone(shared: Router, image: bytes, task: str, kind: type[Exception], text: str) -> None:
     async def work() -> list[Any]:
-        batcher = Batcher(router)
+        batcher = Batcher(shared)
         asked = [(PICTURES[0], "a"), (image, task), (PICTURES[1], "b")]
         found = await asyncio.gather(*(batcher.predict(*one) for one in asked), return_exceptions=True)
         await batcher.close()
@@ -215,8 +215,8 @@ def test_what_is_bad_ends_alone(router: Router, image: bytes, task: str, kind: t
     first, bad, last = run(work())
     assert isinstance(bad, kind)
     assert text in str(bad)
-    assert_same(first, router.run(PICTURES[0], "a")[0])
-    assert_same(last, router.run(PICTURES[1], "b")[0])
+    assert_same(first, shared.run(PICTURES[0], "a")[0])
+    assert_same(last, shared.run(PICTURES[1], "b")[0])
 
 
 def test_a_task_that_cannot_be_loaded_answers_for_itself(held: HeldRouter, filled: Path) -> None:
@@ -432,11 +432,11 @@ def test_a_batch_without_memory_is_halved(backbone: Backbone, filled: Path) -> N
         run(work())
 
 
-def test_arguments_are_checked(router: Router) -> None:
+def test_arguments_are_checked(shared: Router) -> None:
     for options in ({"max_batch": 0}, {"queue": 0}, {"workers": 0}, {"max_wait_ms": -1}, {"max_wait_ms": float("nan")}):
         with pytest.raises(RouterError, match="expected at least"):
-            Batcher(router, **options)
-    batcher = Batcher(router)
+            Batcher(shared, **options)
+    batcher = Batcher(shared)
 
     async def none() -> None:
         with pytest.raises(RouterError, match="no task"):
@@ -453,9 +453,9 @@ def test_arguments_are_checked(router: Router) -> None:
     assert issubclass(ServeError, RouterError)
 
 
-def test_closed_batchers_leave_no_thread(router: Router) -> None:
+def test_closed_batchers_leave_no_thread(shared: Router) -> None:
     async def work() -> None:
-        batcher = Batcher(router)
+        batcher = Batcher(shared)
         await batcher.predict(PICTURES[0], "a")
         await batcher.close()
 
