@@ -11,6 +11,7 @@ from router.errors import (
     RouterError,
     SlotBudgetError,
     TaskError,
+    TooManyPixelsError,
     UnknownTaskError,
     WrongBackboneError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "SlotBudgetError",
     "SlotStats",
     "TaskError",
+    "TooManyPixelsError",
     "UnknownTaskError",
     "WrongBackboneError",
     "add_branch",

@@ -1,6 +1,6 @@
 """From images and tasks to batches that a backbone runs: what is decoded together, and what a forward takes at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import cast
@@ -136,13 +136,24 @@ def prepare(
 
     An image is decoded once, and prepared once in each way; in its batch it is there once.
     """
-    errors: dict[int, ImageError] = {}
+    found = decode(images, ways)
+    errors = {row: error for row, error in enumerate(found) if isinstance(error, ImageError)}
+    pixels = {row: image for row, image in enumerate(found) if isinstance(image, Tensor)}
+    return put_together(pixels, ways, device), errors
+
+
+def put_together(
+    pixels: Mapping[int, Tensor], ways: Sequence[Preprocess], device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """Decoded images as batches on the device, one for each size. A tensor that several rows have is there once.
+
+    Args:
+        pixels: row -> uint8 [3, h, w], as `decode` gives it.
+        ways: how each row's image was prepared.
+    """
     sizes: dict[tuple[int, int], dict[int, tuple[Preprocess, Tensor, list[int]]]] = {}
-    for row, (found, way) in enumerate(zip(decode(images, ways), ways, strict=True)):
-        if isinstance(found, ImageError):
-            errors[row] = found
-        else:
-            sizes.setdefault(way.size, {}).setdefault(id(found), (way, found, []))[2].append(row)
+    for row, image in pixels.items():
+        sizes.setdefault(ways[row].size, {}).setdefault(id(image), (ways[row], image, []))[2].append(row)
     made = []
     for distinct in sizes.values():
         by_way: dict[object, list[tuple[Preprocess, Tensor, list[int]]]] = {}
@@ -159,7 +170,7 @@ def prepare(
         made.append(
             Batch(normalised[0] if len(normalised) == 1 else torch.cat(normalised), rows[order], image_of[order])
         )
-    return made, errors
+    return made
 
 
 def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ class Call:
 
     Args:
         find: what a name means.
-        names: the task of each row, as it was asked for.
+        names: the task of each row, as it was asked for: a name, or what one meant when it was looked up.
         on_error: "raise" the first failure, or "return" it in the predictions of its rows.
         in_parts: tasks that do not fit into the slots together take turns.
 
@@ -35,14 +35,19 @@ class Call:
     """
 
     def __init__(
-        self, engine: Engine, find: Callable[[str], Known], names: Sequence[str], on_error: OnError, in_parts: bool
+        self,
+        engine: Engine,
+        find: Callable[[str | Known], Known],
+        names: Sequence[str | Known],
+        on_error: OnError,
+        in_parts: bool,
     ) -> None:
         if on_error not in get_args(OnError):
             raise RouterError(f"on_error {on_error!r}: expected 'raise' or 'return'")
         if not names:
             raise ImageError("no images: expected at least one")
         self._engine, self._raises = engine, on_error == "raise"
-        self._names = names
+        self._names = [name if isinstance(name, str) else name.task.name for name in names]
         self._since = engine.changes
         self._failures: dict[int, Failure] = {}
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}

@@ -6,6 +6,7 @@ RouterError
 ├── UnknownTaskError       a task or version that is not there
 ├── TaskError              a task that does not fit the backbone's positions or widths
 ├── ImageError             images of a wrong kind, shape or size
+│   └── TooManyPixelsError     one that is larger than may be decoded
 ├── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
 ├── ClosedError            a router that was closed
 └── ForkedError            a router in a process that was forked from the one that made it
@@ -51,6 +52,15 @@ class TaskError(RouterError):
 
 class ImageError(RouterError):
     pass
+
+
+class TooManyPixelsError(ImageError):
+    def __init__(self, name: str, width: int, height: int, max_pixels: int) -> None:
+        super().__init__(
+            f"{name}: {width} x {height} pixels, the limit is {max_pixels}: if you trust where it comes from, give "
+            f"max_pixels (--max-pixels) of at least {height * width}, else make it smaller"
+        )
+        self.width, self.height, self.max_pixels = width, height, max_pixels
 
 
 class SlotBudgetError(RouterError):

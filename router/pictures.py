@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageCms, features
 from pear_store.errors import PearStoreError
 from pear_store.files import LFS_POINTER, is_lfs_pointer
 from pear_store.local.sources import Access, open_source
-from router.errors import ImageError, RouterError
+from router.errors import ImageError, RouterError, TooManyPixelsError
 
 with suppress(ImportError):  # whoever has it can read HEIC
     import pillow_heif
@@ -264,10 +264,7 @@ _OTHERS = (
 def _check_size(picture: Picture, limits: Limits) -> None:
     height, width = picture.size
     if height * width > limits.max_pixels:
-        raise ImageError(
-            f"{picture.name}: {width} x {height} pixels, the limit is {limits.max_pixels}: if you trust where it comes "
-            f"from, give max_pixels (--max-pixels) of at least {height * width}, else make it smaller"
-        )
+        raise TooManyPixelsError(picture.name, width, height, limits.max_pixels)
 
 
 class _InFlight:

@@ -32,9 +32,9 @@ Ident = tuple[str, int, int]
 """Task, version and time: what tells one version of a store from all others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
-    """What a name means now."""
+    """What a name means now. Whoever keeps it runs this version, whatever the name comes to mean."""
 
     use: Use
     preprocess: Preprocess

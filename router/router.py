@@ -162,9 +162,38 @@ class Router:
             self._engine.drop_stale(None, [replaced])
         return task.name
 
-    def check(self, task: str) -> None:
-        """Raises what `run` would raise for this task, before any image is given."""
-        self._engine.check([self._find(task).use])
+    def added(self) -> list[str]:
+        """The names of the tasks that were added, which come before the store's."""
+        return [task.name for task in self._registry.added()]
+
+    def check(self, tasks: str | Known | Iterable[str | Known]) -> None:
+        """Raises what `run` would raise for these tasks together, before any image is given."""
+        self._engine.check([self._find(task).use for task in _tasks(tasks)])
+
+    def lookup(self, task: str) -> Known:
+        """What a name means now: its version, its record and how its images are prepared.
+
+        `check`, `is_loaded`, `preload` and `run_batch` take what this returns in place of the name. Then they use that
+        version, whatever `refresh` takes up meanwhile.
+
+        Raises:
+            UnknownTaskError, WrongBackboneError, TaskError, PearStoreError: see `run`.
+        """
+        return self._find(task)
+
+    def is_loaded(self, task: str | Known) -> bool:
+        """Whether a task is in the slots now, so that a batch with it need not load it."""
+        return self._find(task).key in self._slots
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs the backbone once, on zeros of its native size, so that the first batch finds it ready.
+
+        Raises:
+            RouterError: the backbone does not run, or this router is closed.
+        """
+        self._check_usable()
+        self._adapted.features(torch.zeros(1, 3, *self.backbone.input_size), {}).cpu()
 
     def refresh(self) -> dict[str, int | None]:
         """Takes up what changed in the store: newer versions, moved tags, removals; what did not change is kept.
@@ -186,13 +215,13 @@ class Router:
                 self._load([name])
         return changed
 
-    def preload(self, tasks: str | Iterable[str]) -> Future[None]:
+    def preload(self, tasks: str | Known | Iterable[str | Known]) -> Future[None]:
         """Loads tasks in the background, while batches run, so that the next batch finds them in their slots.
 
         Returns:
             A future, done when they are loaded; its result() raises what `run` would raise for them.
         """
-        names = _names(tasks)
+        names = _tasks(tasks)
         self._check_usable()
         with self._registry.lock:
             if self._registry.closed:
@@ -284,16 +313,17 @@ class Router:
         return {name: call.predictions(slice(i * count, (i + 1) * count)) for i, name in enumerate(names)}
 
     @torch.inference_mode()
-    def run_batch(self, batch: Batch, tasks: Sequence[str], *, on_error: OnError = "raise") -> Predictions:
+    def run_batch(self, batch: Batch, tasks: Sequence[str | Known], *, on_error: OnError = "raise") -> Predictions:
         """Predictions of a batch that `prepare` made, for whoever decodes images ahead of their turn.
 
         Args:
-            tasks: one for each of the batch's rows. The images are taken to be prepared as these expect.
+            tasks: one for each of the batch's rows: a name, or what `lookup` returned. The images are taken to be
+                prepared as these expect.
 
         Raises:
             See `run`.
         """
-        names = _names(tasks)
+        names = _tasks(tasks)
         if len(names) != len(batch.rows):
             raise ImageError(f"a batch of {len(batch.rows)} rows but {len(names)} tasks: expected one for each row")
         call = Call(self._engine, self._find, names, on_error, in_parts=True)
@@ -307,11 +337,11 @@ class Router:
         if self._registry.closed:
             raise ClosedError
 
-    def _find(self, name: str) -> Known:
+    def _find(self, task: str | Known) -> Known:
         self._check_usable()
-        return self._registry.find(name)
+        return task if isinstance(task, Known) else self._registry.find(task)
 
-    def _load(self, names: Sequence[str]) -> None:
+    def _load(self, names: Sequence[str | Known]) -> None:
         since = self._registry.changes
         uses = [self._find(name).use for name in dict.fromkeys(names)]
         self._engine.load(uses)
@@ -359,3 +389,9 @@ def _names(tasks: str | Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise UnknownTaskError(f"task {name!r:.80}: expected a task's name")
     return names
+
+
+def _tasks(tasks: str | Known | Iterable[str | Known]) -> list[str | Known]:
+    found = [tasks] if isinstance(tasks, str | Known) else list(tasks)
+    _names(task for task in found if not isinstance(task, Known))
+    return found

@@ -10,6 +10,7 @@ import pytest
 
 import pear_train.cli
 import router.infer.cli
+import router.serve.cli
 from pear_store import Store
 from pear_store.cli import main
 from tests.helpers.makers import floats, small_task
@@ -39,7 +40,8 @@ def reference() -> str:
     ]
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
     commands += [(f"pear-store {name}", command) for name, command in store_commands().items()]
-    commands += [("pear-infer", router.infer.cli.main), ("pear-train", pear_train.cli.main)]
+    commands += [("pear-infer", router.infer.cli.main), ("pear-serve", router.serve.cli.main)]
+    commands += [("pear-train", pear_train.cli.main)]
     for name, command in commands:
         settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
         with click.Context(command, info_name=name, **settings) as context:

@@ -1,0 +1,19 @@
+"""Starts pear-serve, or says in a line what it needs."""
+
+import sys
+
+NEEDS = {"starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client"}
+
+
+def main() -> None:
+    try:
+        from router.serve.cli import main as command
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in NEEDS:
+            raise
+        sys.exit(f"Error: pear-serve needs {error.name}: pip install 'pear-adapters[serve]'")
+    command()
+
+
+if __name__ == "__main__":
+    main()

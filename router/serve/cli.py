@@ -1,0 +1,200 @@
+"""Serve the tasks of a store over HTTP: requests of different tasks share batches on one backbone.
+
+    pear-serve --store pear.store --backbone MODEL
+    curl -H 'Content-Type: image/jpeg' --data-binary @cat.jpg localhost:8090/v1/tasks/dtd/predict
+
+It listens on this machine only, unless --host says otherwise. Then it needs a token, or --no-auth. Tokens come from
+--token-file (the first line is the token to use tasks, the second one to manage the server), else from
+$PEAR_SERVE_TOKEN and $PEAR_SERVE_MANAGE_TOKEN. They are sent as 'Authorization: Bearer TOKEN'.
+
+SIGTERM and Ctrl-C: it accepts nothing more, finishes what waits and exits with 0. SIGHUP: it takes up what changed in
+the store, as it does every --refresh-s seconds. If the device fails, it exits with 1.
+
+docs/serving.md says what is served, and what each limit does.
+"""
+
+import ipaddress
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+import click
+import torch
+import uvloop
+from platformdirs import user_data_path
+
+from pear_store import PearStoreError, Store
+from pear_store.terminal import echo, printable
+from router import Router, RouterError
+from router.pictures import MAX_PIXELS
+from router.serve.app import create_app
+from router.serve.batcher import Batcher
+from router.serve.catalogue import Catalogue
+from router.serve.limits import RequestLimits
+from router.serve.metrics import Metrics
+from router.serve.server import serve_until_told
+
+TOKEN_LENGTH = 16
+LIMITS = RequestLimits()
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--store", "where", type=click.Path(path_type=Path), envvar="PEAR_STORE", default=user_data_path("pear") / "store",
+    help="The store that holds the tasks [default: $PEAR_STORE, else the user's data directory].",
+)  # fmt: skip
+@click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@click.option("--device", help="Such as cpu or cuda [default: cuda where there is one].")
+@click.option(
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16", "auto"])
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 for any that is free.")
+@click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Most rows of a batch.")
+@click.option(
+    "--max-wait-ms", default=0.0, show_default=True, type=click.FloatRange(0, 60_000),
+    help="How long a batch that is not full waits for more.",
+)  # fmt: skip
+@click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Most images that wait.")
+@click.option(
+    "--timeout-s", default=LIMITS.timeout_s, show_default=True, type=click.FloatRange(0, min_open=True),
+    help="How long a request may take once its body is there.",
+)  # fmt: skip
+@click.option(
+    "--drain-s", default=30.0, show_default=True, type=click.FloatRange(0, 86_400),
+    help="How long what waits may take at the end.",
+)  # fmt: skip
+@click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
+@click.option("--preload", help="Tasks to load before the first request: names with commas, or all.")
+@click.option(
+    "--refresh-s", default=60.0, show_default=True, type=click.FloatRange(0),
+    help="How often changes of the store are taken up; 0 for never.",
+)  # fmt: skip
+@click.option("--token-file", type=click.Path(path_type=Path), help="The token to use tasks; on line 2 that to manage.")
+@click.option("--no-auth", is_flag=True, help="Serve other machines without a token.")
+@click.option(
+    "--max-body-bytes", default=LIMITS.body_bytes, show_default=True, type=click.IntRange(1), help="Of one request."
+)
+@click.option("--max-images", default=LIMITS.images, show_default=True, type=click.IntRange(1), help="Of one request.")
+@click.option("--max-tasks", default=LIMITS.tasks, show_default=True, type=click.IntRange(1), help="For one image.")
+@click.option(
+    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
+)
+@click.option("--log-json", is_flag=True, help="Log lines of JSON.")
+def main(
+    where: Path, backbone: str, weights: str | None, device: str | None, dtype: str, host: str, port: int,
+    max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float, slot_bytes: int | None,
+    preload: str | None, refresh_s: float, token_file: Path | None, no_auth: bool, max_body_bytes: int,
+    max_images: int, max_tasks: int, max_pixels: int, log_json: bool,
+) -> None:  # fmt: skip
+    use, manage = _tokens(token_file)
+    if not (_is_loopback(host) or use or no_auth):
+        raise click.UsageError(
+            f"--host {host} is reached from other machines: give a token by --token-file or $PEAR_SERVE_TOKEN, "
+            "or say --no-auth"
+        )
+    _set_logging_up(log_json)
+    limits = RequestLimits(body_bytes=max_body_bytes, images=max_images, tasks=max_tasks, timeout_s=timeout_s)
+    try:
+        with Store(where.expanduser()) as store:
+            router = Router(
+                backbone, store, weights=weights, device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype), slot_bytes=slot_bytes,
+                max_pixels=max_pixels,
+            )  # fmt: skip
+            if preload is not None:
+                names = list(Catalogue(router).tasks()) if preload == "all" else preload.split(",")
+                router.preload([name.strip() for name in names]).result()
+            metrics = Metrics()
+            batcher = Batcher(router, max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue, watch=metrics)
+            app = create_app(
+                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage, drain_s=drain_s,
+                counted=metrics.counted, more_routes=[metrics.route(router, batcher)],
+            )  # fmt: skip
+            with _listen(host, port) as listener:
+                shown = f"[{host}]" if ":" in host else host
+                echo(f"serving on http://{shown}:{listener.getsockname()[1]}", err=True)
+                serving = serve_until_told(app, listener, drain_s, refresh_s)
+                drained = uvloop.run(serving)
+    except (RouterError, PearStoreError) as error:
+        raise _failure(str(error), getattr(error, "exit_code", 1)) from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _failure(f"out of memory: {error}") from None
+    if not drained:  # the device may be at work for long; nobody waits for that any more
+        echo("not all requests were finished in time", err=True)
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _tokens(file: Path | None) -> tuple[str | None, str | None]:
+    """The token to use tasks and the one to manage the server."""
+    if file is None:
+        names = ("PEAR_SERVE_TOKEN", "PEAR_SERVE_MANAGE_TOKEN")
+        found = [os.environ.get(name) or None for name in names]
+        where = ["$" + name for name in names]
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _failure(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        found = [line.strip() or None for line in [*lines[:2], "", ""][:2]]
+        where = [f"{file}, line 1", f"{file}, line 2"]
+        if found[0] is None:
+            raise _failure(f"{where[0]}: no token")
+    for token, place in zip(found, where, strict=True):
+        if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
+            raise _failure(f"{place}: expected a token of at least {TOKEN_LENGTH} printable ASCII characters")
+    if found[0] is None and found[1] is not None:
+        raise _failure(f"{where[1]} is there, but no {where[0]}: both are needed")
+    return found[0], found[1]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise _failure(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from None
+    listener.setblocking(False)
+    return listener
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "name": record.name}
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class _LineFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
+def _set_logging_up(as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if as_json else _LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _failure(text: str, exit_code: int = 1) -> click.ClickException:
+    failure = click.ClickException(printable(text))
+    vars(failure)["exit_code"] = exit_code
+    return failure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""How requests move on: from waiting to decoded, to tasks in slots, to a batch, to an answer.
+
+Only the event loop's thread changes what is here. The pools are given what they need and give back results.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from pear_store import PearStoreError
+from router.errors import RouterError
+from router.router import Router
+from router.serve.parts import Decoded, Part, Ran, Request, decode_for, run_parts
+from router.serve.turns import Turns
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class Watch:
+    """Is told what happens, on the event loop's thread. Does nothing itself."""
+
+    def decoded(self, seconds: float) -> None:
+        """An image was looked at, whether or not it could be read."""
+
+    def loaded(self, seconds: float) -> None:
+        """A task was loaded while other work went on."""
+
+    def ran(self, rows: int, tasks: int, seconds: float, waited_s: Sequence[float]) -> None:
+        """A batch ran.
+
+        Args:
+            waited_s: for each of its images, from its admission to the start of the batch.
+        """
+
+
+class Flow:
+    """Requests on their way.
+
+    Args:
+        failed: is told why the device's thread ended; then nothing moves any more.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        watch: Watch,
+        max_batch: int,
+        max_wait_s: float,
+        workers: int,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._router, self._watch, self._tell_failed = router, watch, failed
+        self._max_batch, self._max_wait_s, self._workers = max_batch, max_wait_s, workers
+        self._is_limited = router.stats().budget_bytes is not None
+        self._decoders = ThreadPoolExecutor(workers, "pear-serve-decode")
+        self.device = ThreadPoolExecutor(1, "pear-serve-device")
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.waiting: Turns[Request] = Turns()
+        """To be decoded."""
+        self._decoding = 0
+        self.prepared: Turns[Part] = Turns()
+        """Decoded, until their tasks fit into the slots."""
+        self._loading: dict[Part, None] = {}
+        self.ready: Turns[Part] = Turns()
+        self.running: list[Part] = []
+        self.row_s = 0.0
+        """Seconds that a row took of late."""
+        self.draining = False
+        """Nothing more will come: batches do not wait to be full."""
+        self.closed = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, request: Request) -> None:
+        """Takes a request up. Whoever settles or cancels its answer calls `discard`, then `pump`."""
+        self.waiting.put(request.line, request)
+
+    def discard(self, request: Request) -> None:
+        """Forgets a request that was answered or given up."""
+        self.waiting.discard(request.line, request)
+        for part in request.parts:
+            self.prepared.discard(request.line, part)
+            self.ready.discard(request.line, part)
+        request.image = None
+
+    def close(self) -> None:
+        """Starts nothing more; the threads end after what they do now."""
+        self.closed = True
+        for pool in (self._decoders, self.device):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def pump(self) -> None:
+        """Starts whatever can be started now."""
+        if self.closed:
+            return
+        while (request := self.waiting.first()) is not None and self._may_decode():
+            self.waiting.take(request.line, request)
+            self._decoding += 1
+            self._start(self._decoders, partial(decode_for, self._router), request, self._decoded)
+        while (part := self.prepared.first()) is not None and self._fits(part):
+            self.prepared.take(part.request.line, part)
+            self._prepare(part)
+        self._dispatch()
+
+    # ---- decoding -----------------------------------------------------------------------------
+
+    def _may_decode(self) -> bool:
+        """Whether a thread is free, and images of fewer than two batches are decoded."""
+        held = self._decoding + len(self.prepared) + len(self.ready)
+        return self._decoding < self._workers and held < 2 * self._max_batch
+
+    def _decoded(self, request: Request, done: "Future[Decoded]") -> None:
+        self._decoding -= 1
+        request.image = None
+        if (error := _error(done)) is not None:
+            if not request.answer.done():
+                request.answer.set_exception(error)
+            self.pump()
+            return
+        found = done.result()
+        if not request.answer.done():
+            self._watch.decoded(found.seconds)
+            request.parts = found.parts
+            for part in found.parts:
+                self.prepared.put(request.line, part)
+            request.settle(found.failures)
+        self.pump()
+
+    # ---- loading ------------------------------------------------------------------------------
+
+    def _fits(self, part: Part) -> bool:
+        """Whether a part's tasks fit into the slots beside those that run, are ready or load; also if nothing does."""
+        if not self._is_limited:
+            return True
+        held = {one: None for other in (*self.running, *self.ready, *self._loading) for one in other.known}
+        if not held or all(one in held for one in part.known):
+            return True
+        try:
+            self._router.check([*held, *part.known])
+        except (RouterError, PearStoreError):
+            return False
+        return True
+
+    def _prepare(self, part: Part) -> None:
+        """Readies a part for a batch; tasks that are not loaded are, while other parts run."""
+        try:
+            missing = [one for one in part.known if not self._router.is_loaded(one)]
+            loaded = self._router.preload(missing) if missing else None
+        except RouterError:  # the batch will say so
+            loaded = None
+        if loaded is None:
+            self.ready.put(part.request.line, part)
+            return
+        began = time.perf_counter()
+        self._loading[part] = None
+        loaded.add_done_callback(lambda _: self._post(self._loaded, part, began))
+
+    def _loaded(self, part: Part, began: float) -> None:
+        """What could not be loaded is tried again by the batch, which then knows why."""
+        del self._loading[part]
+        self._watch.loaded(time.perf_counter() - began)
+        if not part.request.answer.done():
+            self.ready.put(part.request.line, part)
+        self.pump()
+
+    # ---- batches ------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Gives the device the next batch, if it is free and there is one."""
+        if self.closed or self.running or not len(self.ready) or self._must_wait():
+            return
+        self.running = self._take()
+        if self.running:
+            self._start(self.device, partial(run_parts, self._router), list(self.running), self._ran)
+
+    def _must_wait(self) -> bool:
+        """Whether the next batch waits for more rows, at most `max_wait_ms` after its oldest request came."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._max_wait_s or self.draining:
+            return False
+        if sum(len(part.known) for part in self.ready) >= self._max_batch:
+            return False
+        left = min(part.request.came for part in self.ready) + self._max_wait_s - time.perf_counter()
+        if left <= 0:
+            return False
+        assert self.loop is not None
+        self._timer = self.loop.call_later(left, self._dispatch)
+        return True
+
+    def _take(self) -> list[Part]:
+        """The next batch: in turn, rows of images that have the size of the first."""
+        batch: list[Part] = []
+        rows = 0
+        for part in self.ready:
+            if part.request.answer.done():  # given up just now
+                continue
+            if batch and (part.size != batch[0].size or rows + len(part.known) > self._max_batch):
+                continue
+            batch.append(part)
+            rows += len(part.known)
+            if rows >= self._max_batch:
+                break
+        for part in batch:
+            self.ready.take(part.request.line, part)
+        return batch
+
+    def _ran(self, batch: list[Part], done: "Future[Ran]") -> None:
+        self.running = []
+        if (error := _error(done)) is not None:
+            self.closed = True
+            self._tell_failed(error)
+            return
+        ran = done.result()
+        rows = sum(len(part.known) for part in batch)
+        row_s = ran.seconds / rows
+        self.row_s = 0.9 * self.row_s + 0.1 * row_s if self.row_s else row_s
+        waited_s = [ran.began - request.came for request in dict.fromkeys(part.request for part in batch)]
+        self._watch.ran(rows, len({one.key for part in batch for one in part.known}), ran.seconds, waited_s)
+        for part, found in zip(batch, ran.outcomes, strict=True):
+            part.request.settle(found)
+        self.pump()
+
+    def _start(
+        self, pool: ThreadPoolExecutor, work: Callable[[A], R], on: A, done: "Callable[[A, Future[R]], None]"
+    ) -> None:
+        """Does work in a pool, then tells the event loop."""
+        pool.submit(work, on).add_done_callback(lambda future: self._post(done, on, future))
+
+    def _post(self, call: Callable[..., None], *args: Any) -> None:
+        """Calls on the event loop's thread, from any other; not once the loop is closed."""
+        assert self.loop is not None
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(call, *args)
+
+
+def _error(done: "Future[Any]") -> BaseException | None:
+    """Why work ended without a result; None if it has one."""
+    return asyncio.CancelledError() if done.cancelled() else done.exception()

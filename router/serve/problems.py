@@ -1,0 +1,87 @@
+"""What a client is told when something is wrong: problem details, RFC 9457, as `application/problem+json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from pear_store import PearStoreError
+from router.errors import ImageError, RouterError, TooManyPixelsError, UnknownTaskError
+from router.serve.errors import (
+    DeadlineError,
+    DeviceFailedError,
+    DrainingError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+
+TITLES = {
+    400: "The request cannot be read",
+    401: "A token is needed",
+    403: "This token does not allow it",
+    404: "There is no such thing",
+    405: "This method is not for this path",
+    408: "The body did not arrive in time",
+    413: "Too large",
+    415: "A content type that is not read here",
+    422: "This cannot be done",
+    429: "Too many requests",
+    500: "Something went wrong here",
+    503: "Not available now",
+    504: "No answer in time",
+}
+"""Every status that is no success."""
+
+
+@dataclass
+class Problem(Exception):
+    """An answer that is no success.
+
+    Args:
+        detail: one line for a person.
+        more: further members, such as `near`.
+    """
+
+    status: int
+    detail: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def members(self) -> dict[str, Any]:
+        """The members of its JSON object."""
+        found = {"type": "about:blank", "title": TITLES[self.status], "status": self.status, "detail": self.detail}
+        return {**found, **self.more}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(
+            self.members(), self.status, headers=dict(self.headers), media_type="application/problem+json"
+        )
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What a client is told of an error. Texts that may name a path of this machine are not handed on."""
+    match error:
+        case Problem():
+            return error
+        case TooManyPixelsError():
+            return Problem(
+                413, f"an image of {error.width} x {error.height} pixels: the limit is {error.max_pixels} pixels"
+            )
+        case ImageError():
+            return Problem(400, str(error))
+        case UnknownTaskError():
+            return Problem(404, str(error))
+        case QueueFullError():
+            return Problem(429, str(error), headers={"Retry-After": str(error.retry_after_s)})
+        case DrainingError() | OutOfMemoryError():
+            return Problem(503, str(error), headers={"Retry-After": "5"})
+        case DeadlineError():
+            return Problem(504, str(error))
+        case DeviceFailedError():
+            return Problem(503, "the device has failed: this server is about to end")
+        case RouterError():
+            return Problem(422, str(error))
+        case PearStoreError():
+            return Problem(500, "the store cannot read this task; the server's log says why")
+    return Problem(500, "an error that was not expected; the server's log says more")

@@ -1,0 +1,55 @@
+"""A queue that is fair: lines take turns, and within a line the oldest comes first."""
+
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+class Turns(Generic[Item]):
+    """Items that wait in lines. A line that was served goes behind all others.
+
+    So whoever stands alone in a line waits for at most one item of each other line, however long those are.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, dict[Item, None]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, line: str, item: Item) -> None:
+        self._lines.setdefault(line, {})[item] = None
+        self._count += 1
+
+    def __iter__(self) -> Iterator[Item]:
+        """All items, in the order in which they would be served. Take none meanwhile."""
+        walks = [iter(line) for line in self._lines.values()]
+        while walks:
+            left = []
+            for walk in walks:
+                for item in walk:
+                    yield item
+                    left.append(walk)
+                    break
+            walks = left
+
+    def first(self) -> Item | None:
+        """The item whose turn it is."""
+        return next(iter(self), None)
+
+    def take(self, line: str, item: Item) -> None:
+        """Serves an item: its line goes behind all others."""
+        self.discard(line, item)
+        if line in self._lines:
+            self._lines[line] = self._lines.pop(line)
+
+    def discard(self, line: str, item: Item) -> None:
+        """Forgets an item that is given up, if it is here."""
+        items = self._lines.get(line, {})
+        if item in items:
+            del items[item]
+            self._count -= 1
+            if not items:
+                del self._lines[line]
