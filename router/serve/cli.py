@@ -188,6 +188,7 @@ def _set_logging_up(as_json: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if as_json else _LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else a line for each form that cannot be read
 
 
 def _failure(text: str, exit_code: int = 1) -> click.ClickException:

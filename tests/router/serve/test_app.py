@@ -283,7 +283,7 @@ def test_a_request_whose_time_is_up_is_told_so_and_given_up(held: HeldRouter) ->
 
 def test_a_client_that_goes_away_gives_its_images_up(held: HeldRouter) -> None:
     async def work() -> None:
-        app = create_app(held)
+        app = create_app(held, limits=RequestLimits(timeout_s=3600))
         service: Service = app.state.service
         async with service.lifespan(app):
             await service.start()
@@ -308,7 +308,7 @@ def test_a_client_that_goes_away_gives_its_images_up(held: HeldRouter) -> None:
             request = asyncio.create_task(app(scope, receive, send))
             await until(lambda: service.batcher.waiting == 1)
             gone.set()
-            await request
+            await asyncio.wait_for(asyncio.shield(request), 20)
             await until(lambda: service.batcher.waiting == 0)
             held.go.set()
             await running

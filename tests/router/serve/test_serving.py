@@ -107,6 +107,7 @@ def test_a_server_lives_and_ends(filled: Path, router: Router, task_maker: Calla
         ):
             assert line in metrics, line
         assert "made-up-name" not in metrics
+        client.post("/v1/predict", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=y"})
         # SIGHUP takes up what changed
         with Store(filled) as store:
             store.add(task_maker("a", seed=50))
@@ -125,6 +126,7 @@ def test_a_server_lives_and_ends(filled: Path, router: Router, task_maker: Calla
         process.process.send_signal(signal.SIGTERM)
         assert process.ended() == 0
     assert not any("Traceback" in line for line in process.lines), process.lines
+    assert not any("boundary" in line for line in process.lines), "clients fill the log"
 
 
 def test_sigterm_finishes_what_waits(filled: Path) -> None:
