@@ -48,7 +48,8 @@ class Call:
             raise ImageError("no images: expected at least one")
         self._engine, self._raises = engine, on_error == "raise"
         self._names = [name if isinstance(name, str) else name.task.name for name in names]
-        self._since = engine.changes
+        # what was looked up before may be of no use already
+        self._since = None if any(isinstance(name, Known) for name in names) else engine.changes
         self._failures: dict[int, Failure] = {}
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
         self._name_of = np.array([numbers[name] for name in names], np.int64)
