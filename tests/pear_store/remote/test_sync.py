@@ -200,6 +200,44 @@ def test_a_number_that_was_removed_here_and_is_another_version_there(team: Team)
     check_whole(b.store)
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("dies", ["before the commit", "after the commit"])
+def test_a_death_as_a_number_changes_leaves_the_old_state_or_the_new(
+    team: Team, monkeypatch: pytest.MonkeyPatch, dies: str, links: bool
+) -> None:
+    a, b = team.client(), team.client()
+    for client, seed in ((a, 1), (b, 2)):
+        client.store.add(small_task("dtd", seed=seed))
+    a.push()
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "none here")))
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Died
+
+    before = b.contents()
+    with monkeypatch.context() as patch:
+        if dies == "after the commit":
+            patch.setattr("pear_store.local.sync.unlink_packs", die)
+        else:
+            patch.setattr("pear_store.local.index.View.commit", die)
+        with pytest.raises(Died):
+            b.pull()
+    if dies == "before the commit":
+        assert b.contents() == before
+        b.store.add(small_task("dtd", seed=2))
+    else:
+        assert b.contents() == {"dtd@1": a.contents()["dtd@1"], "dtd@2": before["dtd@1"]}
+    b.pull()
+    b.store.add(small_task("next"))
+    assert b.contents().keys() == {"dtd@1", "dtd@2", "next@1"}
+    assert [file.name for file in (b.store.path / "tmp").iterdir()] == []
+    check_whole(b.store)
+
+
 def test_names_that_differ_in_case_are_a_clash(team: Team) -> None:
     a, b = team.client(), team.client()
     a.store.add(small_task("dtd"))
