@@ -263,12 +263,9 @@ class Store:
         tasks: Collection[str] = (),
         progress: Callable[[int, int], None] = lambda done, all_: None,
     ) -> Pushed:
-        """Sends versions, removals and tags that a remote lacks; what it returned is on the remote.
+        """Sends versions, removals and tags that a remote lacks, of some tasks or of all; what it returned is there.
 
-        Args:
-            remote: its name; None: ``origin``, or the only one.
-            tasks: none: all.
-            progress: told versions done and all of them.
+        None is the remote ``origin``, or the only one. `progress` is told versions done and all of them.
 
         Raises:
             ClashError: what another store pushed contradicts what would be sent.
@@ -282,15 +279,11 @@ class Store:
         references: Collection[str] = (),
         progress: Callable[[int, int], None] = lambda done, all_: None,
     ) -> Pulled:
-        """Takes versions, removals and tags from a remote, in commits of bounded size.
-
-        Args:
-            references: tasks, or versions such as ``dtd@2``; none: all that the remote was added for.
+        """Takes versions, removals and tags from a remote, of some tasks or versions or of all it was added for.
 
         Raises:
             NotFoundError: the remote has no such task or version.
-            DamagedRemoteError, CheckpointError: what it gave is not what its log says, or no task; all before it was
-                taken.
+            DamagedRemoteError, CheckpointError: what it gave is not what its log says; all before that was taken.
             PlaceError: the remote cannot be reached; the same again goes on.
         """
         return remotes.pull(self._open, remote, references, progress)

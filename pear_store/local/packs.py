@@ -178,6 +178,20 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
         folder.sync()
 
 
+def doom_pack(root: Path, pack: bytes) -> None:
+    """Has the next writer unlink a pack, if the index does not list it by then: one whose rows go in the commit under
+    way. So a process that dies behind that commit leaves no pack that says what is so no longer."""
+    name = f"{pack.hex()}.safetensors"
+    with open_folder(root, "packs", name[:2]) as folder, open_folder(root, "tmp", create=True) as tmp:
+        try:
+            folder.link(name, name, tmp)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.close(tmp.open(_intent(pack), os.O_WRONLY | os.O_CREAT))
+        tmp.sync()
+
+
 def _intent(pack: bytes) -> str:
     return f"{pack.hex()}.placing"
 

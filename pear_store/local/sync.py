@@ -13,7 +13,7 @@ from pear_store.local.catalog import enter, take_out
 from pear_store.local.index import View
 from pear_store.local.loading import Loaded
 from pear_store.local.opened import OpenStore, PackGoneError
-from pear_store.local.packs import WrittenPack, pack_path, read_records_alone, write_pack
+from pear_store.local.packs import WrittenPack, doom_pack, pack_path, read_records_alone, unlink_written, write_pack
 from pear_store.local.references import manifest_of, resolve
 from pear_store.local.repair import rewrite_in
 from pear_store.local.rows import NO_PACK, TagRow
@@ -183,6 +183,8 @@ def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str
             written, left, _ = rewrite_in(opened, view, report, {}, {})
             packs.append(written)
             gone.extend(left)
+            for one in left:
+                doom_pack(opened.path, one)
         return received
 
     return _written(opened, change, packs, gone)
@@ -280,4 +282,5 @@ def _written(opened: OpenStore, change: Callable[[View], T], packs: list[Written
     except OSError as error:
         raise from_os_error(error, opened.path) from None
     unlink_packs(opened, gone)
+    unlink_written(opened.path, gone)
     return result

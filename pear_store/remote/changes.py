@@ -77,9 +77,9 @@ def _compare_held(held: Held, mirror: Mirror, tasks: set[str] | None, found: Cha
                         )
                 else:
                     found.push_removed.append((task, number))
-    for task in tops:
-        highest = held.highest.get(task, 0)
-        if highest > max(tops[task], mirror.highest(task)):
+    for task, highest in held.highest.items():
+        is_there = task in tops or mirror.spelling(task) == task
+        if is_there and (tasks is None or task in tasks) and highest > max(tops.get(task, 0), mirror.highest(task)):
             found.push_highest[task] = highest
 
 

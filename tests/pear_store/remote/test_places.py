@@ -238,10 +238,10 @@ def test_urls_that_name_no_place_are_refused_without_their_password(url: str) ->
 
 
 def test_secrets_are_not_taken_as_options() -> None:
-    for key in ("secret_access_key", "session_token", "password", "account_key"):
+    for key in ("secret_access_key", "session_token", "password", "account_key", "sas_key"):
         with pytest.raises(PlaceError, match="secrets are not kept"):
             check_options({key: "x"})
-    check_options({"endpoint": "http://x", "region": "y"})
+    check_options({"endpoint": "http://x", "region": "y", "key_file": "z"})
 
 
 def test_neighbours_are_read_in_one_request_of_bounded_size() -> None:

@@ -19,15 +19,18 @@ from pear_store.errors import (
     PearStoreError,
     PlaceError,
 )
+from pear_store.format.container import lay_out
+from pear_store.format.digest import Digest
 from pear_store.format.manifest import dump_manifest, manifest_hash
+from pear_store.local.sync import held
 from pear_store.remote import pull as pulling
 from pear_store.remote import push as pushing
 from pear_store.remote.directory import DirectoryPlace
-from pear_store.remote.log import LoggedVersion, LogIndex, parse_entry, parse_index
+from pear_store.remote.log import LoggedVersion, LogIndex, PackListing, pack_name, parse_entry, parse_index
 from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.place import Place
 from pear_store.remote.web import WebPlace
-from tests.helpers.makers import floats, record, small_task
+from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.remote.faults import Client, Team, lost_answer, no_connection
 from tests.pear_store.remote.test_mirror import append
 
@@ -200,6 +203,44 @@ def test_a_number_that_was_removed_here_and_is_another_version_there(team: Team)
     check_whole(b.store)
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("dies", ["before the commit", "after the commit"])
+def test_a_death_as_a_number_changes_leaves_the_old_state_or_the_new(
+    team: Team, monkeypatch: pytest.MonkeyPatch, dies: str, links: bool
+) -> None:
+    a, b = team.client(), team.client()
+    for client, seed in ((a, 1), (b, 2)):
+        client.store.add(small_task("dtd", seed=seed))
+    a.push()
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "none here")))
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Died
+
+    before = b.contents()
+    with monkeypatch.context() as patch:
+        if dies == "after the commit":
+            patch.setattr("pear_store.local.sync.unlink_packs", die)
+        else:
+            patch.setattr("pear_store.local.index.View.commit", die)
+        with pytest.raises(Died):
+            b.pull()
+    if dies == "before the commit":
+        assert b.contents() == before
+        b.store.add(small_task("dtd", seed=2))
+    else:
+        assert b.contents() == {"dtd@1": a.contents()["dtd@1"], "dtd@2": before["dtd@1"]}
+    b.pull()
+    b.store.add(small_task("next"))
+    assert b.contents().keys() == {"dtd@1", "dtd@2", "next@1"}
+    assert [file.name for file in (b.store.path / "tmp").iterdir()] == []
+    check_whole(b.store)
+
+
 def test_names_that_differ_in_case_are_a_clash(team: Team) -> None:
     a, b = team.client(), team.client()
     a.store.add(small_task("dtd"))
@@ -337,8 +378,8 @@ def test_a_pull_that_was_cut_off_keeps_what_it_took(team: Team, monkeypatch: pyt
     team.place.before.clear()
     b.pull()
     assert b.contents() == a.contents()
-    tensors = {t.digest: t.size_bytes for r in a.contents() for t in a.store.get(r).tensors.values()}
-    assert sum(tensors.values()) <= team.place.read_bytes <= 3 * sum(tensors.values())
+    sizes = {t.digest: t.size_bytes for r in a.contents() for t in a.store.get(r).tensors.values()}
+    assert sum(sizes.values()) <= team.place.read_bytes <= 3 * sum(sizes.values())
 
 
 def test_a_pushs_groups_are_bounded_and_each_is_whole(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,13 +411,26 @@ def test_what_was_removed_stays_removed_everywhere(team: Team) -> None:
     assert team.clone().store.add(small_task("two", seed=8)).version == 2
 
 
+def test_a_number_that_was_used_and_removed_here_is_used_nowhere(team: Team) -> None:
+    a = team.client()
+    a.store.add(small_task("dtd", seed=1))
+    a.push()
+    a.store.add(small_task("dtd", seed=2))
+    a.store.remove("dtd@2")
+    a.push()
+    assert a.push().entries == 0
+    assert team.clone().store.add(small_task("dtd", seed=3)).version == 3
+
+
 def test_what_was_removed_here_is_not_pulled_again(team: Team) -> None:
     a = filled(team.client())
     a.push()
     b = team.clone()
     b.store.remove("two")
     assert b.pull().versions == []
-    b.store.gc(repack_all=True)
+    for _ in range(3):
+        b.store.gc(repack_all=True)
+    assert not held(b.store._open).removed, "the removal is forgotten, no pack has the version"
     assert b.pull().versions == []
     with pytest.raises(NotFoundError, match="was removed here"):
         b.pull("two@1")
@@ -565,6 +619,46 @@ def test_a_strangers_version_is_refused_and_nothing_is_written(team: Team, manif
     after = [one for one in sorted(os.walk(team.folder)) if "mirror" not in str(one)]
     assert after == [one for one in before if "mirror" not in str(one)] or list(b.contents()) == ["mine@1"]
     assert list(b.contents()) == ["mine@1"]
+
+
+@pytest.mark.parametrize("change", ["none", "nan", "labels", "shape"])
+def test_a_task_whose_tensors_are_there_is_checked_as_if_it_were_added(team: Team, change: str) -> None:
+    assert isinstance(team.medium, MemoryPlace)
+    found = tensors()
+    if change == "nan":
+        found["head.bias"] = floats([1.0, float("nan")])
+    if change == "shape":
+        found["a0.up"] = floats([[1.0] * 6] * 3)
+    digests = {name: str(tensor.digest) for name, tensor in found.items()}
+    manifest = dict(record("evil"))
+    manifest["adapters"] = {"a0": {"down": digests["a0.down"], "up": digests["a0.up"]}}
+    manifest["head"] = {"weight": digests["head.weight"], "bias": digests["head.bias"]}
+    if change == "labels":
+        manifest["labels"] = ["only one"]
+    named = {str(tensor.digest): tensor for tensor in found.values()}
+    head, places = lay_out(named, {})
+    data = b"".join((head, *(named[name].data for name in places)))
+    pack = hashlib.sha256(data).digest()
+    team.medium.put(pack_name(pack), data)
+    index = logged(manifest)
+    index.packs[pack] = PackListing(len(data), {Digest(name): at for name, at in places.items()})
+    append(team.medium, index)
+    if change == "none":
+        assert list(team.clone().contents()) == ["evil@1"]
+        return
+    b = team.client()
+    with pytest.raises(CheckpointError, match="place|memory"):
+        b.pull()
+    assert not b.contents()
+
+
+def test_no_entry_is_created_that_a_reader_would_refuse(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = team.client()
+    a.store.add(small_task("dtd"))
+    monkeypatch.setattr(pushing, "_index", lambda *_: LogIndex(removed=[("dtd", 7)]))
+    with pytest.raises(DamagedRemoteError, match="dtd@7"):
+        a.push()
+    assert not team.log()
 
 
 def test_a_remote_that_claims_gigabytes_is_refused_before_they_are_asked_for(team: Team) -> None:

@@ -18,6 +18,7 @@ from tests.helpers.makers import small_task
 def main(verb: str, store_path: str, mirror_path: str, remote: str, first: str) -> None:
     place = DirectoryPlace(remote)
     with Store.create(store_path) as store, opened_mirror(Path(mirror_path), remote) as mirror:
+        print("ready", flush=True)
         for number in count(int(first)):
             if verb == "push":
                 added = store.add(small_task(f"t{number % 7}", seed=number))
