@@ -1,11 +1,11 @@
 """Servers on loopback for the tests of remotes."""
 
 import http.server
-import logging
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,22 +20,42 @@ from tests.pear_store.remote.faults import Team
 from tests.pear_store.remote.servers import RangeHandler, StaticHandler
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(port: int) -> None:
+    for _ in range(600):
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"nothing listens on port {port}")
+
+
 @pytest.fixture(scope="session")
 def s3_options() -> Iterator[dict[str, str]]:
     """The options of an S3 server with the bucket "bucket"."""
     boto3 = pytest.importorskip("boto3")
-    server = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    started = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
+    pytest.importorskip("moto.server")
+    port = free_port()
+    # in a process of its own: a thread would keep other tests from forking
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(port)
+    endpoint = f"http://127.0.0.1:{port}"
     names = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **names).create_bucket(Bucket="bucket")
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **names)
+    client.create_bucket(Bucket="bucket")
+    client.close()
     before = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
     yield {"endpoint": endpoint, "region": "us-east-1"}
-    started.stop()
+    process.terminate()
+    process.wait()
     for name, value in before.items():
         os.environ.pop(name)
         if value is not None:
@@ -70,9 +90,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     Path("/run/sshd").mkdir(exist_ok=True)
     (folder / "config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile {folder}/pid\nStrictModes no\n"
@@ -81,11 +99,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     )
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     process = subprocess.Popen([daemon, "-D", "-e", "-f", folder / "config"], stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if not probe.connect_ex(("127.0.0.1", port)):
-                break
-        time.sleep(0.05)
+    wait_for(port)
     yield {
         "url": f"sftp://root@127.0.0.1:{port}",
         "key_file": str(folder / "user"),
@@ -132,3 +146,8 @@ def team(tmp_path: Path) -> Iterator[Team]:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried again at once."""
     monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests run last: obstore's threads stay, and a process with threads is never forked to read (`can_fork`)."""
+    items.sort(key=lambda item: Path(__file__).parent in item.path.parents)

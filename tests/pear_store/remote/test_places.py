@@ -223,8 +223,10 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path, sshd: dict[str, 
 
 
 def test_a_bucket_that_is_not_there_and_a_denied_one(s3_options: dict[str, str]) -> None:
+    place = ObjectPlace("s3://nobody/x", s3_options)
     with pytest.raises(PlaceError, match="no such bucket"):
-        ObjectPlace("s3://nobody/x", s3_options).get("log/1", 10)
+        place.get("log/1", 10)
+    place.close()
     with pytest.raises(PlaceError) as found:
         ObjectPlace("s3://bucket/x", {**s3_options, "no_such_option": "1"})
     assert "\n" not in str(found.value)
