@@ -29,6 +29,7 @@ faults: $(VENV)/dev.installed
 	PEAR_CRAFTED=1 PEAR_KILLS=300 PEAR_FLIPS=1000 PEAR_SOAK_S=120 PEAR_POWER_LOSSES=1200 PEAR_POWER_CUTS=42 \
 		PEAR_FAULT_LOG=$(CURDIR)/docs/results/faults.log $(BIN)/python -m pytest \
 		-k 'kill_9 or flipped_bits_are_never_handed_out_are or soak or power or crafted' tests/pear_store
+	PEAR_REMOTE_KILLS=100 PEAR_REMOTE_EXAMPLES=100 $(BIN)/python -m pytest tests/pear_store/remote
 	PEAR_INTERRUPTS=1000000 PEAR_INTERRUPTED_CALLS=2000 PEAR_MANY_TASKS=20000 $(BIN)/python -m pytest \
 		tests/router/test_interrupted.py tests/router/test_many_tasks.py
 
