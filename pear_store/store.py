@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pear_store.diff import Diff, compare
 from pear_store.errors import NotFoundError, PearStoreError
@@ -32,10 +33,11 @@ from pear_store.local.removal import remove
 from pear_store.local.sources import Access, Source
 from pear_store.local.stats import Stats, count
 from pear_store.local.tags import set_tag
-from pear_store.remote import remotes
-from pear_store.remote.changes import Changes
-from pear_store.remote.pull import Pulled
-from pear_store.remote.push import Pushed
+
+if TYPE_CHECKING:  # a command that needs no remote starts without them
+    from pear_store.remote.changes import Changes
+    from pear_store.remote.pull import Pulled
+    from pear_store.remote.push import Pushed
 
 
 class Store:
@@ -262,7 +264,7 @@ class Store:
         remote: str | None = None,
         tasks: Collection[str] = (),
         progress: Callable[[int, int], None] = lambda done, all_: None,
-    ) -> Pushed:
+    ) -> "Pushed":
         """Sends versions, removals and tags that a remote lacks, of some tasks or of all; what it returned is there.
 
         None is the remote ``origin``, or the only one. `progress` is told versions done and all of them.
@@ -271,6 +273,8 @@ class Store:
             ClashError: what another store pushed contradicts what would be sent.
             PlaceError: the remote cannot be reached or written; the same again goes on.
         """
+        from pear_store.remote import remotes
+
         return remotes.push(self._open, remote, tasks, progress)
 
     def pull(
@@ -278,7 +282,7 @@ class Store:
         remote: str | None = None,
         references: Collection[str] = (),
         progress: Callable[[int, int], None] = lambda done, all_: None,
-    ) -> Pulled:
+    ) -> "Pulled":
         """Takes versions, removals and tags from a remote, of some tasks or versions or of all it was added for.
 
         Raises:
@@ -286,12 +290,18 @@ class Store:
             DamagedRemoteError, CheckpointError: what it gave is not what its log says; all before that was taken.
             PlaceError: the remote cannot be reached; the same again goes on.
         """
+        from pear_store.remote import remotes
+
         return remotes.pull(self._open, remote, references, progress)
 
-    def remote_status(self, remote: str | None = None) -> Changes:
+    def remote_status(self, remote: str | None = None) -> "Changes":
         """What a push and a pull would do."""
+        from pear_store.remote import remotes
+
         return remotes.status(self._open, remote)
 
     def remote_stats(self, remote: str | None = None) -> dict[str, str | int]:
         """What a remote holds: entries, tasks, versions, packs and their bytes."""
+        from pear_store.remote import remotes
+
         return remotes.stats(self._open, remote)

@@ -3,19 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pear_store.cli.group import complete_task, main, store_directory, store_option
 from pear_store.errors import PearStoreError
 from pear_store.local.directory import store_path
-from pear_store.remote.changes import Changes
-from pear_store.remote.pull import Pulled
-from pear_store.remote.push import Pushed
-from pear_store.remote.remotes import Remote, add_remote, clone_store, init_remote, remotes, remove_remote
 from pear_store.store import Store
 from pear_store.terminal import PrintableGroup, echo, echo_json, echo_table, json_option
+
+if TYPE_CHECKING:  # a command that needs no remote starts without them
+    from pear_store.remote.changes import Changes
+    from pear_store.remote.pull import Pulled
+    from pear_store.remote.push import Pushed
 
 
 def _options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -39,6 +40,8 @@ tasks_option = click.option(
 
 
 def complete_remote(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
+    from pear_store.remote.remotes import remotes
+
     try:
         return [remote.name for remote in remotes(store_directory(ctx)) if remote.name.startswith(start)]
     except (PearStoreError, OSError):
@@ -62,6 +65,8 @@ def init_command(name: str, url: str, options: dict[str, str], patterns: tuple[s
 
     A place that cannot be written by several without loss is refused.
     """
+    from pear_store.remote.remotes import Remote, add_remote, init_remote
+
     with Store(store_directory()) as store:
         init_remote(url, options)
         add_remote(store.path, Remote(name, url, options, patterns))
@@ -77,6 +82,8 @@ def init_command(name: str, url: str, options: dict[str, str], patterns: tuple[s
 @json_option
 def add_command(name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
     """Add a remote that is there, also one on a web server, which is only read."""
+    from pear_store.remote.remotes import Remote, add_remote
+
     with Store(store_directory()) as store:
         add_remote(store.path, Remote(name, url, options, patterns))
     _report_added(name, url, as_json)
@@ -94,6 +101,8 @@ def _report_added(name: str, url: str, as_json: bool) -> None:
 @json_option
 def ls_command(as_json: bool) -> None:
     """List the remotes."""
+    from pear_store.remote.remotes import remotes
+
     with Store(store_directory()) as store:
         found = remotes(store.path)
     rows = [{"name": one.name, "url": one.url, "tasks": list(one.tasks), "options": dict(one.options)} for one in found]
@@ -111,6 +120,8 @@ def ls_command(as_json: bool) -> None:
 @json_option
 def rm_command(name: str, as_json: bool) -> None:
     """Forget a remote; what lies there stays."""
+    from pear_store.remote.remotes import remove_remote
+
     with Store(store_directory()) as store:
         found = remove_remote(store.path, name)
     if as_json:
@@ -136,6 +147,8 @@ def show_command(name: str | None, as_json: bool) -> None:
 
 def _split(store: Store, given: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     """The remote and the tasks: the first argument is a remote if it is the name of one."""
+    from pear_store.remote.remotes import remotes
+
     if given and given[0] in {one.name for one in remotes(store.path)}:
         return given[0], given[1:]
     return None, given
@@ -180,7 +193,7 @@ def push(given: tuple[str, ...], as_json: bool) -> None:
     echo(f"{len(result.versions)} versions, {result.sent_bytes:,} bytes sent")
 
 
-def pushed_json(result: Pushed) -> dict[str, Any]:
+def pushed_json(result: "Pushed") -> dict[str, Any]:
     return {
         "versions": _numbered(result.versions), "removed": _numbered(result.removed),
         "tags": [{"task": task, "tag": tag, "version": version} for task, tag, version in result.tags],
@@ -207,7 +220,7 @@ def pull(given: tuple[str, ...], as_json: bool) -> None:
     _report_pulled(result, as_json)
 
 
-def _report_pulled(result: Pulled, as_json: bool) -> None:
+def _report_pulled(result: "Pulled", as_json: bool) -> None:
     for problem in result.problems:
         echo(f"Warning: {problem}", err=True)
     if as_json:
@@ -242,6 +255,8 @@ def clone(url: str, directory: str | None, options: dict[str, str], patterns: tu
 
     The remote is named 'origin' there. The same command goes on with a clone that was cut off.
     """
+    from pear_store.remote.remotes import Remote, clone_store
+
     path = store_path(directory or Path(url.rstrip("/")).name)
     with _progress("clone") as progress:
         result = clone_store(path, Remote("origin", url, options, patterns), progress)
@@ -278,7 +293,7 @@ def status(name: str | None, as_json: bool) -> None:
         echo("both hold the same")
 
 
-def status_json(found: Changes) -> dict[str, Any]:
+def status_json(found: "Changes") -> dict[str, Any]:
     return {
         "push": {
             "versions": _numbered((v.task, v.number) for v in found.push), "removed": _numbered(found.push_removed),
