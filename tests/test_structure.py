@@ -173,6 +173,7 @@ def test_no_class_is_long(package: str) -> None:
 LONG = {"router/router.py Router", "pear_store/store.py Store"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ALLOWED)
 def test_importing_changes_neither_warnings_nor_logging(package: str) -> None:
     code = (

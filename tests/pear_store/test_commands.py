@@ -93,6 +93,7 @@ def pack_of(store: Path, data: bytes) -> Path:
     return pack
 
 
+@pytest.mark.slow
 def test_verify_repair_and_rebuild(where: Path) -> None:
     store = ("--store", where / "s")
     good = run(*store, "verify")

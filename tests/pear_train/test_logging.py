@@ -16,6 +16,7 @@ from router import Backbone
 PACKAGE = Path(__file__).parents[2] / "pear_train"
 
 
+@pytest.mark.slow
 def test_importing_changes_no_settings_of_others() -> None:
     code = (
         "import logging, sys, warnings, torch, torchvision, timm, pear_store, router, tqdm, click\n"

@@ -245,6 +245,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_command_to_store_to_router(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
     out = tmp_path / "t.safetensors"
     options = ("--epochs", 3, "--set", "prune_epoch=1", "--rank", 2, "--json")

@@ -28,6 +28,8 @@ from pear_store.remote.place import Place
 from tests.helpers.makers import small_task
 from tests.pear_store.remote.faults import Client, Team
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 TASKS = st.sampled_from(["a", "b"])
 CLIENTS = st.integers(0, 2)

@@ -46,6 +46,7 @@ def test_an_answer_is_what_run_says_of_image_and_task_alone(shared: Router) -> N
         assert_same(found, shared.run(PICTURES[i % 6], task)[0])
 
 
+@pytest.mark.slow
 def test_many_clients_while_tasks_come_go_and_get_new_versions(
     tmp_path: Path, backbone: Backbone, task_maker: Callable[..., Task]
 ) -> None:

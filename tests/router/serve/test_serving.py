@@ -87,6 +87,7 @@ def served(*args: str, code: str = "", **env: str) -> Iterator[Process]:
         process.process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_server_lives_and_ends(filled: Path, router: Router, task_maker: Callable[..., Task]) -> None:
     args = ("--store", str(filled), "--preload", "a,b", "--max-wait-ms", "60000", "--max-batch", "1")
     with served(*args, "--refresh-s", "0") as process, process.client() as client:
@@ -129,6 +130,7 @@ def test_a_server_lives_and_ends(filled: Path, router: Router, task_maker: Calla
     assert not any("boundary" in line for line in process.lines), "clients fill the log"
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_waits(filled: Path) -> None:
     with served("--store", str(filled), "--max-wait-ms", "60000", "--drain-s", "60") as process:
         answers: list[httpx.Response] = []
@@ -149,6 +151,7 @@ def test_sigterm_finishes_what_waits(filled: Path) -> None:
     assert answers[0].json()["results"][0]["label"]
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_ends_the_process(filled: Path, tmp_path: Path) -> None:
     """Also: slow headers, tokens, and that no token is logged."""
     file = tmp_path / "tokens"
