@@ -147,11 +147,12 @@ def show_command(name: str | None, as_json: bool) -> None:
 
 def _split(store: Store, given: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     """The remote and the tasks: the first argument is a remote if it is the name of one."""
-    from pear_store.remote.remotes import remotes
+    from pear_store.remote.remotes import find_remote, remotes
 
-    if given and given[0] in {one.name for one in remotes(store.path)}:
-        return given[0], given[1:]
-    return None, given
+    known = {one.name for one in remotes(store.path)}
+    if given and not known:
+        find_remote(store.path, given[0])  # which says that there is none
+    return (given[0], given[1:]) if given and given[0] in known else (None, given)
 
 
 @contextmanager

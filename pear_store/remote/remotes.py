@@ -162,7 +162,7 @@ def find_remote(path: Path, name: str | None) -> Remote:
     if name is None:
         name = "origin" if "origin" in known or len(known) != 1 else next(iter(known))
     if name not in known:
-        have = ", ".join(known) or "none; 'pear-store remote add NAME URL' adds one"
+        have = ", ".join(known) or "none; 'pear-store remote init NAME URL' makes one, 'remote add' adds one"
         raise NotFoundError(f"no remote {name!r} of {path}; its remotes: {have}")
     return known[name]
 

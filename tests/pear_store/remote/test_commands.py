@@ -117,6 +117,15 @@ def test_each_kind_of_error_has_one_line_and_its_code(shared: tuple[str, ...], t
     assert run(*other, "push").exit_code == 0
 
 
+@pytest.mark.parametrize("verb", ["push", "pull"])
+def test_a_store_without_a_remote_says_how_to_get_one(tmp_path: Path, verb: str) -> None:
+    Store.create(tmp_path / "s").close()
+    for given in ((), ("team",), ("dtd",)):
+        refused = run("--store", tmp_path / "s", verb, *given)
+        assert refused.exit_code == 3 and len(refused.stderr.splitlines()) == 1
+        assert "its remotes: none; 'pear-store remote init NAME URL' makes one" in refused.stderr
+
+
 def test_a_clone_that_was_cut_off_goes_on(shared: tuple[str, ...], tmp_path: Path) -> None:
     run(*shared, "push")
     pack = next((tmp_path / "remote" / "packs").rglob("*.safetensors"))
