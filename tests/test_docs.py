@@ -32,7 +32,8 @@ def store_commands() -> dict[str, click.Command]:
 def reference() -> str:
     """docs/reference.md, as the commands' own help says it."""
     parts = [
-        "# pear-store: reference\n\nWritten by `python -m tests.test_docs`; a test holds it against `--help`. Exit codes: "  # noqa: E501
+        "# pear-store: reference\n\nWritten by `python -m tests.test_docs`; a test holds it against `--help`. "
+        "Exit codes: "
         "0 done, 1 other errors, 2 usage,\n3 not found, 4 no valid checkpoint, 5 damage, 6 disk full, 7 name taken, "
         "8 not a store that this Pear reads, 9 tagged,\n10 a file or URL that is not opened, 11 a store that may not "
         "be read or written,\n12 a remote that cannot be reached or used, "

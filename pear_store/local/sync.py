@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from pear_store.errors import DamagedError, from_os_error
@@ -102,9 +103,13 @@ def tensors_in(opened: OpenStore, digests: Iterable[Digest], what: str) -> dict[
 
 def good_tensors_in(opened: OpenStore, digests: Iterable[Digest]) -> dict[Digest, RawTensor]:
     """Those of the tensors that are stored and whole."""
+
+    def is_stored(digest: Digest, view: View) -> bool:
+        return view.tensors.peek(digest) is not None
+
     found: dict[Digest, RawTensor] = {}
     for digest in digests:
-        if opened.look(lambda view, digest=digest: view.tensors.peek(digest) is not None):  # type: ignore[misc]
+        if opened.look(partial(is_stored, digest)):
             try:
                 found.update(tensors_in(opened, [digest], "a task"))
             except DamagedError:

@@ -61,7 +61,7 @@ class Place(ABC):
     def delete(self, name: str) -> None:
         """Deletes an object, if there is one."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:  # noqa: B027 (most places hold none)
         """Gives connections back."""
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -138,7 +139,7 @@ class Batcher:
         for request in requests:
             self._open[request] = None
             self._flow.put(request)
-            request.answer.add_done_callback(lambda _, request=request: self._settled(request))  # type: ignore[misc]
+            request.answer.add_done_callback(partial(self._settled, request))
         self._flow.pump()
         return [request.answer for request in requests]
 
@@ -182,7 +183,7 @@ class Batcher:
         self._refuse(DrainingError())
         return finished
 
-    def _settled(self, request: Request) -> None:
+    def _settled(self, request: Request, _: object) -> None:
         """Forgets a request that was answered or given up."""
         self._open.pop(request, None)
         self._flow.discard(request)

@@ -6,6 +6,7 @@ import binascii
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -98,9 +99,9 @@ async def images_of(body: bytes, content_type: str | None, limits: RequestLimits
         asked = [Asked(body, None, None)]
     else:
         if name == "application/json":
-            read = lambda: _from_json(body, limits)  # noqa: E731
+            read = partial(_from_json, body, limits)
         elif name == "multipart/form-data":
-            read = lambda: _from_form(body, options.get(b"boundary", b""), limits)  # noqa: E731
+            read = partial(_from_form, body, options.get(b"boundary", b""), limits)
         else:
             raise Problem(
                 415,

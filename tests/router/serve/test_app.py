@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 
 from pear_store import Store, Task
 from router import Backbone, Prediction, Router, RouterError
@@ -36,6 +36,17 @@ async def client_of(app: Starlette, **options: Any) -> AsyncIterator[httpx.Async
     async with service.lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://t", **options) as client:
         await service.start()
         yield client
+
+
+def app_of(client: httpx.AsyncClient) -> Starlette:
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport) and isinstance(transport.app, Starlette)
+    return transport.app
+
+
+def service_of(client: httpx.AsyncClient) -> Service:
+    service: Service = app_of(client).state.service
+    return service
 
 
 def serve(router: Router, work: Callable[[httpx.AsyncClient], Awaitable[None]], **options: Any) -> None:
@@ -241,7 +252,7 @@ def test_bodies_that_are_held_are_bounded_and_slow_ones_end(held: HeldRouter) ->
             await go.wait()
 
         waiting = asyncio.create_task(client.post("/v1/tasks/a/predict", content=slow(), headers=RAW))
-        service: Service = client._transport.app.state.service  # type: ignore[attr-defined]
+        service = service_of(client)
         await until(lambda: service.held.size_bytes == 20_000)
         refused = await client.post("/v1/tasks/a/predict", content=bytes(10_001), headers=RAW)
         assert_problem(refused, 429, "fill the memory")
@@ -255,7 +266,7 @@ def test_bodies_that_are_held_are_bounded_and_slow_ones_end(held: HeldRouter) ->
 
 def test_a_full_queue_says_when_to_come_back(held: HeldRouter) -> None:
     async def work(client: httpx.AsyncClient) -> None:
-        batcher: Batcher = client._transport.app.state.service.batcher  # type: ignore[attr-defined]
+        batcher = service_of(client).batcher
         running = asyncio.create_task(client.post("/v1/tasks/a/predict", content=PICTURES[0], headers=RAW))
         await until(lambda: batcher._flow.running)
         waiting = asyncio.create_task(client.post("/v1/tasks/a/predict", content=PICTURES[0], headers=RAW))
@@ -272,7 +283,7 @@ def test_a_full_queue_says_when_to_come_back(held: HeldRouter) -> None:
 
 def test_a_request_whose_time_is_up_is_told_so_and_given_up(held: HeldRouter) -> None:
     async def work(client: httpx.AsyncClient) -> None:
-        batcher: Batcher = client._transport.app.state.service.batcher  # type: ignore[attr-defined]
+        batcher = service_of(client).batcher
         late = await client.post("/v1/tasks/a/predict", content=PICTURES[0], headers=RAW)
         assert_problem(late, 504, "no answer within 0.05 s")
         await until(lambda: not batcher.waiting)
@@ -501,12 +512,9 @@ def test_the_document_says_what_there_is(shared: Router) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         found = (await client.get("/openapi.json")).json()
         assert found["openapi"] == "3.1.0"
-        app: Starlette = client._transport.app  # type: ignore[attr-defined]
-        served = {
-            (route.path, method.lower())  # type: ignore[attr-defined]
-            for route in app.routes
-            for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
-        }
+        routes = [route for route in app_of(client).routes if isinstance(route, Route)]
+        assert len(routes) == len(app_of(client).routes)
+        served = {(one.path, method.lower()) for one in routes for method in (one.methods or set()) - {"HEAD"}}
         assert served == {(path, method) for path, methods in found["paths"].items() for method in methods}
         names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
         assert names == set(found["components"]["schemas"])
