@@ -1,5 +1,8 @@
 """A content-addressed store of tasks: each distinct tensor once, across tasks and versions."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pear_store.diff import Diff, PositionDiff
 from pear_store.errors import (
     CheckpointError,
@@ -18,13 +21,16 @@ from pear_store.format.digest import Digest, RawTensor, tensor_digest
 from pear_store.local.add import Added
 from pear_store.local.gc import GcResult
 from pear_store.local.loading import Refused
-from pear_store.local.rebuild import Rebuilt, rebuild
 from pear_store.local.references import Version
-from pear_store.local.repair import Repaired, repair
 from pear_store.local.sources import Access, read_source
 from pear_store.local.stats import Stats
-from pear_store.local.verify import Damage, Report, verify
+from pear_store.readable import ReadableStore
 from pear_store.store import Store
+
+if TYPE_CHECKING:
+    from pear_store.local.rebuild import Rebuilt, rebuild
+    from pear_store.local.repair import Repaired, repair
+    from pear_store.local.verify import Damage, Report, verify
 
 __all__ = [
     "Access",
@@ -44,6 +50,7 @@ __all__ = [
     "PearStoreError",
     "PositionDiff",
     "RawTensor",
+    "ReadableStore",
     "Rebuilt",
     "Refused",
     "Repaired",
@@ -63,3 +70,15 @@ __all__ = [
     "verify",
     "write_checkpoint",
 ]
+
+_LATER = {
+    "Rebuilt": "rebuild", "rebuild": "rebuild", "Repaired": "repair", "repair": "repair",
+    "Damage": "verify", "Report": "verify", "verify": "verify",
+}  # fmt: skip
+"""By the modules that few programs and commands need, which are imported when they are"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.local.{_LATER[name]}"), name)

@@ -17,21 +17,27 @@ PearStoreError            exit code 1
 └── ClashError           13   what another store has pushed contradicts what this one would push
 """
 
-import copyreg
 import errno
 from pathlib import Path
 from typing import Any
 
 
-class PearStoreError(Exception):
+class PlainError(Exception):
+    """Is pickled as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes
+    hangs for ever at an error that it cannot read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), *self.args), self.__dict__
+
+
+def _made_again(kind: type[PlainError], *args: object) -> PlainError:
+    return kind.__new__(kind, *args)
+
+
+class PearStoreError(PlainError):
     """Base of all errors of pear_store; its text is one line for a person."""
 
     exit_code = 1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes hangs for
-        # ever at an error that it cannot read
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class NotFoundError(PearStoreError, LookupError):

@@ -4,6 +4,7 @@ import codecs
 import os
 import stat
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ def is_lfs_pointer(start: bytes | memoryview) -> bool:
     return bytes(start[: len(_LFS_START)]) == _LFS_START
 
 
-def open_regular_file(path: str | Path, root: Path | None = None) -> BinaryIO:
+def open_regular_file(path: str | Path, root: Path | None = None) -> BufferedReader:
     """Opens a file for reading. Links are followed, as users expect of their own files.
 
     Raises:
@@ -36,7 +37,7 @@ def open_regular_file(path: str | Path, root: Path | None = None) -> BinaryIO:
         raise NotFoundError(f"{str(path)!r}: no such file") from None
 
 
-def open_regular(path: str | Path, name: str | Path) -> BinaryIO:
+def open_regular(path: str | Path, name: str | Path) -> BufferedReader:
     """Like :func:`open_regular_file`, with the system's own errors; `name` is what messages call the file."""
     _check_regular(os.stat(path), name)  # first: opening a device can do something
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

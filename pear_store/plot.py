@@ -8,7 +8,7 @@ from typing import Any
 
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import Task, natural_key
-from pear_store.store import Store
+from pear_store.readable import ReadableStore
 
 FORMATS = (".png", ".svg")
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
@@ -18,7 +18,7 @@ _LABELS = 60
 """More rows or columns than this are drawn without their names"""
 
 
-def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None:
+def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ()) -> None:
     """Draws tasks x positions to a .png or .svg file.
 
     A cell has a stripe for each branch, in its adapter's colour. One colour is one pair of tensors, in whatever task
@@ -37,7 +37,7 @@ def plot(store: Store, path: str | Path, references: Iterable[str] = ()) -> None
 
     names = list(references) or [version.task for version in store.tasks()]
     if not names:
-        raise PearStoreError(f"{store.path}: no task to draw")
+        raise PearStoreError(f"{store.where}: no task to draw")
     cells: list[dict[str, list[str]]] = []
     new: list[int] = []
     above: list[int] = []

@@ -1,14 +1,12 @@
 """The store: many tasks in one directory, each distinct tensor once."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pear_store.diff import Diff, compare
 from pear_store.errors import NotFoundError, PearStoreError
-from pear_store.format.checkpoint import TAG_NAME, Task, write_checkpoint
-from pear_store.format.manifest import with_plain_names
+from pear_store.format.checkpoint import TAG_NAME, Task
 from pear_store.local import gc
 from pear_store.local.add import Added, FoundGood, add_group
 from pear_store.local.create import make_store
@@ -18,7 +16,7 @@ from pear_store.local.loading import Refused, load_groups
 from pear_store.local.log import Operation, is_on
 from pear_store.local.mounts import warn_of_network
 from pear_store.local.opened import OpenStore
-from pear_store.local.read import read_version
+from pear_store.local.read import read_record, read_version
 from pear_store.local.references import (
     Version,
     all_tags,
@@ -33,14 +31,20 @@ from pear_store.local.removal import remove
 from pear_store.local.sources import Access, Source
 from pear_store.local.stats import Stats, count
 from pear_store.local.tags import set_tag
+from pear_store.readable import ReadableStore
 
 if TYPE_CHECKING:  # a command that needs no remote starts without them
+    from pear_store.remote.cache import CacheSettings
     from pear_store.remote.changes import Changes
+    from pear_store.remote.gc import RemoteGc
+    from pear_store.remote.history import Logged
     from pear_store.remote.pull import Pulled
     from pear_store.remote.push import Pushed
+    from pear_store.remote.repair import RemoteRepaired
+    from pear_store.remote.verify import RemoteReport
 
 
-class Store:
+class Store(ReadableStore):
     """A directory of tasks. Any number of threads and processes may read and add at once, also after a fork.
 
     What `add` has returned is durable. Every tensor handed out has been checked against its digest in this process.
@@ -53,13 +57,43 @@ class Store:
             NotFoundError: there is no store at `path`.
             FormatError: another Pear wrote it.
             DamagedIndexError: its index cannot be opened.
+            PearStoreError: it is a URL.
         """
+        if "://" in str(path):
+            raise PearStoreError(
+                "a URL names a remote, which is only read here (Store.open); to change it, clone it first "
+                "('pear-store clone URL DIR'), and push"
+            )
         self.path = store_path(path)
         with Operation(__name__, "open", self.path) as operation:
             self._open = OpenStore(self.path)
             if is_on(__name__):
                 operation.size_bytes = self._open.index.size_bytes
         warn_of_network(self.path)
+
+    @staticmethod
+    def open(
+        where: str | Path, *, options: Mapping[str, str] | None = None, cache: "CacheSettings | None" = None
+    ) -> ReadableStore:
+        """Opens a store's directory, or a remote by its URL, which is then read through a cache on this machine.
+
+        Args:
+            options: of the remote's place, such as ``endpoint``; never a secret (docs/remotes.md).
+            cache: where the cache is, how large it may grow, and how often the remote is asked.
+
+        Raises:
+            NotFoundError: there is no store, or no remote.
+            PlaceError: the remote cannot be reached, and nothing is known of it.
+        """
+        if "://" not in str(where):
+            return Store(where)
+        from pear_store.remote.lazy import RemoteStore
+
+        return RemoteStore(str(where), options or {}, cache)
+
+    @property
+    def where(self) -> str:
+        return os.path.realpath(self.path)
 
     @classmethod
     def create(cls, path: str | Path) -> "Store":
@@ -73,16 +107,7 @@ class Store:
         return cls(path)
 
     def close(self) -> None:
-        """Releases the index; buffers handed out stay valid."""
         self._open.close()
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ---- adding -------------------------------------------------------------------------------
 
@@ -106,6 +131,8 @@ class Store:
     ) -> Iterator[Added | Refused]:
         """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
 
+        A group is added when its results are asked for: nothing is added before the first.
+
         A list or tuple of many local files is read ahead by forked processes, if this one has no threads, numpy's and
         torch's included; other iterables are read one by one as they give their sources.
 
@@ -124,28 +151,12 @@ class Store:
     # ---- reading ------------------------------------------------------------------------------
 
     def get(self, reference: str, copy: bool = True) -> Task:
-        """A task by ``name`` (its newest version), ``name@version`` or ``name@tag``.
-
-        Args:
-            copy: give tensors their own memory; else they are read-only views of memory-mapped packs, valid as long
-                as they are held.
-
-        Raises:
-            NotFoundError: no such task, version or tag.
-            DamagedError: stored bytes do not match their digest.
-        """
         return read_version(self._open, reference, copy)
 
-    def export(self, reference: str, path: str | Path) -> int:
-        """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""
-        return write_checkpoint(path, with_plain_names(self.get(reference, copy=False)))
-
-    def tasks(self) -> list[Version]:
-        """The newest version of every task, by name."""
-        return list(self.iter_tasks())
+    def record(self, reference: str) -> Mapping[str, Any]:
+        return read_record(self._open, reference)
 
     def iter_tasks(self) -> Iterator[Version]:
-        """Like :meth:`tasks`, one by one."""
         if self._open.index.is_lockless:  # a view does not last
             yield from self._open.look(lambda view: list(newest_versions(view)))
             return
@@ -155,18 +166,12 @@ class Store:
                 view.check_own()
 
     def versions(self, task: str | None = None) -> list[Version]:
-        """Every version, of one task or of all, by name and number.
-
-        Raises:
-            NotFoundError: the named task has no version.
-        """
         found = self._open.look(lambda view: versions(view, task))
         if task is not None and not found:
             raise NotFoundError(unknown_task(task, self.path))
         return found
 
     def tags(self) -> dict[str, dict[str, int]]:
-        """Every task's tags: {task: {tag: version}}."""
         found: dict[str, dict[str, int]] = {}
         with self._open.read() as view:
             for (task, number), tags in all_tags(view).items():
@@ -174,12 +179,6 @@ class Store:
         return found
 
     def resolve(self, reference: str) -> Version:
-        """The version that a reference stands for now.
-
-        Raises:
-            NotFoundError: none.
-        """
-
         def look(view: View) -> Version:
             name, number, _ = resolve(view, reference, self.path)
             return version_of(view, name, number, self._open.tags(view))
@@ -187,18 +186,7 @@ class Store:
         return self._open.look(look)
 
     def stats(self) -> Stats:
-        """Counts and sizes of what is stored."""
         return count(self._open)
-
-    def diff(self, a: str, b: str) -> Diff:
-        """Which positions use other adapters in two versions, which share theirs, and the bytes of each.
-
-        Raises:
-            NotFoundError: one of them is not there.
-        """
-        versions = (self.resolve(a), self.resolve(b))
-        tasks = [self.get(f"{v.task}@{v.version}", copy=False) for v in versions]
-        return compare(*versions, *tasks)
 
     # ---- tags ---------------------------------------------------------------------------------
 
@@ -263,11 +251,11 @@ class Store:
         self,
         remote: str | None = None,
         tasks: Collection[str] = (),
-        progress: Callable[[int, int], None] = lambda done, all_: None,
+        progress: Callable[[int, int, int], None] = lambda done, all_, moved_bytes: None,
     ) -> "Pushed":
         """Sends versions, removals and tags that a remote lacks, of some tasks or of all; what it returned is there.
 
-        None is the remote ``origin``, or the only one. `progress` is told versions done and all of them.
+        None is the remote ``origin``, or the only one. `progress` is told versions done, all of them, and bytes moved.
 
         Raises:
             ClashError: what another store pushed contradicts what would be sent.
@@ -281,7 +269,7 @@ class Store:
         self,
         remote: str | None = None,
         references: Collection[str] = (),
-        progress: Callable[[int, int], None] = lambda done, all_: None,
+        progress: Callable[[int, int, int], None] = lambda done, all_, moved_bytes: None,
     ) -> "Pulled":
         """Takes versions, removals and tags from a remote, of some tasks or versions or of all it was added for.
 
@@ -305,3 +293,67 @@ class Store:
         from pear_store.remote import remotes
 
         return remotes.stats(self._open, remote)
+
+    def remote_gc(
+        self,
+        remote: str | None = None,
+        keep: int | None = None,
+        older_than_s: float | None = None,
+        grace_s: float = 7 * 86400.0,
+        dry_run: bool = False,
+        progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
+    ) -> "RemoteGc":
+        """Removes from a remote what no version there needs, while others push and pull; safe to cut off and repeat.
+
+        Args:
+            keep, older_than_s: which versions are removed there first, as with :meth:`gc`; a pull takes that over.
+            grace_s: how long objects stay after the entry that drops them, for readers that know an older log.
+            progress: told what is done, how much of it, and all of it.
+
+        Raises:
+            PlaceError: the remote cannot be reached, listed or written; the same again goes on.
+        """
+        from pear_store.remote import upkeep
+
+        return upkeep.gc(self._open, remote, keep, older_than_s, grace_s, dry_run, progress)
+
+    def remote_log(self, remote: str | None = None, most: int | None = None) -> "list[Logged]":
+        """What a remote's newest entries did, newest first; `most`: so many of them."""
+        from pear_store.remote import upkeep
+
+        return upkeep.history(self._open, remote, most)
+
+    def remote_verify(
+        self,
+        remote: str | None = None,
+        subset: tuple[int, int] = (1, 1),
+        progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
+    ) -> "RemoteReport":
+        """Checks a remote's log, and reads the packs of the n-th of t parts; names each fault with the versions hit.
+
+        Raises:
+            DamagedRemoteError: it is not the remote that this store knows.
+            PlaceError: the remote cannot be reached.
+        """
+        from pear_store.remote import upkeep
+
+        return upkeep.verify(self._open, remote, subset, progress)
+
+    def remote_repair(
+        self,
+        remote: str | None = None,
+        copies: Collection[str | Path] = (),
+        progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
+    ) -> "RemoteRepaired":
+        """Mends what :meth:`remote_verify` finds, from good copies in this store and in others.
+
+        Args:
+            copies: directories of other stores.
+
+        Raises:
+            NotFoundError: one of `copies` is no store; nothing was repaired.
+            PlaceError: the remote cannot be reached or written; the same again goes on.
+        """
+        from pear_store.remote import upkeep
+
+        return upkeep.repair(self._open, remote, copies, progress)

@@ -6,12 +6,14 @@ from pear_train.errors import ConfigError, DataError, DivergedError, PearTrainEr
 from pear_train.job import Job
 from pear_train.loop import train, train_many
 from pear_train.make_base import Base, train_base
+from pear_train.make_bases import Bases, make_bases
 from pear_train.plot import plot_result
 from pear_train.report import Failed, Result, Step
 from pear_train.tasks import TaskEntry, read_tasks
 
 __all__ = [
     "Base",
+    "Bases",
     "ConfigError",
     "DataError",
     "Dataset",
@@ -25,6 +27,7 @@ __all__ = [
     "Step",
     "TaskEntry",
     "TrainConfig",
+    "make_bases",
     "open_dataset",
     "plot_result",
     "read_tasks",

@@ -54,7 +54,8 @@ class AdapterSet(nn.Module):
     Args:
         widths: position -> (d_in, d_out), in forward order.
         common_down: freeze `down` at values that depend on the position and its shape only.
-        bits: train as codes of so many bits, rounded in each step, gradients passed straight through; None: as is.
+        bits, core_bits: train matrices, cores as codes of so many bits, rounded in each step, gradients passed straight
+            through; None: as is.
     Source: straight-through rounding, Bengio et al., arXiv:1308.3432; low-bit adapters, Jie et al., arXiv:2307.16867.
     """
 
@@ -67,10 +68,13 @@ class AdapterSet(nn.Module):
         generator: torch.Generator,
         common_down: bool = False,
         bits: int | None = None,
+        core_bits: int | None = None,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.bits = bits
+        self.bits, self.core_bits = bits, core_bits
+        self.on_bases = False
+        """The first branch of each position is a core in common bases."""
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.frozen: dict[str, FrozenAdapter] = {}
         self.own: dict[str, str] = {}
@@ -100,6 +104,9 @@ class AdapterSet(nn.Module):
             return down, up
         return fake_quantise(down, self.bits, rank_axis=1), fake_quantise(up, self.bits, rank_axis=0)
 
+    def _written_core(self, core: Tensor) -> Tensor:
+        return core if self.core_bits is None else fake_quantise(core, self.core_bits, rank_axis=0)
+
     def position_weights(self) -> dict[str, PositionWeights]:
         """What each position adds: its branches concatenated along the rank, scales in `up`."""
         used = {adapter: self._written(adapter) for adapter in self.used()}
@@ -109,7 +116,7 @@ class AdapterSet(nn.Module):
                 continue
             downs = [used[branch.adapter][0] for branch in branches]
             ups = [
-                (up if branch.core is None else branch.core @ up) * branch.scale
+                (up if branch.core is None else self._written_core(branch.core) @ up) * branch.scale
                 for branch, up in ((branch, used[branch.adapter][1]) for branch in branches)
             ]
             down, up = (

@@ -11,8 +11,8 @@ Activation: TypeAlias = Literal["identity", "relu", "gelu"]
 """Between `down` and `up`; those that a task checkpoint can name."""
 Down: TypeAlias = Literal["own", "common"]
 """own: trained; common: frozen, the same for all tasks of a backbone."""
-Importance: TypeAlias = Literal["taylor", "taylor_abs", "magnitude", "gradient", "random"]
-"""What ranks adapters (pear_train/importance.py); random is a control."""
+Importance: TypeAlias = Literal["taylor", "taylor_abs", "magnitude", "gradient", "random", "first"]
+"""What ranks adapters (pear_train/importance.py); random, and first (the earlier, the higher), are controls."""
 GradientScore: TypeAlias = Literal["taylor", "taylor_abs", "gradient"]
 """The importances that need gradients."""
 Sharing: TypeAlias = Literal["nearest", "top", "similar", "none"]
@@ -30,11 +30,13 @@ Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
 """Precision of the forward in training: auto asks the machine."""
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 """What `auto` becomes."""
-TensorDtype: TypeAlias = Literal["F16", "BF16", "F32", "Q8", "Q4", "Q1"]
-"""What adapters are written in: floats, or codes of 8, 4 or 1 bits."""
-HeadDtype: TypeAlias = Literal["F16", "BF16", "F32", "Q8", "Q4"]
+TensorDtype: TypeAlias = Literal["F16", "BF16", "F32", "Q8", "Q4", "Q2", "Q1"]
+"""What adapters are written in: floats, or codes of 8, 4, 2 or 1 bits."""
+CoreDtype: TypeAlias = Literal["auto", "F16", "BF16", "F32", "Q8", "Q4", "Q2"]
+"""What cores are written in; auto: the floats that adapters are written in, or beside codes F16."""
+HeadDtype: TypeAlias = Literal["F16", "BF16", "F32", "Q8", "Q4", "Q2"]
 """What the head is written in."""
-Role: TypeAlias = Literal["knowledge", "bank", "base"]
+Role: TypeAlias = Literal["knowledge", "bank", "base", "bases"]
 """What a frozen adapter is."""
 OnError: TypeAlias = Literal["report", "raise"]
 """report: a task that fails gives a Failed, and the others go on; raise: its error ends the call."""

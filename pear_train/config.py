@@ -8,6 +8,7 @@ from pear_train.choices import (
     Activation,
     Augment,
     Borrow,
+    CoreDtype,
     Down,
     Dtype,
     HeadDtype,
@@ -37,6 +38,7 @@ class TrainConfig:
     """Comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns of module paths; auto: qkv,mlp, or blocks
     where a backbone has no such modules that run."""
     rank: int = 12
+    """Of an adapter; of a run on common bases, theirs is."""
     activation: Activation = "identity"
     scale: float = 1.0
     """Factor of a branch."""
@@ -79,9 +81,11 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is faster."""
     tensor_dtype: TensorDtype = "F16"
-    """What adapters are written in: F32, F16, BF16, or codes of 8, 4 or 1 bits (Q8, Q4, Q1), trained as such."""
+    """What adapters are written in: F32, F16, BF16, or codes of 8, 4, 2 or 1 bits (Q8, Q4, Q2, Q1), trained as such."""
+    core_dtype: CoreDtype = "auto"
+    """What cores are written in: auto (as adapters are, or F16 beside codes), floats, or codes of 8, 4 or 2 bits."""
     head_dtype: HeadDtype = "F16"
-    """What the head is written in: F32, F16, BF16, or a weight of codes of 8 or 4 bits (Q8, Q4)."""
+    """What the head is written in: F32, F16, BF16, or a weight of codes of 8, 4 or 2 bits (Q8, Q4, Q2)."""
     select: Select = "best"
     """The epoch that is kept: the best on val (of those after pruning, the later of equals), or the last."""
     patience: int | None = None
@@ -90,6 +94,16 @@ class TrainConfig:
     """Of a run with a base set: how many of the lowest blocks take the base's adapters frozen."""
     bank_share: int = 1
     """Of a run with a bank: stored adapters that a pruned position borrows."""
+    own_rank: int = 0
+    """Of a run on common bases: rank of the adapters that positions have of their own beside their cores; 0: none, or
+    1 where `own_bytes` is given."""
+    own_bytes: int | None = None
+    """Of a run on common bases: bytes that these adapters may take as written. The most important are kept, as many as
+    fit; None: all."""
+    core_lr: float = 2.0
+    """Learning rate of cores in common bases, and of adapters beside them, as a multiple of `lr`."""
+    bases_lr: float = 0.3
+    """Learning rate of common bases that are trained on, as a multiple of `lr`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str) or not TASK_NAME.fullmatch(self.task):
@@ -99,6 +113,8 @@ class TrainConfig:
             check_option(name.replace("_", " "), option, value)
             if "float" in kinds(option):
                 object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same option
+        if self.own_bytes is not None and self.own_rank == 0:
+            object.__setattr__(self, "own_rank", 1)
         if self.method != "pear":
             return
         if self.epochs < 2:
@@ -115,14 +131,19 @@ class TrainConfig:
         if self.knowledge == "fold" and self.down == "common":
             raise ConfigError("knowledge 'fold' rewrites down, which down 'common' forbids: choose knowledge 'none'")
 
-    def unused(self, base: bool, bank: bool) -> list[str]:
+    def unused(self, base: bool, bank: bool, bases: bool = False) -> list[str]:
         """Options that differ from their defaults and say nothing in such a run.
 
         Args:
-            base, bank: whether the run is given a base set, stored adapters.
+            base, bank, bases: whether the run is given a base set, stored adapters, common bases.
         """
-        silent: set[str] = set() if bank else {"bank_share"}
+        silent: set[str] = {"bases_lr"} if bank else {"bases_lr", "bank_share"}
         silent |= set() if base else {"base_blocks"}
+        if bases:
+            silent |= {"ratio", "sharing", "knowledge_bits", *_BORROWING}
+            silent |= set() if self.own_bytes is not None else {"prune_epoch", "importance", "knowledge"}
+        else:
+            silent |= {"own_rank", "own_bytes", "core_lr"}
         if self.method != "pear":
             silent |= {"prune_epoch", "ratio", "importance", "sharing", "knowledge", "bank_share", *_BORROWING}
         if self.method == "linear":
@@ -134,6 +155,8 @@ class TrainConfig:
             silent |= {"knowledge_bits"}
         if self.knowledge == "fold" and not bank:
             silent |= {"borrowed_scale"}
+        if self.method != "pear" or (self.borrow != "core" and not bases):
+            silent |= {"core_dtype"}
         if self.borrow == "core":
             silent |= {"scale_lr", "train_borrowed_scale"}
         return [name for name, option in OPTIONS.items() if name in silent and getattr(self, name) != option.default]

@@ -1,18 +1,37 @@
 """What tensors are written in: floats, or codes of a few bits."""
 
+import math
+from typing import TypeAlias
+
 import torch
 
-from pear_train.choices import HeadDtype, TensorDtype
+from pear_train.choices import CoreDtype, HeadDtype, TensorDtype
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODE_BITS = {"Q8": 8, "Q4": 4, "Q1": 1}
+_CODE_BITS = {"Q8": 8, "Q4": 4, "Q2": 2, "Q1": 1}
+Written: TypeAlias = TensorDtype | HeadDtype | CoreDtype
 
 
-def code_bits(dtype: TensorDtype | HeadDtype) -> int | None:
+def code_bits(dtype: Written) -> int | None:
     """Bits of a code; None for floats."""
     return _CODE_BITS.get(dtype)
 
 
-def float_dtype(dtype: TensorDtype | HeadDtype) -> torch.dtype:
+def written_bytes(shape: tuple[int, int], dtype: TensorDtype, rank_axis: int) -> int:
+    """What a matrix takes as written, its scales counted."""
+    numbers, bits = math.prod(shape), code_bits(dtype)
+    if bits is None:
+        return numbers * float_dtype(dtype).itemsize
+    return (numbers * bits + 7) // 8 + shape[rank_axis] * torch.float16.itemsize
+
+
+def float_dtype(dtype: Written) -> torch.dtype:
     """What the floats are written in; beside codes (scales, cores, biases) that is float16."""
     return _FLOATS.get(dtype, torch.float16)
+
+
+def core_dtype(core: CoreDtype, adapter: TensorDtype) -> CoreDtype:
+    """What cores are written in, `auto` resolved."""
+    if core != "auto":
+        return core
+    return adapter if adapter in ("F16", "BF16", "F32") else "F16"

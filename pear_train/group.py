@@ -40,21 +40,22 @@ def step_together(group: Sequence[tuple[TaskRun, Batch]]) -> None:
     for run, _ in group:
         run.before_step()
     run, batch = group[0]
+    parts: Sequence[Tensor | None]
     if batch.features is not None:
         parts = [other.features for _, other in group]
     elif len(group) == 1:
         assert batch.images is not None
         parts = [run.adapted.features(batch.images, run.step_weights(), run.autocast)]
     else:
-        parts = _mixed_features(group)
+        parts = mixed_features(group)
     losses = []
     for (run, batch), part in zip(group, parts, strict=True):
         assert part is not None
         losses.append(run.loss(part, batch.rows))
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack(losses).sum().backward()
 
 
-def _mixed_features(group: Sequence[tuple[TaskRun, Batch]]) -> list[Tensor | None]:
+def mixed_features(group: Sequence[tuple[TaskRun, Batch]]) -> list[Tensor]:
     """Features of each run's batch from one forward; shorter batches are filled up with rows that do not count."""
     images = [batch.images for _, batch in group if batch.images is not None]
     longest = max(map(len, images))

@@ -12,6 +12,9 @@ from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, preprocess_record
 from router import Backbone
 
+BASES = "bases"
+"""The method of what makes common bases."""
+
 Identity: TypeAlias = dict[str, Any]
 """What a run depends on. Runs of equal identities give equal files on one machine."""
 
@@ -24,7 +27,7 @@ def identity(
     Args:
         backbone: the backbone's digest.
         data: the data set's fingerprint.
-        given: digest of base set and bank, if there are any.
+        given: digest of base set, bank and common bases, if there are any.
     """
     options = {key: value for key, value in asdict(config).items() if key != "device"}
     told = {**options, "backbone": backbone, "preprocess": dict(preprocess), "data": data, "given": given}
@@ -38,11 +41,13 @@ def run_identity(config: TrainConfig, backbone: Backbone, dataset: Dataset, give
     return identity(config, backbone.digest, preprocess, dataset.fingerprint, given)
 
 
-def given_digest(base: Task | None, bank: Sequence[Task]) -> str | None:
-    """A sha256 of what base and bank are; None without either."""
+def given_digest(base: Task | None, bank: Sequence[Task], bases: Task | None = None) -> str | None:
+    """A sha256 of what base, bank and common bases are; None without any."""
     lines = [f"bank {manifest_hash(to_manifest(task)).hex()}" for task in bank]
     if base is not None:
         lines.append(f"base {manifest_hash(to_manifest(base)).hex()}")
+    if bases is not None:
+        lines.append(f"bases {manifest_hash(to_manifest(bases)).hex()}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else None
 
 
@@ -66,14 +71,20 @@ _SAID = {
     "data": "other pictures, classes or splits",
     "backbone": "another backbone",
     "preprocess": "pictures read or resized in another way",
-    "given": "another --base or --bank",
+    "given": "another --base, --bank or --bases",
 }
+
+
+_LATER = ("core_dtype", "own_rank", "own_bytes", "core_lr", "bases_lr")
+"""Options that came after checkpoints without them: at their defaults, runs are what they were."""
 
 
 def differences(there: Identity, now: Identity) -> list[str]:
     """What of a run differs from the one to come, each in a few words."""
     found = []
     for key, wanted in now.items():
+        if key in _LATER and key not in there and wanted == OPTIONS[key].default:
+            continue
         if key not in there:
             found.append("no record of its data" if key == "data" else f"no record of its {key.replace('_', ' ')}")
         elif there[key] != wanted:

@@ -40,6 +40,12 @@ def gradient_scores(
     return {name: total / max(1, batches) for name, total in totals.items()}
 
 
+def place_scores(positions: Iterable[str]) -> dict[str, float]:
+    """The earlier, the higher: what the first blocks are worth, whatever was learnt there."""
+    places = list(positions)
+    return {position: float(len(places) - i) for i, position in enumerate(places)}
+
+
 def magnitude_scores(adapters: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """The Frobenius norm of each adapter's matrix down · up, without forming it."""
     return {

@@ -48,12 +48,13 @@ class ActiveJob:
         adapted: AdaptedBackbone,
         base: Task | None = None,
         bank: Sequence[Task] = (),
+        bases: Task | None = None,
         say: Callable[[str], None] | None = None,
     ) -> "ActiveJob":
         """A run at its beginning, or where it was interrupted; checks that its end will have what it needs."""
         began, task = time.perf_counter(), job.config.task
         check_out(job.out)
-        run = TaskRun(job.config, adapted, job.dataset(), base, bank)
+        run = TaskRun(job.config, adapted, job.dataset(), base, bank, bases)
         check_room(job.out, state_bytes(run))
         rehearse(job.out, to_task(run, {}))  # the record, labels and all, and the file are found good or refused now
         here = run.machines

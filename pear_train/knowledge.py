@@ -89,6 +89,39 @@ def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tu
     return down, up, [(core / norm).float() for core in cores]
 
 
+def common_bases(adapters: Sequence[tuple[Tensor, Tensor]], rank: int, steps: int = 10) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases, one for each side, in which cores stand for several adapters best.
+
+        minimise over D, U and C:    Σ_j | down_j · up_j - D · C_j · U |²      (Frobenius)
+
+    by alternating the best basis on each side for the other. Directions come in the order of what they hold.
+
+    Args:
+        adapters: (down [d_in, r], up [r, d_out]) of each task; ranks may differ.
+        rank: of the bases, at most the number of directions that all adapters have together on each side.
+    Returns:
+        D [d_in, rank] and U [rank, d_out], float32.
+    Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
+    """
+    left, right, deltas = _in_bases(adapters)
+    v = torch.linalg.svd(torch.cat(deltas), full_matrices=False).Vh[:rank]
+    u = v.t()
+    for _ in range(steps):
+        u = torch.linalg.svd(torch.cat([delta @ v.t() for delta in deltas], 1), full_matrices=False).U[:, :rank]
+        v = torch.linalg.svd(torch.cat([u.t() @ delta for delta in deltas]), full_matrices=False).Vh[:rank]
+    return (left @ u).float(), (v @ right.t()).float()
+
+
+def in_common_bases(down: Tensor, up: Tensor, d: Tensor, u: Tensor) -> Tensor:
+    """The core [R, R] by which common bases d [d_in, R] and u [R, d_out] come nearest to down · up.
+
+    C = d⁺ · down · up · u⁺
+    """
+    left = torch.linalg.pinv(d.double()) @ down.detach().double()
+    core: Tensor = left @ (up.detach().double() @ torch.linalg.pinv(u.double()))
+    return core.float()
+
+
 def _in_bases(adapters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Orthonormal bases, float64, of all downs and of all ups, [d_in, k] and [d_out, k], and each adapter's matrix in
     them: of at most n · rank squared entries instead of d_in x d_out."""

@@ -27,6 +27,7 @@ def train(
     *,
     base: Task | None = None,
     bank: Sequence[Task] = (),
+    bases: Task | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains one task and writes its checkpoint; evaluates from the written file, through the router.
@@ -42,12 +43,12 @@ def train(
         say: receives lines for a person: that a run goes on, and what it then cannot promise.
         base: a task whose adapters the lowest blocks use frozen, and the others start from.
         bank: stored tasks whose adapters pruned positions may borrow, frozen and bit-identical.
+        bases: common bases as :func:`make_bases` made them; the task has a core in them at every position.
     Raises:
         PearTrainError, RouterError, PearStoreError: options, data, backbone or disk do not allow it.
     """
-    for done in train_many(
-        [Job(config, lambda: dataset, out)], backbone, progress, base=base, bank=bank, on_error="raise", say=say
-    ):
+    job = Job(config, lambda: dataset, out)
+    for done in train_many([job], backbone, progress, base=base, bank=bank, bases=bases, on_error="raise", say=say):
         assert isinstance(done, Result)
         return done
     raise AssertionError("a job gives a result")
@@ -61,6 +62,7 @@ def train_many(
     together: int = 1,
     base: Task | None = None,
     bank: Sequence[Task] = (),
+    bases: Task | None = None,
     on_error: OnError = "report",
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Result | Failed]:
@@ -73,7 +75,7 @@ def train_many(
         on_error: "report": a task that fails gives a :class:`Failed`, and the others go on; "raise": the error of the
             first that fails is raised.
     """
-    loop = _Loop(iter(jobs), backbone, progress, base, bank, on_error, say)
+    loop = _Loop(iter(jobs), backbone, progress, base, bank, bases, on_error, say)
     while True:
         while loop.start_next(together):
             yield from loop.take_ended()
@@ -93,11 +95,12 @@ class _Loop:
         progress: Callable[[Step], None] | None,
         base: Task | None,
         bank: Sequence[Task],
+        bases: Task | None,
         on_error: OnError,
         say: Callable[[str], None] | None,
     ) -> None:
         self.waiting, self.backbone, self.progress = waiting, backbone, progress
-        self.base, self.bank, self.say = base, bank, say
+        self.base, self.bank, self.bases, self.say = base, bank, bases, say
         self.errors = (PearTrainError, RouterError, PearStoreError) if on_error == "report" else ()
         self.adapted: AdaptedBackbone | None = None
         self.active: list[ActiveJob] = []
@@ -113,7 +116,7 @@ class _Loop:
             return False
         with self._failing_alone(job):
             self.adapted = self.adapted or on_device(self.backbone, job.config.device)
-            self.active.append(ActiveJob.start(job, self.adapted, self.base, self.bank, self.say))
+            self.active.append(ActiveJob.start(job, self.adapted, self.base, self.bank, self.bases, self.say))
         return True
 
     def step(self) -> None:

@@ -113,7 +113,7 @@ def _step(runs: Sequence[TaskRun], batches: Sequence[int]) -> float:
     loss = torch.stack(losses).mean()
     if not bool(torch.isfinite(loss)):
         raise DivergedError("base", f"the loss became {float(loss)} in epoch {first.epoch}", first.config.lr)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     first.move()
     return float(loss.detach())
 

@@ -10,11 +10,14 @@ from pear_train.config import TrainConfig
 
 
 def make_optimiser(config: TrainConfig, adapters: AdapterSet, head: nn.Module) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices and the head; and scales, which have a rate of their own and no decay."""
-    matrices = [*adapters.trained().values(), *head.parameters()]
-    optimiser = torch.optim.AdamW(matrices, lr=config.lr, weight_decay=config.weight_decay)
-    optimiser.param_groups.append({**optimiser.param_groups[0], "params": [], "weight_decay": 0.0})
-    optimiser.param_groups[1]["factor"] = config.scale_lr
+    """AdamW with groups: matrices and the head; scales, which have a rate of their own and no decay; and on common
+    bases all but the head, which has a rate of its own, too."""
+    optimiser = torch.optim.AdamW(list(head.parameters()), lr=config.lr, weight_decay=config.weight_decay)
+    common = optimiser.param_groups[0]
+    optimiser.param_groups.append({**common, "params": [], "weight_decay": 0.0, "factor": config.scale_lr})
+    if adapters.on_bases:
+        optimiser.param_groups.append({**common, "params": [], "factor": config.core_lr})
+    train_what_is_there(optimiser, adapters, head)
     return optimiser
 
 
@@ -43,10 +46,13 @@ def train_what_is_there(
     optimiser: torch.optim.Optimizer, adapters: AdapterSet, head: nn.Module, changed: Iterable[Tensor] = ()
 ) -> None:
     """Gives the optimiser what trains now; forgets moments of what does not, or changed its role."""
-    matrices, scales = optimiser.param_groups
-    matrices["params"] = [*adapters.trained().values(), *adapters.cores().values(), *head.parameters()]
+    matrices, scales, *on_bases = optimiser.param_groups
+    of_adapters = [*adapters.trained().values(), *adapters.cores().values()]
+    matrices["params"] = [*([] if on_bases else of_adapters), *head.parameters()]
     scales["params"] = list(adapters.scales().values())
-    training, forgotten = {*matrices["params"], *scales["params"]}, set(changed)
+    for group in on_bases:
+        group["params"] = of_adapters
+    training, forgotten = {p for group in optimiser.param_groups for p in group["params"]}, set(changed)
     for parameter in list(optimiser.state):
         if parameter in forgotten or parameter not in training:
             del optimiser.state[parameter]

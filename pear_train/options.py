@@ -49,6 +49,10 @@ _RANGES = {
     "patience": _Range(1, 100_000),
     "base_blocks": _Range(0, 10_000),
     "bank_share": _Range(1, 1_000),
+    "own_rank": _Range(0, 4_096),
+    "own_bytes": _Range(0, 2**32),  # what a task checkpoint holds
+    "core_lr": _Range(0, 1e6, above=True),
+    "bases_lr": _Range(0, 1e6),  # 0: they stay as they are
 }
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
 from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
-from pear_train.identity import Identity, differences, identity_of
+from pear_train.identity import BASES, Identity, differences, identity_of
 
 STATE_FORMAT = "pear-run/3"
 
@@ -34,7 +34,7 @@ def is_finished(out: Path, run: Callable[[], Identity], overwrite: bool = False)
     now = run()
     if task is not None:
         different = differences(identity_of(task), now)
-        if not different and "val_top1" not in task.record["metrics"]:
+        if not different and now["method"] != BASES and "val_top1" not in task.record["metrics"]:
             different = ["no top-1 on val"]
         if not different:
             partial_path(out).unlink(missing_ok=True)  # of a run that was killed between its last two steps

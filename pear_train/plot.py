@@ -1,6 +1,7 @@
 """A run as a picture: what was pruned and why, and how it learnt. Needs matplotlib."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from pear_store import PearStoreError
@@ -24,7 +25,7 @@ def check_plot(path: Path) -> None:
         ConfigError: matplotlib is not installed, or something lies there that is no picture of a run.
     """
     try:
-        import matplotlib.figure  # noqa: F401 (whether it is there)
+        import_module("matplotlib.figure")
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     if not os.path.lexists(path):

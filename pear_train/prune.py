@@ -25,6 +25,25 @@ def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[in
     return pruned
 
 
+def choose_within(importance: Mapping[str, float], sizes: Mapping[str, int], limit: int) -> list[str]:
+    """The positions whose adapters are pruned so that the others take at most `limit` bytes, in forward order.
+
+    The most important are kept, one after another. One that no longer fits is passed over; a smaller one may follow.
+    Ties go to the earlier position.
+
+    Args:
+        importance: of every position, in forward order.
+        sizes: bytes of each position's adapter.
+    """
+    left, pruned = limit, set()
+    for position in sorted(importance, key=lambda position: -importance[position]):
+        if sizes[position] <= left:
+            left -= sizes[position]
+        else:
+            pruned.add(position)
+    return [position for position in importance if position in pruned]
+
+
 def choose_sources(
     rule: Sharing,
     pruned: Sequence[str],

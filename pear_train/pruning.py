@@ -13,10 +13,11 @@ from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import Bank
 from pear_train.config import TrainConfig
 from pear_train.data import Pixels
+from pear_train.dtypes import written_bytes
 from pear_train.evaluate import in_batches
-from pear_train.importance import gradient_scores, magnitude_scores
-from pear_train.knowledge import exact_copy, fold, fold_cores, lowbit_copy
-from pear_train.prune import choose_pruned, choose_sources, matrix_similarity, output_similarity
+from pear_train.importance import gradient_scores, magnitude_scores, place_scores
+from pear_train.knowledge import exact_copy, fold, fold_cores, in_common_bases, lowbit_copy
+from pear_train.prune import choose_pruned, choose_sources, choose_within, matrix_similarity, output_similarity
 from router import AdaptedBackbone, PositionWeights, add_branch
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Pruning:
         own, kind = self.adapters.own, self.config.importance
         if kind == "random":
             scores = {position: float(torch.rand((), generator=self.generator)) for position in own}
+        elif kind == "first":
+            scores = place_scores(own)
         elif kind == "magnitude":
             with torch.no_grad():
                 scores = magnitude_scores({position: self.adapters.matrices(name) for position, name in own.items()})
@@ -73,6 +76,8 @@ class Pruning:
         """Prunes the least important, shares what is kept, preserves what was lost."""
         began = time.perf_counter()
         config, adapters = self.config, self.adapters
+        if adapters.on_bases:
+            return self._prune_on_bases(importance)
         widths = {position: self.adapted.widths[position] for position in adapters.own}
         positions = choose_pruned(importance, widths, config.ratio)
         similarity = self._similarity(positions) if config.sharing == "similar" else None
@@ -86,6 +91,31 @@ class Pruning:
             config.task, len(positions), len(importance), time.perf_counter() - began, len(sources), len(banked),
         )  # fmt: skip
         return Pruned(positions, sources, banked, changed)
+
+    @torch.no_grad()
+    def _prune_on_bases(self, importance: Mapping[str, float]) -> Pruned:
+        """Keeps own adapters within their bytes; the cores take over what they can of the others."""
+        config, adapters = self.config, self.adapters
+        assert config.own_bytes is not None
+        sizes = {position: self._written_bytes(name) for position, name in adapters.own.items()}
+        positions = choose_within(importance, sizes, config.own_bytes)
+        for position in positions:
+            (common, *_), name = adapters.branches[position], adapters.own[position]
+            if config.knowledge == "fold" and common.core is not None:
+                core = in_common_bases(*adapters.matrices(name), *adapters.matrices(common.adapter))
+                common.core.add_(core.to(common.core.device))
+            adapters.branches[position] = [common]
+        adapters.drop_unused()
+        logger.debug(
+            "%s: %d of %d adapters of its own fit into %d bytes",
+            config.task, len(importance) - len(positions), len(importance), config.own_bytes,
+        )  # fmt: skip
+        return Pruned(positions, {}, {}, set())
+
+    def _written_bytes(self, adapter: str) -> int:
+        down, up = (tuple(matrix.shape) for matrix in self.adapters.matrices(adapter))
+        dtype = self.config.tensor_dtype
+        return written_bytes((down[0], down[1]), dtype, 1) + written_bytes((up[0], up[1]), dtype, 0)
 
     # ---- what scores and similarity look at -----------------------------------------------------
 

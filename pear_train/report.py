@@ -32,6 +32,7 @@ class Result:
     test_top1: float | None
     trainable_params: int
     adapter_bytes: int
+    """But for common bases: what is this task's own."""
     knowledge_bytes: int
     head_bytes: int
     file_bytes: int
@@ -48,6 +49,8 @@ class Result:
     """For each epoch: loss, train_top1 (while it went on), val_top1 (at its end)."""
     classes: dict[str, dict[str, Any]]
     """For each class, `images` and `recall` by split; recall is None where a split has no image of the class."""
+    bases_bytes: int = 0
+    """Of common bases, which a store keeps once for all tasks on them."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +69,37 @@ def result_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Result:
         task.name, training["method"], metrics["val_top1"], metrics.get("test_top1"), training["trainable_params"],
         adapter_bytes, knowledge_bytes, head_bytes, file_bytes, len(training["history"]), training["kept_epoch"],
         seconds, training["importance"], training["borrowed"], training["banked"], training["pruned"],
-        training["history"], by_class(task.labels, training),
+        training["history"], by_class(task.labels, training), bases_bytes(task),
     )  # fmt: skip
 
 
 def stored_bytes(task: Task) -> tuple[int, int, int]:
-    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once."""
+    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once; common bases are not counted."""
+    parts = _bytes_by_part(task)
+    return parts["adapter"], parts["knowledge"], parts["head"]
+
+
+def bases_bytes(task: Task) -> int:
+    """Tensor bytes of the common bases that a task stands on."""
+    return _bytes_by_part(task)["bases"]
+
+
+def _bytes_by_part(task: Task) -> dict[str, int]:
     counted: dict[str, tuple[str, int]] = {}
 
     def count(part: str, name: str) -> None:
         tensor = task.tensors[name]
         counted.setdefault(tensor.digest, (part, tensor.size_bytes))
 
+    on_bases = "bases" in task.record["training"]
     for adapter in task.adapters.values():
         part = "knowledge" if adapter.role == "knowledge" else "adapter"
         for name in sorted(name for matrix in adapter.matrices for name in matrix.names):
-            count(part, name)
+            own = adapter.core is None or name in adapter.core.names
+            count(part if own or not on_bases else "bases", name)
     for name in task.head.names if task.head is not None else ():
         count("head", name)
-    adapter_bytes, knowledge, head_bytes = (
-        sum(size for part, size in counted.values() if part == wanted) for wanted in ("adapter", "knowledge", "head")
-    )
-    return adapter_bytes, knowledge, head_bytes
+    parts = dict.fromkeys(("adapter", "knowledge", "head", "bases"), 0)
+    for part, size in counted.values():
+        parts[part] += size
+    return parts

@@ -14,7 +14,7 @@ from pear_store import Task
 from pear_train.bank import Bank
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels, augment, preprocess_record, read_pictures
-from pear_train.dtypes import float_dtype
+from pear_train.dtypes import Written, core_dtype, float_dtype
 from pear_train.errors import DivergedError
 from pear_train.evaluate import accuracy, in_batches
 from pear_train.identity import given_digest, run_identity
@@ -43,6 +43,7 @@ class TaskRun:
         adapted: the backbone on its device; may be shared by several runs.
         base: a task whose adapters the lowest `config.base_blocks` blocks use frozen, and the others start from.
         bank: stored tasks whose adapters pruned positions may borrow.
+        bases: common bases, in which every position has a core.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class TaskRun:
         dataset: Dataset,
         base: Task | None = None,
         bank: Sequence[Task] = (),
+        bases: Task | None = None,
     ) -> None:
         self.config, self.adapted, self.device = config, adapted, adapted.device
         self.preprocess = preprocess_record(adapted.backbone, config.img_size)
@@ -61,9 +63,10 @@ class TaskRun:
         """Where the run went on, in order: with one, the same options and seed give the same bytes there."""
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
-        self.given = given_digest(base, bank)
+        self.given = given_digest(base, bank, bases)
         self.identity = run_identity(config, adapted.backbone, dataset, self.given)
-        self.adapters = start_adapters(config, adapted, base, self.generator)
+        self.adapters = start_adapters(config, adapted, base, self.generator, bases)
+        self.bases = None if bases is None else bases.name
         self.bank = Bank(bank, adapted, config.activation, cores=config.borrow == "core")
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
@@ -186,9 +189,11 @@ class TaskRun:
     def check_finite(self) -> None:
         """Raises a DivergedError unless all that trains is finite, also in the precision that it is written in."""
         for name, tensor in self.tensors().items():
-            dtype = self.config.head_dtype if name.startswith("head.") else self.config.tensor_dtype
+            dtype: Written = self.config.head_dtype if name.startswith("head.") else self.config.tensor_dtype
             if name.startswith("scale."):
                 dtype = "F32"
+            elif name.startswith("core."):
+                dtype = core_dtype(self.config.core_dtype, self.config.tensor_dtype)
             if not bool(torch.isfinite(tensor.detach().to(float_dtype(dtype))).all()):
                 raise self._diverged(f"after epoch {self.epoch}, {name} is not finite as {dtype}")
 
@@ -199,7 +204,8 @@ class TaskRun:
 
     @property
     def prunes(self) -> bool:
-        return self.config.method == "pear"
+        """Whether an epoch ends with pruning: on common bases only what adapters may take is limited, if anything."""
+        return self.config.method == "pear" and (self.bases is None or self.config.own_bytes is not None)
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""What a run starts from: its positions, and the adapters there, new ones or those of a base set."""
+"""What a run starts from: its positions, and the adapters there: new ones, those of a base set, or common bases."""
 
 from contextlib import suppress
 
@@ -7,6 +7,7 @@ import torch
 from pear_store import Task
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.base import BaseAdapters, base_adapters
+from pear_train.bases import bases_at, check_bases, stand_on
 from pear_train.config import TrainConfig
 from pear_train.dtypes import code_bits
 from pear_train.errors import ConfigError
@@ -26,21 +27,29 @@ def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
 
 
 def start_adapters(
-    config: TrainConfig, adapted: AdaptedBackbone, base: Task | None, generator: torch.Generator
+    config: TrainConfig,
+    adapted: AdaptedBackbone,
+    base: Task | None,
+    generator: torch.Generator,
+    bases: Task | None = None,
 ) -> AdapterSet:
     """The adapters of a run before its first step, on the backbone's device.
 
     Raises:
-        ConfigError: the base set does not fit, or leaves nothing to train.
+        ConfigError: the base set or the common bases do not fit, or leave nothing to train.
     """
+    if bases is not None:
+        if base is not None:
+            raise ConfigError(f"bases {bases.name!r}: not beside a base set, found {base.name!r}: choose one of them")
+        return _start_on_bases(config, adapted, bases, generator)
     positions = [] if config.method == "linear" else attached(adapted, config.positions)
     given = None if base is None else base_adapters(base, adapted, positions, config)
     trained = [position for position in positions if given is None or position not in given.frozen]
     if positions and not trained:
         raise ConfigError(f"positions {config.positions!r}: all lie in blocks that take the base set frozen")
     widths = {position: adapted.widths[position] for position in trained}
-    common, bits = config.down == "common", code_bits(config.tensor_dtype)
-    adapters = AdapterSet(widths, config.rank, config.activation, config.scale, generator, common, bits)
+    common, bits = config.down == "common", (code_bits(config.tensor_dtype), code_bits(config.core_dtype))
+    adapters = AdapterSet(widths, config.rank, config.activation, config.scale, generator, common, *bits)
     if given is not None:
         _start_from(given, adapters, positions, config.scale, adapted.device)
     return adapters.to(adapted.device)
@@ -62,3 +71,18 @@ def _start_from(
         adapters.branches[position] = (
             own[position] if frozen is None else [TrainedBranch(branch.adapter, branch.scale) for branch in frozen]
         )
+
+
+def _start_on_bases(
+    config: TrainConfig, adapted: AdaptedBackbone, bases: Task, generator: torch.Generator
+) -> AdapterSet:
+    """A core of zeros in the common bases at every position, and adapters of its own beside it where they are asked."""
+    check_bases(bases, adapted, config)
+    chosen = config.positions if config.positions != "auto" else ",".join(bases.positions)
+    positions = attached(adapted, chosen)
+    found = bases_at(bases, adapted, positions)
+    widths = {position: adapted.widths[position] for position in positions if config.own_rank}
+    common, bits = config.down == "common", (code_bits(config.tensor_dtype), code_bits(config.core_dtype))
+    adapters = AdapterSet(widths, config.own_rank, config.activation, config.scale, generator, common, *bits)
+    stand_on(adapters, found, config.scale, adapted.device)
+    return adapters.to(adapted.device)

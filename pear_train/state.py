@@ -118,7 +118,7 @@ def resume_state(run: TaskRun, out: Path) -> bool:
     run.epoch, (run.best, run.best_epoch) = record["epoch"], record["best"]
     run.precision = record["precision"]
     run.machines = [*record["machines"], *(machine for machine in run.machines if machine not in record["machines"])]
-    if run.pruned:
+    if run.pruned or run.adapters.on_bases:  # cores are new objects
         run.adapters.drop_unused()
         train_what_is_there(run.optimiser, run.adapters, run.head)
     _restore_weights(run, tensors)

@@ -12,7 +12,8 @@ from torch import Tensor
 from pear_store import RawTensor, Task, make_task
 from pear_store.format.record import entry_names, renamed, with_core
 from pear_train.adapters import FrozenAdapter
-from pear_train.dtypes import code_bits, float_dtype
+from pear_train.config import TrainConfig
+from pear_train.dtypes import code_bits, core_dtype, float_dtype
 from pear_train.identity import fingerprint
 from pear_train.run import TaskRun
 from router.tensors import from_torch, quantise
@@ -58,12 +59,21 @@ def _write_adapters(run: TaskRun, tensors: dict[str, RawTensor]) -> tuple[dict[s
             name = branch.adapter
             if branch.core is not None:
                 name = f"c{i}" if j == 0 else f"c{i}.{j}"
-                tensors[f"{name}.up"] = from_torch(branch.core.to(float_dtype(config.tensor_dtype)))
-                entries[name] = with_core(entries[branch.adapter], f"{name}.up")
+                codes = _write_core(tensors, f"{name}.up", branch.core, config)
+                entries[name] = with_core(entries[branch.adapter], f"{name}.up", codes)
             scale = float(torch.as_tensor(branch.scale).detach())
             positions.setdefault(position, []).append([name, scale])
     plain = {name for branches in positions.values() for name, _ in branches}
     return {name: entry for name, entry in entries.items() if name in plain}, positions
+
+
+def _write_core(tensors: dict[str, RawTensor], name: str, core: Tensor, config: TrainConfig) -> dict[str, Any] | None:
+    """Adds a core to `tensors`; returns what the record says of its codes, if it is codes."""
+    dtype = core_dtype(config.core_dtype, config.tensor_dtype)
+    if (bits := code_bits(dtype)) is None:
+        tensors[name] = from_torch(core.to(float_dtype(dtype)))
+        return None
+    return {"bits": bits, **_write_codes(tensors, name, core, bits, rank_axis=0)}
 
 
 def _write_stored(
@@ -119,6 +129,7 @@ def _training(run: TaskRun) -> dict[str, Any]:
         "importance_score": config.importance,
         "precision": run.precision,
         "given": run.given,
+        **({} if run.bases is None else {"bases": run.bases}),
         "importance": run.importance,
         "pruned": in_order(run),
         "borrowed": run.sources,

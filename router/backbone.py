@@ -18,6 +18,7 @@ from pear_store import Digest, tensor_digest
 from router.device import check_process
 from router.errors import BackboneError, ImageError
 from router.tensors import from_torch
+from router.threads import computing_alone
 
 
 class Backbone:
@@ -68,6 +69,7 @@ class Backbone:
         return module
 
 
+@computing_alone()
 def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | None = None) -> Backbone:
     """A backbone by timm name, with pretrained weights through timm or from a file; or around a timm module.
 

@@ -148,7 +148,7 @@ def put_together(
     """Decoded images as batches on the device, one for each size. A tensor that several rows have is there once.
 
     Args:
-        pixels: row -> uint8 [3, h, w], as `decode` gives it.
+        pixels: row -> uint8 [3, h, w], as `decode` gives it; or float32, normalised already.
         ways: how each row's image was prepared.
     """
     sizes: dict[tuple[int, int], dict[int, tuple[Preprocess, Tensor, list[int]]]] = {}
@@ -158,7 +158,7 @@ def put_together(
     for distinct in sizes.values():
         by_way: dict[object, list[tuple[Preprocess, Tensor, list[int]]]] = {}
         for one in distinct.values():
-            by_way.setdefault(one[0].key, []).append(one)
+            by_way.setdefault((one[0].key, one[1].dtype), []).append(one)
         normalised = [
             to_device(alike[0][0], torch.stack([pixels for _, pixels, _ in alike]), torch.device(device))
             for alike in by_way.values()
@@ -175,9 +175,11 @@ def put_together(
 
 def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
     """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
+    if pixels.is_floating_point():  # normalised already
+        return pixels.to(device)
     if device.type != "cuda":
         return way.normalise(pixels).to(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
     stream.synchronize()  # holds up this thread only

@@ -129,7 +129,7 @@ def _part_rows(block: str, count: int, row_bytes: int, forward: Pass) -> int:
     rows = -(-count // parts)
     if parts > 1:
         inside = f"{block}."
-        units = [len(w.down) for p, w in forward.weights.items() if w.down.ndim == 3 and p.startswith(inside)]
+        units = [w.runs for p, w in forward.weights.items() if w.runs is not None and p.startswith(inside)]
         run = count // max(units, default=count)
         rows = rows // run * run if run <= rows else -(-run // -(-run // rows))
     return rows

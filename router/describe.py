@@ -17,17 +17,18 @@ def describe(model: str, weights: str | Path | None = None) -> dict[str, Any]:
         weights: a local safetensors file with its weights; None to load them through timm.
     Returns:
         "model", "digest", "head" (the classifier's module path in the whole timm model; None if it has several),
-        "linears" ({module path: (d_in, d_out)} of the backbone) and "preprocess" (the model's own evaluation
-        transform, as a task's record has it).
+        "linears" ({module path: (d_in, d_out)} of the backbone), "preprocess" (the model's own evaluation transform,
+        as a task's record has it) and "hub" (the repository that timm loaded the weights from; None if none).
     Raises:
         BackboneError: the model is unknown, or its weights cannot be loaded.
     """
     backbone = load_backbone(model, weights)
     classifier = backbone.config.get("classifier", "head")
-    own = resolve_data_config(pretrained_cfg=dict(backbone.config))  # type: ignore[no-untyped-call, unused-ignore]
+    own = resolve_data_config(pretrained_cfg=dict(backbone.config))
     return {
         "model": backbone.name,
         "digest": backbone.digest,
+        "hub": backbone.config.get("hf_hub_id") if weights is None else None,
         "head": classifier if isinstance(classifier, str) else None,
         "linears": {
             name: (module.in_features, module.out_features)

@@ -12,17 +12,11 @@ RouterError
 └── ForkedError            a router in a process that was forked from the one that made it
 """
 
-import copyreg
-from typing import Any
+from pear_store.errors import PlainError
 
 
-class RouterError(Exception):
+class RouterError(PlainError):
     """Base of all errors of router; its text is one line for a person."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes hangs for
-        # ever at an error that it cannot read
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class BackboneError(RouterError):

@@ -98,8 +98,9 @@ class Graphs:
         began = time.perf_counter()
         static = torch.empty(images.shape, device=self._device, dtype=self._dtype)
         static.copy_(images)
+        gathered = gathered.own()
         try:
-            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side = torch.cuda.Stream(self._device)
             side.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(side):  # once outside of the graph: libraries make their plans, kernels are compiled
                 self._forward(static, gathered)

@@ -112,9 +112,14 @@ def _row_codes(activation: Any) -> Tensor:
 
 
 def can_fuse(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
-    """Whether the kernel takes this: on CUDA, without gradients, one of three dtypes, a rank of at most MAX_RANK."""
+    """Whether the kernel takes this: on CUDA, without gradients, one of three dtypes, a rank of at most MAX_RANK.
+
+    It knows no cores, and nothing beside.
+    """
     return (
         triton is not None
+        and weights.core is None
+        and weights.beside is None
         and x.is_cuda
         and x.dtype in DTYPES
         and y.dtype == x.dtype
@@ -153,7 +158,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
     call()  # compiles
     times: list[float] = []
     for _ in range(5):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         call()
         ended.record()

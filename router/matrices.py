@@ -2,10 +2,11 @@
 
 A pool holds rank rows of one side and width; row 0 is zero. A branch is a list of row numbers and a scale. So
 concatenation, mixed ranks and scales of a position are index operations, and a batch is one gather for each pool.
+A core is one row of its pool; what it stands between is no business of pools (router/cores.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.layout import DOWN, UP, Ints, LoadedTask, Ranks, Use, columns_of, rounded, union
+from router.cores import Cored, Cores, Spans
+from router.layout import CORE, DOWN, UP, Ints, LoadedTask, Ranks, Use, columns_of, rounded, union
 from router.ops import PositionWeights
 
 
@@ -68,6 +70,7 @@ class Matrices:
         self.pools: dict[tuple[int, int], Pool] = {}
         """By side and width."""
         self._host = torch.empty(0)
+        self._cores = Cores(device, dtype, widths, self._select_cores)
         self._ever: Ranks = ()
         self._activations: set[str] = set()
 
@@ -93,19 +96,22 @@ class Matrices:
     def remember(self, use: Use) -> None:
         """Counts a task among those that padded batches have room for."""
         self._ever = union(frozenset((self._ever, rounded(use.ranks))))
+        self._cores.remember(use)
         self._activations.add(use.task.activation)
 
-    def form(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[Ranks, tuple[str, ...]]:
-        """The positions of a batch with their ranks, and its activations: what its shapes follow from.
+    def form(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[Ranks, Spans, tuple[str, ...]]:
+        """The positions of a batch with their ranks, what cores span there, and its activations: what its shapes follow
+        from.
 
         Args:
             padded: every position that some task used since the router was made, its largest rank rounded up to a power
                 of two: so that form and shapes do not tell which tasks these are.
         """
+        spans = self._cores.spans(tasks, padded)
         if padded:
-            return self._ever, tuple(sorted(self._activations))
+            return self._ever, spans, tuple(sorted(self._activations))
         named = {loaded.use.task.activation for loaded in tasks}
-        return union(frozenset(loaded.use.ranks for loaded in tasks)), tuple(sorted(named))
+        return union(frozenset(loaded.use.ranks for loaded in tasks)), spans, tuple(sorted(named))
 
     def gather(
         self,
@@ -122,9 +128,32 @@ class Matrices:
             padded: see `form`.
             into: what an earlier batch of the same form and units gathered: its memory is written to.
         """
-        ranks, activations = self.form(tasks, padded)
-        if not ranks:
-            return Gathered({}, {}, {})
+        ranks, spans, activations = self.form(tasks, padded)
+        flat: dict[tuple[int, int], Tensor] = {} if into is None else into.flat
+        rows, scale = self._rows(tasks, ranks)
+        down = self._select(DOWN, ranks, units, rows[DOWN], scale, flat)
+        up = self._select(UP, ranks, units, rows[UP], scale, flat)
+        cored = self._cores.gather(tasks, units, spans, padded)
+        runs = {id(units[position]): units[position] for position, _ in (*ranks, *spans)}
+        masks = [self._masks(tasks, found, activations) for found in runs.values()]
+        if into is not None:
+            into.take(cored, masks)
+            return into
+        named = dict(zip(runs, masks, strict=True))
+        weights = {}
+        for position, part in cored.items():
+            activation = named[id(units[position])] or activations[0]
+            weights[position] = PositionWeights(part.down, part.up, activation, part.core)
+        for position, _ in ranks:
+            d, u = down[position].transpose(1, 2), up[position]
+            if len(u) == 1 and not padded:
+                d, u = d[0], u[0]
+            activation = named[id(units[position])] or activations[0]
+            weights[position] = PositionWeights(d, u, activation, beside=weights.get(position))
+        return Gathered(weights, flat, named, cored)
+
+    def _rows(self, tasks: Sequence[LoadedTask], ranks: Ranks) -> tuple[Ints, NDArray[np.float32]]:
+        """The rows of `down` and `up` [2, task, rank], position after position, and their scales [task, rank]."""
         count = sum(rank for _, rank in ranks)
         rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
         scale = np.zeros((len(tasks) + 1, count), np.float32)
@@ -132,24 +161,17 @@ class Matrices:
             columns = columns_of(loaded.use.ranks, ranks)
             rows[:, i, columns] = loaded.rows
             scale[i, columns] = loaded.use.scale
-        flat: dict[tuple[int, int], Tensor] = {} if into is None else into.flat
-        down = self._select(DOWN, ranks, units, rows[DOWN], scale, flat)
-        up = self._select(UP, ranks, units, rows[UP], scale, flat)
-        runs = {id(units[position]): units[position] for position, _ in ranks}
-        masks = [self._masks(tasks, found, activations) for found in runs.values()]
-        if into is not None:
-            for kept, made in zip(into.masks.values(), masks, strict=True):
-                for name, mask in made.items():
-                    kept[name].copy_(mask)
-            return into
-        named = dict(zip(runs, masks, strict=True))
-        weights = {}
-        for position, _ in ranks:
-            d, u = down[position].transpose(1, 2), up[position]
-            if len(u) == 1 and not padded:
-                d, u = d[0], u[0]
-            weights[position] = PositionWeights(d, u, named[id(units[position])] or activations[0])
-        return Gathered(weights, flat, named)
+        return rows, scale
+
+    def _select_cores(self, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]]) -> Tensor:
+        return self._scaled(CORE, width, rows, scales).to(self._dtype)
+
+    def _scaled(
+        self, side: int, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]] | None = None
+    ) -> Tensor:
+        """[row, width] of a pool, each row multiplied by its scale."""
+        found = self.pool(side, width).rows.index_select(0, self._to_device(rows))
+        return found if scales is None else found.mul_(self._to_device(scales).unsqueeze(1))
 
     def _select(
         self,
@@ -177,9 +199,8 @@ class Matrices:
             for alike in by_units.values():
                 columns = np.concatenate([np.arange(begin, begin + rank) for _, begin, rank in alike])
                 picks.append(np.ix_(units[alike[0][0]], columns))
-            found = self.pool(side, width).rows.index_select(0, self._to_device([rows[pick] for pick in picks]))
-            if side == UP:
-                found.mul_(self._to_device([scale[pick] for pick in picks]).unsqueeze(1))
+            scales = [scale[pick] for pick in picks] if side == UP else None
+            found = self._scaled(side, width, [rows[pick] for pick in picks], scales)
             if (side, width) in flat:
                 flat[side, width].copy_(found)
                 continue
@@ -207,7 +228,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a batch gathered from the pools."""
+    """What a batch gathered."""
 
     weights: dict[str, PositionWeights]
     """Position -> what it adds: views of the rest."""
@@ -215,3 +236,27 @@ class Gathered:
     """By side and width: [row, width]."""
     masks: dict[int, dict[str, Tensor]]
     """By what the units are, and by activation: which of them have it."""
+    cored: dict[str, Cored]
+    """Position -> its branches on bases. The bases may be the very tensors of the slots."""
+
+    def take(self, cored: Mapping[str, Cored], masks: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes in the cores, bases and masks of another batch of this form. Only for memory of its own, see `own`."""
+        for kept, made in zip(self.masks.values(), masks, strict=True):
+            for name, mask in made.items():
+                kept[name].copy_(mask)
+        for position, part in cored.items():
+            self.cored[position].take(part)
+
+    def own(self) -> "Gathered":
+        """The same, in memory that nobody else has."""
+        cored = {position: part.own() for position, part in self.cored.items()}
+        return replace(self, weights={p: _with(w, cored.get(p)) for p, w in self.weights.items()}, cored=cored)
+
+
+def _with(weights: PositionWeights, cored: Cored | None) -> PositionWeights:
+    """The weights of a position, with these branches on bases in place of its own."""
+    if cored is None:
+        return weights
+    if weights.beside is not None:
+        return replace(weights, beside=_with(weights.beside, cored))
+    return replace(weights, down=cored.down, up=cored.up, core=cored.core)

@@ -17,29 +17,49 @@ Activation = str | Mapping[str, Bool[Tensor, "batch 1 1"]]
 
 @dataclass(frozen=True)
 class PositionWeights:
-    """All branches at one position, concatenated along the rank, scales multiplied into `up`.
+    """The branches at one position: those of one form, concatenated along the rank, and maybe others beside them.
 
-    `down` is [dim, rank] and `up` [rank, dim] where every row of the batch uses the same branches, or
-    [batch, dim, rank] and [batch, rank, dim] where each row, or each of `batch` equal runs of rows, has its own.
+        φ(x · down) · up            scales multiplied into `up`
+        φ(x · down) · core · up     on common bases: scales multiplied into `core`
+
+    A matrix is [dim, rank], core [rank, rank] and up [rank, dim], where every row of the batch uses the same, or has an
+    axis before these where each row, or each of so many equal runs of rows, has its own. One may be common, and another
+    each row's own.
     """
 
     down: Tensor
     up: Tensor
     activation: Activation
+    core: Tensor | None = None
+    beside: "PositionWeights | None" = None
+
+    @property
+    def runs(self) -> int | None:
+        """Into how many equal runs the rows of a batch fall; None where all rows use the same."""
+        own = (len(matrix) for matrix in (self.down, self.core, self.up) if matrix is not None and matrix.ndim == 3)
+        return next(own, None if self.beside is None else self.beside.runs)
 
     def of_rows(self, start: int, stop: int, count: int) -> "PositionWeights":
         """The weights of the rows from `start` to `stop` of a batch of `count`."""
-        if self.down.ndim == 2:
+        if (runs := self.runs) is None:
             return self
-        run = count // len(self.down)
+        run = count // runs
         first, last = start // run, (stop - 1) // run
         units: slice | Tensor = slice(first, last + 1)
         if first != last and (start % run or stop % run):
             units = torch.arange(start, stop, device=self.down.device) // run
+        return self._of_units(units)
+
+    def _of_units(self, units: slice | Tensor) -> "PositionWeights":
+        down, core, up = (
+            matrix if matrix is None or matrix.ndim == 2 else matrix[units]
+            for matrix in (self.down, self.core, self.up)
+        )
+        assert down is not None and up is not None
         masks = self.activation
         if not isinstance(masks, str):
             masks = {name: mask[units] for name, mask in masks.items()}
-        return PositionWeights(self.down[units], self.up[units], masks)
+        return PositionWeights(down, up, masks, core, self.beside and self.beside._of_units(units))
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -60,24 +80,39 @@ def add_branch(
 ) -> Float[Tensor, "..."]:
     """Adds a position's branches to its module's output.
 
-        y + φ(x · down) · up
+        y + φ(x · down) · up, or with a core y + φ(x · down) · core · up; and so what is beside
 
     `x` is [batch, ..., d_in] and `y` [batch, ..., d_out], channels last. With weights of each row, the first axis may
     be a multiple of theirs: the windows of a row, as Swin has them, or a run of rows of one task. Differentiable in
-    all tensors.
+    all tensors. What all rows have in common is one product for the whole batch.
 
     Args:
         in_place: write the sum into `y`, where it is contiguous, and return it; else mutate nothing.
 
-    Source: LoRA, arXiv:2106.09685, section 4.1; AdaptFormer, arXiv:2205.13535, section 3.2.
+    Source: LoRA, arXiv:2106.09685, section 4.1; AdaptFormer, arXiv:2205.13535, section 3.2; a core between, LoRA-XS,
+        arXiv:2405.17604, section 3.
     """
-    down, up = weights.down.to(x.dtype), weights.up.to(x.dtype)
+    h = _product(x, weights.down.to(x.dtype))
+    if not isinstance(weights.activation, str):
+        h = h.reshape(len(next(iter(weights.activation.values()))), -1, h.shape[-1])
+    h = activate(h, weights.activation)
+    if weights.core is not None:
+        h = _product(h, weights.core.to(x.dtype))
+    up = weights.up.to(x.dtype)
     into = in_place and y.is_contiguous()
-    if down.ndim == 2:
-        h = activate(x.reshape(-1, x.shape[-1]) @ down, weights.activation)
-        flat = y.reshape(-1, y.shape[-1])
-        return (flat.addmm_(h, up) if into else torch.addmm(flat, h, up)).view(y.shape)
-    batch = len(down)
-    h = activate(torch.bmm(x.reshape(batch, -1, x.shape[-1]), down), weights.activation)
-    flat = y.reshape(batch, -1, y.shape[-1])
-    return (flat.baddbmm_(h, up) if into else torch.baddbmm(flat, h, up)).view(y.shape)
+    h, flat = _matched(h, up), _matched(y, up)
+    if up.ndim == 2:
+        out = flat.addmm_(h, up) if into else torch.addmm(flat, h, up)
+    else:
+        out = flat.baddbmm_(h, up) if into else torch.baddbmm(flat, h, up)
+    out = out.view(y.shape)
+    return out if weights.beside is None else add_branch(out, x, weights.beside, in_place)
+
+
+def _matched(x: Tensor, matrix: Tensor) -> Tensor:
+    """[rows, dim] for a matrix that all rows have in common; [runs, rows, dim] for one of each run of rows."""
+    return x.reshape(-1, x.shape[-1]) if matrix.ndim == 2 else x.reshape(len(matrix), -1, x.shape[-1])
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.matmul(_matched(x, matrix), matrix)

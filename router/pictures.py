@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, features
+from PIL import ExifTags, Image, ImageChops, ImageCms, features
 
 from pear_store.errors import PearStoreError
 from pear_store.files import LFS_POINTER, is_lfs_pointer
@@ -409,7 +409,7 @@ def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
     """The picture on white; on black if white shapes would vanish on white."""
     flat = Image.new("RGB", colours.size, "white")
     flat.paste(colours, mask=alpha)
-    if all(low == 255 for low, _ in flat.getextrema()) and len(set(alpha.getextrema())) == 2:  # type: ignore[misc]
+    if ImageChops.invert(flat).getbbox() is None and len(set(alpha.getextrema())) == 2:
         flat.paste("black", (0, 0, *flat.size))
         flat.paste(colours, mask=alpha)
     return flat

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from router.errors import ImageError
 from router.pictures import LIMITS, ImageLike, Limits, Picture, check_reading, errors_named, opened
+from router.threads import side_threads
 
 MAX_ASPECT = 256
 """Of pictures that are resized in proportion; to 224 pixels in height, such a one has 13 megapixels."""
@@ -144,7 +145,7 @@ def _decode_one(asked: tuple[ImageLike, Limits, dict[Hashable, Preprocess]]) -> 
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="pear-decode")
+    return side_threads(None, "pear-decode")
 
 
 os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads

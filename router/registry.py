@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from pear_store import NotFoundError, PearStoreError, Store, Task, Version
+from pear_store import NotFoundError, PearStoreError, ReadableStore, Task, Version
 from pear_store.format.checkpoint import check_record
 from pear_store.format.manifest import manifest_hash, to_manifest
 from router.errors import ClosedError, TaskError, UnknownTaskError
@@ -63,7 +63,7 @@ class Registry:
 
     def __init__(
         self,
-        store: Store | None,
+        store: ReadableStore | None,
         limits: Limits,
         dtype: torch.dtype,
         check: Callable[[str, Task], None],
@@ -110,6 +110,10 @@ class Registry:
             self.changes += 1
         return before and before.key
 
+    def known(self, name: str) -> Known | None:
+        """What a reference means, if that was looked up and is kept; nothing is read."""
+        return self._added.get(name) or self._known.get(name)
+
     def find(self, name: str) -> Known:
         """What a reference means, looked up once and kept until refresh; meanwhile nobody else has to wait.
 
@@ -118,7 +122,7 @@ class Registry:
             RouterError: it cannot run on this backbone.
             PearStoreError: the store cannot be read, or what it has is refused.
         """
-        while (known := self._added.get(name) or self._known.get(name)) is None:
+        while (known := self.known(name)) is None:
             changes = self.changes
             version = self._versions.get(name) or self._resolve(name)
             found = self._look_up(name, version)
@@ -131,7 +135,7 @@ class Registry:
 
     def _enter(self, name: str, version: Version, found: Known) -> Known:
         """Enters a task as known, unless another thread did, and forgets the oldest that is not loaded."""
-        if (known := self._added.get(name) or self._known.get(name)) is not None:
+        if (known := self.known(name)) is not None:
             return known
         self._versions[name] = version
         self._known[name] = found
@@ -185,6 +189,8 @@ class Registry:
         Raises:
             PearStoreError: the store cannot be read; nothing changed.
         """
+        if self.store is not None:
+            self.store.refresh()
         before = {name: version for name, version in dict(self._versions).items() if name not in self._added}
         versions = {name: self._version(name) for name in before}
         changed = {name: now for name, now in versions.items() if not _same(before[name], now)}
@@ -202,7 +208,7 @@ class Registry:
 
     def pinned_keys(self) -> list[Hashable]:
         """Of the pinned tasks that are known."""
-        known = (self._added.get(name) or self._known.get(name) for name in self.pinned)
+        known = map(self.known, self.pinned)
         return [one.key for one in known if one is not None]
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pear_store import PearStoreError, RawTensor, Store, Task, make_task, read_checkpoint
+from pear_store import PearStoreError, RawTensor, ReadableStore, Store, Task, make_task, read_checkpoint
 from pear_store.local.sources import Access
 from router.adapted import AdaptedBackbone
 from router.backbone import Backbone, load_backbone
@@ -31,6 +31,10 @@ from router.precision import fast_precision
 from router.predictions import Predictions
 from router.registry import Known, Registry
 from router.slots import Slots, SlotStats
+from router.threads import computing_alone, side_threads
+
+AHEAD = 4
+"""Threads that preload: a task that is slow to read does not hold up the others"""
 
 
 class Router:
@@ -43,7 +47,8 @@ class Router:
 
     Args:
         backbone: a timm name, a timm module at native size in float32, or a loaded Backbone.
-        store: a store's directory or an open Store to look tasks up in.
+        store: a store's directory, the URL of a remote that is then read through a cache, or an open store of either
+            kind: where tasks are looked up.
         weights: a local safetensors file with the weights of a backbone given by name.
         device: such as "cpu", "cuda" or "mps"; the backbone's own where a module is given, else the CPU.
         dtype: compute precision: torch.float32 (default), bfloat16 or float16; "auto": bfloat16 where the device is
@@ -65,10 +70,11 @@ class Router:
         PearStoreError: there is no such store.
     """
 
+    @computing_alone()  # else another thread's forwards would be slower from then on
     def __init__(
         self,
         backbone: str | nn.Module | Backbone,
-        store: str | Path | Store | None = None,
+        store: str | Path | ReadableStore | None = None,
         *,
         weights: str | Path | None = None,
         device: str | torch.device | None = None,
@@ -87,7 +93,7 @@ class Router:
         limits = Limits(max_pixels, access or Access())
         self._process = os.getpid()
         self._own_store = isinstance(store, str | Path)
-        store = Store(store) if isinstance(store, str | Path) else store
+        store = Store.open(store) if isinstance(store, str | Path) else store
         self.backbone = load_backbone(backbone, weights)
         if device is None:
             device = next(self.backbone.module.parameters()).device
@@ -123,17 +129,17 @@ class Router:
                 f"this router cannot be pickled: its backbone {self.backbone.name} was given as a module; give its "
                 "timm name, and weights= for a file of weights, or make a router in each process"
             )
-        store = None if self.store is None else self.store.path.absolute()
+        store = self.store.path.absolute() if isinstance(self.store, Store) else self.store
         added = [_own_memory(task) for task in self._registry.added()]
         return _make_again, (type(self), *self.backbone.source, self.backbone.digest, store, self._options, added)
 
     @property
-    def store(self) -> Store | None:
+    def store(self) -> ReadableStore | None:
         """Where tasks are looked up."""
         return self._registry.store
 
     @store.setter
-    def store(self, store: Store | None) -> None:
+    def store(self, store: ReadableStore | None) -> None:
         self._registry.store = store
 
     def close(self) -> None:
@@ -181,6 +187,10 @@ class Router:
         """
         return self._find(task)
 
+    def is_near(self, task: str) -> bool:
+        """Whether `lookup` asks no remote: the name was looked up and is kept, or the store is a directory."""
+        return self.store is None or not self.store.is_remote or self._registry.known(task) is not None
+
     def is_loaded(self, task: str | Known) -> bool:
         """Whether a task is in the slots now, so that a batch with it need not load it."""
         return self._find(task).key in self._slots
@@ -195,6 +205,7 @@ class Router:
         self._check_usable()
         self._adapted.features(torch.zeros(1, 3, *self.backbone.input_size), {}).cpu()
 
+    @computing_alone()
     def refresh(self) -> dict[str, int | None]:
         """Takes up what changed in the store: newer versions, moved tags, removals; what did not change is kept.
 
@@ -227,7 +238,7 @@ class Router:
             if self._registry.closed:
                 raise ClosedError
             if self._ahead is None:
-                self._ahead = ThreadPoolExecutor(1, "router-preload")
+                self._ahead = side_threads(AHEAD, "router-preload")
             return self._ahead.submit(self._load, names)
 
     def pin(self, tasks: str | Iterable[str]) -> None:
@@ -370,7 +381,7 @@ def _make_again(
     backbone: str,
     weights: str | None,
     digest: str,
-    store: Path | None,
+    store: Path | ReadableStore | None,
     options: dict[str, Any],
     added: list[Task],
 ) -> Router:

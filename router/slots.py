@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pear_store import Task
 from router.errors import SlotBudgetError
-from router.layout import HEAD, Ints, Key, LoadedTask, Use
+from router.layout import HEAD, POOLED, Ints, Key, LoadedTask, Use
 from router.matrices import Matrices, Pool
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class SlotStats:
 @dataclass
 class _Entry:
     values: Tensor | Ints
-    """The rows of a pool that hold it; the head itself."""
+    """The rows of a pool that hold it; the head or the base itself."""
     size_bytes: int
     uses: int = 0
 
@@ -209,8 +209,8 @@ class Slots:
                 missing.setdefault((key[0], width), []).append(key)
         to_copy: list[tuple[Key | Pool, Ints, list[Key], int]] = []
         for (side, width), keys in missing.items():
-            if side == HEAD:
-                to_copy.append((keys[0], np.arange(0), keys, use.elements[keys[0]]))
+            if side not in POOLED:
+                to_copy += [(key, np.arange(0), [key], use.elements[key]) for key in keys]
                 continue
             pool = self.matrices.pool(side, width)
             rows = pool.take(sum(use.shapes[key][0] for key in keys))
@@ -236,7 +236,7 @@ class Slots:
         """Copies adapters and heads to the device in one piece.
 
         Args:
-            parts: the head, or a pool and its rows; the keys that go there, and how many elements they are.
+            parts: the head or a base, or a pool and its rows; the keys that go there, and how many elements they are.
         """
         if not parts:
             return
@@ -250,7 +250,9 @@ class Slots:
             if isinstance(target, Pool):
                 target.put(rows, part.view(len(rows), -1))
             else:
-                self._entries[target] = _Entry(part.clone(), use.sizes[target])
+                value = part.to(use.dtype_of(target[0]), copy=True)
+                value = value if target[0] == HEAD else value.view(use.shapes[target])
+                self._entries[target] = _Entry(value, use.sizes[target])
 
     def _loaded(self, use: Use) -> LoadedTask:
         sides = zip(*((down, up) for branches in use.branches.values() for down, up, _ in branches), strict=True)
@@ -263,7 +265,11 @@ class Slots:
                 assert isinstance(both, Tensor)
                 head = (both[: classes * width].view(classes, width), both[classes * width :])
         values = {key: self._entries[key].values for key in use.shapes}
-        return LoadedTask(use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head, values)
+        cores = [self._entries[key].values for key, _ in use.cores]
+        return LoadedTask(
+            use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head,
+            np.concatenate([np.arange(0), *cores]), values,
+        )  # fmt: skip
 
 
 def _write(use: Use, task: Task, keys: Sequence[Key], out: NDArray[np.float32]) -> None:

@@ -41,7 +41,7 @@ def from_torch(tensor: Tensor) -> RawTensor:
 
 
 def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
-    """Packs a matrix into codes of 1, 4 or 8 bits with one float16 scale for each index of its rank axis.
+    """Packs a matrix into codes of 1, 2, 4 or 8 bits with one float16 scale for each index of its rank axis.
 
         1 bit:   w ≈ scale · (2 code - 1)                      scale = mean |w|, the least squares choice
         b bits:  w ≈ scale · (2 code - top) / top              scale = max |w|, top = 2^b - 1
@@ -50,7 +50,7 @@ def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]
 
     Args:
         matrix: float [d_in, rank] or [rank, d_out]; of a head [classes, features], with its classes as rank axis.
-        bits: 1, 4 or 8.
+        bits: 1, 2, 4 or 8.
         rank_axis: 1 for `down`, 0 for `up` and a head.
     Returns:
         uint8 [ceil(numel * bits / 8)] and float16 [rank].

@@ -14,9 +14,17 @@ if not torch.cuda.is_available():
 
 from pear_store import RawTensor, Store, Task, make_task
 from router import Backbone, load_backbone
+from tests.helpers.log import keep_log
 from tests.helpers.makers import floats, record
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The log of `make faults` says how each of its parts ended."""
+    counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "error", "skipped")}
+    found = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    keep_log(f"pytest {' '.join(config.invocation_params.args)}: {found}")
 
 
 @pytest.fixture

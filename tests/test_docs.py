@@ -9,6 +9,7 @@ import click
 import pytest
 
 import pear_train.cli
+import pear_train.evaluation.cli
 import router.infer.cli
 import router.serve.cli
 from pear_store import Store
@@ -42,7 +43,7 @@ def reference() -> str:
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
     commands += [(f"pear-store {name}", command) for name, command in store_commands().items()]
     commands += [("pear-infer", router.infer.cli.main), ("pear-serve", router.serve.cli.main)]
-    commands += [("pear-train", pear_train.cli.main)]
+    commands += [("pear-train", pear_train.cli.main), ("pear-eval", pear_train.evaluation.cli.main)]
     for name, command in commands:
         settings: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100, **main.context_settings}
         with click.Context(command, info_name=name, **settings) as context:
@@ -79,9 +80,10 @@ def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
         assert found == (number, task.record, {digest: bytes(t.data) for digest, t in task.tensors.items()})
 
 
-def test_the_promises_name_tests_that_exist() -> None:
+@pytest.mark.parametrize("page", ["promises.md", "threats.md"])
+def test_the_promises_name_tests_that_exist(page: str) -> None:
     tests = "".join(file.read_text() for file in Path(__file__).parent.rglob("test_*.py"))
-    named = set(re.findall(r"\b(test_[a-z0-9_]+)(?!\.py)\b", (DOCS / "promises.md").read_text()))
+    named = set(re.findall(r"\b(test_[a-z0-9_]+)(?!\.py)\b", (DOCS / page).read_text()))
     assert len(named) > 10
     for name in named:
         assert f"def {name}(" in tests or name in (

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     file for folder in ("tools", "benchmarks") for file in (ROOT / folder).rglob("*.py") if file.name != "__init__.py"
 )
-OUTSIDE = {"atheris"}
+OUTSIDE = {"atheris", "bentoml", "fastapi", "litserve"}
 """Packages that no extra installs."""
 RUN_ALL = """
 import contextlib, io, json, runpy, sys, traceback

@@ -53,7 +53,7 @@ def faces() -> Labelled:
     """Faces and other crops of photographs (scikit-image, from Labeled Faces in the Wild), 25 x 25."""
     from skimage.data import lfw_subset
 
-    images = (lfw_subset() * 255).astype(np.uint8)  # type: ignore[no-untyped-call]
+    images = (lfw_subset() * 255).astype(np.uint8)
     pictures = [(image, "face" if i < 100 else "other") for i, image in enumerate(images)]
     order = np.random.default_rng(0).permutation(len(pictures))
     pictures = [pictures[i] for i in order]

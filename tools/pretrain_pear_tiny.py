@@ -392,7 +392,7 @@ def main(
         loss = F.smooth_l1_loss((got.float() - centre) / width, goal, reduction="none").mean(2, keepdim=True) * weight
         loss = loss.sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         schedule.step()

@@ -93,7 +93,7 @@ def main(
 
 
 def _open(path: Path, tune: bool) -> Dataset:
-    return replace(open_vtab(path), test=None) if tune else open_vtab(path, whole=True)
+    return replace(open_vtab(path).dataset(), test=None) if tune else open_vtab(path, whole=True).dataset()
 
 
 def score(done: Container[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:

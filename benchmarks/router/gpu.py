@@ -134,7 +134,7 @@ def graphed(bare: torch.nn.Module, images: torch.Tensor) -> Call:
 
     def run(n: int) -> None:
         if n not in graphs:
-            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(torch.cuda.Stream()):
                 bare(images[:n])
             torch.cuda.synchronize()
             graphs[n] = torch.cuda.CUDAGraph()

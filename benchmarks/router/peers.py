@@ -166,7 +166,7 @@ def hf_vit() -> Any:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()  # type: ignore[no-untyped-call]
+    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
 
 
 def adapterhub_model(method: str, bare: nn.Module, dtype: torch.dtype, names: list[str] = NAMES) -> Any:

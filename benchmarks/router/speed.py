@@ -307,22 +307,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    bench = Bench(args)
+    run_parts(Bench(args), args, "speed", "" if args.dtype == "float32" else f"_{args.dtype}")
+
+
+def run_parts(bench: object, args: argparse.Namespace, module: str, suffix: str) -> None:
+    """Runs the methods of a bench that `args.parts` names, and keeps what each finds in `args.out`."""
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for part in args.parts:
         found = getattr(bench, part)()
-        name = part if args.dtype == "float32" else f"{part}_{args.dtype}"
-        results[name] = {
+        results[part + suffix] = {
             **found,
             "repeats": args.repeats,
-            "command": " ".join(["python", "-m", "benchmarks.router.speed", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", f"benchmarks.router.{module}", *sys.argv[1:]]),
             "machine": {
                 "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                 "instructions": torch.backends.cpu.get_cpu_capability(), "system": platform.platform(),
             },
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         }  # fmt: skip
-        print(json.dumps({name: found}, indent=2))
+        print(json.dumps({part + suffix: found}, indent=2), flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -34,7 +34,7 @@ def features(adapted: AdaptedBackbone, preprocess: Preprocess, dataset: Dataset)
     for name, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
         assert split is not None, f"{dataset}: no split {name}"
         pixels = Pixels(split, preprocess)
-        rows = torch.arange(len(pixels)).split(100)  # type: ignore[no-untyped-call]
+        rows = torch.arange(len(pixels)).split(100)
         x = torch.cat([adapted.features(pixels.images(part), {}) for part in rows])
         out[name] = (x, pixels.targets.numpy())
     mean, std = out["train"][0].mean(0), out["train"][0].std(0).clamp_min(1e-6)
@@ -87,7 +87,7 @@ def speed(backbone: Backbone) -> dict[str, Any]:
 
     def train_adapters() -> None:
         adapters.zero_grad()
-        adapted.features(images, adapters.position_weights(), autocast).square().mean().backward()  # type: ignore[no-untyped-call]
+        adapted.features(images, adapters.position_weights(), autocast).square().mean().backward()
 
     whole: Any = timm.create_model("pear_tiny", pretrained=True)
     for block in whole.blocks:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from benchmarks.study.bases import FOLDS, FORMS
 from benchmarks.study.run import GROUPS, RESULTS, SWEEP_SETS, UPON, plan_of, plans_upon
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -149,6 +150,7 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
     across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
     codes, large = table_codes(every, final.rows), table_pixels(every)
+    on_bases = table_bases(every, best.rows)
 
     def show(rows: list[dict[str, Any]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) if rows else "Not run yet."
@@ -242,6 +244,14 @@ intervals over images and orders, not over seeds. New bytes: float16, what a sto
 
 {show(across)}
 
+## Common bases
+
+Bases from the unpruned adapters of eight sets, tasks on the four sets that had no part in them; "random": orthonormal bases of chance.
+"afterwards": cores and head of the row above it rounded to codes after training. Options are those that a first try on four sets had, nothing tuned
+for a row. Bases come on top, once for all tasks. Complete rows only.
+
+{show(on_bases)}
+
 ## Few bits
 
 The same at seed 0 with adapters trained as codes of 8, 4 or 1 bits and heads rounded to codes. The intervals do not hold the spread
@@ -256,7 +266,7 @@ ratio, learning rate and what else differs from the earlier table's settings. Th
 peers as for ours.
 
 {show(sweep(every, "shape", "what", "seed"))}
-"""  # noqa: E501
+"""  # noqa: E501 (Markdown, as wide as the other documents)
 
 
 def recipes(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -368,6 +378,34 @@ def table_across(every: list[dict[str, Any]], alone: Rows, now: bool) -> list[di
             "run_all saves": f"{100 * saved:.1f} %",
         })  # fmt: skip
     return table
+
+
+BESIDE = ("pear r=12, 0.92", "LoRA qkv r=2", "unpruned r=1", "unpruned r=2", "unpruned r=8", "linear")
+
+
+def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]]:
+    """Tasks on common bases of other sets, beside rows of the final table on the same sets and seeds."""
+    rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "bases"}
+    first, seeds = FORMS[0].bases, sorted({seed for _, _, seed in rows})
+    sets = [s for fold in FOLDS if all((first, s, 0) in rows for s in fold) for s in fold]
+    if not sets:
+        return []
+    seeds = [seed for seed in seeds if all((first, s, seed) in rows for s in sets)]
+    rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
+    whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
+
+    def mean(name: str, what: str) -> float:
+        return float(np.mean([rows[name, s, k][what] for s in sets for k in seeds]))
+
+    return [
+        {
+            f"{len(sets)} sets, {len(seeds)} seed(s)": name,
+            **{f"{kind} bytes": f"{mean(name, f'{kind}_bytes'):,.0f}" for kind in ("adapter", "head")},
+            "whole task": f"{mean(name, 'adapter_bytes') + mean(name, 'head_bytes'):,.0f}",
+            "val top-1": f"{100 * mean(name, 'val_top1'):.2f}", "test top-1": f"{100 * mean(name, 'test_top1'):.2f}",
+        }
+        for name in sorted(whole, key=lambda name: mean(name, "adapter_bytes"))
+    ]  # fmt: skip
 
 
 def exceptions(every: list[dict[str, Any]]) -> str:

@@ -294,7 +294,7 @@ class Study:
                     group["lr"] = config.lr * ((step + 1) / warmup if step < warmup else cosine)
                 loss = F.cross_entropy(head(features(train.images(rows))), train.targets[rows])
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)

@@ -72,7 +72,7 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
 
     def peft_step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        F.cross_entropy(head(tuned(images)), targets).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(head(tuned(images)), targets).backward()
         optimiser.step()
 
     return peft_step

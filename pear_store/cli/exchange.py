@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pear_store.cli.group import complete_task, main, store_directory, store_option
+from pear_store.cli.group import complete_task, main, open_store, store_directory, store_option
 from pear_store.cli.tasks import added_line
 from pear_store.errors import PearStoreError
 from pear_store.format.container import read_json
@@ -86,7 +86,7 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
     """
     from pear_store.exchange import peft
 
-    with Store(store_directory()) as store:
+    with open_store() as store:
         task = store.get(reference, copy=False)
         described = peft.describe_backbone(task.backbone_model, weights)
         if described is None:
@@ -96,3 +96,46 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
             raise PearStoreError(f"{task.backbone_model} has several classifiers: PEFT cannot hold the task's one head")
         peft.export_peft(task, folder, linears=described["linears"] if described else None, head=head)
     echo(f"wrote {folder}")
+
+
+@main.command("export-hub")
+@click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--license", metavar="ID", help="The Hub's name of the license, as apache-2.0 [default: none is given].")
+@click.option("--repo", metavar="OWNER/NAME", help="Where the folder will be uploaded; the card names it.")
+@click.option("--base-model", metavar="ID", help="The backbone on the Hub [default: where timm loads it from].")
+@click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@click.option("--force", is_flag=True, help="Write into a folder that holds something else.")
+@store_option
+@json_option
+def export_hub(
+    reference: str, folder: Path, license: str | None, repo: str | None, base_model: str | None, weights: str | None,
+    force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write a task as a folder for the Hugging Face Hub, to be uploaded as it is.
+
+    DIR gets pear.safetensors (what 'export' writes), the model card README.md, picture.png, and peft/ where the task
+    can be a LoRA of PEFT's. What is left out is said. 'pear-store add hf://OWNER/NAME' takes the task back.
+
+    An earlier export of the same task is replaced; other files in DIR, such as .git, stay. The checkpoint holds the
+    whole training record, also the names of the data and the machine.
+    """
+    from pear_store.exchange import hub
+    from pear_store.exchange.card import Publication
+    from pear_store.plot import plot
+
+    with open_store() as store:
+        version = store.resolve(reference)
+        exact = f"{version.task}@{version.version}"
+        result = hub.export_hub(
+            store.get(exact, copy=False), folder, Publication(license, base_model, repo), weights=weights,
+            draw=lambda path: plot(store, path, [exact]), force=force,
+        )  # fmt: skip
+    if as_json:
+        files = [{"file": name, "bytes": size} for name, size in result.files.items()]
+        echo_json({"task": version.task, "version": version.version, "folder": str(folder), "files": files,
+                   "notes": result.notes})  # fmt: skip
+        return
+    echo(f"wrote {exact} to {folder}: " + ", ".join(f"{name} ({size:,} bytes)" for name, size in result.files.items()))
+    for note in result.notes:
+        echo(f"Note: {note}", err=True)

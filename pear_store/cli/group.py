@@ -10,6 +10,7 @@ from platformdirs import user_data_path
 
 from pear_store.errors import PearStoreError
 from pear_store.local.directory import store_path
+from pear_store.readable import ReadableStore
 from pear_store.store import Store
 from pear_store.terminal import PrintableGroup, echo
 
@@ -42,7 +43,8 @@ def store_option(command: F) -> F:
     """--store DIR, before or after the verb."""
     return click.option(
         "--store", type=click.Path(readable=False), callback=_keep_store, expose_value=False, metavar="DIR",
-        help="The store's directory [default: $PEAR_STORE, else the user's data directory].",
+        help="The store's directory; for commands that only read also a remote's URL "
+        "[default: $PEAR_STORE, else the user's data directory].",
     )(command)  # fmt: skip
 
 
@@ -54,10 +56,25 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")(command)
 
 
+def _chosen_store(ctx: click.Context | None) -> str | None:
+    root = (ctx or click.get_current_context()).find_root()
+    chosen: str | None = root.meta.get("pear_store.path") or root.params.get("store_from_env")
+    return chosen
+
+
 def store_directory(ctx: click.Context | None = None) -> Path:
-    ctx = ctx or click.get_current_context()
-    chosen = ctx.find_root().meta.get("pear_store.path") or ctx.find_root().params.get("store_from_env")
+    chosen = _chosen_store(ctx)
+    if chosen and "://" in chosen:
+        raise PearStoreError(
+            "--store is a URL: this command works on a directory; clone the remote first ('pear-store clone URL DIR')"
+        )
     return store_path(chosen) if chosen else user_data_path("pear") / "store"
+
+
+def open_store() -> ReadableStore:
+    """For commands that only read: a directory, or a remote through a cache."""
+    chosen = _chosen_store(None)
+    return Store.open(chosen if chosen and "://" in chosen else store_directory())
 
 
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:

@@ -1,9 +1,12 @@
 """Verbs that share a store with others."""
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,13 +21,15 @@ if TYPE_CHECKING:  # a command that needs no remote starts without them
     from pear_store.remote.pull import Pulled
     from pear_store.remote.push import Pushed
 
+T = TypeVar("T")
+
 
 def _options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
-            raise click.BadParameter(f"{text!r}: expected KEY=VALUE")
+            raise click.BadParameter("expected KEY=VALUE")  # not what it was: it may hold a secret
         found[key] = value
     return found
 
@@ -36,6 +41,10 @@ option_option = click.option(
 tasks_option = click.option(
     "--tasks", "patterns", multiple=True, metavar="PATTERN", default=("*",),
     help="Which tasks a pull takes that names none, such as 'dtd*'; may be repeated [default: all].",
+)  # fmt: skip
+single_writer_option = click.option(
+    "--single-writer", is_flag=True,
+    help="Write there also if the place cannot keep several stores apart: no other store may push to it.",
 )  # fmt: skip
 
 
@@ -58,18 +67,21 @@ def remote() -> None:
 @click.argument("url")
 @option_option
 @tasks_option
+@single_writer_option
 @store_option
 @json_option
-def init_command(name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
+def init_command(
+    name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], single_writer: bool, as_json: bool
+) -> None:
     """Make an empty remote at a directory, s3://, gs://, az:// or sftp:// URL, and add it.
 
-    A place that cannot be written by several without loss is refused.
+    A place that cannot be written by several without loss is refused, or taken with --single-writer.
     """
     from pear_store.remote.remotes import Remote, add_remote, init_remote
 
     with Store(store_directory()) as store:
-        init_remote(url, options)
-        add_remote(store.path, Remote(name, url, options, patterns))
+        init_remote(url, options, single_writer)
+        add_remote(store.path, Remote(name, url, options, patterns, single_writer))
     _report_added(name, url, as_json)
 
 
@@ -78,14 +90,17 @@ def init_command(name: str, url: str, options: dict[str, str], patterns: tuple[s
 @click.argument("url")
 @option_option
 @tasks_option
+@single_writer_option
 @store_option
 @json_option
-def add_command(name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
+def add_command(
+    name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], single_writer: bool, as_json: bool
+) -> None:
     """Add a remote that is there, also one on a web server, which is only read."""
     from pear_store.remote.remotes import Remote, add_remote
 
     with Store(store_directory()) as store:
-        add_remote(store.path, Remote(name, url, options, patterns))
+        add_remote(store.path, Remote(name, url, options, patterns, single_writer))
     _report_added(name, url, as_json)
 
 
@@ -105,13 +120,15 @@ def ls_command(as_json: bool) -> None:
 
     with Store(store_directory()) as store:
         found = remotes(store.path)
-    rows = [{"name": one.name, "url": one.url, "tasks": list(one.tasks), "options": dict(one.options)} for one in found]
+    rows = [{"name": one.name, "url": one.url, "tasks": list(one.tasks), "options": dict(one.options),
+             "single_writer": one.single_writer} for one in found]  # fmt: skip
     if as_json:
         echo_json(rows)
     elif rows:
-        shown = [{**row, "tasks": " ".join(one.tasks), "options": " ".join(map("=".join, one.options.items()))}
+        shown = [{**row, "tasks": " ".join(one.tasks), "options": " ".join(map("=".join, one.options.items())),
+                  "single_writer": "yes" if one.single_writer else "no"}
                  for row, one in zip(rows, found, strict=True)]  # fmt: skip
-        echo_table(shown, colalign=("left",) * 4)
+        echo_table(shown, colalign=("left",) * 5)
 
 
 @remote.command("rm")
@@ -156,17 +173,42 @@ def _split(store: Store, given: tuple[str, ...]) -> tuple[str | None, tuple[str,
 
 
 @contextmanager
-def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal."""
+def _progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar in bytes on stderr, where that is a terminal. How many there will be is reckoned from the versions done."""
     from tqdm import tqdm
 
-    with tqdm(desc=verb, unit=" versions", disable=None, leave=False) as bar:
+    with tqdm(desc=verb, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
 
-        def show(done: int, every: int) -> None:
-            bar.total = every
-            bar.update(done - bar.n)
+        def show(done: int, every: int, moved_bytes: int) -> None:
+            bar.total = moved_bytes * every // done if done else None
+            bar.set_postfix_str(f"{done} of {every} versions", refresh=False)
+            bar.update(moved_bytes - bar.n)
 
         yield show
+
+
+def interruptible(verb: str, act: Callable[[], T]) -> T:
+    """Runs a verb so that Ctrl-C ends the command at once, whatever it waits for: the process goes without a word to
+    its threads, as after a kill, from which nothing is half done."""
+    from concurrent.futures import Future  # here: it imports logging, and most commands do without
+
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(act())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            echo(err=True)  # the bar's line is left
+        echo(f"Error: {verb} interrupted; the same command goes on", err=True)
+        sys.stdout.flush()
+        os._exit(130)
 
 
 @main.command()
@@ -181,7 +223,7 @@ def push(given: tuple[str, ...], as_json: bool) -> None:
     """
     with Store(store_directory()) as store, _progress("push") as progress:
         name, tasks = _split(store, given)
-        result = store.push(name, tasks, progress)
+        result = interruptible("push", lambda: store.push(name, tasks, progress))
     if as_json:
         echo_json(pushed_json(result))
         return
@@ -217,7 +259,7 @@ def pull(given: tuple[str, ...], as_json: bool) -> None:
     """
     with Store(store_directory()) as store, _progress("pull") as progress:
         name, references = _split(store, given)
-        result = store.pull(name, references, progress)
+        result = interruptible("pull", lambda: store.pull(name, references, progress))
     _report_pulled(result, as_json)
 
 
@@ -260,7 +302,8 @@ def clone(url: str, directory: str | None, options: dict[str, str], patterns: tu
 
     path = store_path(directory or Path(url.rstrip("/")).name)
     with _progress("clone") as progress:
-        result = clone_store(path, Remote("origin", url, options, patterns), progress)
+        remote = Remote("origin", url, options, patterns)
+        result = interruptible("clone", lambda: clone_store(path, remote, progress))
     _report_pulled(result, as_json)
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from pear_store.cli.group import complete_task, dry_run_option, main, store_directory, store_option, yes_option
+from pear_store.cli.group import (
+    complete_task,
+    dry_run_option,
+    main,
+    open_store,
+    store_directory,
+    store_option,
+    yes_option,
+)
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import natural_key
 from pear_store.format.digest import ITEM_BYTES
@@ -45,6 +53,8 @@ def init(as_json: bool) -> None:
 @click.pass_context
 def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: tuple[str, ...], as_json: bool) -> None:
     """Add task checkpoints: files, directories of them, fsspec URLs, or - for standard input.
+
+    hf://OWNER/NAME[@REVISION] is a task on the Hugging Face Hub, as 'export-hub' writes it.
 
     A refused file costs only itself, and the exit code says so.
     """
@@ -92,7 +102,7 @@ def added_line(result: Added) -> str:
 @json_option
 def ls(every: bool, as_json: bool) -> None:
     """List the tasks: newest version and tensor bytes of each, and its tags; TAG@2 is one of an older version."""
-    with Store(store_directory()) as store:
+    with open_store() as store:
         versions = store.versions() if every else store.tasks()
         tags = {} if every else store.tags()
     others = [{tag: number for tag, number in tags.get(v.task, {}).items() if number != v.version} for v in versions]
@@ -130,7 +140,7 @@ def _time(time_ns: int) -> str:
 @json_option
 def show(reference: str, as_json: bool) -> None:
     """Show one task: backbone, labels, metrics, and which position uses which adapter."""
-    with Store(store_directory()) as store:
+    with open_store() as store:
         version = store.resolve(reference)
         task = store.get(f"{version.task}@{version.version}", copy=False)
     if as_json:
@@ -160,7 +170,7 @@ def show(reference: str, as_json: bool) -> None:
 @json_option
 def log(reference: str, as_json: bool) -> None:
     """List a task's versions, the newest first."""
-    with Store(store_directory()) as store:
+    with open_store() as store:
         versions = store.versions(store.resolve(reference).task)[::-1]
     if as_json:
         echo_json([{**version_json(v), "tags": list(v.tags), "time_ns": v.time_ns} for v in versions])
@@ -175,7 +185,7 @@ def log(reference: str, as_json: bool) -> None:
 @json_option
 def diff(a: str, b: str, as_json: bool) -> None:
     """Compare two versions: which adapters differ, which are shared, and the bytes of each."""
-    with Store(store_directory()) as store:
+    with open_store() as store:
         found = store.diff(a, b)
     if as_json:
         value = asdict(found)
@@ -246,7 +256,7 @@ def export(reference: str, file: Path, force: bool, as_json: bool) -> None:
     """Write a stored task as a task checkpoint, its tensors bit-identical."""
     if os.path.exists(file) and not force:
         raise PearStoreError(f"{file} exists; --force replaces it")
-    with Store(store_directory()) as store:
+    with open_store() as store:
         version = store.resolve(reference)
         size = store.export(f"{version.task}@{version.version}", file)
     if as_json:

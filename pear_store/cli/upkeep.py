@@ -7,13 +7,18 @@ from typing import Any
 
 import click
 
-from pear_store.cli.group import complete_task, dry_run_option, main, store_directory, store_option, yes_option
+import pear_store
+from pear_store.cli.group import (
+    complete_task,
+    dry_run_option,
+    main,
+    open_store,
+    store_directory,
+    store_option,
+    yes_option,
+)
 from pear_store.errors import PearStoreError
-from pear_store.local.rebuild import rebuild as rebuild_store
-from pear_store.local.repair import repair
 from pear_store.local.sources import Access
-from pear_store.local.verify import Damage
-from pear_store.local.verify import verify as verify_store
 from pear_store.store import Store
 from pear_store.terminal import allow_option, echo, echo_json, json_option
 
@@ -105,9 +110,9 @@ def verify(
     if copies and not mend:
         raise click.UsageError("COPIES go with --repair")
     if mend:
-        mended = repair(store_directory(), copies, Access(allowed=frozenset(allowed)))
+        mended = pear_store.repair(store_directory(), copies, Access(allowed=frozenset(allowed)))
         echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
-    report = verify_store(store_directory(), subset)
+    report = pear_store.verify(store_directory(), subset)
     if as_json:
         echo_json(asdict(report))
     else:
@@ -125,7 +130,7 @@ def verify(
     ctx.exit(0 if report.ok else 5)
 
 
-def _print_damage(kind: str, found: list[Damage]) -> None:
+def _print_damage(kind: str, found: "list[pear_store.Damage]") -> None:
     for damage in found:
         echo(f"damaged or missing {kind} {damage.digest}: hits {', '.join(damage.versions) or 'no version'}")
 
@@ -135,7 +140,7 @@ def _print_damage(kind: str, found: list[Damage]) -> None:
 @json_option
 def rebuild(as_json: bool) -> None:
     """Make the index anew from the packs alone; the old one is kept beside it."""
-    found = rebuild_store(store_directory())
+    found = pear_store.rebuild(store_directory())
     if as_json:
         echo_json(asdict(found))
         return
@@ -150,8 +155,8 @@ def rebuild(as_json: bool) -> None:
 @store_option
 @json_option
 def stats(as_json: bool) -> None:
-    """Count tasks, versions, tensors and bytes."""
-    with Store(store_directory()) as store:
+    """Count tasks, versions, tensors and bytes; of a remote, also what of it is cached here."""
+    with open_store() as store:
         result = store.stats()
     if as_json:
         echo_json(asdict(result))
@@ -171,7 +176,7 @@ def plot(file: Path, references: tuple[str, ...]) -> None:
     """
     from pear_store import plot as plotting
 
-    with Store(store_directory()) as store:
+    with open_store() as store:
         try:
             plotting.plot(store, file, references)
         except ImportError as error:

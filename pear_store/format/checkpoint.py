@@ -28,6 +28,8 @@ from pear_store.format.record import (
 )
 
 FORMAT = "pear-task/1"
+HUB_CHECKPOINT, HUB_LORA = "pear.safetensors", "peft"
+"""What a folder for the Hugging Face Hub calls its task checkpoint, and the folder of the same task as a LoRA"""
 Activation = Literal["identity", "relu", "gelu"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 CropMode = Literal["center", "squash", "border"]

@@ -21,16 +21,16 @@ def dequantise(
     bits: int,
     rank_axis: int,
 ) -> NDArray[np.float32]:
-    """The float32 matrix that codes of 1, 4 or 8 bits stand for.
+    """The float32 matrix that codes of 1, 2, 4 or 8 bits stand for.
 
         w = scale · (2 code - top) / top            top = 2^bits - 1
 
     Args:
         packed: uint8 [ceil(numel * bits / 8)]; codes lie row-major, the first in the lowest bits of its byte.
         scale: float32 [rank], one for each index of the rank axis.
-        shape: of the matrix, [d_in, rank], [rank, d_out], or of a head [classes, features].
-        bits: 1, 4 or 8.
-        rank_axis: 1 for `down`, 0 for `up` and a head.
+        shape: of the matrix, [d_in, rank], [rank, d_out], a core, or of a head [classes, features].
+        bits: 1, 2, 4 or 8.
+        rank_axis: 1 for `down`, 0 for `up`, a core and a head.
     Returns:
         float32 of `shape`.
     """

@@ -51,12 +51,14 @@ class PackedVersion:
 
 @dataclass(frozen=True)
 class PackedTag:
-    """What a tag stood for from a time on; None: for nothing."""
+    """What a tag stood for since a time; None: nothing. Where copies of a store gave one number to two versions,
+    the manifest's hash says which one was meant; older packs have none."""
 
     task: str
     tag: str
     version: int | None
     time_ns: int
+    manifest: bytes | None = None
 
 
 @dataclass
@@ -108,7 +110,7 @@ def pack_metadata(records: Records, commit: Commit) -> dict[str, str]:
         manifests = (records.removed_manifests.get(one) for one in records.removed)
         record["removed_manifests"] = [manifest and manifest.hex() for manifest in manifests]
     if records.tags:
-        record["tags"] = [vars(tag) for tag in records.tags]
+        record["tags"] = [{**vars(tag), "manifest": tag.manifest and tag.manifest.hex()} for tag in records.tags]
     if records.highest:
         record["highest"] = records.highest
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -155,7 +157,8 @@ def _parse(record: Any, metadata: Mapping[str, str]) -> tuple[Records, list[str]
         if not TAG_NAME.fullmatch(entry["tag"]):
             raise ValueError
         tagged = None if entry["version"] is None else _number(entry["version"])
-        found.tags.append(PackedTag(_task(entry["task"]), entry["tag"], tagged, _count(entry["time_ns"])))
+        meant = None if entry.get("manifest") is None else _hash(entry["manifest"])
+        found.tags.append(PackedTag(_task(entry["task"]), entry["tag"], tagged, _count(entry["time_ns"]), meant))
     for task, number in record.get("highest", {}).items():
         found.highest[_task(task)] = max(_number(number), found.highest.get(task, 0))
     return found, problems

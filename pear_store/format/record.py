@@ -75,7 +75,7 @@ class Adapter:
         outer: Part = "basis" if "basis" in entry else "up"
         down = _matrix("down", entry, tensors, rank_axis=1)
         up = _matrix(outer, entry, tensors)
-        core = _matrix("up", {"up": entry["up"]}, tensors) if outer == "basis" else None  # never codes
+        core = _matrix("up", entry, tensors) if outer == "basis" else None
         shapes = [one.shape for one in (down, core, up) if one is not None]
         if any(a[1] != b[0] for a, b in pairwise(shapes)):
             found, expected = f"down {list(down.shape)} and up {list(up.shape)}", "[d_in, r] and [r, d_out]"
@@ -142,26 +142,34 @@ class Head:
 def _matrix(part: Part, entry: Mapping[str, Any], tensors: Shapes, rank_axis: int = 0) -> Matrix:
     """One matrix of an adapter's or a head's entry; else a ValueError."""
     stored = entry[part]
-    if "quant" not in entry:
+    if "quant" not in entry or ("basis" in entry and isinstance(entry["quant"], dict) and part not in entry["quant"]):
         shape = tensor_shape(stored, tensors, FLOATS)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{part} {list(shape)}: expected {_AXES[part]}")
         return Matrix(stored, (shape[0], shape[1]), rank_axis)
     quant = entry["quant"]
-    allowed = (4, 8) if part == "weight" else (1, 4, 8)
-    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
-        raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
+    bits = _bits(quant, part)
     form = quant.get(part)
     if not (isinstance(form, dict) and is_sizes(form.get("shape"), 2)):
         raise ValueError(f"field 'quant': expected 'shape' and 'scale' for {part!r}")
+    bits = _bits(form, part) if "bits" in form else bits
     rows, columns = form["shape"]
-    packed_bytes = (math.prod((rows, columns)) * quant["bits"] + 7) // 8
+    packed_bytes = (math.prod((rows, columns)) * bits + 7) // 8
     if (found := tensor_shape(stored, tensors, ("U8",))) != (packed_bytes,):
-        raise ValueError(f"{part}: {quant['bits']}-bit {[rows, columns]} is U8 [{packed_bytes}], found {list(found)}")
+        raise ValueError(f"{part}: {bits}-bit {[rows, columns]} is U8 [{packed_bytes}], found {list(found)}")
     scales = (rows, columns)[rank_axis]
     if (found := tensor_shape(form.get("scale"), tensors, FLOATS)) != (scales,):
         raise ValueError(f"scale of {part}: expected [{scales}], found {list(found)}")
-    return Matrix(stored, (rows, columns), rank_axis, quant["bits"], form["scale"])
+    return Matrix(stored, (rows, columns), rank_axis, bits, form["scale"])
+
+
+def _bits(quant: Any, part: Part) -> int:
+    """Bits of a code, as `quant` or a form in it says; else a ValueError."""
+    allowed = (2, 4, 8) if part == "weight" else (1, 2, 4, 8)
+    if not (isinstance(quant, dict) and type(quant.get("bits")) is int and quant["bits"] in allowed):
+        raise ValueError(f"field 'quant': expected 'bits' {' or '.join(map(str, allowed))}")
+    bits: int = quant["bits"]
+    return bits
 
 
 _AXES: dict[Part, str] = {
@@ -205,8 +213,8 @@ def short(value: Any) -> str:
 
 def _forms(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The parts of an adapter or a head that are codes, and their forms in `quant`."""
-    for part in ("down", "basis" if "basis" in entry else "up", "weight") if "quant" in entry else ():
-        if part in entry:
+    for part in ("down", "up", "basis", "weight") if "quant" in entry else ():
+        if part in entry and part in entry["quant"]:
             yield part, entry["quant"][part]
 
 
@@ -230,12 +238,20 @@ def renamed(entry: Mapping[str, Any], rename: Callable[[str], str], parts: tuple
     return made
 
 
-def with_core(entry: Mapping[str, Any], core: str) -> dict[str, Any]:
-    """An adapter's entry with a core of that tensor's name before what was its `up`."""
+def with_core(entry: Mapping[str, Any], core: str, codes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An adapter's entry with a core of that tensor's name before what was its `up`.
+
+    Args:
+        codes: of a core that is codes: `bits`, `shape` and `scale`.
+    """
     made = {**entry, "up": core, "basis": entry["up"]}
     if "quant" in entry:
         made["quant"] = {**entry["quant"], "basis": entry["quant"]["up"]}
         del made["quant"]["up"]
+    if codes is not None:
+        quant = made.get("quant", {"bits": codes["bits"]})
+        form = {key: value for key, value in codes.items() if key != "bits" or value != quant["bits"]}
+        made["quant"] = {**quant, "up": form}
     return made
 
 
@@ -244,8 +260,12 @@ def without_core(entry: Mapping[str, Any]) -> dict[str, Any]:
     made = {**entry, "up": entry["basis"]}
     del made["basis"]
     if "quant" in entry:
-        made["quant"] = {**entry["quant"], "up": entry["quant"]["basis"]}
-        del made["quant"]["basis"]
+        quant = {key: value for key, value in entry["quant"].items() if key not in ("up", "basis")}
+        if "basis" in entry["quant"]:
+            quant["up"] = entry["quant"]["basis"]
+        made["quant"] = quant
+        if "down" not in quant and "up" not in quant:  # the core alone was codes
+            del made["quant"]
     return made
 
 

@@ -1,14 +1,13 @@
 """Adds tasks: what is new of a group becomes one pack, and one commit to the index."""
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pear_store.errors import DamagedError, DamagedIndexError, NameTakenError, OutOfNumbersError, from_os_error
 from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.pack import NO_COMMIT, Commit, PackedVersion, Records
-from pear_store.local.catalog import enter
+from pear_store.local.catalog import enter, enter_manifest
 from pear_store.local.index import State, View
 from pear_store.local.loading import Group, Loaded, Refused
 from pear_store.local.opened import OpenStore
@@ -104,7 +103,7 @@ def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Ad
             rows = enter(opened.path, view, pack, plan.records, numbers, plan.damaged, plan.sizes)
         places = {**plan.stored, **rows}
         for loaded in (*plan.healed, *(loaded for _, loaded in plan.versions)):
-            put_manifest(view, loaded, places)
+            enter_manifest(view, loaded.hash, loaded.manifest, loaded.tensors, places)
         if view.wrote:
             written_in.append(view.state)
         return rows
@@ -163,7 +162,7 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: FoundGoo
             plan.versions.append((PackedVersion(loaded.name, number, now, loaded.manifest), loaded))
             names[key] = NameRow(loaded.name, number, number, NO_PACK)
             newest[loaded.name] = (number, loaded.hash)
-        elif loaded.name not in newest and not _intact(view, loaded):
+        elif loaded.name not in newest and not is_intact(view, loaded):
             plan.healed.append(loaded)
         plan.results.append(Added(loaded.name, number, changed, new_bytes, loaded.size_bytes - new_bytes))
     return plan
@@ -194,20 +193,10 @@ def good_row(
     return None
 
 
-def _intact(view: View, loaded: Loaded) -> bool:
+def is_intact(view: View, loaded: Loaded) -> bool:
     """Whether the stored manifest and what the index says of it are whole."""
     try:
         row = view.manifests.get(loaded.hash)
         return row is not None and view.manifests.text(loaded.hash) == loaded.manifest
     except DamagedError:
         return False
-
-
-def put_manifest(view: View, loaded: Loaded, rows: Mapping[Digest, StoredTensor]) -> None:
-    """Enters a manifest; `rows` are those of its tensors, and may be of more."""
-    own = None
-    with suppress(DamagedError):
-        own = view.manifests.get(loaded.hash)
-    number = view.take_numbers(1) if own is None else own.number
-    used = [rows[digest] for digest in sorted(loaded.tensors)]
-    view.manifests.put(loaded.hash, number, used, loaded.manifest)

@@ -47,6 +47,8 @@ class Facts:
     """The manifests of removed versions; None: whatever had the number"""
     tags: dict[tuple[str, str], tuple[int, int, int, bytes]] = field(default_factory=dict)
     """Rank of what each tag's row says"""
+    tagged: dict[tuple[str, str], bytes | None] = field(default_factory=dict)
+    """The manifest that each tag's record names"""
 
     def enter_commit(self, pack: bytes, commit: Commit) -> None:
         self.commits[pack] = commit
@@ -80,6 +82,8 @@ class Contests:
         """Packs that record what the rows say otherwise"""
         self.shared: set[tuple[str, int]] = set()
         """Numbers that several versions were recorded under"""
+        self.moved: dict[tuple[str, int, bytes], int] = {}
+        """Of versions of those numbers, by their manifests: the numbers that they have now"""
         self.renamed: set[bytes] = set()
         """Manifests of tasks whose name changed ..."""
         self.made: set[bytes] = set()
@@ -165,26 +169,32 @@ class Contests:
     def _give_numbers(self, homeless: _Homeless) -> None:
         """Gives each version whose number is another's the next free one. One that has been given its own before is
         passed over."""
-        there: dict[str, set[tuple[bytes, int]]] = {}
+        there: dict[str, dict[tuple[bytes, int], int]] = {}
         for task, was, number, one in sorted(homeless, key=lambda item: (*item[:3], item[3].rank)):
             self.contradicted.add(one.pack)
             manifest = self._under_name(one.manifest, task, was)
             if task not in there:
-                there[task] = {(row.manifest, row.time_ns) for _, row in self._view.versions.of(task)}
+                there[task] = {(row.manifest, row.time_ns): here for here, row in self._view.versions.of(task)}
             if (manifest, one.time_ns) in there[task]:
+                self._move(task, was, number, one, there[task][manifest, one.time_ns])
                 continue
-            there[task].add((manifest, one.time_ns))
             known = self._view.names.get(task)
             fresh = known.highest + 1 if known else 1
             if fresh >> 32:
                 self.problems.append(f"version {was}@{number} of pack {one.pack.hex()}: no number is left for it")
                 continue
+            there[task][manifest, one.time_ns] = fresh
+            self._move(task, was, number, one, fresh)
             self._view.names.put(NameRow(task, 0, fresh, one.pack))
             self._put(task, fresh, replace(one, manifest=manifest))
             self.problems.append(
                 f"version {was}@{number}: two are recorded, as in copies of one store; that of pack {one.pack.hex()} "
                 f"is {task}@{fresh} now"
             )
+
+    def _move(self, task: str, was: str, number: int, one: Candidate, fresh: int) -> None:
+        if task == was:
+            self.moved[task, number, one.manifest] = fresh
 
     def _under_name(self, manifest: bytes, task: str, was: str) -> bytes:
         """The hash of a manifest under the task's name as it is now."""

@@ -10,25 +10,16 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from pear_store.errors import PearStoreError
-from pear_store.local.catalog import Recorded
+from pear_store.local.catalog import forget_manifests, forget_removals, leave, list_marked, settled_removals
 from pear_store.local.index import State, View
 from pear_store.local.log import Operation, info
 from pear_store.local.mark import Marked, mark
 from pear_store.local.opened import OpenStore
-from pear_store.local.packs import WrittenPack
+from pear_store.local.packs import WrittenPack, doom_packs
+from pear_store.local.recorded import Recorded, refuse_unknown
 from pear_store.local.removal import remove_versions
 from pear_store.local.repack import choose_packs, repack, steps
-from pear_store.local.rows import NO_PACK
-from pear_store.local.sweep import (
-    clear_tmp,
-    drop_manifests,
-    drop_packs,
-    drop_settled_removals,
-    refuse_unknown,
-    set_aside,
-    unknown_packs,
-    unlink_packs,
-)
+from pear_store.local.sweep import clear_tmp, set_aside, unknown_packs
 
 
 @dataclass(frozen=True)
@@ -85,19 +76,16 @@ def _collect(
         recorded = Recorded(opened.path)
         unlisted = recorded.find_unlisted(view)
         refuse_unknown(opened.path, unlisted.unknown)
-        drop_settled_removals(opened.path, view)
         doomed = list(expired(view, keep, older_than_s))
         packs[:] = remove_versions(opened, view, doomed)
-        marked = mark(view)
-        drop_manifests(view, marked.marks)
-        for pack, use in marked.packs.items():
-            if use.contents is not None and use.needed:
-                view.contents.put(pack, use.contents)
-        if marked.lost is not None:
-            view.contents.put(NO_PACK, marked.lost)
+        marked = mark(view, is_settled=settled_removals(opened.path))
+        forget_manifests(view, marked.marks)
+        list_marked(view, marked)
         swept = [pack for pack, use in marked.packs.items() if not use.needed]
-        drop_packs(opened.path, view, swept, recorded=recorded)
-        gone[:] = [*unlisted.known, *swept]  # in this order: who recorded what was removed is asked of what was swept
+        leave(opened.path, view, swept, recorded=recorded)
+        forget_removals(view, set(swept))
+        doom_packs(opened.path, unlisted.known)
+        gone[:] = [*unlisted.known, *swept]
         foreign[:] = unlisted.foreign
         set_aside(opened.path, unlisted.unreadable)
         as_of = view.state if view.wrote else view.before
@@ -108,12 +96,12 @@ def _collect(
 
         def plan(view: View) -> tuple[int, Marked]:
             dropped = set(expired(view, keep, older_than_s))
-            return len(dropped), mark(view, dropped)
+            return len(dropped), mark(view, dropped, settled_removals(opened.path))
 
         removed, marked = opened.look(plan)
     else:
         removed, marked = opened.write_packs(sweep, packs)
-        unlink_packs(opened, gone)  # not before the rows' going is durable
+        opened.unlink_doomed()  # not before the rows' going is durable
         if gone:
             swept = sum(marked.packs[pack].row.file_bytes for pack in gone if pack in marked.packs)
             info(__name__, "gc %s: deleted %d packs of %d bytes", opened.path, len(gone), swept)

@@ -2,12 +2,11 @@
 
 import atexit
 import errno
-import fcntl
 import importlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +16,8 @@ import lmdb
 from pear_store.errors import AccessError, DamagedError, DamagedIndexError, DiskFullError, FormatError, PearStoreError
 from pear_store.format.digest import fresh_name
 from pear_store.format.pack import Commit
-from pear_store.local.directory import check_index, open_folder
+from pear_store.local.directory import check_index
+from pear_store.local.locks import no_fork, write_lock
 from pear_store.local.rows import sealed, unsealed
 from pear_store.local.tables import Contents, Manifests, Names, Packs, Removed, Tags, Tensors, Versions
 
@@ -402,9 +402,10 @@ class Index:
     def close(self) -> None:
         """Closes the environment, once the last view of it has ended."""
         self._closed = True
-        if not self._views and self in _processes.indexes:
-            _processes.indexes.discard(self)
-            self._env.close()
+        with no_fork():  # LMDB frees an environment twice that two threads close
+            if not self._views and self in _processes.indexes:
+                self._env.close()
+                _processes.indexes.discard(self)  # last: a child forked before would close the parent's environment
 
     def forget(self) -> list[Any]:
         """In a forked child: leaves all to the parent. Returns what may not be destroyed in here."""
@@ -552,44 +553,12 @@ class _Within:
             self._index.translate(error)
 
 
-@contextmanager
-def write_lock(root: Path) -> Iterator[None]:
-    """Excludes all other writers of a store; the system lets go of it when its holder dies.
-
-    LMDB has a lock of its own, but in the environment that a rebuild replaces.
-    """
-    held = _HeldLock()
-    try:
-        with _processes.opening:  # a fork meanwhile would give the child a lock that it does not know of
-            with open_folder(root) as folder:
-                held.handle = folder.open("lock", os.O_RDWR | os.O_CREAT)
-            _processes.locks.add(held)
-        fcntl.flock(held.handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        _processes.locks.discard(held)
-        held.close()
-
-
 # ---- processes ------------------------------------------------------------------------------------------------------
 #
-# A forked child has copies of its parent's environments, transactions and locks. It uses none and ends none:
+# A forked child has copies of its parent's environments and transactions. It uses none and ends none:
 #
 # - to close an environment would wait for ever for threads that the child does not have;
-# - to end a transaction would free the parent's place among the readers, whose pages a writer then overwrites;
-# - the lock on the file "lock" is one for both as long as either has the file open, so the child closes its copy.
-
-
-@dataclass(eq=False)
-class _HeldLock:
-    """The open file "lock"; -1: not open in this process."""
-
-    handle: int = -1
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+# - to end a transaction would free the parent's place among the readers, whose pages a writer then overwrites.
 
 
 @dataclass
@@ -600,20 +569,16 @@ class _Processes:
     """Environments by process and file, and how many stores use each"""
     indexes: set[Index] = field(default_factory=set)
     """All that are not closed, those included that wait for their last view"""
-    locks: set[_HeldLock] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Of `open`"""
-    opening: Any = field(default_factory=threading.RLock)  # reentrant: a signal's handler may fork
     parents: list[Any] = field(default_factory=list)
 
     def after_fork(self) -> None:
         """In a forked child."""
-        self.lock, self.opening = threading.Lock(), threading.RLock()
-        for held in self.locks:
-            held.close()
+        self.lock = threading.Lock()
         for index in self.indexes:
             self.parents += index.forget()
-        for kept in (self.open, self.indexes, self.locks):
+        for kept in (self.open, self.indexes):
             kept.clear()
         if self.parents:
             atexit.register(_keep_for_ever, self.parents)
@@ -628,11 +593,7 @@ def _keep_for_ever(objects: list[Any]) -> None:
 
 
 _processes = _Processes()
-os.register_at_fork(
-    before=lambda: _processes.opening.acquire(),
-    after_in_parent=lambda: _processes.opening.release(),
-    after_in_child=lambda: _processes.after_fork(),
-)
+os.register_at_fork(after_in_child=lambda: _processes.after_fork())
 
 
 def _open_environment(path: bytes, **options: Any) -> lmdb.Environment:

@@ -2,14 +2,14 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import gt
 
 from pear_store.errors import DamagedError
 from pear_store.local.index import View
-from pear_store.local.rows import NO_PACK, ContentsRow, PackRow, TensorRow
+from pear_store.local.rows import NO_PACK, ContentsRow, PackRow, RemovedRow, TensorRow
 
 
 @dataclass
@@ -43,10 +43,16 @@ class Marked:
     removed_bytes: int = 0
     lost: ContentsRow | None = None
     """Of NO_PACK, as `PackUse.contents`"""
+    is_settled: Callable[[RemovedRow], bool] = lambda row: False
+    """Which removals need no pack; always the same, whatever was deleted since"""
 
 
-def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
-    """Marks what all versions but the dropped ones need, and counts.
+def mark(
+    view: View,
+    dropped: Set[tuple[str, int]] = frozenset(),
+    is_settled: Callable[[RemovedRow], bool] = lambda row: False,
+) -> Marked:
+    """Marks what all versions but the dropped ones need, and counts. Removals that are settled need no pack.
 
     Raises:
         DamagedError: an index row cannot be trusted, so nothing may be called dead.
@@ -54,7 +60,7 @@ def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
     count = view.next_number()
     if count > max(_MARKS, _NUMBERS_A_ROW * (len(view.tensors) + len(view.manifests))):
         raise DamagedError("the index's count of numbers", f"{count} is far beyond what is stored")
-    marked = Marked(bytearray(count))
+    marked = Marked(bytearray(count), is_settled=is_settled)
     marks, packs = marked.marks, marked.packs
     for pack, pack_row in view.packs.every():
         packs[pack] = PackUse(pack_row)
@@ -92,7 +98,7 @@ def mark(view: View, dropped: Set[tuple[str, int]] = frozenset()) -> Marked:
                 marks[number] = TENSOR
         except IndexError:
             raise DamagedError("the index's count of numbers", "too small") from None
-    recorded.update(_recording(view, newest))
+    recorded.update(_recording(view, newest, is_settled))
     for pack in recorded:
         need(pack)
     packs[NO_PACK] = PackUse(PackRow(0, 0))
@@ -138,8 +144,8 @@ def is_needed(marks: bytearray, row: TensorRow) -> bool:
     return row.number < len(marks) and marks[row.number] == TENSOR
 
 
-def _recording(view: View, newest: dict[str, int]) -> list[bytes]:
-    """The packs that record names, tags and removals, one for each; `newest` are the tasks' newest
+def _recording(view: View, newest: dict[str, int], is_settled: Callable[[RemovedRow], bool]) -> list[bytes]:
+    """The packs that record names, tags and removals that are not settled, one for each; `newest` are the tasks' newest
     versions.
 
     Raises:
@@ -157,7 +163,8 @@ def _recording(view: View, newest: dict[str, int]) -> list[bytes]:
         if tag.version and not view.versions.has(task, tag.version):
             raise DamagedError(f"tag {task}@{text}", f"there is no version {tag.version}")
     for task, number, removed in view.removed.every():
-        packs.append(removed.pack)
+        if not is_settled(removed):
+            packs.append(removed.pack)
         if view.versions.has(task, number):
             raise DamagedError(f"version {task}@{number}", "both there and removed")
     return packs

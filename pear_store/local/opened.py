@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,11 +24,11 @@ from pear_store.local.index import (
     View,
     open_index,
     release_index,
-    write_lock,
 )
+from pear_store.local.locks import write_lock
 from pear_store.local.log import info
 from pear_store.local.maps import map_file
-from pear_store.local.packs import WrittenPack, find_unfinished, open_pack, pack_path, unlink_pack, unlink_written
+from pear_store.local.packs import WrittenPack, find_unfinished, open_pack, pack_path, unlink_packs, unlink_written
 from pear_store.local.references import all_tags
 from pear_store.local.rows import PackRow, TensorRow
 
@@ -51,6 +52,20 @@ class MappedPack:
     view: memoryview
     identity: tuple[int, int]
     checked: dict[int, Digest] = field(default_factory=dict)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether it maps the file that is there now."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.identity and found.st_size == len(self.view)
+
+    def advise(self, advice: str, *range_: int) -> None:
+        """Tells the system what comes, where it has such advice: "MADV_WILLNEED", for example."""
+        if hasattr(mmap, advice):
+            with suppress(OSError, ValueError):
+                self.file.madvise(getattr(mmap, advice), *range_)
 
 
 class OpenStore:
@@ -121,31 +136,30 @@ class OpenStore:
         Raises:
             DiskFullError: no space left; nothing was changed.
         """
-        cleaned = False
+        cleaned = False  # once: a change that is run again has placed its own packs
 
         def guarded(view: View) -> T:
             nonlocal cleaned
-            if not cleaned:
-                self._unlink_unfinished(view)
-                cleaned = True
+            if not cleaned and (left := _unlink_unfinished(self.path, view)):
+                info(__name__, "%s: deleted %d packs whose writer died", self.path, left)
+            cleaned = True
             return change(view)
 
+        return self._write(guarded)
+
+    def unlink_doomed(self) -> None:
+        """Unlinks the packs whose rows went, as each write does first."""
+        if find_unfinished(self.path):
+            self._write(partial(_unlink_unfinished, self.path))
+
+    def _write(self, change: Callable[[View], T]) -> T:
         while True:
             try:
-                return self.index.write(guarded)
-            except IndexReplacedError:
-                cleaned = False
+                return self.index.write(change)
+            except IndexReplacedError:  # nothing was done
+                continue
             except OSError as error:
                 raise from_os_error(error, self.path) from None
-
-    def _unlink_unfinished(self, view: View) -> None:
-        unfinished = find_unfinished(self.path)
-        gone = [pack for pack in unfinished if pack not in view.packs]
-        for pack in gone:
-            unlink_pack(self.path, pack)
-        if unfinished:
-            unlink_written(self.path, unfinished)
-            info(__name__, "%s: deleted %d packs whose commit never came", self.path, len(gone))
 
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
         """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
@@ -224,9 +238,7 @@ class OpenStore:
             else:
                 runs.append((mapped, offset - offset % mmap.PAGESIZE, offset + length))
         for mapped, start, end in runs:
-            if hasattr(mapped.file, "madvise"):
-                with suppress(OSError, ValueError):
-                    mapped.file.madvise(mmap.MADV_WILLNEED, start, end - start)
+            mapped.advise("MADV_WILLNEED", start, end - start)
 
     def tensor(self, view: View | None, digest: Digest, place: TensorRow) -> RawTensor:
         """One stored tensor; see :meth:`tensors`. Without a view, its place is a hint."""
@@ -274,9 +286,8 @@ class OpenStore:
                 mapped_file = map_file(file.fileno(), found.st_size)
         except FileNotFoundError:
             raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
-        if hasattr(mapped_file, "madvise"):  # else a fault reads megabytes around the tensor
-            mapped_file.madvise(mmap.MADV_RANDOM)
         mapped = MappedPack(mapped_file, memoryview(mapped_file).toreadonly(), (found.st_dev, found.st_ino))
+        mapped.advise("MADV_RANDOM")  # else a fault reads megabytes around the tensor
         with self._lock:
             self._maps[pack] = mapped
             while len(self._maps) > _OPEN_PACKS:
@@ -286,16 +297,15 @@ class OpenStore:
     def forget_replaced(self, pack: bytes) -> None:
         """Drops the map of a pack whose file is gone or is another one now: the map is not what is stored."""
         mapped = self._maps.get(pack)
-        if mapped is None:
-            return
-        try:
-            found = os.stat(pack_path(self.path, pack))
-            same = (found.st_dev, found.st_ino) == mapped.identity and found.st_size == len(mapped.view)
-        except OSError:
-            same = False
-        if not same:
+        if mapped is not None and not mapped.is_of(pack_path(self.path, pack)):
             with self._lock:
                 self._maps.pop(pack, None)
+
+    def release_pages(self) -> None:
+        """Has the system count what was read of maps as its cache's, no longer as this process'; maps stay valid."""
+        with self._lock:
+            for mapped in self._maps.values():
+                mapped.advise("MADV_DONTNEED")
 
     def forget_maps(self) -> None:
         """Drops all maps, and with them what was found good; buffers handed out stay valid."""
@@ -342,3 +352,13 @@ def _is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def _unlink_unfinished(path: Path, view: View) -> int:
+    """Unlinks packs that tmp/ names and the index does not list; returns how many."""
+    unfinished = find_unfinished(path)
+    gone = [pack for pack in unfinished if pack not in view.packs]
+    if unfinished:
+        unlink_packs(path, gone)  # before their names in tmp/: a power loss may undo any that is not synced
+        unlink_written(path, unfinished)
+    return len(gone)

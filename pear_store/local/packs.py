@@ -4,9 +4,10 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -178,17 +179,22 @@ def place_pack(root: Path, pack: WrittenPack) -> None:
         folder.sync()
 
 
-def doom_pack(root: Path, pack: bytes) -> None:
-    """Has the next writer unlink a pack, if the index does not list it by then: one whose rows go in the commit under
-    way. So a process that dies behind that commit leaves no pack that says what is so no longer."""
-    name = f"{pack.hex()}.safetensors"
-    with open_folder(root, "packs", name[:2]) as folder, open_folder(root, "tmp", create=True) as tmp:
-        try:
-            folder.link(name, name, tmp)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.close(tmp.open(_intent(pack), os.O_WRONLY | os.O_CREAT))
+def doom_packs(root: Path, packs: Sequence[bytes]) -> None:
+    """Has the next writer unlink packs, if the index does not list them by then: those whose rows go in the commit
+    under way. So a process that dies behind that commit leaves no pack that says what is so no longer."""
+    if not packs:
+        return
+    with open_folder(root, "tmp", create=True) as tmp:
+        for pack in packs:
+            name = f"{pack.hex()}.safetensors"
+            with suppress(FileNotFoundError), open_folder(root, "packs", name[:2]) as folder:
+                folder.check(name)
+                try:
+                    folder.link(name, name, tmp)
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    os.close(tmp.open(_intent(pack), os.O_WRONLY | os.O_CREAT))
         tmp.sync()
 
 
@@ -215,11 +221,13 @@ def _is_linked(folder: Folder, name: str) -> bool:
         return False
 
 
-def unlink_pack(root: Path, pack: bytes) -> None:
-    """Deletes a pack's file, if there is one."""
-    name = f"{pack.hex()}.safetensors"
-    with suppress(FileNotFoundError), open_folder(root, "packs", name[:2]) as folder:
-        folder.unlink(name)
+def unlink_packs(root: Path, packs: Iterable[bytes]) -> None:
+    """Deletes packs' files, as far as they are there, durably."""
+    for fan, names in groupby(sorted(f"{pack.hex()}.safetensors" for pack in packs), key=lambda name: name[:2]):
+        with suppress(FileNotFoundError), open_folder(root, "packs", fan) as folder:
+            for name in names:
+                folder.unlink(name)
+            folder.sync()
 
 
 def unlink_written(root: Path, packs: Iterable[bytes], unless_placed: bool = False) -> None:

@@ -1,6 +1,8 @@
 """Reads stored tasks."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
@@ -52,3 +54,14 @@ def _found(opened: OpenStore, view: View, reference: str) -> tuple[bytes, dict[s
         names = sorted(tensor_names(json.loads(manifest)))
         found = kept[reference] = manifest, opened.tensors(view, names, f"version {name}@{number}", hints)
     return found
+
+
+def read_record(opened: OpenStore, reference: str) -> Mapping[str, Any]:
+    """See :meth:`pear_store.readable.ReadableStore.record`."""
+
+    def look(view: View) -> bytes:
+        name, number, row = resolve(view, reference, opened.path)
+        return manifest_of(view, row, f"version {name}@{number}")[0]
+
+    record: Mapping[str, Any] = json.loads(opened.look(look))
+    return record

@@ -9,9 +9,10 @@ from pathlib import Path
 from pear_store.errors import DamagedError, from_os_error
 from pear_store.format.container import Header
 from pear_store.format.pack import Commit, Records
-from pear_store.local.catalog import Applying
+from pear_store.local.applying import Applying
 from pear_store.local.directory import open_folder, require_packs, store_path
-from pear_store.local.index import View, open_index, release_index, write_lock
+from pear_store.local.index import View, open_index, release_index
+from pear_store.local.locks import write_lock
 from pear_store.local.log import Operation, info, is_on
 from pear_store.local.packs import bare_header, find_unfinished, pack_path, read_records, unlink_written
 from pear_store.local.repair import rewrite_packs
@@ -103,7 +104,7 @@ def _set_aside_unfinished(path: Path, result: Rebuilt) -> set[bytes]:
     never = [bytes.fromhex(name) for name in done.stdout.split()]
     set_aside(path, never)
     unlink_written(path, unfinished)
-    result.problems += [f"pack {pack.hex()}: its commit never came; moved to {path / 'damaged'}" for pack in never]
+    result.problems += [f"pack {pack.hex()}: the index does not list it; moved to {path / 'damaged'}" for pack in never]
     return set()
 
 

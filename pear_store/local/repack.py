@@ -7,13 +7,13 @@ from pear_store.errors import DamagedError, from_os_error
 from pear_store.format.container import Header
 from pear_store.format.digest import Digest, RawTensor, is_digest
 from pear_store.format.pack import Records
-from pear_store.local.catalog import Recorded, enter, rows_of
+from pear_store.local.catalog import enter, forget_manifests, forget_removals, leave, rows_of, settled_removals
 from pear_store.local.index import State, View
 from pear_store.local.log import Operation, info
 from pear_store.local.mark import TENSOR, Marked, PackUse, is_needed, mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import WrittenPack, pack_path, read_records, write_pack
-from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
+from pear_store.local.recorded import Recorded
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
@@ -102,7 +102,7 @@ def _needed_of(opened: OpenStore, view: View, pack: bytes, marked: Marked, recor
         raise DamagedError(
             f"pack {pack.hex()}", f"{live} of its tensors are needed, rows of {len(found.tensors)} are there"
         )
-    found.records = rows_of(view, pack, records)
+    found.records = rows_of(view, pack, records, marked.is_settled)
     if len(found.records) != marked.recorded[pack] or not recorded.knows(view, pack, records):
         raise DamagedError(f"pack {pack.hex()}", "its records are not what the index says")
     return found
@@ -130,7 +130,7 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
         moved.clear()
         left = 0
         contents, recorded = Needed(), Recorded(opened.path)
-        now = marked if view.before == as_of else mark(view)
+        now = marked if view.before == as_of else mark(view, is_settled=settled_removals(opened.path))
         for pack in victims:
             if pack not in view.packs:
                 continue
@@ -139,10 +139,11 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
                 moved.append(pack)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
                 left += marked.packs[pack].dead_bytes
-        drop_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
-        drop_packs(opened.path, view, moved, contents.headers)
+        forget_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
+        leave(opened.path, view, moved, contents.headers)
         if contents.tensors or contents.records:
             packs.append(move(opened, view, contents))
+        forget_removals(view, set(moved))
         return left, view.state if view.wrote else view.before
 
     with Operation(__name__, "repack", opened.path) as operation:
@@ -150,7 +151,7 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
             result = opened.write_packs(change, packs)
         except OSError as error:
             raise from_os_error(error, opened.path) from None
-        unlink_packs(opened, moved)
+        opened.unlink_doomed()
         operation.size_bytes = sum(pack.file_bytes for pack in packs)
     if moved:
         before = sum(marked.packs[pack].row.file_bytes for pack in moved)

@@ -11,7 +11,7 @@ from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_store.format.record import tensor_names
 from pear_store.local import sources
-from pear_store.local.catalog import records_of
+from pear_store.local.catalog import enter_manifest, forget_manifests, leave, records_of
 from pear_store.local.directory import store_path
 from pear_store.local.index import View
 from pear_store.local.log import Operation
@@ -21,7 +21,6 @@ from pear_store.local.packs import PackReader, WrittenPack, open_pack, pack_path
 from pear_store.local.repack import Needed, move
 from pear_store.local.rows import NO_PACK, TensorRow
 from pear_store.local.sources import Access, is_url
-from pear_store.local.sweep import drop_manifests, drop_packs, unlink_packs
 from pear_store.local.verify import Damage, Report, rows_in, verify
 
 
@@ -126,7 +125,7 @@ def _rewrite(
         return len(gone), healed
 
     count, healed = opened.write_packs(change, packs)
-    unlink_packs(opened, gone)
+    opened.unlink_doomed()
     return count, healed, sum(pack.file_bytes for pack in packs)
 
 
@@ -145,10 +144,10 @@ def rewrite_in(
     for damage in report.damaged_manifests:
         key = from_digest(Digest(damage.digest))
         manifest = manifests.get(damage.digest) or _manifest_in_packs(opened.path, view, key)
-        if manifest is not None and (old := view.manifests.get(key)) is not None:
-            names = sorted(tensor_names(json.loads(manifest)))
-            rows = [one for name in names if (one := view.tensors.stored(Digest(name))) is not None]
-            view.manifests.put(key, old.number, rows, manifest)
+        if manifest is not None and view.manifests.get(key) is not None:
+            names = map(Digest, tensor_names(json.loads(manifest)))
+            rows = {name: stored for name in names if (stored := view.tensors.stored(name)) is not None}
+            enter_manifest(view, key, manifest, rows, rows)
             healed.add(damage.digest)
     contents = Needed()
     stays: set[bytes] = set()
@@ -170,8 +169,8 @@ def rewrite_in(
     contents.records = records_of(view, hit, stays)
     gone = list(hit - stays - {NO_PACK})
     written = move(opened, view, contents)
-    drop_manifests(view, marks)
-    drop_packs(opened.path, view, gone)
+    forget_manifests(view, marks)
+    leave(opened.path, view, gone)
     return written, gone, healed
 
 

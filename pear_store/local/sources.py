@@ -5,7 +5,7 @@ A caller keeps one `Access` and hands it down. Only a command reads options and 
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,8 +14,16 @@ from typing import BinaryIO, TypeAlias
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
 from pear_store.files import open_regular_file, read_whole
-from pear_store.format.checkpoint import ReadBefore, Task, read_checkpoint, task_from_container
+from pear_store.format.checkpoint import (
+    HUB_CHECKPOINT,
+    HUB_LORA,
+    ReadBefore,
+    Task,
+    read_checkpoint,
+    task_from_container,
+)
 from pear_store.format.container import parse_container
+from pear_store.local.hub import HUB, checkpoint_url, read_hub
 
 PROTOCOLS = frozenset(
     (
@@ -113,19 +121,27 @@ def _protocol(link: str) -> str:
 
 
 def _download(url: str, most_bytes: int) -> bytes:
+    if _is_hub(url):
+        return read_hub(url, most_bytes)
     import fsspec  # here: its import takes longer than most commands
 
     try:
         with fsspec.open(url, "rb", expand=False) as file:
             data: bytes = file.read(most_bytes + 1)
-    except FileNotFoundError:
-        raise NotFoundError(f"{url}: no such file") from None
     except PearStoreError:
         raise
     except Exception as error:  # each file system has its own
+        while isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # fsspec's HTTP calls any failure that
+        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+            raise NotFoundError(f"{url}: no such file") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(url, f"cannot be read: {reason}") from None
     return data
+
+
+def _is_hub(url: str) -> bool:
+    return url.startswith(HUB) and "::" not in url
 
 
 def label(source: Source) -> str:
@@ -155,6 +171,8 @@ def read_task(source: Source, known: ReadBefore | None = None, access: Access | 
             expected = "expected a Task, a path, a URL or a binary file; add_many takes several"
             raise CheckpointError("source", f"{type(source).__name__}: {expected}")
         return task_from_container(*parse_container(source, label(source), headers), label(source), known)
+    if _is_hub(source):
+        source = checkpoint_url(source)
     with open_source(source, access) as file:
         return task_from_container(*parse_container(file, source, headers), source, known)
 
@@ -162,7 +180,8 @@ def read_task(source: Source, known: ReadBefore | None = None, access: Access | 
 def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str]:
     """Paths and URLs, with each directory replaced by the ``.safetensors`` files below it, by name.
 
-    A directory that has none, or cannot be listed, comes back as it is, for `add` to refuse.
+    What `export-hub` wrote for PEFT beside a task checkpoint is left out. A directory that has none, or cannot be
+    listed, comes back as it is, for `add` to refuse. So does what lies on the Hub: `read_task` knows the file's name.
     """
     for source in sources:
         found = list(_files_below(source, access or Access()))
@@ -171,17 +190,27 @@ def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str
 
 def _files_below(source: str, access: Access) -> Iterator[str]:
     if is_url(source):
+        if _is_hub(source):
+            return
         try:
             check_url(source, access)
             import fsspec
 
             fs, path = fsspec.core.url_to_fs(source)
             if not path.endswith(".safetensors") and fs.isdir(path):
-                below = (file for file in fs.find(path) if file.endswith(".safetensors"))
+                below = {file for file in fs.find(path) if file.endswith(".safetensors")}
+                below = {file for file in below if not _is_lora_beside_a_task(file, below)}
                 yield from sorted(fs.unstrip_protocol(file) for file in below)
         except Exception:  # the same error comes when it is read, with a name to it
             return
     elif os.path.isdir(source):
         for folder, folders, files in os.walk(source):
+            if HUB_CHECKPOINT in files and HUB_LORA in folders:
+                folders.remove(HUB_LORA)
             folders.sort()
             yield from (os.path.join(folder, file) for file in sorted(files) if file.endswith(".safetensors"))
+
+
+def _is_lora_beside_a_task(file: str, others: Collection[str]) -> bool:
+    folder, slash, _ = file.rpartition(f"/{HUB_LORA}/")
+    return bool(slash) and f"{folder}/{HUB_CHECKPOINT}" in others

@@ -28,6 +28,19 @@ class Stats:
     live_share: float
 
 
+@dataclass(frozen=True)
+class CacheStats:
+    """What a remote holds, and what of it is cached here; bytes are those of packs."""
+
+    tasks: int
+    versions: int
+    packs: int
+    pack_bytes: int
+    cached_versions: int
+    cached_bytes: int
+    limit_bytes: int
+
+
 def count(opened: OpenStore) -> Stats:
     """Counts and sizes of what is stored."""
 

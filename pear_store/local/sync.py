@@ -1,24 +1,25 @@
 """What a store gives to a remote and takes from one: the only part of `local` that knows that there are others."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from pear_store.errors import DamagedError, from_os_error
+from pear_store.errors import DamagedError, NotFoundError, from_os_error
+from pear_store.format.checkpoint import Task
 from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.pack import PackedTag, PackedVersion, Records
-from pear_store.local.add import good_row, put_manifest
-from pear_store.local.catalog import enter, take_out
+from pear_store.local.add import good_row, is_intact
+from pear_store.local.catalog import enter, enter_manifest, free, take_out
 from pear_store.local.index import View
 from pear_store.local.loading import Loaded
 from pear_store.local.opened import OpenStore, PackGoneError
-from pear_store.local.packs import WrittenPack, doom_pack, pack_path, read_records_alone, unlink_written, write_pack
+from pear_store.local.packs import WrittenPack, pack_path, read_records_alone, write_pack
+from pear_store.local.read import read_version
 from pear_store.local.references import manifest_of, resolve
 from pear_store.local.repair import rewrite_in
 from pear_store.local.rows import NO_PACK, TagRow
-from pear_store.local.sweep import unlink_packs
 from pear_store.local.tables import StoredTensor
 from pear_store.local.verify import Report
 
@@ -42,23 +43,33 @@ class Held:
     """Names of tasks that have a version, by their case-folded ones"""
 
 
-def held(opened: OpenStore) -> Held:
-    """All that a store holds."""
+def held(opened: OpenStore, tasks: Collection[str] | None = None) -> Held:
+    """What a store holds of some tasks, under any case of their names; or all."""
 
     def look(view: View) -> Held:
-        versions = {(task, number): (row.manifest, row.time_ns) for task, number, row in view.versions.every()}
-        tags = {(task, tag): row.version for task, tag, row in view.tags.every() if row.version}
+        if tasks is None:
+            versions, tags, gone = view.versions.every(), view.tags.every(), view.removed.every()
+            names = list(view.names.every())
+        else:
+            rows = {folded: view.names.get(folded) for folded in {task.casefold() for task in tasks}}
+            names = [row for row in rows.values() if row is not None]
+            spelled = sorted({*tasks, *(row.name for row in names)})
+            versions = ((task, number, row) for task in spelled for number, row in view.versions.of(task))
+            tags = (row for task in spelled for row in view.tags.of(task))
+            gone = (row for task in spelled for row in view.removed.of(task))
         removed: dict[Numbered, bytes | None] = {}
         known: dict[bytes, Records] = {}
-        for task, number, row in view.removed.every():
-            if row.pack not in known:
-                known[row.pack] = _records(opened, row.pack)
-            removed[task, number] = known[row.pack].removed_manifests.get((task, number))
-        names = list(view.names.every())
+        for task, number, removal in gone:
+            if removal.pack not in known:
+                known[removal.pack] = _records(opened, removal.pack)
+            removed[task, number] = known[removal.pack].removed_manifests.get((task, number))
         return Held(
-            versions, tags, removed, {name.name: name.highest for name in names},
+            {(task, number): (row.manifest, row.time_ns) for task, number, row in versions},
+            {(task, tag): row.version for task, tag, row in tags if row.version},
+            removed,
+            {name.name: name.highest for name in names},
             {name.name.casefold(): name.name for name in names if name.newest},
-        )  # fmt: skip
+        )
 
     return opened.look(look)
 
@@ -80,6 +91,24 @@ def manifest_in(opened: OpenStore, task: str, number: int) -> bytes:
     return opened.look(
         lambda view: manifest_of(view, resolve(view, reference, opened.path)[2], f"version {reference}")[0]
     )
+
+
+def version_in(opened: OpenStore, numbered: Numbered, manifest: bytes, copy: bool) -> Task:
+    """A version, if it is the one that has this manifest (its hash).
+
+    Raises:
+        NotFoundError: it is not there, or is another one.
+        DamagedError: stored bytes do not match their digest.
+    """
+    reference = f"{numbered[0]}@{numbered[1]}"
+
+    def is_the_one(view: View) -> bool:
+        row = view.versions.get(*numbered)
+        return row is not None and row.manifest == manifest
+
+    if not opened.look(is_the_one):
+        raise NotFoundError(f"no such version {reference} in {opened.path}")
+    return read_version(opened, reference, copy)
 
 
 def tensors_in(opened: OpenStore, digests: Iterable[Digest], what: str) -> dict[Digest, RawTensor]:
@@ -133,13 +162,16 @@ class Received:
     taken: list[Numbered] = field(default_factory=list)
     renumbered: list[tuple[str, int, int]] = field(default_factory=list)
     """Versions that were only here and whose number another one has: task, the number that it had, the new one"""
+    here: list[Loaded] = field(default_factory=list)
+    """What was here already, and is whole now"""
 
 
 def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str, int]) -> Received:
     """Takes versions in under their own numbers, in one commit.
 
     A version that is here under such a number and is another one gets the next free number; its tags go with it. Packs
-    that record what is otherwise now are written anew in the same commit.
+    that record what is otherwise now are written anew in the same commit. Of one that is here already, what is damaged
+    or missing is healed.
 
     Args:
         floors: the highest number of each task that is used elsewhere: what gets a new number gets a higher one.
@@ -148,14 +180,10 @@ def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str
         DiskFullError, AccessError: nothing was changed.
     """
     packs: list[WrittenPack] = []
-    gone: list[bytes] = []
 
     def change(view: View) -> Received:
         packs.clear()
-        gone.clear()
         received, records, contradicted = _plan(view, opened, incoming, floors)
-        if not records:
-            return received
         used = {(v.task, v.version) for v in records.versions}
         fresh = [one.loaded for one in incoming if (one.loaded.name, one.number) in used]
         sizes = {loaded.hash: loaded.size_bytes for loaded in fresh}
@@ -167,7 +195,7 @@ def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str
         stored: dict[Digest, StoredTensor] = {}
         tensors: dict[Digest, RawTensor] = {}
         seen: set[bytes] = set()
-        for loaded in fresh:
+        for loaded in (*fresh, *received.here):
             for digest, tensor in loaded.tensors.items():
                 if digest not in stored and digest not in tensors:
                     row = good_row(opened, view, digest, tensor, seen, damaged)
@@ -175,24 +203,25 @@ def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str
                         tensors[digest] = tensor
                     else:
                         stored[digest] = row
+        if not (records or tensors):
+            for loaded in received.here:
+                if not is_intact(view, loaded):
+                    enter_manifest(view, loaded.hash, loaded.manifest, loaded.tensors, stored)
+            return received
         pack = write_pack(opened.path, tensors, records, view.next_commit())
         packs.append(pack)
         numbers = dict(damaged)
         new = [digest for digest in tensors if digest not in numbers]
         numbers.update(zip(new, range(first := view.take_numbers(len(new)), first + len(new)), strict=True))
         stored |= enter(opened.path, view, pack, records, numbers, damaged, sizes)
-        for loaded in fresh:
-            put_manifest(view, loaded, stored)
+        for loaded in (*fresh, *received.here):
+            enter_manifest(view, loaded.hash, loaded.manifest, loaded.tensors, stored)
         if contradicted:
             report = Report(damaged_packs=[one.hex() for one in contradicted])
-            written, left, _ = rewrite_in(opened, view, report, {}, {})
-            packs.append(written)
-            gone.extend(left)
-            for one in left:
-                doom_pack(opened.path, one)
+            packs.append(rewrite_in(opened, view, report, {}, {})[0])
         return received
 
-    return _written(opened, change, packs, gone)
+    return _written(opened, change, packs)
 
 
 def _plan(
@@ -210,6 +239,7 @@ def _plan(
         task, number, manifest = one.loaded.name, one.number, one.loaded.hash
         known = view.versions.get(task, number)
         if known is not None and known.manifest == manifest:
+            received.here.append(one.loaded)
             continue
         records.versions.append(PackedVersion(task, number, one.time_ns, one.loaded.manifest))
         received.taken.append((task, number))
@@ -221,12 +251,11 @@ def _plan(
             for _, tag, row in list(view.tags.of(task)):
                 if row.version == number:
                     now = max(time.time_ns(), row.time_ns + 1)
-                    records.tags.append(PackedTag(task, tag, tops[task], now))
+                    records.tags.append(PackedTag(task, tag, tops[task], now, known.manifest))
             contradicted.add(known.pack)
-        gone = view.removed.get(task, number)
+        gone = free(view, task, number)
         if gone is not None:  # another version had that number here, and was never anywhere else
             contradicted |= {gone.recorded_in, gone.pack}
-            view.removed.delete(task, number)
     records.versions.sort(key=lambda version: (version.task, version.version))
     return received, records, {pack for pack in contradicted if pack != NO_PACK and pack in view.packs}
 
@@ -255,9 +284,12 @@ def settle(
         moved: list[PackedTag] = []
         for (task, tag), (before, after) in tags.items():
             now = view.tags.get(task, tag) or TagRow(0, 0, NO_PACK)
-            if (now.version or None) == before != after and (after is None or view.versions.has(task, after)):
-                moved.append(PackedTag(task, tag, after, max(time.time_ns(), now.time_ns + 1)))
-        standing = {(task, tag): row.version for task, tag, row in view.tags.every()}
+            version = None if after is None else view.versions.get(task, after)
+            if (now.version or None) == before != after and (after is None or version is not None):
+                time_ns = max(time.time_ns(), now.time_ns + 1)
+                moved.append(PackedTag(task, tag, after, time_ns, version and version.manifest))
+        tasks = {task for task, _ in removed}
+        standing = {(task, tag): row.version for task in tasks for _, tag, row in view.tags.of(task)}
         standing.update({(one.task, one.tag): one.version or 0 for one in moved})
         tagged = {(task, number) for (task, _), number in standing.items()}
         gone = [
@@ -278,14 +310,13 @@ def settle(
             enter(opened.path, view, packs[0], records, {})
         return gone, [(one.task, one.tag) for one in moved]
 
-    return _written(opened, change, packs, [])
+    return _written(opened, change, packs)
 
 
-def _written(opened: OpenStore, change: Callable[[View], T], packs: list[WrittenPack], gone: list[bytes]) -> T:
+def _written(opened: OpenStore, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
     try:
         result = opened.write_packs(change, packs)
     except OSError as error:
         raise from_os_error(error, opened.path) from None
-    unlink_packs(opened, gone)
-    unlink_written(opened.path, gone)
+    opened.unlink_doomed()
     return result

@@ -166,6 +166,9 @@ class Removed(_Table):
     def delete(self, task: str, number: int) -> None:
         self._view.delete("removed", version_key(task, number))
 
+    def of(self, task: str) -> Iterator[tuple[str, int, RemovedRow]]:
+        return _removed(self._view.rows("removed", _of_task(task)))
+
     def rows(self) -> Iterator[tuple[str, int, RemovedRow]]:
         return _removed(self._view.rows("removed"))
 

@@ -17,11 +17,12 @@ def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Versio
     packs: list[WrittenPack] = []
 
     def change(view: View) -> Version:
-        name, number, _ = resolve(view, reference, opened.path)
+        name, number, row = resolve(view, reference, opened.path)
         before = view.tags.get(name, tag) or TagRow(0, 0, NO_PACK)
         if before.version != (0 if delete else number):
             now = max(time.time_ns(), before.time_ns + 1)
-            records = Records(tags=[PackedTag(name, tag, None if delete else number, now)])
+            tagged = PackedTag(name, tag, None, now) if delete else PackedTag(name, tag, number, now, row.manifest)
+            records = Records(tags=[tagged])
             packs[:] = [write_pack(opened.path, {}, records, view.next_commit())]
             enter(opened.path, view, packs[0], records, {})
         return version_of(view, name, number, all_tags(view))

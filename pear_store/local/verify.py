@@ -14,13 +14,13 @@ from pear_store.format.container import Header
 from pear_store.format.digest import Digest, from_digest, is_digest, to_digest
 from pear_store.format.manifest import manifest_digests, manifest_hash, manifest_names
 from pear_store.format.pack import Records
-from pear_store.local.catalog import Recorded, count_rows
 from pear_store.local.directory import PACK_NAME, require_packs, store_path
 from pear_store.local.index import OvertakenError, View
 from pear_store.local.log import Operation
 from pear_store.local.mark import mark
 from pear_store.local.opened import OpenStore
 from pear_store.local.packs import PackReader, bare_header, open_pack, pack_path, read_records, read_records_alone
+from pear_store.local.recorded import Recorded, count_rows
 from pear_store.local.rows import NO_PACK, ManifestRow, PackRow, TensorRow
 from pear_store.local.sweep import unknown_packs
 from pear_store.local.worker import Worker, WorkerDiedError, can_fork

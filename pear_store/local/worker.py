@@ -91,8 +91,8 @@ class Worker:
         if hasattr(fcntl, "F_SETPIPE_SZ"):  # else it waits for us with all but the smallest answers
             with suppress(OSError):
                 fcntl.fcntl(self_answer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._requests = open(self_request, "wb")  # noqa: SIM115
-        self._answers = open(self_answer, "rb")  # noqa: SIM115
+        self._requests = open(self_request, "wb")  # noqa: SIM115 (`close` closes both)
+        self._answers = open(self_answer, "rb")  # noqa: SIM115 (the same)
 
     def ask(self, request: Any) -> None:
         """Sends a request; a process that died is noticed when it should answer."""

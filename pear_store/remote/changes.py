@@ -34,26 +34,46 @@ class Changes:
 
 def compare(held: Held, mirror: Mirror, tasks: set[str] | None = None) -> Changes:
     """The differences, of some tasks or of all."""
-    if tasks is not None:  # another spelling of one is a clash with it
+    if tasks is None:
+        tasks = {*mirror.tasks(), *held.highest, *(task for task, _ in (*held.versions, *held.removed, *held.tags))}
+        tasks |= {task for task, _ in mirror.agreed_tags()}
+    else:  # another spelling of one is a clash with it
         tasks = tasks | {here for task in tasks if (here := held.spellings.get(task.casefold()))}
     found = Changes()
-    _compare_held(held, mirror, tasks, found)
-    _compare_remote(held, mirror, tasks, found)
+    names, versions = mirror.of_tasks(tasks)
+    there = _There(names, versions)
+    _compare_held(held, mirror, there, tasks, found)
+    _compare_remote(held, mirror, there, tasks, found)
     _compare_tags(held, mirror, tasks, found)
     return found
 
 
-def _compare_held(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
+@dataclass(frozen=True)
+class _There:
+    """What a remote has of the tasks that are compared."""
+
+    names: dict[str, tuple[str, int]]
+    versions: dict[Numbered, tuple[LoggedVersion, bool]]
+
+    def spelling(self, task: str) -> str | None:
+        found = self.names.get(task.casefold())
+        return None if found is None else found[0]
+
+    def highest(self, task: str) -> int:
+        return self.names.get(task.casefold(), ("", 0))[1]
+
+
+def _compare_held(held: Held, mirror: Mirror, remote: _There, tasks: set[str], found: Changes) -> None:
     """What is here: is it there?"""
     tops: dict[str, int] = {}
     for (task, number), (manifest, time_ns) in held.versions.items():
-        if tasks is not None and task not in tasks:
+        if task not in tasks:
             continue
-        spelled = mirror.spelling(task)
+        spelled = remote.spelling(task)
         if spelled not in (None, task):
             found.clashes.append(f"task {task!r} differs only in case from {spelled!r} on the remote")
             continue
-        there = mirror.version(task, number)
+        there = remote.versions.get((task, number))
         if there is None:
             found.push.append(LoggedVersion(task, number, time_ns, manifest))
             tops[task] = max(number, tops.get(task, 0))
@@ -65,8 +85,8 @@ def _compare_held(held: Held, mirror: Mirror, tasks: set[str] | None, found: Cha
         else:
             found.same.append((task, number))
     for (task, number), removed in held.removed.items():
-        if (tasks is None or task in tasks) and (task, number) not in held.versions:
-            there = mirror.version(task, number)
+        if task in tasks and (task, number) not in held.versions:
+            there = remote.versions.get((task, number))
             if there is not None and not there[1] and there[0].manifest == removed:
                 if tags := mirror.tags_of(task, number):
                     if all(mirror.agreed(task, tag) == number and held.tags.get((task, tag)) != number for tag in tags):
@@ -78,31 +98,33 @@ def _compare_held(held: Held, mirror: Mirror, tasks: set[str] | None, found: Cha
                 else:
                     found.push_removed.append((task, number))
     for task, highest in held.highest.items():
-        is_there = task in tops or mirror.spelling(task) == task
-        if is_there and (tasks is None or task in tasks) and highest > max(tops.get(task, 0), mirror.highest(task)):
+        is_there = task in tops or remote.spelling(task) == task
+        if is_there and task in tasks and highest > max(tops.get(task, 0), remote.highest(task)):
             found.push_highest[task] = highest
 
 
-def _compare_remote(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
+def _compare_remote(held: Held, mirror: Mirror, remote: _There, tasks: set[str], found: Changes) -> None:
     """What is there: is it here?"""
-    for task in mirror.tasks() if tasks is None else sorted(tasks):
-        spelled = held.spellings.get(task.casefold())
-        if spelled not in (None, task):
-            continue  # a clash, named before
-        for version in mirror.versions(task):
-            key = (task, version.number)
-            here = held.versions.get(key)
-            was_here = held.removed.get(key, b"") == version.manifest or mirror.taken(*key)
-            if (here is None and not was_here) or (here is not None and here[0] != version.manifest):
+    for key, (version, is_removed) in sorted(remote.versions.items()):
+        task = version.task
+        if is_removed or held.spellings.get(task.casefold()) not in (None, task):
+            continue  # another spelling is a clash, named before
+        here = held.versions.get(key)
+        if here is None:
+            if held.removed.get(key, b"") != version.manifest and not mirror.taken(*key):
                 found.pull.append(version)
-        if (highest := mirror.highest(task)) > held.highest.get(task, 0):
+        elif here[0] != version.manifest:
+            found.pull.append(version)
+    for task in sorted(tasks):
+        is_spelled_so = held.spellings.get(task.casefold()) in (None, task)
+        if is_spelled_so and (highest := remote.highest(task)) > held.highest.get(task, 0):
             found.pull_highest[task] = highest
 
 
-def _compare_tags(held: Held, mirror: Mirror, tasks: set[str] | None, found: Changes) -> None:
-    there, agreed = mirror.tags(), mirror.agreed_tags()
+def _compare_tags(held: Held, mirror: Mirror, tasks: set[str], found: Changes) -> None:
+    there, agreed = mirror.tags(tasks), mirror.agreed_tags()
     for task, tag in sorted({*held.tags, *there, *agreed}):
-        if tasks is not None and task not in tasks:
+        if task not in tasks:
             continue
         a, b, base = (side.get((task, tag)) for side in (held.tags, there, agreed))
         if a == b and not (a is not None and (task, a) in found.renumbers):

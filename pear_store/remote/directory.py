@@ -9,7 +9,7 @@ from pathlib import Path
 from pear_store.errors import AbsentError, AccessError, DiskFullError, PearStoreError, PlaceError, from_os_error
 from pear_store.format.digest import fresh_name
 from pear_store.local.directory import Folder, open_folder
-from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name
+from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, is_name, own_names
 
 
 class DirectoryPlace(Place):
@@ -66,7 +66,9 @@ class DirectoryPlace(Place):
                 except OSError as error:
                     if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                         raise PlaceError(
-                            self.url, "its file system has no hard links, so no name is taken once; it can only be read"
+                            self.url,
+                            "its file system has no hard links, so no name is taken once; it can only be read, "
+                            "or written by one store alone ('remote init' with --single-writer)",
                         ) from None
                     raise
                 finally:
@@ -92,12 +94,15 @@ class DirectoryPlace(Place):
         return name
 
     def list(self, prefix: str) -> Iterator[str]:
-        folders = [prefix.rstrip("/")]
+        return own_names(self.url, prefix, self._names(prefix.rstrip("/")))
+
+    def _names(self, top: str) -> Iterator[str]:
+        folders = [top]
         while folders:
             within = folders.pop()
             with suppress(FileNotFoundError), open_folder(self.path, *within.split("/")) as folder:
                 for name in folder.names():
-                    if folder.is_folder(name):
+                    if folder.is_folder(name) and is_name(f"{within}/{name}"):
                         folders.append(f"{within}/{name}")
                     elif folder.is_file(name):
                         yield f"{within}/{name}"

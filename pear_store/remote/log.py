@@ -5,11 +5,12 @@ Whatever is read here may come from a stranger: sizes, counts, names and nesting
 
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pear_store.errors import DamagedRemoteError, FormatError
 from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
@@ -28,6 +29,8 @@ MAX_INDEX_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_PACK_BYTES = 1 << 40
 _MOST_AXES = 8
+_STRAY_NAME = re.compile(r"index/[0-9a-f]{64}|(?:tmp|probe)/[0-9a-f]{32}")
+_SALT = re.compile(r"(?:[0-9a-f]{32})?")
 T = TypeVar("T")
 
 
@@ -43,24 +46,33 @@ def pack_name(pack: bytes) -> str:
     return f"packs/{pack.hex()[:2]}/{pack.hex()}.safetensors"
 
 
+class BaseName(NamedTuple):
+    """Of a base: the entry after which it is the state, and the hash of its root."""
+
+    number: int
+    hash: bytes
+
+
 @dataclass(frozen=True)
 class Entry:
     """One entry: a random id, by which its writer knows it; the hash of the entry before it (None: it is the first);
-    the hash of its index. Time and host are for people."""
+    the hash of its index. Time and host are for people. `base`: the newest that its writer knew (see base.py)."""
 
     id: str
     previous: bytes | None
     index: bytes
     time_ns: int
     host: str
+    base: BaseName | None = None
 
     def encode(self) -> bytes:
-        return _dump(
-            {
-                "format": ENTRY_FORMAT, "id": self.id, "previous": self.previous and self.previous.hex(),
-                "index": self.index.hex(), "time_ns": self.time_ns, "host": self.host,
-            }
-        )  # fmt: skip
+        value: dict[str, Any] = {
+            "format": ENTRY_FORMAT, "id": self.id, "previous": self.previous and self.previous.hex(),
+            "index": self.index.hex(), "time_ns": self.time_ns, "host": self.host,
+        }  # fmt: skip
+        if self.base is not None:
+            value["base"] = [self.base.number, self.base.hash.hex()]
+        return dump_json(value)
 
 
 @dataclass(frozen=True)
@@ -103,44 +115,65 @@ class LogIndex:
     """The highest numbers that tasks ever had, also of versions that are on no remote"""
     drop: list[bytes] = field(default_factory=list)
     """Packs that will be deleted"""
+    shared: dict[bytes, PackListing] = field(default_factory=dict)
+    """Of packs that were there before: tensors that these versions have. A hint, so that a reader need not know all"""
+    strays: list[str] = field(default_factory=list)
+    """Names of other objects that will be deleted: index/, tmp/ and probe/"""
+    salt: str = ""
+    """Random, where the name would be one that was dropped"""
+    raw: bytes = field(default=b"", compare=False, repr=False)
+    """The bytes of its object, if it was read from one or became one"""
 
     def __len__(self) -> int:
-        return sum(map(len, (self.packs, self.versions, self.removed, self.tags, self.highest, self.drop)))
+        parts = (self.packs, self.versions, self.removed, self.tags, self.highest, self.drop, self.strays)
+        return sum(map(len, parts))
 
-    def encode(self) -> bytes:
+    def encode(self, level: int = 6) -> bytes:
         """The bytes of its object, which its hash names.
 
         Raises:
             ValueError: more than a reader would read.
         """
-        text = _dump(
-            {
-                "format": INDEX_FORMAT,
-                "packs": {
-                    pack.hex(): {
-                        "file_bytes": listing.file_bytes,
-                        "tensors": [
-                            [from_digest(digest).hex(), p.dtype, list(p.shape), p.offset, p.length]
-                            for digest, p in listing.places.items()
-                        ],
-                    }
-                    for pack, listing in self.packs.items()
-                },
-                "manifests": {key.hex(): manifest.decode("utf-8") for key, manifest in self.manifests.items()},
-                "versions": [[v.task, v.number, v.time_ns, v.manifest.hex()] for v in self.versions],
-                "removed": [list(one) for one in self.removed],
-                "tags": [[t.task, t.tag, t.version, t.before] for t in self.tags],
-                "highest": self.highest,
-                "drop": [pack.hex() for pack in self.drop],
-            }
-        )
+        text = self.text()
         if len(text) > MAX_INDEX_BYTES:
             raise ValueError(f"an index of {len(text)} bytes: at most {MAX_INDEX_BYTES} are read")
-        return zlib.compress(text, 6)
+        return zlib.compress(text, level)
+
+    def text(self) -> bytes:
+        value: dict[str, Any] = {
+            "format": INDEX_FORMAT,
+            "packs": _listings(self.packs),
+            "manifests": {key.hex(): manifest.decode("utf-8") for key, manifest in self.manifests.items()},
+            "versions": [[v.task, v.number, v.time_ns, v.manifest.hex()] for v in self.versions],
+            "removed": [list(one) for one in self.removed],
+            "tags": [[t.task, t.tag, t.version, t.before] for t in self.tags],
+            "highest": self.highest,
+            "drop": [pack.hex() for pack in self.drop],
+        }
+        if self.shared:
+            value["shared"] = _listings(self.shared)
+        if self.strays:
+            value["strays"] = self.strays
+        if self.salt:
+            value["salt"] = self.salt
+        return dump_json(value)
+
+
+def _listings(packs: Mapping[bytes, PackListing]) -> dict[str, Any]:
+    return {
+        pack.hex(): {
+            "file_bytes": listing.file_bytes,
+            "tensors": [
+                [from_digest(digest).hex(), p.dtype, list(p.shape), p.offset, p.length]
+                for digest, p in listing.places.items()
+            ],
+        }
+        for pack, listing in packs.items()
+    }
 
 
 def encode_settings(id: str) -> bytes:
-    return _dump({"format": SETTINGS_FORMAT, "id": id})
+    return dump_json({"format": SETTINGS_FORMAT, "id": id})
 
 
 def parse_settings(data: bytes, place: str) -> str:
@@ -150,26 +183,52 @@ def parse_settings(data: bytes, place: str) -> str:
         FormatError: another Pear wrote it.
         DamagedRemoteError: it breaks the rules.
     """
-    return _parsed(place, SETTINGS_NAME, data, SETTINGS_FORMAT, lambda value: _hex(value["id"], 16).hex())
+    return parsed(place, SETTINGS_NAME, data, SETTINGS_FORMAT, lambda value: to_hash(value["id"], 16).hex())
 
 
 def parse_entry(data: bytes, place: str, number: int) -> Entry:
     """Raises as :func:`parse_settings`."""
 
     def parse(value: Any) -> Entry:
-        previous = None if value["previous"] is None else _hex(value["previous"])
-        host = value["host"]
+        previous = None if value["previous"] is None else to_hash(value["previous"])
+        host, base = value["host"], None
         if (previous is None) != (number == 1) or not (isinstance(host, str) and len(host) <= 255):
             raise ValueError("its field 'previous' or 'host'")
-        return Entry(_hex(value["id"], 16).hex(), previous, _hex(value["index"]), _count(value["time_ns"]), host)
+        if value.get("base") is not None:
+            at, name = to_list(value["base"])
+            base = BaseName(to_count(at), to_hash(name))
+            if not 0 < base.number < number:
+                raise ValueError("its field 'base'")
+        id, index = to_hash(value["id"], 16).hex(), to_hash(value["index"])
+        return Entry(id, previous, index, to_count(value["time_ns"]), host, base)
 
-    return _parsed(place, entry_name(number), data, ENTRY_FORMAT, parse)
+    return parsed(place, entry_name(number), data, ENTRY_FORMAT, parse)
 
 
-def parse_index(data: bytes, place: str, index: bytes) -> LogIndex:
-    """What an entry says, by the object that it names. Raises as :func:`parse_settings`."""
-    name = index_name(index)
-    if hashlib.sha256(data).digest() != index:
+def parse_index(data: bytes, place: str, index: bytes, name: str | None = None) -> LogIndex:
+    """What an entry says, by the object that it names. Raises as :func:`parse_settings`.
+
+    Args:
+        name: of the object, if it is a base's shard.
+    """
+    name = name or index_name(index)
+    found = parsed(place, name, unpacked(place, name, data, index), INDEX_FORMAT, _index)
+    found.raw = data
+    return found
+
+
+def parse_news(text: bytes) -> LogIndex:
+    """What :meth:`LogIndex.text` gave to this store's own mirror."""
+    return _index(json.loads(text))
+
+
+def unpacked(place: str, name: str, data: bytes, known: bytes) -> bytes:
+    """The text of an object that its hash names.
+
+    Raises:
+        DamagedRemoteError: it is another, or larger than is read.
+    """
+    if hashlib.sha256(data).digest() != known:
         raise DamagedRemoteError(place, name, "its bytes do not hash to its name")
     unpacking = zlib.decompressobj()
     try:
@@ -178,49 +237,58 @@ def parse_index(data: bytes, place: str, index: bytes) -> LogIndex:
         raise DamagedRemoteError(place, name, "it cannot be decompressed") from None
     if unpacking.unconsumed_tail or not unpacking.eof or unpacking.unused_data:
         raise DamagedRemoteError(place, name, f"more than {MAX_INDEX_BYTES} bytes, or cut off")
-    return _parsed(place, name, text, INDEX_FORMAT, _index)
+    return text
 
 
 def _index(value: Any) -> LogIndex:
     found = LogIndex()
-    for text, listing in value["packs"].items():
-        file_bytes = _count(listing["file_bytes"])
-        if file_bytes > MAX_PACK_BYTES:
-            raise ValueError("a pack's size")
-        places = dict(_place(row, file_bytes) for row in _list(listing["tensors"]))
-        if len(places) != len(listing["tensors"]):
-            raise ValueError("a pack that lists a tensor twice")
-        found.packs[_hex(text)] = PackListing(file_bytes, places)
+    found.packs = _parse_listings(value["packs"])
+    found.shared = _parse_listings(value.get("shared", {}))
     for text, manifest in value["manifests"].items():
         raw = manifest.encode("utf-8")
-        if len(raw) > MAX_MANIFEST_BYTES or hashlib.sha256(raw).digest() != _hex(text):
+        if len(raw) > MAX_MANIFEST_BYTES or hashlib.sha256(raw).digest() != to_hash(text):
             raise ValueError("a manifest that does not hash to its name, or is too large")
-        found.manifests[_hex(text)] = raw
-    for task, number, time_ns, manifest in _list(value["versions"]):
-        found.versions.append(LoggedVersion(_task(task), _number(number), _count(time_ns), _hex(manifest)))
-    found.removed = [(_task(task), _number(number)) for task, number in _list(value["removed"])]
-    for task, tag, version, before in _list(value["tags"]):
+        found.manifests[to_hash(text)] = raw
+    for task, number, time_ns, manifest in to_list(value["versions"]):
+        found.versions.append(LoggedVersion(_task(task), _number(number), to_count(time_ns), to_hash(manifest)))
+    found.removed = [(_task(task), _number(number)) for task, number in to_list(value["removed"])]
+    for task, tag, version, before in to_list(value["tags"]):
         if not (isinstance(tag, str) and TAG_NAME.fullmatch(tag)):
             raise ValueError("a tag's name")
         numbers = (None if number is None else _number(number) for number in (version, before))
         found.tags.append(LoggedTag(_task(task), tag, *numbers))
     found.highest = {_task(task): _number(number) for task, number in value["highest"].items()}
-    found.drop = [_hex(pack) for pack in _list(value["drop"])]
+    found.drop = [to_hash(pack) for pack in to_list(value["drop"])]
+    found.strays = [_text(name, _STRAY_NAME) for name in to_list(value.get("strays", []))]
+    found.salt = _text(value.get("salt", ""), _SALT)
     if len({(v.task.casefold(), v.number) for v in found.versions}) != len(found.versions):
         raise ValueError("a version that is there twice")
     return found
 
 
+def _parse_listings(value: Any) -> dict[bytes, PackListing]:
+    found = {}
+    for text, listing in value.items():
+        file_bytes = to_count(listing["file_bytes"])
+        if file_bytes > MAX_PACK_BYTES:
+            raise ValueError("a pack's size")
+        places = dict(_place(row, file_bytes) for row in to_list(listing["tensors"]))
+        if len(places) != len(listing["tensors"]):
+            raise ValueError("a pack that lists a tensor twice")
+        found[to_hash(text)] = PackListing(file_bytes, places)
+    return found
+
+
 def _place(row: Any, file_bytes: int) -> tuple[Digest, TensorPlace]:
     digest, dtype, shape, offset, length = row
-    sizes = tuple(map(_count, shape))
+    sizes = tuple(map(to_count, shape))
     known = isinstance(dtype, str) and dtype in ITEM_BYTES and isinstance(shape, list) and len(sizes) <= _MOST_AXES
-    if not known or prod(sizes) * ITEM_BYTES[dtype] != _count(length) or _count(offset) + length > file_bytes:
+    if not known or prod(sizes) * ITEM_BYTES[dtype] != to_count(length) or to_count(offset) + length > file_bytes:
         raise ValueError("a tensor's place")
-    return to_digest(_hex(digest)), TensorPlace(dtype, sizes, offset, length)
+    return to_digest(to_hash(digest)), TensorPlace(dtype, sizes, offset, length)
 
 
-def _parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any], T]) -> T:
+def parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any], T]) -> T:
     try:
         value = strict_json(data)
         if not isinstance(value, dict) or not isinstance(value.get("format"), str):
@@ -235,23 +303,29 @@ def _parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any
         raise DamagedRemoteError(place, name, f"it is not as {known!r} is{problem}") from None
 
 
-def _dump(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-def _list(value: Any) -> list[Any]:
+def to_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError("what should be a list")
     return value
 
 
-def _hex(value: Any, count: int = 32) -> bytes:
+def _text(value: Any, pattern: re.Pattern[str]) -> str:
+    if not (isinstance(value, str) and pattern.fullmatch(value)):
+        raise ValueError("a name")
+    return value
+
+
+def to_hash(value: Any, count: int = 32) -> bytes:
     if not (isinstance(value, str) and len(value) == 2 * count and set(value) <= set("0123456789abcdef")):
         raise ValueError("what should be a hash")
     return bytes.fromhex(value)
 
 
-def _count(value: Any) -> int:
+def to_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("a count or a time")
     return value

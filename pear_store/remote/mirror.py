@@ -8,35 +8,19 @@ was removed here and swept is pulled again.
 import hashlib
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from pear_store.errors import DamagedRemoteError, PlaceError
-from pear_store.format.digest import from_digest
+from pear_store.errors import PlaceError
 from pear_store.local.directory import open_folder
-from pear_store.remote.log import LogIndex, entry_name, parse_entry
-from pear_store.remote.state import LogState
-
-_SCHEMA = """
-CREATE TABLE known (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
-CREATE TABLE packs (pack BLOB PRIMARY KEY, file_bytes INT, dropped INT) WITHOUT ROWID;
-CREATE TABLE tensors (digest BLOB, pack BLOB, dtype TEXT, shape TEXT, offset INT, length INT,
-    PRIMARY KEY (digest, pack)) WITHOUT ROWID;
-CREATE INDEX tensors_of_a_pack ON tensors (pack);
-CREATE TABLE manifests (manifest BLOB PRIMARY KEY, text BLOB);
-CREATE TABLE versions (task TEXT, number INT, time_ns INT, manifest BLOB, removed INT,
-    PRIMARY KEY (task, number)) WITHOUT ROWID;
-CREATE TABLE names (folded TEXT PRIMARY KEY, task TEXT, highest INT) WITHOUT ROWID;
-CREATE TABLE tags (task TEXT, tag TEXT, version INT, PRIMARY KEY (task, tag)) WITHOUT ROWID;
-CREATE TABLE taken (task TEXT, number INT, PRIMARY KEY (task, number)) WITHOUT ROWID;
-CREATE TABLE agreed (task TEXT, tag TEXT, version INT, PRIMARY KEY (task, tag)) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
+from pear_store.remote.base import by_task
+from pear_store.remote.log import BaseName, LogIndex, entry_name, index_name, parse_entry
+from pear_store.remote.partial import PartialState
+from pear_store.remote.tables import ADDED, BASE_SCHEMA, SCHEMA, VERSION
 
 
-class Mirror(LogState):
+class Mirror(PartialState):
     """The state of a remote after the entry `head`, for one thread.
 
     Args:
@@ -64,14 +48,19 @@ class Mirror(LogState):
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path or ":memory:", timeout=60, isolation_level=None)
         try:
-            if db.execute("PRAGMA user_version").fetchone() == (0,):
+            known = db.execute("PRAGMA user_version").fetchone()
+            if known != (VERSION,) and known in [(version,) for version in range(VERSION)]:
                 db.execute("BEGIN IMMEDIATE")
-                if db.execute("PRAGMA user_version").fetchone() == (0,):  # no other process was first
-                    for statement in _SCHEMA.split(";")[:-1]:
-                        db.execute(statement)
+                (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
+                schemas = [SCHEMA, BASE_SCHEMA][version:]
+                for statement in [one for schema in schemas for one in schema.split(";")[:-1]]:
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {VERSION}")
                 db.execute("COMMIT")
-            if db.execute("PRAGMA user_version").fetchone() != (1,):
+            if db.execute("PRAGMA user_version").fetchone() != (VERSION,):
                 raise sqlite3.DatabaseError("it is of another format")
+            for statement in ADDED:
+                db.execute(statement)
         except BaseException:
             db.close()
             raise
@@ -80,21 +69,7 @@ class Mirror(LogState):
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-
     # ---- the log
-
-    def _known(self, key: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM known WHERE key = ?", (key,)).fetchone()
-        return None if row is None else bytes(row[0])
 
     @property
     def head(self) -> tuple[int, bytes | None]:
@@ -109,12 +84,43 @@ class Mirror(LogState):
     def note_probed(self) -> None:
         self._db.execute("INSERT OR REPLACE INTO known VALUES ('probed', x'01')")
 
+    @property
+    def id(self) -> str | None:
+        """The remote's id, if it is known."""
+        value = self._known("id")
+        return None if value is None else value.decode()
+
     def note_id(self, id: str) -> bool:
         """Notes a remote's id, if none is known; says whether it is the one that is known."""
         known = self._known("id")
         if known is None:
             self._db.execute("INSERT INTO known VALUES ('id', ?)", (id.encode(),))
         return known in (None, id.encode())
+
+    @property
+    def witness(self) -> tuple[int, bytes | None]:
+        """The last entry that was known before what the log says was forgotten, and its hash; (0, None): none."""
+        value = self._known("witness")
+        return (0, None) if value is None else (int.from_bytes(value[:8], "big"), value[8:])
+
+    @property
+    def base(self) -> BaseName | None:
+        """The newest base that an entry names, or that this store made."""
+        value = self._known("base")
+        if value is None:
+            return None
+        number, name = json.loads(value)
+        return BaseName(number, bytes.fromhex(name))
+
+    def note_base(self, base: BaseName | None) -> None:
+        if base is not None and (self.base is None or self.is_refused(self.base) or self.base < base):
+            self._note("base", json.dumps([base.number, base.hash.hex()]).encode())
+            self._db.execute("DELETE FROM sizes WHERE number <= ?", (base.number,))
+
+    def since_base(self) -> tuple[int, int]:
+        """Entries after the newest base, and the bytes of their indexes, as far as those are known."""
+        (size_bytes,) = self._db.execute("SELECT coalesce(sum(index_bytes), 0) FROM sizes").fetchone()
+        return self.head[0] - (self.base.number if self.base else 0), size_bytes
 
     def apply(self, number: int, data: bytes, index: LogIndex) -> None:
         """Enters an entry. One that is known changes nothing.
@@ -129,72 +135,25 @@ class Mirror(LogState):
                 return
             if number != head + 1 or entry.previous != known:
                 raise self._broken(number, "it does not follow the one before it")
+            if self.is_stray(index_name(entry.index)):
+                raise self._broken(number, f"{index_name(entry.index)} was dropped before")
             self._enter(db, number, index)
+            for name, copy in ((entry_name(number), data), (index_name(entry.index), index.raw)):
+                if copy:
+                    db.execute("INSERT OR IGNORE INTO copies VALUES (?, ?)", (name, copy))
             value = number.to_bytes(8, "big") + hashlib.sha256(data).digest()
             db.execute("INSERT OR REPLACE INTO known VALUES ('head', ?)", (value,))
+            db.execute("INSERT OR REPLACE INTO sizes VALUES (?, ?)", (number, len(index.raw)))
+            self.note_base(entry.base)
 
     def check(self, number: int, index: LogIndex) -> None:
         """Raises a DamagedRemoteError if an entry would contradict those before it."""
+        self.need_tasks(by_task(index))
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._enter(self._db, number, index)
         finally:
             self._db.execute("ROLLBACK")
-
-    def _enter(self, db: sqlite3.Connection, number: int, index: LogIndex) -> None:
-        for pack, listing in index.packs.items():
-            if db.execute("SELECT 1 FROM packs WHERE pack = ?", (pack,)).fetchone():
-                raise self._broken(number, f"pack {pack.hex()} was there before")
-            db.execute("INSERT INTO packs VALUES (?, ?, 0)", (pack, listing.file_bytes))
-            db.executemany(
-                "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (from_digest(digest), pack, p.dtype, json.dumps(p.shape), p.offset, p.length)
-                    for digest, p in listing.places.items()
-                ],
-            )
-        for key, text in index.manifests.items():
-            db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", (key, zlib.compress(text, 1)))
-        for version in index.versions:
-            self._enter_name(db, number, version.task, version.number)
-            if self.version(version.task, version.number) is not None:
-                raise self._broken(number, f"version {version.task}@{version.number} was there before")
-            if not db.execute("SELECT 1 FROM manifests WHERE manifest = ?", (version.manifest,)).fetchone():
-                raise self._broken(number, f"the manifest of version {version.task}@{version.number} is nowhere")
-            db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, 0)",
-                (version.task, version.number, version.time_ns, version.manifest),
-            )
-        for task, highest in index.highest.items():
-            self._enter_name(db, number, task, highest)
-        for tag in index.tags:
-            if self.tag(tag.task, tag.tag) != tag.before or not (
-                tag.version is None or self.has_version(tag.task, tag.version)
-            ):
-                raise self._broken(number, f"tag {tag.task}@{tag.tag} stood for something else, or its version is gone")
-            db.execute("DELETE FROM tags WHERE (task, tag) = (?, ?)", (tag.task, tag.tag))
-            if tag.version is not None:
-                db.execute("INSERT INTO tags VALUES (?, ?, ?)", (tag.task, tag.tag, tag.version))
-        for task, gone in index.removed:
-            if not self.has_version(task, gone) or self.tags_of(task, gone):
-                raise self._broken(number, f"version {task}@{gone} is not there, or tagged")
-            db.execute("UPDATE versions SET removed = 1 WHERE (task, number) = (?, ?)", (task, gone))
-        for pack in index.drop:  # also of uploads that no entry names
-            db.execute("INSERT INTO packs VALUES (?, 0, 1) ON CONFLICT (pack) DO UPDATE SET dropped = 1", (pack,))
-            db.execute("DELETE FROM tensors WHERE pack = ?", (pack,))
-
-    def _enter_name(self, db: sqlite3.Connection, number: int, task: str, highest: int) -> None:
-        spelled = self.spelling(task)
-        if spelled not in (None, task):
-            raise self._broken(number, f"task {task!r} differs only in case from {spelled!r}")
-        db.execute(
-            "INSERT INTO names VALUES (?, ?, ?) "
-            "ON CONFLICT (folded) DO UPDATE SET highest = max(highest, excluded.highest)",
-            (task.casefold(), task, highest),
-        )
-
-    def _broken(self, number: int, problem: str) -> DamagedRemoteError:
-        return DamagedRemoteError(self.url, entry_name(number), problem)
 
     # ---- what store and remote agreed on
 

@@ -1,16 +1,26 @@
 """Places in object stores: S3 and what speaks like it, Google Cloud Storage, Azure; by obstore (extra `remote`)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError, PlaceError
-from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined
+from pear_store.remote.answers import failure, plain, status_of
+from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined, own_names
 
-_PART_BYTES = 8 << 20
+T = TypeVar("T")
+_PART_BYTES = 5 << 20
+_PARTS = 2
+"""Parts of a pack that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
 _THREADS = 8
-_RETRY_TIMEOUT = timedelta(seconds=60)
+_CHUNK_BYTES = 1 << 20
+_STALL = timedelta(seconds=60)
+_LONGEST = timedelta(hours=1)
+_NO_PROXY = "http://127.0.0.1:0"
+_OF_AWS = ("amazonaws.com", "amazonaws.com.cn", "169.254.169.254", "169.254.170.2", "169.254.170.23")
 
 
 class ObjectPlace(Place):
@@ -24,32 +34,53 @@ class ObjectPlace(Place):
         try:
             import obstore
             from obstore import exceptions
-            from obstore.store import from_url
+            from obstore import store as stores
         except ImportError as error:
             raise PlaceError(url, f"needs obstore: {error}; pip install 'pear-adapters[remote]'") from None
         self.url = url
         self._obstore: Any = obstore
-        self._errors: Any = exceptions
-        plain = str(options.get("endpoint", "")).startswith("http://")
-        client: Any = {"allow_http": plain, "timeout": "60s", "connect_timeout": "10s"}
+        self._errors: Any = (exceptions.BaseError, OSError)
+        self._absent: Any = (exceptions.NotFoundError, FileNotFoundError)
+        self._taken: Any = exceptions.AlreadyExistsError
+        self._store: Any = None
+        problem = ""
+        defaults = {"disable_bulk_delete": "true"} if url.startswith("s3") else {}  # not every server knows that
         try:
-            self._store: Any = from_url(
-                url, client_options=client, retry_config={"max_retries": 4, "retry_timeout": _RETRY_TIMEOUT}, **options
-            )
+            settings: dict[str, Any] = {**defaults, **options, "client_options": _client(options)}
+            self._store = stores.from_url(url, retry_config={"max_retries": 0}, **settings)
         except (exceptions.BaseError, ValueError, TypeError) as error:
-            raise PlaceError(url, _first_line(error)) from None
+            problem = plain(str(error))
+        if self._store is None:
+            raise PlaceError(url, problem)
         self._pool = ThreadPoolExecutor(_THREADS)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _do(self, name: str, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except self._errors as error:
+            problem = self._error(error, name)
+        raise problem  # here: no context, which may show a signed request to whoever logs it
 
     def get(self, name: str, at_most: int) -> bytes:
-        try:
+        def act() -> bytes:
             found = self._obstore.get(self._store, checked_name(name))
             check_size(self.url, name, found.meta["size"], at_most)
-            return bytes(found.bytes())
-        except (self._errors.BaseError, FileNotFoundError) as error:
-            raise self._error(error, name) from None
+            return self._read(found, name, at_most)
+
+        return self._do(name, act)
+
+    def _read(self, found: Any, name: str, at_most: int) -> bytes:
+        """A body, as it arrives: whatever its header says, no more than so many bytes are kept."""
+        parts: list[bytes] = []
+        size = 0
+        for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
+            size += len(chunk)
+            check_size(self.url, name, size, at_most)
+            parts.append(bytes(chunk))
+        return b"".join(parts)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         # not obstore's own get_ranges, which panics where an object is shorter than a range
@@ -60,57 +91,78 @@ class ObjectPlace(Place):
     def _get_range(self, name: str, start: int, length: int) -> bytes:
         if not length:
             return b""
-        try:
-            data = bytes(self._obstore.get_range(self._store, name, start=start, length=length))
-        except (self._errors.BaseError, FileNotFoundError) as error:
-            if "416" in _first_line(error):
-                raise DamagedRemoteError(self.url, name, "it is shorter than the log says") from None
-            raise self._error(error, name) from None
-        return check_whole(self.url, name, data, length)
+
+        def act() -> bytes:
+            try:
+                found = self._obstore.get(self._store, name, options={"range": (start, start + length)})
+            except self._errors as error:
+                if "non-partial response" not in str(error):
+                    raise
+                return self._read_between(name, start, start + length)  # it knows no ranges
+            return self._read(found, name, length)
+
+        return check_whole(self.url, name, self._do(name, act), length)
+
+    def _read_between(self, name: str, start: int, end: int) -> bytes:
+        """Cuts a range out of a whole object as it arrives; holds only that."""
+        parts: list[bytes] = []
+        at = 0
+        for chunk in self._obstore.get(self._store, name).stream(min_chunk_size=_CHUNK_BYTES):
+            parts.append(bytes(chunk)[max(start - at, 0) : max(end - at, 0)])
+            at += len(chunk)
+            if at >= end:
+                break
+        return b"".join(parts)
 
     def put(self, name: str, data: bytes) -> None:
-        try:
-            self._obstore.put(self._store, checked_name(name), bytes(data), chunk_size=_PART_BYTES)
-        except (self._errors.BaseError, FileNotFoundError) as error:
-            raise self._error(error, name) from None
+        parts: Any = {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS}
+        self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **parts))
 
     def create(self, name: str, data: bytes) -> bool:
-        try:
-            self._obstore.put(self._store, checked_name(name), bytes(data), mode="create", use_multipart=False)
-            return True
-        except self._errors.AlreadyExistsError:
-            return False
-        except (self._errors.BaseError, FileNotFoundError) as error:
-            raise self._error(error, name) from None
+        def act() -> bool:
+            try:
+                self._obstore.put(self._store, checked_name(name), bytes(data), mode="create", use_multipart=False)
+                return True
+            except self._taken:
+                return False
+
+        return self._do(name, act)
 
     def list(self, prefix: str) -> Iterator[str]:
-        try:
-            for chunk in self._obstore.list(self._store, prefix):
-                yield from (found["path"] for found in chunk)
-        except (self._errors.BaseError, FileNotFoundError) as error:
-            raise self._error(error, prefix) from None
+        return own_names(self.url, prefix, self._names(prefix))
+
+    def _names(self, prefix: str) -> Iterator[str]:
+        chunks = self._do(prefix, lambda: self._obstore.list(self._store, prefix))
+        while (chunk := self._do(prefix, lambda: next(chunks, None))) is not None:
+            yield from (found["path"] for found in chunk)
 
     def delete(self, name: str) -> None:
-        try:
-            self._obstore.delete(self._store, checked_name(name))
-        except (FileNotFoundError, self._errors.NotFoundError):
-            pass
-        except self._errors.BaseError as error:
-            raise self._error(error, name) from None
+        def act() -> None:
+            with suppress(self._absent):
+                self._obstore.delete(self._store, checked_name(name))
+
+        self._do(name, act)
 
     def _error(self, error: BaseException, name: str) -> PearStoreError:
-        text = _first_line(error)
-        if isinstance(error, self._errors.NotFoundError | FileNotFoundError):
-            return (
-                PlaceError(self.url, "there is no such bucket")
-                if "NoSuchBucket" in str(error)
-                else AbsentError(self.url, name)
-            )
-        if isinstance(error, self._errors.PermissionDeniedError | self._errors.UnauthenticatedError):
-            return PlaceError(self.url, f"{name}: access is denied; credentials are those of the environment")
-        return PlaceError(self.url, f"{name}: {text}", again=isinstance(error, self._errors.GenericError))
+        text = str(error)
+        if isinstance(error, self._absent) and "NoSuchBucket" not in text and "ContainerNotFound" not in text:
+            return AbsentError(self.url, name)
+        if status_of(text) == 416:
+            return DamagedRemoteError(self.url, name, "it is shorter than the log says")
+        return failure(self.url, name, text)
 
 
-def _first_line(error: BaseException) -> str:
-    """obstore's errors show a request's whole state below their first line."""
-    return str(error).split("\n")[0][:300] or type(error).__name__
+def _client(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the HTTP client. It follows redirects, and no setting forbids it. So where a user names a server,
+    requests to any other host are sent to a proxy that cannot be there (nobody listens on port 0), and fail."""
+    server = str(options.get("endpoint") or options.get("base_url") or "")
+    found: dict[str, Any] = {
+        "allow_http": server.startswith("http://"),
+        "connect_timeout": timedelta(seconds=10),
+        "read_timeout": _STALL,
+        "timeout": _LONGEST,
+    }
+    if server and "proxy_url" not in options:
+        found["proxy_url"] = _NO_PROXY
+        found["proxy_excludes"] = ",".join([urlsplit(server).hostname or "", *_OF_AWS])
+    return found

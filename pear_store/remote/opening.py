@@ -1,6 +1,7 @@
 """Which place a URL names."""
 
 import os
+import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -12,6 +13,8 @@ from pear_store.remote.place import Place
 _OBJECTS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 SECRETS = ("secret", "password", "token", "key", "credential")
 NO_SECRETS = ("key_file",)
+_IN_URL = re.compile(r"[a-z0-9+.-]+://(?:[^/?#]*@|.*\?)", re.IGNORECASE)
+"""A URL with a user and a password, or with a query, which may be signed"""
 
 
 def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
@@ -55,6 +58,7 @@ def checked_url(url: str) -> str:
 
 def check_options(options: Mapping[str, str]) -> None:
     """Raises a PlaceError where an option would have a secret written into the store's directory."""
-    for key in options:
-        if key not in NO_SECRETS and any(word in key.lower() for word in SECRETS):
+    for key, value in options.items():
+        named = key not in NO_SECRETS and any(word in key.lower() for word in SECRETS)
+        if named or _IN_URL.match(value):
             raise PlaceError(f"option {key!r}", "secrets are not kept with a store: set them in the environment")

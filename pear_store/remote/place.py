@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pear_store.errors import DamagedRemoteError, PlaceError
 from pear_store.format.digest import fresh_name
@@ -11,6 +11,8 @@ OBJECT_NAME = re.compile(r"(?:[a-z0-9][a-z0-9.-]*/){0,3}[a-z0-9][a-z0-9.-]*")
 _GAP_BYTES = 64 << 10
 """Ranges that lie closer are read in one request: a request costs more than so many bytes"""
 _MOST_JOINED_BYTES = 16 << 20
+MOST_NAMES = 4 << 20
+"""A longer list is refused"""
 
 Range = tuple[int, int]
 """Offset and length in bytes"""
@@ -25,7 +27,8 @@ class Place(ABC):
     Raises, each of them:
         AbsentError: there is no such object (`get`, `get_ranges`).
         DamagedRemoteError: an object is larger than `at_most`, or shorter than a range.
-        AccessError, DiskFullError: the place is a directory that may not be read or written, or is full.
+        DiskFullError: the place is full, where it says so.
+        AccessError: the place is a directory that may not be read or written.
         PlaceError: everything else. After one, a `create` or `put` may have happened or may yet happen.
     """
 
@@ -55,7 +58,9 @@ class Place(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[str]:
-        """Names that begin with a prefix, which ends with a slash. It may miss new ones and have some that are gone."""
+        """Names that begin with a prefix, which ends with a slash. It may miss new ones and have some that are gone.
+
+        What lies there under other names than OBJECT_NAME allows is left out."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -67,8 +72,25 @@ class Place(ABC):
 
 def checked_name(name: str) -> str:
     """The name, if it is one: an assertion, for names come from this package and never from a remote as they are."""
-    assert OBJECT_NAME.fullmatch(name) and ".." not in name, name
+    assert is_name(name), name
     return name
+
+
+def is_name(name: str) -> bool:
+    return len(name) <= 200 and OBJECT_NAME.fullmatch(name) is not None and ".." not in name
+
+
+def own_names(place: str, prefix: str, names: Iterable[str]) -> Iterator[str]:
+    """Of names that a place lists, those that can be an object's.
+
+    Raises:
+        DamagedRemoteError: there are more than a remote can have.
+    """
+    for count, name in enumerate(names):
+        if count >= MOST_NAMES:
+            raise DamagedRemoteError(place, prefix, f"more than {MOST_NAMES} names")
+        if name.startswith(prefix) and is_name(name):
+            yield name
 
 
 def joined(ranges: Sequence[Range]) -> list[tuple[Range, list[int]]]:
@@ -123,7 +145,7 @@ def probe(place: Place) -> None:
             raise PlaceError(
                 place.url,
                 "it does not refuse to write a name that is there, so it would lose what others push at the same "
-                "time; it can only be read",
+                "time; it can only be read, or written by one store alone ('remote init' with --single-writer)",
             )
     finally:
         place.delete(name)

@@ -2,12 +2,19 @@
 local commits of bounded size; what was taken stays taken when a pull is cut off."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import partial
 
-from pear_store.errors import AbsentError, CheckpointError, DamagedError, DamagedRemoteError, NotFoundError
+from pear_store.errors import (
+    AbsentError,
+    CheckpointError,
+    DamagedError,
+    DamagedRemoteError,
+    NotFoundError,
+    PearStoreError,
+)
 from pear_store.format.checkpoint import TASK_NAME, make_task
 from pear_store.format.container import MAX_FILE_BYTES
 from pear_store.format.container import Place as TensorPlace
@@ -22,13 +29,16 @@ from pear_store.remote.log import LoggedVersion, pack_name
 from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
+from pear_store.remote.state import Places
 
 GROUP_BYTES = 64 << 20
 GROUP_VERSIONS = 200
 READERS = 8
 """Packs that are read at once"""
-Progress = Callable[[int, int], None]
-"""Told versions done and all of them"""
+Have = Callable[[Iterable[Digest]], dict[Digest, RawTensor]]
+"""Which of some tensors need not be read from the remote"""
+Progress = Callable[[int, int, int], None]
+"""Told versions done, all of them, and bytes moved for them"""
 
 
 @dataclass
@@ -51,7 +61,7 @@ def pull(
     mirror: Mirror,
     references: Collection[str] = (),
     patterns: Collection[str] = ("*",),
-    progress: Progress = lambda done, all_: None,
+    progress: Progress = lambda done, all_, moved_bytes: None,
 ) -> Pulled:
     """Takes versions, removals, tags and numbers.
 
@@ -66,25 +76,28 @@ def pull(
     read_on(mirror, place)
     tasks, numbers = chosen(mirror, references, patterns)
     pulled = Pulled()
-    before = held(opened)
+    before = held(opened, tasks)
     changes = compare(before, mirror, tasks)
     mirror.take(changes.same)
     wanted = [v for v in changes.pull if v.task not in numbers or v.number in numbers[v.task]]
     _name_removed(mirror, before, numbers)
-    for done, group in _groups(opened, place, mirror, wanted, pulled):
-        progress(done, len(wanted))
-        received = receive(opened, group, {one.loaded.name: mirror.highest(one.loaded.name) for one in group})
-        mirror.take((one.loaded.name, one.number) for one in group)
-        pulled.versions += received.taken
-        pulled.renumbered += received.renumbered
-    progress(len(wanted), len(wanted))
+    for done, group in groups(partial(good_tensors_in, opened), place, mirror, wanted, pulled):
+        progress(done + len(group), len(wanted), pulled.read_bytes)
+        if group:
+            received = receive(opened, group, {one.loaded.name: mirror.highest(one.loaded.name) for one in group})
+            mirror.take((one.loaded.name, one.number) for one in group)
+            pulled.versions += received.taken
+            pulled.renumbered += received.renumbered
+            del received
+        del group  # what follows has taken its place in memory
+    progress(len(wanted), len(wanted), pulled.read_bytes)
     _settle(opened, mirror, tasks, pulled)
     return pulled
 
 
 def _settle(opened: OpenStore, mirror: Mirror, tasks: set[str], pulled: Pulled) -> None:
     """Takes removals, tags and numbers over, by what the store holds now."""
-    now = held(opened)
+    now = held(opened, tasks)
     changes = compare(now, mirror, tasks)
     mirror.agree(changes.same_tags)
     tags = {
@@ -107,7 +120,7 @@ def chosen(
 ) -> tuple[set[str], dict[str, set[int]]]:
     """The tasks that are meant; and of those of which not all versions are, which ones."""
     if not references:
-        return {task for task in mirror.tasks() if any(fnmatchcase(task, one) for one in patterns)}, {}
+        return set(mirror.tasks(patterns)), {}
     tasks: set[str] = set()
     numbers: dict[str, set[int]] = {}
     whole: set[str] = set()
@@ -133,62 +146,128 @@ def _name_removed(mirror: Mirror, before: Held, numbers: dict[str, set[int]]) ->
                 raise NotFoundError(f"{task}@{number} was removed here and is not taken again; 'push' removes it there")
 
 
-def _groups(
-    opened: OpenStore, place: Place, mirror: Mirror, wanted: list[LoggedVersion], pulled: Pulled
+@dataclass
+class _Group:
+    """Versions that one commit takes, with their manifests and the tensors that each needs."""
+
+    done: int
+    """How many versions came before"""
+    versions: list[tuple[LoggedVersion, bytes, list[Digest]]] = field(default_factory=list)
+    size_bytes: int = 0
+
+    @property
+    def digests(self) -> set[Digest]:
+        return {digest for _, _, digests in self.versions for digest in digests}
+
+
+@dataclass
+class _Reading:
+    """A group whose tensors are being read."""
+
+    group: _Group
+    here: dict[Digest, RawTensor]
+    """What need not be read"""
+    found: Future[tuple[dict[Digest, RawTensor], PearStoreError | None]]
+
+
+def groups(
+    have: Have, place: Place, mirror: Mirror, wanted: list[LoggedVersion], pulled: Pulled
 ) -> Iterator[tuple[int, list[Incoming]]]:
-    """The versions with all their tensors, in runs of what one commit takes; and how many came before."""
-    with ThreadPoolExecutor(READERS) as pool:
-        group: list[tuple[LoggedVersion, bytes, list[Digest]]] = []
-        done = size = 0
-        for version in wanted:
-            manifest = mirror.manifest(version.manifest)
-            where = f"{mirror.url}: {version.task}@{version.number}"
+    """The versions with all their tensors, of which `have` gives some, in runs of what one commit takes; and how many
+    came before. While a run is looked at, the next one is read."""
+    with ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as ahead:
+        grouped = _grouped(mirror, wanted)
+        reading: _Reading | None = None
+        while True:
+            following: _Reading | None = None
+            problem: PearStoreError | None = None
             try:
-                digests = manifest_digests(manifest)
-            except ValueError as error:
-                raise DamagedRemoteError(
-                    mirror.url, f"manifest of {version.task}@{version.number}", str(error)
-                ) from None
-            more = 0
-            for digest in digests:
-                places = mirror.places(digest)
-                more += places[0][1].length if places else 0
-            if more > MAX_FILE_BYTES:
-                raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
-            if group and (size + more > GROUP_BYTES or len(group) == GROUP_VERSIONS):
-                yield done, _fetch(opened, place, mirror, group, pulled, pool)
-                done, group, size = done + len(group), [], 0
-            group.append((version, manifest, digests))
-            size += more
-        if group:
-            yield done, _fetch(opened, place, mirror, group, pulled, pool)
+                if (group := next(grouped, None)) is not None:
+                    coming = reading.group.digests if reading else set()
+                    here = have(sorted(group.digests - coming))
+                    places = mirror.places_of(group.digests - coming - here.keys())
+                    following = _Reading(group, here, ahead.submit(find_tensors, place, places, pool))
+            except PearStoreError as error:  # what comes before is taken first
+                problem = error
+            if reading is not None:
+                tensors = _fetched(place, mirror, reading, pool, pulled)
+                if following is not None:  # copies: else they keep all that was read with them
+                    shared = following.group.digests & tensors.keys()
+                    following.here.update((digest, _copied(tensors[digest])) for digest in shared)
+                done = reading.group.done
+                incoming = [_checked(mirror, *version, tensors) for version in reading.group.versions]
+                del tensors, reading
+                yield done, incoming
+                del incoming
+            if problem is not None:
+                raise problem
+            if following is None:
+                return
+            reading = following
 
 
-def _fetch(
-    opened: OpenStore,
-    place: Place,
-    mirror: Mirror,
-    group: list[tuple[LoggedVersion, bytes, list[Digest]]],
-    pulled: Pulled,
-    pool: ThreadPoolExecutor,
-) -> list[Incoming]:
-    needed = {digest for _, _, digests in group for digest in digests}
-    tensors = good_tensors_in(opened, sorted(needed))
-    missing = sorted(needed - tensors.keys())
-    try:
-        fetched = fetch_tensors(place, mirror, missing, pool)
-    except AbsentError:  # a pack that was dropped meanwhile: the log says where its tensors are now
-        read_on(mirror, place)
-        fetched = fetch_tensors(place, mirror, missing, pool)
-    pulled.read_bytes += sum(tensor.size_bytes for tensor in fetched.values())
-    tensors |= fetched
-    return [
-        _checked(mirror, version, manifest, {d: tensors[d] for d in digests}) for version, manifest, digests in group
-    ]
+def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
+    group = _Group(0)
+    for version in wanted:
+        manifest = mirror.manifest(version.manifest)
+        try:
+            digests = manifest_digests(manifest)
+        except ValueError as error:
+            if group.versions:
+                yield group
+            raise DamagedRemoteError(mirror.url, f"manifest of {version.task}@{version.number}", str(error)) from None
+        more = sum(places[0][1].length for places in mirror.places_of(digests).values() if places)
+        if more > MAX_FILE_BYTES:
+            if group.versions:
+                yield group
+            where = f"{mirror.url}: {version.task}@{version.number}"
+            raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
+        if group.versions and (group.size_bytes + more > GROUP_BYTES or len(group.versions) == GROUP_VERSIONS):
+            yield group
+            group = _Group(group.done + len(group.versions))
+        group.versions.append((version, manifest, digests))
+        group.size_bytes += more
+    if group.versions:
+        yield group
 
 
-def _checked(mirror: Mirror, version: LoggedVersion, manifest: bytes, tensors: dict[Digest, RawTensor]) -> Incoming:
+def _fetched(
+    place: Place, mirror: Mirror, reading: _Reading, pool: ThreadPoolExecutor, pulled: Pulled
+) -> dict[Digest, RawTensor]:
+    """All tensors of a group. Where a pack was dropped meanwhile, versions that were removed leave the group."""
+    group, tensors = reading.group, reading.here
+    fetched, problem = reading.found.result()
+    while True:
+        pulled.read_bytes += sum(tensor.size_bytes for tensor in fetched.values())
+        tensors |= fetched
+        if not (missing := group.digests - tensors.keys()):
+            return tensors
+        head = mirror.head
+        try:
+            if problem is not None:
+                raise problem
+            fetched = fetch_tensors(place, mirror, sorted(missing), pool)
+        except (AbsentError, DamagedRemoteError):
+            problem = None
+            read_on(mirror, place)  # a pack may have been dropped: the log says where its tensors are now
+            left = [item for item in group.versions if mirror.has_version(item[0].task, item[0].number)]
+            if mirror.head == head and len(left) == len(group.versions):
+                if not mirror.left_bytes("packs"):
+                    raise
+                mirror.need_all("packs")  # one that is not known yet may have a good copy
+            group.versions = left  # without those that were removed meanwhile
+            fetched = {}
+
+
+def _copied(tensor: RawTensor) -> RawTensor:
+    return RawTensor.checked(tensor.dtype, tensor.shape, bytes(tensor.data), tensor.digest)
+
+
+def _checked(
+    mirror: Mirror, version: LoggedVersion, manifest: bytes, digests: list[Digest], found: Mapping[Digest, RawTensor]
+) -> Incoming:
     """A version as any that is added: a remote may say anything."""
+    tensors = {digest: found[digest] for digest in digests}
     where = f"{mirror.url}: {version.task}@{version.number}"
     record = json.loads(manifest)
     make_task(record, {str(digest): tensor for digest, tensor in tensors.items()}, where)
@@ -202,15 +281,27 @@ def _checked(mirror: Mirror, version: LoggedVersion, manifest: bytes, tensors: d
 def fetch_tensors(
     place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPoolExecutor
 ) -> dict[Digest, RawTensor]:
-    """Tensors by digest, each hashed; where one pack has a bad copy, the next one that lists it is asked.
+    """Tensors by digest, each hashed.
 
     Raises:
         DamagedRemoteError: no pack has a good copy of one.
         AbsentError: a pack is gone.
     """
+    places = mirror.places_of(list(digests))
+    found, problem = find_tensors(place, places, pool)
+    for digest in places:
+        if digest not in found:
+            raise problem or DamagedRemoteError(mirror.url, f"tensor {digest}", f"{len(places[digest])} packs list it")
+    return found
+
+
+def find_tensors(
+    place: Place, wanted: Places, pool: ThreadPoolExecutor
+) -> tuple[dict[Digest, RawTensor], PearStoreError | None]:
+    """The tensors that are good, each hashed, and the first problem. Where one pack has a bad copy or is gone, the next
+    one that lists it is asked."""
     found: dict[Digest, RawTensor] = {}
-    wanted = {digest: mirror.places(digest) for digest in digests}
-    problem: DamagedError | None = None
+    problem: PearStoreError | None = None
     for attempt in range(max(map(len, wanted.values()), default=0)):
         by_pack: dict[bytes, list[tuple[Digest, TensorPlace]]] = {}
         for digest, places in wanted.items():
@@ -219,20 +310,17 @@ def fetch_tensors(
         for tensors, error in pool.map(lambda item: _read(place, *item), by_pack.items()):
             found.update(tensors)
             problem = problem or error
-    for digest, places in wanted.items():
-        if digest not in found:
-            raise problem or DamagedRemoteError(mirror.url, f"tensor {digest}", f"{len(places)} packs list it")
-    return found
+    return found, problem
 
 
 def _read(
     place: Place, pack: bytes, listed: list[tuple[Digest, TensorPlace]]
-) -> tuple[dict[Digest, RawTensor], DamagedError | None]:
+) -> tuple[dict[Digest, RawTensor], PearStoreError | None]:
     found: dict[Digest, RawTensor] = {}
-    problem: DamagedError | None = None
+    problem: PearStoreError | None = None
     try:
         read = place.get_ranges(pack_name(pack), [(at.offset, at.length) for _, at in listed])
-    except DamagedError as error:
+    except (AbsentError, DamagedError) as error:
         return {}, error
     for (digest, at), data in zip(listed, read, strict=True):
         if tensor_digest(at.dtype, at.shape, data) == digest:

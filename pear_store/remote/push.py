@@ -4,44 +4,27 @@ Packs go first, then an index that says what is new, and then the entry that nam
 free number. Who finds that number taken reads what others wrote, looks again at all that it counted on, and goes on.
 """
 
-import hashlib
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pear_store.errors import AbsentError, ClashError, DamagedError, PlaceError
-from pear_store.format.container import Place as TensorPlace
-from pear_store.format.container import lay_out
-from pear_store.format.digest import Digest, RawTensor, fresh_name
+from pear_store.errors import ClashError
+from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.manifest import manifest_digests
-from pear_store.format.pack import NO_COMMIT, Records, pack_metadata
 from pear_store.local.opened import OpenStore
 from pear_store.local.sync import Numbered, held, manifest_in, tensors_in
 from pear_store.remote.changes import Changes, compare
-from pear_store.remote.log import (
-    MAX_ENTRY_BYTES,
-    Entry,
-    LoggedVersion,
-    LogIndex,
-    PackListing,
-    entry_name,
-    index_name,
-    pack_name,
-)
+from pear_store.remote.commit import GROUP_BYTES, Committer, prepare, put_pack
+from pear_store.remote.log import LoggedVersion, LogIndex, PackListing
 from pear_store.remote.mirror import Mirror
-from pear_store.remote.place import Place, probe
+from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
-from pear_store.remote.retry import TRIES, wait
 
-GROUP_BYTES = 64 << 20
-"""Tensor bytes that one entry brings at most, if its versions are smaller: what a push holds in memory"""
 GROUP_VERSIONS = 500
 _GROUP_MANIFEST_BYTES = 4 << 20
 _GROUP_TENSORS = 40_000
-_MOST_CONFLICTS = 1000
-Progress = Callable[[int, int], None]
-"""Told versions done and all of them"""
+Head = tuple[int, bytes | None]
+Progress = Callable[[int, int, int], None]
+"""Told versions done, all of them, and bytes moved for them"""
 
 
 @dataclass
@@ -72,7 +55,7 @@ def push(
     place: Place,
     mirror: Mirror,
     tasks: set[str] | None = None,
-    progress: Progress = lambda done, all_: None,
+    progress: Progress = lambda done, all_, moved_bytes: None,
 ) -> Pushed:
     """Sends the versions, removals and tags of some tasks, or of all, that the remote lacks.
 
@@ -84,21 +67,28 @@ def push(
         PlaceError: the remote cannot be reached or written. What is acknowledged is there; the last entry may be, too.
     """
     read_on(mirror, place)
-    changes = _checked(compare(held(opened), mirror, tasks))
+    head = mirror.head
+    changes = _checked(_compared(opened, mirror, tasks))
     _agree(mirror, changes)
     pushed = Pushed()
     if changes.is_pushed:
         return pushed
-    if not mirror.was_probed:
-        probe(place)
-        mirror.note_probed()
+    prepare(place, mirror)
     done, every = 0, len(changes.push)
     for group in _groups(opened, mirror, changes):
-        progress(done, every)
-        _push_group(opened, place, mirror, tasks, group, pushed)
+        progress(done, every, pushed.sent_bytes)
+        is_known = group.is_last and mirror.head == head  # then nothing has come since the look above
+        _push_group(opened, place, mirror, tasks, group, pushed, (head, changes) if is_known else None)
         done += len(group.versions)
-    progress(every, every)
+    progress(every, every, pushed.sent_bytes)
     return pushed
+
+
+def _compared(opened: OpenStore, mirror: Mirror, tasks: set[str] | None) -> Changes:
+    """What differs; of tasks that were never here, nothing is to be pushed, so the remote is not asked for them."""
+    here = held(opened, tasks)
+    known = {task for task, _ in (*here.versions, *here.removed, *mirror.agreed_tags())} | here.highest.keys()
+    return compare(here, mirror, known if tasks is None else tasks)
 
 
 def _checked(changes: Changes) -> Changes:
@@ -116,13 +106,19 @@ def _agree(mirror: Mirror, changes: Changes) -> None:
 def _groups(opened: OpenStore, mirror: Mirror, changes: Changes) -> Iterator[_Group]:
     """The versions to push by name and number, in runs of what one entry takes; the last one takes all else, too."""
     group = _Group()
-    size = manifest_bytes = 0
+    size = manifest_bytes = unknown_bytes = 0
     for version in sorted(changes.push, key=lambda version: (version.task, version.number)):
         manifest = manifest_in(opened, version.task, version.number)
         digests = manifest_digests(manifest)
-        new = [digest for digest in digests if digest not in group.digests and not mirror.has(digest)]
+        known = mirror.known_of(digests)
+        new = [digest for digest in digests if digest not in group.digests and digest not in known]
         tensors = tensors_in(opened, new, f"version {version.task}@{version.number}")
         more = sum(tensor.size_bytes for tensor in tensors.values())
+        unknown_bytes += more
+        if (
+            0 < mirror.left_bytes("packs") <= unknown_bytes
+        ):  # to know all packs costs less than to send this for nothing
+            mirror.need_all("packs")
         if group.versions and (
             size + more > GROUP_BYTES
             or manifest_bytes + len(manifest) > _GROUP_MANIFEST_BYTES
@@ -142,24 +138,25 @@ def _groups(opened: OpenStore, mirror: Mirror, changes: Changes) -> Iterator[_Gr
 
 
 def _push_group(
-    opened: OpenStore, place: Place, mirror: Mirror, tasks: set[str] | None, group: _Group, pushed: Pushed
+    opened: OpenStore,
+    place: Place,
+    mirror: Mirror,
+    tasks: set[str] | None,
+    group: _Group,
+    pushed: Pushed,
+    known: tuple[Head, Changes] | None,
 ) -> None:
-    sent: set[bytes] = set()
-    for attempt in range(_MOST_CONFLICTS):
-        head, previous = mirror.head  # first: what is looked at below may be newer, never older
-        changes = _checked(compare(held(opened), mirror, tasks))
+    """Sends a group, and enters it in the log. `known`: what differs after an entry, if that was looked up."""
+    committer = Committer(place, mirror)
+    chosen = tasks if group.is_last else {version.task for version in group.versions}
+    while True:
+        head = mirror.head  # first: what is looked at below may be newer, never older
+        is_known = known is not None and known[0] == head
+        changes = known[1] if known and is_known else _checked(_compared(opened, mirror, chosen))
         index = _index(opened, place, mirror, group, changes, pushed)
         if not index:
             return
-        mirror.check(head + 1, index)
-        data = index.encode()
-        name = hashlib.sha256(data).digest()
-        if name not in sent:
-            place.put(index_name(name), data)
-            sent.add(name)
-        entry = Entry(fresh_name(), previous, name, time.time_ns(), _host())
-        if _commit(place, entry, head + 1):
-            mirror.apply(head + 1, entry.encode(), index)
+        if committer.commit(head, index):
             mirror.take((version.task, version.number) for version in index.versions)
             mirror.agree((tag.task, tag.tag, tag.version) for tag in index.tags)
             pushed.versions += [(version.task, version.number) for version in index.versions]
@@ -167,10 +164,6 @@ def _push_group(
             pushed.tags += [(tag.task, tag.tag, tag.version) for tag in index.tags]
             pushed.entries += 1
             return
-        read_on(mirror, place)
-        if attempt > 2:
-            wait(min(attempt - 3, 5))
-    raise PlaceError(place.url, f"others were first {_MOST_CONFLICTS} times; run the same again")
 
 
 def _index(
@@ -186,10 +179,13 @@ def _index(
             del group.packs[pack]
         mine = {digest for listing in group.packs.values() for digest in listing.places}
         needed = set().union(*map(manifest_digests, index.manifests.values()))
-        missing = [one for one in group.digests if one in needed and one not in mine and not mirror.has(one)]
+        sought = [digest for digest in group.digests if digest in needed and digest not in mine]
+        known = mirror.known_of(sought)
+        missing = [digest for digest in sought if digest not in known]
         if missing:
             _send(opened, place, group, missing, pushed)
         index.packs = dict(group.packs)
+        index.shared = _shared(mirror, needed - mine - set(missing))
     if group.is_last:
         there = {(version.task, version.number) for version in index.versions}
         index.tags = [  # not of what was added here since the versions were counted
@@ -205,6 +201,15 @@ def _index(
     return index
 
 
+def _shared(mirror: Mirror, digests: Iterable[Digest]) -> dict[bytes, PackListing]:
+    """Where tensors lie that are on the remote already."""
+    found: dict[bytes, PackListing] = {}
+    for digest, places in sorted(mirror.places_of(set(digests)).items()):
+        pack, at = places[0]
+        found.setdefault(pack, PackListing(mirror.pack_bytes(pack), {})).places[digest] = at
+    return found
+
+
 def _tags_left(mirror: Mirror, index: LogIndex, task: str, number: int) -> bool:
     """Whether a version is tagged on the remote still, after what an index says."""
     return not set(mirror.tags_of(task, number)) <= {tag.tag for tag in index.tags if tag.task == task}
@@ -215,43 +220,10 @@ def _send(opened: OpenStore, place: Place, group: _Group, missing: list[Digest],
     by_version: dict[Numbered, list[Digest]] = {}
     for digest in missing:
         by_version.setdefault(group.digests[digest], []).append(digest)
-    tensors: dict[str, RawTensor] = {}
+    tensors: dict[Digest, RawTensor] = {}
     for (task, number), digests in by_version.items():
-        for digest, tensor in tensors_in(opened, digests, f"version {task}@{number}").items():
-            tensors[str(digest)] = tensor
-    head, places = lay_out(tensors, pack_metadata(Records(), NO_COMMIT))
-    data = b"".join((head, *(tensors[name].data for name in places)))
-    pack = hashlib.sha256(data).digest()
-    listing = {Digest(name): TensorPlace(*tensor_place) for name, tensor_place in places.items()}
-    place.put(pack_name(pack), data)
-    group.packs[pack] = PackListing(len(data), listing)
-    pushed.sent_bytes += len(data)
-
-
-def _commit(place: Place, entry: Entry, number: int) -> bool:
-    """Creates an entry; False if another one has its number.
-
-    After an error nobody knows whether it was created: whoever's id is there tells. If there is none, the same is
-    tried again, for it may only be late.
-    """
-    name, data = entry_name(number), entry.encode()
-    for attempt in range(TRIES):
-        is_refused = True
-        try:
-            if place.create(name, data):
-                return True
-        except PlaceError as error:
-            if not error.again:
-                raise
-            is_refused = False
-        try:  # what was refused may be our own, of a try whose answer was lost
-            return place.get(name, MAX_ENTRY_BYTES) == data
-        except AbsentError:
-            if is_refused:
-                raise DamagedError(name, "the remote says that it is there, and does not give it") from None
-        wait(attempt)
-    raise PlaceError(place.url, "it does not say whether the push was taken; run the same again, which finds out")
-
-
-def _host() -> str:
-    return "".join(c for c in socket.gethostname() if c.isprintable())[:100]
+        tensors.update(tensors_in(opened, digests, f"version {task}@{number}"))
+    pack, listing = put_pack(place, tensors)
+    opened.release_pages()
+    group.packs[pack] = listing
+    pushed.sent_bytes += listing.file_bytes

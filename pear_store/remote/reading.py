@@ -1,7 +1,14 @@
-"""Reads a remote's log from where a mirror ends. No listing is needed: an entry that is not there is the end."""
+"""Reads a remote's log from where a mirror ends. No listing is needed: an entry that is not there is the end.
+
+A mirror that knows nothing finds the last entry by trying, begins with the base that it names, and reads only the
+entries after that. It then has checked that those entries follow one another and the base's own entry, and not that the
+base is what the entries before it say.
+"""
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from pear_store.errors import AbsentError, DamagedRemoteError
 from pear_store.remote.log import (
@@ -16,10 +23,47 @@ from pear_store.remote.log import (
     parse_settings,
 )
 from pear_store.remote.mirror import Mirror
+from pear_store.remote.partial import fetch_root
 from pear_store.remote.place import Place
 
-_AHEAD = 8
+AHEAD = 16
 """Entries that are asked for at once, where one after the other was there"""
+
+
+class Entries:
+    """The entries of a place, as they are when they are first asked for."""
+
+    def __init__(self, place: Place, pool: ThreadPoolExecutor) -> None:
+        self.place, self._pool = place, pool
+        self._found: dict[int, bytes | None] = {}
+
+    def get(self, numbers: Sequence[int]) -> list[bytes | None]:
+        """Entries; None: there is none."""
+        missing = [number for number in numbers if number not in self._found]
+        found = self._pool.map(lambda number: _get(self.place, entry_name(number)), missing)
+        self._found |= dict(zip(missing, found, strict=True))
+        return [self._found[number] for number in numbers]
+
+    def last(self, known: int) -> int:
+        """The number of the last entry, if there is one of a number that is known; 0: there is none.
+
+        First at distances that double, and then between the last that is there and the first that is not.
+        """
+        low, step = known, 1
+        while True:
+            numbers = [low + (step << k) for k in range(AHEAD)]
+            there = [number for number, data in zip(numbers, self.get(numbers), strict=True) if data is not None]
+            if len(there) < AHEAD:
+                break
+            low, step = there[-1], step << AHEAD
+        high = numbers[len(there)]
+        low = max(low, *there, 0)
+        while high - low > 1:
+            numbers = sorted({low + (high - low) * k // (AHEAD + 1) for k in range(1, AHEAD + 1)} - {low})
+            found = [data is not None for data in self.get(numbers)]
+            first = found.index(False) if False in found else len(found)
+            low, high = ([low, *numbers])[first], ([*numbers, high])[first]
+        return low
 
 
 def read_on(mirror: Mirror, place: Place) -> None:
@@ -29,29 +73,64 @@ def read_on(mirror: Mirror, place: Place) -> None:
         NotFoundError: there is no remote.
         DamagedRemoteError: what is there breaks the rules, or is not the remote that is known.
     """
-    number, known = mirror.head
-    if not number:
-        if not mirror.note_id(parse_settings(place.get(SETTINGS_NAME, MAX_ENTRY_BYTES), mirror.url)):
-            raise _is_another(mirror)
-    else:
-        data = _get(place, entry_name(number))
-        if data is None or hashlib.sha256(data).digest() != known:
-            raise _is_another(mirror)
-    ahead = 1
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    mirror.attach(place, partial(read_on, mirror, place))
+    with ThreadPoolExecutor(AHEAD) as pool:
+        entries = Entries(place, pool)
+        number, known = mirror.head
+        if not number:
+            if not mirror.note_id(parse_settings(place.get(SETTINGS_NAME, MAX_ENTRY_BYTES), mirror.url)):
+                raise is_another(mirror)
+            number, known = mirror.witness
+        if number:
+            (data,) = entries.get([number])
+            if data is None or hashlib.sha256(data).digest() != known:
+                raise is_another(mirror)
         while True:
-            numbers = range(number + 1, number + 1 + ahead)
-            entries: list[tuple[int, bytes]] = []
-            for one, data in zip(numbers, pool.map(lambda one: _get(place, entry_name(one)), numbers), strict=True):
-                if data is None:
-                    break
-                entries.append((one, data))
-            indexes = pool.map(lambda entry: _get_index(mirror.url, place, *entry), entries)
-            for (number, entry), index in zip(entries, indexes, strict=True):
-                mirror.apply(number, entry, index)
-            if len(entries) < ahead:
-                return
-            ahead = min(2 * ahead, _AHEAD)
+            if not mirror.head[0] and mirror.takes_bases:
+                _begin(mirror, entries, entries.last(number))
+            try:
+                _read_entries(mirror, entries, pool)
+                break
+            except DamagedRemoteError:
+                if not mirror.has_base:
+                    raise
+                mirror.refuse_base()  # it or the log is wrong: without it we know
+    mirror.need_all("drop")
+
+
+def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) -> None:
+    ahead = 1
+    while True:
+        number = mirror.head[0]
+        numbers = range(number + 1, number + 1 + ahead)
+        there: list[tuple[int, bytes]] = []
+        for one, data in zip(numbers, entries.get(numbers), strict=True):
+            if data is None:
+                break
+            there.append((one, data))
+        indexes = pool.map(lambda entry: fetch_index(mirror.url, entries.place, *entry), there)
+        for (one, entry), index in zip(there, indexes, strict=True):
+            mirror.apply(one, entry, index)
+        if len(there) < ahead:
+            return
+        ahead = min(2 * ahead, AHEAD)
+
+
+def _begin(mirror: Mirror, entries: Entries, last: int) -> None:
+    """Begins with the base that the last entry names, if that is good."""
+    if not last:
+        return
+    (data,) = entries.get([last])
+    assert data is not None
+    base = parse_entry(data, mirror.url, last).base
+    if base is None or mirror.is_refused(base):
+        return
+    try:
+        root = fetch_root(entries.place, mirror.url, base)
+    except (AbsentError, DamagedRemoteError):
+        mirror.refuse(base)
+        return
+    mirror.begin_with(base, root)
 
 
 def _get(place: Place, name: str) -> bytes | None:
@@ -61,16 +140,18 @@ def _get(place: Place, name: str) -> bytes | None:
         return None
 
 
-def _get_index(url: str, place: Place, number: int, data: bytes) -> LogIndex:
+def fetch_index(url: str, place: Place, number: int, data: bytes) -> LogIndex:
+    """What an entry says."""
     entry = parse_entry(data, url, number)
     name = index_name(entry.index)
     try:
-        return parse_index(place.get(name, MAX_INDEX_BYTES), url, entry.index)
+        packed = place.get(name, MAX_INDEX_BYTES)
     except AbsentError as error:
         raise DamagedRemoteError(url, name, f"entry {number} names it: {error}") from None
+    return parse_index(packed, url, entry.index)
 
 
-def _is_another(mirror: Mirror) -> DamagedRemoteError:
+def is_another(mirror: Mirror) -> DamagedRemoteError:
     return DamagedRemoteError(
         mirror.url,
         "the log",

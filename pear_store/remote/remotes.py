@@ -7,6 +7,7 @@ remotes/NAME.mirror    what the remote's log says, see mirror.py
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -33,7 +34,8 @@ from pear_store.remote.mirror import Mirror, opened_mirror
 from pear_store.remote.opening import check_options, checked_url, open_place
 from pear_store.remote.place import Place, probe
 from pear_store.remote.reading import read_on
-from pear_store.remote.retry import Persistent
+from pear_store.remote.retry import Persistent, retried
+from pear_store.remote.single import SingleWriter
 
 REMOTE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 FOLDER = "remotes"
@@ -43,19 +45,29 @@ _MOST_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote by name. `tasks` are patterns such as ``dtd*``: which tasks a pull takes that is given none."""
+    """A remote by name. `tasks` are patterns such as ``dtd*``: which tasks a pull takes that is given none.
+
+    single_writer: a user says that this store alone writes there, so it is written where the probe fails, too.
+    """
 
     name: str
     url: str
     options: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("*",)
+    single_writer: bool = False
 
 
-def init_remote(url: str, options: Mapping[str, str] | None = None) -> str:
+def opened_place(remote: Remote) -> Place:
+    """The place of a remote, whose requests are tried again where that may help."""
+    place = Persistent(open_place(remote.url, remote.options))
+    return SingleWriter(place) if remote.single_writer else place
+
+
+def init_remote(url: str, options: Mapping[str, str] | None = None, single_writer: bool = False) -> str:
     """Makes an empty remote, or finds the one that is there; returns its id.
 
     Raises:
-        PlaceError: the place cannot be reached, or cannot be written by several (:func:`probe`).
+        PlaceError: the place cannot be reached, or cannot be written by several (:func:`probe`) and shall be.
         FormatError: another Pear wrote the remote that is there.
     """
     check_options(options or {})
@@ -65,8 +77,8 @@ def init_remote(url: str, options: Mapping[str, str] | None = None) -> str:
             os.makedirs(url, exist_ok=True)
         except OSError as error:
             raise from_os_error(error, Path(url)) from None
-    with closing(Persistent(open_place(url, options))) as place:
-        probe(place)
+    with closing(opened_place(Remote("", url, options or {}, single_writer=single_writer))) as place:
+        retried(lambda: probe(place))
         id = fresh_name()
         if place.create(SETTINGS_NAME, encode_settings(id)):
             return id
@@ -142,14 +154,16 @@ def _parse(path: Path, name: str, data: bytes) -> Remote:
     try:
         value = strict_json(data[:_MOST_BYTES])
         url, options, tasks = value["url"], value["options"], value["tasks"]
+        single_writer = value.get("single_writer", False)
         texts = [url, *options, *options.values(), *tasks]
-        if value["format"] != _FORMAT or not all(isinstance(text, str) for text in texts):
+        is_text = all(isinstance(text, str) for text in texts)
+        if value["format"] != _FORMAT or not is_text or not isinstance(single_writer, bool):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(
             f"{path}: not what 'pear-store remote add' writes; delete it and add the remote again"
         ) from None
-    return Remote(name, url, options, tuple(tasks))
+    return Remote(name, url, options, tuple(tasks), single_writer)
 
 
 def find_remote(path: Path, name: str | None) -> Remote:
@@ -172,7 +186,7 @@ def connected(opened: OpenStore, name: str | None) -> Iterator[tuple[Remote, Pla
     """A remote by its name, its place and what is known of it."""
     remote = find_remote(opened.path, name)
     check_options(remote.options)
-    with closing(Persistent(open_place(remote.url, remote.options))) as place:
+    with closing(opened_place(remote)) as place:
         file: Path | None = opened.path / FOLDER / f"{remote.name}.mirror"
         if not os.access(opened.path / FOLDER, os.W_OK):
             file = None
@@ -184,14 +198,19 @@ def push(
     opened: OpenStore,
     name: str | None = None,
     tasks: Collection[str] = (),
-    progress: pushing.Progress = lambda done, all_: None,
+    progress: pushing.Progress = lambda done, all_, moved_bytes: None,
 ) -> pushing.Pushed:
     """See :meth:`pear_store.Store.push`."""
-    here = held(opened)
+    here = held(opened, tasks)
     known = {task for task, _ in (*here.versions, *here.removed)}
     if unknown := [task for task in tasks if task not in known]:
         raise NotFoundError(f"no task {unknown[0]!r} in {opened.path}; 'pear-store ls' shows what is there")
-    with connected(opened, name) as (_, place, mirror):
+    with connected(opened, name) as (remote, place, mirror):
+        if remote.single_writer:
+            warnings.warn(
+                f"{remote.url}: kept for this store alone; what another store pushes there meanwhile may be lost",
+                stacklevel=2,
+            )
         return pushing.push(opened, place, mirror, set(tasks) or None, progress)
 
 
@@ -199,7 +218,7 @@ def pull(
     opened: OpenStore,
     name: str | None = None,
     references: Collection[str] = (),
-    progress: pulling.Progress = lambda done, all_: None,
+    progress: pulling.Progress = lambda done, all_, moved_bytes: None,
 ) -> pulling.Pulled:
     """See :meth:`pear_store.Store.pull`."""
     with connected(opened, name) as (remote, place, mirror):
@@ -223,7 +242,9 @@ def stats(opened: OpenStore, name: str | None = None) -> dict[str, str | int]:
         return {"name": remote.name, "url": remote.url, "entries": mirror.head[0], **mirror.counts()}
 
 
-def clone_store(path: Path, remote: Remote, progress: pulling.Progress = lambda done, all_: None) -> pulling.Pulled:
+def clone_store(
+    path: Path, remote: Remote, progress: pulling.Progress = lambda done, all_, moved_bytes: None
+) -> pulling.Pulled:
     """Makes a store of what a remote holds, or goes on with one that was cut off.
 
     Raises:

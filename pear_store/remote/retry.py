@@ -1,33 +1,37 @@
-"""Tries again what may work the next time."""
+"""Tries again what may work the next time; which errors those are, answers.py says."""
 
 import random
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import TypeVar
 
-from pear_store.errors import PlaceError
+from pear_store.errors import PearStoreError, PlaceError
 from pear_store.remote.place import Place, Range
 
 T = TypeVar("T")
-TRIES = 6
+TRIES = 10
+"""With the waits between them they last about 15 seconds: longer than a server takes to start again"""
+_FIRST_TRIES = 4
+"""Before a place has answered once: its name may be wrong"""
 _LONGEST_WAIT_S = 8.0
 
 
-def wait(attempt: int) -> None:
+def wait(attempt: int, ended: threading.Event | None = None) -> None:
     """Sleeps longer from try to try, each time by chance: of many that were refused at once, few come back at once."""
-    time.sleep(random.random() * min(_LONGEST_WAIT_S, 0.1 * 2**attempt))
+    (ended or threading.Event()).wait(random.random() * min(_LONGEST_WAIT_S, 0.1 * 2**attempt))
 
 
-def retried(act: Callable[[], T]) -> T:
+def retried(act: Callable[[], T], tries: Callable[[], int] = lambda: TRIES, ended: threading.Event | None = None) -> T:
     """What `act` returns; it is called again after errors that another try may help."""
-    for attempt in range(TRIES - 1):
+    for attempt in count(1):
         try:
             return act()
         except PlaceError as error:
-            if not error.again:
+            if not error.again or attempt >= tries() or (ended is not None and ended.is_set()):
                 raise
-            wait(attempt)
-    return act()
+        wait(attempt - 1, ended)
+    raise AssertionError("unreachable")
 
 
 class Persistent(Place):
@@ -36,24 +40,39 @@ class Persistent(Place):
     def __init__(self, place: Place) -> None:
         self._place = place
         self.url, self.can_write = place.url, place.can_write
+        self._has_answered = False
+        self._ended = threading.Event()
+
+    def _retried(self, act: Callable[[], T]) -> T:
+        return retried(lambda: self._noted(act), lambda: TRIES if self._has_answered else _FIRST_TRIES, self._ended)
+
+    def _noted(self, act: Callable[[], T]) -> T:
+        try:
+            found = act()
+        except PearStoreError as error:
+            self._has_answered = self._has_answered or not isinstance(error, PlaceError)
+            raise
+        self._has_answered = True
+        return found
 
     def get(self, name: str, at_most: int) -> bytes:
-        return retried(lambda: self._place.get(name, at_most))
+        return self._retried(lambda: self._place.get(name, at_most))
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        return retried(lambda: self._place.get_ranges(name, ranges))
+        return self._retried(lambda: self._place.get_ranges(name, ranges))
 
     def put(self, name: str, data: bytes) -> None:
-        retried(lambda: self._place.put(name, data))
+        self._retried(lambda: self._place.put(name, data))
 
     def create(self, name: str, data: bytes) -> bool:
         return self._place.create(name, data)
 
     def list(self, prefix: str) -> Iterator[str]:
-        return iter(retried(lambda: list(self._place.list(prefix))))
+        return iter(self._retried(lambda: list(self._place.list(prefix))))
 
     def delete(self, name: str) -> None:
-        retried(lambda: self._place.delete(name))
+        self._retried(lambda: self._place.delete(name))
 
     def close(self) -> None:
+        self._ended.set()
         self._place.close()

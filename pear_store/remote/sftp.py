@@ -1,6 +1,5 @@
 """A place on an SSH server, by SFTP. Through paramiko (extra `remote`)."""
 
-import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from pear_store.errors import AbsentError, PlaceError
+from pear_store.errors import AbsentError, DiskFullError, PearStoreError, PlaceError
 from pear_store.format.digest import fresh_name
-from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined
+from pear_store.remote.answers import failure
+from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, is_name, joined, own_names
 
 T = TypeVar("T")
 _TIMEOUT_S = 30
@@ -66,7 +66,7 @@ class SftpPlace(Place):
         if config.is_file():
             known = paramiko.SSHConfig.from_path(str(config)).lookup(host)
         keys = [self._options["key_file"]] if "key_file" in self._options else known.get("identityfile")
-        ssh = paramiko.SSHClient()
+        self._ssh = ssh = paramiko.SSHClient()
         ssh.set_missing_host_key_policy(paramiko.RejectPolicy())
         if "known_hosts" in self._options:
             ssh.load_host_keys(self._options["known_hosts"])
@@ -76,7 +76,6 @@ class SftpPlace(Place):
             known.get("hostname", host), port or int(known.get("port", 22)), user or known.get("user"),
             key_filename=keys, timeout=_TIMEOUT_S, banner_timeout=_TIMEOUT_S, auth_timeout=_TIMEOUT_S,
         )  # fmt: skip
-        self._ssh = ssh
         sftp = ssh.open_sftp()
         sftp.get_channel().settimeout(_TIMEOUT_S)
         return sftp
@@ -85,21 +84,38 @@ class SftpPlace(Place):
         with self._lock:
             try:
                 if self._sftp is None:
-                    self._sftp = self._connect()
+                    self._sftp = self._opened()
                 return act(self._sftp)
+            except PearStoreError:
+                raise
             except FileNotFoundError:
-                raise AbsentError(self.url, name) from None
+                problem: PearStoreError = AbsentError(self.url, name)
             except PermissionError:
-                raise PlaceError(self.url, f"{name}: access is denied") from None
-            except self._paramiko.AuthenticationException:
-                self._close()
-                raise PlaceError(self.url, "the server accepts none of the keys at hand") from None
+                problem = PlaceError(self.url, f"{name}: access is denied; see which rights the user has there")
             except (OSError, EOFError, self._paramiko.SSHException) as error:
                 self._close()
-                again = not isinstance(error, self._paramiko.BadHostKeyException)
-                again = again and "not found in known_hosts" not in str(error)
-                problem = str(error)[:200] or type(error).__name__
-                raise PlaceError(self.url, f"{name}: {problem}", again=again) from None
+                problem = failure(self.url, name, f"{type(error).__name__}: {error}")
+        raise problem
+
+    def _opened(self) -> Any:
+        """A connection; an error at this is not one of an object."""
+        paramiko = self._paramiko
+        try:
+            return self._connect()
+        except paramiko.BadHostKeyException:
+            problem = "the server's key is another one than in known_hosts; it may not be the server that you know"
+        except paramiko.AuthenticationException as error:
+            if "shut down" in str(error) or "timeout" in str(error):  # the connection's fault, and no key's
+                raise
+            problem = "the server accepts none of the keys at hand; see the user's name, 'ssh-add', the option key_file"
+        except (FileNotFoundError, PermissionError, ValueError) as error:
+            problem = f"{getattr(error, 'filename', None) or 'a file of keys'} cannot be read"
+        except paramiko.SSHException as error:
+            if "not found in known_hosts" not in str(error):
+                raise
+            problem = "the server's key is not in known_hosts; 'ssh' to it once, and compare what it shows"
+        self._close()
+        raise PlaceError(self.url, problem)
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -107,6 +123,7 @@ class SftpPlace(Place):
     def get(self, name: str, at_most: int) -> bytes:
         def act(sftp: Any) -> bytes:
             with sftp.open(self._path(checked_name(name)), "rb") as file:
+                self._ask_quietly(file)
                 size = file.stat().st_size
                 check_size(self.url, name, size, at_most)
                 file.prefetch(size)
@@ -121,6 +138,7 @@ class SftpPlace(Place):
 
         def act(sftp: Any) -> list[bytes]:
             with sftp.open(self._path(checked_name(name)), "rb") as file:
+                self._ask_quietly(file)
                 size = file.stat().st_size
                 for (start, length), _ in runs:
                     check_whole(self.url, name, b"", length if start + length > size else 0)
@@ -132,6 +150,16 @@ class SftpPlace(Place):
                 )
 
         return self._do(name, act)
+
+    def _ask_quietly(self, file: Any) -> None:
+        """paramiko asks ahead in a thread, which prints a traceback if the connection is lost; who reads says that."""
+        ask = file._prefetch_thread
+
+        def asked(*args: Any) -> None:
+            with suppress(OSError, EOFError, self._paramiko.SSHException):
+                ask(*args)
+
+        file._prefetch_thread = asked
 
     def put(self, name: str, data: bytes) -> None:
         def act(sftp: Any) -> None:
@@ -160,44 +188,60 @@ class SftpPlace(Place):
             self._make(sftp, "/".join(folders[:depth]))
         self._make(sftp, "tmp")
         written = self._path(f"tmp/{fresh_name()}")
-        with sftp.open(written, "wxb") as file:
-            file.set_pipelined(True)
-            file.write(data)
-            file.flush()
-            file.set_pipelined(False)
-            with suppress(OSError):  # a server may not offer it
-                sftp._request(self._paramiko.sftp.CMD_EXTENDED, "fsync@openssh.com", file.handle)
-        if sftp.stat(written).st_size != len(data):
-            raise OSError("what was written arrived only in part")
+        try:
+            with sftp.open(written, "wxb") as file:
+                file.set_pipelined(True)
+                file.write(data)
+                file.flush()
+                file.set_pipelined(False)
+                with suppress(OSError):  # a server may not offer it
+                    sftp._request(self._paramiko.sftp.CMD_EXTENDED, "fsync@openssh.com", file.handle)
+            if sftp.stat(written).st_size != len(data):
+                raise OSError("what was written arrived only in part")
+        except (OSError, self._paramiko.SSHException):
+            with suppress(OSError, EOFError, self._paramiko.SSHException):
+                is_full = self._free_bytes(sftp) < len(data)  # SFTP has no word for it
+                sftp.remove(written)
+                if is_full:
+                    raise DiskFullError(self.url) from None
+            raise
         return written
+
+    def _free_bytes(self, sftp: Any) -> int:
+        """Of the server's file system, for this user; an OSError where the server does not say."""
+        _, answer = sftp._request(self._paramiko.sftp.CMD_EXTENDED, "statvfs@openssh.com", self._root)
+        _, fragment_bytes, _, _, available = (answer.get_int64() for _ in range(5))
+        return int(fragment_bytes * available)
 
     def _make(self, sftp: Any, folder: str) -> None:
         if folder in self._made:
             return
         path = self._path(folder).rstrip("/") or "/"
-        try:
-            sftp.stat(path)
-        except FileNotFoundError:
-            with suppress(OSError):  # another was first, or else the next request says why
+        if not _is_there(sftp, path):
+            try:
                 sftp.mkdir(path)
+            except OSError:
+                if not _is_there(sftp, path):  # else another was first
+                    raise
         self._made.add(folder)
 
     def list(self, prefix: str) -> Iterator[str]:
         def act(sftp: Any) -> list[str]:
-            found, folders = [], [prefix.rstrip("/")]
-            while folders:
-                within = folders.pop()
-                with suppress(FileNotFoundError):
-                    for entry in sftp.listdir_attr(self._path(within)):
-                        kind = stat.S_IFMT(entry.st_mode or 0)
-                        name = os.path.basename(entry.filename)
-                        if kind == stat.S_IFDIR:
-                            folders.append(f"{within}/{name}")
-                        elif kind == stat.S_IFREG:
-                            found.append(f"{within}/{name}")
-            return found
+            return list(own_names(self.url, prefix, self._names(sftp, prefix.rstrip("/"))))
 
         return iter(self._do(prefix, act))
+
+    def _names(self, sftp: Any, top: str) -> Iterator[str]:
+        folders = [top]
+        while folders:
+            within = folders.pop()
+            with suppress(FileNotFoundError):
+                for entry in sftp.listdir_iter(self._path(within)):
+                    kind, name = stat.S_IFMT(entry.st_mode or 0), f"{within}/{entry.filename}"
+                    if kind == stat.S_IFREG:
+                        yield name
+                    elif kind == stat.S_IFDIR and "/" not in entry.filename and is_name(name):
+                        folders.append(name)
 
     def delete(self, name: str) -> None:
         def act(sftp: Any) -> None:
@@ -205,3 +249,11 @@ class SftpPlace(Place):
                 sftp.remove(self._path(checked_name(name)))
 
         self._do(name, act)
+
+
+def _is_there(sftp: Any, path: str) -> bool:
+    try:
+        sftp.stat(path)
+    except FileNotFoundError:
+        return False
+    return True

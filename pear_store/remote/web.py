@@ -1,17 +1,21 @@
-"""A place on a web server, which is only read: no listing is needed to read a remote."""
+"""A place on a web server, which is only read: no listing is needed for that. Through httpx (extra `remote`)."""
 
-import http.client
 import re
-import ssl
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
+from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError, PlaceError
+from pear_store.remote.answers import failure, refusal
 from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined
 
+T = TypeVar("T")
 _TIMEOUT_S = 60
-_CHUNK_BYTES = 1 << 20
+_LEAST_BYTES_S = 1000
+"""A server that sends less for longer is given up"""
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d+|\*)")
 
 
@@ -28,129 +32,105 @@ class WebPlace(Place):
         parts = urlsplit(self.url)
         if parts.username or parts.query or parts.fragment or not parts.hostname:
             raise PlaceError(parts.hostname or "URL", "expected http(s)://HOST/PATH without a password or a query")
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path
-        self._is_secure = parts.scheme == "https"
-        self._local = threading.local()
-        self._open: list[http.client.HTTPConnection] = []
+        try:
+            import httpx
+        except ImportError as error:
+            raise PlaceError(url, f"needs httpx: {error}; pip install 'pear-adapters[remote]'") from None
+        self._httpx: Any = httpx
+        self._path = parts.path
+        self._base = f"{parts.scheme}://{parts.netloc}"
+        self._client = httpx.Client(
+            follow_redirects=False, trust_env=False, timeout=_TIMEOUT_S, headers={"Accept-Encoding": "identity"}
+        )
 
     def close(self) -> None:
-        for connection in self._open:
-            connection.close()
-        self._open.clear()
-        self._local = threading.local()
+        self._client.close()
 
     def get(self, name: str, at_most: int) -> bytes:
-        response = self._request(name, {})
-        length = response.headers.get("Content-Length", "")
-        if length.isascii() and length.isdigit() and len(length) < 19 and int(length) > at_most:
-            self._drop()
-            check_size(self.url, name, int(length), at_most)
-        data = self._read(response, name, at_most + 1)
-        if len(data) > at_most:
-            self._drop()
-            raise DamagedRemoteError(self.url, name, f"more than {at_most} bytes")
-        return data
+        def act() -> bytes:
+            with self._answer(name, {}) as response:
+                length = response.headers.get("Content-Length", "")
+                if length.isascii() and length.isdigit() and len(length) < 19:
+                    check_size(self.url, name, int(length), at_most)
+                return self._body(response, name, at_most)
+
+        return self._do(name, act)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         runs = joined(ranges)
         read: list[bytes] = []
         for (start, size), _ in runs:
-            if not size:
-                read.append(b"")
-                continue
-            response = self._request(name, {"Range": f"bytes={start}-{start + size - 1}"})
-            if response.status == 200:  # it knows no ranges
+            data = self._do(name, partial(self._get_run, name, start, size, ranges)) if size else b""
+            if isinstance(data, list):  # it knows no ranges
+                return data
+            read.append(data)
+        return cut(runs, read, ranges)
+
+    def _get_run(self, name: str, start: int, size: int, ranges: Sequence[Range]) -> bytes | list[bytes]:
+        with self._answer(name, {"Range": f"bytes={start}-{start + size - 1}"}) as response:
+            if response.status_code == 200:
                 return self._sieve(response, name, ranges)
             found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if found is None or int(found[1]) != start:
-                self._drop()
                 raise PlaceError(self.url, f"{name}: the server sent another range than was asked for")
-            data = self._read(response, name, size)
-            if len(data) != size:
-                self._drop()
-            read.append(check_whole(self.url, name, data, size))
-        return cut(runs, read, ranges)
+            return check_whole(self.url, name, self._body(response, name, size), size)
 
-    def _sieve(self, response: http.client.HTTPResponse, name: str, ranges: Sequence[Range]) -> list[bytes]:
+    def _sieve(self, response: Any, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """Cuts ranges out of a whole object as it arrives; holds only those."""
         found: list[list[bytes]] = [[] for _ in ranges]
         at, end = 0, max(offset + length for offset, length in ranges)
-        while at < end and (chunk := self._chunk(response, name)):
+        for chunk in self._chunks(response, name):
             for number, (offset, length) in enumerate(ranges):
                 if (low := max(offset - at, 0)) < (high := min(offset + length - at, len(chunk))):
                     found[number].append(chunk[low:high])
             at += len(chunk)
-        if not response.isclosed():
-            self._drop()
+            if at >= end:
+                break
         return [
             check_whole(self.url, name, b"".join(parts), length)
             for parts, (_, length) in zip(found, ranges, strict=True)
         ]
 
-    def _read(self, response: http.client.HTTPResponse, name: str, at_most: int) -> bytes:
+    def _body(self, response: Any, name: str, at_most: int) -> bytes:
         parts: list[bytes] = []
         size = 0
-        while size < at_most and (chunk := self._chunk(response, name, at_most - size)):
+        for chunk in self._chunks(response, name):
             parts.append(chunk)
             size += len(chunk)
+            if size > at_most:
+                raise DamagedRemoteError(self.url, name, f"more than {at_most} bytes")
         return b"".join(parts)
 
-    def _chunk(self, response: http.client.HTTPResponse, name: str, at_most: int = _CHUNK_BYTES) -> bytes:
-        try:
-            return response.read(min(at_most, _CHUNK_BYTES))
-        except (OSError, http.client.HTTPException) as error:
-            self._drop()
-            raise PlaceError(self.url, f"{name}: {_text(error)}", again=True) from None
+    def _chunks(self, response: Any, name: str) -> Iterator[bytes]:
+        start, size = time.monotonic(), 0
+        for chunk in response.iter_raw():
+            size += len(chunk)
+            if time.monotonic() - start > _TIMEOUT_S + size / _LEAST_BYTES_S:
+                raise PlaceError(self.url, f"{name}: the server sends too slowly", again=True)
+            yield chunk
 
-    def _request(self, name: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    @contextmanager
+    def _answer(self, name: str, headers: dict[str, str]) -> Iterator[Any]:
         path = quote(f"{self._path}/{checked_name(name)}", safe="/%~+,;=@:!$&'()*")
-        for attempt in range(2):
-            connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-            is_kept = connection is not None
-            try:
-                if connection is None:
-                    connection = self._connect()
-                connection.request("GET", path, headers={"Accept-Encoding": "identity", **headers})
-                response = connection.getresponse()
-                break
-            except (OSError, http.client.HTTPException) as error:
-                self._drop()
-                if not is_kept or attempt:  # a server may have closed a connection that was kept
-                    raise PlaceError(self.url, f"{name}: {_text(error)}", again=True) from None
-        if response.status in (200, 206):
-            return response
-        status, location = response.status, response.headers.get("Location", "")
-        self._drop()
+        with self._client.stream("GET", self._base + path, headers=headers) as response:
+            if response.status_code not in (200, 206):
+                raise self._refusal(response, name)
+            yield response
+
+    def _refusal(self, response: Any, name: str) -> PearStoreError:
+        status = response.status_code
         if status in (404, 410):
-            raise AbsentError(self.url, name)
-        if 300 <= status < 400:
-            raise PlaceError(self.url, f"{name}: the server redirects to {location[:200]!r}, which is not followed")
-        if status in (401, 403):
-            raise PlaceError(self.url, f"{name}: access is denied (status {status})")
+            return AbsentError(self.url, name)
         if status == 416:
-            raise DamagedRemoteError(self.url, name, "it is shorter than the log says")
-        raise PlaceError(self.url, f"{name}: the server answered with status {status}", again=status >= 500)
+            return DamagedRemoteError(self.url, name, "it is shorter than the log says")
+        return refusal(self.url, name, status, None)
 
-    def _connect(self) -> http.client.HTTPConnection:
-        if self._is_secure:
-            context = ssl.create_default_context()
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=_TIMEOUT_S, context=context
-            )
-        else:
-            made = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
-        self._local.connection = made
-        self._open.append(made)
-        return made
-
-    def _drop(self) -> None:
-        """Closes this thread's connection, of which something is left unread."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-            if connection in self._open:
-                self._open.remove(connection)
+    def _do(self, name: str, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except (OSError, self._httpx.HTTPError, self._httpx.StreamError) as error:
+            problem = failure(self.url, name, f"{type(error).__name__}: {error}")
+        raise problem
 
     def put(self, name: str, data: bytes) -> None:
         raise self._only_read()
@@ -166,7 +146,3 @@ class WebPlace(Place):
 
     def _only_read(self) -> PlaceError:
         return PlaceError(self.url, "a web server can only be read")
-
-
-def _text(error: BaseException) -> str:
-    return str(error)[:200] or type(error).__name__

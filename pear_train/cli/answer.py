@@ -71,7 +71,8 @@ def answer_one(result: Result, out: Path, as_json: bool) -> None:
     echo(f"{result.task} ({result.method}): {_scores(result)}, {result.seconds:.0f} s")
     echo(
         f"{click.format_filename(out)}: {result.file_bytes:,} bytes (adapters {result.adapter_bytes:,}, "
-        f"knowledge {result.knowledge_bytes:,}, head {result.head_bytes:,})"
+        f"knowledge {result.knowledge_bytes:,}, head {result.head_bytes:,}"
+        + (f"; common bases {result.bases_bytes:,})" if result.bases_bytes else ")")
     )
 
 
@@ -84,6 +85,8 @@ def _show_positions(result: Result) -> None:
             borrowed = [*([result.borrowed[position]] if position in result.borrowed else [])]
             borrowed += [f"bank {name}" for name in result.banked.get(position, [])]
             uses = f"pruned, borrows {', '.join(borrowed)}" if borrowed else "pruned"
+            if result.bases_bytes:
+                uses = "common bases alone"
         bar = "█" * max(1, round(20 * score / peak)) if score > 0 else ""
         rows.append({"position": position, "importance": f"{score / peak:.4f}", "": bar, "adapter": uses})
     echo_table(rows, ["left"] * len(rows[0]))

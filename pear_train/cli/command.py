@@ -63,6 +63,15 @@ _PATH = click.Path(path_type=Path)
     "Sharing between tasks", "--make-base", is_flag=True,
     help="Train one adapter set for all of --tasks, and write it as a base set.",
 )  # fmt: skip
+@option("Sharing between tasks", "--bases", help="Common bases to train cores in: a file, or a name in --from-store.")
+@run_option("Sharing between tasks", "--own-rank", "Rank of a task's own adapters beside its cores.")
+@run_option("Sharing between tasks", "--own-bytes", "Bytes of these adapters: the most important that fit.")
+@option(
+    "Sharing between tasks", "--make-bases", is_flag=True,
+    help="Make common bases of --rank from the tasks of --from-store; with --tasks, train them on for these.",
+)  # fmt: skip
+@option("Sharing between tasks", "--from-store", type=_PATH, help="Store of the tasks for --make-bases, or of --bases.")
+@option("Sharing between tasks", "--from-tasks", help="Comma-separated tasks of it [default: the 64 added last].")
 @option(
     "Output", "--out", type=_PATH, required=True,
     help="Task checkpoint to write; with --tasks a folder, made where it is missing.",
@@ -72,7 +81,8 @@ _PATH = click.Path(path_type=Path)
     help="Replace what runs of other options or data left at --out; refused without.",
 )  # fmt: skip
 @option("Output", "--force", is_flag=True, help="Train again, whatever task checkpoint lies at --out.")
-@run_option("Output", "--tensor-dtype", "What adapters are written in; Q8, Q4, Q1: codes.")
+@run_option("Output", "--tensor-dtype", "What adapters are written in; Q8, Q4, Q2, Q1: codes.")
+@run_option("Output", "--core-dtype", "What cores are written in.")
 @run_option("Output", "--head-dtype", "What the head is written in.")
 @option("Output", "--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
@@ -82,7 +92,7 @@ _PATH = click.Path(path_type=Path)
     "Other", "--set", "settings", multiple=True, metavar="NAME=VALUE",
     help="Any option of a run, by its name in a file of tasks; may be repeated. The only way to set prune_epoch, "
     "activation, scale, down, importance, sharing, borrow, borrowed_scale, train_borrowed_scale, scale_lr, knowledge, "
-    "knowledge_bits, max_grad_norm, drop_branch, select and bank_share.",
+    "knowledge_bits, max_grad_norm, drop_branch, select, bank_share, core_lr and bases_lr.",
 )  # fmt: skip
 @click.pass_context
 def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
@@ -91,6 +101,9 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     With --tasks FILE, train every task that FILE names into the folder --out. A task whose checkpoint is there already,
     of the same options and data, is not trained again; one of others is refused. An interrupted run goes on after its
     last epoch.
+
+    With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, TASK has only cores in
+    them, and what --own-rank and --own-bytes allow.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
@@ -109,6 +122,12 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
 def _check_usage(request: Request) -> None:
     """Refuses options that would say nothing."""
     task, tasks_file = request.task, request.tasks_file
+    if request.make_bases or request.from_tasks is not None or request.bases is not None:
+        _check_bases_usage(request)
+    if request.from_store is not None and not request.make_bases and request.bases is None:
+        raise click.UsageError("--from-store needs --make-bases or --bases: it says which store these read")
+    if request.make_bases:
+        return
     if (task is None) == (tasks_file is None) or (task is None) != (request.data is None):
         raise click.UsageError("expected either TASK with --data, or --tasks")
     if request.make_base and tasks_file is None:
@@ -120,6 +139,19 @@ def _check_usage(request: Request) -> None:
     unused = [f"--{name}" for name in ("base", "bank", "plot") if getattr(request, name)]
     if request.make_base and unused:
         raise click.UsageError(f"--make-base takes no {' or '.join(unused)}")
+
+
+def _check_bases_usage(request: Request) -> None:
+    if request.make_bases:
+        if request.from_store is None:
+            raise click.UsageError("--make-bases needs --from-store: the store of the tasks that they are made from")
+        names = ("base", "bank", "bases", "make_base", "plot", "data", "together")
+        if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]:
+            raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
+    elif request.from_tasks is not None:
+        raise click.UsageError("--from-tasks needs --make-bases: it names tasks of --from-store")
+    elif unused := [f"--{name.replace('_', '-')}" for name in ("base", "bank", "make_base") if getattr(request, name)]:
+        raise click.UsageError(f"--bases takes no {' or '.join(unused)}")
 
 
 def _answer(request: Request, work: Work) -> None:

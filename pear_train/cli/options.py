@@ -17,8 +17,9 @@ KNOWN = OPTIONS | DATA_OPTIONS
 """What a run can be told, by name: the same names as in a file of tasks."""
 
 Heading: TypeAlias = Literal[
-    "Data", "Backbone", "Method", "Training", "Several tasks", "Sharing between tasks", "Output", "Machine", "Other"
-]
+    "Data", "Store", "Backbone", "Method", "Training", "Several tasks", "Sharing between tasks", "Output", "Gate",
+    "Machine", "Other",
+]  # fmt: skip
 _PLAIN = {"int": int, "float": float, "str": str}
 
 

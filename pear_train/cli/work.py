@@ -17,13 +17,14 @@ from pear_store.terminal import echo, printable
 from pear_train.cli.answer import summary_line
 from pear_train.cli.options import Told
 from pear_train.cli.progress import Progress
-from pear_train.config import OPTIONS
+from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
 from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
+from pear_train.make_bases import bases_identity, bases_of, make_bases
 from pear_train.output import check_out, is_finished
 from pear_train.plot import check_plot, plot_path
 from pear_train.recall import recall_warnings
@@ -51,6 +52,10 @@ class Request:
     bank_tasks: str | None
     base: Path | None
     make_base: bool
+    bases: str | None
+    make_bases: bool
+    from_store: Path | None
+    from_tasks: str | None
     overwrite: bool
     force: bool
     plot: bool
@@ -58,8 +63,8 @@ class Request:
 
     @property
     def many(self) -> bool:
-        """Many checkpoints are to be written; a base set of many tasks is one."""
-        return self.tasks_file is not None and not self.make_base
+        """Many checkpoints are to be written; a base set, or common bases, of many tasks are one."""
+        return self.tasks_file is not None and not self.make_base and not self.make_bases
 
 
 @dataclass
@@ -75,13 +80,24 @@ class Work:
     """Tasks whose checkpoint was there already."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What runs stand on, of other tasks."""
+
+    base: Task | None
+    bank: Sequence[Task]
+    bases: Task | None
+
+
 def do_work(request: Request, told: Told) -> Work | None:
-    """Trains what is asked; None where that was a base set, which is printed already."""
+    """Trains what is asked; None where that was a base set or common bases, which are printed already."""
     out, many = request.out, request.many
     if os.path.isdir(out) != many and os.path.exists(out):
         raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
     if request.tasks_file is not None:
         entries = read_tasks(request.tasks_file, told.options)
+    elif request.make_bases:
+        entries = []
     else:
         entries = [TaskEntry.of(str(request.task), str(request.data), told.options)]
     _note_unused(request, entries, told)
@@ -94,15 +110,20 @@ def do_work(request: Request, told: Told) -> Work | None:
         for path in work.paths.values():
             check_plot(plot_path(path))
     base = None if request.base is None else read_checkpoint(request.base)
-    bank = _bank(request.bank, request.bank_tasks)
+    bank = _stored(request.bank, request.bank_tasks)
+    bases = None if request.bases is None else _read_bases(request.bases, request.from_store)
     datasets = [] if many else [_open(entry, request.data_root) for entry in entries]  # first: a mistake shows at once
     loaded = load_backbone(request.backbone, request.weights)
     echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
     if request.make_base:
         _make_base(request, entries, loaded, datasets)
         return None
-    _plan(request, work, loaded, datasets, given_digest(base, bank))
-    _train(request, work, loaded, base, bank, 8 if many and _on_gpu(told.options["device"]) else 1)
+    if request.make_bases:
+        _make_bases(request, told, entries, loaded, datasets)
+        return None
+    _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
+    given = Given(base, bank, bases)
+    _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
     return work
 
 
@@ -136,15 +157,13 @@ def _as_it_is(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _train(
-    request: Request, work: Work, loaded: Backbone, base: Task | None, bank: Sequence[Task], default_together: int
-) -> None:
+def _train(request: Request, work: Work, loaded: Backbone, given: Given, default_together: int) -> None:
     many, together = request.many, request.together or default_together
     epochs = sum(job.config.epochs for job in work.jobs) if many else None
     with Progress(str(request.task or request.tasks_file), epochs) as bar:
         ended = train_many(
-            work.jobs, loaded, bar.show, together=together, on_error="report" if many else "raise", base=base,
-            bank=bank, say=bar.say,
+            work.jobs, loaded, bar.show, together=together, on_error="report" if many else "raise",
+            base=given.base, bank=given.bank, bases=given.bases, say=bar.say,
         )  # fmt: skip
         for result in ended:
             work.results.append(result)
@@ -167,12 +186,42 @@ def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, dat
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 
 
+def _make_bases(
+    request: Request, told: Told, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]
+) -> None:
+    options = {name: value for name, value in told.options.items() if name in OPTIONS}
+    config, out = TrainConfig(task=request.task or "bases", **options), request.out
+    sources, configs = _stored(request.from_store, request.from_tasks), [entry.config for entry in entries]
+    now = partial(bases_identity, config, loaded, sources, configs, datasets)
+    if not request.force and is_finished(out, now, request.overwrite):
+        echo(f"{out}: made already, from the same tasks; --force makes them again", err=True)
+        made = bases_of(read_checkpoint(out), out.stat().st_size)
+    else:
+        with Progress("bases") as bar:
+            made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say)
+    shown = (
+        f"{click.format_filename(out)}: common bases of rank {made.rank} at {made.positions} positions from "
+        f"{len(made.energy)} tasks, {made.file_bytes:,} bytes"
+    )
+    click.echo(json.dumps(asdict(made)) if request.as_json else shown)
+
+
+def _read_bases(name: str, store: Path | None) -> Task:
+    """Common bases by their name in a store, or of a file."""
+    if store is None:
+        return read_checkpoint(name)
+    with Store(store) as opened:
+        return opened.get(name)
+
+
 def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None:
     """Says which options have no effect: the method does not use them, or the file of tasks has others."""
     unused: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         config = replace(entry.config, method="adapters") if request.make_base else entry.config
-        for name in config.unused(request.base is not None, request.bank is not None):
+        on_bases = request.bases is not None or request.make_bases
+        unused_names = config.unused(request.base is not None, request.bank is not None, on_bases)
+        for name in unused_names if not request.make_bases else set(unused_names) - {"bases_lr"}:
             unused.setdefault((name, config.method), []).append(config.task)
         for name in told.shown:
             value = getattr(entry.config if name in OPTIONS else entry.data_options, name)
@@ -204,7 +253,7 @@ def _open(entry: TaskEntry, root: Path | None) -> Dataset:
     return dataset
 
 
-def _bank(path: Path | None, names: str | None) -> list[Task]:
+def _stored(path: Path | None, names: str | None) -> list[Task]:
     """The newest versions of tasks in a store: of those named, or of those added last."""
     if path is None:
         return []

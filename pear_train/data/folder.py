@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from pear_train.data.dataset import LOOKED_FOR, Dataset, Split, hold_out, listed, raise_all
+from pear_train.data.dataset import LOOKED_FOR, Split, listed, raise_all
+from pear_train.data.labelled import WHOLE, Labelled
 from pear_train.data.layout import by_folder, choose_splits, lone_folder
 from pear_train.data.listing import Listing, describe_skipped, list_pictures
 from pear_train.data.options import DataOptions
@@ -13,11 +14,10 @@ from pear_train.data.options import DataOptions
 _STRAY = "pictures outside of class folders"
 
 
-def open_folder(path: Path, options: DataOptions) -> Dataset:
-    """Classes as folders, below train/, val/ and test/ or directly; what is missing is held out of train.
+def open_folder(path: Path, options: DataOptions, needs_train: bool = True) -> Labelled:
+    """Classes as folders, below train/, val/ and test/ or directly. Sub-folders and links are followed.
 
-    A missing val is a tenth of train; without any split folders, a tenth goes to test, too. Sub-folders and links are
-    followed. What is left out is in the data set's `notes`.
+    What is left out is in `notes`.
     """
     described, listing = f"{path}: an image folder", list_pictures(path)
     while not options.of_folders and (inside := lone_folder(listing)) is not None:
@@ -27,37 +27,28 @@ def open_folder(path: Path, options: DataOptions) -> Dataset:
             listing.skipped.setdefault(reason, []).extend(p for p in paths if not p.startswith(f"{inside}/"))
     for stray in by_folder(listing.pictures)[0]:
         listing.skip(_STRAY, stray)
-    chosen = choose_splits(path, listing.pictures, options)
+    chosen = choose_splits(path, listing.pictures, options, needs_train)
     if not chosen:
         classes, whole = _read(path, "", listing)
         raise_all(listing.faults)
-        rest, test = hold_out(whole, 0.1, "test")
-        kept = whole.subset(rest)
-        train, val = hold_out(kept, 0.1, "val")
-        described += " (about a tenth of each class held out for val, a tenth for test)"
-        notes = describe_skipped(listing.skipped)
-        return Dataset(described, classes, kept.subset(train), kept.subset(val), whole.subset(test), notes=notes)
+        return Labelled(described, classes, {WHOLE: whole}, notes=describe_skipped(listing.skipped))
     tops = {folder.split("/")[0] for folder in chosen.values()}
     for folder in listing.folders_in(""):
         if folder not in tops:
             listing.skip("folders that are no split", f"{folder}/")
     read = {name: _read(path, chosen[name], listing) for name in ("train", "val", "test") if name in chosen}
-    classes = read["train"][0]
+    first = next(iter(read))
+    classes = read[first][0]
     for name in ("val", "test"):
         odd = sorted(set(read[name][0]) ^ set(classes)) if name in read else []
         if odd:
             these = f"{path / chosen[name]}: {'class' if len(odd) == 1 else 'classes'} {listed(odd)}"
-            both = f"{'is' if len(odd) == 1 else 'are'} not in both this and {path / chosen['train']}"
+            both = f"{'is' if len(odd) == 1 else 'are'} not in both this and {path / chosen[first]}"
             listing.faults.append(f"{these} {both}: expected equal classes")
     raise_all(listing.faults)
-    splits = {name: split for name, (_, split) in read.items()}
+    splits: dict[str, Split] = {name: split for name, (_, split) in read.items()}
     described += " with " + ", ".join(f"{chosen[name]}/" for name in splits)
-    if "val" not in splits:
-        rest, held = hold_out(splits["train"], 0.1, "val")
-        splits["val"], splits["train"] = splits["train"].subset(held), splits["train"].subset(rest)
-        described += " (about a tenth of train held out for val)"
-    notes = describe_skipped(listing.skipped)
-    return Dataset(described, classes, splits["train"], splits["val"], splits.get("test"), notes=notes)
+    return Labelled(described, classes, splits, notes=describe_skipped(listing.skipped))
 
 
 def _read(path: Path, split: str, listing: Listing) -> tuple[tuple[str, ...], Split]:

@@ -51,12 +51,13 @@ def lone_folder(listing: Listing) -> str | None:
     return names[0] if within else None
 
 
-def choose_splits(where: Path, pictures: list[str], options: DataOptions) -> dict[str, str]:
-    """The folder of each split, train among them; empty if the folders are classes.
+def choose_splits(where: Path, pictures: list[str], options: DataOptions, needs_train: bool = True) -> dict[str, str]:
+    """The folder of each split; empty if the folders are classes.
 
     Args:
         where: the data set, for messages.
         pictures: paths relative to it.
+        needs_train: one of the splits must be train.
     Raises:
         DataError: it is not sure, with how to say it; or a split that the user named is not there.
     """
@@ -64,7 +65,7 @@ def choose_splits(where: Path, pictures: list[str], options: DataOptions) -> dic
     if options.no_splits:
         return {}
     if any(options.named.values()):
-        return _named_splits(where, pictures, folders, options)
+        return _named_splits(where, pictures, folders, options, needs_train)
     candidates = {name: role for name in folders if (role := split_of(name)) is not None}
     classes_within = {name: set(by_folder(paths)[1]) for name, paths in folders.items()}
     others = [name for name in folders if name not in candidates]
@@ -84,7 +85,7 @@ def choose_splits(where: Path, pictures: list[str], options: DataOptions) -> dic
         alike = [name for name in others if shared & classes_within[name]]
         if alike:
             raise _unsure(where, [*candidates, *alike], "but not all by their names")
-    if "train" not in candidates.values():
+    if needs_train and "train" not in candidates.values():
         raise DataError(
             f"{where}: has {_listed(candidates)} but no train/: expected train/, or classes without split folders; say "
             f"--train-split NAME, or --no-splits if these are classes"
@@ -102,7 +103,7 @@ def choose_splits(where: Path, pictures: list[str], options: DataOptions) -> dic
 
 
 def _named_splits(
-    where: Path, pictures: list[str], folders: Mapping[str, list[str]], options: DataOptions
+    where: Path, pictures: list[str], folders: Mapping[str, list[str]], options: DataOptions, needs_train: bool
 ) -> dict[str, str]:
     """The splits that the user named, and those of the others that are sure."""
     chosen: dict[str, str] = {}
@@ -123,7 +124,7 @@ def _named_splits(
             raise _unsure(where, free, f"and each could be {role}")
         if free:
             chosen[role] = free[0]
-    if "train" not in chosen:
+    if needs_train and "train" not in chosen:
         raise DataError(f"{where}: no folder is recognised as train: say --train-split NAME; has {_listed(folders)}")
     return chosen
 

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pear_train.data.dataset import Dataset, Split, hold_out, numbered
+from pear_train.data.dataset import Split, numbered
+from pear_train.data.labelled import Labelled
 from pear_train.errors import DataError
 
 
-def open_npz(path: Path) -> Dataset:
-    """Images uint8 [n, h, w] or [n, h, w, 1 or 3] and int labels; `classes` are names, by default the numbers.
-
-    A missing val is a tenth of train; test may be absent.
-    """
+def open_npz(path: Path, needs_train: bool = True) -> Labelled:
+    """Images uint8 [n, h, w] or [n, h, w, 1 or 3] and int labels; `classes` are names, by default the numbers."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -27,19 +25,14 @@ def open_npz(path: Path) -> Dataset:
     for name in ("train", "val", "test"):
         if f"x_{name}" in arrays or f"y_{name}" in arrays:
             splits[name] = _split(path, name, arrays)
-    if "train" not in splits:
+    if not splits or (needs_train and "train" not in splits):
         raise DataError(f"{path}: has {', '.join(sorted(arrays)) or 'no arrays'}: expected x_train and y_train")
-    described = f"{path}: a NumPy archive"
-    train = splits["train"]
-    if "val" not in splits:
-        rest, held = hold_out(train, 0.1, "val")
-        splits["val"], train = train.subset(held), train.subset(rest)
-        described += " (about a tenth of train held out for val)"
     if "classes" in arrays:
         classes = tuple(_class_names(path, arrays["classes"]))
     else:
-        classes = numbered(int(splits["train"].targets.max()) + 1 if len(splits["train"]) else 0)
-    return Dataset(described, classes, train, splits["val"], splits.get("test"))
+        first = next(iter(splits.values()))
+        classes = numbered(int(first.targets.max()) + 1 if len(first) else 0)
+    return Labelled(f"{path}: a NumPy archive", classes, splits)
 
 
 def _class_names(path: Path, names: np.ndarray[Any, Any]) -> Iterator[str]:

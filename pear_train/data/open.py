@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pear_train.data.dataset import LOOKED_FOR, Dataset
 from pear_train.data.folder import open_folder
+from pear_train.data.labelled import Labelled
 from pear_train.data.npz import open_npz
 from pear_train.data.options import DataOptions
 from pear_train.data.timm_data import open_timm
@@ -24,20 +25,31 @@ def open_dataset(data: str, root: Path | None = None, options: DataOptions | Non
     Raises:
         DataError: it is none of these, or not usable.
     """
-    path, options = Path(data), options or DataOptions()
-    found = _open(data, path, root, options)
+    options = options or DataOptions()
+    found = open_labelled(data, root, options).dataset()
     return replace(found, skip_unreadable=options.skip_unreadable, limits=Limits(options.max_pixels))
 
 
-def _open(data: str, path: Path, root: Path | None, options: DataOptions) -> Dataset:
+def open_labelled(
+    data: str, root: Path | None = None, options: DataOptions | None = None, needs_train: bool = True
+) -> Labelled:
+    """The same images in the splits that the data has: nothing is held out.
+
+    Args:
+        data, root, options: see `open_dataset`.
+        needs_train: refuse data without a train split; where it is to be evaluated, it needs none.
+    Raises:
+        DataError: it is none of these, or not usable.
+    """
+    path, options = Path(data), options or DataOptions()
     if options.of_folders and (not path.is_dir() or is_vtab(path)):
         raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
     if path.is_file():
         if path.suffix.lower() == ".npz":
-            return open_npz(path)
+            return open_npz(path, needs_train)
         raise DataError(f"{data}: a file that does not end in .npz; looked for {LOOKED_FOR}")
     if path.is_dir():
-        return open_vtab(path) if is_vtab(path) else open_folder(path, options)
+        return open_vtab(path) if is_vtab(path) else open_folder(path, options, needs_train)
     if data.split("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
         return open_timm(data, root)
     raise DataError(f"{data}: no such file or folder; looked for {LOOKED_FOR}")

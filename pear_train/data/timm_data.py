@@ -11,14 +11,15 @@ from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
-from pear_train.data.dataset import Dataset, Split, hold_out, numbered
+from pear_train.data.dataset import Split, numbered
+from pear_train.data.labelled import Labelled
 from pear_train.errors import DataError
 
 _TEST_SPLITS = ("test", "validation", "val")
 
 
-def open_timm(name: str, root: Path | None) -> Dataset:
-    """A named data set; a tenth of its train split is held out for val, its test (else validation) split is test.
+def open_timm(name: str, root: Path | None) -> Labelled:
+    """A named data set: its train split, and its test (else validation) split as test.
 
     Args:
         root: where it lies or is downloaded to; by default below the user's cache directory.
@@ -36,10 +37,9 @@ def open_timm(name: str, root: Path | None) -> Dataset:
         except DataError as error:
             notes.append(str(error))
     classes = names or numbered(int(train.targets.max()) + 1 if len(train) else 0)
-    rest, held = hold_out(train, 0.1, "val")
-    described = f"{name}: a data set that timm knows (about a tenth of train held out for val)"
     without = tuple(notes) if test is None else ()
-    return Dataset(described, classes, train.subset(rest), train.subset(held), test, notes=without)
+    splits = {"train": train} if test is None else {"train": train, "test": test}
+    return Labelled(f"{name}: a data set that timm knows", classes, splits, notes=without)
 
 
 def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from pear_store.files import read_text
-from pear_train.data.dataset import Dataset, Split, numbered
+from pear_train.data.dataset import Split, numbered
+from pear_train.data.labelled import Labelled
 from pear_train.errors import DataError
 
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
@@ -15,7 +16,7 @@ def is_vtab(path: Path) -> bool:
     return (path / _LISTS["train"]).is_file()
 
 
-def open_vtab(path: Path, whole: bool = False) -> Dataset:
+def open_vtab(path: Path, whole: bool = False) -> Labelled:
     """Lines ``images/train800/000000.jpg 17``, paths relative to the folder; classes are named by their numbers.
 
     Args:
@@ -27,7 +28,7 @@ def open_vtab(path: Path, whole: bool = False) -> Dataset:
     count = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0) + 1
     classes = numbered(count)
     described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
-    return Dataset(described, classes, splits["train"], splits["val"], splits["test"], all_in_train=False)
+    return Labelled(described, classes, splits, all_in_train=False)
 
 
 def _read(path: Path, name: str) -> Split:

@@ -1,6 +1,7 @@
 """Predict for a list of images of any length, each with its own task or each through many, on one backbone.
 
-The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .jsonl, .parquet). Its column `image` holds paths or
+The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet). A CSV may have commas,
+semicolons or tabs. Its column `image` holds paths or
 URLs, and in Parquet also encoded images, or structs of bytes and path as Hugging Face writes them. Its column `task`
 holds tasks' names, or name@version. The output has the list's rows in its order, with all its columns, then `version`,
 `label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. Images that the list holds are not
@@ -8,28 +9,44 @@ written again: the output's `image` is their path.
 
 A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
 
+In place of a list, give a folder of pictures with all its sub-folders, or a pattern in quotes ('pictures/*.jpg'), and
+the task with --task. The output then has a row for each picture; below a folder its path in the folder.
+
 If a row cannot be served, only that row fails: `error` says why. A line of the list that cannot be read is such a row.
-If no row at all could be served, the exit code is 1.
+If no row at all could be served, or if more fail than --max-errors allows, the exit code is 1. The output is written
+all the same.
 
 A list's own columns are never replaced. If one has the name of a result, the list is refused: --prefix pear_ then names
 the results `pear_label`, `pear_error` and so on.
 
-With --tasks all, or --tasks a,b,c, the list needs no column `task`: every image goes through all these tasks, and
-the output has a row for each image and task, which the column `task` names. `all` are the tasks that the store has for
-this backbone.
+With --task a (or --tasks a,b,c, or --tasks all), the list needs no column `task`: every image goes through all these
+tasks, and the output has a row for each image and task, which the column `task` names. `all` are the tasks that the
+store has for this backbone.
 
 The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
 goes on after the last finished part, with the tasks' versions that it began with. OUT.run.json says which run wrote
 OUT. If that was the same run (the same list, options, store and backbone), there is nothing to do. If it was another,
 OUT is replaced only with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
 
+OUT without an ending is a folder of Parquet files. Their rows are in the list's order; the column `row` numbers them.
+
+With --ray, the workers of a Ray cluster do the work (docs/cluster.md), and the output is the same. --ray alone starts
+Ray on this machine, until the run ends.
+
     pear-infer list.csv predictions.parquet --store pear.store --backbone pear_tiny
+
+    pear-infer pictures/ predictions.csv --task dtd
 """
 
 import codecs
 import errno
 import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -39,10 +56,12 @@ from platformdirs import user_data_path
 
 from pear_store import PearStoreError, Store
 from pear_store.local.sources import Access
+from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import allow_option, echo, printable
 from router import Router, RouterError
-from router.infer.lists import FORMATS, ImageList
-from router.infer.work import infer
+from router.infer.folder import ImageFolder, is_folder_or_pattern
+from router.infer.lists import CSV, FORMATS, ImageList
+from router.infer.work import Job, infer
 from router.pictures import MAX_PIXELS
 
 
@@ -55,14 +74,31 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
     return "utf-8-sig" if name == "utf-8" else name
 
 
+def _address(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
+    if address is not None and Path(address).suffix in FORMATS:
+        raise click.BadParameter(f"{address!r} is no address: write --ray after LIST and OUT, or --ray=ADDRESS")
+    return address
+
+
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--store", "where", type=click.Path(path_type=Path), envvar="PEAR_STORE", default=user_data_path("pear") / "store",
-    help="The store that holds the tasks [default: $PEAR_STORE, else the user's data directory].",
+    "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
+    help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "
+    "[default: $PEAR_STORE, else the user's data directory].",
 )  # fmt: skip
-@click.option("--tasks", help="Through which tasks every image goes: all, or names with commas.")
+@click.option(
+    "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES", show_default="$PEAR_CACHE_BYTES, else 10 GiB",
+    help="The most bytes of a remote that are cached here, in $PEAR_CACHE_DIR or the user's cache directory.",
+)  # fmt: skip
+@click.option(
+    "--task",
+    "--tasks",
+    "tasks",
+    metavar="TASKS",
+    help="Through which tasks every image goes: all, or names with commas.",
+)  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
@@ -82,32 +118,81 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
 @click.option(
     "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
 )
+@click.option("--max-errors", type=click.IntRange(0), help="Exit code 1 if more rows fail [default: if all fail].")
 @allow_option
+@click.option(
+    "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local", callback=_address,
+    help="Let a Ray cluster do the work: at this address, such as auto or 10.0.0.1:6379, or one of this machine alone.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(1), show_default="as many as the cluster has room for",
+    help="With --ray: how many workers, each with a router of its own.",
+)  # fmt: skip
+@click.option(
+    "--cpus-per-worker", type=click.IntRange(1), show_default="4, or what the smallest machine has; 1 beside a GPU",
+    help="With --ray: the cores that each worker takes.",
+)  # fmt: skip
+@click.option(
+    "--decode", type=click.Choice(["auto", "apart", "beside"]), default="auto", show_default=True,
+    help="With --ray: decode images apart, on any core of the cluster, or beside the forwards, in the workers. auto: "
+    "apart if workers have GPUs.",
+)  # fmt: skip
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run of this output had done.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
-    source: Path, out: Path, where: Path, tasks: str | None, backbone: str, weights: str | None, batch_size: int,
-    top: int, device: str | None, dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str,
-    max_pixels: int, allowed: tuple[str, ...], restart: bool, overwrite: bool, as_json: bool,
+    source: Path, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
+    weights: str | None, batch_size: int, top: int, device: str | None, dtype: str, prefix: str,
+    slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int, max_errors: int | None,
+    allowed: tuple[str, ...], address: str | None, workers: int | None, cpus_per_worker: int | None, decode: str,
+    restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    for path in (source, out):
-        if path.suffix not in FORMATS:
-            raise click.UsageError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks, "prefix": prefix,
-               "max_pixels": max_pixels}  # fmt: skip
-    access = Access(root, frozenset(allowed))
+    whole = is_folder_or_pattern(source)
+    if not whole and source.suffix not in {*FORMATS, *CSV}:
+        raise click.UsageError(f"{source}: expected a folder, or a file ending in {', '.join((*FORMATS, '.tsv'))}")
+    if out.suffix not in ("", *FORMATS):
+        raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
+    if whole and not tasks:
+        raise click.UsageError(f"{source}: pictures without a list: say their task with --task NAME")
+    if whole and root is not None:
+        raise click.UsageError(f"{source}: pictures without a list: --root is for lists")
+    if address is None and (workers or cpus_per_worker or decode != "auto"):
+        raise click.UsageError("--workers, --cpus-per-worker and --decode are for a cluster: give --ray, too")
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
         if source.exists() and out.exists() and out.samefile(source):
             raise click.UsageError(f"{out}: is the list itself; choose another output")
-        listed = ImageList.scan(source, ["image"] if tasks else ["image", "task"], encoding)
-        with Store(where.expanduser()) as store:
-            precision = getattr(torch, dtype)
-            router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
-            report = infer(router, store, listed, out, options, access=access, restart=restart, overwrite=overwrite)
+        listed = _scan(source, whole, ["image"] if tasks else ["image", "task"], encoding)
+        with ExitStack() as stack:
+            if address is not None:
+                cluster = _cluster()
+                stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there what happens to workers
+                stack.enter_context(cluster.session(address))
+                device = device or ("cuda" if cluster.has_gpus() else "cpu")
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            options = {
+                "batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks,
+                "prefix": prefix, "max_pixels": max_pixels,
+            }  # fmt: skip
+            store = stack.enter_context(Store.open(where, cache=CacheSettings(limit_bytes=cache_bytes)))
+            work_off: Callable[[Job], dict[str, Any]] | None = None
+            if address is None:
+                precision = getattr(torch, dtype)
+                router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
+            else:
+                router = Router(backbone, store, weights=weights, device="cpu")  # plans, and computes nothing
+                root = root and root.absolute()
+                settings = cluster.Settings(
+                    backbone, weights and cluster.shared_path(weights), router.backbone.digest,
+                    cluster.shared_path(where), cache_bytes, device, dtype, slot_bytes, top,
+                )  # fmt: skip
+                crew = cluster.make_crew(settings, workers, cpus_per_worker, decode)
+                work_off = partial(cluster.work_off, crew)
+            report = infer(
+                router, store, listed, out, options, access=Access(root, frozenset(allowed)), restart=restart,
+                overwrite=overwrite, work_off=work_off,
+            )  # fmt: skip
     except click.ClickException as error:
         vars(error)["message"] = printable(error.message)
         raise
@@ -123,6 +208,29 @@ def main(
     show(report, as_json)
     if listed.rows and not report["predictions"]:
         raise _failure(f"nothing could be served: {report['errors']} errors, the first: {report['first_error']}")
+    if max_errors is not None and report["errors"] > max_errors:
+        raise _failure(
+            f"{report['errors']} errors, --max-errors allows {max_errors}; the first: {report['first_error']}"
+        )
+
+
+def _scan(source: Path, whole: bool, needed: list[str], encoding: str) -> ImageList | ImageFolder:
+    if not whole:
+        return ImageList.scan(source, needed, encoding)
+    found = ImageFolder.scan(source)
+    if found.left_out:
+        echo(f"{source}: {found.left_out} files are no pictures by their endings, and are left out", err=True)
+    return found
+
+
+def _cluster() -> ModuleType:
+    try:
+        import router.cluster
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise click.UsageError("--ray needs ray: pip install 'pear-adapters[ray]'") from None
+    return router.cluster
 
 
 def _failure(text: str, exit_code: int = 1) -> click.ClickException:
@@ -145,6 +253,14 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
         speed = f"{report['images_per_s']:.1f} images/s"
         echo(f"{report['images']} images in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
+        if "workers" in report:
+            count = "1 worker" if report["workers"] == 1 else f"{report['workers']} workers"
+            echo(
+                f"{count}, {report['retries']} batches tried again. Until the first answer {report['start_s']:.1f} s; "
+                f"waiting for the list {report['read_s']:.1f} s; writing {report['write_s']:.1f} s. Of all workers "
+                f"together: decoding {report['decode_s']:.1f} s, forwards {report['device_s']:.1f} s",
+                err=True,
+            )
     echo(f"{report['predictions']} predictions, {report['errors']} errors: {report['out']}")
 
 

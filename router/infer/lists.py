@@ -11,10 +11,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import islice
+from io import BufferedReader, BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,9 @@ from pear_store.files import open_regular_file
 from router.errors import RouterError
 
 FORMATS = (".csv", ".jsonl", ".parquet")
+CSV = (".csv", ".tsv")
+DELIMITERS = ",;\t"
+"""What may stand between a CSV's fields: spreadsheets write semicolons where the comma is the decimal mark."""
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536
 TABLE_BYTES = 64 << 20
 """About the most that is held of a list whose rows are large, such as one that holds its images."""
@@ -78,16 +81,21 @@ class ImageList:
     """How many rows fit into a table."""
     signature: tuple[int, ...]
 
+    @property
+    def folder(self) -> Path:
+        """Where relative paths begin."""
+        return self.path.parent
+
     @classmethod
     def scan(cls, path: Path, needed: Iterable[str], encoding: str = "utf-8-sig") -> "ImageList":
         """Raises a ListError for what cannot be read to its end, or lacks a column."""
         with _reading(path), _open(path) as file:
             signature = _signature(file)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
             most_rows = ROW_GROUP_ROWS
             if path.suffix == ".parquet":
                 source, rows, most_rows = _scan_parquet(path)
-            elif path.suffix == ".csv":
+            elif path.suffix in CSV:
                 source, rows = _scan_csv(path, encoding)
             else:
                 source, rows = _scan_jsonl(path, encoding, needed)
@@ -169,7 +177,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ListError(path, f"cannot be read as {path.suffix}: {reason:.500}") from None
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     return open_regular_file(path)
 
 
@@ -366,7 +374,9 @@ def _csv_chunks(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[li
 
 def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, str | None]]:
     """The header, then rows: each its fields, or why they cannot be told."""
-    reader = csv.reader(_csv_lines(path, encoding), strict=True)
+    lines = _csv_lines(path, encoding)
+    header = next(lines, "")
+    reader = csv.reader(chain([header] if header else [], lines), strict=True, delimiter=_delimiter(header))
     width: int | None = None
     while True:
         first = reader.line_num + 1
@@ -397,6 +407,15 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, 
             yield row, None
     if width is None:
         yield [], None
+
+
+def _delimiter(header: str) -> str:
+    """What stands between the fields: that by which one of them is the column image; else a comma."""
+    for delimiter in DELIMITERS:
+        with suppress(csv.Error, StopIteration):
+            if "image" in next(csv.reader([header], delimiter=delimiter)):
+                return delimiter
+    return ","
 
 
 def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
@@ -527,7 +546,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_writable(path: Path, schema: pa.Schema) -> None:
     """Raises a ListError if a list of that schema cannot be written to such a file."""
-    if path.suffix == ".parquet":
+    if path.suffix not in (".csv", ".jsonl"):
         try:
             pq.write_table(schema.empty_table(), BytesIO())
         except pa.ArrowException as error:
@@ -541,6 +560,23 @@ def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.T
     except (pa.ArrowException, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise ListError(file, f"cannot be written as {suffix}: {reason:.500}; choose another format") from None
+
+
+def write_folder(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> list[Path]:
+    """Writes numbered Parquet files, in order; returns them.
+
+    Raises:
+        ListError: a value that the format cannot hold.
+    """
+    folder.mkdir()
+    files = []
+    for number, table in enumerate(recut(tables, ROW_GROUP_ROWS, TABLE_BYTES)):
+        files.append(folder / f"{number:08}.parquet")
+        write_list(files[-1], ".parquet", schema, [table])
+    if not files:
+        files.append(folder / f"{0:08}.parquet")
+        write_list(files[-1], ".parquet", schema, [])
+    return files
 
 
 def _write(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

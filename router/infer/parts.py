@@ -1,6 +1,7 @@
 """A long run's finished parts, beside its output: what is finished stays finished.
 
 OUT.parts holds the parts while the run is under way; OUT.run.json says afterwards which run wrote OUT.
+OUT is a file in one of the lists' formats, or a folder of numbered Parquet files.
 """
 
 import fcntl
@@ -8,19 +9,24 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from router.infer.lists import OutputError, write_list
+from router.infer.lists import OutputError, write_folder, write_list
 
 RECORD = {"run", "plan", "sha256", "report"}
 """What OUT.run.json holds."""
+
+
+def is_folder(out: Path) -> bool:
+    """Whether such an output is a folder of Parquet files."""
+    return not out.suffix
 
 
 class Parts:
@@ -30,7 +36,7 @@ class Parts:
     if a run wrote it and nobody changed it since.
 
     Args:
-        out: the output; the folder is beside it.
+        out: the output, a file or a folder; the parts' folder is beside it.
         plan: what makes it the same run when it is taken up again.
         chosen: makes what is decided once, when the run begins, and kept.
         restart: forget what an unfinished run had done.
@@ -48,10 +54,11 @@ class Parts:
         self, out: Path, plan: dict[str, Any], chosen: Callable[[], Any], restart: bool = False, overwrite: bool = False
     ) -> None:
         self.folder = out.with_name(out.name + ".parts")
+        self.is_folder = is_folder(out)
         self._out, self._record = out, out.with_name(out.name + ".run.json")
         self._plan, self._staged = self.folder / "plan.json", self.folder / "run.json"
         self._content = plan
-        self._own = re.compile(rf"(plan\.json|run\.json|\d{{8}}\.parquet|{re.escape(out.name)})(\.tmp)?")
+        self._own = re.compile(rf"(plan\.json|run\.json|\d{{8}}\.parquet|{re.escape(out.name)})(\.tmp|\.old)?")
         self.folder.mkdir(exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -106,7 +113,7 @@ class Parts:
         Raises:
             ClickException: the unfinished one has other options.
         """
-        if began["plan"] == self._content or not self.has(0):
+        if began["plan"] == self._content or not self._numbers():
             return bool(began["plan"] == self._content)
         raise OutputError(
             f"{self.folder}: holds an unfinished run of other options ({self._differences(began['plan'])}): "
@@ -137,8 +144,9 @@ class Parts:
             OutputError: the output, or the record, is something else.
         """
         for path in (self._out, self._record):
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                kind = "a link" if path.is_symlink() else "no regular file"
+            folder = self.is_folder and path == self._out
+            if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
+                kind = "a link" if path.is_symlink() else "no folder" if folder else "no regular file"
                 raise OutputError(f"{path}: is {kind}, and is not replaced: choose another output")
         record = _read(self._record, RECORD)
         if self._record.exists() and record is None:
@@ -159,15 +167,22 @@ class Parts:
 
     def tables(self) -> Iterator[pa.Table]:
         """The finished parts, in order."""
-        for number in count():
-            if not self.has(number):
-                return
+        for number in self._numbers():
             yield pq.read_table(self._part(number), partitioning=None)
+
+    def _numbers(self) -> list[int]:
+        """Those of the finished parts. Parts are finished in any order."""
+        return sorted(int(path.stem) for path in self.folder.iterdir() if re.fullmatch(r"\d{8}\.parquet", path.name))
 
     def finish(self, schema: pa.Schema, tables: Iterable[pa.Table], report: dict[str, Any]) -> None:
         """Writes the output and the record of this run, whole or not at all, and gives the folder up."""
         with self._named(self._out) as file:
-            write_list(file, self._out.suffix, schema, tables)
+            if self.is_folder:
+                _remove(file)  # of a run that died as it wrote it
+                for inner in write_folder(file, schema, tables):
+                    _sync(inner)
+            else:
+                write_list(file, self._out.suffix, schema, tables)
             record = {"run": self._run, "plan": self._content, "sha256": _sha256(file), "report": report}
             with self._named(self._staged) as staged:
                 staged.write_text(json.dumps(record))
@@ -197,13 +212,16 @@ class Parts:
         temporary = self.folder / f"{path.name}.tmp"
         yield temporary
         _sync(temporary)
+        if temporary.is_dir() and path.exists():  # no folder can take the place of another one
+            _remove(old := self.folder / f"{path.name}.old")
+            os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
 
     def _empty(self) -> None:
         for path in sorted(self.folder.iterdir(), key=lambda path: path == self._plan):  # the plan last: see _begin
             if self._own.fullmatch(path.name):
-                path.unlink()
+                _remove(path)
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any] | None:
@@ -217,10 +235,23 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any] | None:
 
 def _is_of(out: Path, record: dict[str, Any]) -> bool:
     """Whether the output is what the run of that record wrote."""
-    return out.is_file() and not out.is_symlink() and _sha256(out) == record["sha256"]
+    return out.exists() and not out.is_symlink() and _sha256(out) == record["sha256"]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
 
 
 def _sha256(path: Path) -> str:
+    """Of a file's bytes; of a folder's, by the names and hashes of what it holds."""
+    if path.is_dir():
+        inner = [f"{file.name} {_sha256(file)}" for file in sorted(path.iterdir())]
+        return hashlib.sha256("\n".join(inner).encode()).hexdigest()
+    if not path.is_file():
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,8 +2,8 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import torch
 
-from pear_store import PearStoreError, Store
+from pear_store import PearStoreError, ReadableStore
 from pear_store.local.sources import Access
-from router import Batch, Limits, Preprocess, Router, RouterError, prepare
+from router import Batch, ImageError, Limits, Preprocess, Router, RouterError, decode
+from router.batches import put_together
 from router.infer.lists import Image, Rows
 from router.pictures import LIMITS, ImageLike
+from router.threads import side_threads
 
 PART_BATCHES = 16
 """Batches in a part: what an interruption costs, and the window in which rows of one preprocessing meet."""
@@ -24,6 +26,8 @@ AHEAD = 2
 """Batches that are decoded and on the device before their turn."""
 TASK = pa.field("task", pa.string())
 """A result, too, where every image goes through many tasks."""
+ROW = pa.field("row", pa.int64())
+"""A result, too, where the output is a folder: the number of the row in the list, from 0."""
 RESULTS = pa.schema(
     [
         ("version", pa.int64()),
@@ -74,9 +78,14 @@ class Tasks:
         limits: what may be opened as a picture.
     """
 
-    def __init__(self, router: Router, store: Store, versions: dict[str, int], limits: Limits = LIMITS) -> None:
+    def __init__(self, router: Router, store: ReadableStore, versions: dict[str, int], limits: Limits = LIMITS) -> None:
         self._router, self._store, self._versions, self._limits = router, store, versions, limits
         self.find = lru_cache(65_536)(self._find)
+
+    def expect(self, names: Iterable[str | None]) -> None:
+        """Has tasks brought here that are on a remote, several at once."""
+        with suppress(PearStoreError):
+            self._store.prefetch([name for name in dict.fromkeys(names) if name])
 
     def _find(self, name: str | None) -> tuple[str, int, Preprocess] | str:
         """The task as ``name@version``, its version and preprocessing; or why it cannot be run."""
@@ -88,24 +97,24 @@ class Tasks:
             version = self._versions[name]
             task = f"{name.partition('@')[0]}@{version}"
             self._router.check(task)
-            return task, version, Preprocess(self._store.get(task, copy=False).preprocess, self._limits)
+            return task, version, Preprocess(self._store.record(task)["preprocess"], self._limits)
         except (RouterError, PearStoreError) as error:
             return str(error)
 
 
-def batches(
+def gather(
     numbered: Iterable[tuple[int, Rows]],
     tasks: Tasks,
     every: list[str],
     size: int,
-    device: torch.device,
     place: Callable[[Image], ImageLike],
-) -> Iterator[Work | Part]:
-    """Of each numbered part of a list: batches filled with rows of the same preprocessings, then the part they make up.
+) -> Iterator[list[Ask] | Part]:
+    """Of each numbered part of a list: what each batch asks, then the part that the batches make up.
 
-    `place` says where an image of the list is.
+    A batch is filled with rows of the same preprocessings. `place` says where an image of the list is.
     """
     for number, rows in numbered:
+        tasks.expect(every or rows.tasks)
         part = Part(number, rows, [])
         groups: dict[tuple[object, ...], list[list[Ask]]] = {}
         for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
@@ -127,17 +136,40 @@ def batches(
                 groups.setdefault(tuple(asks), []).append(list(asks.values()))
         for group in groups.values():
             for start in range(0, len(group), size):
-                yield from load([ask for row in group[start : start + size] for ask in row], device)
+                yield [ask for row in group[start : start + size] for ask in row]
         yield part
 
 
-def load(asks: list[Ask], device: torch.device) -> Iterator[Work]:
-    """Prepares some rows' images: a batch for each size. An image that cannot be read fails its own row."""
-    found, errors = prepare([ask.image for ask in asks], [ask.way for ask in asks], device)
-    for row, error in errors.items():
-        for result in asks[row].results:
-            result["error"] = str(error)
-    for batch in found:
+def batches(
+    numbered: Iterable[tuple[int, Rows]],
+    tasks: Tasks,
+    every: list[str],
+    size: int,
+    device: torch.device,
+    place: Callable[[Image], ImageLike],
+) -> Iterator[Work | Part]:
+    """As `gather`, with the images of each batch decoded and on the device."""
+    for item in gather(numbered, tasks, every, size, place):
+        if isinstance(item, Part):
+            yield item
+        else:
+            yield from load(item, decode([ask.image for ask in item], [ask.way for ask in item]), device)
+
+
+def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: torch.device) -> Iterator[Work]:
+    """Puts decoded images on the device: a batch for each size. An image that cannot be read fails its own row.
+
+    Args:
+        decoded: what `decode` gave for each ask.
+    """
+    pixels = {}
+    for row, found in enumerate(decoded):
+        if isinstance(found, ImageError):
+            for result in asks[row].results:
+                result["error"] = str(found)
+        else:
+            pixels[row] = found
+    for batch in put_together(pixels, [ask.way for ask in asks], device):
         yield Work([asks[row] for row in batch.rows], batch)
 
 
@@ -152,7 +184,7 @@ def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     """The items, made by another thread, up to `depth` before they are asked for."""
     end: Any = object()
-    feeder = ThreadPoolExecutor(1, "pear-feed")
+    feeder = side_threads(1, "pear-feed")
     try:
         waiting = deque(feeder.submit(next, items, end) for _ in range(depth))
         while (item := waiting.popleft().result()) is not end:

@@ -3,25 +3,28 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pear_store import Store
+from pear_store import ReadableStore
 from pear_store.local.sources import Access
 from router import Batch, Limits, Predictions, Router
-from router.infer.lists import Image, ImageList, ListError, OutputError, check_writable
-from router.infer.parts import Parts
+from router.infer.folder import ImageFolder
+from router.infer.lists import Image, ImageList, ListError, OutputError, Rows, check_writable
+from router.infer.parts import Parts, is_folder
 from router.infer.plan import (
     AHEAD,
     PART_BATCHES,
     RESULTS,
+    ROW,
     TASK,
     Part,
     Result,
@@ -58,13 +61,14 @@ def fill(results: list[Result], predictions: Predictions, top: int) -> None:
             result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
 
 
-def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
+def output_schema(listed: ImageList | ImageFolder, with_task: bool, prefix: str, with_row: bool = False) -> pa.Schema:
     """The list's columns, then those of the results.
 
     Raises:
         OutputError: the list has a column of a result's name.
     """
-    added = [field.with_name(prefix + field.name) for field in ([TASK] if with_task else []) + list(RESULTS)]
+    results = [*([ROW] if with_row else []), *([TASK] if with_task else []), *RESULTS]
+    added = [field.with_name(prefix + field.name) for field in results]
     taken = [field.name for field in added if field.name in listed.schema.names]
     if taken:
         raise OutputError(
@@ -74,28 +78,81 @@ def output_schema(listed: ImageList, with_task: bool, prefix: str) -> pa.Schema:
     return pa.schema([*listed.schema, *added])
 
 
-def output(part: Part, schema: pa.Schema, every: list[str]) -> pa.Table:
-    """A part's rows of the output."""
+def output(part: Part, schema: pa.Schema, every: list[str], first: int | None = None) -> pa.Table:
+    """A part's rows of the output.
+
+    Args:
+        first: the number of the part's first row in the list, if the output has rows' numbers.
+    """
     rows, each = part.rows.table.num_rows, len(every) or 1
     results = pa.Table.from_pylist(part.results, RESULTS).columns
     if every:
         results.insert(0, pa.array([task.partition("@")[0] for task in every] * rows, pa.string()))
+    if first is not None:
+        results.insert(0, pa.array([first + row for row in range(rows) for _ in range(each)], pa.int64()))
     listed = part.rows.table.take(pa.array([row for row in range(rows) for _ in range(each)], pa.int64()))
     return pa.Table.from_arrays([*listed.columns, *results], schema=schema)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A list that is being worked off."""
+
+    router: Router
+    listed: ImageList | ImageFolder
+    parts: Parts
+    tasks: Tasks
+    schema: pa.Schema
+    """Of the output."""
+    place: Callable[[Image], ImageLike]
+    """Where an image of the list is."""
+    options: dict[str, Any]
+    resumed: int
+    """How many of the list's rows are done."""
+
+    @property
+    def each(self) -> int:
+        """Rows of the output for each row of the list."""
+        return len(self.parts.chosen) or 1
+
+    @property
+    def part_rows(self) -> int:
+        batch_size: int = self.options["batch_size"]
+        return min(PART_BATCHES * batch_size, self.listed.most_rows)
+
+    def left(self) -> Iterator[tuple[int, Rows]]:
+        """The numbered parts that are not there yet."""
+        numbered = enumerate(self.listed.parts(self.part_rows))
+        return ((number, rows) for number, rows in numbered if not self.parts.has(number))
+
+    def write(self, part: Part) -> None:
+        """Keeps a part whose results are all filled in."""
+        first = part.number * self.part_rows if self.parts.is_folder else None
+        self.parts.write(part.number, output(part, self.schema, self.parts.chosen, first))
+
+    def bar(self) -> "tqdm[Never]":
+        total, done = self.listed.rows * self.each, self.resumed * self.each
+        return tqdm(total=total, initial=done, unit="row", file=sys.stderr)
+
+
 def infer(
     router: Router,
-    store: Store,
-    listed: ImageList,
+    store: ReadableStore,
+    listed: ImageList | ImageFolder,
     out: Path,
     options: dict[str, Any],
     *,
     access: Access | None = None,
     restart: bool = False,
     overwrite: bool = False,
+    work_off: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
+
+    Args:
+        out: a file, or a folder for Parquet files.
+        work_off: serves all rows whose parts are not there yet, and returns what there is to report of that; None:
+            with this router.
 
     Raises:
         OutputError: the output may not be replaced; an unfinished run with other options, or another one now, has
@@ -103,15 +160,15 @@ def infer(
         RouterError, PearStoreError: tasks for all that cannot be run.
     """
     prefix: str = options["prefix"]
-    schema = output_schema(listed, options["tasks"] is not None, prefix)
+    schema = output_schema(listed, options["tasks"] is not None, prefix, with_row=is_folder(out))
     check_writable(out, schema)
     access = access or Access()
-    folder = (access.root or listed.path.parent).resolve()
+    folder = (access.root or listed.folder).resolve()
     place = partial(find_image, folder, access)
     limits = Limits(options["max_pixels"], access)
     plan = {
         **options, "list": listed.digest, "encoding": listed.encoding, "root": access.root is not None,
-        "allowed": sorted(access.allowed), "folder": str(folder), "store": str(store.path.resolve()),
+        "allowed": sorted(access.allowed), "folder": str(folder), "store": store.where,
         "backbone": router.backbone.digest,
     }  # fmt: skip
     with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:
@@ -128,15 +185,16 @@ def infer(
                 versions |= {name: version for name, version in asked if name and version}
         try:
             began = time.perf_counter()
-            work_off(router, listed, parts, Tasks(router, store, versions, limits), schema, resumed, place, options)
+            job = Job(router, listed, parts, Tasks(router, store, versions, limits), schema, place, options, resumed)
+            found = (work_off or work_off_here)(job)
             seconds = time.perf_counter() - began
             errors = total = 0
             first = None
             for table in parts.tables():
                 total += table.num_rows
-                found = table[f"{prefix}error"].drop_null()
-                errors += len(found)
-                first = first or (found[0].as_py() if len(found) else None)
+                failed = table[f"{prefix}error"].drop_null()
+                errors += len(failed)
+                first = first or (failed[0].as_py() if len(failed) else None)
             images = listed.rows - resumed
             report = {
                 "predictions": total - errors,
@@ -146,6 +204,7 @@ def infer(
                 "resumed_images": resumed,
                 "seconds": round(seconds, 3),
                 "images_per_s": round(images / seconds, 2),
+                **found,
                 "finished_before": False,
                 "out": str(out),
             }
@@ -156,36 +215,26 @@ def infer(
     return report
 
 
-def work_off(
-    router: Router,
-    listed: ImageList,
-    parts: Parts,
-    tasks: Tasks,
-    schema: pa.Schema,
-    resumed: int,
-    place: Callable[[Image], ImageLike],
-    options: dict[str, Any],
-) -> None:
-    """Serves all rows whose parts are not there yet; `resumed` is how many rows are done."""
-    every: list[str] = parts.chosen
-    numbered = enumerate(listed.parts(PART_BATCHES * options["batch_size"]))
-    left = ((number, rows) for number, rows in numbered if not parts.has(number))
-    work = batches(left, tasks, every, options["batch_size"], router.device, place)
-    each, served = len(every) or 1, 0
-    with tqdm(total=listed.rows * each, initial=resumed * each, unit="row", file=sys.stderr) as bar:
+def work_off_here(job: Job) -> dict[str, Any]:
+    """Serves all rows whose parts are not there yet, with the job's router."""
+    size, top = job.options["batch_size"], job.options["top"]
+    work = batches(job.left(), job.tasks, job.parts.chosen, size, job.router.device, job.place)
+    served = 0
+    with job.bar() as bar:
         for item in ahead(work, AHEAD):
             if isinstance(item, Work):
-                serve(router, item, options["top"])
+                serve(job.router, item, top)
                 done = sum(len(ask.results) for ask in item.asks)
                 served += done
                 bar.update(done)
             else:
-                parts.write(item.number, output(item, schema, every))
+                job.write(item)
                 bar.update(len(item.results) - served)  # those that cannot be served
                 served = 0
+    return {}
 
 
-def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
+def choose_tasks(router: Router, store: ReadableStore, wanted: str | None) -> list[str]:
     """The tasks for every image, as name@version; none where each row has its own.
 
     Raises:
@@ -196,9 +245,9 @@ def choose_tasks(router: Router, store: Store, wanted: str | None) -> list[str]:
         return []
     if wanted == "all":
         found = [f"{version.task}@{version.version}" for version in store.iter_tasks()]
-        chosen = [t for t in found if store.get(t, copy=False).backbone_digest == router.backbone.digest]
+        chosen = [t for t in found if store.record(t)["backbone"]["digest"] == router.backbone.digest]
         if not chosen:
-            raise OutputError(f"{store.path}: holds no task for backbone {router.backbone.name}")
+            raise OutputError(f"{store.where}: holds no task for backbone {router.backbone.name}")
     else:
         versions = [store.resolve(name.strip()) for name in wanted.split(",")]
         chosen = list(dict.fromkeys(f"{version.task}@{version.version}" for version in versions))

@@ -44,6 +44,7 @@ def pear_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         "mlp_ratio": 2.0,
         **kwargs,
     }
-    return build_model_with_cfg(  # type: ignore[no-any-return, unused-ignore]
+    model: VisionTransformer = build_model_with_cfg(
         VisionTransformer, "pear_tiny", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **settings
     )
+    return model

@@ -2,7 +2,7 @@
 
 import sys
 
-NEEDS = {"starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client"}
+NEEDS = {"starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client", "httpx"}
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,16 +22,22 @@ from router.errors import RouterError, UnknownTaskError
 from router.predictions import Prediction
 from router.router import Router
 from router.serve.batcher import Batcher
-from router.serve.bodies import Asked, Held, images_of, read_body
-from router.serve.catalogue import Catalogue
-from router.serve.errors import DeadlineError
+from router.serve.bodies import Asked, images_of, read_body
+from router.serve.errors import DeadlineError, DrainingError, FetchError
+from router.serve.fetching import Fetcher
+from router.serve.front import page_routes
+from router.serve.life import Life
 from router.serve.limits import RequestLimits
+from router.serve.linger import Linger
 from router.serve.openapi import document
-from router.serve.parts import Outcome
-from router.serve.problems import TITLES, Problem, problem_of
+from router.serve.parts import Answer, Named, Outcome, Sent
+from router.serve.problems import DEVICE_FAILED, TITLES, Problem, problem_of
 from router.serve.tokens import Tokens
+from router.serve.v2 import error_response, is_v2, v2_routes
 
 MOST_TOP = 1000
+MOST_NEAR = 8
+"""Unknown tasks of a request for which names are sought that look like theirs"""
 PAGE = 1000
 """Most tasks in one answer of a list."""
 HEADERS = {
@@ -43,74 +49,24 @@ HEADERS = {
 log = logging.getLogger(__name__)
 
 
-class Service:
-    """What the endpoints of one app have in common.
+class Service(Life):
+    """The endpoints of one app."""
 
-    Args:
-        drain_s: how long what waits may take when the app ends.
-    """
-
-    def __init__(self, router: Router, batcher: Batcher, limits: RequestLimits, tokens: Tokens, drain_s: float) -> None:
-        self.router, self.batcher, self.limits, self.tokens = router, batcher, limits, tokens
-        self.catalogue = Catalogue(router)
-        self.held = Held(limits.held_bytes)
-        self.drained = True
-        """Whether all that waited when the app ended was finished."""
-        self._drain_s = drain_s
-        self._warming: asyncio.Task[None] | None = None
-        self._refreshing = asyncio.Lock()
-
-    # ---- life ---------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Of an app that runs by itself; one that is mounted begins with its first request."""
-        self.start()
-        yield
-        self.drained = await self.batcher.close(self._drain_s)
-
-    def start(self) -> "asyncio.Task[None]":
-        """Begins to run the backbone once, unless that was begun."""
-        if self._warming is None:
-            self._warming = asyncio.get_running_loop().create_task(self._warm_up())
-        return self._warming
-
-    async def _warm_up(self) -> None:
-        try:
-            await self.batcher.warm_up()
-        except Exception as error:
-            log.error("the backbone does not run: %s", error)
-            self.batcher.failed = error
-
-    @property
-    def why_not_ready(self) -> str | None:
-        """Why no prediction can be made now; None if one can."""
-        if self.batcher.failed is not None:
-            return "the device has failed: this server is about to end"
-        if self.batcher.draining:
-            return "this server is shutting down"
-        if self._warming is None or not self._warming.done():
-            return "this server is starting: the backbone has not run yet"
-        return None
-
-    async def refresh(self) -> dict[str, int | None]:
-        """Takes up what changed in the store, see `Router.refresh`.
-
-        Raises:
-            PearStoreError: it cannot be read; nothing changed.
-        """
-        async with self._refreshing:
-            changed = await asyncio.to_thread(self.router.refresh)
-            self.catalogue.forget()
-        if changed:
-            log.info("refreshed: %s", ", ".join(f"{name} is now {version}" for name, version in changed.items()))
-        return changed
-
-    # ---- endpoints ----------------------------------------------------------------------------
+    async def show_server(self, request: Request) -> Response:
+        """What is served, and what a request may ask for."""
+        router, limits = self.router, self.limits
+        shown = {"images": limits.images, "tasks": limits.tasks, "body_bytes": limits.body_bytes}
+        return JSONResponse(
+            {
+                "backbone": {"model": router.backbone.name, "digest": router.backbone.digest},
+                "device": str(router.device),
+                "limits": {**shown, "timeout_s": limits.timeout_s},
+            }
+        )
 
     async def live(self, request: Request) -> Response:
         if self.batcher.failed is not None:
-            raise Problem(503, "the device has failed: this server is about to end")
+            raise Problem(503, DEVICE_FAILED)
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
@@ -122,11 +78,7 @@ class Service:
     async def list_tasks(self, request: Request) -> Response:
         count = whole_number(request, "limit", 100, 1, PAGE)
         after, part = request.query_params.get("after", ""), request.query_params.get("search", "").lower()
-        tasks = await asyncio.to_thread(self.catalogue.tasks)
-        found = [(name, version) for name, version in tasks.items() if name > after and part in name.lower()]
-        shown = [self.catalogue.summary(name, version) for name, version in found[:count]]
-        following = found[count - 1][0] if len(found) > count else None
-        return JSONResponse({"tasks": shown, "total": len(tasks), "next": following})
+        return JSONResponse(await asyncio.to_thread(self.catalogue.page, count, after, part))
 
     async def show_task(self, request: Request) -> Response:
         task = request.path_params["task"]
@@ -157,32 +109,28 @@ class Service:
         probabilities = request.query_params.get("probabilities", "false")
         if probabilities not in ("true", "false"):
             raise Problem(422, f"probabilities={probabilities!r:.100}: expected true or false")
-        await self._must_be_ready()
-        body = await read_body(request, self.limits, self.held)
-        try:
-            asked = await images_of(body, request.headers.get("content-type"), self.limits)
+        await self.must_be_ready()
+        with self.held.share() as count:
+            body = await read_body(request, self.limits, count)
+            asked = await images_of(body, request.headers.get("content-type"), self.limits, self.parser)
             wanted = [(one, await self._tasks_of(one, number, tasks, is_fixed)) for number, one in enumerate(asked)]
-            outcomes = await self._outcomes(request, wanted)
-        finally:
-            self.held.give_back(len(body))
+            images = await self.fetcher.images([one.image for one in asked], count)
+            outcomes = await self.outcomes(
+                request, [(image, names) for image, (_, names) in zip(images, wanted, strict=True)]
+            )
         rows = [
             (one, number, task, outcome)
             for number, ((one, names), found) in enumerate(zip(wanted, outcomes, strict=True))
             for task, outcome in zip(names, found, strict=True)
         ]
+        told: dict[str, Problem] = {}
         results = [
-            await self._row(one, number, task, outcome, top, probabilities == "true")
+            await self._row(one, number, task, outcome, top, probabilities == "true", told)
             for one, number, task, outcome in rows
         ]
         if len(rows) == 1 and isinstance(problem := results[0].get("error"), dict):
-            raise await self._problem_of(rows[0][3], rows[0][2], problem)
+            raise await self._problem_of(rows[0][3], rows[0][2], problem, told)
         return JSONResponse({"results": results})
-
-    async def _must_be_ready(self) -> None:
-        if self._warming is None:  # mounted: nobody has started it
-            await asyncio.shield(self.start())
-        if (reason := self.why_not_ready) is not None:
-            raise Problem(503, reason, headers={"Retry-After": "1"})
 
     async def _tasks_of(self, asked: Asked, number: int, tasks: list[str] | None, is_fixed: bool) -> list[str]:
         """The tasks that an image goes through, each once."""
@@ -203,9 +151,18 @@ class Service:
             raise Problem(413, f"{len(names)} tasks: the limit is {self.limits.tasks} for an image")
         return names
 
-    async def _outcomes(self, request: Request, wanted: Sequence[tuple[Asked, list[str]]]) -> list[list[Outcome]]:
+    async def outcomes(
+        self, request: Request, wanted: Sequence[tuple[Sent | FetchError, Sequence[Named]]]
+    ) -> list[list[Outcome]]:
         """What became of all images; they are given up if the client goes away, or time is up."""
-        answers = self.batcher.submit([(one.image, names) for one, names in wanted])
+        there = [(image, names) for image, names in wanted if not isinstance(image, FetchError)]
+        found = iter(await self._wait_for(request, there))
+        return [[image] * len(names) if isinstance(image, FetchError) else next(found) for image, names in wanted]
+
+    async def _wait_for(self, request: Request, wanted: Sequence[tuple[Sent, Sequence[Named]]]) -> list[list[Outcome]]:
+        if not wanted:
+            return []
+        answers = self.batcher.submit(wanted)
         every = asyncio.gather(*answers)
         leaving = asyncio.create_task(_left(request))
         leaving.add_done_callback(lambda _: every.cancel())
@@ -224,14 +181,24 @@ class Service:
                 answer.cancel()
 
     async def _row(
-        self, asked: Asked, number: int, task: str, outcome: Outcome, top: int, probabilities: bool
+        self,
+        asked: Asked,
+        number: int,
+        task: str,
+        outcome: Outcome,
+        top: int,
+        probabilities: bool,
+        told: dict[str, Problem],
     ) -> dict[str, Any]:
         row: dict[str, Any] = {"image": number, "file": asked.name, "task": task, "version": None, "label": None}
-        row |= {"top": [], "error": None}
+        row |= {"top": [], "batch": None, "error": None}
         if not isinstance(outcome, Prediction):
-            row["error"] = (await self.problem(outcome, task)).members()
+            row["error"] = (await self.problem(outcome, task, told)).members()
             return row
         row["version"] = outcome.version
+        if isinstance(outcome, Answer):
+            batch = outcome.batch
+            row["batch"] = {"rows": batch.rows, "tasks": batch.tasks, "ms": round(1000 * batch.seconds, 3)}
         if outcome.error is not None:
             row["error"] = Problem(422, outcome.error).members()
         elif not outcome.classes:
@@ -244,18 +211,28 @@ class Service:
                 row["probabilities"] = outcome.probs.tolist()
         return row
 
-    async def _problem_of(self, outcome: Outcome, task: str, members: dict[str, Any]) -> Problem:
+    async def _problem_of(
+        self, outcome: Outcome, task: str, members: dict[str, Any], told: dict[str, Problem]
+    ) -> Problem:
         if isinstance(outcome, Prediction):
             return Problem(members["status"], members["detail"])
-        return await self.problem(outcome, task)
+        return await self.problem(outcome, task, told)
 
-    async def problem(self, error: Exception, task: str) -> Problem:
-        """What a client is told of a task's error: without this machine's paths, with names that it may have meant."""
+    async def problem(self, error: Exception, task: str, told: dict[str, Problem] | None = None) -> Problem:
+        """What a client is told of a task's error: without this machine's paths, with names that it may have meant.
+
+        Args:
+            told: what was said in the same answer of tasks that there are not: the names for each take milliseconds.
+        """
         if isinstance(error, UnknownTaskError):
-            text = str(error)
-            if text.startswith("no task "):
-                text = f"no task {task.partition('@')[0]!r:.110}"
-            return Problem(404, text, {"near": await asyncio.to_thread(self.catalogue.near, task)})
+            told = {} if told is None else told
+            if task not in told:
+                text = str(error)
+                if text.startswith("no task "):
+                    text = f"no task {task.partition('@')[0]!r:.110}"
+                near = await asyncio.to_thread(self.catalogue.near, task) if len(told) < MOST_NEAR else []
+                told[task] = Problem(404, text, {"near": near})
+            return told[task]
         if isinstance(error, PearStoreError):
             log.error("task %r: %s", task, error)
         return problem_of(error)
@@ -280,23 +257,27 @@ def whole_number(request: Request, name: str, default: int, least: int, most: in
 
 
 class Guard:
-    """Around every request: headers that browsers obey, and the count of requests."""
+    """Around every request: headers that browsers obey, the count of requests, and an answer at the very end."""
 
     def __init__(
-        self, app: ASGIApp, paths: Mapping[object, str], counted: Callable[[str, str, int, float], None]
+        self,
+        app: ASGIApp,
+        service: Service,
+        paths: Mapping[object, str],
+        counted: Callable[[str, str, int, float], None],
     ) -> None:
-        self._app, self._paths, self._counted = app, paths, counted
+        self._app, self._service, self._paths, self._counted = app, service, paths, counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, ended, status = time.perf_counter(), None, 500
 
         async def send_guarded(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, ended = message["status"], time.perf_counter()
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -304,10 +285,21 @@ class Guard:
 
         try:
             await self._app(scope, receive, send_guarded)
+        except asyncio.CancelledError:  # the server ends, and this request is beyond the limit
+            if not self._service.batcher.draining:
+                raise
+            if ended is None:
+                response = await _problem(Request(scope), DrainingError())
+                await response(scope, receive, send_guarded)
+        except Exception as error:
+            if ended is not None:  # half an answer is on its way: the server cuts it off
+                raise
+            response = await _problem(Request(scope), error)
+            await response(scope, receive, send_guarded)
         finally:
             path = self._paths.get(scope.get("endpoint"), "other")
             task = scope.get("path_params", {}).get("task", "")
-            self._counted(path, task, status, time.perf_counter() - began)
+            self._counted(path, task, status, (ended or time.perf_counter()) - began)
 
 
 def guarded(
@@ -325,15 +317,15 @@ def guarded(
 async def _problem(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     if problem.status == 500:
-        log.error("%s %s: %r", request.method, request.url.path, error)
-    return problem.response()
+        log.error("%s %s: %r", request.method, request.url.path, error, exc_info=error)
+    return error_response(problem) if is_v2(request) else problem.response()
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code if error.status_code in TITLES else 400
     details = {404: "no such path; /openapi.json lists what there is", 405: "another method than this path takes"}
-    return Problem(status, details.get(status, str(error.detail)), headers=error.headers or {}).response()
+    return await _problem(request, Problem(status, details.get(status, str(error.detail)), headers=error.headers or {}))
 
 
 def _ignored(path: str, task: str, status: int, seconds: float) -> None:
@@ -347,6 +339,8 @@ def create_app(
     limits: RequestLimits | None = None,
     use_token: str | None = None,
     manage_token: str | None = None,
+    root: str | Path | None = None,
+    allow_urls: bool = False,
     drain_s: float = 30,
     counted: Callable[[str, str, int, float], None] = _ignored,
     more_routes: Sequence[Route] = (),
@@ -361,18 +355,21 @@ def create_app(
         limits: of one request.
         use_token: whoever calls must send it as a bearer token; None to let everybody.
         manage_token: for `POST /v1/refresh`; it may do all else, too.
+        root: requests may name files below this directory; None for none.
+        allow_urls: requests may name http and https URLs that lead to public addresses.
         drain_s: how long what waits may take when the app ends.
         counted: is told each request's path, task, status and seconds.
         more_routes: served beside the API, behind the same token.
 
     Raises:
-        RouterError: an empty token.
+        RouterError: an empty token; a root that is no directory.
     """
     if "" in (use_token, manage_token) or not 0 <= drain_s < math.inf:
         raise RouterError("expected tokens that are not empty, and drain_s of at least 0")
     tokens = Tokens(use_token, manage_token)
     limits = limits or RequestLimits()
-    service = Service(router, Batcher(router) if batcher is None else batcher, limits, tokens, drain_s)
+    fetcher = Fetcher(None if root is None else Path(root), allow_urls, limits.body_bytes)
+    service = Service(router, Batcher(router) if batcher is None else batcher, limits, fetcher, drain_s)
     openapi = document(limits, with_tokens=use_token is not None or manage_token is not None)
 
     async def show_openapi(request: Request) -> Response:
@@ -385,22 +382,25 @@ def create_app(
         Route("/livez", service.live),
         Route("/readyz", service.ready),
         Route("/openapi.json", show_openapi),
+        *page_routes(),
+        Route("/v1/server", use(service.show_server)),
         Route("/v1/tasks", use(service.list_tasks)),
         Route("/v1/tasks/{task}", use(service.show_task)),
         Route("/v1/tasks/{task}/predict", use(service.predict_task), methods=["POST"]),
         Route("/v1/predict", use(service.predict), methods=["POST"]),
         Route("/v1/refresh", guarded(service.take_up, tokens, manage=True), methods=["POST"]),
+        *v2_routes(service, use),
         *(Route(route.path, use(route.endpoint), methods=list(route.methods or ["GET"])) for route in more_routes),
     ]
+    paths: dict[object, str] = {route.endpoint: route.path for route in routes}
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, paths={route.endpoint: route.path for route in routes}, counted=counted)],
+        middleware=[Middleware(Linger), Middleware(Guard, service=service, paths=paths, counted=counted)],
         exception_handlers={
             Problem: _problem,
             RouterError: _problem,
             PearStoreError: _problem,
             HTTPException: _http_problem,
-            Exception: _problem,
         },
         lifespan=service.lifespan,
     )

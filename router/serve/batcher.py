@@ -14,12 +14,13 @@ from functools import partial
 import torch
 
 from router.errors import RouterError
-from router.pictures import ImageLike
 from router.predictions import Prediction
+from router.registry import Known
 from router.router import Router
 from router.serve.errors import DeadlineError, DeviceFailedError, DrainingError, QueueFullError
 from router.serve.flow import Flow, Watch
-from router.serve.parts import Outcome, Request
+from router.serve.parts import Named, Outcome, Request, Sent, line_of, name_of
+from router.serve.turns import Turns
 
 
 class Batcher:
@@ -27,7 +28,8 @@ class Batcher:
 
     A batch is whatever is ready when the device becomes free: at most `max_batch` rows, of images of one size and of
     tasks that fit into the slots together. Tasks take turns: one that is asked for very often delays the others by one
-    image a turn. A request of many tasks stays together, so that they share its image's trunk.
+    image a turn. If the queue is full, an image of a task for which few wait displaces the newest of the task for which
+    most wait. A request of many tasks stays together, so that they share its image's trunk.
 
     A request that is cancelled, or past its time limit, leaves the queue at once, and no forward is spent on it.
 
@@ -73,8 +75,23 @@ class Batcher:
         """Whether it is being closed, and admits nothing."""
         return self._flow.draining
 
-    async def predict(self, image: ImageLike, task: str, *, timeout_s: float | None = None) -> Prediction:
+    async def lookup(self, task: str) -> Known:
+        """What a name means now; of a task that is slow to fetch, nobody waits who did not ask for such a one.
+
+        Raises:
+            RouterError, PearStoreError: see `Router.lookup`.
+            DrainingError: this batcher was closed.
+        """
+        if self._flow.closed:
+            raise DrainingError
+        return await asyncio.get_running_loop().run_in_executor(self._flow.lookups, self.router.lookup, task)
+
+    async def predict(self, image: Sent, task: Named, *, timeout_s: float | None = None) -> Prediction:
         """What a task says of an image: what `Router.run` says of them alone.
+
+        Args:
+            image: as `Router.run` takes it; or a float tensor [3, h, w], normalised as the task expects.
+            task: a name, or what `Router.lookup` returned: then that version is run, whatever is taken up meanwhile.
 
         Raises:
             ImageError, UnknownTaskError, RouterError, PearStoreError: see `Router.run`.
@@ -86,7 +103,7 @@ class Batcher:
         raise outcome
 
     async def predict_all(
-        self, image: ImageLike, tasks: Sequence[str], *, timeout_s: float | None = None
+        self, image: Sent, tasks: Sequence[Named], *, timeout_s: float | None = None
     ) -> list[Prediction]:
         """What each of some tasks says of an image, whose trunk they share; one that fails has `error`.
 
@@ -95,11 +112,13 @@ class Batcher:
         """
         outcomes = await self._wait(image, tasks, timeout_s)
         return [
-            outcome if isinstance(outcome, Prediction) else Prediction(task, None, torch.empty(0), (), str(outcome))
+            outcome
+            if isinstance(outcome, Prediction)
+            else Prediction(name_of(task), None, torch.empty(0), (), str(outcome))
             for task, outcome in zip(tasks, outcomes, strict=True)
         ]
 
-    async def _wait(self, image: ImageLike, tasks: Sequence[str], timeout_s: float | None) -> list[Outcome]:
+    async def _wait(self, image: Sent, tasks: Sequence[Named], timeout_s: float | None) -> list[Outcome]:
         (answer,) = self.submit([(image, tasks)])
         try:
             async with asyncio.timeout(timeout_s):
@@ -109,7 +128,7 @@ class Batcher:
                 raise
             raise DeadlineError(timeout_s) from None
 
-    def submit(self, asked: Sequence[tuple[ImageLike, Sequence[str]]]) -> "list[asyncio.Future[list[Outcome]]]":
+    def submit(self, asked: Sequence[tuple[Sent, Sequence[Named]]]) -> "list[asyncio.Future[list[Outcome]]]":
         """Admits images, each for some tasks: all of them or none.
 
         Returns:
@@ -117,7 +136,7 @@ class Batcher:
 
         Raises:
             RouterError: an image is for no task, or this is another event loop than before.
-            QueueFullError: so many images cannot wait now.
+            QueueFullError: so many images cannot wait now. A future has it if its image was displaced later.
             DrainingError: it was closed.
             DeviceFailedError: the device's thread ended.
         """
@@ -132,8 +151,8 @@ class Batcher:
             raise DeviceFailedError(self.failed)
         if self.draining:
             raise DrainingError
-        if self.waiting + len(asked) > self.queue:
-            raise QueueFullError(self.waiting, self.queue, self.retry_after_s)
+        if (surplus := self.waiting + len(asked) - self.queue) > 0:
+            self._make_room(surplus, [line_of(tasks) for _, tasks in asked])
         now = time.perf_counter()
         requests = [Request(image, list(tasks), loop.create_future(), now) for image, tasks in asked]
         for request in requests:
@@ -142,6 +161,23 @@ class Batcher:
             request.answer.add_done_callback(partial(self._settled, request))
         self._flow.pump()
         return [request.answer for request in requests]
+
+    def _make_room(self, surplus: int, lines: Sequence[str]) -> None:
+        """Refuses the newest that wait for the task with the longest line, in favour of tasks with much shorter ones.
+
+        Raises:
+            QueueFullError: there is no such line.
+        """
+        error = QueueFullError(self.waiting, self.queue, self.retry_after_s)
+        queues = (self._flow.waiting, self._flow.looking)
+        own = max(sum(queue.length(line) for queue in queues) for line in lines)
+        refused = max(queues, key=Turns.longest).latecomers(surplus, len(lines) + own)
+        if not refused:
+            raise error
+        for request in refused:
+            if not request.answer.done():  # else it was given up just now
+                request.answer.set_exception(error)
+            self._settled(request, None)
 
     @property
     def retry_after_s(self) -> int:

@@ -1,24 +1,35 @@
-"""From a request's body to images, each with its tasks. No path and no URL in it is ever opened."""
+"""From a request's body to images, each with its tasks. Paths and URLs in it are not opened here: fetching.py may."""
 
 import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from router.serve.fetching import FilePath, Place, Url
 from router.serve.limits import RequestLimits
 from router.serve.problems import Problem
+from router.threads import side_threads
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+R = TypeVar("R")
+Args = TypeVarTuple("Args")
 
 RAW = ("application/octet-stream", "binary/octet-stream")
 LARGE_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, away from the event loop."""
+SINGLE = {"image", "path", "url"}
+"""The keys of which one says where an image is."""
 MOST_HEADERS = 16
 """Of one part of a multipart body."""
 
@@ -27,7 +38,7 @@ MOST_HEADERS = 16
 class Asked:
     """One image of a request."""
 
-    image: bytes
+    image: bytes | Place
     tasks: list[str] | None
     """None where the request's own are meant."""
     name: str | None
@@ -40,24 +51,35 @@ class Held:
     def __init__(self, most_bytes: int) -> None:
         self._most, self.size_bytes = most_bytes, 0
 
-    def add(self, size_bytes: int) -> None:
-        """Raises a Problem if there would be too many."""
-        if self.size_bytes + size_bytes > self._most:
-            raise Problem(
-                429, "the bodies of other requests fill the memory: try again in 1 s", headers={"Retry-After": "1"}
-            )
-        self.size_bytes += size_bytes
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What counts the bytes of one request; it raises a Problem if there would be too many."""
+        mine = 0
 
-    def give_back(self, size_bytes: int) -> None:
-        self.size_bytes -= size_bytes
+        def count(size_bytes: int) -> None:
+            nonlocal mine
+            if self.size_bytes + size_bytes > self._most:
+                raise Problem(
+                    429, "the bodies of other requests fill the memory: try again in 1 s", headers={"Retry-After": "1"}
+                )
+            self.size_bytes += size_bytes
+            mine += size_bytes
+
+        try:
+            yield count
+        finally:
+            self.size_bytes -= mine
 
 
-async def read_body(request: Request, limits: RequestLimits, held: Held) -> bytes:
-    """A request's body; `held` counts it: whoever reads it gives its length back.
+async def read_body(request: Request, limits: RequestLimits, count: Callable[[int], None]) -> bytes:
+    """A request's body; `count` is told of its bytes as they come.
 
     Raises:
         Problem: it is too large, too slow, or ended too early.
     """
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        raise Problem(415, f"content encoding {coding!r:.100}: expected a body that is not compressed")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limits.body_bytes:
         raise _too_large(limits)
@@ -67,14 +89,10 @@ async def read_body(request: Request, limits: RequestLimits, held: Held) -> byte
             async for chunk in _chunks(request):
                 if len(body) + len(chunk) > limits.body_bytes:
                     raise _too_large(limits)
-                held.add(len(chunk))
+                count(len(chunk))
                 body += chunk
     except TimeoutError:
-        held.give_back(len(body))
         raise Problem(408, f"the body did not arrive within {limits.body_timeout_s:g} s") from None
-    except BaseException:
-        held.give_back(len(body))
-        raise
     return bytes(body)
 
 
@@ -86,29 +104,45 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
         raise Problem(400, "the body ended too early") from None
 
 
-async def images_of(body: bytes, content_type: str | None, limits: RequestLimits) -> list[Asked]:
-    """The images of a body: its bytes, the files of a form, or what JSON holds in base64.
+class Parser:
+    """Reads bodies; large ones in a thread. It is one for all: parsed JSON can take many times its bytes."""
+
+    def __init__(self) -> None:
+        self._thread = side_threads(1, "pear-serve-parse")
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, read: Callable[[bytes, *Args], R], body: bytes, *args: *Args) -> R:
+        """What `read` makes of a body and further arguments."""
+        if len(body) <= LARGE_BYTES:
+            return read(body, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(read, body, *args))
+
+
+async def images_of(body: bytes, content_type: str | None, limits: RequestLimits, parser: Parser) -> list[Asked]:
+    """The images of a body: its bytes, the files of a form, or what JSON holds in base64, or names.
 
     Raises:
         Problem: it cannot be read as what it is said to be, or holds no or too many images.
     """
     kind, options = parse_options_header(content_type or RAW[0])
     name = kind.decode("latin-1").lower()
-    read: Callable[[], list[Asked]]
+    read: Callable[[bytes], list[Asked]]
     if name in RAW or name.startswith("image/"):
         asked = [Asked(body, None, None)]
     else:
         if name == "application/json":
-            read = partial(_from_json, body, limits)
+            read = partial(_from_json, limits=limits)
         elif name == "multipart/form-data":
-            read = partial(_from_form, body, options.get(b"boundary", b""), limits)
+            read = partial(_from_form, boundary=options.get(b"boundary", b""), limits=limits)
         else:
             raise Problem(
                 415,
                 f"content type {name!r:.100}: expected image/*, application/octet-stream, multipart/form-data or "
                 "application/json; with curl, say -H 'Content-Type: image/jpeg'",
             )
-        asked = await asyncio.to_thread(read) if len(body) > LARGE_BYTES else read()
+        asked = await parser.read(read, body)
     if not asked:
         raise Problem(400, "no image: expected at least one")
     for number, one in enumerate(asked):
@@ -129,9 +163,9 @@ def _check_count(count: int, limits: RequestLimits) -> None:
 # ---- JSON -------------------------------------------------------------------------------------
 
 
-def _from_json(body: bytes, limits: RequestLimits) -> list[Asked]:
+def _from_json(body: bytes, *, limits: RequestLimits) -> list[Asked]:
     found = read_json(body)
-    if not isinstance(found, dict) or ("image" in found) == ("images" in found):
+    if not isinstance(found, dict) or ("images" in found) == bool(SINGLE & found.keys()):
         raise Problem(400, 'expected a JSON object with either "image" or "images"')
     items = found.get("images", [found])
     if not isinstance(items, list):
@@ -155,15 +189,25 @@ def read_json(body: bytes) -> Any:
 def _from_item(item: object, number: int) -> Asked:
     if isinstance(item, str):
         item = {"image": item}
-    if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-        raise Problem(400, f'image {number}: expected base64, or an object with "image" in base64')
+    given = [name for name in SINGLE if name in item] if isinstance(item, dict) else []
+    if not isinstance(item, dict) or len(given) != 1 or not isinstance(text := item[given[0]], str):
+        raise Problem(400, f'image {number}: expected base64, or an object with "image" in base64, a "path" or a "url"')
     if "task" in item and "tasks" in item:
         raise Problem(400, f'image {number}: expected either "task" or "tasks"')
     tasks = item.get("tasks", item.get("task"))
     names = [tasks] if isinstance(tasks, str) else tasks
-    if names is not None and not (isinstance(names, list) and names and all(isinstance(one, str) for one in names)):
+    if names is not None and not (
+        isinstance(names, list) and names and all(isinstance(one, str) and is_text(one) for one in names)
+    ):
         raise Problem(400, f'image {number}: "tasks": expected names of tasks, at least one, or "all"')
-    return Asked(from_base64(item["image"], f"image {number}"), names, None)
+    if given == ["image"]:
+        return Asked(from_base64(text, f"image {number}"), names, None)
+    return Asked(FilePath(text) if given == ["path"] else Url(text), names, None)
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be said again: JSON can hold halves of characters, which no UTF-8 does."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def from_base64(text: str, what: str) -> bytes:
@@ -177,19 +221,19 @@ def from_base64(text: str, what: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Problem(400, f"{what}: expected base64; paths and URLs are not opened here") from None
+        raise Problem(400, f'{what}: expected base64; a place is named by "path" or "url" instead') from None
 
 
 # ---- forms ------------------------------------------------------------------------------------
 
 
-def _from_form(body: bytes, boundary: bytes, limits: RequestLimits) -> list[Asked]:
+def _from_form(body: bytes, *, boundary: bytes, limits: RequestLimits) -> list[Asked]:
     """A form's files. The name of a file's field is its task, where the URL names none. Other fields are ignored."""
     if not boundary:
         raise Problem(400, "multipart/form-data without a boundary")
     parts = _Parts(limits)
     try:
-        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
+        parser = MultipartParser(boundary, parts.callbacks())
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
@@ -211,7 +255,7 @@ class _Parts:
         self._data = bytearray()
         self._count = 0
 
-    def callbacks(self) -> dict[str, Callable[..., None]]:
+    def callbacks(self) -> "MultipartCallbacks":
         return {
             "on_part_begin": self._begin,
             "on_part_data": self._add,

@@ -1,12 +1,18 @@
 """Which tasks a server has: those of its store for its backbone, and those that were added to its router."""
 
+import bisect
 import difflib
 import json
 import logging
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pear_store import PearStoreError, Version
+import numpy as np
+from numpy.typing import NDArray
+
+from pear_store import PearStoreError, ReadableStore, Task, Version
 from router.errors import RouterError
 from router.registry import Known
 from router.router import Router
@@ -14,7 +20,21 @@ from router.router import Router
 NEAR = 3
 """Most names that are offered in place of one that is unknown."""
 
+ACCURACY = ("test_top1", "val_top1", "top1", "accuracy")
+"""Metrics of a task that lists show: shares of what is right, from 0 to 1."""
+
 log = logging.getLogger(__name__)
+Tensors = NDArray[np.uint64]
+"""[tensor, 2]: the first 8 bytes of each tensor's digest, and its bytes"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept of a task, for lists."""
+
+    classes: int
+    metrics: Mapping[str, float]
+    tensors: Tensors
 
 
 class Catalogue:
@@ -24,13 +44,15 @@ class Catalogue:
         self._router = router
         self._lock = threading.Lock()
         self._listed: dict[str, Version | None] | None = None
-        self._fits: dict[tuple[str, int, int], bool] = {}
-        """Task, version and time -> whether it is for this backbone."""
+        self._entries: dict[tuple[str, int, int], Entry | None] = {}
+        """Task, version and time -> what is kept of it; None if it is for another backbone."""
+        self._shared: dict[str, int] | None = None
+        """Name -> bytes that other tasks use, too."""
 
     def forget(self) -> None:
         """The next look reads the store again."""
         with self._lock:
-            self._listed = None
+            self._listed = self._shared = None
 
     def tasks(self) -> dict[str, Version | None]:
         """Name -> newest version, by name; None for a task that was added to the router.
@@ -40,25 +62,42 @@ class Catalogue:
         """
         with self._lock:
             if self._listed is None:
-                found = {version.task: version for version in self._stored() if self._is_ours(version)}
+                stored = self._stored()
+                found = {version.task: version for version in stored if self._entry(version) is not None}
                 added = dict.fromkeys(self._router.added())
                 self._listed = dict(sorted({**found, **added}.items()))
+                kept = {(version.task, version.version, version.time_ns) for version in stored}
+                self._entries = {key: entry for key, entry in self._entries.copy().items() if key in kept}
             return self._listed
 
     def _stored(self) -> list[Version]:
         return [] if self._router.store is None else list(self._router.store.iter_tasks())
 
-    def _is_ours(self, version: Version) -> bool:
+    def _entry(self, version: Version) -> Entry | None:
+        """What is kept of a version; None if it is not for this backbone."""
         key = version.task, version.version, version.time_ns
-        if key not in self._fits:
+        if key not in self._entries:
             assert self._router.store is not None
             try:
-                task = self._router.store.get(f"{version.task}@{version.version}", copy=False)
-                self._fits[key] = task.backbone_digest == self._router.backbone.digest
+                found = _entry_in(self._router.store, f"{version.task}@{version.version}", self._router.backbone.digest)
             except PearStoreError as error:
                 log.warning("task %s@%d is left out of lists: %s", version.task, version.version, error)
-                return False
-        return self._fits[key]
+                return None
+            self._entries[key] = found
+        return self._entries[key]
+
+    def shared_bytes(self) -> Mapping[str, int]:
+        """Task of the store -> how many of its bytes other tasks of this server use, too.
+
+        Raises:
+            PearStoreError: the store cannot be read.
+        """
+        tasks = self.tasks()
+        with self._lock:
+            if self._shared is None:
+                entries = {name: self._entry(version) for name, version in tasks.items() if version is not None}
+                self._shared = _shared({name: entry.tensors for name, entry in entries.items() if entry is not None})
+            return self._shared
 
     def near(self, name: str) -> list[str]:
         """Names of tasks that look like one that is unknown, the likest first."""
@@ -68,17 +107,47 @@ class Catalogue:
             return []
         base = name.partition("@")[0][:100]
         same_start = [one for one in names if one[:1].lower() == base[:1].lower()]
-        return difflib.get_close_matches(base, same_start or list(names)[:1000], NEAR)
+        return difflib.get_close_matches(base, (same_start or list(names))[:1000], NEAR)
+
+    def page(self, count: int, after: str, part: str) -> dict[str, Any]:
+        """The first tasks behind a name whose own names hold `part`, in whatever case.
+
+        Raises:
+            PearStoreError: the store cannot be read.
+        """
+        tasks = self.tasks()
+        matching = [name for name in tasks if part in name.lower()] if part else list(tasks)
+        start = bisect.bisect_right(matching, after)
+        names = matching[start : start + count]
+        return {
+            "tasks": [self.summary(name, tasks[name]) for name in names],
+            "total": len(tasks),
+            "matching": len(matching),
+            "next": names[-1] if start + count < len(matching) else None,
+        }
 
     def summary(self, name: str, version: Version | None) -> dict[str, Any]:
-        """What a list says of a task."""
+        """What a list says of a task; of its newest version, how much of it others use.
+
+        Raises:
+            PearStoreError: the store cannot be read.
+        """
         if version is None:
-            return {"name": name, "version": None, "size_bytes": None, "tags": []}
+            entry = _entry(self._router.lookup(name).task.record, _NONE)
+            shared = None
+        else:
+            entry = self._entry(version) or Entry(0, {}, _NONE)
+            newest = self.tasks().get(name)
+            is_newest = newest is not None and newest.version == version.version
+            shared = self.shared_bytes().get(name) if is_newest and len(entry.tensors) else None
         return {
             "name": name,
-            "version": version.version,
-            "size_bytes": version.size_bytes,
-            "tags": list(version.tags),
+            "version": None if version is None else version.version,
+            "size_bytes": None if version is None else version.size_bytes,
+            "shared_bytes": shared,
+            "classes": entry.classes,
+            "metrics": dict(entry.metrics),
+            "tags": [] if version is None else list(version.tags),
         }
 
     def describe(self, reference: str) -> dict[str, Any]:
@@ -91,6 +160,7 @@ class Catalogue:
         found = self.summary(known.task.name, known.version)
         return {
             **found,
+            "classes": len(known.task.labels),
             "labels": list(known.task.labels),
             "preprocess": dict(known.task.preprocess),
             "metrics": _finite(known.task.record.get("metrics")),
@@ -103,6 +173,49 @@ class Catalogue:
             return self._router.is_loaded(known)
         except RouterError:
             return False
+
+
+_NONE: Tensors = np.empty((0, 2), np.uint64)
+
+
+def _entry_in(store: ReadableStore, reference: str, backbone: str) -> Entry | None:
+    """What is kept of a stored version; None if it is for another backbone. No task of a remote is fetched for it: what
+    others use of that is not known."""
+    record = store.record(reference)
+    if record["backbone"]["digest"] != backbone:
+        return None
+    tensors = _NONE if store.is_remote else _tensors_of(store.get(reference, copy=False))
+    return _entry(record, tensors)
+
+
+def _tensors_of(task: Task) -> Tensors:
+    digests = ((digest, raw.size_bytes) for digest, raw in task.tensors.items() if digest.startswith("sha256:"))
+    found = [(int(digest[7:23], 16), size_bytes) for digest, size_bytes in digests]
+    return np.array(found, np.uint64) if found else _NONE
+
+
+def _entry(record: Mapping[str, Any], tensors: Tensors) -> Entry:
+    metrics = record.get("metrics")
+    known = metrics if isinstance(metrics, dict) else {}
+    shown = {name: float(known[name]) for name in ACCURACY if _is_share(known.get(name))}
+    return Entry(len(record.get("labels") or ()), shown, tensors)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _shared(tensors: Mapping[str, Tensors]) -> dict[str, int]:
+    """Name -> bytes of those tensors that another one has, too."""
+    if not tensors:
+        return {}
+    rows = np.concatenate(list(tensors.values()))
+    _, which, uses = np.unique(rows[:, 0], return_inverse=True, return_counts=True)
+    sizes = np.where(uses[which] > 1, rows[:, 1], 0).astype(np.int64)
+    before = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.cumsum([len(one) for one in tensors.values()])
+    totals = before[ends] - before[ends - [len(one) for one in tensors.values()]]
+    return dict(zip(tensors, totals.tolist(), strict=True))
 
 
 def _finite(metrics: object) -> object:

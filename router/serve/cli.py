@@ -27,6 +27,7 @@ import uvloop
 from platformdirs import user_data_path
 
 from pear_store import PearStoreError, Store
+from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import echo, printable
 from router import Router, RouterError
 from router.pictures import MAX_PIXELS
@@ -36,6 +37,7 @@ from router.serve.catalogue import Catalogue
 from router.serve.limits import RequestLimits
 from router.serve.metrics import Metrics
 from router.serve.server import serve_until_told
+from router.threads import compute_alone
 
 TOKEN_LENGTH = 16
 LIMITS = RequestLimits()
@@ -43,8 +45,13 @@ LIMITS = RequestLimits()
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--store", "where", type=click.Path(path_type=Path), envvar="PEAR_STORE", default=user_data_path("pear") / "store",
-    help="The store that holds the tasks [default: $PEAR_STORE, else the user's data directory].",
+    "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
+    help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "
+    "[default: $PEAR_STORE, else the user's data directory].",
+)  # fmt: skip
+@click.option(
+    "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES", show_default="$PEAR_CACHE_BYTES, else 10 GiB",
+    help="The most bytes of a remote that are cached here, in $PEAR_CACHE_DIR or the user's cache directory.",
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
@@ -84,13 +91,19 @@ LIMITS = RequestLimits()
 @click.option(
     "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
 )
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="Requests may name images below this directory [default: none]."
+)
+@click.option("--allow-urls", is_flag=True, help="Requests may name images by http(s) URLs of public addresses.")
 @click.option("--log-json", is_flag=True, help="Log lines of JSON.")
 def main(
-    where: Path, backbone: str, weights: str | None, device: str | None, dtype: str, host: str, port: int,
-    max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float, slot_bytes: int | None,
-    preload: str | None, refresh_s: float, token_file: Path | None, no_auth: bool, max_body_bytes: int,
-    max_images: int, max_tasks: int, max_pixels: int, log_json: bool,
+    where: str, cache_bytes: int | None, backbone: str, weights: str | None, device: str | None, dtype: str,
+    host: str, port: int, max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float,
+    slot_bytes: int | None, preload: str | None, refresh_s: float, token_file: Path | None, no_auth: bool,
+    max_body_bytes: int, max_images: int, max_tasks: int, max_pixels: int, root: Path | None, allow_urls: bool,
+    log_json: bool,
 ) -> None:  # fmt: skip
+    compute_alone()  # forwards have a thread of their own
     use, manage = _tokens(token_file)
     if not (_is_loopback(host) or use or no_auth):
         raise click.UsageError(
@@ -100,7 +113,8 @@ def main(
     _set_logging_up(log_json)
     limits = RequestLimits(body_bytes=max_body_bytes, images=max_images, tasks=max_tasks, timeout_s=timeout_s)
     try:
-        with Store(where.expanduser()) as store:
+        place = where if "://" in where else Path(where).expanduser()
+        with Store.open(place, cache=CacheSettings(limit_bytes=cache_bytes)) as store:
             router = Router(
                 backbone, store, weights=weights, device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype), slot_bytes=slot_bytes,
@@ -112,22 +126,22 @@ def main(
             metrics = Metrics()
             batcher = Batcher(router, max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue, watch=metrics)
             app = create_app(
-                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage, drain_s=drain_s,
-                counted=metrics.counted, more_routes=[metrics.route(router, batcher)],
+                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage, root=root,
+                allow_urls=allow_urls, drain_s=drain_s, counted=metrics.counted,
+                more_routes=[metrics.route(router, batcher)],
             )  # fmt: skip
             with _listen(host, port) as listener:
                 shown = f"[{host}]" if ":" in host else host
                 echo(f"serving on http://{shown}:{listener.getsockname()[1]}", err=True)
-                serving = serve_until_told(app, listener, drain_s, refresh_s)
-                drained = uvloop.run(serving)
+                drained = uvloop.run(serve_until_told(app, listener, drain_s, refresh_s))
+            if not drained:  # the device may be at work for long; nobody waits for that any more
+                echo("not all requests were finished in time", err=True)
+                sys.stderr.flush()
+                os._exit(0)
     except (RouterError, PearStoreError) as error:
         raise _failure(str(error), getattr(error, "exit_code", 1)) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _failure(f"out of memory: {error}") from None
-    if not drained:  # the device may be at work for long; nobody waits for that any more
-        echo("not all requests were finished in time", err=True)
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _tokens(file: Path | None) -> tuple[str | None, str | None]:

@@ -6,9 +6,11 @@ ServeError                 (a RouterError)
 ├── DrainingError          the batcher is being closed
 ├── OutOfMemoryError       the memory does not suffice for this image and its tasks
 └── DeviceFailedError      the device's thread ended; make a new process
+
+FetchError                 (an ImageError) an image that is only named, and not to be had
 """
 
-from router.errors import RouterError
+from router.errors import ImageError, RouterError
 
 
 class ServeError(RouterError):
@@ -42,3 +44,15 @@ class DeviceFailedError(ServeError):
         text = " ".join(str(reason).split()) or type(reason).__name__
         super().__init__(f"the device's thread ended: {text:.300}")
         self.reason = reason
+
+
+class FetchError(ImageError):
+    """An image that a request names by a path or URL, and that is not to be had.
+
+    Args:
+        status: the HTTP status that says so.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status

@@ -5,6 +5,7 @@ Only the event loop's thread changes what is here. The pools are given what they
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -12,11 +13,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pear_store import PearStoreError
+from pear_store.errors import PlaceError
 from router.errors import RouterError
+from router.predictions import Prediction
+from router.registry import Known
 from router.router import Router
-from router.serve.parts import Decoded, Part, Ran, Request, decode_for, run_parts
+from router.serve.parts import Decoded, Part, Ran, Request, decode_for, look_up, run_parts
 from router.serve.turns import Turns
+from router.threads import side_threads
 
+LOOKUPS = 32
+"""Tasks that are asked of a remote at once."""
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -36,6 +43,9 @@ class Watch:
         Args:
             waited_s: for each of its images, from its admission to the start of the batch.
         """
+
+    def answered(self, task: str, version: int | None, rows: int) -> None:
+        """A task of a batch answered some rows, in a version of the store; None if it was added."""
 
 
 class Flow:
@@ -57,7 +67,13 @@ class Flow:
         self._router, self._watch, self._tell_failed = router, watch, failed
         self._max_batch, self._max_wait_s, self._workers = max_batch, max_wait_s, workers
         self._is_limited = router.stats().budget_bytes is not None
-        self._decoders = ThreadPoolExecutor(workers, "pear-serve-decode")
+        self._decoders = side_threads(workers, "pear-serve-decode")
+        self.lookups = side_threads(LOOKUPS, "pear-serve-lookup")
+        """Apart from the decoders: a task that is slow to fetch holds up nobody else's image."""
+        self._asked: dict[str, list[Request]] = {}
+        """Tasks that are asked of a remote, and who waits for them."""
+        self.looking: Turns[Request] = Turns()
+        """All who wait for one."""
         self.device = ThreadPoolExecutor(1, "pear-serve-device")
         self.loop: asyncio.AbstractEventLoop | None = None
         self.waiting: Turns[Request] = Turns()
@@ -77,10 +93,22 @@ class Flow:
 
     def put(self, request: Request) -> None:
         """Takes a request up. Whoever settles or cancels its answer calls `discard`, then `pump`."""
-        self.waiting.put(request.line, request)
+        named = dict.fromkeys(task for task in request.tasks if isinstance(task, str))
+        unknown = [task for task in named if not self._router.is_near(task)]
+        request.unknown = len(unknown)
+        if not unknown:
+            self.waiting.put(request.line, request)
+        else:
+            self.looking.put(request.line, request)
+        for task in unknown:
+            waiters = self._asked.setdefault(task, [])
+            waiters.append(request)
+            if len(waiters) == 1:
+                self._start(self.lookups, partial(look_up, self._router), task, self._looked_up)
 
     def discard(self, request: Request) -> None:
         """Forgets a request that was answered or given up."""
+        self.looking.discard(request.line, request)
         self.waiting.discard(request.line, request)
         for part in request.parts:
             self.prepared.discard(request.line, part)
@@ -90,7 +118,7 @@ class Flow:
     def close(self) -> None:
         """Starts nothing more; the threads end after what they do now."""
         self.closed = True
-        for pool in (self._decoders, self.device):
+        for pool in (self.lookups, self._decoders, self.device):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def pump(self) -> None:
@@ -105,6 +133,23 @@ class Flow:
             self.prepared.take(part.request.line, part)
             self._prepare(part)
         self._dispatch()
+
+    # ---- looking up ---------------------------------------------------------------------------
+
+    def _looked_up(self, task: str, done: "Future[Known | RouterError | PearStoreError]") -> None:
+        error = _error(done)
+        for request in self._asked.pop(task):
+            if request.answer.done():  # it was given up meanwhile
+                continue
+            if error is not None:
+                request.answer.set_exception(error)
+                continue
+            request.looked_up[task] = done.result()
+            request.unknown -= 1
+            if not request.unknown:
+                self.looking.discard(request.line, request)
+                self.waiting.put(request.line, request)
+        self.pump()
 
     # ---- decoding -----------------------------------------------------------------------------
 
@@ -157,13 +202,16 @@ class Flow:
             return
         began = time.perf_counter()
         self._loading[part] = None
-        loaded.add_done_callback(lambda _: self._post(self._loaded, part, began))
+        loaded.add_done_callback(lambda done: self._post(self._loaded, part, began, done))
 
-    def _loaded(self, part: Part, began: float) -> None:
-        """What could not be loaded is tried again by the batch, which then knows why."""
+    def _loaded(self, part: Part, began: float, done: "Future[None]") -> None:
+        """What could not be loaded is tried again by the batch, which then knows why; but not what is out of reach."""
         del self._loading[part]
         self._watch.loaded(time.perf_counter() - began)
-        if not part.request.answer.done():
+        error = _error(done)
+        if isinstance(error, PlaceError) and len(part.known) == 1:
+            part.request.settle(dict.fromkeys(part.numbers, error))
+        elif not part.request.answer.done():
             self.ready.put(part.request.line, part)
         self.pump()
 
@@ -222,8 +270,16 @@ class Flow:
         self.row_s = 0.9 * self.row_s + 0.1 * row_s if self.row_s else row_s
         waited_s = [ran.began - request.came for request in dict.fromkeys(part.request for part in batch)]
         self._watch.ran(rows, len({one.key for part in batch for one in part.known}), ran.seconds, waited_s)
+        answered: Counter[tuple[str, int | None]] = Counter()
         for part, found in zip(batch, ran.outcomes, strict=True):
+            answered.update(
+                (one.task.name, None if one.version is None else one.version.version)
+                for number, one in zip(part.numbers, part.known, strict=True)
+                if isinstance(found[number], Prediction)
+            )
             part.request.settle(found)
+        for (task, version), count in answered.items():
+            self._watch.answered(task, version, count)
         self.pump()
 
     def _start(

@@ -1,9 +1,9 @@
 """What Prometheus is told. Labels are bounded: the tasks that are asked for most, and "other"."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -16,9 +16,48 @@ from router.serve.batcher import Batcher
 from router.serve.flow import Watch
 
 TASKS = 100
-"""Most tasks that have a label of their own: the first that were answered. A series costs Prometheus memory."""
+"""Most tasks that have a label of their own: those that are asked for most. A series costs Prometheus memory."""
+COUNTED = 100 * TASKS
+"""Most tasks whose answers are counted to know which these are."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Labels:
+    """The tasks that are asked for most. All others are "other".
+
+    A task takes the place of another one once it was answered clearly more often. Then that one's series end, and its
+    own begin at 0; so no series ever goes down.
+
+    Args:
+        ended: is told of a task that has no label any more.
+    """
+
+    def __init__(self, most: int, ended: Callable[[str], None]) -> None:
+        self._most, self._ended = most, ended
+        self._counts: dict[str, int] = {}
+        self._labelled: set[str] = set()
+
+    def of(self, task: str, answered: bool) -> str:
+        """The label of a task. One that was never answered has none, so names that are made up make none."""
+        if answered and task != "other":  # a task of that name is counted with the rest
+            self._count(task)
+        return task if not task or task in self._labelled else "other"
+
+    def _count(self, task: str) -> None:
+        count = self._counts[task] = self._counts.get(task, 0) + 1
+        if task not in self._labelled:
+            if len(self._labelled) < self._most:
+                self._labelled.add(task)
+            else:
+                least = min(self._labelled, key=self._counts.__getitem__)
+                if count > 2 * self._counts[least] + 10:
+                    self._labelled.remove(least)
+                    self._labelled.add(task)
+                    self._ended(least)
+        if len(self._counts) > COUNTED:
+            halved = {name: count // 2 for name, count in self._counts.items()}
+            self._counts = {name: count for name, count in halved.items() if count or name in self._labelled}
 
 
 class Metrics(Watch):
@@ -26,10 +65,14 @@ class Metrics(Watch):
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._tasks: set[str] = set()
+        self._labels = Labels(TASKS, self._end)
         self._lock = threading.Lock()
         self._requests = Counter(
             "pear_requests", "Requests that were answered.", ["path", "task", "status"], registry=self.registry
+        )
+        self._images = Counter("pear_images", "Images that a task answered.", ["task"], registry=self.registry)
+        self._versions = Gauge(
+            "pear_task_version", "The version in which a task answered last.", ["task"], registry=self.registry
         )
         self._seconds = self._histogram("pear_request_seconds", "From a request's start to its answer.", SECONDS)
         self._waited = self._histogram("pear_queue_wait_seconds", "From an image's admission to its batch.", SECONDS)
@@ -43,19 +86,23 @@ class Metrics(Watch):
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
     def counted(self, path: str, task: str, status: int, seconds: float) -> None:
-        """Counts a request. A task has a label of its own only once it was answered, so names made up make none."""
-        self._requests.labels(path, self._label(task, status), str(status)).inc()
+        """Counts a request."""
+        with self._lock:
+            label = self._labels.of(task.partition("@")[0], status == 200)
+            self._requests.labels(path, label, str(status)).inc()
         self._seconds.observe(seconds)
 
-    def _label(self, task: str, status: int) -> str:
-        name = task.partition("@")[0]
-        if not name or name in self._tasks:
-            return name
+    def answered(self, task: str, version: int | None, rows: int) -> None:
         with self._lock:
-            if status == 200 and len(self._tasks) < TASKS:
-                self._tasks.add(name)
-                return name
-        return "other"
+            label = self._labels.of(task, True)
+            self._images.labels(label).inc(rows)
+            if label == task != "other" and version is not None:
+                self._versions.labels(task).set(version)
+
+    def _end(self, task: str) -> None:
+        """Ends a task's series."""
+        for metric in (self._requests, self._images, self._versions):
+            metric.remove_by_labels({"task": task})
 
     def decoded(self, seconds: float) -> None:
         self._decode.observe(seconds)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from router.serve.limits import RequestLimits
+from router.serve.openapi_v2 import v2_errors, v2_paths, v2_schemas
 from router.serve.problems import TITLES
 
 Json = dict[str, Any]
@@ -17,16 +18,17 @@ def document(limits: RequestLimits, *, with_tokens: bool) -> Json:
             "version": "1",
             "description": "Any task of a store over HTTP; requests of different tasks share batches.",
         },
-        "paths": _paths(limits),
-        "components": {"schemas": _schemas()},
+        "paths": {**_paths(limits), **v2_paths()},
+        "components": {"schemas": {**_schemas(), **v2_schemas()}},
     }
     if with_tokens:
         found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        for methods in found["paths"].values():
+        for path, methods in found["paths"].items():
             for operation in methods.values():
                 if operation.pop("x-token"):
                     operation["security"] = [{"token": []}]
-                    operation["responses"] |= _problems(401, 403)
+                    is_v2 = path.startswith("/v2")
+                    operation["responses"] |= v2_errors(401, 403) if is_v2 else _problems(401, 403)
     for methods in found["paths"].values():
         for operation in methods.values():
             operation.pop("x-token", None)
@@ -46,6 +48,18 @@ def _paths(limits: RequestLimits) -> Json:
         "/livez": {"get": _operation("Whether the process is alive", {"200": _answer("Yes.")} | gone, token=False)},
         "/readyz": {"get": _operation("Whether predictions are made", {"200": _answer("Yes.")} | gone, token=False)},
         "/openapi.json": {"get": _operation("This document", {"200": _answer("It.")}, token=False)},
+        "/": {"get": _operation("A page to try tasks on", {"200": _file("HTML.", "text/html")}, token=False)},
+        "/page/{file}": {
+            "get": _operation(
+                "A file of that page",
+                {"200": _file("Its text.", "text/*")} | _problems(404),
+                [{"name": "file", "in": "path", "required": True, "schema": {"type": "string"}}],
+                token=False,
+            )
+        },
+        "/v1/server": {
+            "get": _operation("What is served", {"200": _answer("The backbone and the limits.", _ref("Server"))})
+        },
         "/v1/tasks": {
             "get": _operation(
                 "The tasks for this backbone, by name",
@@ -84,13 +98,19 @@ def _paths(limits: RequestLimits) -> Json:
 
 def _body(limits: RequestLimits, own_tasks: bool) -> Json:
     binary = {"schema": {"type": "string", "format": "binary"}}
-    image: Json = {"type": "object", "required": ["image"], "properties": {"image": _base64()}}
+    tasks: Json = {}
     if own_tasks:
-        image["properties"] |= {
-            "task": _ref("Reference"),
-            "tasks": {"oneOf": [{"const": "all"}, {"type": "array", "items": _ref("Reference"), "minItems": 1}]},
-        }
-    many = {"type": "array", "items": {"oneOf": [_base64(), image]}, "minItems": 1, "maxItems": limits.images}
+        tasks["task"] = _ref("Reference")
+        tasks["tasks"] = {"oneOf": [{"const": "all"}, {"type": "array", "items": _ref("Reference"), "minItems": 1}]}
+    places = {
+        "image": _base64(),
+        "path": {"type": "string", "description": "Of a file below the directory that the server was given, if any."},
+        "url": {"type": "string", "description": "http or https; if the server fetches URLs."},
+    }
+    one_of = [
+        {"type": "object", "required": [name], "properties": {name: schema, **tasks}} for name, schema in places.items()
+    ]
+    many = {"type": "array", "items": {"oneOf": [_base64(), *one_of]}, "minItems": 1}
     field = (
         "Files. The name of a field is the task of its file, unless the query names tasks." if own_tasks else "Files."
     )
@@ -104,7 +124,9 @@ def _body(limits: RequestLimits, own_tasks: bool) -> Json:
                 "schema": {"type": "object", "description": field, "additionalProperties": binary["schema"]}
             },
             "application/json": {
-                "schema": {"oneOf": [image, {"type": "object", "required": ["images"], "properties": {"images": many}}]}
+                "schema": {
+                    "oneOf": [*one_of, {"type": "object", "required": ["images"], "properties": {"images": many}}]
+                }
             },
         },
     }
@@ -115,7 +137,7 @@ def _base64() -> Json:
 
 
 def _schemas() -> Json:
-    text, number = {"type": "string"}, {"type": "number"}
+    text, number, whole = {"type": "string"}, {"type": "number"}, {"type": "integer"}
     maybe_text, maybe_whole = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
     result = {
         "image": {"type": "integer", "description": "Its number in the request."},
@@ -124,12 +146,19 @@ def _schemas() -> Json:
         "version": maybe_whole,
         "label": maybe_text,
         "top": {"type": "array", "items": _object({"label": text, "probability": number})},
+        "batch": {
+            "oneOf": [{"type": "null"}, _object({"rows": whole, "tasks": whole, "ms": number})],
+            "description": "The batch on the device that this row was one of, and its milliseconds there.",
+        },
         "error": {"oneOf": [{"type": "null"}, _ref("Problem")]},
     }
     summary = {
         "name": text,
         "version": maybe_whole,
         "size_bytes": maybe_whole,
+        "shared_bytes": {**maybe_whole, "description": "Of these, what other tasks use, too; of a newest version."},
+        "classes": whole,
+        "metrics": {"type": "object", "additionalProperties": number},
         "tags": {"type": "array", "items": text},
     }
     problem = {"type": text, "title": text, "status": {"type": "integer"}, "detail": text}
@@ -142,7 +171,12 @@ def _schemas() -> Json:
         "Problem": {**_object(problem), "description": "RFC 9457. `near` offers names for an unknown task."},
         "Results": _object({"results": {"type": "array", "items": _result(result)}}),
         "Tasks": _object(
-            {"tasks": {"type": "array", "items": _object(summary)}, "total": {"type": "integer"}, "next": maybe_text}
+            {
+                "tasks": {"type": "array", "items": _object(summary)},
+                "total": whole,
+                "matching": {**whole, "description": "Tasks that the search finds, on all pages."},
+                "next": maybe_text,
+            }
         ),
         "Task": _object(
             {
@@ -152,6 +186,13 @@ def _schemas() -> Json:
                 "metrics": {"type": "object"},
                 "backbone": _object({"model": text, "digest": text}),
                 "loaded": {"type": "boolean"},
+            }
+        ),
+        "Server": _object(
+            {
+                "backbone": _object({"model": text, "digest": text}),
+                "device": text,
+                "limits": _object({"images": whole, "tasks": whole, "body_bytes": whole, "timeout_s": number}),
             }
         ),
         "Changed": _object({"changed": {"type": "object", "additionalProperties": maybe_whole}}),
@@ -182,6 +223,10 @@ def _query(name: str, schema: Json, description: str) -> Json:
 
 def _answer(description: str, schema: Json | None = None) -> Json:
     return {"description": description, "content": {"application/json": {"schema": schema or {"type": "object"}}}}
+
+
+def _file(description: str, media_type: str) -> Json:
+    return {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}
 
 
 def _problems(*statuses: int) -> Json:

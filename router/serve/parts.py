@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,31 +13,66 @@ from router.batches import put_together
 from router.errors import ImageError, RouterError
 from router.pictures import ImageLike
 from router.predictions import Prediction
-from router.preprocess import decode
+from router.preprocess import Preprocess, decode
 from router.registry import Known
 from router.router import Router
 from router.serve.errors import OutOfMemoryError
 
 Outcome = Prediction | RouterError | PearStoreError
 """What became of an image and a task."""
+Sent = ImageLike | Tensor
+"""What a request may have as its image: a tensor is float [3, h, w], normalised as its tasks expect."""
+Named = str | Known
+"""A task: a name, or what one meant when it was looked up."""
+
+
+def name_of(task: Named) -> str:
+    return task if isinstance(task, str) else task.task.name
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The batch that a prediction was made in."""
+
+    rows: int
+    tasks: int
+    """Different ones."""
+    seconds: float
+    """On the device."""
+
+
+@dataclass(frozen=True)
+class Answer(Prediction):
+    """A prediction, and the batch that it was made in."""
+
+    batch: Shared
+
+
+def line_of(tasks: Sequence[Named]) -> str:
+    """Where a request waits: with others of its task, whatever the version; requests of many tasks share a line."""
+    return name_of(tasks[0]).partition("@")[0] if len(tasks) == 1 else ""
 
 
 @dataclass(eq=False)
 class Request:
     """An image and the tasks that it is for."""
 
-    image: ImageLike | None
-    tasks: Sequence[str]
+    image: Sent | None
+    tasks: Sequence[Named]
     answer: "asyncio.Future[list[Outcome]]"
     came: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     """By the number of the task."""
     parts: list["Part"] = field(default_factory=list)
+    looked_up: dict[str, Known | RouterError | PearStoreError] = field(default_factory=dict)
+    """What its tasks mean, where a remote had to be asked."""
+    unknown: int = 0
+    """How many of its tasks are being asked for."""
 
     @property
     def line(self) -> str:
-        """Where it waits: with others of its task, whatever the version; requests of many tasks share a line."""
-        return self.tasks[0].partition("@")[0] if len(self.tasks) == 1 else ""
+        """Where it waits."""
+        return line_of(self.tasks)
 
     def settle(self, outcomes: dict[int, Outcome]) -> None:
         """Notes what became of some tasks, and answers when all are there."""
@@ -54,7 +89,7 @@ class Part:
     numbers: list[int]
     known: list[Known]
     pixels: list[Tensor]
-    """uint8 [3, h, w]; the same tensor where tasks prepare the image in the same way."""
+    """uint8 [3, h, w], or float32 if it was sent normalised; the same tensor where tasks prepare it in the same way."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,6 +117,14 @@ class Ran:
     seconds: float
 
 
+def look_up(router: Router, task: str) -> Known | RouterError | PearStoreError:
+    """What a task's name means, or why it means nothing."""
+    try:
+        return router.lookup(task)
+    except (RouterError, PearStoreError) as error:
+        return error
+
+
 def decode_for(router: Router, request: Request) -> Decoded:
     """Looks a request's tasks up, and prepares its image for each."""
     image = request.image
@@ -91,21 +134,36 @@ def decode_for(router: Router, request: Request) -> Decoded:
     failures: dict[int, Outcome] = {}
     known: dict[int, Known] = {}
     for number, task in enumerate(request.tasks):
-        try:
-            known[number] = router.lookup(task)
-        except (RouterError, PearStoreError) as error:
-            failures[number] = error
-    pixels = decode([image] * len(known), [one.preprocess for one in known.values()])
+        one = task if isinstance(task, Known) else request.looked_up.get(task) or look_up(router, task)
+        if isinstance(one, Known):
+            known[number] = one
+        else:
+            failures[number] = one
+    ways = [each.preprocess for each in known.values()]
+    pixels = _normalised(image, ways) if isinstance(image, Tensor) else decode([image] * len(known), ways)
     parts: dict[tuple[int, int], Part] = {}
-    for (number, one), found in zip(known.items(), pixels, strict=True):
+    for (number, each), found in zip(known.items(), pixels, strict=True):
         if isinstance(found, ImageError):
             failures[number] = found
             continue
-        part = parts.setdefault(one.preprocess.size, Part(request, [], [], []))
+        part = parts.setdefault(each.preprocess.size, Part(request, [], [], []))
         part.numbers.append(number)
-        part.known.append(one)
+        part.known.append(each)
         part.pixels.append(found)
     return Decoded(failures, list(parts.values()), time.perf_counter() - began)
+
+
+def _normalised(image: Tensor, ways: Sequence[Preprocess]) -> list[Tensor | ImageError]:
+    """An image that was sent normalised, for each way in which tasks prepare theirs; its values stay as they are."""
+    image = image.to(torch.float32)
+    found: list[Tensor | ImageError] = []
+    for way in ways:
+        shape = (3, *way.size)
+        if tuple(image.shape) == shape:
+            found.append(image)
+        else:
+            found.append(ImageError(f"normalised pixels of shape {list(image.shape)}: the task expects {list(shape)}"))
+    return found
 
 
 def run_parts(router: Router, batch: Sequence[Part]) -> Ran:
@@ -116,6 +174,7 @@ def run_parts(router: Router, batch: Sequence[Part]) -> Ran:
 
 
 def _run(router: Router, batch: Sequence[Part]) -> list[dict[int, Outcome]]:
+    began = time.perf_counter()
     known = [one for part in batch for one in part.known]
     pixels = dict(enumerate(image for part in batch for image in part.pixels))
     try:
@@ -126,6 +185,7 @@ def _run(router: Router, batch: Sequence[Part]) -> list[dict[int, Outcome]]:
             return [dict.fromkeys(batch[0].numbers, OutOfMemoryError(len(known)))]
         half = len(batch) // 2
         return [*_run(router, batch[:half]), *_run(router, batch[half:])]
+    shared = Shared(len(known), len({one.key for one in known}), time.perf_counter() - began)
     found: list[dict[int, Outcome]] = []
     row = 0
     for part in batch:
@@ -133,7 +193,11 @@ def _run(router: Router, batch: Sequence[Part]) -> list[dict[int, Outcome]]:
         for number in part.numbers:
             failure = predictions.failures.get(row)
             assert failure is None or isinstance(failure, RouterError | PearStoreError)
-            mine[number] = failure or replace(predictions[row], task=part.request.tasks[number])
+            mine[number] = failure or _answer(predictions[row], name_of(part.request.tasks[number]), shared)
             row += 1
         found.append(mine)
     return found
+
+
+def _answer(said: Prediction, task: str, batch: Shared) -> Answer:
+    return Answer(task, said.version, said.logits, said.classes, said.error, batch)

@@ -7,15 +7,18 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from pear_store import PearStoreError
+from pear_store.errors import PlaceError
 from router.errors import ImageError, RouterError, TooManyPixelsError, UnknownTaskError
 from router.serve.errors import (
     DeadlineError,
     DeviceFailedError,
     DrainingError,
+    FetchError,
     OutOfMemoryError,
     QueueFullError,
 )
 
+DEVICE_FAILED = "the device has failed: this server is about to end"
 TITLES = {
     400: "The request cannot be read",
     401: "A token is needed",
@@ -68,6 +71,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(
                 413, f"an image of {error.width} x {error.height} pixels: the limit is {error.max_pixels} pixels"
             )
+        case FetchError():
+            return Problem(error.status, str(error))
         case ImageError():
             return Problem(400, str(error))
         case UnknownTaskError():
@@ -76,12 +81,16 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(429, str(error), headers={"Retry-After": str(error.retry_after_s)})
         case DrainingError() | OutOfMemoryError():
             return Problem(503, str(error), headers={"Retry-After": "5"})
+        case MemoryError():
+            return Problem(503, "out of memory", headers={"Retry-After": "5"})
         case DeadlineError():
             return Problem(504, str(error))
         case DeviceFailedError():
-            return Problem(503, "the device has failed: this server is about to end")
+            return Problem(503, DEVICE_FAILED)
         case RouterError():
             return Problem(422, str(error))
+        case PlaceError():
+            return Problem(503, "the remote that has this task cannot be reached", headers={"Retry-After": "10"})
         case PearStoreError():
             return Problem(500, "the store cannot read this task; the server's log says why")
     return Problem(500, "an error that was not expected; the server's log says more")

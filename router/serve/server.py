@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 from collections.abc import Generator
@@ -20,6 +21,11 @@ HEADER_BYTES = 64 * 1024
 """Of one request's line and headers together; what is longer is cut off."""
 HEADER_S = 10.0
 """How long a client may take to send them, and to begin after it connected."""
+UNREAD_S = 10.0
+"""How long a client may leave answers unread, and go on with a body after linger.py has waited for its end."""
+KEEP_ALIVE_S = 65
+"""How long a connection may be idle between requests: longer than clients and proxies keep theirs (nginx: 60 s), for
+whoever sends a request just while it is closed gets no answer."""
 CONNECTIONS = 4096
 """More are answered with 503 at once."""
 
@@ -27,18 +33,21 @@ log = logging.getLogger(__name__)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, with limits for clients that send headers slowly or without end."""
+    """uvicorn's, with limits for clients that send slowly or without end, or do not read."""
 
     _header_bytes = 0
     _reads_headers = True
+    _in_message = False
     _slow: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._slow = self.loop.call_later(HEADER_S, transport.close)
+        self._limit(HEADER_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
+        self._is_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -49,19 +58,52 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_time()
-        self._reads_headers, self._header_bytes = True, 0
-        self._slow = self.loop.call_later(HEADER_S, self.transport.close)
+        self._reads_headers, self._in_message, self._header_bytes = True, True, 0
+        self._limit(HEADER_S)
 
     def on_headers_complete(self) -> None:
         self._in_time()
         self._reads_headers = False
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._in_time()
+        self._in_message = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_message and self.cycle.response_complete and not self.transport.is_closing():
+            self._limit(UNREAD_S)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._is_read()
+        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._is_read()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing more was asked: what was answered must be read now, or the connection is cut."""
+        super().timeout_keep_alive_handler()
+        self._is_read()
+        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def _limit(self, seconds: float) -> None:
+        self._in_time()
+        self._slow = self.loop.call_later(seconds, self.transport.abort)
+
     def _in_time(self) -> None:
         if self._slow is not None:
             self._slow.cancel()
             self._slow = None
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class Server(uvicorn.Server):
@@ -73,13 +115,15 @@ class Server(uvicorn.Server):
                 app,
                 loop="uvloop",
                 http=Protocol,
+                ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 limit_concurrency=CONNECTIONS,
-                timeout_graceful_shutdown=max(1, round(drain_s)),
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(drain_s) + 1,  # later: what waits is told so first
             )
         )
         self._batcher = app.state.service.batcher
@@ -111,15 +155,17 @@ async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: flo
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
+    def keep(task: asyncio.Task[None]) -> None:
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
     def end() -> None:
         server.force_exit = server.should_exit  # at the second time
         server.should_exit = True
-        service.batcher.drain()
+        keep(loop.create_task(service.end()))
 
     def hang_up() -> None:
-        task = loop.create_task(_refresh(service))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        keep(loop.create_task(_refresh(service)))
 
     for number, handler in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, hang_up)):
         loop.add_signal_handler(number, handler)

@@ -1,6 +1,7 @@
 """A queue that is fair: lines take turns, and within a line the oldest comes first."""
 
 from collections.abc import Hashable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -38,6 +39,19 @@ class Turns(Generic[Item]):
     def first(self) -> Item | None:
         """The item whose turn it is."""
         return next(iter(self), None)
+
+    def length(self, line: str) -> int:
+        """How many items wait in a line."""
+        return len(self._lines.get(line, ()))
+
+    def longest(self) -> int:
+        """How many items wait in the longest line."""
+        return max(map(len, self._lines.values()), default=0)
+
+    def latecomers(self, count: int, least: int) -> list[Item]:
+        """The newest `count` items of the longest line, if more than `least` stay in it; else none."""
+        longest = max(self._lines.values(), key=len, default={})
+        return list(islice(reversed(longest), count)) if len(longest) - count > least else []
 
     def take(self, line: str, item: Item) -> None:
         """Serves an item: its line goes behind all others."""

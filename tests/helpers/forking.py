@@ -34,7 +34,8 @@ def in_child(act: Callable[[], object], leave: Callable[[int], None] = os._exit)
         except BaseException as error:
             os.write(2, f"in the child: {error!r}\n".encode())
         leave(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, f"the child ended with {code}"
 
 
 def use(store: Store, name: str) -> None:

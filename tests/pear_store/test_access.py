@@ -17,13 +17,11 @@ from pear_store import Store, rebuild, repair, verify
 from pear_store.cli import main
 from pear_store.errors import AccessError
 from pear_store.local import verify as integrity
-from tests.helpers.forking import in_child
 from tests.helpers.makers import floats, small_task
+from tests.helpers.users import NOBODY, as_nobody
 from tests.pear_store.test_store import contents, packs
 
 pytestmark = pytest.mark.slow
-
-NOBODY = 65534
 
 
 @pytest.fixture
@@ -38,18 +36,6 @@ def public() -> Iterator[Path]:
         store.tag("t1", "prod")
     yield folder / "s"
     shutil.rmtree(folder)
-
-
-def as_nobody(act: Callable[[], object]) -> None:
-    """Runs `act` in a child that is no longer root."""
-
-    def run() -> None:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-        act()
-
-    in_child(run)
 
 
 def read_everything(path: Path) -> None:

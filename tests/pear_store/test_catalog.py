@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pear_store.local.tags
 from pear_store import DamagedError, NotFoundError, Refused, Store, TaggedError, Task, rebuild, verify
-from pear_store.local.catalog import Applying
+from pear_store.format.pack import PackedTag
+from pear_store.local.applying import Applying
 from pear_store.local.index import Index, View, open_index, release_index
 from pear_store.local.packs import pack_path, read_records
 from pear_store.local.verify import check_index
@@ -177,6 +179,28 @@ def test_packs_give_the_same_index_in_any_order_and_any_batches(
             assert apply(folder / "all", batches) == expected
 
 
+@settings(max_examples=25, deadline=None)
+@given(steps=STEPS)
+def test_an_index_says_what_its_packs_say_whatever_was_done(steps: list[tuple[str, int, int, int]]) -> None:
+    """What add, remove, tag and gc enter and take out, one after another, is what the packs left give at once."""
+    with folder_in_memory() as folder:
+        histories = Histories(folder)
+        for step in steps:
+            histories.do(*step)
+        for path in histories.stores:
+            index = open_index(path / "index")
+            with index.read() as view:
+                found = normal_form(view)
+            release_index(index)
+            packs = sorted(bytes.fromhex(file.stem) for file in (path / "packs").rglob("*.safetensors"))
+            expected = apply(path, [packs])
+            removed, recorded = found.pop("removed"), expected.pop("removed")
+            for rows in (found, expected):  # several packs may record a task's highest number
+                rows["names"] = {key: row[:3] for key, row in rows["names"].items()}
+            assert found == expected
+            assert removed.keys() <= recorded.keys()  # gc forgets what no file can bring back
+
+
 def added_at(path: Path, now: int, *tasks: Task) -> None:
     """Adds tasks in one commit, at a time."""
     with Store(path) as store, patch("time.time_ns", lambda: now):
@@ -278,13 +302,40 @@ def test_a_pack_that_cannot_be_read_changes_nothing(store: Store) -> None:
             assert normal_form(view) == before
 
 
-def test_a_tag_of_a_number_that_two_versions_had_is_named(store: Store) -> None:
-    """A tag's record has only the number, so it may come to stand for the other copy's version."""
+@pytest.mark.parametrize("tagged", [0, 1])
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_tag_goes_with_its_version_where_two_copies_gave_one_number_to_two(
+    store: Store, tagged: int, in_turn: bool
+) -> None:
+    store.add(small_task(seed=1))
+    others = copies(store, 2)
+    for path, seed in zip(others, (2, 3), strict=True):
+        added_at(path, seed, small_task(seed=seed))
+    with Store(others[tagged]) as copy:
+        meant = copy.get("dtd@2").record
+        copy.tag("dtd@2", "prod")
+    for other in [[others[0]], [others[1]]] if in_turn else [others]:
+        put_together(store.path, other)
+        problems = rebuild(store.path).problems
+    assert not [problem for problem in problems if problem.startswith("tag")]
+    for _ in range(2):
+        with Store(store.path) as joined:
+            assert joined.get("dtd@prod").record == meant
+            assert {version.version for version in joined.versions("dtd")} == {1, 2, 3}
+            joined.gc(repack_all=True)
+        assert verify(store.path).ok
+        assert rebuild(store.path).problems == []
+
+
+def test_an_older_tag_of_a_number_that_two_versions_had_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tag's record had only the number, so it may come to stand for the other copy's version."""
     store.add(small_task(seed=1))
     others = copies(store, 2)
     for path, seed in zip(others, (2, 3), strict=True):
         added_at(path, seed, small_task(seed=seed))
     with Store(others[0]) as copy:
+        tagged = PackedTag("dtd", "prod", 2, 1)
+        monkeypatch.setattr(pear_store.local.tags, "PackedTag", lambda *_: tagged)
         copy.tag("dtd@2", "prod")
     put_together(store.path, others)
     found = rebuild(store.path).problems

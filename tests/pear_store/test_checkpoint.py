@@ -23,8 +23,10 @@ from pear_store import (
     write_checkpoint,
 )
 from pear_store.format import checkpoint
+from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.container import read_container
 from pear_store.format.digest import tensor_digest
+from pear_store.format.record import with_core, without_core
 from tests.helpers.makers import container, floats, record, small_task, tensors
 
 
@@ -106,7 +108,7 @@ BAD_RECORDS = [
     ("metrics", None, "field 'metrics': expected an object"),
     ("metrics", {"x": float("inf")}, "record: inf is not a JSON number"),
     ("training", {"x": "\ud800"}, "record: 'utf-8' codec can't encode"),
-    ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 4 or 8"),
+    ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 2 or 4 or 8"),
     ("preprocess/crop_pct", 1e-6, "'crop_pct': expected a number from 0.05 to 4"),
     ("preprocess/std", [1e-300, 1, 1], "'std': expected 3 numbers above 0"),
 ]
@@ -155,7 +157,7 @@ def test_quantised_adapters_are_checked() -> None:
         make_task(made, {**packed, "a0.down": RawTensor("U8", (3,), b"\1\2\3")})
     with pytest.raises(CheckpointError, match=r"scale of up: expected \[2\], found \[1\]"):
         make_task(made, {**packed, "us": floats([1.0])})
-    with pytest.raises(CheckpointError, match="'bits' 1 or 4 or 8"):
+    with pytest.raises(CheckpointError, match="'bits' 1 or 2 or 4 or 8"):
         make_task({**made, "adapters": {"a0": {**made["adapters"]["a0"], "quant": {"bits": 3}}}}, packed)
 
 
@@ -191,6 +193,81 @@ def test_cores_and_quantised_heads_are_stored_and_exported(tmp_path: Path) -> No
     assert again.tensors.keys() == found.keys() - {"head.s"} | {"head.weight.scale"}
 
 
+CODED_CORE = {
+    "c1": {"down": "a0.down", "up": "c1.up", "basis": "a0.up",
+           "quant": {"bits": 2, "up": {"shape": [2, 2], "scale": "c1.s"}}},
+    "c2": {"down": "q.down", "up": "c2.up", "basis": "q.up",
+           "quant": {"bits": 1, "down": {"shape": [6, 2], "scale": "ds"}, "basis": {"shape": [2, 6], "scale": "us"},
+                     "up": {"shape": [2, 2], "scale": "c2.s", "bits": 8}}},
+}  # fmt: skip
+"""Codes of a core alone, and of all, with other bits."""
+
+
+def coded() -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    made = record(adapters=CODED_CORE, positions={"blocks.0.attn": [["c1", 1.0]], "blocks.1.attn": [["c2", 1.0]]})
+    found = {
+        **tensors(), "c1.up": RawTensor("U8", (1,), b"\xe4"), "c1.s": floats([3.0, 6.0]),
+        "q.down": RawTensor("U8", (2,), b"\1\2"), "q.up": RawTensor("U8", (2,), b"\3\4"), "ds": floats([1.0, 2.0]),
+        "us": floats([1.0, 2.5]), "c2.up": RawTensor("U8", (4,), b"\0\xff\x80\1"), "c2.s": floats([1.0, 7.0]),
+    }  # fmt: skip
+    return made, found
+
+
+def test_cores_of_codes_are_read_stored_and_exported(tmp_path: Path) -> None:
+    made, found = coded()
+    task = make_task(made, found)
+    write_checkpoint(tmp_path / "t", task)
+    assert read_checkpoint(tmp_path / "t").record == made
+    one, other = (task.adapters[name] for name in ("c1", "c2"))
+    assert one.core is not None and (one.core.bits, one.down.bits, one.up.bits) == (2, None, None)
+    assert other.core is not None and (other.core.bits, other.down.bits, other.up.bits) == (8, 1, 1)
+    # codes 0, 1, 2, 3 of two bits: -1, -1/3, 1/3, 1 times the row's scale
+    core = np.array([[-3.0, -1.0], [2.0, 6.0]], "f4")
+    np.testing.assert_allclose(matrix_values(one.core, task.tensors), core, rtol=1e-6)
+    up = matrix_values(one.up, task.tensors)
+    np.testing.assert_allclose(up_values(one, task.tensors), core @ up, rtol=1e-6)
+    changed = {**found, "c1.s": floats([3.0, 5.0])}
+    assert one.keys(found)[1] != make_task(made, changed).adapters["c1"].keys(changed)[1], "another scale, another key"
+    with Store.create(tmp_path / "s") as store:
+        store.add(tmp_path / "t")
+        assert not store.add(tmp_path / "t").changed
+        stored = store.get("dtd")
+        np.testing.assert_allclose(up_values(stored.adapters["c1"], stored.tensors), core @ up, rtol=1e-6)
+        store.gc()
+        store.export("dtd", tmp_path / "again")
+    again = read_checkpoint(tmp_path / "again")
+    assert again.record["adapters"]["c1"]["quant"] == {"bits": 2, "up": {"shape": [2, 2], "scale": "c1.up.scale"}}
+    for name, adapter in again.adapters.items():
+        values = up_values(task.adapters[name], task.tensors)
+        np.testing.assert_array_equal(up_values(adapter, again.tensors), values)
+    bare = without_core(CODED_CORE["c1"])
+    assert bare == {"down": "a0.down", "up": "a0.up"}
+    assert with_core(bare, "c1.up", {"bits": 2, "shape": [2, 2], "scale": "c1.s"}) == CODED_CORE["c1"]
+    bare = without_core(CODED_CORE["c2"])
+    assert bare["quant"].keys() == {"bits", "down", "up"}
+    assert with_core(bare, "c2.up", {"bits": 8, "shape": [2, 2], "scale": "c2.s"}) == CODED_CORE["c2"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quant", "message"),
+    [
+        ("c1", {"bits": 3, "up": {}}, "'bits' 1 or 2 or 4 or 8"),
+        ("c1", {"bits": 2, "up": {"shape": [2, 2], "scale": "c1.s", "bits": 3}}, "'bits' 1 or 2 or 4 or 8"),
+        ("c1", {"bits": 8, "up": {"shape": [2, 2], "scale": "c1.s"}}, "up: 8-bit [2, 2] is U8 [4], found [1]"),
+        ("c1", {"bits": 2, "up": {"shape": [3, 1], "scale": "c1.s"}}, "scale of up: expected [3], found [2]"),
+        ("c1", {"bits": 2, "up": 7}, "expected 'shape' and 'scale' for 'up'"),
+        ("c1", {"bits": 2}, "tensor 'c1.up' is U8: expected F32 or F16 or BF16"),
+        ("c1", None, "'bits' 1 or 2 or 4 or 8"),
+    ],
+)
+def test_bad_codes_of_cores_are_refused(adapter: str, quant: Any, message: str) -> None:
+    made, found = coded()
+    entry = {**made["adapters"][adapter], "quant": quant}
+    with pytest.raises(CheckpointError) as caught:
+        make_task({**made, "adapters": {**made["adapters"], adapter: entry}}, found)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_strange_keys_beside_codes_are_kept_and_do_no_harm(tmp_path: Path) -> None:
     made = change("adapters/a0/quant", {
         "bits": 1, "down": {"shape": [6, 2], "scale": "ds"}, "up": {"shape": [2, 6], "scale": "us"}, "basis": 7,
@@ -218,7 +295,7 @@ def write_and_name(path: Path, task: Any) -> Path:
         ({}, {"c1.up": RawTensor("U8", (4,), b"1234")}, "'c1': tensor 'c1.up' is U8"),
         ({}, {"head.s": floats([1.0])}, "field 'head': scale of weight: expected [2], found [1]"),
         ({}, {"head.weight": RawTensor("U8", (11,), bytes(11))}, "weight: 8-bit [2, 6] is U8 [12], found [11]"),
-        ({"head": {"weight": "head.weight", "bias": "head.bias", "quant": {"bits": 1}}}, {}, "'bits' 4 or 8"),
+        ({"head": {"weight": "head.weight", "bias": "head.bias", "quant": {"bits": 1}}}, {}, "'bits' 2 or 4 or 8"),
     ],
 )
 def test_bad_cores_and_heads_are_refused(changes: dict[str, Any], tensor: dict[str, RawTensor], message: str) -> None:

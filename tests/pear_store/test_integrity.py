@@ -25,10 +25,11 @@ from pear_store import (
     verify,
     write_checkpoint,
 )
-from pear_store.local import gc, repack, sweep
+from pear_store.local import gc, opened, repack
 from pear_store.local import verify as integrity
+from tests.helpers.log import keep_log
 from tests.helpers.makers import small_task
-from tests.pear_store.test_store import contents, flip, keep_log, packs
+from tests.pear_store.test_store import contents, flip, packs
 
 pytestmark = pytest.mark.slow
 
@@ -131,8 +132,7 @@ def test_a_gc_in_a_verify_is_no_damage(filled: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(integrity, step, move_first)
     monkeypatch.setattr(integrity, "can_fork", lambda: False)
     if not unlinks:
-        for module in (gc, repack):
-            monkeypatch.setattr(module, "unlink_packs", lambda *_: None)
+        monkeypatch.setattr(opened.OpenStore, "unlink_doomed", lambda _: None)
     assert integrity.check(filled).ok
     assert moved
 
@@ -415,14 +415,13 @@ def test_a_rebuild_between_a_repack_and_its_unlinking_loses_nothing(
     for name in "abcd":
         store.add(small_task(name, seed=ord(name)))
     store.remove("d")
-    unlink = sweep.unlink_packs
+    unlink = opened.OpenStore.unlink_doomed
 
-    def unlink_after_a_rebuild(*args: Any) -> None:
+    def unlink_after_a_rebuild(self: opened.OpenStore) -> None:
         rebuild(store.path)
-        unlink(*args)
+        unlink(self)
 
-    for module in (gc, repack):
-        monkeypatch.setattr(module, "unlink_packs", unlink_after_a_rebuild)
+    monkeypatch.setattr(opened.OpenStore, "unlink_doomed", unlink_after_a_rebuild)
     store.gc(repack_all=True)
     monkeypatch.undo()
     store.gc(repack_all=True)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from pear_store import Store, rebuild, verify
+from tests.helpers.log import keep_log
 from tests.helpers.makers import small_task
 from tests.helpers.power import CALLS, Replay
-from tests.pear_store.test_store import contents, keep_log
+from tests.pear_store.test_store import contents
 
 pytestmark = pytest.mark.slow
 

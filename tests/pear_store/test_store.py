@@ -43,6 +43,7 @@ from pear_store.cli import main
 from pear_store.format.manifest import to_manifest
 from pear_store.local import repack
 from pear_store.local.index import open_index, release_index
+from tests.helpers.log import keep_log
 from tests.helpers.makers import floats, record, small_task, tensors
 from tests.helpers.workers import add_file
 
@@ -681,13 +682,6 @@ def test_adders_and_gc_together_lose_nothing(tmp_path: Path) -> None:
 
 KILLS = int(os.environ.get("PEAR_KILLS", "12"))
 SOAK_S = float(os.environ.get("PEAR_SOAK_S", "3"))
-
-
-def keep_log(line: str) -> None:
-    """Appends to the log of a full run of the faults (make faults)."""
-    if log := os.environ.get("PEAR_FAULT_LOG"):
-        with open(log, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} {line}\n")
 
 
 @pytest.mark.slow

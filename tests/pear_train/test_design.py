@@ -14,13 +14,14 @@ LAYERS = (
     {"config", "data"},
     {"adapters", "importance", "prune", "tasks", "machine", "recall"},
     {"knowledge", "bank", "identity", "evaluate", "report"},
-    {"base", "optimiser", "pruning", "output", "plot"},
+    {"base", "bases", "optimiser", "pruning", "output", "plot"},
     {"start"},
     {"run"},
     {"group", "state", "to_task"},
     {"job", "make_base"},
-    {"loop"},
+    {"loop", "make_bases"},
     {"cli"},
+    {"evaluation"},
 )
 """What each module may import: of those above it"""
 PURE = {"adapters", "importance", "prune", "knowledge"}
@@ -56,6 +57,13 @@ def test_modules_import_those_above(level: int) -> None:
             assert ours(file) <= above | {module}, f"{file}: {ours(file) - above - {module}}"
 
 
+def test_only_the_evaluation_needs_what_its_extra_installs() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text()
+        if "evaluation" not in file.parts:
+            assert not re.search(r"^\s*(?:from|import) (?:sklearn|scipy|jinja2|markupsafe)\b", text, re.MULTILINE), file
+
+
 def test_the_maths_knows_no_run_and_no_options() -> None:
     for module in PURE:
         for file in files(module):
@@ -78,8 +86,8 @@ def test_the_design_names_every_module() -> None:
     named = {name for words in re.findall(r"`([^`]+)`", section) for name in re.findall(r"[a-z_]+", words)}
     for module in set().union(*LAYERS):
         assert module in named, module
-    for file in [*files("data"), *files("cli")]:
-        assert file.stem == "__init__" or file.stem in named, file
+    for file in [*files("data"), *files("cli"), *files("evaluation")]:
+        assert file.stem in ("__init__", "__main__") or file.stem in named, file
 
 
 def test_the_guide_says_what_only_set_reaches() -> None:

@@ -218,7 +218,7 @@ def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: 
         ({"patience": 0}, "patience 0: expected at least 1"),
         ({"drop_branch": 1.0}, "drop branch 1.0: expected at least 0 and below 1"),
         ({"augment": "cutmix"}, "augment 'cutmix': expected one of none, flip, crop, flip\\+crop"),
-        ({"head_dtype": "Q1"}, "head dtype 'Q1': expected one of F16, BF16, F32, Q8, Q4"),
+        ({"head_dtype": "Q1"}, "head dtype 'Q1': expected one of F16, BF16, F32, Q8, Q4, Q2"),
         ({"knowledge_bits": 2}, "knowledge bits 2: expected one of 1, 4"),
     ],
 )

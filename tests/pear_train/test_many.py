@@ -282,18 +282,22 @@ def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q1", "BF16"), ("BF16", "F32")])
+@pytest.mark.parametrize(
+    ("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q2", "Q2"), ("Q1", "BF16"), ("BF16", "F32")]
+)
 def test_codes_are_trained_and_routed(
     tensors: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
     result = train(config(tensor_dtype=tensors, head_dtype=head, epochs=8), backbone,
                    open_dataset(str(folder / "t0.npz")), tmp_path / "out")  # fmt: skip
     task = read_checkpoint(tmp_path / "out")
-    bits = {"Q8": 8, "Q4": 4, "Q1": 1, "BF16": 16}[tensors]
+    bits = {"Q8": 8, "Q4": 4, "Q2": 2, "Q1": 1, "BF16": 16}[tensors]
     scales = 6 * 2 * 4 * 2 if bits < 16 else 0
     cores = sum("basis" in entry for entry in task.record["adapters"].values())
     assert result.adapter_bytes == 6 * 2 * 192 * 4 * bits // 8 + scales + cores * 16 * 2
-    head_weight = {"Q8": 2 * 192 + 2 * 2, "Q4": 192 + 2 * 2, "BF16": 2 * 192 * 2, "F32": 2 * 192 * 4}[head]
+    head_weight = {"Q8": 2 * 192 + 2 * 2, "Q4": 192 + 2 * 2, "Q2": 96 + 2 * 2, "BF16": 2 * 192 * 2, "F32": 2 * 192 * 4}[
+        head
+    ]
     assert result.head_bytes == head_weight + 2 * (4 if head == "F32" else 2)
     assert result.test_top1 is not None and result.test_top1 > 0.7
     with Store.create(tmp_path / "s") as store:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from pear_store import Task
 from router import Backbone, BackboneError, Router
+from tests.router.test_cores import on_bases
 
 Maker = Callable[..., Task]
 
@@ -61,6 +62,41 @@ def test_one_graph_serves_every_mix(backbone: Backbone, task_maker: Maker) -> No
     eager.add(task_maker("wide", seed=6, rank=5))
     agree(["wide", *"abcdabc"])
     assert graphs() == 3, "a rank beyond the bucket makes another"
+
+
+def test_one_graph_serves_every_mix_of_tasks_on_bases(backbone: Backbone, task_maker: Maker) -> None:
+    made = [
+        *(on_bases(name, seed) for seed, name in enumerate("abc")),
+        on_bases("own", 4, own=2, activation="relu"),
+        task_maker("plain", seed=5, rank=2, positions=("blocks.1.mlp",)),
+        on_bases("other", 6, bases="v2", rank=(4, 5)),
+    ]
+    compiled, eager = Router(backbone, compile="eager"), Router(backbone, merge=False)
+    for task in made:
+        compiled.add(task)
+        eager.add(task)
+    compiled.preload([task.name for task in made]).result()
+    images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def agree(names: list[str]) -> None:
+        part = images[: len(names)]
+        for row, expected in zip(compiled.run(part, names).logits, eager.run(part, names).logits, strict=True):
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
+
+    for mix in (
+        ["a", "b", "c", "own"],
+        ["a", "a", "a", "a"],
+        ["plain", "own", "plain"],
+        ["c", "plain", "a"],
+        ["other"] * 3,
+    ):
+        agree(mix)
+    assert graphs() == 1
+    agree(["a", "other", "b", "own"])
+    assert graphs() == 2, "two bases in one batch are wider: once"
+    agree(["b", "a", "c", "other"])
+    agree(["a", "plain", "b"])
+    assert graphs() == 2
 
 
 def test_more_buckets_than_torch_keeps_by_default(backbone: Backbone, task_maker: Maker) -> None:

@@ -342,7 +342,7 @@ def test_names_of_one_version_share_a_slot(backbone: Backbone, task_maker: Maker
     reads: list[str] = []
 
     class Counted:
-        resolve = store.resolve
+        resolve, refresh = store.resolve, store.refresh
 
         def get(self, reference: str, copy: bool = True) -> Task:
             reads.append(reference)

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torc
     return bool((found - expected).abs().max() <= RTOL[dtype] * expected.abs().max())
 
 
-def router_of(backbone: Backbone, tasks: list[Task], **options: object) -> Router:
-    router = Router(backbone, **options)  # type: ignore[arg-type]
+def router_of(backbone: Backbone, tasks: list[Task], **options: Any) -> Router:
+    router = Router(backbone, **options)
     for task in tasks:
         router.add(task)
     return router
@@ -127,7 +128,7 @@ def test_recorded_batches_of_several_threads_and_streams_do_not_mix(
         name = "abcd"[i % 4]
         if i % 3:
             return agree(whole(router.run(images, name)), right[name])
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(torch.cuda.Stream()):
             return agree(whole(router.run(images, name)), right[name])
 
     with ThreadPoolExecutor(8) as pool:

@@ -123,8 +123,8 @@ def test_what_a_pickled_router_keeps_and_what_it_refuses(
         make, arguments = router.__reduce__()  # what a pickle holds
         with make(*arguments) as again:
             assert again._options == router._options
-            assert again.store is not None
-            assert router.store is not None
+            assert isinstance(again.store, Store)
+            assert isinstance(router.store, Store)
             assert again.store.path == router.store.path.absolute()
             assert again.store is not router.store
             assert again.backbone.digest == router.backbone.digest

@@ -39,7 +39,7 @@ def tasks(draw: st.DrawFn) -> list[Task]:
             for _ in range(draw(st.integers(1, 2))):
                 kind = draw(st.integers(0, 2))  # few kinds: so tasks often share
                 rank = kind + 1
-                form = draw(st.sampled_from([*WHOLE, 1, 4, 8]))
+                form = draw(st.sampled_from([*WHOLE, 1, 2, 4, 8]))
                 name = f"{kind}-{form}-{'x'.join(map(str, WIDTHS[position]))}"
                 generator = torch.Generator().manual_seed(kind)
                 sides = {"down": (WIDTHS[position][0], rank), "up": (rank, WIDTHS[position][1])}
@@ -60,11 +60,17 @@ def tasks(draw: st.DrawFn) -> list[Task]:
                 if draw(st.booleans()):
                     generator = torch.Generator().manual_seed(number)
                     name = f"{name}-{number}"
-                    found[f"{name}.up"] = from_torch(torch.randn(rank, rank, generator=generator))
+                    core = torch.randn(rank, rank, generator=generator)
+                    found[f"{name}.up"] = from_torch(core)
                     adapters[name] = {**entry, "up": f"{name}.up", "basis": entry["up"]}
                     if "quant" in entry:
                         down, up = entry["quant"]["down"], entry["quant"]["up"]
                         adapters[name]["quant"] = {"bits": form, "down": down, "basis": up}
+                    if bits := draw(st.sampled_from([0, 2, 8])):
+                        codes, scale = quantise(core, bits, 0)
+                        found[f"{name}.up"], found[f"{name}.s"] = from_torch(codes), from_torch(scale)
+                        coded = {"bits": bits, "shape": [rank, rank], "scale": f"{name}.s"}
+                        adapters[name]["quant"] = {"bits": bits, **adapters[name].get("quant", {}), "up": coded}
                 positions[position].append([name, draw(st.sampled_from([0.0, 0.5, 1.0, -1.25]))])
         classes = draw(st.integers(0, 3))
         head: dict[str, Any] = {"weight": "head.weight", "bias": "head.bias"}
@@ -73,7 +79,7 @@ def tasks(draw: st.DrawFn) -> list[Task]:
             weight = torch.randn(classes, 192, generator=generator)
             found["head.bias"] = from_torch(torch.randn(classes, generator=generator))
             found["head.weight"] = from_torch(weight)
-            if bits := draw(st.sampled_from([0, 4, 8])):
+            if bits := draw(st.sampled_from([0, 2, 4, 8])):
                 codes, scale = quantise(weight, bits, 0)
                 found["head.weight"], found["head.s"] = from_torch(codes), from_torch(scale)
                 head["quant"] = {"bits": bits, "weight": {"shape": [classes, 192], "scale": "head.s"}}

@@ -174,6 +174,9 @@ class SlowStore:
     def get(self, reference: str, copy: bool = True) -> Task:
         return self._store.get(reference, copy)
 
+    def refresh(self) -> None:
+        self._store.refresh()
+
 
 def test_nobody_waits_for_another_task_to_be_looked_up(
     backbone: Backbone, four: dict[str, Task], task_maker: Maker, store: Store

@@ -1,14 +1,16 @@
 """A place that fails as networks and servers do, and stores that share a remote."""
 
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from pear_store import Store
 from pear_store.errors import PlaceError
 from pear_store.format.manifest import to_manifest
-from pear_store.remote import pull, push
+from pear_store.remote import gc, pull, push, repair, verify
 from pear_store.remote.log import SETTINGS_NAME, encode_settings
 from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.mirror import opened_mirror
@@ -74,12 +76,29 @@ class FaultyPlace(Place):
 
     def list(self, prefix: str) -> Iterator[str]:
         self._note("list", prefix)
-        return (name for name in self.place.list(prefix) if self._random.random() > self.rate)
+        found = [name for name in self.place.list(prefix) if self._random.random() > self.rate]
+        self._done("list", prefix)
+        return iter(found)
 
     def delete(self, name: str) -> None:
         self._note("delete", name)
         self.place.delete(name)
         self._done("delete", name)
+
+
+class StalledPlace(FaultyPlace):
+    """Packs do not come until `go` is set."""
+
+    def __init__(self, place: Place, stalled: Callable[[str], bool]) -> None:
+        super().__init__(place)
+        self.go, self.stalled = threading.Event(), stalled
+        self.asked_of_stalled = 0
+
+    def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        if self.stalled(name):
+            self.asked_of_stalled += 1
+            self.go.wait(60)
+        return super().get_ranges(name, ranges)
 
 
 def lost_answer() -> None:
@@ -104,6 +123,23 @@ class Client:
     def pull(self, *references: str, patterns: Sequence[str] = ("*",)) -> pull.Pulled:
         with opened_mirror(self.folder / "mirror", self.place.url) as mirror:
             return pull.pull(self.store._open, Persistent(self.place), mirror, references, patterns)
+
+    def gc(self, keep: int | None = None, grace_s: float = 0.0, dry_run: bool = False) -> gc.RemoteGc:
+        """A gc of the remote; unlike a user's, it deletes at once what it drops."""
+        with opened_mirror(self.folder / "mirror", self.place.url) as mirror:
+            return gc.collect(Persistent(self.place), mirror, keep, None, grace_s, dry_run)
+
+    def verify(self, subset: tuple[int, int] = (1, 1)) -> verify.RemoteReport:
+        with opened_mirror(self.folder / "mirror", self.place.url) as mirror:
+            return verify.verify(Persistent(self.place), mirror, subset)
+
+    def repair(self, *others: "Client") -> repair.RemoteRepaired:
+        """By what this store has, and others; and by what they know of the log."""
+        with ExitStack() as stack:
+            clients = (self, *others)
+            mirrors = [stack.enter_context(opened_mirror(c.folder / "mirror", c.place.url)) for c in clients]
+            stores = [client.store._open for client in clients]
+            return repair.repair(Persistent(self.place), mirrors[0], stores, mirrors[1:])
 
     def contents(self) -> dict[str, bytes]:
         """Versions by reference, as their manifests; every tensor is read and checked."""

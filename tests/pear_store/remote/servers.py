@@ -3,6 +3,7 @@
 import http.server
 import re
 from pathlib import Path
+from typing import ClassVar
 
 
 class StaticHandler(http.server.SimpleHTTPRequestHandler):
@@ -57,3 +58,34 @@ class EndlessHandler(StaticHandler):
                 self.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
         except OSError:
             self.close_connection = True
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers every request the same, and notes it; for subclasses that set what."""
+
+    protocol_version = "HTTP/1.1"
+    status = 200
+    fields: ClassVar[dict[str, str]] = {}
+    body = b""
+    asked: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.asked.append(f"{self.command} {self.path}")
+        self.send_response(self.status)
+        for name, value in {"Content-Length": str(len(self.body)), **self.fields}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(self.body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def answering(status: int, body: bytes = b"", **fields: str) -> type[Answering]:
+    """A handler that always answers so; underscores in names of fields stand for hyphens."""
+    named = {name.replace("_", "-"): value for name, value in fields.items()}
+    return type("Handler", (Answering,), {"status": status, "body": body, "fields": named, "asked": []})

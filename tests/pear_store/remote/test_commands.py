@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,11 @@ from pear_store.errors import FormatError, NotFoundError, PearStoreError, PlaceE
 from pear_store.remote.directory import DirectoryPlace
 from pear_store.remote.remotes import Remote, add_remote, clone_store, find_remote, init_remote, remotes
 from tests.helpers.makers import small_task
+from tests.helpers.users import as_nobody
 from tests.pear_store.remote.test_places import Overwriting
 from tests.pear_store.test_cli import run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -204,11 +206,21 @@ def test_what_lies_in_remotes_is_not_believed(shared: tuple[str, ...], tmp_path:
     assert [one.name for one in remotes(tmp_path / "s")] == ["team"]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everything")
 def test_the_status_of_a_store_that_may_only_be_read(shared: tuple[str, ...], tmp_path: Path) -> None:
     for path in [tmp_path / "s", *(tmp_path / "s").rglob("*")]:
-        path.chmod(stat.S_IRUSR | (stat.S_IXUSR if path.is_dir() else 0))
-    assert "to push" in run(*shared, "status").stdout
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def look() -> None:
+        assert "to push" in run(*shared, "status").stdout
+        refused = run(*shared, "push")
+        assert refused.exit_code and "Permission denied" in refused.stderr.replace("permission", "Permission")
+
+    if os.geteuid():
+        look()
+        return
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    as_nobody(look)  # root may write everything
 
 
 def test_no_secret_is_kept_or_said(tmp_path: Path) -> None:
@@ -228,3 +240,64 @@ def test_clone_from_python(shared: tuple[str, ...], tmp_path: Path) -> None:
     run(*shared, "push")
     result = clone_store(tmp_path / "c", Remote("origin", str(tmp_path / "remote")))
     assert len(result.versions) == 3
+
+
+def test_a_remotes_upkeep(shared: tuple[str, ...], tmp_path: Path) -> None:
+    run(*shared, "push")
+    with Store(shared[1]) as store:
+        for seed in range(20, 24):
+            store.add(small_task("svhn", seed=seed))
+    run(*shared, "push")
+    log = json.loads(run(*shared, "remote", "log", "--json").stdout)
+    assert [entry["number"] for entry in log] == [2, 1] and log[0]["packs"] == 1
+    assert log[0]["versions"] == [{"task": "svhn", "version": number} for number in range(2, 6)]
+    assert log[1]["tags"] == [{"task": "dtd", "tag": "prod", "version": 1}]
+    assert "added svhn@2, svhn@3, svhn@4, svhn@5" in run(*shared, "remote", "log", "team", "-n", "1").stdout
+    planned = json.loads(run(*shared, "remote", "gc", "--keep", "1", "--dry-run", "--json").stdout)
+    assert len(planned["removed"]) == 4 and planned["dry_run"]
+    assert run(*shared, "remote", "gc", "--keep", "1").exit_code == 1, "it asks first"
+    done = json.loads(run(*shared, "remote", "gc", "--keep", "1", "--grace", "0s", "--yes", "--json").stdout)
+    assert done["removed"] == planned["removed"] and done["deleted"] == done["dropped_packs"] == 1
+    assert "dropped 0 packs" in run(*shared, "remote", "gc").stdout
+    assert "removed svhn@1" in run(*shared, "pull").stdout
+    assert "all good" in run(*shared, "remote", "verify", "team").stdout
+    found = (tmp_path / "remote" / "packs").rglob("*.safetensors")
+    pack = max(found, key=lambda file: file.stat().st_mtime_ns)  # what gc wrote: all in it is needed
+    data = pack.read_bytes()
+    pack.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    bad = run(*shared, "remote", "verify", "--json")
+    assert bad.exit_code == 5
+    (fault,) = json.loads(bad.stdout)["faults"]
+    assert fault["what"].endswith(pack.name) and fault["tasks"] and fault["versions"]
+    assert f"{pack.name}: 1 of its tensors" in run(*shared, "remote", "verify").stdout
+    Store.create(tmp_path / "empty").close()
+    run("--store", tmp_path / "empty", "remote", "add", "team", tmp_path / "remote")
+    unmended = run("--store", tmp_path / "empty", "remote", "repair")
+    assert unmended.exit_code == 5 and "hits" in unmended.stdout
+    mended = run("--store", tmp_path / "empty", "remote", "repair", "--from", shared[1], "--json")
+    assert mended.exit_code == 0 and json.loads(mended.stdout)["healed"] == 1
+    assert run(*shared, "remote", "verify").exit_code == 0
+    entry = tmp_path / "remote" / "log" / f"{1:020d}"
+    entry.unlink()
+    assert f"put back log/{entry.name}" in run(*shared, "remote", "repair").stdout
+    for command, code, text in (
+        (("gc", "nobody"), 3, "no remote 'nobody'"),
+        (("verify", "--subset", "3/2"), 2, "expected n/t"),
+        (("gc", "--grace", "week"), 2, "expected a number"),
+        (("repair", "--from", tmp_path / "nothing"), 3, "no store there; nothing was repaired"),
+    ):
+        refused = run(*shared, "remote", *command)
+        assert refused.exit_code == code and text in refused.stderr, refused.output
+
+
+def test_a_remote_on_a_web_server_is_verified_and_never_written(
+    shared: tuple[str, ...], tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    run(*shared, "push")
+    run("clone", serve(tmp_path / "remote"), tmp_path / "c")
+    clone = ("--store", str(tmp_path / "c"))
+    assert "all good" in run(*clone, "remote", "verify").stdout
+    assert "added" in run(*clone, "remote", "log").stdout
+    for verb in ("gc", "repair"):
+        refused = run(*clone, "remote", verb)
+        assert refused.exit_code == 12 and "only be read" in refused.stderr and refused.stderr.count("\n") == 1

@@ -37,6 +37,8 @@ INDEX = LogIndex(
     tags=[LoggedTag("dtd", "prod", 3, None), LoggedTag("dtd", "old", None, 2)],
     highest={"dtd": 4},
     drop=[HASH[::-1]],
+    strays=["index/" + "0" * 64, "tmp/" + "1" * 32, "probe/" + "2" * 32],
+    salt="3" * 32,
 )
 
 
@@ -58,7 +60,7 @@ def test_what_is_written_is_read() -> None:
     assert parse_entry(ENTRY.encode(), "place", 7) == ENTRY
     assert len(ENTRY.encode()) < 1000
     assert parsed(INDEX.encode()) == INDEX
-    assert len(INDEX) == 7
+    assert len(INDEX) == 10
     assert not LogIndex()
 
 
@@ -124,6 +126,13 @@ def listed(*rows: list[Any], file_bytes: int = 99) -> dict[str, Any]:
         ("highest", [["dtd", 1]]),
         ("drop", ["../x"]),
         ("drop", "ab"),
+        ("strays", ["log/00000000000000000001"]),
+        ("strays", ["pear-remote.json"]),
+        ("strays", ["tmp/../log/00000000000000000001"]),
+        ("strays", ["packs/" + HEX]),
+        ("strays", "tmp/"),
+        ("salt", 5),
+        ("salt", "../x"),
         ("manifests", {HEX: "{}"}),
         ("manifests", {"../" + HEX: "{}"}),
         ("manifests", {HEX: 1}),

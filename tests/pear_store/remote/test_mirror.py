@@ -25,6 +25,8 @@ from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.mirror import Mirror, opened_mirror
 from pear_store.remote.reading import read_on
 
+pytestmark = pytest.mark.slow
+
 MANIFEST = b"{}"
 KEY = hashlib.sha256(MANIFEST).digest()
 PACK = bytes(32)
@@ -119,6 +121,10 @@ BROKEN = {
     ],
     "a pack twice": [listing(PACK), listing(PACK)],
     "a dropped name used again": [LogIndex(drop=[PACK]), listing(PACK)],
+    "an index that is named dropped": [
+        LogIndex(highest={"dtd": 2}),
+        LogIndex(strays=[index_name(hashlib.sha256(LogIndex(highest={"dtd": 2}).encode()).digest())]),
+    ],
 }
 
 

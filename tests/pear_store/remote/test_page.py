@@ -31,7 +31,8 @@ def test_the_walk_through_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_reader_of_the_page_reads_a_remote(tmp_path: Path) -> None:
-    code = PAGE.split("```python\n")[1].split("```")[0]
+    blocks = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
+    (code,) = (block for block in blocks if "def read_remote" in block)
     assert len(code.strip().splitlines()) <= 40
     scope: dict[str, Any] = {}
     exec(code, scope)

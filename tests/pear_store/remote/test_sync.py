@@ -5,7 +5,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,11 @@ from pear_store.errors import (
 from pear_store.format.container import lay_out
 from pear_store.format.digest import Digest
 from pear_store.format.manifest import dump_manifest, manifest_hash
-from pear_store.local.sync import held
+from pear_store.local.evict import evict
+from pear_store.local.loading import Loaded, load_groups
+from pear_store.local.opened import OpenStore
+from pear_store.local.sync import Incoming, held, receive
+from pear_store.local.verify import check
 from pear_store.remote import pull as pulling
 from pear_store.remote import push as pushing
 from pear_store.remote.directory import DirectoryPlace
@@ -33,6 +37,8 @@ from pear_store.remote.web import WebPlace
 from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.remote.faults import Client, Team, lost_answer, no_connection
 from tests.pear_store.remote.test_mirror import append
+
+pytestmark = pytest.mark.slow
 
 
 def filled(client: Client) -> Client:
@@ -101,14 +107,15 @@ def test_a_web_server_is_pulled_from(tmp_path: Path, serve: Callable[..., str]) 
 def test_the_same_again_does_nothing(team: Team) -> None:
     a = filled(team.client())
     a.push()
-    before = dict(team.medium.objects)  # type: ignore[attr-defined]
+    assert isinstance(team.medium, MemoryPlace)
+    before = dict(team.medium.objects)
     assert a.push() == pushing.Pushed()
     b = team.clone()
     commits = len(list((b.store.path / "packs").glob("*/*")))
     assert b.pull() == pulling.Pulled()
     assert b.push() == pushing.Pushed()
     assert len(list((b.store.path / "packs").glob("*/*"))) == commits
-    assert dict(team.medium.objects) == before  # type: ignore[attr-defined]
+    assert dict(team.medium.objects) == before
 
 
 def test_one_new_task_costs_few_requests_whatever_is_there(team: Team) -> None:
@@ -135,6 +142,28 @@ def test_only_what_is_missing_moves(team: Team) -> None:
     assert team.place.read_bytes == sum(t.size_bytes for t in b.store.get("two").tensors.values())
     team.place.read_bytes = 0
     assert b.pull().read_bytes == team.place.read_bytes == 8, "one's bias is all that it shares not"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_what_a_push_read_is_not_left_in_this_process(team: Team) -> None:
+    a = filled(team.client())
+
+    def resident_kib() -> int:
+        """Of maps of this store's packs."""
+        found, in_pack = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *rest = line.split()
+            if name == "Rss:" and in_pack:
+                found += int(rest[0])
+            elif "-" in name:
+                in_pack = str(a.folder) in line and "/packs/" in line
+        return found
+
+    a.contents()
+    assert resident_kib() > 0
+    a.push()
+    assert resident_kib() == 0
+    assert len(a.contents()) == 4
 
 
 def test_a_push_of_some_tasks_leaves_the_others(team: Team) -> None:
@@ -224,7 +253,7 @@ def test_a_death_as_a_number_changes_leaves_the_old_state_or_the_new(
     before = b.contents()
     with monkeypatch.context() as patch:
         if dies == "after the commit":
-            patch.setattr("pear_store.local.sync.unlink_packs", die)
+            patch.setattr("pear_store.local.opened.OpenStore.unlink_doomed", die)
         else:
             patch.setattr("pear_store.local.index.View.commit", die)
         with pytest.raises(Died):
@@ -428,8 +457,9 @@ def test_what_was_removed_here_is_not_pulled_again(team: Team) -> None:
     b = team.clone()
     b.store.remove("two")
     assert b.pull().versions == []
-    for _ in range(3):
-        b.store.gc(repack_all=True)
+    b.store.gc(repack_all=True)
+    b.store.add(small_task("other", seed=9))
+    b.store.gc(repack_all=True)  # two packs become one, without what nothing could bring back
     assert not held(b.store._open).removed, "the removal is forgotten, no pack has the version"
     assert b.pull().versions == []
     with pytest.raises(NotFoundError, match="was removed here"):
@@ -690,3 +720,31 @@ def test_a_json_text_of_the_manifests_task_is_what_the_version_says(team: Team) 
     append(team.medium, logged(manifest, "svhn"))
     with pytest.raises(CheckpointError, match="its manifest is of task 'dtd'"):
         team.clone()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_versions_that_go_and_come_back_under_their_numbers_contradict_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """As in a cache: what records that a version went must not outlive its coming back, also where a process died
+    before it deleted that."""
+    chosen = random.Random(seed)
+    tasks = [small_task(f"t{number}", seed=number // 2) for number in range(12)]
+    loaded = [one for group in load_groups(tasks, None) for one in group if isinstance(one, Loaded)]
+    with closing(OpenStore(store.path)) as opened:
+        for _ in range(30):
+            some = chosen.sample(loaded, chosen.randint(1, 3))
+            with monkeypatch.context() as patch:
+                if chosen.random() < 0.3:
+                    patch.setattr(OpenStore, "unlink_doomed", lambda _: None)
+                if chosen.random() < 0.5:
+                    receive(opened, [Incoming(one, 1, 1) for one in some], {})
+                else:
+                    evict(opened, [(one.name, 1) for one in some], repack_all=chosen.random() < 0.3)
+            report = check(store.path)
+            assert report.ok, report
+    store.gc()
+    assert verify(store.path).ok
+    before = store.versions()
+    rebuild(store.path)
+    assert Store(store.path).versions() == before

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from PIL import Image
 from tqdm import tqdm
 
 import router.infer.lists
@@ -36,6 +35,7 @@ from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
 from router.infer.work import infer
+from tests.helpers.lists import make_list_folder
 from tests.helpers.makers import floats
 
 ROOT = Path(__file__).parents[3]
@@ -53,18 +53,7 @@ def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def work(tmp_path: Path, task_maker: Callable[..., Task]) -> Path:
-    with Store.create(tmp_path / "s") as store:
-        good = task_maker("a", seed=1)
-        store.add(good)
-        store.add(task_maker("b", seed=2, classes=5, size=64))
-        store.add(task_maker("features", seed=3, headless=True))
-        other = {**good.record, "task": "foreign", "backbone": {"model": "vit_huge", "digest": "sha256:" + "a" * 64}}
-        store.add(make_task(other, good.tensors))
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        shape = (20 + i, 30) if i % 2 else (30, 20 + i, 3)
-        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.png").write_bytes(b"not an image")
+    make_list_folder(tmp_path, task_maker, [(20 + i, 30) if i % 2 else (30, 20 + i, 3) for i in range(6)])
     return tmp_path
 
 
@@ -140,6 +129,11 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
     ("args", "message"),
     [
         (["nowhere.csv", "o.csv"], "nowhere.csv: no such file"),
+        (["empty", "o.csv"], "empty: pictures without a list: say their task with --task NAME"),
+        (["empty", "o.csv", "--task", "a", "--root", "."], "--root is for lists"),
+        (["empty", "o.csv", "--task", "a"], "empty: no picture is there: found "),
+        (["*.gif", "o.csv", "--task", "a"], "*.gif: no picture is there: found nothing"),
+        (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
         (["list.csv", "nowhere/o.csv"], "folder nowhere does not exist"),
         (["list.csv", "list.csv"], "is the list itself"),
@@ -251,6 +245,43 @@ def test_the_store_comes_from_the_environment_too(work: Path, monkeypatch: pytes
     monkeypatch.setenv("PEAR_STORE", str(work / "nowhere"))
     assert "nowhere: no store there" in run(listed, work / "4.csv").stderr
     assert run(listed, work / "4.csv", "--store", work / "s").exit_code == 0
+
+
+def test_a_folder_or_a_pattern_in_place_of_a_list(
+    work: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "p" / "deep").mkdir(parents=True)
+    for number, place in enumerate(("b.png", "a.PNG", "deep/c.png")):
+        (work / "p" / place).write_bytes((work / f"{number}.png").read_bytes())
+    (work / "p" / "notes.txt").write_text("x")
+    (work / "p" / ".hidden.png").write_bytes(b"x")
+    (work / "p" / "z.png").write_bytes(b"no picture")
+    done = run(work / "p", work / "o.csv", "--task", "a", "--store", work / "s", "--max-errors", 1)
+    assert done.exit_code == 0, done.stderr
+    assert "1 files are no pictures by their endings" in done.stderr
+    found = read(work / "o.csv")
+    assert [row["image"] for row in found] == ["a.PNG", "b.png", "deep/c.png", "z.png"]
+    files = [work / "p" / name for name in ("a.PNG", "b.png", "deep/c.png")]
+    assert [row["label"] for row in found[:3]] == Router(backbone, work / "s").run(files, "a").labels
+    assert found[0]["task"] == "a" and "not an image" in found[3]["error"]
+    monkeypatch.chdir(work)
+    done = run("p/**/*.png", "g.jsonl", "--task", "a", "--store", "s")
+    assert done.exit_code == 0, done.stderr
+    assert [row["image"] for row in read(work / "g.jsonl")] == ["p/b.png", "p/deep/c.png", "p/z.png"]
+    assert "finished before" in run("p/**/*.png", "g.jsonl", "--task", "a", "--store", "s").stderr
+    (work / "p" / "new.png").write_bytes((work / "3.png").read_bytes())
+    assert run("p/**/*.png", "g.jsonl", "--task", "a", "--store", "s", "--overwrite").exit_code == 0
+    assert len(read(work / "g.jsonl")) == 4
+
+
+def test_more_errors_than_are_allowed_are_an_exit_code(work: Path) -> None:
+    frame = pd.DataFrame({"image": ["0.png", "broken.png", "nowhere.png"]})
+    listed = write(work / "list.csv", frame)
+    for allowed, code in ((2, 0), (1, 1), (0, 1)):
+        done = run(listed, work / "o.csv", "--task", "a", "--store", work / "s", "--max-errors", allowed, "--overwrite")
+        assert done.exit_code == code, done.stderr
+        assert ("--max-errors allows" in done.stderr) == (code == 1)
+        assert len(read(work / "o.csv")) == 3
 
 
 def test_rows_without_image_or_task_cost_only_themselves(work: Path) -> None:
@@ -600,7 +631,7 @@ def test_decoding_goes_on_while_the_router_runs(
         decoded[int(Path(images[0]).stem)].set()
         return found
 
-    monkeypatch.setattr("router.batches.decode", watched)
+    monkeypatch.setattr("router.infer.plan.decode", watched)
     seen = []
     router: Any = Idle(backbone, lambda batch: seen.append(batch == 6 or decoded[batch].wait(30)))
     rows = pd.DataFrame({"image": [str(work / f"{i}.png") for i in range(6)], "task": "a"})
@@ -619,6 +650,83 @@ def test_an_error_of_the_reader_ends_the_run() -> None:
     assert next(items) == 1
     with pytest.raises(OSError, match="gone"):
         next(items)
+
+
+# ---- folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(), ("--tasks", "a,b")])
+def test_a_folder_has_the_rows_of_a_file_and_numbers_them(work: Path, wanted: tuple[str, ...]) -> None:
+    listed = long_list(work, 40)
+    if wanted:
+        write(listed, pd.read_csv(listed).drop(columns="task"))
+    args = ["--store", work / "s", "--batch-size", 1, *wanted]
+    assert run(listed, work / "out.parquet", *args).exit_code == 0
+    assert run(listed, work / "out", *args).exit_code == 0
+    found = pq.read_table(work / "out")
+    each = len(wanted) or 1
+    assert found["row"].to_pylist() == [row for row in range(40) for _ in range(each)]
+    assert found.drop_columns("row") == pq.read_table(work / "out.parquet")
+    assert [path.name for path in (work / "out").iterdir()] == ["00000000.parquet"]
+    assert "finished before" in run(listed, work / "out", *args).stderr
+    assert run(listed, work / "out", *args, "--overwrite").exit_code == 0
+    assert pq.read_table(work / "out") == found
+    assert sorted(path.name for path in work.glob("out*")) == sorted(
+        ["out", "out.run.json", "out.parquet", "out.parquet.run.json"]
+    )
+
+
+def test_a_folder_that_no_run_wrote_or_that_was_changed_is_never_replaced(work: Path) -> None:
+    listed = long_list(work, 4)
+    args = ["--store", work / "s"]
+    (work / "out").mkdir()
+    assert "was not written by a run" in run(listed, work / "out", *args, "--overwrite").stderr
+    (work / "out").rmdir()
+    assert run(listed, work / "out", *args).exit_code == 0
+    (work / "out" / "more.txt").write_text("mine")
+    assert "was changed since a run wrote it" in run(listed, work / "out", *args, "--overwrite").stderr
+    assert (work / "out" / "more.txt").read_text() == "mine"
+
+
+def test_parts_that_are_missing_in_the_middle_are_done(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster, parts are finished in any order."""
+    listed = long_list(work, 60)
+    args = ["--store", work / "s", "--batch-size", 1]
+    assert run(listed, work / "whole", *args).exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(router.infer.parts.Parts, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(listed, work / "out", *args).exit_code != 0
+    (work / "out.parts" / "00000001.parquet").unlink()
+    done = run(listed, work / "out", *args, "--json")
+    assert json.loads(done.stdout)["resumed_images"] == 44
+    assert pq.read_table(work / "out") == pq.read_table(work / "whole")
+
+
+# ---- clusters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ray", "list.csv", "out"], "'list.csv' is no address: write --ray after LIST and OUT, or --ray=ADDRESS"),
+        (["list.csv", "out", "--workers", 2], "are for a cluster: give --ray, too"),
+        (["list.csv", "out.d", "--ray"], "expected a file ending in .csv, .jsonl, .parquet, or a folder"),
+    ],
+)
+def test_mistakes_about_clusters(work: Path, monkeypatch: pytest.MonkeyPatch, args: list[object], message: str) -> None:
+    monkeypatch.chdir(work)
+    long_list(work, 4)
+    done = run(*args, "--store", "s")
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_without_ray_one_line_says_what_to_install(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "ray" or name.startswith("router.cluster")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = run(long_list(work, 4), work / "out", "--store", work / "s", "--ray")
+    assert (done.exit_code, "--ray needs ray: pip install 'pear-adapters[ray]'" in done.stderr) == (2, True)
 
 
 # ---- interruptions ------------------------------------------------------------------------------

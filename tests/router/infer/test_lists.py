@@ -51,6 +51,28 @@ def test_a_csv_in_its_encoding(tmp_path: Path, encoding: str, end: str) -> None:
     assert out == 'image,task,note\né.png,a,Zürich\nb.png,a,"ü, x"\n'
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["l.csv", "l.tsv"])
+def test_what_stands_between_the_fields_of_a_csv(tmp_path: Path, name: str, mark: str, delimiter: str) -> None:
+    lines = ["task,image,price,note", "a,x;y.png,1.5,plain", 'b,"p,q.png",2.5,"a ""word"" of, or; two"', "c,z.png"]
+    text = "\n".join(lines)
+    if delimiter != ",":
+        text = "\n".join(
+            [
+                delimiter.join(["task", "image", "price", "note"]), delimiter.join(["a", '"x;y.png"', "1.5", "plain"]),
+                delimiter.join(["b", '"p,q.png"', "2.5", '"a ""word"" of, or; two"']), delimiter.join(["c", "z.png"]),
+            ]
+        )  # fmt: skip
+    listed = scan(tmp_path / name, mark + text)
+    assert listed.schema.names == ["task", "image", "price", "note"]
+    found = rows(listed)
+    assert found[:2] == [("x;y.png", "a", None), ("p,q.png", "b", None)]
+    assert found[2][2] == "line 4 of the list has 2 fields, the header 4"
+    assert listed.schema.field("price").type == pa.float64()
+    assert 'b,"p,q.png",2.5,"a ""word"" of, or; two"' in written(listed, tmp_path / "o.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -65,7 +87,8 @@ def test_a_csv_in_its_encoding(tmp_path: Path, encoding: str, end: str) -> None:
         (b"image,task\na,a\nb," + b"x" * 200_000 + b"\n", "line 3: a quote that never closes, or a field of more than"),
         (b'image,task\na,"b"c\n', "line 2: ',' expected after '\"'"),
         (b"image,task,task\n", "two columns are named 'task': rename one"),
-        (b"image;task\na;b\n", "column 'image' is missing: expected image and task, found image;task"),
+        (b"picture;task\na;b\n", "column 'image' is missing: expected image and task, found picture;task"),
+        (b"image;task\na;\"b\n", "line 2: a quote that never closes"),
         (b"", "column 'image' is missing: expected image and task, found none"),
         (b"\xef\xbb\xbf", "column 'image' is missing"),
         (b"\x1b[2Jx,y\n", "found '\\x1b[2Jx', y"),

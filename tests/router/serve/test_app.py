@@ -3,10 +3,10 @@
 import asyncio
 import base64
 import json
-import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
-from pear_store import Store, Task
+from pear_store import Store, Task, make_task
+from pear_store.errors import PlaceError
 from router import Backbone, Prediction, Router, RouterError
 from router.serve.app import Service, create_app
 from router.serve.batcher import Batcher
 from router.serve.limits import RequestLimits
-from router.serve.problems import TITLES
+from router.serve.problems import TITLES, problem_of
 from tests.router.serve.conftest import PICTURES, HeldRouter, picture, run, until
 
 BASE64 = [base64.b64encode(one).decode() for one in PICTURES]
@@ -49,12 +50,14 @@ def service_of(client: httpx.AsyncClient) -> Service:
     return service
 
 
-def serve(router: Router, work: Callable[[httpx.AsyncClient], Awaitable[None]], **options: Any) -> None:
+def serve(
+    router: Router, work: Callable[[httpx.AsyncClient], Awaitable[None]], *, limit_s: float = 60, **options: Any
+) -> None:
     async def started() -> None:
         async with client_of(create_app(router, **options)) as client:
             await work(client)
 
-    run(started())
+    run(started(), limit_s)
 
 
 def results(response: httpx.Response) -> list[dict[str, Any]]:
@@ -167,9 +170,9 @@ def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
         ("/v1/tasks/a/predict", "application/json", b'{"images": 3}', 400, "expected a list"),
         ("/v1/tasks/a/predict", "application/json", b'{"images": []}', 400, "no image"),
         ("/v1/tasks/a/predict", "application/json", b'{"images": [3]}', 400, "image 0: expected base64"),
-        ("/v1/tasks/a/predict", "application/json", b'{"image": "http://x/a.png"}', 400, "URLs are not opened"),
+        ("/v1/tasks/a/predict", "application/json", b'{"image": "http://x/a.png"}', 400, "expected base64"),
         ("/v1/tasks/a/predict", "application/json", b'{"image": "/etc/passwd"}', 400, "not an image|base64"),
-        ("/v1/tasks/a/predict", "application/json", b'{"image": "file:///a.png"}', 400, "URLs are not opened"),
+        ("/v1/tasks/a/predict", "application/json", b'{"image": "file:///a.png"}', 400, "expected base64"),
         ("/v1/tasks/a/predict", "application/json", b'{"image": "AA==", "task": "b"}', 400, "in the body and in"),
         ("/v1/predict", "application/json", b'{"image": "AAAA", "task": "b", "tasks": ["a"]}', 400, 'either "task" or'),
         ("/v1/predict", "application/json", b'{"image": "AAAA", "tasks": []}', 400, "at least one"),
@@ -180,7 +183,7 @@ def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
         ("/v1/predict", "multipart/form-data; boundary=x", b"nothing", 400, "is no form"),
         ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n", 400, "is no form"),
         ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n\r\n1\r\n--x--\r\n", 400, "no image"),
-        ("/v2/nowhere", "image/png", b"", 404, "no such path"),
+        ("/v3/nowhere", "image/png", b"", 404, "no such path"),
         ("/v1/tasks", "image/png", b"", 405, "another method"),
     ],
 )  # fmt: skip
@@ -334,12 +337,13 @@ def test_tasks_are_listed_and_described(router: Router, filled: Path, task_maker
     async def work(client: httpx.AsyncClient) -> None:
         page = (await client.get("/v1/tasks?limit=3")).json()
         assert [one["name"] for one in page["tasks"]] == ["a", "b", "c"]
-        assert (page["total"], page["next"]) == (7, "c")
+        assert (page["total"], page["matching"], page["next"]) == (7, 7, "c")
         rest = (await client.get("/v1/tasks?limit=1000&after=c")).json()
         assert [one["name"] for one in rest["tasks"]] == ["d", "features", "mine", "wide"]
         assert rest["next"] is None
         found = (await client.get("/v1/tasks?search=EAT")).json()
         assert [one["name"] for one in found["tasks"]] == ["features"]
+        assert (found["total"], found["matching"], found["next"]) == (7, 1, None)
         assert_problem(await client.get("/v1/tasks?limit=0"), 422, "limit='0'")
         task = (await client.get("/v1/tasks/b@1")).json()
         assert (task["name"], task["version"], task["labels"]) == ("b", 1, ["b-0", "b-1", "b-2", "b-3"])
@@ -347,11 +351,133 @@ def test_tasks_are_listed_and_described(router: Router, filled: Path, task_maker
         assert task["metrics"] == {"val_top1": 0.5}
         assert router.store is not None
         assert task["size_bytes"] == router.store.resolve("b").size_bytes
+        assert (task["shared_bytes"], task["classes"]) == (0, 4)
         assert task["loaded"] is False
         await client.post("/v1/tasks/b/predict", content=PICTURES[0], headers=RAW)
         assert (await client.get("/v1/tasks/b@1")).json()["loaded"] is True
         assert (await client.get("/v1/tasks/mine")).json()["version"] is None
         assert_problem(await client.get("/v1/tasks/foreign"), 422, "vit_huge")
+
+    serve(router, work)
+
+
+def test_what_tasks_share_is_counted_as_a_comparison_counts_it(
+    router: Router, filled: Path, task_maker: Callable[..., Task]
+) -> None:
+    made = task_maker("half", seed=0, classes=3)
+    other = task_maker("half", seed=60, classes=3)
+    mixed = {name: (made if "down" in name else other).tensors[name] for name in made.tensors}
+    with Store(filled) as store:
+        store.add(make_task(made.record, mixed))
+        store.add(task_maker("b", seed=61))
+        common = store.diff("half", "a").shared_bytes
+
+    async def work(client: httpx.AsyncClient) -> None:
+        async def shared() -> dict[str, int]:
+            tasks = (await client.get("/v1/tasks?limit=1000")).json()["tasks"]
+            return {task["name"]: task["shared_bytes"] for task in tasks}
+
+        found = await shared()
+        assert 0 < common == found["half"] == found["a"]
+        assert found["c"] == 0
+        assert (await client.get("/v1/tasks/half")).json()["shared_bytes"] == common
+        assert (await client.get("/v1/tasks/b@1")).json()["shared_bytes"] is None  # it is not served by that name
+        with Store(filled) as store:
+            store.remove("half")
+        await client.post("/v1/refresh")
+        assert (await shared())["a"] == 0
+
+    serve(router, work)
+
+
+def test_an_answer_says_which_batch_it_was_in(held: HeldRouter) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        batcher = service_of(client).batcher
+        ask = partial(client.post, content=PICTURES[0], headers=RAW)
+        first = asyncio.create_task(ask("/v1/tasks/c/predict"))
+        await until(lambda: batcher.busy)
+        later = [asyncio.create_task(ask(url)) for url in ("/v1/predict?tasks=a,b", "/v1/tasks/a/predict")]
+        await until(lambda: len(batcher._flow.ready) == 2)
+        held.go.set()
+        (alone,) = results(await first)
+        rows = [row for one in later for row in results(await one)]
+        assert (alone["batch"]["rows"], alone["batch"]["tasks"]) == (1, 1)
+        assert len(rows) == 3
+        for row in rows:
+            assert (row["batch"]["rows"], row["batch"]["tasks"]) == (3, 2)
+            assert row["batch"]["ms"] > 0
+        bad = results(await client.post("/v1/predict?tasks=a,zebra", content=PICTURES[0], headers=RAW))[1]
+        assert bad["batch"] is None
+
+    serve(held, work)
+
+
+def test_the_page_and_its_files_need_no_token_and_nothing_from_elsewhere(shared: Router) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        page = await client.get("/")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "require-trusted-types-for 'script'" in policy
+        links = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+        assert all(re.fullmatch(r"page/\w+\.(css|js|svg)", link) for link in links), links
+        assert not re.search(r"\son\w+=|\sstyle=|<style|<script(?! type=\"module\" src)", page.text)
+        for link in links:
+            file = await client.get("/" + link)
+            assert file.status_code == 200
+            assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|outerHTML|\beval\b", file.text), link
+        for name in ("zebra.js", "..%2Ffront.py", "__init__.py", "%2e%2e"):
+            assert (await client.get(f"/page/{name}")).status_code == 404
+        assert_problem(await client.get("/v1/server"), 401, "TOKEN")
+        server = (await client.get("/v1/server", headers={"Authorization": "Bearer x"})).json()
+        assert server["backbone"]["model"] == "pear_tiny"
+        assert server["limits"]["tasks"] == 256
+
+    serve(shared, work, use_token="x")
+
+
+def test_an_error_of_our_own_is_answered_counted_and_logged_like_others(
+    router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted: list[tuple[str, int]] = []
+
+    async def work(client: httpx.AsyncClient) -> None:
+        def fail(*_: Any) -> None:
+            raise ValueError("a secret")
+
+        monkeypatch.setattr(service_of(client).catalogue, "page", fail)
+        answer = await client.get("/v1/tasks")
+        assert_problem(answer, 500, "")
+        assert "secret" not in answer.text
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+    serve(router, work, counted=lambda path, task, status, seconds: counted.append((path, status)))
+    assert counted == [("/v1/tasks", 500)]
+    assert "a secret" in caplog.text and "Traceback" in caplog.text
+
+
+def test_near_names_are_sought_for_few_unknown_tasks_of_a_request(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each takes milliseconds."""
+
+    async def work(client: httpx.AsyncClient) -> None:
+        sought: list[str] = []
+
+        def near(name: str) -> list[str]:
+            sought.append(name)
+            return ["wide"]
+
+        monkeypatch.setattr(service_of(client).catalogue, "near", near)
+        names = [f"none{i}" for i in range(20)]
+        answer = await client.post(f"/v1/predict?tasks={','.join(names)}", content=PICTURES[0], headers=RAW)
+        found = [row["error"]["near"] for row in answer.json()["results"]]
+        assert found == [["wide"]] * 8 + [[]] * 12
+        assert sought == names[:8]
+        sought.clear()
+        assert_problem(await client.post("/v1/tasks/none/predict", content=PICTURES[0], headers=RAW), 404, "no task")
+        assert sought == ["none"]
 
     serve(router, work)
 
@@ -398,11 +524,11 @@ def test_a_refresh_takes_up_new_versions_and_removals_count_from_then(
 def test_tokens_say_who_may_do_what(shared: Router, caplog: pytest.LogCaptureFixture) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         use, manage = {"Authorization": "Bearer use-me"}, {"Authorization": "bearer manage-me"}
-        for headers in ({}, {"Authorization": "Basic use-me"}, {"Authorization": "Bearer use-m"},
-                        {"Authorization": "Bearer "}, {"Authorization": "Bearer usé".encode("latin-1")}):  # fmt: skip
+        for said in (None, "Basic use-me", "Bearer use-m", "Bearer ", "Bearer usé"):
+            unknown = {} if said is None else {b"Authorization": said.encode("latin-1")}
             for method, url in (("GET", "/v1/tasks"), ("GET", "/v1/tasks/a"), ("POST", "/v1/refresh"),
                                 ("POST", "/v1/predict"), ("POST", "/v1/tasks/a/predict")):  # fmt: skip
-                refused = await client.request(method, url, headers=headers)  # type: ignore[arg-type]
+                refused = await client.request(method, url, headers=unknown)
                 assert_problem(refused, 401, "token|Bearer TOKEN")
                 assert refused.headers["WWW-Authenticate"] == "Bearer"
         for headers in (use, manage):
@@ -539,31 +665,7 @@ def test_answers_carry_security_headers(shared: Router) -> None:
     serve(shared, work)
 
 
-def test_bodies_of_any_bytes_give_only_documented_refusals(shared: Router) -> None:
-    chosen = random.Random(0)
-    form = b'--x\r\nContent-Disposition: form-data; name="a"; filename="f"\r\n\r\n' + PICTURES[0] + b"\r\n--x--\r\n"
-    seeds = {
-        "image/png": PICTURES[0],
-        "application/json": json.dumps({"images": [{"image": BASE64[0], "task": "a"}]}).encode(),
-        "multipart/form-data; boundary=x": form,
-    }
-
-    async def work(client: httpx.AsyncClient) -> None:
-        for number in range(400):
-            kind = chosen.choice(list(seeds))
-            body = bytearray(seeds[kind])
-            for _ in range(chosen.randrange(1, 6)):
-                place = chosen.randrange(len(body))
-                change = chosen.randrange(3)
-                if change == 0:
-                    body[place] = chosen.randrange(256)
-                elif change == 1:
-                    del body[place : place + chosen.randrange(1, 50)]
-                else:
-                    body[place:place] = chosen.randbytes(chosen.randrange(1, 20))
-                body = body or bytearray(b"x")
-            url = "/v1/predict" if number % 2 else "/v1/tasks/a/predict"
-            response = await client.post(url, content=bytes(body), headers={"Content-Type": kind})
-            assert response.status_code in (200, 400, 404, 413, 415, 422), (response.status_code, kind, bytes(body))
-
-    serve(shared, work)
+def test_a_remote_that_is_away_is_said_to_be_away_and_not_named() -> None:
+    problem = problem_of(PlaceError("s3://team-bucket/pear", "no answer"))
+    assert problem.status == 503 and problem.headers["Retry-After"]
+    assert "team-bucket" not in problem.detail

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from pear_store import Store, Task
 from router import Backbone, ImageError, Prediction, Router, RouterError, UnknownTaskError, WrongBackboneError
+from router.registry import Known
 from router.serve.batcher import Batcher
 from router.serve.errors import (
     DeadlineError,
@@ -170,6 +172,31 @@ def test_a_flood_of_one_task_starves_no_other(held: HeldRouter) -> None:
     run(work())
     # what was decoded before the others came is at most two batches
     assert {"b", "c", "d"} <= {task for batch in held.ran[:5] for task in batch}
+
+
+def test_a_flood_that_fills_the_queue_shuts_no_other_task_out(held: HeldRouter) -> None:
+    async def work() -> None:
+        batcher = Batcher(held, max_batch=1, queue=12, workers=1)
+        flood = [batcher.submit([(PICTURES[0], ["a"])])[0] for _ in range(12)]
+        await until(lambda: batcher.waiting == 11)
+        flood += batcher.submit([(PICTURES[0], ["a"])])
+        with pytest.raises(QueueFullError):  # of its own kind, none gives way
+            batcher.submit([(PICTURES[0], ["a"])])
+        flood[12].cancel()
+        (other,) = batcher.submit([(PICTURES[0], ["b"])])  # before the batcher has heard of it
+        pair = asyncio.create_task(batcher.predict_all(PICTURES[0], ["c", "d"]))
+        await until(lambda: sum(one.done() for one in flood) == 2)
+        assert [number for number, one in enumerate(flood) if one.done()] == [11, 12]  # the newest
+        assert batcher.waiting == 12
+        held.go.set()
+        found = await asyncio.gather(*flood, return_exceptions=True)
+        assert not any(isinstance(one, BaseException) for one in found[:11])
+        assert [type(one) for one in found[11:]] == [QueueFullError, asyncio.CancelledError]
+        assert isinstance((await other)[0], Prediction)
+        assert [one.error for one in await pair] == [None, None]
+        await batcher.close()
+
+    run(work())
 
 
 def test_max_wait_only_adds(held: HeldRouter) -> None:
@@ -466,3 +493,55 @@ def test_closed_batchers_leave_no_thread(shared: Router) -> None:
     for thread in mine:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_images_whose_tasks_are_being_looked_up_shut_no_other_task_out(held: HeldRouter) -> None:
+    looking = threading.Event()
+    plain = held.lookup
+
+    def slow(task: str) -> Known:
+        if task == "a":
+            assert looking.wait(30)
+        return plain(task)
+
+    async def work() -> None:
+        batcher = Batcher(held, max_batch=1, queue=12, workers=1)
+        near = held.is_near
+        with patch.object(held, "lookup", slow), patch.object(held, "is_near", lambda one: one != "a" and near(one)):
+            flood = [batcher.submit([(PICTURES[0], ["a"])])[0] for _ in range(12)]
+            with pytest.raises(QueueFullError):
+                batcher.submit([(PICTURES[0], ["a"])])
+            (other,) = batcher.submit([(PICTURES[0], ["b"])])
+            assert [number for number, one in enumerate(flood) if one.done()] == [11]
+            held.go.set()
+            assert isinstance((await other)[0], Prediction)
+            looking.set()
+            found = await asyncio.gather(*flood, return_exceptions=True)
+        assert [type(one) for one in found[11:]] == [QueueFullError]
+        assert not any(isinstance(one, BaseException) for one in found[:11])
+        assert len(batcher._flow.looking) == 0
+        await batcher.close()
+
+    run(work())
+
+
+def test_names_that_are_slow_to_look_up_hold_up_no_other_work_of_the_loop(held: HeldRouter) -> None:
+    go = threading.Event()
+
+    def slow(task: str) -> None:
+        assert go.wait(30)
+
+    async def work() -> None:
+        batcher = Batcher(held)
+        with patch.object(held, "lookup", slow):
+            asked = [asyncio.create_task(batcher.lookup("a")) for _ in range(16)]
+            await asyncio.sleep(0)
+            assert await asyncio.wait_for(asyncio.to_thread(str, 1), 10) == "1"
+            go.set()
+            await asyncio.gather(*asked)
+        held.go.set()
+        await batcher.close(10)
+        with pytest.raises(DrainingError):
+            await batcher.lookup("a")
+
+    run(work())

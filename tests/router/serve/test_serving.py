@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import router.serve.cli
 from pear_store import Store, Task
-from router import Router
+from router import Router, RouterError
 from router.serve.cli import main
 from tests.router.serve.conftest import PICTURES
 
@@ -241,3 +241,21 @@ def test_other_machines_are_served_with_a_token_or_where_it_was_asked_for(
     done = CliRunner().invoke(main, ["--store", str(filled), "--port", "0", *args], catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
     assert served == [args[1]]
+
+
+@pytest.mark.parametrize(
+    ("store", "opened"),
+    [("https://example.org/store", "https://example.org/store"), ("s3://b/p", "s3://b/p"), ("~/p", Path.home() / "p")],
+)
+def test_a_store_is_a_directory_or_a_url(
+    monkeypatch: pytest.MonkeyPatch, quiet: None, store: str, opened: str | Path
+) -> None:
+    taken: list[str | Path] = []
+
+    def take(where: str | Path, **options: Any) -> Store:
+        taken.append(where)
+        raise RouterError("enough")
+
+    monkeypatch.setattr(Store, "open", take)
+    done = CliRunner().invoke(main, ["--store", store], catch_exceptions=False)
+    assert (done.exit_code, taken) == (1, [opened])

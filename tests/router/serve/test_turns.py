@@ -26,6 +26,17 @@ def test_a_flood_in_one_line_delays_others_by_one_item_a_turn() -> None:
     assert drained(turns)[:7] == first
 
 
+def test_latecomers_are_the_newest_of_the_longest_line() -> None:
+    turns: Turns[tuple[str, int]] = Turns()
+    assert turns.latecomers(1, 0) == []
+    for i in range(5):
+        turns.put("flood", ("flood", i))
+    turns.put("a", ("a", 0))
+    assert (turns.length("flood"), turns.length("a"), turns.length("b")) == (5, 1, 0)
+    assert turns.latecomers(2, 2) == [("flood", 4), ("flood", 3)]
+    assert turns.latecomers(2, 3) == []
+
+
 def test_what_is_given_up_is_gone() -> None:
     turns: Turns[tuple[str, int]] = Turns()
     turns.put("a", ("a", 0))

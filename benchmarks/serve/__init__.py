@@ -1,0 +1,1 @@
+"""What pear-serve holds and how fast it is."""

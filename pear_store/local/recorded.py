@@ -1,0 +1,159 @@
+"""What packs record, compared with what the index says."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pear_store.errors import DamagedError, DamagedIndexError
+from pear_store.format.digest import Digest, is_digest
+from pear_store.format.pack import Records
+from pear_store.local.index import State, View
+from pear_store.local.packs import find_packs, pack_path, read_records, read_records_alone
+from pear_store.local.rows import NO_PACK, TagRow
+
+
+@dataclass
+class Unlisted:
+    """Packs that the index does not list."""
+
+    known: list[bytes] = field(default_factory=list)
+    """The index knows all that they record, and misses none of their tensors. A gc that died leaves those"""
+    unknown: list[bytes] = field(default_factory=list)
+    """They record what the index never had, or hold tensors that it misses"""
+    unreadable: list[bytes] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    """Paths of what is no pack"""
+
+
+class Recorded:
+    """The packs' records, as far as they were looked at, for one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._marks: dict[bytes, frozenset[tuple[str, int, bytes]]] = {}
+        self._as_of: State | None = None
+        self._room = 0
+
+    def find_unlisted(self, view: View) -> Unlisted:
+        """Looks at each pack that the index does not list. Under the write lock, or what is being added is found."""
+        unlisted = Unlisted()
+        for pack in find_packs(self._path, unlisted.foreign):
+            if pack not in view.packs:
+                try:
+                    header, records, problems = read_records(pack_path(self._path, pack))
+                except DamagedError:
+                    unlisted.unreadable.append(pack)
+                    continue
+                is_known = not problems and self.knows(view, pack, records)
+                is_known = is_known and not self._holds_lost(view, header.places)
+                (unlisted.known if is_known else unlisted.unknown).append(pack)
+        return unlisted
+
+    def knows(self, view: View, pack: bytes, records: Records) -> bool:
+        """Whether the index knows all that a pack records, or something later about the same."""
+        return self.compare(view, pack, records)[0]
+
+    def compare(self, view: View, pack: bytes, records: Records) -> tuple[bool, int]:
+        """Whether the index knows all that a pack records, or something later about the same; and how many rows name
+        the pack for what it records."""
+        if self._as_of != view.state:  # what could not be read may have been moved
+            self._marks, self._as_of, self._room = {}, view.state, _MOST_MARKS
+        known, rows = True, 0
+        current = set()  # numbers that rows name this pack for: they stay used, wherever those records go
+        for version in records.versions:
+            mark = (version.task, version.version, version.hash)
+            row = view.versions.get(version.task, version.version)
+            if row is None:  # removed? of two copies of a store, each may have had its own second version
+                removed = view.removed.get(version.task, version.version)
+                known = known and removed is not None and self._has(removed.recorded_in, mark, pack)
+            elif row.pack != pack:
+                known = known and row.manifest == version.hash and self._has(row.pack, mark, pack)
+            else:
+                known = known and row.manifest == version.hash
+                rows += (row.manifest, row.time_ns) == (version.hash, version.time_ns)
+                current.add((version.task, version.version))
+        for task, number in records.removed:
+            known = known and not view.versions.has(task, number)
+            removed = view.removed.get(task, number)  # none: no file records that version any more
+            if removed is not None and removed.pack == pack:
+                rows += 1
+                current.add((task, number))
+            elif removed is not None:
+                known = known and self._has(removed.pack, (task, number, b""), pack)
+        for task, number in records.highest_numbers().items():
+            name = view.names.get(task)
+            known = known and name is not None and name.highest >= number
+            if name is not None and name.highest == number:
+                rows += (name.name, name.pack) == (task, pack)
+                if (task, number) not in current:
+                    known = known and self._has(name.pack, (name.name, number, b"highest"), pack)
+        for tag in records.tags:
+            now = view.tags.get(tag.task, tag.tag) or TagRow(0, 0, NO_PACK)
+            rows += now == TagRow(tag.version or 0, tag.time_ns, pack)
+            known = known and now.time_ns >= tag.time_ns
+            known = known and self._has(now.pack, (f"{tag.task}@{tag.tag}", now.time_ns, b""), pack)
+        return known, rows
+
+    def _has(self, pack: bytes, mark: tuple[str, int, bytes], asking: bytes) -> bool:
+        """Whether the pack that a row names records what the row says; the one that asks does."""
+        if pack == asking:
+            return True
+        if pack not in self._marks:
+            try:
+                records = read_records_alone(pack_path(self._path, pack))
+            except DamagedError:
+                records = Records()
+            marks = frozenset(_marks(records))
+            if self._room < len(marks):
+                self._marks, self._room = {}, _MOST_MARKS
+            self._marks[pack] = marks
+            self._room -= len(marks)
+        return mark in self._marks[pack]
+
+    def _holds_lost(self, view: View, names: Iterable[str]) -> bool:
+        """Whether a tensor is among these that the index lists where no file is."""
+        there: dict[bytes, bool] = {}
+        for name in filter(is_digest, names):
+            row = view.tensors.peek(Digest(name))
+            if row is not None:
+                pack = row.pack
+                if pack not in there:
+                    there[pack] = pack != NO_PACK and pack_path(self._path, pack).exists()
+                if not there[pack]:
+                    return True
+        return False
+
+
+_MOST_MARKS = 1 << 20
+"""That are kept, of some 200 bytes each"""
+
+
+def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:
+    """One for each thing that is recorded."""
+    for version in records.versions:
+        yield version.task, version.version, version.hash
+    for task, number in records.removed:
+        yield task, number, b""
+    for tag in records.tags:
+        yield f"{tag.task}@{tag.tag}", tag.time_ns, b""
+    for task, number in records.highest_numbers().items():
+        yield task, number, b"highest"
+
+
+def count_rows(view: View) -> Counter[bytes]:
+    """How many rows name each pack as the one that records what they say."""
+    count: Counter[bytes] = Counter()
+    count.update(row.pack for _, _, row in view.versions.rows())
+    count.update(row.pack for row in view.names.rows())
+    count.update(row.pack for _, _, row in view.tags.rows())
+    count.update(row.pack for _, _, row in view.removed.rows())
+    return count
+
+
+def refuse_unknown(path: Path, unknown: list[bytes]) -> None:
+    if unknown:
+        names = ", ".join(pack.hex() for pack in unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        raise DamagedIndexError(
+            path / "index", f"{len(unknown)} packs record what it never had, and nothing was removed: {names}"
+        )

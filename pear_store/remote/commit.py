@@ -1,0 +1,127 @@
+"""How whoever writes to a remote does so: packs are put, then an index, and then the entry that names it is created."""
+
+import hashlib
+import socket
+import time
+from collections.abc import Mapping
+
+from pear_store.errors import AbsentError, DamagedError, PlaceError
+from pear_store.format.container import Place as TensorPlace
+from pear_store.format.container import lay_out
+from pear_store.format.digest import Digest, RawTensor, fresh_name
+from pear_store.format.pack import NO_COMMIT, Records, pack_metadata
+from pear_store.remote.log import MAX_ENTRY_BYTES, Entry, LogIndex, PackListing, entry_name, index_name, pack_name
+from pear_store.remote.mirror import Mirror
+from pear_store.remote.place import Place, probe
+from pear_store.remote.reading import read_on
+from pear_store.remote.rebase import base_for_next_entry
+from pear_store.remote.retry import TRIES, retried, wait
+
+GROUP_BYTES = 64 << 20
+"""Tensor bytes that one pack has at most, if its tensors are smaller: what a writer holds in memory"""
+MOST_CONFLICTS = 1000
+
+
+def prepare(place: Place, mirror: Mirror) -> None:
+    """Makes sure that a place can be written by several; once for each mirror.
+
+    Raises:
+        PlaceError: it cannot.
+    """
+    if not place.can_write:
+        raise PlaceError(place.url, "it can only be read")
+    if not mirror.was_probed:
+        retried(lambda: probe(place))
+        mirror.note_probed()
+
+
+def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
+    """Puts tensors in a new pack, whose random id makes its name one that was never used."""
+    head, places = lay_out({str(digest): tensor for digest, tensor in tensors.items()},
+                           pack_metadata(Records(), NO_COMMIT))  # fmt: skip
+    data = b"".join((head, *(tensors[Digest(name)].data for name in places)))
+    pack = hashlib.sha256(data).digest()
+    listing = {Digest(name): TensorPlace(*tensor_place) for name, tensor_place in places.items()}
+    place.put(pack_name(pack), data)
+    return pack, PackListing(len(data), listing)
+
+
+class Committer:
+    """Writes entries of one writer, who looks again at all it counts on where another one was first."""
+
+    def __init__(self, place: Place, mirror: Mirror) -> None:
+        self._place, self._mirror = place, mirror
+        self._sent: set[str] = set()
+        self._conflicts = 0
+        self._begun_with = mirror.begun_with
+        self._has_looked_for_base = False
+
+    def commit(self, head: tuple[int, bytes | None], index: LogIndex) -> bool:
+        """Puts an index and creates the entry after `head` with it; enters it in the mirror.
+
+        If another entry has that number, the log was read on and False is returned.
+        """
+        number, previous = head[0] + 1, head[1]
+        place, mirror = self._place, self._mirror
+        if not self._has_looked_for_base:
+            base_for_next_entry(mirror, place)
+            self._has_looked_for_base = True
+        mirror.check(number, index)
+        if mirror.has_base and not index.packs:  # which names were dropped before a base is not known
+            index.salt = fresh_name()
+        if self._begun_with != mirror.begun_with:  # nor what was dropped since these were sent
+            self._sent.clear()
+        name = index_name(hashed := _encode(index))
+        while mirror.is_stray(name):  # a name that was dropped is never used again
+            index.salt = fresh_name()
+            name = index_name(hashed := _encode(index))
+        if name not in self._sent:
+            place.put(name, index.raw)
+            self._sent.add(name)
+        base = mirror.base if mirror.base and mirror.base.number < number else None
+        entry = Entry(fresh_name(), previous, hashed, time.time_ns(), _host(), base)
+        if _create(place, entry, number):
+            mirror.apply(number, entry.encode(), index)
+            self._conflicts = 0
+            return True
+        read_on(mirror, place)
+        if self._conflicts == MOST_CONFLICTS:
+            raise PlaceError(place.url, f"others were first {MOST_CONFLICTS} times; run the same again")
+        if self._conflicts > 2:
+            wait(min(self._conflicts - 3, 5))
+        self._conflicts += 1
+        return False
+
+
+def _encode(index: LogIndex) -> bytes:
+    index.raw = index.encode()
+    return hashlib.sha256(index.raw).digest()
+
+
+def _create(place: Place, entry: Entry, number: int) -> bool:
+    """Creates an entry; False if another one has its number.
+
+    After an error nobody knows whether it was created: whoever's id is there tells. If there is none, the same is
+    tried again, for it may only be late.
+    """
+    name, data = entry_name(number), entry.encode()
+    for attempt in range(TRIES):
+        is_refused = True
+        try:
+            if place.create(name, data):
+                return True
+        except PlaceError as error:
+            if not error.again:
+                raise
+            is_refused = False
+        try:  # what was refused may be our own, of a try whose answer was lost
+            return place.get(name, MAX_ENTRY_BYTES) == data
+        except AbsentError:
+            if is_refused:
+                raise DamagedError(name, "the remote says that it is there, and does not give it") from None
+        wait(attempt)
+    raise PlaceError(place.url, "it does not say whether the entry was taken; run the same again, which finds out")
+
+
+def _host() -> str:
+    return "".join(c for c in socket.gethostname() if c.isprintable())[:100]

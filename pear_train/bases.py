@@ -1,0 +1,78 @@
+"""Common bases: two matrices at each position that many tasks stand on, each with cores of its own.
+
+    y = f(x) + scale · ((x · D) · C) · U        D [d_in, R] and U [R, d_out]: of all tasks; C [R, R]: of this one
+
+A checkpoint of bases is a task without a head, whose adapters are D and U, at scale 0: as a task it adds nothing.
+pear_train/make_bases.py makes one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pear_store import Task
+from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
+from pear_train.bank import stored_adapter, widths_of
+from pear_train.config import OPTIONS, TrainConfig
+from pear_train.errors import ConfigError
+from pear_train.identity import BASES
+from router import AdaptedBackbone
+
+
+def is_bases(task: Task) -> bool:
+    return bool(task.record["training"].get("method") == BASES)
+
+
+def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> None:
+    """Checks what can be known before a position is attached.
+
+    Raises:
+        ConfigError: they are no bases, are of another backbone, or do not go with the options.
+    """
+    name = f"bases {bases.name!r}"
+    if not is_bases(bases):
+        raise ConfigError(f"{name}: this is a task, not common bases: expected what --make-bases wrote")
+    if bases.backbone_digest != adapted.backbone.digest:
+        raise ConfigError(f"{name}: made for {bases.backbone_model} {bases.backbone_digest[:19]}…: another backbone")
+    if config.method != "pear":
+        raise ConfigError(f"{name}: method {config.method!r} has no use for them: expected 'pear'")
+    if config.activation != bases.activation:
+        raise ConfigError(f"{name}: its activation is {bases.activation!r}: train with it, not {config.activation!r}")
+    if config.own_bytes is not None and config.knowledge not in ("fold", "none"):
+        raise ConfigError(f"{name}: knowledge {config.knowledge!r}: expected 'fold' or 'none' on common bases")
+    ranks = {bases.adapters[branches[0].adapter].rank for branches in bases.positions.values()}
+    if config.rank != OPTIONS["rank"].default and ranks != {config.rank}:
+        shown = " and ".join(map(str, sorted(ranks)))
+        raise ConfigError(f"{name}: rank {config.rank}: theirs is {shown}: leave rank out, or choose other bases")
+
+
+def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> dict[str, FrozenAdapter]:
+    """D and U of each position, as they will be written again.
+
+    Raises:
+        ConfigError: the bases lack a position, or do not fit it.
+    """
+    name = f"bases {bases.name!r}"
+    found: dict[str, FrozenAdapter] = {}
+    for position in positions:
+        branches = bases.positions.get(position, [])
+        if not branches:
+            raise ConfigError(f"{name}: have nothing at {position!r}: leave positions out, or choose among theirs")
+        adapter = branches[0].adapter
+        if len(branches) > 1 or bases.adapters[adapter].core is not None:
+            raise ConfigError(f"{name}: expected one adapter without a core at {position!r}")
+        if (widths := widths_of(bases, adapter)) != adapted.widths[position]:
+            raise ConfigError(f"{name}: widths {widths} at {position!r}: the backbone's are {adapted.widths[position]}")
+        found[position] = stored_adapter(bases, adapter, "bases")
+    return found
+
+
+def stand_on(adapters: AdapterSet, bases: dict[str, FrozenAdapter], scale: float, device: torch.device) -> None:
+    """Gives each position the common bases with a core of zeros, before what it has of its own."""
+    adapters.on_bases = True
+    own, adapters.branches = adapters.branches, {}
+    for i, (position, frozen) in enumerate(bases.items()):  # in forward order
+        adapters.frozen[f"b{i}"] = frozen.to(device)
+        core = nn.Parameter(torch.zeros(frozen.down.shape[1], frozen.up.shape[0], device=device))
+        adapters.branches[position] = [TrainedBranch(f"b{i}", scale, core), *own.get(position, [])]

@@ -1,0 +1,47 @@
+"""Labelled images as they lie on disk, before a split that is missing is held out of train."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.errors import DataError
+
+WHOLE = "all"
+"""The name of the one split of data that has none."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Classes, and the splits that the data has: train, val and test, as many as there are, or `WHOLE` alone."""
+
+    description: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    all_in_train: bool = True
+    """Training needs an image of each class; VTAB-1k has sets without."""
+    notes: tuple[str, ...] = ()
+    """What was left out, and why."""
+
+    def dataset(self) -> Dataset:
+        """The data set to train on. A missing val is a tenth of train; data without splits gives a tenth to test, too.
+
+        Raises:
+            DataError: there is no train split, or the data is of no use for training.
+        """
+        splits, described = dict(self.splits), self.description
+        if WHOLE in splits:
+            whole = splits.pop(WHOLE)
+            rest, test = hold_out(whole, 0.1, "test")
+            kept = whole.subset(rest)
+            left, val = hold_out(kept, 0.1, "val")
+            splits = {"train": kept.subset(left), "val": kept.subset(val), "test": whole.subset(test)}
+            described += " (about a tenth of each class held out for val, a tenth for test)"
+        if "train" not in splits:
+            raise DataError(f"{described}: has no train split: expected one")
+        if "val" not in splits:
+            rest, held = hold_out(splits["train"], 0.1, "val")
+            splits["val"], splits["train"] = splits["train"].subset(held), splits["train"].subset(rest)
+            described += " (about a tenth of train held out for val)"
+        return Dataset(
+            described, self.classes, splits["train"], splits["val"], splits.get("test"), self.all_in_train, self.notes
+        )

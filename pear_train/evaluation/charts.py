@@ -1,0 +1,169 @@
+"""Where things lie in the report's drawings. The template draws them, so every text is escaped there."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pear_train.evaluation.figures import BINS, Figures
+
+WIDTH, HEIGHT = 460, 320
+LEFT, TOP, RIGHT, BOTTOM = 46, 30, 14, 40
+MOST_DRAWN = 60
+"""A confusion matrix of more classes is a picture without names"""
+MOST_COUNTED = 25
+"""Cells of more classes are too small for their counts"""
+NAME_LENGTH = 18
+Kind = Literal["bin", "over", "under"]
+"""Of a bar: what was right; how much more, or less, confident the answers were"""
+
+
+@dataclass(frozen=True)
+class Tick:
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+    kind: Kind
+    """For its colour"""
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with axes from `LEFT`, `TOP` to the lower right corner."""
+
+    bars: list[Bar]
+    line: str
+    """Points of the curve, as SVG has them."""
+    area: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+def _x(share: float) -> float:
+    return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+
+def _y(share: float) -> float:
+    return round(TOP + (1 - share) * (HEIGHT - TOP - BOTTOM), 1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def reliability_chart(figures: Figures) -> Chart:
+    """A bar of accuracy for each bin of confidence; faint where few images are in it."""
+    bars = []
+    few = max(5, 0.01 * figures.images)
+    for one in figures.reliability:
+        number = min(BINS - 1, max(0, int(np.ceil(one.confidence * BINS - 1e-9)) - 1))
+        left, right = _x(number / BINS) + 1, _x((number + 1) / BINS) - 1
+        title = f"{one.images} images: {100 * one.confidence:.1f} % confident, {100 * one.accuracy:.1f} % right"
+        width = round(right - left, 1)
+        high, low = max(one.accuracy, one.confidence), min(one.accuracy, one.confidence)
+        kind: Kind = "over" if one.confidence > one.accuracy else "under"
+        parts: tuple[tuple[float, float, Kind], ...] = ((low, 0.0, "bin"), (high, low, kind))
+        for top, bottom, of in parts:
+            y, height = _y(top), round(_y(bottom) - _y(top), 1)
+            bars.append(Bar(round(left, 1), y, width, height, title, of, one.images < few))
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    return Chart(bars, "", "", [Tick(_x(s), _percent(s)) for s in shares], [Tick(_y(s), _percent(s)) for s in shares])
+
+
+def coverage_chart(figures: Figures) -> Chart:
+    """Accuracy of the most confident answers over their share of all."""
+    points = [(point.coverage, float(point.accuracy or 0)) for point in figures.most_confident]
+    lowest = min(accuracy for _, accuracy in points)
+    bottom = 0.0 if lowest < 0.5 else 0.5 if lowest < 0.8 else 0.8 if lowest < 0.95 else 0.9
+    shares = [bottom + i * (1 - bottom) / 4 for i in range(5)]
+
+    def y(accuracy: float) -> float:
+        return _y((accuracy - bottom) / (1 - bottom))
+
+    curve = [(_x(coverage), y(accuracy)) for coverage, accuracy in points]
+    line = " ".join(f"{x},{y}" for x, y in curve)
+    area = f"{curve[0][0]},{_y(0)} {line} {curve[-1][0]},{_y(0)}"
+    digits = 1 if any(abs(100 * s - round(100 * s)) > 1e-6 for s in shares) else 0
+    return Chart(
+        [], line, area, [Tick(_x(s), _percent(s)) for s in (0, 0.25, 0.5, 0.75, 1)],
+        [Tick(y(s), f"{100 * s:.{digits}f}") for s in shares],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    x: float
+    y: float
+    count: int
+    right: bool
+    strength: float
+    """0..1: how much of the class's images are here."""
+    title: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A confusion matrix: a row for each class, a column for what it was taken for."""
+
+    side: int
+    """Pixels of a cell."""
+    margin: float
+    """Pixels that the names take."""
+    width: float
+    height: float
+    names: list[tuple[float, str, str]]
+    """Centre of the row or column, the name as drawn, and the whole name."""
+    least_width: float
+    """How far it may shrink."""
+    cells: list[Cell]
+    counted: bool
+    picture: str | None
+    """In place of cells, where there are very many: a PNG as a data URL."""
+
+
+def heat_map(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> HeatMap:
+    matrix = np.array(confusion, np.int64).reshape(len(labels), len(labels))
+    sums = matrix.sum(1, keepdims=True)
+    shares = matrix / np.maximum(sums, 1)
+    count = len(labels)
+    if count > MOST_DRAWN:
+        side = 2 if count > 300 else 5
+        return HeatMap(side, 0, count * side, count * side, [], count * side, [], False, _picture(shares))
+    side = 44 if count <= 8 else 38 if count <= 12 else 26 if count <= MOST_COUNTED else 15
+    drawn = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in labels]
+    margin = 12 + 7.0 * max(map(len, drawn))
+    names = [(margin + (i + 0.5) * side, drawn[i], labels[i]) for i in range(count)]
+    cells = [
+        Cell(
+            margin + j * side, margin + i * side, int(matrix[i, j]), bool(i == j), round(float(shares[i, j]), 3),
+            f"{matrix[i, j]} of {sums[i, 0]} images of {labels[i]} taken for {labels[j]}",
+        )
+        for i, j in zip(*np.nonzero(matrix), strict=True)
+    ]  # fmt: skip
+    size = margin + count * side + 8
+    return HeatMap(side, margin, size, size, names, margin + count * min(side, 26), cells, count <= MOST_COUNTED, None)
+
+
+def _picture(shares: np.ndarray) -> str:
+    """Cells as pixels: green on the diagonal, red beside it, the rarer the more transparent."""
+    count = len(shares)
+    pixels = np.zeros((count, count, 4), np.uint8)
+    pixels[..., :3] = (205, 74, 60)
+    pixels[np.arange(count), np.arange(count), :3] = (100, 150, 40)
+    pixels[..., 3] = np.where(shares > 0, 50 + 205 * np.sqrt(shares), 0).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels, "RGBA").save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,263 @@
+"""The command pear-eval: how good tasks are on labelled images."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from platformdirs import user_data_path
+from tqdm import tqdm
+
+from pear_store import PearStoreError, ReadableStore, Store
+from pear_store.local.sources import Access
+from pear_store.remote.cache import CacheSettings
+from pear_store.terminal import allow_option, echo, echo_table
+from pear_train.cli.options import HeadedCommand, option, run_option
+from pear_train.cli.progress import say
+from pear_train.data import DataOptions, open_labelled
+from pear_train.errors import DataError, PearTrainError
+from pear_train.evaluation.evaluated import Evaluated, Evaluation, evaluate
+from pear_train.evaluation.gate import Gate
+from pear_train.evaluation.report import changed, check_report, write_report
+from pear_train.evaluation.sample import choose
+from pear_train.evaluation.subjects import added, find_subjects
+from pear_train.tasks import DATA_OPTIONS
+from router import Limits, Router, RouterError
+
+GATE_FAILED = 20
+"""The exit code where a demand is not met. Those of errors are below."""
+_PATH = click.Path(path_type=Path)
+_THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99)
+_MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
+
+
+@click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("references", metavar="TASK...", nargs=-1, required=True)
+@option("Data", "--data", required=True, help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
+@option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
+@option(
+    "Data", "--split", type=click.Choice(["test", "val", "train", "all"]),
+    help="Which images [default: test where the data has a test split, else all].",
+)  # fmt: skip
+@option("Data", "--known-only", is_flag=True, help="Leave out images of classes that a task does not have.")
+@run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
+@run_option("Data", "--val-split", "Folder of the val split.")
+@run_option("Data", "--test-split", "Folder of the test split.")
+@run_option("Data", "--no-splits", "The folders are classes, even if they are called train or test.")
+@run_option("Data", "--max-pixels", "Pictures with more pixels are refused before they are decoded.")
+@option(
+    "Store", "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
+    help="The store that holds the tasks: a directory, or a remote's URL [default: $PEAR_STORE, else the user's data "
+    "directory].",
+)  # fmt: skip
+@option(
+    "Store", "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES",
+    show_default="$PEAR_CACHE_BYTES, else 10 GiB", help="The most bytes of a remote that are cached here.",
+)  # fmt: skip
+@option("Backbone", "--backbone", help="A timm model's name [default: the one that the first task was made for].")
+@option("Backbone", "--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
+@option("Output", "--html", type=_PATH, help="Write a report with pictures: one file, for any browser.")
+@option(
+    "Output", "--mistakes", default=24, show_default=True, type=click.IntRange(0), help="Most pictures in a gallery."
+)
+@option("Gate", "--min-top1", type=click.FloatRange(0, 100), metavar="PERCENT", help="Fail below this top-1.")
+@option("Gate", "--not-worse-than", metavar="TASK", help="Fail if top-1 is below that of this task.")
+@option(
+    "Gate", "--by", type=click.FloatRange(0), metavar="POINTS",
+    help="How many points of top-1 it may be below that [default: 0].",
+)  # fmt: skip
+@option("Gate", "--max-errors", type=click.IntRange(0), metavar="N", help="Fail if more images cannot be read.")
+@option("Machine", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
+@option("Machine", "--device", help="Such as cpu or cuda [default: cuda where there is one].")
+@option(
+    "Machine", "--dtype", default="float32", show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Precision of the forward.",
+)  # fmt: skip
+@allow_option
+def main(references: Sequence[str], **told: Any) -> None:
+    """Say how good TASK is on labelled images.
+
+    TASK is a task of the store (dtd, dtd@2, dtd@prod), or a checkpoint: a file or a URL. Classes of the data and of the
+    task are matched by their names. If several tasks are given, each is compared with the first: which images changed,
+    and whether that could be chance.
+
+    With --min-top1 or --not-worse-than the command is a gate. Exit codes: 0 all is well, 20 the gate failed, 1 another
+    error, 2 wrong usage, 3 to 13 as of pear-store.
+
+    \b
+        pear-eval dtd --data my/pictures --html report.html
+        pear-eval dtd@1 dtd@2 --data my/pictures
+        pear-eval dtd --data my/pictures --not-worse-than dtd@prod --by 0.5
+    """
+    if told["by"] is not None and told["not_worse_than"] is None:
+        raise click.UsageError("--by needs --not-worse-than: it says how far below that task is allowed")
+    try:
+        evaluation = _evaluate(references, told)
+    except (PearTrainError, RouterError, PearStoreError) as error:
+        say(f"Error: {error}")
+        sys.exit(getattr(error, "exit_code", 1))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        say(f"Error: out of memory: try a smaller --batch-size; {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("Stopped: nothing was written.")
+        sys.exit(130)
+    if told["as_json"]:
+        click.echo(json.dumps(evaluation.as_json(told["mistakes"]), allow_nan=False))
+    else:
+        show(evaluation)
+    for check in evaluation.checks:
+        echo(f"gate      {'met' if check.passed else 'NOT MET'}: {check.text}", err=True)
+    if not evaluation.passed:
+        sys.exit(GATE_FAILED)
+
+
+def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
+    """Does the work, and writes the report."""
+    html: Path | None = told["html"]
+    if html is not None:
+        check_report(html)
+    access = Access(allowed=frozenset(told["allowed"]))
+    options = DataOptions(**{name: told[name] for name in DATA_OPTIONS if name in told})
+    limits = Limits(options.max_pixels)
+    with ExitStack() as opened:
+
+        @cache
+        def store() -> ReadableStore:
+            found = Store.open(told["where"], cache=CacheSettings(limit_bytes=told["cache_bytes"]))
+            return opened.enter_context(found)
+
+        baseline: str | None = told["not_worse_than"]
+        subjects = find_subjects([*([baseline] if baseline is not None else []), *references], store, access)
+        labelled = open_labelled(told["data"], told["data_root"], options, needs_train=False)
+        sample = choose(labelled, told["split"], [subject.task for subject in subjects])
+        if told["known_only"]:
+            sample = sample.of_classes(set.intersection(*(set(subject.task.labels) for subject in subjects)))
+            if not len(sample.images):
+                raise DataError(f"{sample.description}: --known-only leaves no image: no class is the task's")
+        shown = [f"data      {sample.description}", f"images    {len(sample.images)}, split {sample.split}"]
+        for line in [*shown, *(f"note      {note}" for note in sample.notes)]:
+            echo(line, err=True)
+        device = told["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        router = opened.enter_context(
+            Router(
+                told["backbone"] or subjects[0].task.backbone_model,
+                store() if any(subject.version is not None for subject in subjects) else None,
+                weights=told["weights"], device=device,
+                dtype="auto" if told["dtype"] == "auto" else getattr(torch, told["dtype"]),
+                max_pixels=options.max_pixels,
+            )
+        )  # fmt: skip
+        for task in added(subjects):
+            router.add(task)
+        gate = Gate(
+            told["min_top1"], subjects[0].shown if baseline is not None else None, told["by"] or 0.0, told["max_errors"]
+        )
+        with tqdm(total=len(sample.images), unit="image", file=sys.stderr, mininterval=0.5) as bar:
+            evaluation = evaluate(router, subjects, sample, batch_size=told["batch_size"], gate=gate, tell=bar.update)
+        for text in list(evaluation.answers.unreadable.values())[:_MOST_NAMES]:
+            echo(f"Warning: {text}", err=True)
+        if html is not None:
+            write_report(evaluation, html, told["mistakes"], limits)
+            echo(f"report    {html}", err=True)
+    return evaluation
+
+
+def show(evaluation: Evaluation) -> None:
+    """The figures as tables."""
+    tasks = evaluation.tasks
+    errors = len(evaluation.answers.unreadable)
+    count = f"{len(evaluation.answers.rows)} images evaluated"
+    echo(count + (f", {errors} could not be read" if errors else ""))
+    echo()
+    echo_table([_summary(task) for task in tasks])
+    for task in tasks:
+        echo()
+        _show_task(evaluation, task, alone=len(tasks) == 1)
+    for comparison in evaluation.comparisons:
+        echo()
+        echo(f"from {comparison.before} to {comparison.after}: {changed(comparison)}")
+        for what, places in (("better", comparison.better), ("worse", comparison.worse)):
+            names = [evaluation.name(place) for place in places.tolist()]
+            if names:
+                more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+                echo(f"  {what}: {', '.join(names[:_MOST_NAMES])}{more}")
+
+
+def _summary(task: Evaluated) -> dict[str, str]:
+    found = task.figures
+    return {
+        "task": task.subject.shown,
+        "top-1 %": _percent(found.top1),
+        "95 % interval": f"{_percent(found.top1_low)} to {_percent(found.top1_high)}",
+        **({"top-5 %": _percent(found.top5)} if found.top5 is not None else {}),
+        "balanced %": _percent(found.balanced_accuracy),
+        "macro F1 %": _percent(found.macro_f1),
+        "ECE %": _percent(found.ece),
+    }
+
+
+def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
+    found = task.figures
+    if not alone:
+        echo(f"{task.subject.shown}:")
+    classes = found.classes
+    if len(classes) > _MOST_CLASSES:
+        classes = sorted((one for one in classes if one.images), key=lambda one: one.f1 or 0.0)[:_MOST_CLASSES]
+        echo(f"the {len(classes)} classes of {len(found.classes)} with the lowest F1; --json and --html have all")
+    echo_table(
+        [
+            {
+                "class": one.label,
+                "images": one.images,
+                "precision %": _percent(one.precision),
+                "recall %": _percent(one.recall),
+                "F1 %": _percent(one.f1),
+            }
+            for one in classes
+        ]
+    )
+    pairs = found.confused()[:_MOST_PAIRS]
+    if pairs:
+        echo()
+        echo_table([{"class": was, "taken for": taken, "times": count} for was, taken, count in pairs],
+                   ["left", "left", "right"])  # fmt: skip
+    echo()
+    echo_table(
+        [
+            {
+                "answered above": f"{point.threshold:.2f}",
+                "of the images %": _percent(point.coverage),
+                "right %": _percent(point.accuracy),
+            }
+            for point in found.coverage
+            if point.threshold in _THRESHOLDS
+        ],
+        ["right", "right", "right"],
+    )
+    places = task.mistakes(_MOST_NAMES).tolist()
+    if places:
+        echo()
+        echo_table(
+            [
+                {"worst mistakes": evaluation.name(place), "class": said["label"], "taken for": said["predicted"],
+                 "probability": f"{said['probability']:.3f}"}
+                for place in places
+                for said in [task.answer(place)]
+            ],
+            ["left", "left", "left", "right"],
+        )  # fmt: skip
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Two tasks side by side: which images changed, and whether that could be chance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from pear_train.evaluation.answers import Ints
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A task beside the one that it is compared with, on the same images."""
+
+    before: str
+    after: str
+    better: Ints
+    """Places among the answered images: wrong before, right after."""
+    worse: Ints
+    """Right before, wrong after."""
+    other: Ints
+    """Wrong in both, in another way."""
+    images: int
+    both_right: int
+    both_wrong: int
+    p_value: float
+    """McNemar's exact test: how likely so uneven a change would be if both were equally good."""
+
+    @property
+    def top1_change(self) -> float:
+        """Top-1 after less top-1 before."""
+        return (len(self.better) - len(self.worse)) / self.images
+
+
+def compare(
+    before: str, after: str, was_right: NDArray[np.bool_], is_right: NDArray[np.bool_], differs: NDArray[np.bool_]
+) -> Comparison:
+    """Compares two tasks.
+
+    Args:
+        was_right, is_right: of each image, whether the first and the second task is right.
+        differs: whether their answers differ.
+    """
+    better, worse = np.flatnonzero(~was_right & is_right), np.flatnonzero(was_right & ~is_right)
+    changed = len(better) + len(worse)
+    p_value = float(binomtest(len(better), changed, 0.5).pvalue) if changed else 1.0
+    return Comparison(
+        before, after, better, worse, np.flatnonzero(~was_right & ~is_right & differs), len(was_right),
+        int((was_right & is_right).sum()), int((~was_right & ~is_right).sum()), p_value,
+    )  # fmt: skip

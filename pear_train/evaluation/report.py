@@ -1,0 +1,151 @@
+"""An evaluation as one HTML file: its style and pictures within, no script, nothing from elsewhere."""
+
+import base64
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from pear_store import PearStoreError
+from pear_store.files import open_regular_file
+from pear_train.errors import ConfigError, ResourceError
+from pear_train.evaluation import charts
+from pear_train.evaluation.compare import Comparison
+from pear_train.evaluation.evaluated import Evaluated, Evaluation
+from router import ImageError, Limits, open_image
+
+_SIDE = 300
+"""Most pixels of a thumbnail's side"""
+_SMALL = 96
+"""Smaller pictures are enlarged with sharp pixels"""
+_UNFOLDED = 12
+"""Pictures of a gallery that show at once"""
+_OURS = b"<!-- pear-eval -->"
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    url: str
+    width: int
+    height: int
+    small: bool
+
+
+def check_report(path: Path) -> None:
+    """Checks, before anything is evaluated, that a report can be written there.
+
+    Raises:
+        ConfigError: something lies there that is no report, or there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"--html {path}: folder {path.parent} does not exist; make it first")
+    if not os.path.lexists(path):
+        return
+    try:
+        with open_regular_file(path) as file:
+            start = file.read(256)
+    except PearStoreError as error:
+        raise ConfigError(f"--html {error}") from None
+    if start and _OURS not in start:
+        raise ConfigError(f"--html {path}: there is something that pear-eval did not write, and it is not replaced")
+
+
+def write_report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> None:
+    """Writes the report, whole or not at all.
+
+    Args:
+        most: pictures in a gallery.
+        limits: what may be opened as a picture.
+    Raises:
+        ConfigError: as :func:`check_report`.
+        ResourceError: it cannot be written.
+    """
+    check_report(path)
+    text = make_report(evaluation, most, limits)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def make_report(evaluation: Evaluation, most: int, limits: Limits) -> str:
+    """The report's text."""
+    loader = PackageLoader("pear_train.evaluation", "page")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
+    style, _, _ = loader.get_source(environment, "report.css")
+    made: dict[int, Thumbnail | None] = {}
+    backbones = dict.fromkeys(task.subject.task.backbone_model for task in evaluation.tasks)
+    return environment.get_template("report.html").render(
+        title=_title([task.subject.shown for task in evaluation.tasks]),
+        style=Markup(style),  # ours, and the only text that is not escaped
+        evaluation=evaluation,
+        most=most,
+        folded=_UNFOLDED,
+        c=charts,
+        heat_map=charts.heat_map,
+        reliability_chart=charts.reliability_chart,
+        coverage_chart=charts.coverage_chart,
+        thumbnail=partial(_once, made, partial(_thumbnail, evaluation, limits)),
+        wrong=_wrong,
+        changed=changed,
+        backbones=list(backbones),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def changed(comparison: Comparison) -> str:
+    """What a comparison says, in a few sentences."""
+    better, worse, points = len(comparison.better), len(comparison.worse), 100 * comparison.top1_change
+    told = f"{better} images are better, {worse} worse: top-1 {points:+.2f} points."
+    if not better + worse:
+        return told
+    p_value = "below 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.3f}"
+    verdict = "hardly chance" if comparison.p_value < 0.05 else "this could be chance"
+    return f"{told} McNemar's exact test gives p {'' if p_value.startswith('b') else '= '}{p_value}: {verdict}."
+
+
+def _title(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else " and ".join(names) if len(names) == 2 else f"{len(names)} tasks"
+
+
+def _wrong(task: Evaluated) -> int:
+    return int((~task.right).sum())
+
+
+def _once(made: dict[int, Thumbnail | None], make: Callable[[int], Thumbnail | None], place: int) -> Thumbnail | None:
+    if place not in made:
+        made[place] = make(place)
+    return made[place]
+
+
+def _thumbnail(evaluation: Evaluation, limits: Limits, place: int) -> Thumbnail | None:
+    """A small copy of an image; None if it cannot be read any more."""
+    row = int(evaluation.answers.rows[place])
+    try:
+        image = open_image(evaluation.sample.images.image(row), limits=limits)
+    except ImageError:
+        return None
+    except Exception:  # whatever a reader of timm, torchvision or datasets can raise
+        return None
+    bare = Image.new("RGB", image.size)  # without what the file says of itself, such as where it was taken
+    bare.paste(image)
+    bare.thumbnail((_SIDE, _SIDE))
+    small, file = max(bare.size) <= _SMALL, BytesIO()
+    if small:
+        bare.save(file, "PNG")
+    else:
+        bare.save(file, "JPEG", quality=84)
+    url = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Thumbnail(url, *bare.size, small)

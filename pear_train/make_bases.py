@@ -1,0 +1,333 @@
+"""Common bases from tasks that are there: what their adapters have in common, and what joint training makes of it."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pear_store import RawTensor, Task, make_task, write_checkpoint
+from pear_store.format.codes import matrix_values, up_values
+from pear_store.format.manifest import manifest_hash, to_manifest
+from pear_train.bases import is_bases
+from pear_train.config import TrainConfig
+from pear_train.data import Dataset, preprocess_record
+from pear_train.dtypes import float_dtype
+from pear_train.errors import ConfigError, DivergedError
+from pear_train.group import mixed_features, next_batch
+from pear_train.identity import BASES, Identity, fingerprint, identity
+from pear_train.knowledge import common_bases, in_common_bases
+from pear_train.machine import on_device
+from pear_train.make_base import check_configs
+from pear_train.optimiser import move, rate_factor, set_rate
+from pear_train.output import check_out
+from pear_train.report import Step
+from pear_train.run import TaskRun
+from pear_train.start import attached
+from router import AdaptedBackbone, Backbone
+from router.tensors import from_torch
+
+logger = logging.getLogger(__name__)
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""Position -> `down` [d_in, r] and `up` [r, d_out] of all that a task, or bases, have there."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """What making common bases gave."""
+
+    energy: dict[str, float]
+    """Of each task that they are made from: the share of its adapters, by squared norm, that they hold."""
+    val_top1: dict[str, float]
+    """Of each task that they were trained on for, with its cores and its head, which are not kept."""
+    rank: int
+    positions: int
+    file_bytes: int
+    seconds: float
+
+
+def make_bases(
+    config: TrainConfig,
+    backbone: Backbone,
+    sources: Sequence[Task],
+    out: Path,
+    configs: Sequence[TrainConfig] = (),
+    datasets: Sequence[Dataset] = (),
+    progress: Callable[[Step], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Bases:
+    """Makes common bases of rank `config.rank` from stored tasks, and trains them on for others, if any are given.
+
+    At each position the tasks' adapters are fitted by higher-order orthogonal iteration; each task counts the same.
+    Then a step takes a batch of every data set and their mean loss, which moves cores, heads and, slowly, the bases.
+    Bases are written orthonormal, in float16, as a task without a head whose branches have the scale 0.
+
+    Args:
+        sources: tasks; those of another backbone, another activation or other positions are passed over.
+        configs, datasets: of the tasks that the bases are trained on for.
+        say: receives lines for a person: which tasks were passed over.
+    Raises:
+        ConfigError: no task fits, or together they have fewer directions than `config.rank`.
+        PearTrainError, RouterError, PearStoreError: as for :func:`pear_train.train`.
+    """
+    began = time.perf_counter()
+    if config.activation != "identity":
+        raise ConfigError(f"bases: activation {config.activation!r}: cores need 'identity'")
+    check_configs(configs)
+    check_out(out)
+    adapted = on_device(backbone, config.device)
+    positions = attached(adapted, config.positions)
+    fitting = fitting_tasks(sources, adapted, positions, say)
+    fitted = fit_bases(fitting, positions, config.rank)
+    now = bases_identity(config, backbone, sources, configs, datasets)
+    task = _task(config, backbone, fitted, fitting, now, {})
+    val_top1: dict[str, float] = {}
+    if datasets:
+        fitted, val_top1 = _train_on(task, configs, adapted, datasets, progress)
+        task = _task(config, backbone, fitted, fitting, now, val_top1)
+    file_bytes = write_checkpoint(out, task)
+    seconds = round(time.perf_counter() - began, 2)
+    logger.debug("bases: wrote %s, %d bytes, in %.2f s", out, file_bytes, seconds)
+    return bases_of(task, file_bytes, seconds)
+
+
+def bases_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Bases:
+    """What making them gave, as their checkpoint says."""
+    training = task.record["training"]
+    positions = len(task.positions)
+    return Bases(training["energy"], training["val_top1"], training["rank"], positions, file_bytes, seconds)
+
+
+def fitting_tasks(
+    sources: Sequence[Task],
+    adapted: AdaptedBackbone,
+    positions: Sequence[str],
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Pairs]:
+    """The adapters of each task that fits, at the positions that it has of those asked.
+
+    Raises:
+        ConfigError: no task fits, or none has a position.
+    """
+    found: dict[str, Pairs] = {}
+    for task in sources:
+        if task.backbone_digest != adapted.backbone.digest:
+            problem = "another backbone"
+        elif task.activation != "identity":
+            problem = f"its activation is {task.activation!r}"
+        elif is_bases(task):
+            problem = "common bases"
+        elif not (pairs := _pairs(task, adapted, positions)):
+            problem = "no adapter at these positions"
+        else:
+            found[task.name if task.name not in found else f"{task.name} {len(found)}"] = pairs
+            continue
+        if say is not None:
+            say(f"note      {task.name} is passed over: {problem}")
+    if not found:
+        raise ConfigError(f"bases: none of {len(sources)} stored tasks fits {adapted.backbone.name} and the positions")
+    if lacking := [position for position in positions if not any(position in pairs for pairs in found.values())]:
+        raise ConfigError(f"bases: no stored task has an adapter at {lacking[0]!r}: choose other positions")
+    return found
+
+
+def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pairs:
+    """Branches of one position concatenated along the rank, scales and cores in `up`."""
+    found: Pairs = {}
+    for position in positions:
+        branches = task.positions.get(position, [])
+        if not branches or any(task.adapters[b.adapter].shape != adapted.widths[position] for b in branches):
+            continue
+        adapters = [task.adapters[branch.adapter] for branch in branches]
+        downs = [matrix_values(adapter.down, task.tensors).astype("f4") for adapter in adapters]
+        ups = [
+            up_values(adapter, task.tensors).astype("f4") * np.float32(branch.scale)
+            for adapter, branch in zip(adapters, branches, strict=True)
+        ]
+        found[position] = torch.from_numpy(np.concatenate(downs, 1)), torch.from_numpy(np.concatenate(ups))
+    return found
+
+
+def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -> Pairs:
+    """D [d_in, rank] and U [rank, d_out] of each position, orthonormal; each task's adapters are scaled to norm 1.
+
+    Raises:
+        ConfigError: the tasks have fewer directions than `rank` at a position.
+    """
+    norms = {name: _energy(pairs) ** 0.5 or 1.0 for name, pairs in tasks.items()}
+    bases: Pairs = {}
+    for position in positions:
+        scaled = [
+            (pairs[position][0], pairs[position][1] / norms[name]) for name, pairs in tasks.items() if position in pairs
+        ]
+        (first_down, first_up), every = scaled[0], sum(down.shape[1] for down, _ in scaled)
+        directions = min(every, first_down.shape[0], first_up.shape[1])
+        if directions < rank:
+            raise ConfigError(
+                f"bases: rank {rank}: {len(scaled)} task(s) have {directions} directions at {position!r}: give more "
+                "tasks, or a smaller rank"
+            )
+        bases[position] = common_bases(scaled, rank)
+    return bases
+
+
+def _energy(pairs: Pairs) -> float:
+    """The squared norm of all down · up, without forming them."""
+    return sum(float(((down.t() @ down) * (up @ up.t())).sum().clamp_min(0)) for down, up in pairs.values())
+
+
+def held_energy(pairs: Pairs, bases: Pairs) -> float:
+    """The share of a task's adapters, by squared norm, that common bases hold."""
+    cores = {p: in_common_bases(*pair, *bases[p]) for p, pair in pairs.items()}
+    held = sum(float((bases[p][0] @ core @ bases[p][1]).square().sum()) for p, core in cores.items())
+    return held / (_energy(pairs) or 1.0)
+
+
+# ---- training on -----------------------------------------------------------------------------------------------------
+
+
+def _train_on(
+    task: Task,
+    configs: Sequence[TrainConfig],
+    adapted: AdaptedBackbone,
+    datasets: Sequence[Dataset],
+    progress: Callable[[Step], None] | None,
+) -> tuple[Pairs, dict[str, float]]:
+    """Trains bases, cores and heads along the mean loss of one batch of each data set; returns the bases, orthonormal
+    again, and top-1 on val."""
+    alone = [
+        replace(config, own_rank=0, own_bytes=None) for config in configs
+    ]  # all that is learnt goes into the bases
+    runs = [
+        TaskRun(config, adapted, replace(dataset, test=None), bases=task)
+        for config, dataset in zip(alone, datasets, strict=True)
+    ]
+    if len(sizes := {tuple(run.preprocess["input_size"][1:]) for run in runs}) > 1:
+        raise ConfigError(f"bases: tasks of one input size expected, found {' and '.join(map(str, sorted(sizes)))}")
+    common = _share_bases(runs)
+    config, own = runs[0].config, [run.batches for run in runs]
+    steps, step = config.epochs * max(own), 0
+    cores = [core for run in runs for core in run.adapters.cores().values()]
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for run in runs for p in run.head.parameters()], "factor": 1.0},
+            {"params": cores, "factor": config.core_lr},
+            {"params": [*chain(*common.values())], "factor": config.bases_lr, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
+    for epoch in range(1, config.epochs + 1):
+        for batch in range(max(own)):
+            set_rate(optimiser, config.lr * rate_factor(step, steps, config.warmup))
+            optimiser.zero_grad(set_to_none=True)
+            for run, batches in zip(runs, own, strict=True):
+                run.epoch, run.batch = epoch, batch % batches
+            group = [(run, next_batch(run)) for run in runs]
+            parts = mixed_features(group)
+            losses = [run.loss(part, one.rows) for (run, one), part in zip(group, parts, strict=True)]
+            loss = torch.stack(losses).mean()
+            if not bool(torch.isfinite(loss)):
+                raise DivergedError("bases", f"the loss became {float(loss)} in epoch {epoch}", config.lr)
+            loss.backward()
+            move(optimiser, config.max_grad_norm)
+            step += 1
+            if progress is not None:
+                val = _mean([run.accuracy(run.val_pixels) for run in runs]) if batch == max(own) - 1 else None
+                top1 = _mean([run.train_top1 for run in runs])
+                progress(Step("bases", epoch, config.epochs, batch + 1, max(own), float(loss.detach()), top1, val))
+    for run in runs:
+        run.check_finite()
+    val_top1 = {run.config.task: run.accuracy(run.val_pixels) for run in runs}
+    return {position: _orthonormal(down, up) for position, (down, up) in common.items()}, val_top1
+
+
+def _share_bases(runs: Sequence[TaskRun]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Makes the bases of all runs the same parameters; returns them by position."""
+    first, shared = runs[0].adapters, {}
+    for position, (branch, *_) in first.branches.items():
+        frozen = first.frozen[branch.adapter]
+        down, up = nn.Parameter(frozen.down.clone()), nn.Parameter(frozen.up.clone())
+        shared[position] = down, up
+        for run in runs:
+            run.adapters.frozen[branch.adapter] = replace(frozen, down=down, up=up)
+    return shared
+
+
+def _orthonormal(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of what cores can reach."""
+    down, up = down.detach().cpu(), up.detach().cpu()
+    return torch.linalg.qr(down).Q, torch.linalg.qr(up.t()).Q.t().contiguous()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def bases_identity(
+    config: TrainConfig,
+    backbone: Backbone,
+    sources: Sequence[Task],
+    configs: Sequence[TrainConfig] = (),
+    datasets: Sequence[Dataset] = (),
+) -> Identity:
+    """What common bases depend on: options, stored tasks, and the data that they are trained on for."""
+    told = [
+        [{k: v for k, v in asdict(one).items() if k != "device"}, dataset.fingerprint]
+        for one, dataset in zip(configs, datasets, strict=True)
+    ]
+    data = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    given = hashlib.sha256("\n".join(manifest_hash(to_manifest(task)).hex() for task in sources).encode()).hexdigest()
+    preprocess = preprocess_record(backbone, config.img_size)
+    return {**identity(config, backbone.digest, preprocess, data, given), "method": BASES}
+
+
+def _task(
+    config: TrainConfig,
+    backbone: Backbone,
+    bases: Pairs,
+    sources: Mapping[str, Pairs],
+    identity: Identity,
+    val_top1: dict[str, float],
+) -> Task:
+    """Bases as a task without a head, whose branches have the scale 0."""
+    tensors: dict[str, RawTensor] = {}
+    for i, (down, up) in enumerate(bases.values()):
+        dtype = float_dtype(config.tensor_dtype)
+        tensors[f"b{i}.down"], tensors[f"b{i}.up"] = from_torch(down.to(dtype)), from_torch(up.to(dtype))
+    training = {key: value for key, value in asdict(config).items() if key not in ("task", "device")}
+    record: dict[str, Any] = {
+        "format": "pear-task/1",
+        "task": config.task,
+        "backbone": {"model": backbone.name, "digest": backbone.digest},
+        "activation": config.activation,
+        "adapters": {f"b{i}": {"down": f"b{i}.down", "up": f"b{i}.up"} for i in range(len(bases))},
+        "positions": {position: [[f"b{i}", 0.0]] for i, position in enumerate(bases)},
+        "head": None,
+        "labels": [],
+        "preprocess": preprocess_record(backbone, config.img_size),
+        "metrics": {"val_top1": _mean(list(val_top1.values()))} if val_top1 else {},
+        "training": {
+            **training,
+            "method": BASES,
+            "importance_score": config.importance,
+            "given": identity["given"],
+            "data_fingerprint": identity["data"],
+            "fingerprint": fingerprint(identity),
+            "energy": {name: round(held_energy(pairs, bases), 6) for name, pairs in sources.items()},
+            "val_top1": val_top1,
+        },
+    }
+    return make_task(record, tensors, "common bases")

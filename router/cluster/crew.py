@@ -1,0 +1,210 @@
+"""Workers on a Ray cluster, and batches handed out to them: a few ahead for each, again where a worker died."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from pear_store import PearStoreError
+from router.cluster.session import ClusterError, cores, one_line, room
+from router.cluster.worker import AT_ONCE, Answer, Settings, Worker, decoded
+from router.errors import RouterError
+from router.infer.plan import Ask
+
+IN_FLIGHT = AT_ONCE + 1
+"""Batches that a worker has: the last one waits, so that the worker never does. This bounds the run's memory."""
+ATTEMPTS = 6
+"""How often a batch is tried whose worker dies. Then something of it may be what kills workers."""
+_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
+
+
+@dataclass(eq=False)
+class Order:
+    """A batch to be served."""
+
+    asks: list[Ask]
+    pixels: Any = None
+    """A reference to its decoded images, where tasks of Ray's decode them."""
+    attempts: int = 0
+
+
+@dataclass(eq=False)
+class _Member:
+    """A worker, and how many orders it has."""
+
+    actor: Any
+    is_up: bool = False
+    orders: int = 0
+
+
+@dataclass
+class Crew:
+    """Workers that are alike. Ray starts each again if it or its machine dies.
+
+    Args:
+        count: how many workers; those that the cluster has no room for begin when it has.
+        cpus, gpus: what each worker takes.
+        apart: images are decoded by tasks of Ray's on any core, not in the workers.
+    """
+
+    settings: Settings
+    count: int
+    cpus: int
+    gpus: int
+    apart: bool
+    retries: int = 0
+    """Orders that were given out again."""
+    members: list[_Member] = field(default_factory=list)
+    _flying: dict[Any, tuple[Order, _Member]] = field(default_factory=dict)
+    _starting: dict[Any, _Member] = field(default_factory=dict)
+    _again: deque[Order] = field(default_factory=deque)
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            ray.kill(member.actor)
+
+    def _assemble(self) -> None:
+        kind: Any = ray.remote(Worker)
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_concurrency": AT_ONCE}
+        self.members = [_Member(kind.options(**options).remote(self.settings)) for _ in range(self.count)]
+        for member in self.members:
+            self._start(member)
+        decode: Any = ray.remote(decoded)
+        self._decode = decode.options(num_cpus=1)
+
+    @property
+    def up(self) -> int:
+        """How many workers are there now."""
+        return sum(member.is_up for member in self.members)
+
+    def serve(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Answer]]:
+        """Serves orders, in any order. Takes the next one when a worker has too few.
+
+        Raises:
+            ClusterError: a worker cannot be made or fails, or an order's workers died again and again.
+        """
+        left = iter(orders)
+        following = next(left, None)
+        if following is not None:
+            self._assemble()
+        while following is not None or self._again or self._flying:
+            while (following is not None or self._again) and (member := self._idlest()) is not None:
+                if self._again:
+                    self._send(self._again.popleft(), member)
+                elif following is not None:
+                    self._send(following, member)
+                    following = next(left, None)
+            done, _ = ray.wait([*self._starting, *self._flying], num_returns=1)
+            for reference in done:
+                if reference in self._starting:
+                    self._join(reference)
+                else:
+                    answered = self._receive(reference)
+                    if answered is not None:
+                        yield answered
+
+    def _idlest(self) -> _Member | None:
+        """Who has the fewest orders; None: all have enough."""
+        free = [member for member in self.members if member.is_up and member.orders < IN_FLIGHT]
+        return min(free, key=lambda member: member.orders, default=None)
+
+    def _start(self, member: _Member) -> None:
+        member.is_up = False
+        # held by Ray until the worker is there
+        self._starting[member.actor.ready.options(max_task_retries=-1).remote()] = member
+
+    def _join(self, reference: Any) -> None:
+        member = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+        except ActorDiedError as error:
+            raise ClusterError(f"a worker cannot be made: {_reason(error)}") from None
+        except RayActorError:
+            time.sleep(0.5)  # Ray is about to start it again
+            self._start(member)
+        else:
+            member.is_up = True
+
+    def _send(self, order: Order, member: _Member) -> None:
+        asks = order.asks
+        if self.apart:
+            if order.pixels is None:
+                order.pixels = self._decode.remote(asks)
+            asks = [replace(ask, image=b"") for ask in asks]  # which the worker does not need
+        self._flying[member.actor.serve.remote(asks, order.pixels)] = order, member
+        member.orders += 1
+        order.attempts += 1
+
+    def _receive(self, reference: Any) -> tuple[Order, Answer] | None:
+        order, member = self._flying.pop(reference)
+        member.orders -= 1
+        try:
+            return order, ray.get(reference)
+        except _LOST as error:
+            if isinstance(error, RayActorError) and member.is_up:
+                self._start(member)
+            self._retry(order)
+        except RayTaskError as error:
+            if not isinstance(error.cause, _LOST):
+                raise ClusterError(f"a worker failed: {_reason(error)}") from None
+            self._retry(order)
+        return None
+
+    def _retry(self, order: Order) -> None:
+        """Has an order served again whose worker, or whose decoding, was lost."""
+        order.pixels = None
+        if order.attempts >= ATTEMPTS:
+            image = order.asks[0].image
+            name = "an image that the list holds" if isinstance(image, bytes) else image
+            raise ClusterError(
+                f"workers died {ATTEMPTS} times with a batch that begins with {name}: finished parts are kept; see "
+                "Ray's logs for why, and run the same command again"
+            )
+        self.retries += 1
+        self._again.append(order)
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RouterError | PearStoreError):
+        return str(cause)
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{text[-1]:.300}" if text else one_line(error)
+
+
+def make_crew(settings: Settings, workers: int | None, cpus_per_worker: int | None, decode: str) -> Crew:
+    """As many workers as are wanted, or as the cluster has room for.
+
+    Args:
+        decode: where images are decoded: "apart", by tasks of Ray's on any core, or "beside", in the workers; "auto":
+            apart if the workers have GPUs.
+
+    Raises:
+        ClusterError: the cluster has room for none.
+    """
+    on_gpus = settings.device.startswith("cuda")
+    count, cpus = room(on_gpus, cpus_per_worker)
+    if not on_gpus:
+        settings = replace(settings, threads=cpus)
+    apart = decode == "apart" or (decode == "auto" and on_gpus)
+    if apart and (workers or count) * cpus >= cores():
+        raise ClusterError(
+            f"{workers or count} workers of {cpus} cores leave none to decode images on: give fewer --workers, a "
+            "smaller --cpus-per-worker, or --decode beside"
+        )
+    return Crew(settings, workers or count, cpus, int(on_gpus), apart)

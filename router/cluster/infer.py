@@ -1,0 +1,113 @@
+"""A list worked off by the workers of a cluster: the same plan, parts and output as on one machine.
+
+This process reads the list, decides which version of a task is run, and writes the parts. So each row is written once,
+whatever happens to workers, and only this process needs the output's disk.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Never
+
+from tqdm import tqdm
+
+from router.cluster.crew import Crew, Order
+from router.infer.plan import Part, ahead, gather
+from router.infer.work import Job
+
+AHEAD = 16
+"""Batches that are read and planned before their turn."""
+
+
+@dataclass(eq=False)
+class _Open:
+    """A part whose batches are under way."""
+
+    left: int = 0
+    served: int = 0
+    part: Part | None = None
+    """Known when all its batches are handed out."""
+
+
+class Spread:
+    """Works one job off with a crew.
+
+    Args:
+        bar: counts rows of the output.
+    """
+
+    def __init__(self, crew: Crew, job: Job, bar: "tqdm[Never]") -> None:
+        self._crew, self._job, self._bar = crew, job, bar
+        self._open: dict[Order, _Open] = {}
+        self.read_s = self.write_s = self.decode_s = self.device_s = 0.0
+        self.first_at: float | None = None
+        """When the first answer came."""
+
+    def run(self) -> None:
+        for order, answer in self._crew.serve(self._orders()):
+            self.first_at = self.first_at or time.perf_counter()
+            entry = self._open.pop(order)
+            for ask, results in zip(order.asks, answer.results, strict=True):
+                for result, found in zip(ask.results, results, strict=True):
+                    result.update(found)
+                entry.served += len(results)
+                self._bar.update(len(results))
+            crew = self._crew
+            self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=False)
+            self.decode_s += answer.decode_s
+            self.device_s += answer.device_s
+            entry.left -= 1
+            self._write_if_done(entry)
+
+    def _orders(self) -> Iterator[Order]:
+        """The batches of all parts; notes which part each is of."""
+        job = self._job
+        gathered = gather(job.left(), job.tasks, job.parts.chosen, job.options["batch_size"], job.place)
+        items = ahead(gathered, AHEAD)
+        entry = _Open()
+        while True:
+            began = time.perf_counter()
+            item = next(items, None)
+            self.read_s += time.perf_counter() - began
+            if item is None:
+                return
+            if isinstance(item, Part):
+                entry.part = item
+                self._write_if_done(entry)
+                entry = _Open()
+            else:
+                entry.left += 1
+                order = Order(item)
+                self._open[order] = entry
+                yield order
+
+    def _write_if_done(self, entry: _Open) -> None:
+        if entry.part is None or entry.left:
+            return
+        began = time.perf_counter()
+        self._job.write(entry.part)
+        self._bar.update(len(entry.part.results) - entry.served)  # those that cannot be served
+        self.write_s += time.perf_counter() - began
+
+
+def work_off(crew: Crew, job: Job) -> dict[str, Any]:
+    """Serves all rows whose parts are not there yet; returns where the time went.
+
+    Raises:
+        ClusterError: the cluster could not do it. Finished parts are kept.
+    """
+    began = time.perf_counter()
+    with job.bar() as bar, crew:
+        spread = Spread(crew, job, bar)
+        spread.run()
+    ended = time.perf_counter()
+    worked_s = ended - (spread.first_at or ended)
+    return {
+        "workers": crew.count,
+        "retries": crew.retries,
+        "start_s": round(ended - began - worked_s, 3),
+        "read_s": round(spread.read_s, 3),
+        "decode_s": round(spread.decode_s, 3),
+        "device_s": round(spread.device_s, 3),
+        "write_s": round(spread.write_s, 3),
+    }

@@ -1,0 +1,95 @@
+"""The Ray cluster that a run uses: one that is there, or one of this machine alone that ends with the run."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from router.errors import RouterError
+
+HERE = "local"
+"""The address of a cluster that is started for this run."""
+CPUS_PER_WORKER = 4
+"""Of a worker without a GPU, if its machine has as many."""
+
+
+CONNECT_S = 10.0
+
+
+class ClusterError(RouterError):
+    """A cluster that cannot be used, or work that it could not do."""
+
+
+@contextmanager
+def session(address: str) -> Iterator[None]:
+    """Connects to a cluster, or starts one; leaves one alone to which this process is connected already.
+
+    Raises:
+        ClusterError: it cannot be reached, or Ray failed.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _check_answers(address)
+    here: dict[str, Any] = {"include_dashboard": False} if address == HERE else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
+    except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
+        ray.shutdown()
+        raise ClusterError(f"Ray at {address}: cannot be used: {one_line(error)}") from None
+    try:
+        yield
+    except RayError as error:
+        raise ClusterError(f"Ray: {one_line(error)}") from None
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """That somebody listens at an address. Ray itself would wait for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # a word, such as auto
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ClusterError(f"Ray at {address}: cannot be reached: {reason}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says; Ray's errors hold whole traces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]:.300}" if lines else type(error).__name__
+
+
+def has_gpus() -> bool:
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def cores() -> int:
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def room(on_gpus: bool, cpus_per_worker: int | None) -> tuple[int, int]:
+    """How many workers the cluster has room for, and the cores of each.
+
+    Raises:
+        ClusterError: it has room for none.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    counts = [int(node.get("CPU", 0)) for node in nodes]
+    if on_gpus:
+        count = sum(int(node.get("GPU", 0)) for node in nodes)
+        if not count:
+            raise ClusterError("the cluster has no GPU: give --device cpu")
+        return count, cpus_per_worker or 1
+    each = cpus_per_worker or min([CPUS_PER_WORKER, *(count for count in counts if count)])
+    count = sum(found // each for found in counts)
+    if not count:
+        raise ClusterError(f"no machine of the cluster has {each} cores: give a smaller --cpus-per-worker")
+    return count, each

@@ -1,0 +1,462 @@
+"""Common bases: made from stored tasks, trained on, and tasks that stand on them."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from click.testing import Result as Ran
+
+from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
+from pear_store.format.codes import matrix_values
+from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
+from pear_train.cli import main
+from pear_train.identity import differences
+from pear_train.knowledge import common_bases, in_common_bases
+from pear_train.make_bases import held_energy
+from pear_train.output import partial_path
+from pear_train.prune import choose_within
+from pear_train.report import Step, bases_bytes, stored_bytes
+from pear_train.run import TaskRun
+from router import AdaptedBackbone, Backbone, Preprocess, Router
+from tests.pear_train.test_many import folder as folder  # the same data
+from tests.pear_train.test_many import matrices
+
+WIDTH, R, POSITIONS = 192, 6, 12
+BASES_BYTES = POSITIONS * 2 * WIDTH * R * 2
+
+
+def config(name: str = "t0", **changes: Any) -> TrainConfig:
+    base = {"task": name, "epochs": 4, "batch_size": 16, "dtype": "float32", "select": "last", "lr": 1e-2,
+            "positions": "blocks"}  # fmt: skip
+    return TrainConfig(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path, backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[Task]:
+    """Two tasks of rank 4: one unpruned, one pruned, whose positions have cores."""
+    made = tmp_path_factory.mktemp("sources")
+    for i, method in enumerate(("adapters", "pear")):
+        told = config(f"t{i}", method=method, rank=4, ratio=0.5, epochs=3, prune_epoch=1)
+        train(told, backbone, open_dataset(str(folder / f"t{i}.npz")), made / f"t{i}")
+    return [read_checkpoint(made / f"t{i}") for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def bases(sources: list[Task], backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    out = tmp_path_factory.mktemp("bases") / "b.safetensors"
+    make_bases(config("common", rank=R), backbone, sources, out)
+    return read_checkpoint(out)
+
+
+# ---- the maths ----------------------------------------------------------------------------------------------------
+
+
+def test_common_bases_hold_all_if_wide_enough_and_more_than_others_if_not() -> None:
+    random = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(20, r, generator=random), torch.randn(r, 30, generator=random)) for r in (3, 2)]
+    deltas = [down @ up for down, up in pairs]
+
+    def error(d: torch.Tensor, u: torch.Tensor) -> float:
+        found = 0.0
+        for delta in deltas:
+            core = d.t() @ delta @ u.t()  # the best, as both are orthonormal
+            found += float((delta - d @ core @ u).square().sum())
+        return found
+
+    d, u = common_bases(pairs, 5)
+    torch.testing.assert_close(d.t() @ d, torch.eye(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(u @ u.t(), torch.eye(5), atol=1e-5, rtol=0)
+    assert error(d, u) < 1e-6
+    d, u = common_bases(pairs, 3)
+    assert (tuple(d.shape), tuple(u.shape)) == ((20, 3), (3, 30))
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(20, 3, generator=random)).Q
+        right = torch.linalg.qr(torch.randn(30, 3, generator=random)).Q.t()
+        assert error(d, u) < error(other, right)
+    assert error(d, u) <= error(torch.linalg.qr(pairs[0][0]).Q, torch.linalg.qr(pairs[0][1].t()).Q.t())
+    for (down, up), delta in zip(pairs, deltas, strict=True):
+        torch.testing.assert_close(in_common_bases(down, up, d, u), d.t() @ delta @ u.t(), atol=1e-4, rtol=1e-4)
+        # bases that are not orthonormal: least squares
+        core = in_common_bases(down, up, 2 * d, u + 0.1 * u.flip(0))
+        assert float((2 * d @ core @ (u + 0.1 * u.flip(0)) - d @ d.t() @ delta @ u.t() @ u).abs().max()) < 1e-4
+
+
+def test_own_adapters_are_kept_by_importance_as_far_as_bytes_reach() -> None:
+    importance, sizes = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 2.0}, {"a": 1, "b": 4, "c": 4, "d": 3}
+    assert choose_within(importance, sizes, 0) == ["a", "b", "c", "d"]
+    assert choose_within(importance, sizes, 8) == ["a", "d"]
+    assert choose_within(importance, sizes, 7) == ["a", "c"], "c no longer fits, d does"
+    assert choose_within(importance, sizes, 12) == []
+
+
+# ---- bases as a file ----------------------------------------------------------------------------------------------
+
+
+def test_bases_are_a_task_without_head_that_adds_nothing(bases: Task, backbone: Backbone, sources: list[Task]) -> None:
+    assert bases.head is None and len(bases.positions) == POSITIONS
+    assert all(branch.scale == 0 for branches in bases.positions.values() for branch in branches)
+    energy = bases.record["training"]["energy"]
+    assert energy.keys() == {"t0", "t1"} and all(0.3 < share <= 1 for share in energy.values())
+    for position in bases.positions:
+        adapter = bases.adapters[bases.positions[position][0].adapter]
+        d, u = matrix_values(adapter.down, bases.tensors), matrix_values(adapter.up, bases.tensors)
+        np.testing.assert_allclose(d.astype("f4").T @ d, np.eye(R), atol=2e-3)
+        np.testing.assert_allclose(u.astype("f4") @ u.T, np.eye(R), atol=2e-3)
+    router = Router(backbone)
+    router.add(bases)
+    images = torch.rand(2, 3, 48, 48)
+    bare = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32).features(images, {})
+    torch.testing.assert_close(router.run(images, "common").logits, bare, atol=1e-5, rtol=1e-5)
+
+
+def test_tasks_that_do_not_fit_are_passed_over(
+    sources: list[Task], bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    other = Task({**sources[0].record, "task": "far", "backbone": {"model": "x", "digest": "sha256:" + "0" * 64}},
+                 sources[0].tensors)  # fmt: skip
+    said: list[str] = []
+    made = make_bases(config("b", rank=3), backbone, [other, bases, sources[0]], tmp_path / "b", say=said.append)
+    assert list(made.energy) == ["t0"]
+    assert said == ["note      far is passed over: another backbone", "note      common is passed over: common bases"]
+    with pytest.raises(ConfigError, match="bases: none of 1 stored tasks fits pear_tiny"):
+        make_bases(config("b"), backbone, [other], tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"bases: rank 5: 1 task\(s\) have 4 directions at 'blocks.0.attn'"):
+        make_bases(config("b", rank=5), backbone, [sources[0]], tmp_path / "c")
+    two = [config(f"t{i}", rank=3, img_size=size) for i, size in enumerate((48, 64))]
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
+    with pytest.raises(ConfigError, match=r"bases: tasks of one input size expected, found \(48, 48\) and \(64, 64\)"):
+        make_bases(config("b", rank=3), backbone, sources, tmp_path / "c", two, data)
+    with pytest.raises(ConfigError, match="bases: activation 'relu': cores need 'identity'"):
+        make_bases(config("b", activation="relu", knowledge="none"), backbone, sources, tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_bases_that_are_trained_on_change_and_stay_orthonormal(
+    bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    configs = [config(f"t{i}", rank=R, epochs=2) for i in (0, 2)]
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in (0, 2)]
+    steps: list[Step] = []
+    made = make_bases(config("common", rank=R), backbone, sources, tmp_path / "b", configs, data, steps.append)
+    assert len(steps) == 2 * 3 and made.val_top1.keys() == {"t0", "t2"}
+    again = make_bases(config("common", rank=R), backbone, sources, tmp_path / "c", configs, data)
+    assert again.val_top1 == made.val_top1
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes(), "one seed, one file"
+    trained, before = matrices(tmp_path / "b"), bases
+    for name, matrix in trained.items():
+        gram = matrix.t() @ matrix if name.endswith("down") else matrix @ matrix.t()
+        torch.testing.assert_close(gram, torch.eye(R), atol=3e-3, rtol=0)
+        assert read_checkpoint(tmp_path / "b").tensors[name].digest != before.tensors[name].digest
+
+
+# ---- tasks on bases -----------------------------------------------------------------------------------------------
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"own_rank": 2},
+    {"own_rank": 2, "own_bytes": 3000, "prune_epoch": 2},
+    {"own_rank": 2, "own_bytes": 1000, "prune_epoch": 2, "tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"},
+    {"core_dtype": "Q2", "head_dtype": "Q2"},
+    {"core_dtype": "Q8", "head_dtype": "Q8"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_trained_is_what_is_routed_and_what_a_plain_loop_gives(
+    form: dict[str, Any], bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data, out = open_dataset(str(folder / "t2.npz")), tmp_path / "t2"
+    told = config("t2", **form)
+    result = train(told, backbone, data, out, bases=bases)
+    task = read_checkpoint(out)
+    core_bytes = R * R * 2
+    if bits := {"Q8": 8, "Q4": 4, "Q2": 2}.get(told.core_dtype):
+        core_bytes = R * R * bits // 8 + R * 2
+        assert result.history[-1]["val_top1"] == result.val_top1 or told.head_dtype != "F16", "trained as written"
+    own = 2 * WIDTH * 2 * 2 if told.tensor_dtype == "F16" else 2 * WIDTH * 2 // 2 + 2 * 2 * 2
+    kept = POSITIONS if "own_rank" in form else 0
+    if "own_bytes" in form:
+        kept = POSITIONS - len(result.pruned)
+        assert kept == form["own_bytes"] // own >= 1
+        assert max(result.importance, key=result.importance.__getitem__) not in result.pruned
+        assert result.borrowed == {}
+    assert result.adapter_bytes == POSITIONS * core_bytes + kept * own
+    assert result.bases_bytes == BASES_BYTES == bases_bytes(task)
+    assert stored_bytes(task) == (result.adapter_bytes, 0, result.head_bytes)
+    assert result.trainable_params == POSITIONS * R * R + kept * 2 * WIDTH * 2 + 4 * (WIDTH + 1)
+    assert task.record["training"]["bases"] == "common"
+    shared = {tensor.digest for tensor in bases.tensors.values()}
+    assert shared <= {tensor.digest for tensor in task.tensors.values()}
+
+    router = Router(backbone)
+    router.add(task)
+    images = Preprocess(task.preprocess)([data.val.image(i) for i in range(8)])
+    weights = {}
+    for position, branches in task.positions.items():
+        delta = torch.zeros(WIDTH, WIDTH)
+        for branch in branches:  # scale · down · core · up, in float32
+            adapter = task.adapters[branch.adapter]
+            product = np.eye(WIDTH, dtype="f4")
+            for matrix in adapter.matrices:
+                product = product @ matrix_values(matrix, task.tensors).astype("f4")
+            delta += branch.scale * torch.from_numpy(product)
+        weights[position] = delta
+    expected = plain_features(backbone, images, weights)
+    assert task.head is not None
+    weight = matrix_values(task.head.weight, task.tensors).astype("f4")
+    assert task.head.weight.bits == {"Q8": 8, "Q4": 4, "Q2": 2}.get(told.head_dtype)
+    logits = expected @ torch.from_numpy(weight).t() + matrices(out)["head.bias"]
+    torch.testing.assert_close(router.run(images, "t2").logits, logits, atol=2e-4, rtol=2e-4)
+
+
+def plain_features(backbone: Backbone, images: torch.Tensor, deltas: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The backbone's features with x · delta added to each module's output."""
+    module: Any = backbone.sized((images.shape[2], images.shape[3]))
+    hooks = [
+        module.get_submodule(position).register_forward_hook(lambda _, given, out, delta=delta: out + given[0] @ delta)
+        for position, delta in deltas.items()
+    ]
+    try:
+        with torch.no_grad():
+            found: torch.Tensor = module(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@pytest.mark.slow
+def test_two_tasks_share_their_bases_in_a_store(bases: Task, folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    for i in (0, 2):
+        train(config(f"t{i}", epochs=2), backbone, open_dataset(str(folder / f"t{i}.npz")), tmp_path / f"t{i}",
+              bases=bases)  # fmt: skip
+    with Store.create(tmp_path / "s") as store:
+        store.add(bases)
+        own = 0
+        before = store.stats().unique_bytes
+        for i in (0, 2):
+            added, task = store.add(tmp_path / f"t{i}"), read_checkpoint(tmp_path / f"t{i}")
+            own += sum(stored_bytes(task))
+            assert added.shared_bytes == BASES_BYTES
+            assert added.new_bytes == sum(stored_bytes(task)) == task.size_bytes - BASES_BYTES
+        assert (before, store.stats().unique_bytes) == (BASES_BYTES, BASES_BYTES + own)
+        names = {f"b{i}.{side}" for i in range(POSITIONS) for side in ("down", "up")}
+        assert {bases.tensors[name].digest for name in names} <= set(store.get("t0").tensors)
+        store.remove("common")
+        store.gc()
+        assert {bases.tensors[name].digest for name in names} <= set(store.get("t2").tensors), (
+            "as long as a task names them"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS[:1] + FORMS[3:4])
+def test_an_interrupted_run_on_bases_ends_in_the_same_file(
+    form: dict[str, Any], bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data, told = open_dataset(str(folder / "t1.npz")), config("t1", select="best", **form)
+    train(told, backbone, data, tmp_path / "whole", bases=bases)
+    for stopped in (1, 3):
+        out = tmp_path / f"out{stopped}"
+
+        def stop(step: Step, stopped: int = stopped) -> None:
+            if step.epoch == stopped + 1:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            train(told, backbone, data, out, stop, bases=bases)
+        assert partial_path(out).exists()
+        seen: list[Step] = []
+        train(told, backbone, data, out, seen.append, bases=bases)
+        assert seen[0].epoch == stopped + 1
+        assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.slow
+def test_tasks_on_bases_train_together_as_alone(bases: Task, folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    jobs = [
+        Job(config(f"t{i}", tensor_dtype="F32", **FORMS[i]), partial(open_dataset, str(folder / f"t{i}.npz")),
+            tmp_path / f"t{i}")
+        for i in (0, 2)
+    ]  # fmt: skip
+    assert len(list(train_many(jobs, backbone, together=2, bases=bases))) == 2
+    for job in jobs:
+        train(job.config, backbone, job.dataset(), tmp_path / "alone", bases=bases)
+        alone, together = matrices(tmp_path / "alone"), matrices(job.out)
+        assert alone.keys() == together.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, atol=4e-3, rtol=4e-2, msg=f"{job.config.task} {name}")
+
+
+def test_controls_of_the_score(bases: Task, folder: Path, backbone: Backbone) -> None:
+    data = open_dataset(str(folder / "t0.npz"))
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32, for_training=True)
+    kept = {}
+    for importance in ("first", "random"):
+        run = TaskRun(config(own_rank=1, own_bytes=4 * 768, importance=importance), adapted, data, bases=bases)
+        run.prune()
+        kept[importance] = [p for p in run.adapters.own if p not in run.pruned]
+        assert [len(branches) for p, branches in run.adapters.branches.items() if p in run.pruned] == [1] * 8
+    assert kept["first"] == [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
+    assert len(kept["random"]) == 4 and kept["random"] != kept["first"]
+
+
+def test_pruned_adapters_are_taken_over_by_cores(bases: Task, folder: Path, backbone: Backbone) -> None:
+    data = open_dataset(str(folder / "t0.npz"))
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32, for_training=True)
+    for knowledge in ("fold", "none"):
+        told = config(own_rank=2, own_bytes=0, importance="first", knowledge=knowledge)
+        run = TaskRun(told, adapted, data, bases=bases)
+        with torch.no_grad():
+            for (position, name), up in zip(run.adapters.own.items(), run.adapters.up.values(), strict=True):
+                d, u = run.adapters.matrices(run.adapters.branches[position][0].adapter)
+                run.adapters.down[name].copy_(d[:, :2])  # all of it within reach of the cores
+                up.copy_(torch.randn(2, R, generator=run.generator) @ u)
+        before = {p: w.down @ w.up for p, w in run.adapters.position_weights().items()}
+        run.prune()
+        after = {p: w.down @ w.up for p, w in run.adapters.position_weights().items()}
+        for position, delta in before.items():
+            if knowledge == "fold":
+                torch.testing.assert_close(after[position], delta, atol=5e-3, rtol=5e-3)
+            else:
+                assert not after[position].any() and delta.any()
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def changed(bases: Task, **record: Any) -> Task:
+    return Task({**bases.record, **record}, bases.tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("stranger", {}, "bases 'common': made for x sha256:000000000000…: another backbone"),
+        ("task", {}, "bases 't0': this is a task, not common bases: expected what --make-bases wrote"),
+        ("", {"positions": "mlp,attn,qkv"}, "bases 'common': have nothing at 'blocks.0.attn.qkv': leave positions out"),
+        ("", {"rank": 8}, "bases 'common': rank 8: theirs is 6: leave rank out, or choose other bases"),
+        ("", {"method": "linear"}, "bases 'common': method 'linear' has no use for them: expected 'pear'"),
+        ("", {"activation": "relu", "knowledge": "none"}, "bases 'common': its activation is 'identity': train"),
+        ("", {"own_bytes": 9, "knowledge": "exact"}, "bases 'common': knowledge 'exact': expected 'fold' or 'none'"),
+        ("narrow", {}, r"bases 'common': widths \(5, 5\) at 'blocks.0.attn': the backbone's are \(192, 192\)"),
+    ],
+)  # fmt: skip
+def test_bases_that_do_not_fit(
+    change: str, options: dict[str, Any], message: str, bases: Task, sources: list[Task], folder: Path,
+    backbone: Backbone, tmp_path: Path,
+) -> None:  # fmt: skip
+    if change == "stranger":
+        bases = changed(bases, backbone={"model": "x", "digest": "sha256:" + "0" * 64})
+    elif change == "task":
+        bases = sources[0]
+    elif change == "narrow":
+        from tests.helpers.makers import floats
+
+        small = {n: floats(np.ones((5, R) if n.endswith("down") else (R, 5))) for n in bases.tensors}
+        bases = make_task(bases.record, small)
+    with pytest.raises(ConfigError, match=message) as raised:
+        train(config(**options), backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "t", bases=bases)
+    assert "\n" not in str(raised.value)
+
+
+def test_bases_beside_a_base_set_are_refused(
+    bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = open_dataset(str(folder / "t0.npz"))
+    with pytest.raises(ConfigError, match="bases 'common': not beside a base set, found 't0': choose one of them"):
+        train(config(), backbone, data, tmp_path / "t", bases=bases, base=sources[0])
+
+
+def test_options_that_came_later_do_not_make_finished_runs_others() -> None:
+    there = {"rank": 8, "given": None}
+    assert differences(there, {**there, "own_rank": 0, "own_bytes": None, "core_lr": 2.0, "bases_lr": 0.3}) == []
+    assert differences(there, {**there, "own_rank": 2}) == ["no record of its own rank"]
+
+
+def test_options_without_a_use_are_named() -> None:
+    plain = TrainConfig(task="t", own_bytes=4000, core_lr=1.0)
+    assert plain.own_rank == 1
+    assert plain.unused(base=False, bank=False) == ["own_rank", "own_bytes", "core_lr"]
+    assert plain.unused(base=False, bank=False, bases=True) == []
+    told = TrainConfig(task="t", ratio=0.5, importance="random", prune_epoch=3)
+    assert told.unused(base=False, bank=False, bases=True) == ["prune_epoch", "ratio", "importance"]
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def run(*args: object) -> Ran:
+    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task], folder: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "s", tmp_path / "b.safetensors"
+    with Store.create(store) as opened:
+        for task in sources:
+            opened.add(task)
+    making = ("common", "--make-bases", "--from-store", store, "--rank", R, "--positions", "blocks", "--out", out)
+    done = run(*making)
+    assert done.exit_code == 0, done.stderr
+    assert f"common bases of rank {R} at 12 positions from 2 tasks" in done.stdout
+    done = run(*making, "--json")
+    assert "made already, from the same tasks; --force makes them again" in done.stderr
+    assert json.loads(done.stdout)["energy"].keys() == {"t0", "t1"}
+    one = run(*making, "--from-tasks", "t0")
+    assert one.exit_code == 1 and "trained already, but otherwise: another --base, --bank or --bases" in one.stderr
+    with Store(store) as opened:
+        opened.add(out)
+    on = ("t2", "--data", folder / "t2.npz", "--epochs", 2, "--batch-size", 16, "--out", tmp_path / "t2")
+    done = run(*on, "--bases", "common", "--from-store", store, "--own-rank", 1, "--own-bytes", 1600)
+    assert done.exit_code == 0, done.stderr
+    assert f"; common bases {BASES_BYTES:,})" in done.stdout and "note" not in done.stderr
+    assert "common bases alone" in done.stdout
+    again = run(*on, "--bases", out, "--own-rank", 1, "--own-bytes", 1600, "--json")
+    assert "trained already, with the same options and data" in again.stderr
+    assert json.loads(again.stdout)["bases_bytes"] == BASES_BYTES
+    (tmp_path / "tasks.toml").write_text(f'[tasks.t2]\ndata = "{folder / "t2.npz"}"\nepochs = 2\nbatch_size = 16\n')
+    done = run(*making[:-1], tmp_path / "v2", "--tasks", tmp_path / "tasks.toml")
+    assert done.exit_code == 0, done.stderr
+    assert read_checkpoint(tmp_path / "v2").record["training"]["val_top1"].keys() == {"t2"}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--make-bases",), 2, "--make-bases needs --from-store: the store of the tasks that they are made from"),
+        (("--make-bases", "--from-store", "s", "--bank", "s"), 2, "--make-bases takes no --bank"),
+        (("t", "--data", "d", "--from-store", "s"), 2, "--from-store needs --make-bases or --bases"),
+        (("t", "--data", "d", "--bases", "b", "--from-tasks", "a"), 2, "--from-tasks needs --make-bases"),
+        (("t", "--data", "d", "--bases", "b", "--base", "c", "--bank", "e"), 2, "--bases takes no --base or --bank"),
+        (("--make-bases", "--from-store", "nowhere"), 3, "nowhere"),
+    ],
+)
+def test_mistakes(args: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+    done = run(*args, "--out", tmp_path / "o")
+    assert done.exit_code == code
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_bases_by_a_name_or_file_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    on = ("t0", "--data", folder / "t0.npz", "--out", tmp_path / "o", "--bases", tmp_path / "b")
+    done = run(*on)
+    assert done.exit_code == 3 and "no such file" in done.stderr and done.stderr.count("\n") == 1
+    Store.create(tmp_path / "s").close()
+    done = run(*on[:-1], "common", "--from-store", tmp_path / "s")
+    assert done.exit_code == 3 and "common" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_energy_is_what_the_bases_hold(bases: Task, sources: list[Task], tmp_path: Path) -> None:
+    pair = {"p": (torch.eye(4)[:, :2], torch.eye(4)[:2])}
+    assert held_energy(pair, {"p": (torch.eye(4)[:, :1], torch.eye(4)[:1])}) == pytest.approx(0.5)
+    assert held_energy(pair, {"p": (torch.eye(4)[:, :3], torch.eye(4)[:3])}) == pytest.approx(1)
+    write_checkpoint(tmp_path / "again", bases)
+    assert read_checkpoint(tmp_path / "again").record == bases.record

@@ -1,0 +1,222 @@
+"""pear-infer on a Ray cluster: the rows of one machine, whoever dies meanwhile. Ray starts once for this module."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from pear_store import Store, Task
+from pear_store.remote.remotes import Remote, add_remote, init_remote
+from router.infer.cli import main
+from tests.helpers.lists import make_list_folder
+
+pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+
+
+CLUSTER = """
+import sys, ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+"""Ends when its input does, so when this process ends in whatever way."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    process: int
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two cores of this machine."""
+    environment = {
+        **os.environ, "PEAR_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+    }  # fmt: skip
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, env=environment, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield Cluster(process.stdout.readline().strip(), process.pid, environment)
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
+@pytest.fixture
+def work(tmp_path: Path, task_maker: Callable[..., Task]) -> Path:
+    make_list_folder(tmp_path, task_maker, [(100 + i, 90, 3) for i in range(6)])
+    return tmp_path
+
+
+def write_list(work: Path, rows: int) -> Path:
+    """With broken and missing images, tasks that are not there or cannot run, and a line that is none."""
+    images = ["broken.png" if i % 41 == 7 else "nowhere.png" if i % 43 == 5 else f"{i % 6}.png" for i in range(rows)]
+    strange = {9: "zebra", 19: "foreign", 29: "features", 39: "b@7"}
+    tasks = [strange.get(i % 53, "ab"[i % 3 == 0]) for i in range(rows)]
+    pd.DataFrame({"image": images, "task": tasks, "id": range(rows)}).to_csv(work / "list.csv", index=False)
+    with (work / "list.csv").open("a") as file:
+        file.write("one,two,3,4\n")
+    return work / "list.csv"
+
+
+def run_here(*args: object) -> dict[str, Any]:
+    """What pear-infer reports, without a cluster."""
+    done = CliRunner().invoke(main, [str(arg) for arg in (*args, "--json")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def start(cluster: Cluster, *args: object) -> subprocess.Popen[str]:
+    """pear-infer on the cluster, in a process of its own; two workers unless said otherwise."""
+    given = [*args, "--ray", cluster.address, "--json"]
+    if "--cpus-per-worker" not in args:
+        given += ["--cpus-per-worker", 1]
+    return subprocess.Popen(
+        [sys.executable, "-m", "router.infer", *map(str, given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=cluster.environment,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it reports."""
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    report: dict[str, Any] = json.loads(out)
+    return report
+
+
+def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    until = time.monotonic() + 120
+    while len(list(folder.glob("*.parquet"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def assert_same(found: pa.Table, expected: pa.Table) -> None:
+    """The same rows in the same order; numbers as exact as unlike numbers of threads allow."""
+    numbers = ["probability", "topk"]
+    assert found.schema == expected.schema
+    assert found.drop_columns(numbers) == expected.drop_columns(numbers)
+    for one, other in zip(found["probability"].to_pylist(), expected["probability"].to_pylist(), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def workers(cluster: Cluster) -> list[int]:
+    """The processes of the cluster that hold a router."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [pid for pid in found if parents.get(parents[pid]) == cluster.process]
+
+
+def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
+    listed = write_list(work, 300)
+    args = ["--store", work / "s", "--batch-size", 4]
+    here = run_here(listed, work / "here.parquet", *args)
+    there = end(start(cluster, listed, work / "there.parquet", *args))
+    assert_same(pq.read_table(work / "there.parquet"), pq.read_table(work / "here.parquet"))
+    same = ("predictions", "errors", "first_error", "images")
+    assert {key: there[key] for key in same} == {key: here[key] for key in same}
+    assert there["errors"] > 30
+    assert there["workers"] == 2
+    assert there["device_s"] > 0
+    assert run_here(listed, work / "there.parquet", *args)["finished_before"]
+
+
+def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
+    listed = write_list(work, 2000)
+    args = ["--store", work / "s", "--batch-size", 4]
+    run_here(listed, work / "here", *args)
+    process = start(cluster, listed, work / "there", *args)
+    wait_for_parts(process, work / "there.parts", 2)
+    for pid in workers(cluster):
+        os.kill(pid, signal.SIGKILL)
+    assert end(process)["retries"] > 0
+    found = pq.read_table(work / "there")
+    assert_same(found, pq.read_table(work / "here"))
+    assert found["row"].to_pylist() == list(range(2001))
+
+
+def test_a_run_on_a_cluster_that_is_killed_goes_on_with_the_versions_it_began_with(
+    work: Path, cluster: Cluster, task_maker: Callable[..., Task]
+) -> None:
+    listed = write_list(work, 2000)
+    args = ["--store", work / "s", "--batch-size", 4]
+    run_here(listed, work / "here", *args)
+    process = start(cluster, listed, work / "there", *args)
+    wait_for_parts(process, work / "there.parts", 3)
+    process.kill()
+    process.communicate()
+    kept = len(list((work / "there.parts").glob("0*.parquet")))
+    assert 3 <= kept < 30
+    assert not (work / "there").exists()
+    with Store(work / "s") as store:
+        store.add(task_maker("a", seed=77))
+    assert end(start(cluster, listed, work / "there", *args))["resumed_images"] >= 64 * (kept - 1)
+    assert_same(pq.read_table(work / "there"), pq.read_table(work / "here"))
+    assert not (work / "there.parts").exists()
+
+
+def test_every_image_through_all_tasks_of_a_remote_decoded_apart(work: Path, cluster: Cluster) -> None:
+    with Store(work / "s") as store:
+        init_remote(str(work / "remote"))
+        add_remote(store.path, Remote("origin", str(work / "remote")))
+        store.push()
+    listed = work / "images.jsonl"
+    listed.write_text("".join(json.dumps({"image": f"{i % 7}.png"}) + "\n" for i in range(80)))
+    wanted = ["--tasks", "all", "--batch-size", 8, "--top", 2]
+    run_here(listed, work / "here.parquet", "--store", work / "s", *wanted)
+    far = ["--store", f"file://{work / 'remote'}", "--workers", 1, "--decode", "apart"]
+    end(start(cluster, listed, work / "there.parquet", *far, *wanted))
+    found = pq.read_table(work / "there.parquet")
+    assert found.num_rows == 240
+    assert_same(found, pq.read_table(work / "here.parquet"))
+
+
+def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Cluster) -> None:
+    listed = write_list(work, 10)
+    mistakes: list[tuple[list[object], str]] = [
+        (["--cpus-per-worker", 9], "no machine of the cluster has 9 cores: give a smaller --cpus-per-worker"),
+        (["--decode", "apart"], "2 workers of 1 cores leave none to decode images on"),
+        (["--device", "cuda"], "the cluster has no GPU: give --device cpu"),
+    ]
+    started = [start(cluster, listed, work / "out", "--store", work / "s", *args) for args, _ in mistakes]
+    for process, (_, message) in zip(started, mistakes, strict=True):
+        out, errors = process.communicate(timeout=120)
+        assert (process.returncode, out) == (1, "")
+        assert errors.startswith(f"Error: {message}")
+        assert len(errors.splitlines()) == 1
+
+
+def test_a_cluster_that_is_not_there_is_said_in_one_line(work: Path) -> None:
+    args = [write_list(work, 10), work / "out", "--store", work / "s", "--ray", "127.0.0.1:1"]
+    done = CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "Error: Ray at 127.0.0.1:1: cannot be reached: Connection refused\n"
