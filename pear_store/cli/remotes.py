@@ -200,8 +200,11 @@ def interruptible(verb: str, act: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
+        while thread.is_alive():
+            thread.join(0.1)  # a signal that reached another thread wakes nobody: look for it ten times a second
         return done.result()
     except KeyboardInterrupt:
         if sys.stderr.isatty():

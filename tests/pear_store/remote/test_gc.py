@@ -1,6 +1,7 @@
 """A remote's gc: what it removes, what it never removes, and who writes and reads meanwhile."""
 
 import hashlib
+import threading
 import time
 from pathlib import Path
 
@@ -323,14 +324,23 @@ def test_a_pull_goes_on_where_a_gc_moved_what_it_reads(team: Team, monkeypatch: 
     assert verify(b.store.path).ok
 
 
-def test_a_pull_leaves_out_what_is_removed_while_it_reads(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pull_leaves_out_what_is_removed_while_it_reads(team: Team) -> None:
     a = team.client()
     for seed in range(3):
         a.store.add(small_task("dtd", seed=seed))
         a.push()
     b = team.client()
-    team.place.before["get_ranges packs"] = [lambda: did(a.gc(keep=1).deleted == 2)]
+    turn = threading.Lock()
+
+    def collect_once() -> None:
+        with turn:  # packs are read in parallel: none is read before the first reader has collected
+            if not collected:
+                collected.append(a.gc(keep=1).deleted)
+
+    collected: list[int] = []
+    team.place.before["get_ranges packs"] = [collect_once] * 3
     assert b.pull().versions == [("dtd", 3)]
+    assert collected == [2]
     a.pull()
     assert b.contents() == a.contents() == team.clone().contents()
 

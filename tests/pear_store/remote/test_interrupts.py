@@ -82,7 +82,7 @@ def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(
                 time.sleep(0.05)
             assert proxy.harmed
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=10)
+            out, err = process.communicate(timeout=30)
         assert process.returncode == 130
         assert err == f"Error: {verb} interrupted; the same command goes on\n" and not out
         proxy.faults = Faults()
