@@ -26,6 +26,7 @@ from pear_store.local.sources import Access, read_source
 from pear_store.local.stats import Stats
 from pear_store.readable import ReadableStore
 from pear_store.store import Store
+from pear_store.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pear_store.local.rebuild import Rebuilt, rebuild

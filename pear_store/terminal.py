@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from pear_store.version import __version__
+
 Row = Mapping[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +46,10 @@ def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **set
     align = colalign or ["left"] + ["right"] * (len(rows[0]) - 1)
     for line in tabulate(shown, headers="keys", disable_numparse=True, colalign=align, **settings).splitlines():
         echo(line)
+
+
+version_option = click.version_option(__version__)
+"""``--version`` of every command."""
 
 
 class PrintableGroup(click.Group):

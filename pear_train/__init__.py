@@ -1,5 +1,6 @@
 """Trains tasks: adapter sets on a frozen backbone, pruned and shared."""
 
+from pear_store.version import __version__ as __version__
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Split, open_dataset
 from pear_train.errors import ConfigError, DataError, DivergedError, PearTrainError, ResourceError

@@ -1,5 +1,6 @@
 """One frozen backbone, any number of tasks, any mix of them in a batch."""
 
+from pear_store.version import __version__ as __version__
 from router.adapted import AdaptedBackbone
 from router.backbone import Backbone, load_backbone
 from router.batches import Batch, prepare

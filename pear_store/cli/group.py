@@ -12,7 +12,7 @@ from pear_store.errors import PearStoreError
 from pear_store.local.directory import store_path
 from pear_store.readable import ReadableStore
 from pear_store.store import Store
-from pear_store.terminal import PrintableGroup, echo
+from pear_store.terminal import PrintableGroup, echo, version_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,6 +94,6 @@ def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> lis
 @click.group(cls=StoreGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @store_option
 @click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(readable=False))
-@click.version_option(package_name="pear-adapters")
+@version_option
 def main(store_from_env: str | None) -> None:
     """Keep many tasks of one backbone in one store, each distinct tensor once."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError
-from pear_store.terminal import echo
+from pear_store.terminal import echo, version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import HeadedCommand, option, read_options, run_option
 from pear_train.cli.progress import say
@@ -23,6 +23,7 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
 @click.argument("task", required=False)
 @option("Data", "--data", help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
 @option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")

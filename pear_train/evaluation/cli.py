@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pear_store import PearStoreError, ReadableStore, Store
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import allow_option, echo, echo_table
+from pear_store.terminal import allow_option, echo, echo_table, version_option
 from pear_train.cli.options import HeadedCommand, option, run_option
 from pear_train.cli.progress import say
 from pear_train.data import DataOptions, open_labelled
@@ -37,6 +37,7 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
 @click.argument("references", metavar="TASK...", nargs=-1, required=True)
 @option("Data", "--data", required=True, help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
 @option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")

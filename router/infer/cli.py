@@ -57,7 +57,7 @@ from platformdirs import user_data_path
 from pear_store import PearStoreError, Store
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import allow_option, echo, printable
+from pear_store.terminal import allow_option, echo, printable, version_option
 from router import Router, RouterError
 from router.infer.folder import ImageFolder, is_folder_or_pattern
 from router.infer.lists import CSV, FORMATS, ImageList
@@ -81,6 +81,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(

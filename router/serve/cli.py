@@ -28,7 +28,7 @@ from platformdirs import user_data_path
 
 from pear_store import PearStoreError, Store
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import echo, printable
+from pear_store.terminal import echo, printable, version_option
 from router import Router, RouterError
 from router.pictures import MAX_PIXELS
 from router.serve.app import create_app
@@ -44,6 +44,7 @@ LIMITS = RequestLimits()
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
     help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "

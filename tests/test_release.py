@@ -1,0 +1,147 @@
+"""What is released: a wheel that works where only it is installed, and files that say the same version."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pear_store
+import pear_train
+import router
+from pear_store.version import __version__
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LARGEST_WHEEL_BYTES = 4_500_000
+
+
+def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def module(*command: str | Path) -> Sequence[str | Path]:
+    return [sys.executable, "-m", *command]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel and the source distribution of what git tracks."""
+    tree = tmp_path_factory.mktemp("tree")
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            target = tree / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("dist")
+    run(*module("build", "--no-isolation", "--outdir", out, tree), cwd=tree)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return next(dist.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_and_what_they_need(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert packages == {"pear_store", "router", "pear_train"}
+    of_git = run("git", "ls-files", "pear_store", "router", "pear_train").splitlines()
+    needed = {name for name in of_git if Path(name).name != "README.md"}
+    assert needed <= names, needed - names
+    assert wheel.stat().st_size < LARGEST_WHEEL_BYTES
+
+
+@pytest.mark.slow
+def test_the_source_distribution_can_be_built_and_has_its_licence(dist: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        names = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "pear_store/version.py"} <= names
+
+
+@pytest.mark.slow
+def test_what_an_index_shows_of_it_is_sound(dist: Path) -> None:
+    assert "PASSED" in run(*module("twine", "check", "--strict", *dist.iterdir()))
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_stores_and_routes(wheel: Path, tmp_path: Path) -> None:
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    run(*module("pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel))
+    env = {"PYTHONPATH": str(site), "PATH": f"{site / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    for name in PROJECT["project"]["scripts"]:
+        said = run(site / "bin" / name, "--version", cwd=work, env=env)
+        assert said.strip() == f"{name}, version {__version__}"
+    run(sys.executable, "-c", TRY, cwd=work, env=env)
+
+
+TRY = """
+from pathlib import Path
+import numpy as np
+import pear_store, pear_train, router
+from PIL import Image
+for package in (pear_store, pear_train, router):
+    assert "site" in Path(package.__file__).parts, package.__file__
+from click.testing import CliRunner
+from pear_store.cli import main as store
+from pear_train.cli import main as train
+
+def call(command, *arguments):
+    done = CliRunner().invoke(command, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+
+random = np.random.default_rng(0)
+for split in ("train", "val", "test"):
+    for label in ("dark", "light"):
+        folder = Path("data", split, label)
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pixels = random.integers(0, 100, (32, 32, 3), dtype=np.uint8) + (150 if label == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+call(train, "shade", "--data", "data", "--out", "shade.safetensors", "--epochs", 2, "--batch-size", 4)
+call(store, "init", "--store", "s")
+call(store, "add", "shade.safetensors", "--store", "s")
+answers = router.Router("pear_tiny", "s").run([Path("data/test/light/0.png")], task="shade")
+assert answers.labels[0] in ("dark", "light")
+"""
+
+
+def test_every_place_names_the_same_version() -> None:
+    assert pear_store.__version__ == pear_train.__version__ == router.__version__ == __version__
+    assert PROJECT["tool"]["towncrier"]["version"] == __version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == __version__
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"),
+    [("vendor.citation-file-format", "CITATION.cff"), ("vendor.github-workflows", ".github/workflows/ci.yml")],
+)
+def test_files_for_others_keep_to_their_schemas(schema: str, file: str) -> None:
+    run(*module("check_jsonschema", "--builtin-schema", schema, file))
+
+
+def test_news_fragments_can_be_read() -> None:
+    run(*module("towncrier", "build", "--draft", "--version", "next"))
+    kinds = {kind["directory"] for kind in PROJECT["tool"]["towncrier"]["type"]}
+    for fragment in (ROOT / "changes").iterdir():
+        if fragment.name != "README.md":
+            assert re.fullmatch(r"(\d+|\+[\w-]+)\.(\w+)(\.\d+)?\.md", fragment.name), fragment
+            assert fragment.name.split(".")[1] in kinds, fragment
