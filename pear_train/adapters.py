@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,22 +108,33 @@ class AdapterSet(nn.Module):
         return core if self.core_bits is None else fake_quantise(core, self.core_bits, rank_axis=0)
 
     def position_weights(self) -> dict[str, PositionWeights]:
-        """What each position adds: its branches concatenated along the rank, scales in `up`."""
+        """What each position adds: a core in common bases as it is, all else concatenated along the rank."""
         used = {adapter: self._written(adapter) for adapter in self.used()}
         weights = {}
         for position, branches in self.branches.items():
-            if not branches:
-                continue
-            downs = [used[branch.adapter][0] for branch in branches]
-            ups = [
-                (up if branch.core is None else self._written_core(branch.core) @ up) * branch.scale
-                for branch, up in ((branch, used[branch.adapter][1]) for branch in branches)
-            ]
-            down, up = (
-                parts[0] if len(parts) == 1 else torch.cat(parts, axis) for parts, axis in ((downs, 1), (ups, 0))
-            )
-            weights[position] = PositionWeights(down, up, self.activation)
+            common = branches[: int(self.on_bases)]
+            added = self._concatenated(branches[len(common) :], used)
+            for branch in common:
+                assert branch.core is not None
+                core = self._written_core(branch.core) * branch.scale
+                added = PositionWeights(*used[branch.adapter], self.activation, core, added)
+            if added is not None:
+                weights[position] = added
         return weights
+
+    def _concatenated(
+        self, branches: Sequence[TrainedBranch], used: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> PositionWeights | None:
+        """Branches side by side, cores and scales in `up`; None of none."""
+        if not branches:
+            return None
+        downs = [used[branch.adapter][0] for branch in branches]
+        ups = [
+            (up if branch.core is None else self._written_core(branch.core) @ up) * branch.scale
+            for branch, up in ((branch, used[branch.adapter][1]) for branch in branches)
+        ]
+        down, up = (parts[0] if len(parts) == 1 else torch.cat(parts, axis) for parts, axis in ((downs, 1), (ups, 0)))
+        return PositionWeights(down, up, self.activation)
 
     def used(self) -> list[str]:
         """The adapters that some position uses, in order of first use."""

@@ -76,3 +76,18 @@ def stand_on(adapters: AdapterSet, bases: dict[str, FrozenAdapter], scale: float
         adapters.frozen[f"b{i}"] = frozen.to(device)
         core = nn.Parameter(torch.zeros(frozen.down.shape[1], frozen.up.shape[0], device=device))
         adapters.branches[position] = [TrainedBranch(f"b{i}", scale, core), *own.get(position, [])]
+
+
+def share_bases(adapters: AdapterSet, others: AdapterSet) -> None:
+    """Makes equal bases of two runs the same tensors, so that a step of both multiplies by them once."""
+    if not (adapters.on_bases and others.on_bases):
+        return
+    for position, (branch, *_) in adapters.branches.items():
+        if position in others.branches:
+            theirs = others.frozen[others.branches[position][0].adapter]
+            if _digests(theirs) == _digests(adapters.frozen[branch.adapter]):
+                adapters.frozen[branch.adapter] = theirs
+
+
+def _digests(adapter: FrozenAdapter) -> list[str]:
+    return [tensor.digest for tensor in adapter.tensors.values()]

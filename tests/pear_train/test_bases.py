@@ -1,6 +1,7 @@
 """Common bases: made from stored tasks, trained on, and tasks that stand on them."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
 from pear_train.cli import main
+from pear_train.group import stack_weights
 from pear_train.identity import differences
 from pear_train.knowledge import common_bases, in_common_bases
 from pear_train.make_bases import held_energy
@@ -22,7 +24,7 @@ from pear_train.output import partial_path
 from pear_train.prune import choose_within
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
-from router import AdaptedBackbone, Backbone, Preprocess, Router
+from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
 from tests.pear_train.test_many import folder as folder  # the same data
 from tests.pear_train.test_many import matrices
 
@@ -280,19 +282,93 @@ def test_an_interrupted_run_on_bases_ends_in_the_same_file(
 
 
 @pytest.mark.slow
-def test_tasks_on_bases_train_together_as_alone(bases: Task, folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+def test_tasks_on_bases_train_together_as_alone(
+    bases: Task, folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = [
         Job(config(f"t{i}", tensor_dtype="F32", **FORMS[i]), partial(open_dataset, str(folder / f"t{i}.npz")),
             tmp_path / f"t{i}")
         for i in (0, 2)
     ]  # fmt: skip
+    steps: list[dict[str, PositionWeights]] = []
+
+    def stack(weights: Any) -> dict[str, PositionWeights]:
+        steps.append(stack_weights(weights))
+        return steps[-1]
+
+    monkeypatch.setattr("pear_train.group.stack_weights", stack)
     assert len(list(train_many(jobs, backbone, together=2, bases=bases))) == 2
+    shapes = {
+        (one.down.shape, one.up.shape, one.core.shape)
+        for step in steps
+        for one in step.values()
+        if one.core is not None
+    }
+    assert shapes == {((WIDTH, R), (R, WIDTH), (2, R, R))}, "one product with the bases for both tasks"
+    assert all(len(step) == POSITIONS for step in steps)
     for job in jobs:
         train(job.config, backbone, job.dataset(), tmp_path / "alone", bases=bases)
         alone, together = matrices(tmp_path / "alone"), matrices(job.out)
         assert alone.keys() == together.keys()
         for name, tensor in alone.items():
             torch.testing.assert_close(together[name], tensor, atol=4e-3, rtol=4e-2, msg=f"{job.config.task} {name}")
+
+
+def random_weights(seed: int, widths: tuple[int, int], rank: int) -> PositionWeights:
+    random = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(widths[0], rank, generator=random), torch.randn(rank, widths[1], generator=random)
+    return PositionWeights(down, up, "identity")
+
+
+def delta_of(added: PositionWeights) -> torch.Tensor:
+    """What a position adds, as one matrix."""
+    delta = added.down @ (added.up if added.core is None else added.core @ added.up)
+    return delta if added.beside is None else delta + delta_of(added.beside)
+
+
+@pytest.mark.parametrize("bases_each", ["one", "several"])
+def test_what_tasks_add_together_is_what_each_adds_alone(bases_each: str) -> None:
+    """With and without an own part, on bases or not, or nothing at all; on one bases, or each on its own."""
+    random = torch.Generator().manual_seed(0)
+    widths = {"a": (6, 9), "b": (5, 5)}
+    common = {p: random_weights(7, widths[p], 3) for p in widths}
+
+    def on_bases(task: int, own: int) -> dict[str, PositionWeights]:
+        found = {}
+        for p in widths:
+            bases = common[p] if bases_each == "one" else random_weights(10 + task, widths[p], 3)
+            beside = random_weights(20 + task, widths[p], own) if own else None
+            found[p] = replace(bases, core=torch.randn(3, 3, generator=random), beside=beside)
+        return found
+
+    tasks: list[dict[str, PositionWeights]] = [
+        on_bases(0, 0), on_bases(1, 2), {"b": random_weights(3, widths["b"], 4)}, {}, on_bases(4, 1),
+    ]  # fmt: skip
+    stacked = stack_weights(tasks)
+    assert stacked.keys() == widths.keys()
+    for position, (d_in, d_out) in widths.items():
+        assert (stacked[position].core is not None) == (bases_each == "one")
+        x, y = torch.randn(2 * len(tasks), 4, d_in, generator=random), torch.randn(2 * len(tasks), 4, d_out)
+        together = add_branch(y, x, stacked[position]).split(2)
+        for i, task in enumerate(tasks):
+            alone = y[2 * i : 2 * i + 2]
+            if position in task:
+                alone = alone + x[2 * i : 2 * i + 2] @ delta_of(task[position])
+            torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_branches_on_bases_that_are_dropped_are_made_up_for(bases: Task, folder: Path, backbone: Backbone) -> None:
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32, for_training=True)
+    told = config(own_rank=2, drop_branch=0.5)
+    run = TaskRun(told, adapted, open_dataset(str(folder / "t0.npz")), bases=bases)
+    with torch.no_grad():
+        for parameter in (*run.adapters.cores().values(), *run.adapters.up.values()):
+            parameter.normal_(generator=run.generator)
+    whole, kept = run.adapters.position_weights(), run.step_weights()
+    assert 0 < len(kept) < POSITIONS
+    for position, added in kept.items():
+        assert added.down is whole[position].down and added.up is whole[position].up, "bases stay common"
+        torch.testing.assert_close(delta_of(added), 2 * delta_of(whole[position]), atol=1e-4, rtol=1e-4)
 
 
 def test_controls_of_the_score(bases: Task, folder: Path, backbone: Backbone) -> None:
@@ -319,9 +395,9 @@ def test_pruned_adapters_are_taken_over_by_cores(bases: Task, folder: Path, back
                 d, u = run.adapters.matrices(run.adapters.branches[position][0].adapter)
                 run.adapters.down[name].copy_(d[:, :2])  # all of it within reach of the cores
                 up.copy_(torch.randn(2, R, generator=run.generator) @ u)
-        before = {p: w.down @ w.up for p, w in run.adapters.position_weights().items()}
+        before = {p: delta_of(w) for p, w in run.adapters.position_weights().items()}
         run.prune()
-        after = {p: w.down @ w.up for p, w in run.adapters.position_weights().items()}
+        after = {p: delta_of(w) for p, w in run.adapters.position_weights().items()}
         for position, delta in before.items():
             if knowledge == "fold":
                 torch.testing.assert_close(after[position], delta, atol=5e-3, rtol=5e-3)
