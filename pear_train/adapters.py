@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ class TrainedBranch:
 class FrozenAdapter:
     """An adapter that does not train: `down` [d_in, rank] and `up` [rank, d_out], float32, as they will be read back.
 
-    One from a store (role bank or base) is written as it was found: `entry`, with its `tensors`; a knowledge checkpoint
-    as float16, or as codes of `bits`.
+    One from a store (role bank, base or bases) is written as it was found: `entry`, with its `tensors`, of a stack the
+    whole one; a knowledge checkpoint as float16, or as codes of `bits`.
     """
 
     role: Role
@@ -40,10 +40,11 @@ class FrozenAdapter:
     bits: int | None = None
     entry: Mapping[str, Any] | None = None
     tensors: Mapping[str, RawTensor] = field(default_factory=dict)
+    place: int | None = None
+    """Which of a stack it is."""
 
     def to(self, device: torch.device) -> "FrozenAdapter":
-        down, up = self.down.to(device), self.up.to(device)
-        return FrozenAdapter(self.role, down, up, self.bits, self.entry, self.tensors)
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
 class AdapterSet(nn.Module):

@@ -22,9 +22,11 @@ from pear_train.knowledge import common_bases, in_common_bases
 from pear_train.make_bases import held_energy
 from pear_train.output import partial_path
 from pear_train.prune import choose_within
+from pear_train.rebase import rebase
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
 from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
+from router.tensors import from_torch, to_torch
 from tests.pear_train.test_many import folder as folder  # the same data
 from tests.pear_train.test_many import matrices
 
@@ -150,9 +152,9 @@ def test_bases_that_are_trained_on_change_and_stay_orthonormal(
     assert again.val_top1 == made.val_top1
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes(), "one seed, one file"
     trained, before = matrices(tmp_path / "b"), bases
-    for name, matrix in trained.items():
-        gram = matrix.t() @ matrix if name.endswith("down") else matrix @ matrix.t()
-        torch.testing.assert_close(gram, torch.eye(R), atol=3e-3, rtol=0)
+    for name, stack in trained.items():
+        gram = stack.mT @ stack if name.endswith("down") else stack @ stack.mT
+        torch.testing.assert_close(gram, torch.eye(R).expand(POSITIONS, R, R), atol=3e-3, rtol=0)
         assert read_checkpoint(tmp_path / "b").tensors[name].digest != before.tensors[name].digest
 
 
@@ -249,13 +251,11 @@ def test_two_tasks_share_their_bases_in_a_store(bases: Task, folder: Path, backb
             assert added.shared_bytes == BASES_BYTES
             assert added.new_bytes == sum(stored_bytes(task)) == task.size_bytes - BASES_BYTES
         assert (before, store.stats().unique_bytes) == (BASES_BYTES, BASES_BYTES + own)
-        names = {f"b{i}.{side}" for i in range(POSITIONS) for side in ("down", "up")}
-        assert {bases.tensors[name].digest for name in names} <= set(store.get("t0").tensors)
+        shared = {tensor.digest for tensor in bases.tensors.values()}
+        assert shared <= set(store.get("t0").tensors)
         store.remove("common")
         store.gc()
-        assert {bases.tensors[name].digest for name in names} <= set(store.get("t2").tensors), (
-            "as long as a task names them"
-        )
+        assert shared <= set(store.get("t2").tensors), "as long as a task names them"
 
 
 @pytest.mark.slow
@@ -436,7 +436,9 @@ def test_bases_that_do_not_fit(
     elif change == "narrow":
         from tests.helpers.makers import floats
 
-        small = {n: floats(np.ones((5, R) if n.endswith("down") else (R, 5))) for n in bases.tensors}
+        small = {
+            n: floats(np.ones((POSITIONS, 5, R) if n.endswith("down") else (POSITIONS, R, 5))) for n in bases.tensors
+        }
         bases = make_task(bases.record, small)
     with pytest.raises(ConfigError, match=message) as raised:
         train(config(**options), backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "t", bases=bases)
@@ -536,3 +538,78 @@ def test_energy_is_what_the_bases_hold(bases: Task, sources: list[Task], tmp_pat
     assert held_energy(pair, {"p": (torch.eye(4)[:, :3], torch.eye(4)[:3])}) == pytest.approx(1)
     write_checkpoint(tmp_path / "again", bases)
     assert read_checkpoint(tmp_path / "again").record == bases.record
+
+
+# ---- other bases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_task_moves_to_other_bases_with_its_measured_loss(
+    bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data, told = open_dataset(str(folder / "t2.npz")), config("t2", epochs=2, own_rank=1, head_dtype="F32")
+    train(told, backbone, data, tmp_path / "t2", bases=bases)
+    task = read_checkpoint(tmp_path / "t2")
+    turned = tmp_path / "turned"  # the same directions in other coordinates
+    turn = torch.linalg.qr(torch.randn(R, R, generator=torch.Generator().manual_seed(3))).Q
+    written = {}
+    for name, raw in bases.tensors.items():
+        stack = to_torch(raw).float()
+        written[name] = from_torch(stack @ turn if name.endswith("down") else turn @ stack)
+    write_checkpoint(turned, make_task({**bases.record, "task": "turned"}, written))
+    moved = rebase(task, read_checkpoint(turned), backbone, data, tmp_path / "moved", "t3")
+    assert (moved.task, moved.bases) == ("t3", "turned") and moved.held > 0.9999
+    back = read_checkpoint(tmp_path / "moved")
+    router = Router(backbone)
+    for one in (task, back):
+        router.add(one)
+    images = Preprocess(task.preprocess)([data.val.image(i) for i in range(8)])
+    torch.testing.assert_close(router.run(images, "t3").logits, router.run(images, "t2").logits, atol=2e-2, rtol=2e-2)
+    for split in ("val", "test"):
+        assert abs(moved.loss[split][0] - moved.loss[split][1]) < 1e-2
+    assert moved.top1["val"][0] == task.record["metrics"]["val_top1"]
+    assert back.record["metrics"]["test_top1"] == moved.top1["test"][1]
+    assert {t.digest for t in read_checkpoint(turned).tensors.values()} <= {t.digest for t in back.tensors.values()}
+    assert back.record["training"]["bases"] == "turned" and back.record["training"]["rebased"]["from"] == "common"
+
+    make_bases(config("narrow", rank=2), backbone, sources, tmp_path / "narrow")  # hold less: that is told
+    less = rebase(task, read_checkpoint(tmp_path / "narrow"), backbone, data, tmp_path / "less")
+    assert 0 < less.held < 0.99 and less.loss["val"][0] != less.loss["val"][1]
+    assert less.adapter_bytes < moved.adapter_bytes
+
+    with pytest.raises(ConfigError, match="task 't0': stands on no common bases: expected what --bases trained"):
+        rebase(sources[0], bases, backbone, data, tmp_path / "x")
+    with pytest.raises(ConfigError, match="task 't2': its 4 classes are not those of the data"):
+        rebase(task, bases, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+    asked = (
+        "t4",
+        "--rebase",
+        tmp_path / "t2",
+        "--bases",
+        turned,
+        "--data",
+        folder / "t2.npz",
+        "--out",
+        tmp_path / "t4",
+    )
+    done = run(*asked)
+    assert done.exit_code == 0, done.stderr
+    assert "on turned, which hold 100.0 % of what the cores added" in done.stdout and "val: " in done.stdout
+    assert run(*asked).exit_code == 1 and "there is a task checkpoint already" in run(*asked).stderr
+    again = run(*asked, "--overwrite", "--json")
+    assert json.loads(again.stdout)["held"] > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("t", "--data", "d", "--rebase", "x"), "--rebase needs --bases: it says which bases the task moves to"),
+        (("t", "--data", "d", "--rebase", "x", "--bases", "b", "--plot"), "--rebase takes no --plot: it"),
+        (("--tasks", "d", "--rebase", "x", "--bases", "b"), "--rebase takes no --tasks: it moves one task"),
+    ],
+)  # fmt: skip
+def test_moves_that_make_no_sense(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = run(*args, "--out", tmp_path / "o")
+    assert done.exit_code == 2 and message in done.stderr
