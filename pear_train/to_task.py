@@ -192,16 +192,21 @@ def _training(run: TaskRun) -> dict[str, Any]:
         "precision": run.precision,
         "given": run.given,
         **({} if run.bases is None else {"bases": run.bases}),
-        "importance": run.importance,
+        "importance": _short(run.importance),
         "pruned": in_order(run),
         "borrowed": run.sources,
         "banked": run.banked,
-        "history": run.history,
+        "history": [_short(epoch) for epoch in run.history],
         "fingerprint": fingerprint(run.identity),
         "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
         "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
         "machines": run.machines,
     }
+
+
+def _short(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers to six digits: with all of theirs, those of 20 epochs take as many bytes as a task's cores."""
+    return {name: float(f"{number:.6g}") for name, number in numbers.items()}
 
 
 def in_order(run: TaskRun) -> list[str]:
