@@ -367,6 +367,51 @@ def test_stacks_are_what_their_adapters_are_one_by_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, expected[name], rtol=1e-6)
 
 
+def on_bases(number: int, is_stacked: bool) -> Task:
+    """A task of 24 positions on common bases, with cores and a head of 4 bits; `number` says which."""
+    bases, own = np.random.default_rng(0), np.random.default_rng(number + 1)
+    codes = {"bits": 4, "up": {"shape": [4, 4], "scale": "c.scale"}}
+    made = {
+        "b.down": floats(bases.normal(size=(24, 8, 4))),
+        "b.up": floats(bases.normal(size=(24, 4, 8))),
+        "c.up": RawTensor("U8", (24, 8), own.bytes(24 * 8)),
+        "c.scale": floats(own.normal(size=(24, 4))),
+    }
+    entry = {"down": "b.down", "up": "c.up", "basis": "b.up", "quant": codes}
+    adapters: dict[str, Any] = {"c": {**entry, "stack": 24}}
+    positions: dict[str, Any] = {f"blocks.{i}.mlp": [["c", 1.0, i]] for i in range(24)}
+    if not is_stacked:
+        adapters = {
+            f"c{i}": json.loads(json.dumps(entry).replace('"b.', f'"b{i}.').replace('"c.', f'"c{i}.'))
+            for i in range(24)
+        }
+        positions = {f"blocks.{i}.mlp": [[f"c{i}", 1.0]] for i in range(24)}
+        made = {
+            name.replace(".", f"{i}.", 1): RawTensor(raw.dtype, raw.shape[1:], bytes(raw.data)[i * n : (i + 1) * n])
+            for name, raw in made.items() for i in range(24) for n in [raw.size_bytes // 24]
+        }  # fmt: skip
+    told = {"format": f"pear-task/{1 + is_stacked}", "adapters": adapters, "positions": positions}
+    return make_task(record(f"t{number}", **told, head=None, labels=[]), made)
+
+
+@pytest.mark.slow
+def test_records_of_stacks_are_small(tmp_path: Path) -> None:
+    """A thousand tasks of other cores: what is stored of each beside its tensors, in packs and index."""
+    taken = {}
+    for is_stacked in (True, False):
+        tasks = [on_bases(number, is_stacked) for number in range(1000)]
+        header = write_checkpoint(tmp_path / "one", tasks[0]) - tasks[0].size_bytes
+        with Store.create(tmp_path / f"s{is_stacked}") as store:
+            assert len(list(store.add_many(tasks))) == 1000
+            stats = store.stats()
+        assert stats.unique_bytes == 24 * 8 * 4 * 4 * 2 + 1000 * 24 * (8 + 4 * 4), "bases are there once"
+        assert stats.tensors == (2 if is_stacked else 48) + 1000 * (2 if is_stacked else 48)
+        taken[is_stacked] = (stats.stored_bytes - stats.unique_bytes) / 1000, header
+    (stacks, header), (each, header_each) = taken[True], taken[False]
+    assert stacks < 6_000 and header < 3_500
+    assert stacks < each / 5 and header < header_each / 5
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

@@ -15,6 +15,7 @@ from click.testing import Result as Ran
 from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
+from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
 from pear_train.group import stack_weights
 from pear_train.identity import differences
@@ -540,6 +541,32 @@ def test_energy_is_what_the_bases_hold(bases: Task, sources: list[Task], tmp_pat
     assert held_energy(pair, {"p": (torch.eye(4)[:, :3], torch.eye(4)[:3])}) == pytest.approx(1)
     write_checkpoint(tmp_path / "again", bases)
     assert read_checkpoint(tmp_path / "again").record == bases.record
+
+
+@pytest.mark.slow
+def test_what_stands_on_bases_can_be_borrowed(bases: Task, folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    """One adapter of a stack leaves the others there: in a bank, and as a base set."""
+    told = config("t0", epochs=2, own_rank=1, core_dtype="Q4")
+    train(told, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "t0", bases=bases)
+    task = read_checkpoint(tmp_path / "t0")
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
+    adapted.attach(list(task.positions))
+    for cores in (True, False):
+        bank = Bank([task], adapted, "identity", cores)
+        assert len(bank) == 2 * POSITIONS
+    for name, adapter in task.adapters.items():
+        frozen = stored_adapter(task, name, "bank")
+        assert frozen.entry is not None and "stack" not in frozen.entry and frozen.place is None
+        written = {key: value for key, value in task.record.items() if key != "format"}
+        names = {
+            "positions": {"blocks.0.attn": [["a", 1.0]]},
+            "adapters": {"a": frozen.entry},
+            "head": None,
+            "labels": [],
+        }
+        alone = make_task({**written, **names, "format": "pear-task/1"}, frozen.tensors)
+        for mine, theirs in zip(alone.adapters["a"].matrices, adapter.matrices, strict=True):
+            np.testing.assert_array_equal(matrix_values(mine, alone.tensors), matrix_values(theirs, task.tensors))
 
 
 # ---- other bases --------------------------------------------------------------------------------------------------
