@@ -54,7 +54,9 @@ def differing(value: Any, rng: random.Random) -> Any:
     record["metrics"] = {key: rng.randrange(1000) / 1000 for key in record["metrics"]}
     training = dict(record["training"])
     training["history"] = [{key: round(rng.random(), 6) for key in epoch} for epoch in training["history"]]
-    training["recall"] = {split: [round(rng.random(), 4) for _ in values] for split, values in training["recall"].items()}
+    training["recall"] = {
+        split: [round(rng.random(), 4) for _ in values] for split, values in training["recall"].items()
+    }
     for key in ("data_fingerprint", "fingerprint"):
         training[key] = rng.randbytes(32).hex()
     record["labels"] = [f"{label}-{rng.randrange(1000)}" for label in record["labels"]]
