@@ -75,8 +75,9 @@ def stack_weights(weights: Sequence[dict[str, PositionWeights]]) -> dict[str, Po
     for position in dict.fromkeys(position for added in weights for position in added):
         every = [added.get(position) for added in weights]
         cored = [added for added in every if added is not None and added.core is not None]
+        known = [added.core for added in cored if added.core is not None]
         if cored and all(one.down is cored[0].down and one.up is cored[0].up for one in cored):
-            none = torch.zeros_like(cored[0].core)
+            none = torch.zeros_like(known[0])
             cores = [none if one is None or one.core is None else one.core for one in every]
             beside = [one if one is None or one.core is None else one.beside for one in every]
             stacked[position] = replace(cored[0], core=torch.stack(cores), beside=_stacked(beside))

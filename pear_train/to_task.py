@@ -100,18 +100,16 @@ def _write_stacks(config: TrainConfig, adapters: AdapterSet, tensors: dict[str, 
         assert frozen.entry is not None
         entry = _write_stored(tensors, f"b{i}", frozen, frozen.entry)
         some = next(iter(cores[stack].values()))
-        members: list[dict[str, RawTensor]] = []
-        for place in range(entry["stack"]):  # zeros where this run has no position
+        members: list[dict[str, RawTensor]] = [{} for _ in range(entry["stack"])]
+        for place, member in enumerate(members):  # zeros where this run has no position
             core = cores[stack].get(place, torch.zeros_like(some))
-            codes = _write_core(made := {}, f"c{i}.up", core, config)
-            members.append(made)
+            codes = _write_core(member, f"c{i}.up", core, config)
         tensors.update(_joined(members))
         entries[f"c{i}"] = with_core(entry, f"c{i}.up", codes)
     for i, pairs in enumerate(own.values()):
-        members = []
-        for down, up in pairs:
-            written = _write_matrices(made := {}, f"a{i}", down, up, bits, dtype)
-            members.append(made)
+        members = [{} for _ in pairs]
+        for (down, up), member in zip(pairs, members, strict=True):
+            written = _write_matrices(member, f"a{i}", down, up, bits, dtype)
         tensors.update(_joined(members))
         entries[f"a{i}"] = {**written, "stack": len(pairs)}
     return entries, positions

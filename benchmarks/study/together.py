@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -48,7 +49,7 @@ def random_bases(adapted: AdaptedBackbone, positions: list[str]) -> Task:
         entries[f"b{i}"] = {"down": f"b{i}.down", "up": f"b{i}.up", "stack": len(group)}
         places.update({position: [[f"b{i}", 0.0, place]] for place, position in enumerate(group)})
     backbone = adapted.backbone
-    record = {
+    record: dict[str, Any] = {
         "format": "pear-task/2", "task": "bases", "backbone": {"model": backbone.name, "digest": backbone.digest},
         "activation": "identity", "adapters": entries, "positions": {p: places[p] for p in positions}, "head": None,
         "labels": [], "preprocess": preprocess_record(backbone, PIXELS), "metrics": {},

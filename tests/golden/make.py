@@ -80,9 +80,9 @@ def make_tasks() -> dict[str, Task]:
     t.made["c.up"] = RawTensor("U8", (3, 1), bytes([17, 228, 99]))
     down, basis = t.floats("b.down", 3, D, RANK, dtype="F16"), t.floats("b.up", 3, RANK, D, dtype="F16")
     stack = {"down": down, "up": "c.up", "basis": basis, "quant": codes, "stack": 3}
-    own = {"down": t.floats("a.down", 1, D, 1), "up": t.floats("a.up", 1, 1, D), "stack": 1}
+    single: dict[str, Any] = {"down": t.floats("a.down", 1, D, 1), "up": t.floats("a.up", 1, 1, D), "stack": 1}
     places = {"blocks.0.attn": [["c", 1.0, 2], ["a", -0.5, 0]], "blocks.1.attn": [["c", 1.0, 0]]}
-    made["stacks"] = task("stacks", t, {"c": stack, "a": own}, places, format="pear-task/2")
+    made["stacks"] = task("stacks", t, {"c": stack, "a": single}, places, format="pear-task/2")
     made["headless"] = task("headless", Tensors(30), {}, {}, head=False)
     return made
 

@@ -296,7 +296,13 @@ def stacked(seed: int = 0, **changes: Any) -> tuple[dict[str, Any], dict[str, Ra
         "blocks.1.attn": [["c", 1.0, 2]],
         "blocks.2.attn": [["c", 1.0, 1], ["a", 1.0, 0]],
     }
-    told = {"format": "pear-task/2", "adapters": adapters, "positions": positions, "head": None, "labels": []}
+    told: dict[str, Any] = {
+        "format": "pear-task/2",
+        "adapters": adapters,
+        "positions": positions,
+        "head": None,
+        "labels": [],
+    }
     return record(**{**told, **changes}), made
 
 
@@ -390,7 +396,7 @@ def on_bases(number: int, is_stacked: bool) -> Task:
             name.replace(".", f"{i}.", 1): RawTensor(raw.dtype, raw.shape[1:], bytes(raw.data)[i * n : (i + 1) * n])
             for name, raw in made.items() for i in range(24) for n in [raw.size_bytes // 24]
         }  # fmt: skip
-    told = {"format": f"pear-task/{1 + is_stacked}", "adapters": adapters, "positions": positions}
+    told: dict[str, Any] = {"format": f"pear-task/{1 + is_stacked}", "adapters": adapters, "positions": positions}
     return make_task(record(f"t{number}", **told, head=None, labels=[]), made)
 
 
