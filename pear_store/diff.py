@@ -1,10 +1,12 @@
 """How two versions of tasks differ."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from pear_store.format.checkpoint import Task
+from pear_store.format.digest import Digest
+from pear_store.format.record import Matrix
 from pear_store.local.references import Version
 
 Change = Literal["equal", "scale", "changed", "added", "removed"]
@@ -13,7 +15,7 @@ Change = Literal["equal", "scale", "changed", "added", "removed"]
 
 @dataclass(frozen=True)
 class PositionDiff:
-    """What two versions use at one position: the digests of its adapters' tensors with their scales, or None."""
+    """What two versions use at one position; bytes are those of its adapters' matrices, each distinct one once."""
 
     position: str
     change: Change
@@ -38,10 +40,19 @@ class Diff:
 
 
 def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
+    sizes = {tensor.digest: tensor.size_bytes for task in (task_a, task_b) for tensor in task.tensors.values()}
+
+    def used(matrix: Matrix, task: Task) -> Iterator[str]:
+        """The digests of what a matrix is read from: of a stack, of its own part."""
+        for tensor in (matrix.tensor(task.tensors), matrix.scales(task.tensors)):
+            if tensor is not None:
+                sizes[tensor.digest] = tensor.size_bytes
+                yield tensor.digest
+
     def uses(task: Task) -> dict[str, list[tuple[tuple[str, ...], float]]]:
-        """Position -> its branches as the digests of their tensors and their scales."""
+        """Position -> its branches as the digests of their matrices and their scales."""
         names = {
-            name: tuple(sorted({used for matrix in adapter.matrices for used in matrix.names}))
+            name: tuple(sorted({digest for matrix in adapter.matrices for digest in used(matrix, task)}))
             for name, adapter in task.adapters.items()
         }
         return {
@@ -50,7 +61,7 @@ def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
         }
 
     def size(digests: Iterable[str]) -> int:
-        return sum((task_a.tensors.get(digest) or task_b.tensors[digest]).size_bytes for digest in set(digests))
+        return sum(sizes[Digest(digest)] for digest in set(digests))
 
     left, right = uses(task_a), uses(task_b)
     positions = []

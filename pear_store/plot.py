@@ -104,20 +104,24 @@ def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ())
 def _identity(task: Task, adapter: str) -> str:
     """What adapters have in common that differ in their cores alone."""
     parts = task.adapters[adapter]
-    return f"{parts.down.name} {parts.up.name}"
+    return f"{parts.down.name} {parts.up.name} {parts.down.place}"
 
 
 def _shared_within(task: Task) -> int:
     """Bytes that a task would take besides if each branch had `down` and the part that reaches d_out for itself."""
     adapters = task.adapters
     alone = sum(
-        task.tensors[part.name].size_bytes
+        part.tensor(task.tensors).size_bytes
         for branches in task.positions.values()
         for branch in branches
         for part in (adapters[branch.adapter].down, adapters[branch.adapter].up)
     )
-    used = {matrix.name for adapter in adapters.values() for matrix in adapter.matrices}
-    return max(0, alone - sum(task.tensors[name].size_bytes for name in used))
+    used = {
+        (matrix.name, matrix.place): matrix.tensor(task.tensors).size_bytes
+        for adapter in adapters.values()
+        for matrix in adapter.matrices
+    }
+    return max(0, alone - sum(used.values()))
 
 
 def _shown(name: str) -> str:

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ class TrainedBranch:
 class FrozenAdapter:
     """An adapter that does not train: `down` [d_in, rank] and `up` [rank, d_out], float32, as they will be read back.
 
-    One from a store (role bank or base) is written as it was found: `entry`, with its `tensors`; a knowledge checkpoint
-    as float16, or as codes of `bits`.
+    One from a store (role bank, base or bases) is written as it was found: `entry`, with its `tensors`, of a stack the
+    whole one; a knowledge checkpoint as float16, or as codes of `bits`.
     """
 
     role: Role
@@ -40,10 +40,11 @@ class FrozenAdapter:
     bits: int | None = None
     entry: Mapping[str, Any] | None = None
     tensors: Mapping[str, RawTensor] = field(default_factory=dict)
+    place: int | None = None
+    """Which of a stack it is."""
 
     def to(self, device: torch.device) -> "FrozenAdapter":
-        down, up = self.down.to(device), self.up.to(device)
-        return FrozenAdapter(self.role, down, up, self.bits, self.entry, self.tensors)
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
 class AdapterSet(nn.Module):
@@ -108,22 +109,33 @@ class AdapterSet(nn.Module):
         return core if self.core_bits is None else fake_quantise(core, self.core_bits, rank_axis=0)
 
     def position_weights(self) -> dict[str, PositionWeights]:
-        """What each position adds: its branches concatenated along the rank, scales in `up`."""
+        """What each position adds: a core in common bases as it is, all else concatenated along the rank."""
         used = {adapter: self._written(adapter) for adapter in self.used()}
         weights = {}
         for position, branches in self.branches.items():
-            if not branches:
-                continue
-            downs = [used[branch.adapter][0] for branch in branches]
-            ups = [
-                (up if branch.core is None else self._written_core(branch.core) @ up) * branch.scale
-                for branch, up in ((branch, used[branch.adapter][1]) for branch in branches)
-            ]
-            down, up = (
-                parts[0] if len(parts) == 1 else torch.cat(parts, axis) for parts, axis in ((downs, 1), (ups, 0))
-            )
-            weights[position] = PositionWeights(down, up, self.activation)
+            common = branches[: int(self.on_bases)]
+            added = self._concatenated(branches[len(common) :], used)
+            for branch in common:
+                assert branch.core is not None
+                core = self._written_core(branch.core) * branch.scale
+                added = PositionWeights(*used[branch.adapter], self.activation, core, added)
+            if added is not None:
+                weights[position] = added
         return weights
+
+    def _concatenated(
+        self, branches: Sequence[TrainedBranch], used: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> PositionWeights | None:
+        """Branches side by side, cores and scales in `up`; None of none."""
+        if not branches:
+            return None
+        downs = [used[branch.adapter][0] for branch in branches]
+        ups = [
+            (up if branch.core is None else self._written_core(branch.core) @ up) * branch.scale
+            for branch, up in ((branch, used[branch.adapter][1]) for branch in branches)
+        ]
+        down, up = (parts[0] if len(parts) == 1 else torch.cat(parts, axis) for parts, axis in ((downs, 1), (ups, 0)))
+        return PositionWeights(down, up, self.activation)
 
     def used(self) -> list[str]:
         """The adapters that some position uses, in order of first use."""

@@ -111,11 +111,17 @@ def widths_of(task: Task, adapter: str) -> tuple[int, int]:
 
 
 def stored_adapter(task: Task, name: str, role: Role, with_core: bool = True) -> FrozenAdapter:
-    """An adapter of a task as it will be written again, tensor for tensor, with or without its core."""
-    entry, adapter = dict(task.record["adapters"][name]), task.adapters[name]
+    """An adapter of a task as it will be written again, tensor for tensor, with or without its core; one of a stack
+    leaves the others there."""
+    entry, adapter = dict(task.entry(name)[0]), task.adapters[name]
+    entry.pop("stack", None)
     if adapter.core is not None and not with_core:
         entry, adapter = without_core(entry), replace(adapter, core=None)
     values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
     down, up = (torch.from_numpy(one.astype("f4")) for one in values)
-    used = sorted({used for matrix in adapter.matrices for used in matrix.names})
-    return FrozenAdapter(role, down, up, None, entry, {one: task.tensors[one] for one in used})
+    used = {}
+    for matrix in adapter.matrices:
+        used[matrix.name] = matrix.tensor(task.tensors)
+        if matrix.scale is not None and (scales := matrix.scales(task.tensors)) is not None:
+            used[matrix.scale] = scales
+    return FrozenAdapter(role, down, up, None, entry, dict(sorted(used.items())))

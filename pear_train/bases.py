@@ -7,11 +7,13 @@ pear_train/make_bases.py makes one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from pear_store import Task
+from pear_store.format.record import entry_names
 from pear_train.adapters import AdapterSet, FrozenAdapter, TrainedBranch
 from pear_train.bank import stored_adapter, widths_of
 from pear_train.config import OPTIONS, TrainConfig
@@ -64,7 +66,11 @@ def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) ->
             raise ConfigError(f"{name}: expected one adapter without a core at {position!r}")
         if (widths := widths_of(bases, adapter)) != adapted.widths[position]:
             raise ConfigError(f"{name}: widths {widths} at {position!r}: the backbone's are {adapted.widths[position]}")
-        found[position] = stored_adapter(bases, adapter, "bases")
+        frozen, (entry, place) = stored_adapter(bases, adapter, "bases"), bases.entry(adapter)
+        if place is not None:  # a task on bases names the same stacks
+            stack = {name: bases.tensors[name] for _, name in entry_names(entry)}
+            frozen = replace(frozen, entry=entry, tensors=stack, place=place)
+        found[position] = frozen
     return found
 
 
@@ -76,3 +82,19 @@ def stand_on(adapters: AdapterSet, bases: dict[str, FrozenAdapter], scale: float
         adapters.frozen[f"b{i}"] = frozen.to(device)
         core = nn.Parameter(torch.zeros(frozen.down.shape[1], frozen.up.shape[0], device=device))
         adapters.branches[position] = [TrainedBranch(f"b{i}", scale, core), *own.get(position, [])]
+
+
+def share_bases(adapters: AdapterSet, others: AdapterSet) -> None:
+    """Makes equal bases of two runs the same tensors, so that a step of both multiplies by them once."""
+    if not (adapters.on_bases and others.on_bases):
+        return
+    for position, (branch, *_) in adapters.branches.items():
+        if position in others.branches:
+            theirs = others.frozen[others.branches[position][0].adapter]
+            if bases_key(theirs) == bases_key(adapters.frozen[branch.adapter]):
+                adapters.frozen[branch.adapter] = theirs
+
+
+def bases_key(bases: FrozenAdapter) -> tuple[tuple[str, ...], int | None]:
+    """Equal for equal bases: the digests of their tensors, and their place in a stack."""
+    return tuple(tensor.digest for tensor in bases.tensors.values()), bases.place

@@ -1,14 +1,13 @@
 """A step of several runs at once: one batch of each, one forward of the backbone, gradients for each of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pear_train.choices import Activation
 from pear_train.run import TaskRun
 from router import PositionWeights
 
@@ -61,31 +60,54 @@ def mixed_features(group: Sequence[tuple[TaskRun, Batch]]) -> list[Tensor]:
     longest = max(map(len, images))
     filled = torch.cat([torch.cat([i, i[:1].expand(longest - len(i), *i.shape[1:])]) for i in images])
     first = group[0][0]
-    weights = stack_weights([run.step_weights() for run, _ in group], first.adapted.widths, first.config.activation)
+    weights = stack_weights([run.step_weights() for run, _ in group])
     features = first.adapted.features(filled, weights, first.autocast)
     return [part[: len(i)] for part, i in zip(features.view(len(group), longest, -1), images, strict=True)]
 
 
-def stack_weights(
-    weights: Sequence[dict[str, PositionWeights]], widths: dict[str, tuple[int, int]], activation: Activation
-) -> dict[str, PositionWeights]:
-    """What each position adds to equal runs of rows, one a task: `down` [task, d_in, rank], `up` [task, rank, d_out].
+def stack_weights(weights: Sequence[dict[str, PositionWeights]]) -> dict[str, PositionWeights]:
+    """What each position adds to equal runs of rows, one a task; all of one activation.
 
-    Ranks are filled up with zeros, which add nothing whatever the activation, and have no gradient to give.
+    Common bases stay common, with a core of each task [task, R, R]; all else is `down` [task, d_in, rank] and `up`
+    [task, rank, d_out].
     """
     stacked = {}
     for position in dict.fromkeys(position for added in weights for position in added):
-        rank = max(added[position].down.shape[1] for added in weights if position in added)
-        d_in, d_out = widths[position]
-        downs, ups = [], []
-        for added in weights:
-            if position in added:
-                missing = rank - added[position].down.shape[1]
-                downs.append(F.pad(added[position].down, (0, missing)))
-                ups.append(F.pad(added[position].up, (0, 0, 0, missing)))
-            else:
-                like = next(w[position].down for w in weights if position in w)
-                downs.append(like.new_zeros(d_in, rank))
-                ups.append(like.new_zeros(rank, d_out))
-        stacked[position] = PositionWeights(torch.stack(downs), torch.stack(ups), activation)
+        every = [added.get(position) for added in weights]
+        cored = [added for added in every if added is not None and added.core is not None]
+        known = [added.core for added in cored if added.core is not None]
+        if cored and all(one.down is cored[0].down and one.up is cored[0].up for one in cored):
+            none = torch.zeros_like(known[0])
+            cores = [none if one is None or one.core is None else one.core for one in every]
+            beside = [one if one is None or one.core is None else one.beside for one in every]
+            stacked[position] = replace(cored[0], core=torch.stack(cores), beside=_stacked(beside))
+        elif (plain := _stacked([one and _multiplied(one) for one in every])) is not None:
+            stacked[position] = plain
     return stacked
+
+
+def _multiplied(added: PositionWeights) -> PositionWeights:
+    """The same as one pair: a core multiplied into `up`, what is beside concatenated along the rank."""
+    up = added.up if added.core is None else added.core @ added.up
+    if added.beside is None:
+        return PositionWeights(added.down, up, added.activation)
+    beside = _multiplied(added.beside)
+    return PositionWeights(torch.cat([added.down, beside.down], 1), torch.cat([up, beside.up]), added.activation)
+
+
+def _stacked(every: Sequence[PositionWeights | None]) -> PositionWeights | None:
+    """Pairs of each task, None where it adds nothing; None if none adds anything.
+
+    Ranks are filled up with zeros, which add nothing whatever the activation, and have no gradient to give.
+    """
+    there = [added for added in every if added is not None]
+    if not there:
+        return None
+    rank, like = max(added.down.shape[1] for added in there), there[0]
+    downs, ups = [], []
+    for added in every:
+        down, up = (like.down[:, :0], like.up[:0]) if added is None else (added.down, added.up)
+        missing = rank - down.shape[1]
+        downs.append(F.pad(down, (0, missing)))
+        ups.append(F.pad(up, (0, 0, 0, missing)))
+    return PositionWeights(torch.stack(downs), torch.stack(ups), like.activation)

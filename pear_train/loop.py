@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pear_store import PearStoreError, Task
+from pear_train.bases import share_bases
 from pear_train.choices import OnError
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
@@ -116,7 +117,10 @@ class _Loop:
             return False
         with self._failing_alone(job):
             self.adapted = self.adapted or on_device(self.backbone, job.config.device)
-            self.active.append(ActiveJob.start(job, self.adapted, self.base, self.bank, self.bases, self.say))
+            started = ActiveJob.start(job, self.adapted, self.base, self.bank, self.bases, self.say)
+            for other in self.active[:1]:
+                share_bases(started.run.adapters, other.run.adapters)
+            self.active.append(started)
         return True
 
     def step(self) -> None:

@@ -304,17 +304,26 @@ def _task(
 ) -> Task:
     """Bases as a task without a head, whose branches have the scale 0."""
     tensors: dict[str, RawTensor] = {}
-    for i, (down, up) in enumerate(bases.values()):
-        dtype = float_dtype(config.tensor_dtype)
-        tensors[f"b{i}.down"], tensors[f"b{i}.up"] = from_torch(down.to(dtype)), from_torch(up.to(dtype))
+    entries: dict[str, Any] = {}
+    positions: dict[str, Any] = {}
+    alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for position, (down, up) in bases.items():
+        alike.setdefault((down.shape, up.shape), []).append(position)
+    for i, group in enumerate(alike.values()):
+        names = {"down": f"b{i}.down", "up": f"b{i}.up"}
+        entries[f"b{i}"] = {**names, "stack": len(group)}
+        for side, name in enumerate(names.values()):
+            stack = torch.stack([bases[position][side] for position in group])
+            tensors[name] = from_torch(stack.to(float_dtype(config.tensor_dtype)))
+        positions.update({position: [[f"b{i}", 0.0, place]] for place, position in enumerate(group)})
     training = {key: value for key, value in asdict(config).items() if key not in ("task", "device")}
     record: dict[str, Any] = {
-        "format": "pear-task/1",
+        "format": "pear-task/2",
         "task": config.task,
         "backbone": {"model": backbone.name, "digest": backbone.digest},
         "activation": config.activation,
-        "adapters": {f"b{i}": {"down": f"b{i}.down", "up": f"b{i}.up"} for i in range(len(bases))},
-        "positions": {position: [[f"b{i}", 0.0]] for i, position in enumerate(bases)},
+        "adapters": entries,
+        "positions": {position: positions[position] for position in bases},
         "head": None,
         "labels": [],
         "preprocess": preprocess_record(backbone, config.img_size),

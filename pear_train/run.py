@@ -113,7 +113,7 @@ class TaskRun:
         kept = {}
         for position, added in weights.items():
             if float(torch.rand((), generator=self.dropping)) >= drop:
-                kept[position] = PositionWeights(added.down, added.up / (1 - drop), added.activation)
+                kept[position] = added.times(1 / (1 - drop))
         return kept
 
     def before_step(self) -> None:

@@ -68,7 +68,7 @@ def _tensors(run: TaskRun) -> dict[str, Tensor]:
             if moment in run.optimiser.state.get(parameter, {}):
                 tensors[f"{moment} {name}"] = torch.as_tensor(run.optimiser.state[parameter][moment])
     tensors["generator"], tensors["dropping"] = run.generator.get_state(), run.dropping.get_state()
-    for name, adapter in run.adapters.frozen.items():
+    for name, adapter in _frozen(run).items():
         tensors[f"down {name}"], tensors[f"up {name}"] = adapter.down, adapter.up
         tensors.update({f"raw {name} {key}": to_torch(raw) for key, raw in adapter.tensors.items()})
     return tensors
@@ -90,7 +90,7 @@ def _record(run: TaskRun) -> dict[str, Any]:
         "history": run.history,
         "frozen": {
             name: {"role": adapter.role, "bits": adapter.bits, "entry": adapter.entry}
-            for name, adapter in run.adapters.frozen.items()
+            for name, adapter in _frozen(run).items()
         },
         "branches": {
             position: [[branch.adapter, float(torch.as_tensor(branch.scale).detach()),
@@ -99,6 +99,11 @@ def _record(run: TaskRun) -> dict[str, Any]:
             for position, branches in run.adapters.branches.items()
         },
     }  # fmt: skip
+
+
+def _frozen(run: TaskRun) -> dict[str, FrozenAdapter]:
+    """The adapters that do not train, but for common bases: those are given anew to a run that goes on."""
+    return {name: adapter for name, adapter in run.adapters.frozen.items() if adapter.role != "bases"}
 
 
 def resume_state(run: TaskRun, out: Path) -> bool:
@@ -130,7 +135,8 @@ def resume_state(run: TaskRun, out: Path) -> bool:
 
 def _restore_adapters(run: TaskRun, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     adapters, device = run.adapters, run.device
-    adapters.frozen = {
+    adapters.frozen = {name: adapter for name, adapter in adapters.frozen.items() if adapter.role == "bases"}
+    adapters.frozen |= {
         name: FrozenAdapter(
             frozen["role"], tensors[f"down {name}"], tensors[f"up {name}"], frozen["bits"], frozen["entry"],
             {key.split(" ", 2)[2]: from_torch(tensors[key]) for key in tensors if key.startswith(f"raw {name} ")},

@@ -1,17 +1,18 @@
 """From a run to the task that its checkpoint holds."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
 from pear_store.format.record import entry_names, renamed, with_core
-from pear_train.adapters import FrozenAdapter
+from pear_train.adapters import AdapterSet, FrozenAdapter
+from pear_train.bases import bases_key
 from pear_train.config import TrainConfig
 from pear_train.dtypes import code_bits, core_dtype, float_dtype
 from pear_train.identity import fingerprint
@@ -22,14 +23,12 @@ from router.tensors import from_torch, quantise
 def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
     """The task as the run stands, tensors in the dtypes to be written."""
     tensors: dict[str, RawTensor] = {}
-    entries, positions = _write_adapters(run, tensors)
+    written = write_adapters(run.config, run.adapters, tensors)
     record = {
-        "format": "pear-task/1",
+        **written,
         "task": run.config.task,
         "backbone": {"model": run.adapted.backbone.name, "digest": run.adapted.backbone.digest},
         "activation": run.config.activation,
-        "adapters": entries,
-        "positions": positions,
         "head": _write_head(run, tensors),
         "labels": list(run.dataset.classes),
         "preprocess": run.preprocess,
@@ -39,9 +38,18 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
     return make_task(record, tensors, run.config.task)
 
 
-def _write_adapters(run: TaskRun, tensors: dict[str, RawTensor]) -> tuple[dict[str, Any], dict[str, list[list[Any]]]]:
-    """Adds what adapters and cores hold to `tensors`; returns the record's `adapters` and `positions`."""
-    config, adapters = run.config, run.adapters
+def write_adapters(config: TrainConfig, adapters: AdapterSet, tensors: dict[str, RawTensor]) -> dict[str, Any]:
+    """Adds what adapters and cores hold to `tensors`; returns the record's `format`, `adapters` and `positions`."""
+    stacks = any(frozen.place is not None for frozen in adapters.frozen.values())
+    entries, positions = (_write_stacks if stacks else _write_each)(config, adapters, tensors)
+    return {"format": "pear-task/2" if stacks else "pear-task/1", "adapters": entries, "positions": positions}
+
+
+_Written: TypeAlias = tuple[dict[str, Any], dict[str, list[list[Any]]]]
+"""The record's `adapters` and `positions`."""
+
+
+def _write_each(config: TrainConfig, adapters: AdapterSet, tensors: dict[str, RawTensor]) -> _Written:
     entries = {}
     for name in adapters.used():
         frozen = adapters.frozen.get(name)
@@ -61,10 +69,62 @@ def _write_adapters(run: TaskRun, tensors: dict[str, RawTensor]) -> tuple[dict[s
                 name = f"c{i}" if j == 0 else f"c{i}.{j}"
                 codes = _write_core(tensors, f"{name}.up", branch.core, config)
                 entries[name] = with_core(entries[branch.adapter], f"{name}.up", codes)
-            scale = float(torch.as_tensor(branch.scale).detach())
-            positions.setdefault(position, []).append([name, scale])
+            positions.setdefault(position, []).append([name, _number(branch.scale)])
     plain = {name for branches in positions.values() for name, _ in branches}
     return {name: entry for name, entry in entries.items() if name in plain}, positions
+
+
+def _write_stacks(config: TrainConfig, adapters: AdapterSet, tensors: dict[str, RawTensor]) -> _Written:
+    """On common bases that are stacks: cores that stand on one of them are one stack, and so are adapters of its own of
+    one shape. The record then names few tensors, whatever the number of positions."""
+    bits, dtype = code_bits(config.tensor_dtype), float_dtype(config.tensor_dtype)
+    positions: dict[str, list[list[Any]]] = {}
+    bases: dict[tuple[str, ...], FrozenAdapter] = {}
+    cores: dict[tuple[str, ...], dict[int, Tensor]] = {}
+    own: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    for position, (common, *others) in adapters.branches.items():
+        frozen = adapters.frozen[common.adapter]
+        assert common.core is not None and frozen.place is not None
+        stack, _ = bases_key(frozen)
+        bases.setdefault(stack, frozen)
+        cores.setdefault(stack, {})[frozen.place] = common.core
+        positions[position] = [[f"c{list(bases).index(stack)}", _number(common.scale), frozen.place]]
+        for branch in others:
+            down, up = adapters.matrices(branch.adapter)
+            alike = own.setdefault((down.shape, up.shape), [])
+            name = f"a{list(own).index((down.shape, up.shape))}"
+            positions[position].append([name, _number(branch.scale), len(alike)])
+            alike.append((down, up))
+    entries: dict[str, Any] = {}
+    for i, (stack, frozen) in enumerate(bases.items()):
+        assert frozen.entry is not None
+        entry = _write_stored(tensors, f"b{i}", frozen, frozen.entry)
+        some = next(iter(cores[stack].values()))
+        members: list[dict[str, RawTensor]] = [{} for _ in range(entry["stack"])]
+        for place, member in enumerate(members):  # zeros where this run has no position
+            core = cores[stack].get(place, torch.zeros_like(some))
+            codes = _write_core(member, f"c{i}.up", core, config)
+        tensors.update(_joined(members))
+        entries[f"c{i}"] = with_core(entry, f"c{i}.up", codes)
+    for i, pairs in enumerate(own.values()):
+        members = [{} for _ in pairs]
+        for (down, up), member in zip(pairs, members, strict=True):
+            written = _write_matrices(member, f"a{i}", down, up, bits, dtype)
+        tensors.update(_joined(members))
+        entries[f"a{i}"] = {**written, "stack": len(pairs)}
+    return entries, positions
+
+
+def _number(scale: float | torch.nn.Parameter) -> float:
+    return float(torch.as_tensor(scale).detach())
+
+
+def _joined(members: Sequence[Mapping[str, RawTensor]]) -> dict[str, RawTensor]:
+    """Tensors of equal names, dtypes and shapes as stacks."""
+    return {
+        name: RawTensor(like.dtype, (len(members), *like.shape), b"".join(bytes(one[name].data) for one in members))
+        for name, like in members[0].items()
+    }
 
 
 def _write_core(tensors: dict[str, RawTensor], name: str, core: Tensor, config: TrainConfig) -> dict[str, Any] | None:
@@ -130,16 +190,21 @@ def _training(run: TaskRun) -> dict[str, Any]:
         "precision": run.precision,
         "given": run.given,
         **({} if run.bases is None else {"bases": run.bases}),
-        "importance": run.importance,
+        "importance": _short(run.importance),
         "pruned": in_order(run),
         "borrowed": run.sources,
         "banked": run.banked,
-        "history": run.history,
+        "history": [_short(epoch) for epoch in run.history],
         "fingerprint": fingerprint(run.identity),
         "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
         "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
         "machines": run.machines,
     }
+
+
+def _short(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers to six digits: with all of theirs, those of 20 epochs take as many bytes as a task's cores."""
+    return {name: float(f"{number:.6g}") for name, number in numbers.items()}
 
 
 def in_order(run: TaskRun) -> list[str]:

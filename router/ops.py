@@ -4,7 +4,7 @@ Axes: batch, token, dim (d_in or d_out), rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,6 +49,13 @@ class PositionWeights:
         if first != last and (start % run or stop % run):
             units = torch.arange(start, stop, device=self.down.device) // run
         return self._of_units(units)
+
+    def times(self, factor: float) -> "PositionWeights":
+        """What adds `factor` times as much."""
+        beside = self.beside and self.beside.times(factor)
+        if self.core is None:
+            return replace(self, up=self.up * factor, beside=beside)
+        return replace(self, core=self.core * factor, beside=beside)
 
     def _of_units(self, units: slice | Tensor) -> "PositionWeights":
         down, core, up = (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.run import BASE, RESULTS, SETS, SWEEP_SETS, Plan, Study, StudyRun, bits, chosen_rows, top1
-from pear_store import Task, read_checkpoint, write_checkpoint
+from pear_store import Task, make_task, read_checkpoint, write_checkpoint
 from pear_train import TrainConfig, open_dataset
 from pear_train.data import Pixels
 from pear_train.dtypes import code_bits
@@ -208,12 +208,12 @@ def at_random(bases: Task, seed: int) -> Task:
     """The same with random orthonormal bases: a control."""
     random = torch.Generator().manual_seed(seed)
     tensors = dict(bases.tensors)
-    for adapter in bases.adapters.values():
-        (d_in, d_out), rank = adapter.shape, adapter.rank
-        down = torch.linalg.qr(torch.randn(d_in, rank, generator=random)).Q
-        up = torch.linalg.qr(torch.randn(d_out, rank, generator=random)).Q.t()
-        tensors[adapter.down.name], tensors[adapter.up.name] = from_torch(down.half()), from_torch(up.half())
-    return Task(bases.record, tensors)
+    for entry in bases.record["adapters"].values():
+        for side in ("down", "up"):
+            drawn = torch.randn(bases.tensors[entry[side]].shape, generator=random)
+            tall = torch.linalg.qr(drawn if side == "down" else drawn.mT).Q
+            tensors[entry[side]] = from_torch((tall if side == "down" else tall.mT).contiguous().half())
+    return make_task(bases.record, tensors)
 
 
 @click.command(help=__doc__)

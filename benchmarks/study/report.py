@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from benchmarks.study.bases import FOLDS, FORMS
-from benchmarks.study.run import GROUPS, RESULTS, SWEEP_SETS, UPON, plan_of, plans_upon
+from benchmarks.study.bases import FOLDS, FORMS, OWN
+from benchmarks.study.run import GROUPS, RESULTS, SETS, SWEEP_SETS, UPON, plan_of, plans_upon
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 PAIRS = (
@@ -150,7 +150,7 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
     across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
     codes, large = table_codes(every, final.rows), table_pixels(every)
-    on_bases = table_bases(every, best.rows)
+    on_bases, score = table_bases(every, best.rows), table_score(every)
 
     def show(rows: list[dict[str, Any]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) if rows else "Not run yet."
@@ -251,6 +251,11 @@ Bases from the unpruned adapters of eight sets, tasks on the four sets that had 
 for a row. Bases come on top, once for all tasks. Complete rows only.
 
 {show(on_bases)}
+
+Own parts beside the cores, placed by the importance score, at random, and in the first blocks, on the sets and seeds that have all three; test.
+Intervals over images, not over seeds.
+
+{show(score)}
 
 ## Few bits
 
@@ -392,6 +397,7 @@ def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
         return []
     seeds = [seed for seed in seeds if all((first, s, seed) in rows for s in sets)]
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
+    rows |= {(f"pear r=12, 0.92: {r['name']}", r["dataset"], r["seed"]): r for r in every if r["stage"] == "codes"}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
 
     def mean(name: str, what: str) -> float:
@@ -406,6 +412,28 @@ def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
         }
         for name in sorted(whole, key=lambda name: mean(name, "adapter_bytes"))
     ]  # fmt: skip
+
+
+def table_score(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Own parts on common bases placed by the score, beside its controls, where a set has all three."""
+    rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "bases"}
+    forms = dict.fromkeys(n.removesuffix(" by importance") for n, _, _ in rows if n.endswith(" by importance"))
+    table = []
+    for form in forms:
+        names = [f"{form} {where}" for where in OWN]
+        cases = sorted((s, k) for n, s, k in rows if n == names[0] and all((one, s, k) in rows for one in names))
+        seeds = sorted({k for _, k in cases})
+        sets = [s for s in SETS if all((s, k) in cases for k in seeds)]
+        for name in names if cases and sets else ():
+            mean, low, high = difference(rows, names[0], name, sets, seeds)
+            table.append({
+                "own parts": name,
+                **{s: f"{100 * np.mean([rows[name, s, k]['test_top1'] for k in seeds]):.1f}" for s in sets},
+                "val top-1": f"{100 * np.mean([rows[name, s, k]['val_top1'] for s in sets for k in seeds]):.2f}",
+                "test top-1": f"{100 * np.mean([rows[name, s, k]['test_top1'] for s in sets for k in seeds]):.2f}",
+                "by importance − it": "" if name == names[0] else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})",
+            })  # fmt: skip
+    return table
 
 
 def exceptions(every: list[dict[str, Any]]) -> str:

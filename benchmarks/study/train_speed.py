@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from pear_train import Dataset, Split, TrainConfig
 from pear_train.group import next_batch, step_together
-from pear_train.job import ActiveJob, Job
 from pear_train.machine import on_device
+from pear_train.run import TaskRun
 from router import load_backbone
 
 MODEL, PIXELS, BATCH, RANK, CLASSES = "deit_tiny_patch16_224", 96, 32, 8, 10
@@ -46,14 +46,14 @@ def stepper(variant: str, weights: Path, device: str) -> Callable[[], None]:
         split = Split(lambda i: pixels[i], torch.arange(BATCH) % CLASSES)
         data = Dataset("random: images", tuple(map(str, range(CLASSES))), split, split, None)
         config = TrainConfig(task="x", method="adapters", positions="qkv", rank=RANK, img_size=PIXELS, batch_size=BATCH,
-                             device=device, epochs=10**6, dtype="float32")  # fmt: skip
+                             device=device, epochs=100_000, dtype="float32")  # fmt: skip
         adapted = on_device(load_backbone(MODEL, weights), device)
-        active = [ActiveJob.start(Job(config, lambda: data, Path(os.devnull)), adapted) for _ in range(count)]
+        runs = [TaskRun(config, adapted, data) for _ in range(count)]
 
         def step() -> None:
-            step_together([(one.run, next_batch(one.run)) for one in active])
-            for one in active:
-                one.run.optimiser.step()
+            step_together([(run, next_batch(run)) for run in runs])
+            for run in runs:
+                run.optimiser.step()
 
         return step
     backbone = load_backbone(MODEL, weights)

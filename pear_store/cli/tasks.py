@@ -156,7 +156,7 @@ def show(reference: str, as_json: bool) -> None:
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
             adapter = task.adapters[branch.adapter]
-            size = sum(task.tensors[matrix.name].size_bytes for matrix in adapter.matrices)
+            size = sum(matrix.tensor(task.tensors).size_bytes for matrix in adapter.matrices)
             bits = adapter.down.bits or 8 * ITEM_BYTES[task.tensors[adapter.down.name].dtype]
             rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip

@@ -452,7 +452,7 @@ def _one_pair(task: Task, position: str, branches: Sequence[Branch]) -> _Pair:
 
     adapters = [task.adapters[branch.adapter] for branch in branches]
     if len(branches) == 1 and adapters[0].down.bits is None and adapters[0].core is None:
-        down, up = (task.tensors[part.name] for part in (adapters[0].down, adapters[0].up))
+        down, up = (part.tensor(task.tensors) for part in (adapters[0].down, adapters[0].up))
         return _Pair(_transposed(down), _transposed(up), branches[0].scale)
     downs = [matrix_values(adapter.down, task.tensors).astype(np.float32) for adapter in adapters]
     ups = [up_values(adapter, task.tensors).astype(np.float32) for adapter in adapters]

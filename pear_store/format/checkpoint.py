@@ -5,10 +5,11 @@ import marshal
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +28,8 @@ from pear_store.format.record import (
     tensor_names,
 )
 
-FORMAT = "pear-task/1"
+FORMAT, STACKED_FORMAT = "pear-task/1", "pear-task/2"
+"""Of a record without stacks of adapters, and of one that may have some"""
 HUB_CHECKPOINT, HUB_LORA = "pear.safetensors", "peft"
 """What a folder for the Hugging Face Hub calls its task checkpoint, and the folder of the same task as a LoRA"""
 Activation = Literal["identity", "relu", "gelu"]
@@ -53,6 +55,11 @@ class Branch:
 
     adapter: str
     scale: float
+
+
+def branch_adapter(branch: Sequence[Any]) -> str:
+    """The name of the adapter that a branch of a record uses: of a stack, the stack's and the place."""
+    return str(branch[0]) if len(branch) == 2 else f"{branch[0]}#{branch[2]}"
 
 
 @dataclass(frozen=True)
@@ -95,15 +102,28 @@ class Task:
     @property
     def positions(self) -> dict[str, list[Branch]]:
         return {
-            position: [Branch(adapter, float(scale)) for adapter, scale in branches]
+            position: [Branch(branch_adapter(branch), float(branch[1])) for branch in branches]
             for position, branches in self.record["positions"].items()
         }
 
     @Kept
     def adapters(self) -> dict[str, Adapter]:
-        """Its adapters by name."""
+        """Its adapters by name; of a stack, those that some position uses."""
         shapes = self._shapes
-        return {name: Adapter.parse(entry, shapes) for name, entry in self.record["adapters"].items()}
+        parsed = {name: Adapter.parse(entry, shapes) for name, entry in self.record["adapters"].items()}
+        found = {name: adapter for name, adapter in parsed.items() if adapter.stack is None}
+        for branch in chain(*self.record["positions"].values()):
+            if len(branch) == 3:
+                found[branch_adapter(branch)] = parsed[branch[0]].at(branch[2])
+        return found
+
+    def entry(self, adapter: str) -> tuple[Mapping[str, Any], int | None]:
+        """What the record says of an adapter: of one in a stack what it says of the stack, and the place in it."""
+        entries: Mapping[str, Mapping[str, Any]] = self.record["adapters"]
+        if adapter in entries:
+            return entries[adapter], None
+        stack, _, place = adapter.rpartition("#")
+        return entries[stack], int(place)
 
     @Kept
     def head(self) -> Head | None:
@@ -281,8 +301,9 @@ def check_record(
 
 def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
     """What is wrong with a record, first things first; a caller stops at the first."""
-    if record.get("format") != FORMAT:
-        yield f"field 'format': expected {FORMAT!r}, found {record.get('format')!r}"
+    if record.get("format") not in (FORMAT, STACKED_FORMAT):
+        expected = f"{FORMAT!r} or {STACKED_FORMAT!r}"
+        yield f"field 'format': expected {expected}, found {short(record.get('format'))}"
     for key in _REQUIRED:
         if key not in record:
             yield f"field {key!r} is missing"
@@ -310,6 +331,8 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
             named = _good_structure(structure)
         except ValueError as error:
             yield str(error)
+    if record["format"] == FORMAT and any("stack" in entry for entry in record["adapters"].values()):
+        yield f"field 'adapters': a stack: expected format {STACKED_FORMAT!r}, found {FORMAT!r}"
     yield from _head_problems(record["head"], record["labels"], tensors)
     head = record["head"]
     if unnamed := tensors.keys() - named - {name for _, name in entry_names(head or {}, HEAD_PARTS)}:
@@ -363,20 +386,22 @@ def _good_structure(structure: bytes) -> frozenset[str]:
 def _structure_problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
     if record["activation"] not in ACTIVATIONS:
         yield f"field 'activation': expected one of {', '.join(ACTIVATIONS)}, found {short(record['activation'])}"
-    shapes: dict[str, tuple[int, int]] = {}
+    adapters: dict[str, Adapter] = {}
     if not isinstance(record["adapters"], dict):
         yield "field 'adapters': expected an object"
     yield from _name_problems("field 'adapters'", record["adapters"])
     for name, entry in record["adapters"].items():
         try:
-            shapes[name] = Adapter.parse(entry, tensors).shape
+            adapters[name] = Adapter.parse(entry, tensors)
         except ValueError as error:
             yield f"field 'adapters', {short(name)}: {error}"
-    yield from _position_problems(record["positions"], shapes)
+    if any(adapter.stack for adapter in adapters.values()) and (odd := [name for name in adapters if "#" in name]):
+        yield f"field 'adapters', {short(odd[0])}: expected no '#' in names beside a stack"
+    yield from _position_problems(record["positions"], adapters)
     yield from _preprocess_problems(record["preprocess"])
 
 
-def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+def _position_problems(positions: Any, adapters: Mapping[str, Adapter]) -> Iterator[str]:
     if not isinstance(positions, dict):
         yield "field 'positions': expected an object"
     yield from _name_problems("field 'positions'", positions)
@@ -386,15 +411,26 @@ def _position_problems(positions: Any, shapes: Mapping[str, tuple[int, int]]) ->
             yield f"{field_name}: names no adapter: expected a list of [adapter, scale]"
         widths = set()
         for branch in branches:
-            if not (isinstance(branch, list) and len(branch) == 2 and isinstance(branch[0], str)):
-                yield f"{field_name}: {short(branch)}: expected [adapter, scale]"
-            if branch[0] not in shapes:
+            if not (isinstance(branch, list) and len(branch) in (2, 3) and isinstance(branch[0], str)):
+                yield f"{field_name}: {short(branch)}: expected [adapter, scale], or [adapter, scale, place in a stack]"
+            if branch[0] not in adapters:
                 yield f"{field_name}: names adapter {short(branch[0])}, which field 'adapters' lacks"
             if not _is_number(branch[1]):
                 yield f"{field_name}: scale {short(branch[1])}: expected a finite number"
-            widths.add(shapes[branch[0]])
+            if problem := _place_problem(branch, adapters[branch[0]].stack):
+                yield f"{field_name}: {short(branch)}: {problem}"
+            widths.add(adapters[branch[0]].shape)
         if len(widths) > 1:
             yield f"{field_name}: adapters of different widths {sorted(widths)}: expected one d_in and d_out"
+
+
+def _place_problem(branch: list[Any], stack: int | None) -> str | None:
+    """What is wrong with a branch's place in a stack."""
+    if stack is None:
+        return None if len(branch) == 2 else "this adapter is no stack: expected [adapter, scale]"
+    if len(branch) == 3 and type(branch[2]) is int and 0 <= branch[2] < stack:
+        return None
+    return f"a stack of {stack}: expected [adapter, scale, place in the stack]"
 
 
 def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:

@@ -57,10 +57,10 @@ def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
 
 def matrix_values(matrix: Matrix, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:
     """float [rows, columns], dequantised; never write to it."""
-    if matrix.scale is None or matrix.bits is None:
-        return to_numpy(tensors[matrix.name])
-    scale = to_numpy(tensors[matrix.scale]).astype("<f4")
-    return dequantise(tensors[matrix.name].data, scale, matrix.shape, matrix.bits, matrix.rank_axis)
+    tensor, scales = matrix.tensor(tensors), matrix.scales(tensors)
+    if scales is None or matrix.bits is None:
+        return to_numpy(tensor)
+    return dequantise(tensor.data, to_numpy(scales).astype("<f4"), matrix.shape, matrix.bits, matrix.rank_axis)
 
 
 def up_values(adapter: Adapter, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:

@@ -5,12 +5,12 @@ tensors, keys by which tensors are shared, shapes, bytes) follows from an adapte
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from pear_store.format.digest import RawTensor
+from pear_store.format.digest import ITEM_BYTES, RawTensor
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape of each tensor, by name"""
@@ -31,6 +31,7 @@ class Matrix:
         rank_axis: along which scales lie: 1 for `down`, 0 for all others.
         bits: of a code; None: no codes.
         scale: name of the scales' tensor, float [shape[rank_axis]].
+        place: which of them it is, where its tensors are stacks of matrices along another first axis.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Matrix:
     rank_axis: int
     bits: int | None = None
     scale: str | None = None
+    place: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,9 +48,16 @@ class Matrix:
     def key(self, tensors: Mapping[str, RawTensor]) -> str:
         """Equal for matrices of equal values, by digests: what slots are shared by."""
         digest = str(tensors[self.name].digest)
-        if self.scale is None:
-            return digest
-        return f"{digest} {tensors[self.scale].digest} {self.bits} {list(self.shape)}"
+        if self.scale is not None:
+            digest = f"{digest} {tensors[self.scale].digest} {self.bits} {list(self.shape)}"
+        return digest if self.place is None else f"{digest} at {self.place}"
+
+    def tensor(self, tensors: Mapping[str, RawTensor]) -> RawTensor:
+        """What holds its numbers or codes, and nothing else."""
+        return _at_place(tensors[self.name], self.place)
+
+    def scales(self, tensors: Mapping[str, RawTensor]) -> RawTensor | None:
+        return None if self.scale is None else _at_place(tensors[self.scale], self.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +71,21 @@ class Adapter:
     up: Matrix
     core: Matrix | None = None
     role: str | None = None
+    stack: int | None = None
+    """How many adapters this is: its tensors have so many along another first axis."""
 
     @classmethod
     def parse(cls, entry: Any, tensors: Shapes) -> "Adapter":
-        """An adapter whose shapes chain.
+        """An adapter whose shapes chain, or a stack of such.
 
         Raises:
             ValueError: anything else; says what was expected and found.
         """
         if not (isinstance(entry, dict) and {"down", "up"} <= set(entry)):
             raise ValueError("expected the tensor names 'down' and 'up'")
+        stack = entry.get("stack")
+        if stack is not None:
+            tensors = _without_stack(entry, stack, tensors)
         outer: Part = "basis" if "basis" in entry else "up"
         down = _matrix("down", entry, tensors, rank_axis=1)
         up = _matrix(outer, entry, tensors)
@@ -84,7 +98,13 @@ class Adapter:
                 expected = "[d_in, r], [r, s] and [s, d_out]"
             raise ValueError(f"{found} do not chain: expected {expected}")
         role = entry.get("role")
-        return cls(down, up, core, role if isinstance(role, str) else None)
+        return cls(down, up, core, role if isinstance(role, str) else None, stack)
+
+    def at(self, place: int) -> "Adapter":
+        """One of a stack."""
+        down, up = replace(self.down, place=place), replace(self.up, place=place)
+        core = None if self.core is None else replace(self.core, place=place)
+        return Adapter(down, up, core, self.role)
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -107,6 +127,27 @@ class Adapter:
         """Of what is multiplied: `down`, and `up` with the core before it."""
         up = self.up.key(tensors)
         return self.down.key(tensors), up if self.core is None else f"{self.core.key(tensors)} @ {up}"
+
+
+def _without_stack(entry: Mapping[str, Any], stack: Any, tensors: Shapes) -> Shapes:
+    """The shapes of one of a stack's adapters; else a ValueError."""
+    if type(stack) is not int or not 0 < stack < 2**31:
+        raise ValueError(f"field 'stack': expected a count of adapters, found {short(stack)}")
+    found = {}
+    for use, name in entry_names(entry):
+        shape = tensor_shape(name, tensors, ITEM_BYTES)
+        if shape[:1] != (stack,):
+            raise ValueError(f"{use} {list(shape)}: expected a stack of {stack}")
+        found[name] = tensors[name][0], shape[1:]
+    return found
+
+
+def _at_place(tensor: RawTensor, place: int | None) -> RawTensor:
+    """One of a stack, on the stack's own memory."""
+    if place is None:
+        return tensor
+    size = tensor.size_bytes // tensor.shape[0]
+    return RawTensor(tensor.dtype, tensor.shape[1:], memoryview(tensor.data)[place * size : (place + 1) * size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +221,7 @@ _AXES: dict[Part, str] = {
 }
 
 
-def tensor_shape(name: Any, tensors: Shapes, dtypes: tuple[str, ...]) -> tuple[int, ...]:
+def tensor_shape(name: Any, tensors: Shapes, dtypes: Collection[str]) -> tuple[int, ...]:
     """The shape of a tensor that a record names.
 
     Raises:

@@ -65,6 +65,10 @@ _PATH = click.Path(path_type=Path)
     help="Train one adapter set for all of --tasks, and write it as a base set.",
 )  # fmt: skip
 @option("Sharing between tasks", "--bases", help="Common bases to train cores in: a file, or a name in --from-store.")
+@option(
+    "Sharing between tasks", "--rebase",
+    help="Move this task, a file or a name in --from-store, to --bases without training, and say what that costs.",
+)  # fmt: skip
 @run_option("Sharing between tasks", "--own-rank", "Rank of a task's own adapters beside its cores.")
 @run_option("Sharing between tasks", "--own-bytes", "Bytes of these adapters: the most important that fit.")
 @option(
@@ -104,7 +108,7 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     last epoch.
 
     With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, TASK has only cores in
-    them, and what --own-rank and --own-bytes allow.
+    them, and what --own-rank and --own-bytes allow. With --rebase, a task that was trained moves to --bases.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
@@ -125,6 +129,8 @@ def _check_usage(request: Request) -> None:
     task, tasks_file = request.task, request.tasks_file
     if request.make_bases or request.from_tasks is not None or request.bases is not None:
         _check_bases_usage(request)
+    if request.rebase is not None and request.bases is None:
+        raise click.UsageError("--rebase needs --bases: it says which bases the task moves to")
     if request.from_store is not None and not request.make_bases and request.bases is None:
         raise click.UsageError("--from-store needs --make-bases or --bases: it says which store these read")
     if request.make_bases:
@@ -146,11 +152,13 @@ def _check_bases_usage(request: Request) -> None:
     if request.make_bases:
         if request.from_store is None:
             raise click.UsageError("--make-bases needs --from-store: the store of the tasks that they are made from")
-        names = ("base", "bank", "bases", "make_base", "plot", "data", "together")
+        names = ("base", "bank", "bases", "rebase", "make_base", "plot", "data", "together")
         if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]:
             raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
     elif request.from_tasks is not None:
         raise click.UsageError("--from-tasks needs --make-bases: it names tasks of --from-store")
+    elif request.rebase is not None and (unused := [name for name in ("tasks_file", "plot") if getattr(request, name)]):
+        raise click.UsageError(f"--rebase takes no --{unused[0].removesuffix('_file')}: it moves one task")
     elif unused := [f"--{name.replace('_', '-')}" for name in ("base", "bank", "make_base") if getattr(request, name)]:
         raise click.UsageError(f"--bases takes no {' or '.join(unused)}")
 

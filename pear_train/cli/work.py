@@ -25,8 +25,9 @@ from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
 from pear_train.make_bases import bases_identity, bases_of, make_bases
-from pear_train.output import check_out, is_finished
+from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_plot, plot_path
+from pear_train.rebase import rebase
 from pear_train.recall import recall_warnings
 from pear_train.report import Failed, Result, result_of
 from pear_train.tasks import TaskEntry, read_tasks
@@ -53,6 +54,7 @@ class Request:
     base: Path | None
     make_base: bool
     bases: str | None
+    rebase: str | None
     make_bases: bool
     from_store: Path | None
     from_tasks: str | None
@@ -90,7 +92,7 @@ class Given:
 
 
 def do_work(request: Request, told: Told) -> Work | None:
-    """Trains what is asked; None where that was a base set or common bases, which are printed already."""
+    """Trains what is asked; None where that was something else, which is printed already."""
     out, many = request.out, request.many
     if os.path.isdir(out) != many and os.path.exists(out):
         raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
@@ -111,7 +113,11 @@ def do_work(request: Request, told: Told) -> Work | None:
             check_plot(plot_path(path))
     base = None if request.base is None else read_checkpoint(request.base)
     bank = _stored(request.bank, request.bank_tasks)
-    bases = None if request.bases is None else _read_bases(request.bases, request.from_store)
+    bases = None if request.bases is None else _read_task(request.bases, request.from_store)
+    if request.rebase is not None and checkpoint_at(out) is not None and not (request.overwrite or request.force):
+        raise ConfigError(
+            f"{out}: there is a task checkpoint already. --overwrite replaces it; another --out keeps both"
+        )
     datasets = [] if many else [_open(entry, request.data_root) for entry in entries]  # first: a mistake shows at once
     loaded = load_backbone(request.backbone, request.weights)
     echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
@@ -120,6 +126,10 @@ def do_work(request: Request, told: Told) -> Work | None:
         return None
     if request.make_bases:
         _make_bases(request, told, entries, loaded, datasets)
+        return None
+    if request.rebase is not None:
+        assert bases is not None
+        _rebase(request, _read_task(request.rebase, request.from_store), bases, loaded, datasets[0])
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
@@ -206,8 +216,23 @@ def _make_bases(
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 
 
-def _read_bases(name: str, store: Path | None) -> Task:
-    """Common bases by their name in a store, or of a file."""
+def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset: Dataset) -> None:
+    made = rebase(task, bases, loaded, dataset, request.out, str(request.task))
+    if request.as_json:
+        click.echo(json.dumps(asdict(made)))
+        return
+    for split, (before, after) in made.top1.items():
+        loss = " to ".join(f"{one:.4f}" for one in made.loss[split])
+        echo(f"{split}: {100 * before:.1f} % to {100 * after:.1f} %, loss {loss}")
+    echo(
+        f"{click.format_filename(request.out)}: on {made.bases}, which hold {100 * made.held:.1f} % of what the cores "
+        f"added; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, head {made.head_bytes:,}; common bases "
+        f"{made.bases_bytes:,})"
+    )
+
+
+def _read_task(name: str, store: Path | None) -> Task:
+    """A task, or common bases, by their name in a store, or of a file."""
     if store is None:
         return read_checkpoint(name)
     with Store(store) as opened:

@@ -1,7 +1,7 @@
 """Made the files in this folder, with the code of the commit that brought them. They are read for ever: run this into a
 new folder for another format, never into one that is there.
 
-    python -m tests.golden.make tests/golden/1
+    python -m tests.golden.make tests/golden/2
 """
 
 import json
@@ -75,21 +75,30 @@ def make_tasks() -> dict[str, Task]:
     quant = {"bits": 4, "down": t.codes("a0.down", D, RANK, 4, 1), "basis": t.codes("a0.up", RANK, D, 4, 0)}
     entry = {"down": "a0.down", "up": t.floats("c1.up", RANK, RANK), "basis": "a0.up", "quant": quant}
     made["q4core"] = task("q4core", t, {"c1": entry}, {"blocks.0.attn": [["c1", 2.0]]})
+    t = Tensors(21)
+    codes = {"bits": 2, "up": {"shape": [RANK, RANK], "scale": t.floats("c.scale", 3, RANK)}}
+    t.made["c.up"] = RawTensor("U8", (3, 1), bytes([17, 228, 99]))
+    down, basis = t.floats("b.down", 3, D, RANK, dtype="F16"), t.floats("b.up", 3, RANK, D, dtype="F16")
+    stack = {"down": down, "up": "c.up", "basis": basis, "quant": codes, "stack": 3}
+    single: dict[str, Any] = {"down": t.floats("a.down", 1, D, 1), "up": t.floats("a.up", 1, 1, D), "stack": 1}
+    places = {"blocks.0.attn": [["c", 1.0, 2], ["a", -0.5, 0]], "blocks.1.attn": [["c", 1.0, 0]]}
+    made["stacks"] = task("stacks", t, {"c": stack, "a": single}, places, format="pear-task/2")
     made["headless"] = task("headless", Tensors(30), {}, {}, head=False)
     return made
 
 
 def task(
-    name: str, t: Tensors, adapters: dict[str, Any], positions: dict[str, Any], head: bool = True, head_bits: int = 0
-) -> Task:
-    changes: dict[str, Any] = {"head": None, "labels": []}
+    name: str, t: Tensors, adapters: dict[str, Any], positions: dict[str, Any], head: bool = True, head_bits: int = 0,
+    format: str = "pear-task/1",
+) -> Task:  # fmt: skip
+    changes: dict[str, Any] = {"head": None, "labels": [], "format": format}
     if head:
         named: dict[str, Any] = {"weight": "head.weight", "bias": t.floats("head.bias", CLASSES)}
         if head_bits:
             named["quant"] = {"bits": head_bits, "weight": t.codes("head.weight", CLASSES, D, head_bits, 0)}
         else:
             t.floats("head.weight", CLASSES, D)
-        changes = {"head": named, "labels": [f"{name}-{i}" for i in range(CLASSES)]}
+        changes |= {"head": named, "labels": [f"{name}-{i}" for i in range(CLASSES)]}
     made = record(
         name, backbone=BACKBONE, adapters=adapters, positions=positions, kept={"unknown": ["keys", 1, None]}, **changes
     )

@@ -18,10 +18,13 @@ from pear_store import (
     RawTensor,
     SourceError,
     Store,
+    Task,
     make_task,
     read_checkpoint,
+    verify,
     write_checkpoint,
 )
+from pear_store.exchange.peft import export_peft
 from pear_store.format import checkpoint
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.container import read_container
@@ -266,6 +269,197 @@ def test_bad_codes_of_cores_are_refused(adapter: str, quant: Any, message: str) 
     with pytest.raises(CheckpointError) as caught:
         make_task({**made, "adapters": {**made["adapters"], adapter: entry}}, found)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- stacks ---------------------------------------------------------------------------------------------------------
+
+
+def stacked(seed: int = 0, **changes: Any) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """A record and tensors: 3 cores of codes on bases, and 2 adapters of the task's own."""
+    rng = np.random.default_rng(seed)
+    bases = np.random.default_rng(7)
+    codes = {"bits": 4, "up": {"shape": [2, 2], "scale": "c.scale"}}
+    made = {
+        "b.down": floats(bases.normal(size=(3, 6, 2))),
+        "b.up": floats(bases.normal(size=(3, 2, 6))),
+        "c.up": RawTensor("U8", (3, 2), rng.integers(0, 256, 6, np.uint8).tobytes()),
+        "c.scale": floats(rng.normal(size=(3, 2))),
+        "a.down": floats(rng.normal(size=(2, 6, 1))),
+        "a.up": floats(rng.normal(size=(2, 1, 6))),
+    }
+    adapters = {
+        "c": {"down": "b.down", "up": "c.up", "basis": "b.up", "quant": codes, "stack": 3},
+        "a": {"down": "a.down", "up": "a.up", "stack": 2},
+    }
+    positions = {
+        "blocks.0.attn": [["c", 1.0, 0], ["a", 0.5, 1]],
+        "blocks.1.attn": [["c", 1.0, 2]],
+        "blocks.2.attn": [["c", 1.0, 1], ["a", 1.0, 0]],
+    }
+    told: dict[str, Any] = {
+        "format": "pear-task/2",
+        "adapters": adapters,
+        "positions": positions,
+        "head": None,
+        "labels": [],
+    }
+    return record(**{**told, **changes}), made
+
+
+def unstacked(task: Task) -> Task:
+    """The same task without stacks, each adapter with tensors of its own."""
+    adapters: dict[str, Any] = {}
+    made: dict[str, RawTensor] = {}
+    for name, adapter in task.adapters.items():
+        down, up = (
+            floats(values) for values in (matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors))
+        )
+        made |= {f"{name}.down": down, f"{name}.up": up}
+        adapters[name] = {"down": f"{name}.down", "up": f"{name}.up"}
+    positions = {p: [[b.adapter, b.scale] for b in branches] for p, branches in task.positions.items()}
+    return make_task({**task.record, "format": "pear-task/1", "adapters": adapters, "positions": positions}, made)
+
+
+def test_stacks_are_what_their_adapters_are_one_by_one(tmp_path: Path) -> None:
+    """In a file, in a store, shown, compared, drawn and exported."""
+    task = make_task(*stacked())
+    assert sorted(task.adapters) == ["a#0", "a#1", "c#0", "c#1", "c#2"]
+    plain = unstacked(task)
+    for i in range(3):  # the numbers, from the tensors' bytes
+        adapter = task.adapters[f"c#{i}"]
+        down = np.frombuffer(bytes(task.tensors["b.down"].data), "<f4").reshape(3, 6, 2)[i]
+        np.testing.assert_array_equal(matrix_values(adapter.down, task.tensors), down)
+        packed = np.frombuffer(bytes(task.tensors["c.up"].data), np.uint8).reshape(3, 2)[i]
+        scale = np.frombuffer(bytes(task.tensors["c.scale"].data), "<f4").reshape(3, 2)[i]
+        codes = np.array([packed & 15, packed >> 4]).T  # [row, column]: two codes a byte
+        assert adapter.core is not None
+        core = matrix_values(adapter.core, task.tensors)
+        np.testing.assert_allclose(core, scale[:, None] * (2 * codes.astype("f4") - 15) / 15, rtol=1e-6)
+    path = tmp_path / "t.safetensors"
+    write_checkpoint(path, task)
+    assert read_checkpoint(path).record == task.record
+    with Store.create(tmp_path / "s") as store:
+        store.add(path)
+        other = make_task(*stacked(seed=1))
+        assert store.add(Task({**other.record, "task": "other"}, other.tensors)).shared_bytes == 2 * 3 * 12 * 4
+        kept = store.get("dtd")
+        assert set(kept.tensors) == {tensor.digest for tensor in task.tensors.values()}
+        for name, adapter in task.adapters.items():
+            for mine, found in zip(adapter.matrices, kept.adapters[name].matrices, strict=True):
+                np.testing.assert_array_equal(matrix_values(mine, task.tensors), matrix_values(found, kept.tensors))
+        changed = dict(task.tensors)
+        changed["b.down"] = floats(
+            np.concatenate(
+                [np.zeros((1, 6, 2)), np.frombuffer(bytes(task.tensors["b.down"].data), "<f4").reshape(3, 6, 2)[1:]]
+            )
+        )
+        store.add(Task(task.record, changed))
+        diff = store.diff("dtd@1", "dtd@2")
+        assert {one.position: one.change for one in diff.positions} == {
+            "blocks.0.attn": "changed", "blocks.1.attn": "equal", "blocks.2.attn": "equal",
+        }, "of a stack, each position is told by its own part"  # fmt: skip
+        assert verify(tmp_path / "s").ok
+        write_checkpoint(tmp_path / "out.safetensors", store.get("dtd@1"))
+    assert {t.digest for t in read_checkpoint(tmp_path / "out.safetensors").tensors.values()} == {
+        t.digest for t in task.tensors.values()
+    }
+    linears = {f"blocks.{i}.attn": (6, 6) for i in range(3)}
+    for name, one in (("stacks", task), ("plain", plain)):
+        export_peft(one, tmp_path / name, linears=linears)
+    files = [(tmp_path / name / "adapter_model.safetensors") for name in ("stacks", "plain")]
+    exported, expected = map(safetensors.numpy.load_file, files)
+    assert exported.keys() == expected.keys()
+    for name, array in exported.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-6)
+
+
+def on_bases(number: int, is_stacked: bool) -> Task:
+    """A task of 24 positions on common bases, with cores and a head of 4 bits; `number` says which."""
+    bases, own = np.random.default_rng(0), np.random.default_rng(number + 1)
+    codes = {"bits": 4, "up": {"shape": [4, 4], "scale": "c.scale"}}
+    made = {
+        "b.down": floats(bases.normal(size=(24, 8, 4))),
+        "b.up": floats(bases.normal(size=(24, 4, 8))),
+        "c.up": RawTensor("U8", (24, 8), own.bytes(24 * 8)),
+        "c.scale": floats(own.normal(size=(24, 4))),
+    }
+    entry = {"down": "b.down", "up": "c.up", "basis": "b.up", "quant": codes}
+    adapters: dict[str, Any] = {"c": {**entry, "stack": 24}}
+    positions: dict[str, Any] = {f"blocks.{i}.mlp": [["c", 1.0, i]] for i in range(24)}
+    if not is_stacked:
+        adapters = {
+            f"c{i}": json.loads(json.dumps(entry).replace('"b.', f'"b{i}.').replace('"c.', f'"c{i}.'))
+            for i in range(24)
+        }
+        positions = {f"blocks.{i}.mlp": [[f"c{i}", 1.0]] for i in range(24)}
+        made = {
+            name.replace(".", f"{i}.", 1): RawTensor(raw.dtype, raw.shape[1:], bytes(raw.data)[i * n : (i + 1) * n])
+            for name, raw in made.items() for i in range(24) for n in [raw.size_bytes // 24]
+        }  # fmt: skip
+    told: dict[str, Any] = {"format": f"pear-task/{1 + is_stacked}", "adapters": adapters, "positions": positions}
+    return make_task(record(f"t{number}", **told, head=None, labels=[]), made)
+
+
+@pytest.mark.slow
+def test_records_of_stacks_are_small(tmp_path: Path) -> None:
+    """A thousand tasks of other cores: what is stored of each beside its tensors, in packs and index."""
+    taken = {}
+    for is_stacked in (True, False):
+        tasks = [on_bases(number, is_stacked) for number in range(1000)]
+        header = write_checkpoint(tmp_path / "one", tasks[0]) - tasks[0].size_bytes
+        with Store.create(tmp_path / f"s{is_stacked}") as store:
+            assert len(list(store.add_many(tasks))) == 1000
+            stats = store.stats()
+        assert stats.unique_bytes == 24 * 8 * 4 * 4 * 2 + 1000 * 24 * (8 + 4 * 4), "bases are there once"
+        assert stats.tensors == (2 if is_stacked else 48) + 1000 * (2 if is_stacked else 48)
+        taken[is_stacked] = (stats.stored_bytes - stats.unique_bytes) / 1000, header
+    (stacks, header), (each, header_each) = taken[True], taken[False]
+    assert stacks < 6_000 and header < 3_500
+    assert stacks < each / 5 and header < header_each / 5
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format", "pear-task/1", "a stack: expected format 'pear-task/2', found 'pear-task/1'"),
+        ("adapters/c/stack", 4, r"field 'adapters', 'c': down \[3, 6, 2\]: expected a stack of 4"),
+        ("adapters/c/stack", 0, "field 'stack': expected a count of adapters, found 0"),
+        ("adapters/c/stack", True, "field 'stack': expected a count of adapters, found True"),
+        ("adapters/c/stack", "3", "field 'stack': expected a count of adapters, found '3'"),
+        ("adapters/c/stack", ..., r"field 'adapters', 'c': down"),
+        ("adapters/c/down", "c.scale", r"down \[2\]: expected \[d_in, r\]"),
+        ("adapters/c/down", "a.down", r"down \[2, 6, 1\]: expected a stack of 3"),
+        ("adapters/c/quant/up/scale", "none", "names tensor 'none', which the file lacks"),
+        ("adapters/c/quant/up/shape", [2, 4], r"4-bit \[2, 4\] is U8 \[4\], found \[2\]"),
+        ("adapters/x#1", {"down": "a.down", "up": "a.up", "stack": 2}, "'x#1': expected no '#' in names"),
+        ("positions/blocks.0.attn", [["c", 1.0]], r"a stack of 3: expected \[adapter, scale, place in the stack\]"),
+        ("positions/blocks.0.attn", [["c", 1.0, 3]], r"a stack of 3: expected \[adapter, scale, place in the stack\]"),
+        ("positions/blocks.0.attn", [["c", 1.0, -1]], r"a stack of 3: expected \[adapter, scale, place in the stack\]"),
+        ("positions/blocks.0.attn", [["c", 1.0, True]], r"a stack of 3: expected"),
+        ("positions/blocks.0.attn", [["c", 1.0, 1, 1]], r"expected \[adapter, scale\], or \[adapter, scale, place"),
+        ("positions/blocks.0.attn", [["c", None, 1]], "scale None: expected a finite number"),
+    ],
+)  # fmt: skip
+def test_bad_stacks_are_refused(path: str, value: Any, message: str) -> None:
+    made, tensors = stacked()
+    *parents, last = path.split("/")
+    node: Any = made
+    for part in parents:
+        node = node[part]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    with pytest.raises(CheckpointError, match=message) as raised:
+        make_task(made, tensors)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_place_in_what_is_no_stack_is_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"\['a0', 1.0, 0\]: this adapter is no stack: expected \[adapter, scale\]"
+    ):
+        make_task(change("positions/blocks.0.attn", [["a0", 1.0, 0]]), tensors())
 
 
 def test_strange_keys_beside_codes_are_kept_and_do_no_harm(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pear_store import Store, Task, read_checkpoint, rebuild, verify
 from pear_store.exchange.peft import import_peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-STORES = ["1", "index3"]
+STORES = ["1", "2", "index3"]
+CHECKPOINTS = sorted(path.relative_to(GOLDEN) for path in GOLDEN.glob("*/checkpoints/*"))
 
 
 def digests(task: Task) -> dict[str, str]:
@@ -41,10 +42,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / request.param / "store", tmp_path / request.param))
 
 
-@pytest.mark.parametrize("name", sorted(expected("1")["checkpoints"]))
-def test_checkpoints(name: str) -> None:
-    task = read_checkpoint(GOLDEN / "1" / "checkpoints" / f"{name}.safetensors")
-    assert digests(task) == expected("1")["checkpoints"][name]
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=str)
+def test_checkpoints(path: Path) -> None:
+    task = read_checkpoint(GOLDEN / path)
+    assert digests(task) == expected(path.parts[0])["checkpoints"][path.stem]
     assert task.record["kept"] == {"unknown": ["keys", 1, None]}
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"run"},
     {"group", "state", "to_task"},
     {"job", "make_base"},
-    {"loop", "make_bases"},
+    {"loop", "make_bases", "rebase"},
     {"cli"},
     {"evaluation"},
 )

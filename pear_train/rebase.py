@@ -1,0 +1,124 @@
+"""Moves a task to other common bases without training, and measures what that costs it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pear_store import RawTensor, Task, make_task, write_checkpoint
+from pear_store.format.codes import matrix_values, up_values
+from pear_store.format.record import HEAD_PARTS, entry_names, renamed
+from pear_train.adapters import AdapterSet, TrainedBranch
+from pear_train.bank import stored_adapter
+from pear_train.bases import bases_at, check_bases, is_bases, stand_on
+from pear_train.config import OPTIONS, TrainConfig
+from pear_train.data import Dataset, Pixels, read_pictures
+from pear_train.dtypes import code_bits
+from pear_train.errors import ConfigError
+from pear_train.evaluate import in_batches
+from pear_train.identity import given_digest, identity_of
+from pear_train.knowledge import in_common_bases
+from pear_train.machine import on_device
+from pear_train.output import check_out
+from pear_train.report import bases_bytes, stored_bytes
+from pear_train.to_task import write_adapters
+from router import AdaptedBackbone, Backbone, Preprocess, Router
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """What moving a task gave; of two figures the first is of the task as it was, the second of it as it is written."""
+
+    task: str
+    bases: str
+    held: float
+    """The share of what cores added, by squared norm, that the new bases hold."""
+    loss: dict[str, tuple[float, float]]
+    """Cross-entropy on val, and on test where there is one."""
+    top1: dict[str, tuple[float, float]]
+    adapter_bytes: int
+    head_bytes: int
+    bases_bytes: int
+    file_bytes: int
+
+
+def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: Path, name: str = "") -> Rebased:
+    """Writes a task with the nearest cores in other bases: C = D⁺ · down · core · up · U⁺ at each position.
+
+    Its own adapters, its head and its options stay as they are. Both are evaluated on the data, through the router.
+
+    Args:
+        name: of the new task [default: the same].
+    Raises:
+        ConfigError: the task stands on no common bases, or the new ones or the data do not fit.
+    """
+    if is_bases(task) or "bases" not in task.record["training"]:
+        raise ConfigError(f"task {task.name!r}: stands on no common bases: expected what --bases trained")
+    if list(task.labels) != list(dataset.classes):
+        raise ConfigError(f"task {task.name!r}: its {len(task.labels)} classes are not those of the data")
+    check_out(out)
+    training = task.record["training"]
+    options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
+    config = TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
+    adapted = on_device(backbone, None)
+    check_bases(bases, adapted, config)
+    adapted.attach(list(task.positions))
+    adapters, held = _moved(task, bases, adapted, config)
+    tensors: dict[str, RawTensor] = {}
+    record = {**task.record, "task": config.task, **write_adapters(config, adapters, tensors)}
+    if (head := task.record["head"]) is not None:
+        names = {stored: f"head.{use}" for use, stored in entry_names(head, HEAD_PARTS)}
+        tensors |= {new: task.tensors[stored] for stored, new in names.items()}
+        record["head"] = renamed(head, names.__getitem__, HEAD_PARTS)
+    _, pixels = read_pictures(dataset, Preprocess(task.preprocess, dataset.limits))
+    splits = {split: one for split, one in pixels.items() if split != "train"}
+    before = _measure(task, backbone, splits)
+    after = _measure(make_task(record, tensors, config.task), backbone, splits)
+    loss = {split: (before[split][0], after[split][0]) for split in splits}
+    top1 = {split: (before[split][1], after[split][1]) for split in splits}
+    record["metrics"] = {**task.record["metrics"], **{f"{split}_top1": new for split, (_, new) in top1.items()}}
+    told = {"from": training["bases"], "held": held, "loss": loss, "top1": top1}
+    given = given_digest(task, (), bases)  # another than of a run on these bases: this is no such run's file
+    record["training"] = {**training, "bases": bases.name, "given": given, "rebased": told}
+    written = make_task(json.loads(json.dumps(record)), tensors, config.task)
+    file_bytes = write_checkpoint(out, written)
+    adapter, _, head_bytes = stored_bytes(written)
+    return Rebased(config.task, bases.name, held, loss, top1, adapter, head_bytes, bases_bytes(written), file_bytes)
+
+
+def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> tuple[AdapterSet, float]:
+    """The task's adapters with the nearest cores in `bases`; and the share of the squared norm that these hold."""
+    bits = code_bits(config.tensor_dtype), code_bits(config.core_dtype)
+    adapters = AdapterSet({}, 0, config.activation, config.scale, torch.Generator(), False, *bits)
+    stand_on(adapters, bases_at(bases, adapted, list(task.positions)), 1.0, adapted.device)
+    whole = kept = 0.0
+    for position, (common, *own) in task.positions.items():
+        branch = adapters.branches[position][0]
+        (d, u), old = adapters.matrices(branch.adapter), task.adapters[common.adapter]
+        down = torch.from_numpy(matrix_values(old.down, task.tensors).astype("f4"))
+        up = torch.from_numpy(up_values(old, task.tensors).astype("f4")) * common.scale
+        core = in_common_bases(down, up, d.cpu(), u.cpu())
+        whole += float((down @ up).square().sum())
+        kept += float((d.cpu() @ core @ u.cpu()).square().sum())
+        branch.core = nn.Parameter(core.to(adapted.device))
+        for one in own:
+            adapters.frozen[one.adapter] = stored_adapter(task, one.adapter, "bank")
+            adapters.branches[position].append(TrainedBranch(one.adapter, one.scale))
+    return adapters, kept / (whole or 1.0)
+
+
+@torch.no_grad()
+def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, tuple[float, float]]:
+    """The mean loss and the top-1 of each split, through the router."""
+    router, found = Router(backbone), {}
+    router.add(task)
+    for split, pixels in splits.items():
+        parts = [router.run(pixels.images(rows), task.name).logits for rows in in_batches(pixels)]
+        logits = torch.cat([torch.stack(list(part)) for part in parts]).cpu()
+        right = int((logits.argmax(1) == pixels.targets).sum())
+        found[split] = float(F.cross_entropy(logits, pixels.targets)), right / len(pixels)
+    return found
