@@ -87,8 +87,9 @@ def test_promtool_reads_rules_configuration_and_every_expression(tmp_path: Path)
     check(promtool, "check", "rules", tmp_path / "all.yml")
 
 
-def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+def test_hadolint_finds_nothing_in_the_dockerfiles() -> None:
     check(tool("hadolint"), "Dockerfile")
+    check(tool("hadolint"), "deploy/ray/Dockerfile")
 
 
 def test_the_compose_file_follows_its_schema() -> None:
