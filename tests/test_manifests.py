@@ -57,7 +57,9 @@ def test_names_ports_options_and_times_fit_together() -> None:
     (container,) = pod["spec"]["containers"]
     known = CliRunner().invoke(router.serve.cli.main, ["--help"]).output
     check_options(container["args"], known)
-    defaults = {option.name: option.default for option in router.serve.cli.main.params}
+    defaults: dict[str, Any] = {
+        option.name: option.to_info_dict().get("default") for option in router.serve.cli.main.params
+    }
     (port,) = (one["containerPort"] for one in container["ports"])
     assert port == defaults["port"] == service["spec"]["ports"][0]["port"]
     pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])

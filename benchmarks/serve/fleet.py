@@ -24,7 +24,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -79,15 +79,14 @@ def make_files(bench: Bench) -> int:
         return router.stats().size_bytes
 
 
-def replica(bench: Bench, number: int, slot_bytes: int | None) -> "Iterator[Server]":
+def replica(bench: Bench, number: int, slot_bytes: int | None) -> AbstractContextManager[Server]:
     """A pear-serve on one core."""
     core = number % (os.cpu_count() or 1)
     slots = [] if slot_bytes is None else ["--slot-bytes", str(slot_bytes)]
     command = ["taskset", "-c", str(core), sys.executable, "-m", "router.serve", "--store",
                str(bench.work / "tiny.store"), "--device", "cpu", "--port", "PORT", "--refresh-s", "0",
                *(slots or ["--preload", "all"])]  # fmt: skip
-    found: Iterator[Server] = started(bench, f"pear-serve {number}", command, "/readyz", OURS)
-    return found
+    return started(bench, f"pear-serve {number}", command, "/readyz", OURS)
 
 
 @contextmanager

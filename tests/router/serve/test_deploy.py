@@ -103,7 +103,7 @@ def test_systemd_finds_nothing_in_the_unit_and_its_options_are_the_command_s(tmp
     known = CliRunner().invoke(main, ["--help"]).output
     assert all(f"{option} " in known for option in command.split() if option.startswith("--"))
     (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
-    (drain_s,) = (option.default for option in main.params if option.name == "drain_s")
+    (drain_s,) = (option.to_info_dict()["default"] for option in main.params if option.name == "drain_s")
     assert int(stop_s) > drain_s
     unit = tmp_path / "pear-serve@8091.service"
     unit.write_text(text.replace(command.split()[0], "/bin/true"))
