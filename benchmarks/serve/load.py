@@ -10,7 +10,8 @@ Reads a plan from standard input, and writes what came of it to standard output,
 A stream with `connections` is a closed loop: each connection asks again as soon as it is answered, or 0.1 s after it
 was refused; with `"abandon": true` all hang up at the end, else they wait for their answers. A stream with `rate` is
 open: requests come by chance (Poisson), as many a second, whether or not earlier ones were answered; their time counts
-from when they were due. TASK and IMAGE (base64) in path and body are replaced; without a body the image's bytes are.
+from when they were due. Tasks are equally likely, or by `weights`; a stream may have a `port` of its own. TASK and
+IMAGE (base64) in path and body are replaced; without a body the image's bytes are.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,15 @@ class Stream:
     """Requests of one kind, and the times of their answers."""
 
     def __init__(self, plan: dict[str, Any], port: int, images: list[bytes], seed: int) -> None:
-        self.plan, self.port, self.images = plan, port, images
+        self.plan, self.port, self.images = plan, plan.get("port", port), images
+        self.weights = list(accumulate(plan["weights"])) if "weights" in plan else None
         self.random = random.Random(seed)
         self.answers: list[tuple[float, float, int]] = []
         """When each was due, when it was answered, and its status."""
 
     def request(self) -> bytes:
-        task, image = self.random.choice(self.plan["tasks"]), self.random.choice(self.images)
+        (task,) = self.random.choices(self.plan["tasks"], cum_weights=self.weights)
+        image = self.random.choice(self.images)
         path = self.plan["path"].replace("TASK", task)
         kind, body = "image/jpeg", image
         if self.plan.get("body"):

@@ -40,7 +40,7 @@ def _paths(limits: RequestLimits) -> Json:
     top = _query("top", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}, "Classes in `top`.")
     probabilities = _query("probabilities", {"type": "boolean", "default": False}, "Also those of all classes.")
     tasks = _query("tasks", {"type": "string"}, "Names with commas, or `all`: every image goes through all of them.")
-    predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+    predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     results = {"200": _answer("One row for each image and task.", _ref("Results")), **predict}
     gone = _problems(503)
     whole = {"type": "integer", "minimum": 1, "maximum": 1000}

@@ -6,14 +6,14 @@ from router.serve.problems import TITLES
 
 Json = dict[str, Any]
 
-INFER = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+INFER = (400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
 
 
 def v2_paths() -> Json:
     """The paths below /v2."""
     task = _in_path("task", "A task's name, `name@2` or `name@tag`.")
     number = _in_path("version", "A version of the task.")
-    gone, unknown = v2_errors(503), v2_errors(400, 404, 422, 500)
+    gone, unknown = v2_errors(503), v2_errors(400, 404, 422, 500, 502)
     found: Json = {
         "/v2": {"get": _get("About this server", _ref("V2Server"), {})},
         "/v2/health/live": {"get": _get("Whether the process is alive", _object({"live": _BOOLEAN}), gone, False)},

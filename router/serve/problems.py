@@ -31,6 +31,7 @@ TITLES = {
     422: "This cannot be done",
     429: "Too many requests",
     500: "Something went wrong here",
+    502: "What lies behind cannot be reached",
     503: "Not available now",
     504: "No answer in time",
 }
@@ -90,7 +91,8 @@ def problem_of(error: BaseException) -> Problem:
         case RouterError():
             return Problem(422, str(error))
         case PlaceError():
-            return Problem(503, "the remote that has this task cannot be reached", headers={"Retry-After": "10"})
+            # not 503: that says that another replica may be able to, and here none is
+            return Problem(502, "the remote that has this task cannot be reached", headers={"Retry-After": "10"})
         case PearStoreError():
             return Problem(500, "the store cannot read this task; the server's log says why")
     return Problem(500, "an error that was not expected; the server's log says more")

@@ -667,5 +667,5 @@ def test_answers_carry_security_headers(shared: Router) -> None:
 
 def test_a_remote_that_is_away_is_said_to_be_away_and_not_named() -> None:
     problem = problem_of(PlaceError("s3://team-bucket/pear", "no answer"))
-    assert problem.status == 503 and problem.headers["Retry-After"]
+    assert problem.status == 502 and problem.headers["Retry-After"]
     assert "team-bucket" not in problem.detail

@@ -87,12 +87,28 @@ def test_promtool_reads_rules_configuration_and_every_expression(tmp_path: Path)
     check(promtool, "check", "rules", tmp_path / "all.yml")
 
 
-def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+def test_hadolint_finds_nothing_in_the_dockerfiles() -> None:
     check(tool("hadolint"), "Dockerfile")
+    check(tool("hadolint"), "deploy/ray/Dockerfile")
 
 
 def test_the_compose_file_follows_its_schema() -> None:
     check(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "compose.yaml")
+
+
+def test_systemd_finds_nothing_in_the_unit_and_its_options_are_the_command_s(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd/pear-serve@.service").read_text()
+    (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    assert command.startswith("/opt/pear/bin/pear-serve --port %i ")
+    known = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"{option} " in known for option in command.split() if option.startswith("--"))
+    (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
+    (drain_s,) = (option.to_info_dict()["default"] for option in main.params if option.name == "drain_s")
+    assert int(stop_s) > drain_s
+    unit = tmp_path / "pear-serve@8091.service"
+    unit.write_text(text.replace(command.split()[0], "/bin/true"))
+    done = subprocess.run([tool("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True)
+    assert "pear-serve" not in done.stderr, done.stderr
 
 
 def test_services_are_kept_small_and_reached_from_this_machine_only() -> None:
