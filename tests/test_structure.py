@@ -160,6 +160,18 @@ def test_nothing_of_router_imports_its_outer_wings(wing: str) -> None:
             assert not imports(file) & OUTER[wing], file
 
 
+def test_ray_is_imported_where_clusters_are() -> None:
+    """It is an extra, takes seconds to import, and one machine needs none of it."""
+    using = {file.relative_to(ROOT) for p in ALLOWED for file in (ROOT / p).rglob("*.py") if "ray" in imports(file)}
+    assert {path for path in using if path.parent != Path("router/cluster")} == {Path("pear_train/cluster.py")}
+    for file in (ROOT / "pear_train").rglob("*.py"):
+        if any(name.startswith("pear_train.cluster") for name in modules(file)):
+            assert file.relative_to(ROOT) == Path("pear_train/cli/cluster.py")
+            body = ast.parse(file.read_text()).body
+            tops = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in modules_of(node)}
+            assert "pear_train.cluster" not in tops
+
+
 def test_the_batcher_knows_no_http() -> None:
     for name in ("batcher", "flow", "parts", "turns", "errors"):
         file = ROOT / "router" / "serve" / f"{name}.py"

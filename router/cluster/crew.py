@@ -17,10 +17,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pear_store import PearStoreError
-from router.cluster.session import ClusterError, cores, one_line, room
+from router.cluster.session import ClusterError, cores, reason_of, room
 from router.cluster.worker import AT_ONCE, Answer, Settings, Worker, decoded
-from router.errors import RouterError
 from router.infer.plan import Ask
 
 IN_FLIGHT = AT_ONCE + 1
@@ -133,7 +131,7 @@ class Crew:
         try:
             ray.get(reference)
         except ActorDiedError as error:
-            raise ClusterError(f"a worker cannot be made: {_reason(error)}") from None
+            raise ClusterError(f"a worker cannot be made: {reason_of(error)}") from None
         except RayActorError:
             time.sleep(0.5)  # Ray is about to start it again
             self._start(member)
@@ -161,7 +159,7 @@ class Crew:
             self._retry(order)
         except RayTaskError as error:
             if not isinstance(error.cause, _LOST):
-                raise ClusterError(f"a worker failed: {_reason(error)}") from None
+                raise ClusterError(f"a worker failed: {reason_of(error)}") from None
             self._retry(order)
         return None
 
@@ -177,14 +175,6 @@ class Crew:
             )
         self.retries += 1
         self._again.append(order)
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RouterError | PearStoreError):
-        return str(cause)
-    text = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{text[-1]:.300}" if text else one_line(error)
 
 
 def make_crew(settings: Settings, workers: int | None, cpus_per_worker: int | None, decode: str) -> Crew:

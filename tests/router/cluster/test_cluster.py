@@ -1,13 +1,10 @@
 """pear-infer on a Ray cluster: the rows of one machine, whoever dies meanwhile. Ray starts once for this module."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +17,17 @@ from click.testing import CliRunner
 from pear_store import Store, Task
 from pear_store.remote.remotes import Remote, add_remote, init_remote
 from router.infer.cli import main
+from tests.helpers.cluster import Cluster, two_cores
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
-
-
-CLUSTER = """
-import sys, ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-"""
-"""Ends when its input does, so when this process ends in whatever way."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    address: str
-    process: int
-    environment: dict[str, str]
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two cores of this machine."""
-    environment = {
-        **os.environ, "PEAR_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-    }  # fmt: skip
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, env=environment, **pipes) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield Cluster(process.stdout.readline().strip(), process.pid, environment)
-        finally:
-            process.stdin.close()
-            process.wait(60)
+    with two_cores(tmp_path_factory.mktemp("cache")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -123,19 +91,6 @@ def assert_same(found: pa.Table, expected: pa.Table) -> None:
         assert one == pytest.approx(other, abs=1e-5)
 
 
-def workers(cluster: Cluster) -> list[int]:
-    """The processes of the cluster that hold a router."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
-                found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return [pid for pid in found if parents.get(parents[pid]) == cluster.process]
-
-
 def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
     listed = write_list(work, 300)
     args = ["--store", work / "s", "--batch-size", 4]
@@ -156,8 +111,7 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: C
     run_here(listed, work / "here", *args)
     process = start(cluster, listed, work / "there", *args)
     wait_for_parts(process, work / "there.parts", 2)
-    for pid in workers(cluster):
-        os.kill(pid, signal.SIGKILL)
+    assert cluster.kill("Worker") > 0
     assert end(process)["retries"] > 0
     found = pq.read_table(work / "there")
     assert_same(found, pq.read_table(work / "here"))
