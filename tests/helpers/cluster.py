@@ -81,7 +81,7 @@ def machine(environment: Mapping[str, str], folder: Path, *args: str) -> Iterato
     ray = Path(sys.executable).with_name("ray")
     memory = f"--object-store-memory={100 << 20}"
     with (folder / "ray.log").open("wb") as log:
-        command = [ray, "start", *args, memory, "--block", "--disable-usage-stats"]
+        command = [str(ray), "start", *args, memory, "--block", "--disable-usage-stats"]
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
     try:
         yield process

@@ -246,8 +246,8 @@ def test_whoever_is_killed_on_three_machines_the_rows_are_those_of_one(
         for folder in folders[1:]:
             joined = machine(environment, folder, f"--address={address}", "--num-cpus=1")
             machines.append(stack.enter_context(joined))
-        for folder in folders:
-            wait_until(lambda log=folder / "ray.log": "Ray runtime started" in log.read_text())
+        logs = [folder / "ray.log" for folder in folders]
+        wait_until(lambda: all("Ray runtime started" in log.read_text() for log in logs))
         cluster = Cluster(address, machines[0].pid, environment)
         for count in (1, 2, 4):
             report = end(start(cluster, listed, tmp_path / f"by{count}", "--workers", count, *args))
