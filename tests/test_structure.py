@@ -144,8 +144,14 @@ OUTER = {
     },
 }
 """Wings of router that nothing else of it imports, and the packages that only they import"""
-USERS = {"infer": {Path("cluster")}, "cluster": {Path("infer/cli.py")}}
+USERS = {
+    "infer": {Path("cluster")},
+    "cluster": {Path("infer/cli.py")},
+    "serve": {Path("cluster/deployment.py")},
+}
 """But for a wing that is built on another, and the command that starts it"""
+USES = {Path("cluster/deployment.py"): {"starlette"}}
+"""And packages of another wing, for the type of what it is given"""
 
 
 @pytest.mark.parametrize("wing", OUTER)
@@ -157,7 +163,19 @@ def test_nothing_of_router_imports_its_outer_wings(wing: str) -> None:
         if not USERS.get(wing, set()) & {inside, *inside.parents}:
             assert not [name for name in modules(file) if name.startswith(f"router.{wing}")], file
         if not (wing == "infer" and "cluster" in inside.parts):
-            assert not imports(file) & OUTER[wing], file
+            assert imports(file) & OUTER[wing] <= USES.get(inside, set()), file
+
+
+def test_ray_is_imported_where_clusters_are() -> None:
+    """It is an extra, takes seconds to import, and one machine needs none of it."""
+    using = {file.relative_to(ROOT) for p in ALLOWED for file in (ROOT / p).rglob("*.py") if "ray" in imports(file)}
+    assert {path for path in using if path.parent != Path("router/cluster")} == {Path("pear_train/cluster.py")}
+    for file in (ROOT / "pear_train").rglob("*.py"):
+        if any(name.startswith("pear_train.cluster") for name in modules(file)):
+            assert file.relative_to(ROOT) == Path("pear_train/cli/cluster.py")
+            body = ast.parse(file.read_text()).body
+            tops = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in modules_of(node)}
+            assert "pear_train.cluster" not in tops
 
 
 def test_the_batcher_knows_no_http() -> None:

@@ -13,7 +13,8 @@ from pear_store.terminal import echo, version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import HeadedCommand, option, read_options, run_option
 from pear_train.cli.progress import say
-from pear_train.cli.work import Request, Work, do_work
+from pear_train.cli.request import Request, Work
+from pear_train.cli.work import do_work
 from pear_train.errors import PearTrainError
 from pear_train.plot import plot_path, plot_result
 from pear_train.report import Result
@@ -55,6 +56,18 @@ _PATH = click.Path(path_type=Path)
 @option(
     "Several tasks", "--together", type=click.IntRange(1),
     help="Tasks of --tasks in one batch [default: 8 on a GPU, else 1].",
+)  # fmt: skip
+@option(
+    "Several tasks", "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local",
+    help="Let a Ray cluster train --tasks: at this address, such as auto or 10.0.0.1:6379, or of this machine alone.",
+)  # fmt: skip
+@option(
+    "Several tasks", "--workers", type=click.IntRange(1),
+    help="With --ray: the most workers at once [default: as many as the cluster has room for].",
+)  # fmt: skip
+@option(
+    "Several tasks", "--cpus-per-worker", type=click.IntRange(1),
+    help="With --ray: the cores that each worker takes [default: 4, or what the smallest machine has; 1 beside a GPU].",
 )  # fmt: skip
 @option("Sharing between tasks", "--bank", type=_PATH, help="Store whose adapters pruned positions may borrow.")
 @option("Sharing between tasks", "--bank-tasks", help="Comma-separated tasks of --bank [default: the 64 added last].")
@@ -141,6 +154,10 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--make-base needs --tasks")
     if request.together is not None and not request.many:
         raise click.UsageError("--together needs --tasks, and no --make-base: it says how many tasks train at once")
+    if request.address is not None and not request.many:
+        raise click.UsageError("--ray needs --tasks, and no --make-base: machines train different tasks")
+    if request.address is None and (request.workers or request.cpus_per_worker):
+        raise click.UsageError("--workers and --cpus-per-worker are for a cluster: give --ray, too")
     if request.bank_tasks is not None and request.bank is None:
         raise click.UsageError("--bank-tasks needs --bank: it names tasks of that store")
     unused = [f"--{name}" for name in ("base", "bank", "plot") if getattr(request, name)]

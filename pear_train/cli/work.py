@@ -2,21 +2,20 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from pear_store import PearStoreError, Store, Task, read_checkpoint
-from pear_store.terminal import echo, printable
-from pear_train.cli.answer import summary_line
+from pear_store.terminal import echo
+from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
-from pear_train.cli.progress import Progress
+from pear_train.cli.progress import Progress, say_above
+from pear_train.cli.request import Given, Request, Work
 from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
@@ -28,67 +27,12 @@ from pear_train.make_bases import bases_identity, bases_of, make_bases
 from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_plot, plot_path
 from pear_train.rebase import rebase
-from pear_train.recall import recall_warnings
-from pear_train.report import Failed, Result, result_of
+from pear_train.report import Failed, result_of
 from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
 _BANK_TASKS = 64
 """All of a bank's adapters at a position are tried in one forward: more would not fit, and hardly help."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked, but for the options of the runs."""
-
-    task: str | None
-    data: str | None
-    data_root: Path | None
-    tasks_file: Path | None
-    together: int | None
-    backbone: str
-    weights: str | None
-    out: Path
-    bank: Path | None
-    bank_tasks: str | None
-    base: Path | None
-    make_base: bool
-    bases: str | None
-    rebase: str | None
-    make_bases: bool
-    from_store: Path | None
-    from_tasks: str | None
-    overwrite: bool
-    force: bool
-    plot: bool
-    as_json: bool
-
-    @property
-    def many(self) -> bool:
-        """Many checkpoints are to be written; a base set, or common bases, of many tasks are one."""
-        return self.tasks_file is not None and not self.make_base and not self.make_bases
-
-
-@dataclass
-class Work:
-    """The tasks, and what came of them."""
-
-    entries: list[TaskEntry]
-    paths: dict[str, Path]
-    """Where each task's checkpoint goes."""
-    jobs: list[Job] = field(default_factory=list)
-    results: list[Result | Failed] = field(default_factory=list)
-    kept: set[str] = field(default_factory=set)
-    """Tasks whose checkpoint was there already."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What runs stand on, of other tasks."""
-
-    base: Task | None
-    bank: Sequence[Task]
-    bases: Task | None
 
 
 def do_work(request: Request, told: Told) -> Work | None:
@@ -168,6 +112,9 @@ def _as_it_is(dataset: Dataset) -> Dataset:
 
 
 def _train(request: Request, work: Work, loaded: Backbone, given: Given, default_together: int) -> None:
+    if request.address is not None:
+        train_on_cluster(request, work, loaded, given)
+        return
     many, together = request.many, request.together or default_together
     epochs = sum(job.config.epochs for job in work.jobs) if many else None
     with Progress(str(request.task or request.tasks_file), epochs) as bar:
@@ -176,10 +123,7 @@ def _train(request: Request, work: Work, loaded: Backbone, given: Given, default
             base=given.base, bank=given.bank, bases=given.bases, say=bar.say,
         )  # fmt: skip
         for result in ended:
-            work.results.append(result)
-            bar.say(summary_line(result))
-            for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
-                bar.say(f"Warning: {result.task}: {warning}")
+            work.keep(result, bar.say)
 
 
 def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]) -> None:
@@ -271,10 +215,7 @@ def _make_folder(out: Path) -> None:
 def _open(entry: TaskEntry, root: Path | None) -> Dataset:
     """Opens a task's data, and says on stderr what it was taken for."""
     dataset = open_dataset(entry.data, root, entry.data_options)
-    lines = [f"data      {dataset.description}; {dataset.sizes()}", f"classes   {dataset.table()}"]
-    lines += [f"skipped   {note}" for note in dataset.notes]
-    lines += [f"Warning: {entry.data}: {warning}" for warning in dataset.warnings()]
-    tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)  # above the progress bar, if there is one
+    say_above(dataset.summary(entry.data))
     return dataset
 
 

@@ -162,6 +162,12 @@ class Dataset:
         cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
         return f"{'/'.join(self.splits)}: " + ", ".join(cells)
 
+    def summary(self, name: str) -> str:
+        """Lines for a person: what the data was taken for, its classes, and what to know of it."""
+        lines = [f"data      {self.description}; {self.sizes()}", f"classes   {self.table()}"]
+        lines += [f"skipped   {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"Warning: {name}: {warning}" for warning in self.warnings())])
+
     def sizes(self) -> str:
         test = "no" if self.test is None else len(self.test)
         return f"{len(self.classes)} classes; {len(self.train)} train, {len(self.val)} val, {test} test images"

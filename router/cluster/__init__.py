@@ -1,8 +1,19 @@
-"""Many machines: the work of one `pear-infer` on a Ray cluster (docs/cluster.md)."""
+"""Many machines: the work of one `pear-infer` on a Ray cluster (docs/cluster.md); `pear-train` connects through it."""
 
 from router.cluster.crew import Crew, make_crew
 from router.cluster.infer import work_off
-from router.cluster.session import ClusterError, has_gpus, session
+from router.cluster.session import ClusterError, has_gpus, reason_of, room, session
 from router.cluster.worker import Settings, shared_path
 
-__all__ = ["ClusterError", "Crew", "Settings", "has_gpus", "make_crew", "session", "shared_path", "work_off"]
+__all__ = [
+    "ClusterError",
+    "Crew",
+    "Settings",
+    "has_gpus",
+    "make_crew",
+    "reason_of",
+    "room",
+    "session",
+    "shared_path",
+    "work_off",
+]

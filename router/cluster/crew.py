@@ -17,16 +17,16 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pear_store import PearStoreError
-from router.cluster.session import ClusterError, cores, one_line, room
+from router.cluster.session import ClusterError, cores, reason_of, room
 from router.cluster.worker import AT_ONCE, Answer, Settings, Worker, decoded
-from router.errors import RouterError
 from router.infer.plan import Ask
 
 IN_FLIGHT = AT_ONCE + 1
 """Batches that a worker has: the last one waits, so that the worker never does. This bounds the run's memory."""
-ATTEMPTS = 6
+DEATHS = 6
 """How often a batch is tried whose worker dies. Then something of it may be what kills workers."""
+ALONE_AFTER = 3
+"""After so many deaths a batch has a worker to itself: it is not blamed for what another one did."""
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
 
@@ -37,16 +37,27 @@ class Order:
     asks: list[Ask]
     pixels: Any = None
     """A reference to its decoded images, where tasks of Ray's decode them."""
-    attempts: int = 0
+    deaths: int = 0
+    """Of workers that had it."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it may be what kills workers."""
+        return self.deaths >= ALONE_AFTER
 
 
 @dataclass(eq=False)
 class _Member:
-    """A worker, and how many orders it has."""
+    """A worker, and the orders that it has."""
 
     actor: Any
     is_up: bool = False
-    orders: int = 0
+    orders: list[Order] = field(default_factory=list)
+
+    def takes(self, order: Order) -> bool:
+        if order.alone:
+            return self.is_up and not self.orders
+        return self.is_up and len(self.orders) < IN_FLIGHT and not any(other.alone for other in self.orders)
 
 
 @dataclass
@@ -103,11 +114,11 @@ class Crew:
         if following is not None:
             self._assemble()
         while following is not None or self._again or self._flying:
-            while (following is not None or self._again) and (member := self._idlest()) is not None:
+            while (order := self._again[0] if self._again else following) and (member := self._idlest(order)):
+                self._send(order, member)
                 if self._again:
-                    self._send(self._again.popleft(), member)
-                elif following is not None:
-                    self._send(following, member)
+                    self._again.popleft()
+                else:
                     following = next(left, None)
             done, _ = ray.wait([*self._starting, *self._flying], num_returns=1)
             for reference in done:
@@ -118,10 +129,10 @@ class Crew:
                     if answered is not None:
                         yield answered
 
-    def _idlest(self) -> _Member | None:
-        """Who has the fewest orders; None: all have enough."""
-        free = [member for member in self.members if member.is_up and member.orders < IN_FLIGHT]
-        return min(free, key=lambda member: member.orders, default=None)
+    def _idlest(self, order: Order) -> _Member | None:
+        """Of those that take this order, who has the fewest; None: nobody takes it now."""
+        free = [member for member in self.members if member.takes(order)]
+        return min(free, key=lambda member: len(member.orders), default=None)
 
     def _start(self, member: _Member) -> None:
         member.is_up = False
@@ -133,7 +144,7 @@ class Crew:
         try:
             ray.get(reference)
         except ActorDiedError as error:
-            raise ClusterError(f"a worker cannot be made: {_reason(error)}") from None
+            raise ClusterError(f"a worker cannot be made: {reason_of(error)}") from None
         except RayActorError:
             time.sleep(0.5)  # Ray is about to start it again
             self._start(member)
@@ -147,12 +158,11 @@ class Crew:
                 order.pixels = self._decode.remote(asks)
             asks = [replace(ask, image=b"") for ask in asks]  # which the worker does not need
         self._flying[member.actor.serve.remote(asks, order.pixels)] = order, member
-        member.orders += 1
-        order.attempts += 1
+        member.orders.append(order)
 
     def _receive(self, reference: Any) -> tuple[Order, Answer] | None:
         order, member = self._flying.pop(reference)
-        member.orders -= 1
+        member.orders.remove(order)
         try:
             return order, ray.get(reference)
         except _LOST as error:
@@ -161,30 +171,23 @@ class Crew:
             self._retry(order)
         except RayTaskError as error:
             if not isinstance(error.cause, _LOST):
-                raise ClusterError(f"a worker failed: {_reason(error)}") from None
+                raise ClusterError(f"a worker failed: {reason_of(error)}") from None
             self._retry(order)
         return None
 
     def _retry(self, order: Order) -> None:
         """Has an order served again whose worker, or whose decoding, was lost."""
         order.pixels = None
-        if order.attempts >= ATTEMPTS:
+        order.deaths += 1
+        if order.deaths >= DEATHS:
             image = order.asks[0].image
             name = "an image that the list holds" if isinstance(image, bytes) else image
             raise ClusterError(
-                f"workers died {ATTEMPTS} times with a batch that begins with {name}: finished parts are kept; see "
+                f"workers died {DEATHS} times with a batch that begins with {name}: finished parts are kept; see "
                 "Ray's logs for why, and run the same command again"
             )
         self.retries += 1
         self._again.append(order)
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RouterError | PearStoreError):
-        return str(cause)
-    text = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{text[-1]:.300}" if text else one_line(error)
 
 
 def make_crew(settings: Settings, workers: int | None, cpus_per_worker: int | None, decode: str) -> Crew:

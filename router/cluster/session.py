@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from pear_store import PearStoreError
 from router.errors import RouterError
 
 HERE = "local"
@@ -65,6 +66,15 @@ def one_line(error: BaseException) -> str:
     """What an error says; Ray's errors hold whole traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0]:.300}" if lines else type(error).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """What made a worker fail, as one line: our own error, or the last line of a trace."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RouterError | PearStoreError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[-1]:.300}" if lines else type(error).__name__
 
 
 def has_gpus() -> bool:

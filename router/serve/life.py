@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 
+from pear_store import PearStoreError
+from router.errors import RouterError
 from router.router import Router
 from router.serve.batcher import Batcher
 from router.serve.bodies import Held, Parser
@@ -94,6 +96,19 @@ class Life:
         if changed:
             log.info("refreshed: %s", ", ".join(f"{name} is now {version}" for name, version in changed.items()))
         return changed
+
+    async def try_refresh(self) -> None:
+        """As `refresh`; if the store cannot be read, that is logged, and what was known is served on."""
+        try:
+            await self.refresh()
+        except (PearStoreError, RouterError) as error:
+            log.error("the store could not be refreshed, what was known is served on: %s", error)
+
+    async def refresh_every(self, seconds: float) -> None:
+        """Takes up what changed in the store again and again, until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.try_refresh()
 
     async def must_be_ready(self) -> None:
         if self._warming is None:  # mounted: nobody has started it

@@ -13,7 +13,6 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from pear_store import PearStoreError
 from router.errors import RouterError
 from router.serve.app import Service
 
@@ -165,11 +164,11 @@ async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: flo
         keep(loop.create_task(service.end()))
 
     def hang_up() -> None:
-        keep(loop.create_task(_refresh(service)))
+        keep(loop.create_task(service.try_refresh()))
 
     for number, handler in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, hang_up)):
         loop.add_signal_handler(number, handler)
-    ticking = loop.create_task(_refresh_every(service, refresh_s)) if refresh_s else None
+    ticking = loop.create_task(service.refresh_every(refresh_s)) if refresh_s else None
     try:
         await server.serve([listener])
     finally:
@@ -180,16 +179,3 @@ async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: flo
     if service.batcher.failed is not None:
         raise RouterError(f"the device's thread ended: {service.batcher.failed}")
     return service.drained and not service.batcher.busy
-
-
-async def _refresh_every(service: Service, seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        await _refresh(service)
-
-
-async def _refresh(service: Service) -> None:
-    try:
-        await service.refresh()
-    except (PearStoreError, RouterError) as error:
-        log.error("the store could not be refreshed, what was known is served on: %s", error)

@@ -20,6 +20,7 @@ LAYERS = (
     {"group", "state", "to_task"},
     {"job", "make_base"},
     {"loop", "make_bases", "rebase"},
+    {"cluster"},
     {"cli"},
     {"evaluation"},
 )

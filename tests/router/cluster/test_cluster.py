@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +22,17 @@ from click.testing import CliRunner
 from pear_store import Store, Task
 from pear_store.remote.remotes import Remote, add_remote, init_remote
 from router.infer.cli import main
+from tests.helpers.cluster import Cluster, cluster_environment, kill_all, machine, two_cores, workers_of
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
-
-
-CLUSTER = """
-import sys, ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-"""
-"""Ends when its input does, so when this process ends in whatever way."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    address: str
-    process: int
-    environment: dict[str, str]
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two cores of this machine."""
-    environment = {
-        **os.environ, "PEAR_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-    }  # fmt: skip
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, env=environment, **pipes) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield Cluster(process.stdout.readline().strip(), process.pid, environment)
-        finally:
-            process.stdin.close()
-            process.wait(60)
+    with two_cores(tmp_path_factory.mktemp("cache")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -114,6 +87,15 @@ def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> 
         time.sleep(0.01)
 
 
+def wait_until(what: Callable[[], Any]) -> Any:
+    """What it gives at last."""
+    until = time.monotonic() + 180
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
 def assert_same(found: pa.Table, expected: pa.Table) -> None:
     """The same rows in the same order; numbers as exact as unlike numbers of threads allow."""
     numbers = ["probability", "topk"]
@@ -121,19 +103,6 @@ def assert_same(found: pa.Table, expected: pa.Table) -> None:
     assert found.drop_columns(numbers) == expected.drop_columns(numbers)
     for one, other in zip(found["probability"].to_pylist(), expected["probability"].to_pylist(), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-
-
-def workers(cluster: Cluster) -> list[int]:
-    """The processes of the cluster that hold a router."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
-                found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return [pid for pid in found if parents.get(parents[pid]) == cluster.process]
 
 
 def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
@@ -156,12 +125,45 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: C
     run_here(listed, work / "here", *args)
     process = start(cluster, listed, work / "there", *args)
     wait_for_parts(process, work / "there.parts", 2)
-    for pid in workers(cluster):
-        os.kill(pid, signal.SIGKILL)
+    assert cluster.kill("Worker") > 0
     assert end(process)["retries"] > 0
     found = pq.read_table(work / "there")
     assert_same(found, pq.read_table(work / "here"))
     assert found["row"].to_pylist() == list(range(2001))
+
+
+def test_a_machine_that_dies_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
+    listed = write_list(work, 2000)
+    args = ["--store", work / "s", "--batch-size", 4]
+    run_here(listed, work / "here", *args)
+    with machine(cluster.environment, work, f"--address={cluster.address}", "--num-cpus=1") as joined:
+        wait_until(lambda: "Ray runtime started" in (work / "ray.log").read_text())
+        process = start(cluster, listed, work / "there", *args)
+        wait_until(lambda: workers_of(joined.pid, "Worker.serve"))
+        kill_all(joined.pid)
+        report = end(process)
+    assert (report["workers"], report["retries"] > 0) == (3, True)
+    assert_same(pq.read_table(work / "there"), pq.read_table(work / "here"))
+
+
+@pytest.mark.skipif(
+    "PEAR_CLUSTER_DEATHS" not in os.environ, reason="kills 6 workers: PEAR_CLUSTER_DEATHS=1, in make faults"
+)
+def test_a_batch_that_kills_its_workers_ends_the_run_with_its_name(work: Path, cluster: Cluster) -> None:
+    """The list's other batches are not blamed, and the parts before it are kept."""
+    shutil.copy(work / "0.png", work / "deadly.png")
+    listed = write_list(work, 300)
+    lines = listed.read_text().splitlines()
+    lines[205] = "deadly.png,a,204"
+    listed.write_text("\n".join(lines) + "\n")
+    process = start(cluster, listed, work / "there", "--store", work / "s", "--batch-size", 1)
+    out, errors = process.communicate(timeout=300)
+    assert (process.returncode, out) == (1, "")
+    said = errors.splitlines()[-1]
+    assert said.startswith(
+        f"Error: workers died 6 times with a batch that begins with {work}/deadly.png: finished parts"
+    )
+    assert len(list((work / "there.parts").glob("0*.parquet"))) >= 10
 
 
 def test_a_run_on_a_cluster_that_is_killed_goes_on_with_the_versions_it_began_with(
@@ -213,6 +215,61 @@ def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Clust
         assert (process.returncode, out) == (1, "")
         assert errors.startswith(f"Error: {message}")
         assert len(errors.splitlines()) == 1
+
+
+FULL = int(os.environ.get("PEAR_CLUSTER_ROWS", 0))
+
+
+@pytest.mark.skipif(not FULL, reason="takes minutes: PEAR_CLUSTER_ROWS=20000, in make faults")
+def test_whoever_is_killed_on_three_machines_the_rows_are_those_of_one(
+    tmp_path: Path, task_maker: Callable[..., Task]
+) -> None:
+    """50 tasks on machines of 2, 1 and 1 cores; then a worker is killed every 20 s, and once a machine."""
+    make_list_folder(tmp_path, task_maker, [(100 + i, 90, 3) for i in range(40)])
+    with Store(tmp_path / "s") as store:
+        list(store.add_many(task_maker(f"t{i}", seed=i, size=(64, 96)[i % 2]) for i in range(50)))
+    images = ["broken.png" if i % 997 == 7 else f"{i * 31 % 40}.png" for i in range(FULL)]
+    tasks = ["zebra" if i % 991 == 5 else f"t{i * 17 % 50}" for i in range(FULL)]
+    listed = tmp_path / "list.csv"
+    pd.DataFrame({"image": images, "task": tasks}).to_csv(listed, index=False)
+    args = ["--store", tmp_path / "s", "--batch-size", 32]
+    run_here(listed, tmp_path / "here", *args)
+    expected = pq.read_table(tmp_path / "here")
+    environment = {**cluster_environment(tmp_path / "cache"), "RAY_TMPDIR": str(tmp_path)}
+    folders = [tmp_path / f"machine{i}" for i in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    with ExitStack() as stack:
+        head = ["--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
+        machines = [stack.enter_context(machine(environment, folders[0], *head))]
+        address = wait_until(lambda: re.search(r"--address='(.+)'", (folders[0] / "ray.log").read_text()))[1]
+        for folder in folders[1:]:
+            joined = machine(environment, folder, f"--address={address}", "--num-cpus=1")
+            machines.append(stack.enter_context(joined))
+        logs = [folder / "ray.log" for folder in folders]
+        wait_until(lambda: all("Ray runtime started" in log.read_text() for log in logs))
+        cluster = Cluster(address, machines[0].pid, environment)
+        for count in (1, 2, 4):
+            report = end(start(cluster, listed, tmp_path / f"by{count}", "--workers", count, *args))
+            print(count, report)
+            assert (report["workers"], report["retries"]) == (count, 0)
+            assert_same(pq.read_table(tmp_path / f"by{count}"), expected)
+        process = start(cluster, listed, tmp_path / "killed", *args)
+        kills, wait_s = 0, 5.0  # the first one soon, whatever the machine's speed
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(wait_s)
+            alive = [pid for one in machines for pid in workers_of(one.pid, "Worker.serve")]
+            if alive:
+                os.kill(alive[kills % len(alive)], signal.SIGKILL)
+                kills, wait_s = kills + 1, 20.0
+            if kills == 2:
+                kill_all(machines[2].pid)
+        report = end(process)
+        print(kills, report)
+        assert kills > 1
+        assert report["retries"] > 0
+        assert_same(pq.read_table(tmp_path / "killed"), expected)
 
 
 def test_a_cluster_that_is_not_there_is_said_in_one_line(work: Path) -> None:

@@ -1,0 +1,77 @@
+"""What is asked of the command, and what came of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pear_store import Task
+from pear_train.cli.answer import summary_line
+from pear_train.job import Job
+from pear_train.recall import recall_warnings
+from pear_train.report import Failed, Result
+from pear_train.tasks import TaskEntry
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, but for the options of the runs."""
+
+    task: str | None
+    data: str | None
+    data_root: Path | None
+    tasks_file: Path | None
+    together: int | None
+    address: str | None
+    """Of a Ray cluster."""
+    workers: int | None
+    cpus_per_worker: int | None
+    backbone: str
+    weights: str | None
+    out: Path
+    bank: Path | None
+    bank_tasks: str | None
+    base: Path | None
+    make_base: bool
+    bases: str | None
+    rebase: str | None
+    make_bases: bool
+    from_store: Path | None
+    from_tasks: str | None
+    overwrite: bool
+    force: bool
+    plot: bool
+    as_json: bool
+
+    @property
+    def many(self) -> bool:
+        """Many checkpoints are to be written; a base set, or common bases, of many tasks are one."""
+        return self.tasks_file is not None and not self.make_base and not self.make_bases
+
+
+@dataclass
+class Work:
+    """The tasks, and what came of them."""
+
+    entries: list[TaskEntry]
+    paths: dict[str, Path]
+    """Where each task's checkpoint goes."""
+    jobs: list[Job] = field(default_factory=list)
+    results: list[Result | Failed] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    """Tasks whose checkpoint was there already."""
+
+    def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
+        """Takes what came of a task, and says it."""
+        self.results.append(result)
+        say(summary_line(result))
+        for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
+            say(f"Warning: {result.task}: {warning}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What runs stand on, of other tasks."""
+
+    base: Task | None
+    bank: Sequence[Task]
+    bases: Task | None

@@ -1,0 +1,274 @@
+"""Many tasks over many machines: processes of a Ray cluster train them (docs/cluster.md).
+
+The process that was started decides what is to train, and hands tasks out. A worker writes a task's state and its
+checkpoint where the process that was started would, so all machines see the output's folder.
+"""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeAlias
+
+import ray
+import torch
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from pear_store import Task
+from pear_train.data import Dataset, open_dataset
+from pear_train.job import Job
+from pear_train.loop import train_many
+from pear_train.report import Failed, Result, Step
+from pear_train.tasks import TaskEntry
+from router import Backbone, load_backbone
+from router.cluster import ClusterError, has_gpus, reason_of, room, session
+
+ATTEMPTS = 6
+"""How often a task's worker may die without an epoch that ended in between."""
+ALONE_AFTER = 3
+"""After so many such deaths, tasks that trained together are tried one by one: one of them may be what kills."""
+WAITING = 64
+"""Groups that Ray knows of beside those that it has room for, so that an autoscaler sees that machines are wanted."""
+SECONDS_PER_STEP = 1.0
+"""A worker tells of steps within an epoch at most this often."""
+__all__ = ["Assignment", "Party", "Setup", "has_gpus", "session"]
+_LOST = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all workers have in common. Paths are absolute, and the same on all machines."""
+
+    backbone: str
+    weights: str | None
+    digest: str
+    """Of the backbone as the run began with it."""
+    data_root: Path | None
+    on_gpus: bool
+    base: Task | None = None
+    bank: Sequence[Task] = ()
+    bases: Task | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A task to train, as any machine may be told it."""
+
+    entry: TaskEntry
+    out: Path
+
+
+@dataclass(frozen=True)
+class Began:
+    """A task's turn has come, on this machine."""
+
+    task: str
+    host: str
+
+
+Event: TypeAlias = Began | Step | Result | Failed | str
+"""What a worker tells; a text is a line for a person."""
+
+
+# ---- on a worker ----------------------------------------------------------------------------------
+
+
+def trained(assignments: Sequence[Assignment], setup: Setup, threads: int | None) -> Iterator[Event]:
+    """Trains tasks together, each from where an earlier worker left it.
+
+    Args:
+        threads: that a step computes with; None: as torch has it.
+
+    Raises:
+        ClusterError: this machine has another backbone.
+        RouterError: this machine cannot load the backbone.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    host = socket.gethostname()
+    for assignment in assignments:
+        yield Began(assignment.entry.config.task, host)
+    backbone = _backbone(setup.backbone, setup.weights)
+    if backbone.digest != setup.digest:
+        raise ClusterError(f"backbone {setup.backbone}: {host} has other weights than the run began with")
+    events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
+    Thread(target=_train, args=(assignments, setup, backbone, events.put), daemon=True).start()
+    while (event := events.get()) is not None:
+        if isinstance(event, BaseException):
+            raise event
+        yield event
+
+
+def _train(
+    assignments: Sequence[Assignment],
+    setup: Setup,
+    backbone: Backbone,
+    tell: Callable[[Event | BaseException | None], None],
+) -> None:
+    """Trains in a thread beside the one that sends what is told."""
+    jobs = [Job(job.entry.config, partial(_open, job.entry, setup.data_root, tell), job.out) for job in assignments]
+    try:
+        for ended in train_many(
+            jobs, backbone, _Pace(tell).show, together=len(jobs), base=setup.base, bank=setup.bank, bases=setup.bases,
+            say=tell,
+        ):  # fmt: skip
+            tell(ended)
+        tell(None)
+    except BaseException as error:
+        tell(error)
+
+
+def _open(entry: TaskEntry, root: Path | None, tell: Callable[[str], None]) -> Dataset:
+    dataset = open_dataset(entry.data, root, entry.data_options)
+    tell(dataset.summary(entry.data))
+    return dataset
+
+
+@lru_cache(1)
+def _backbone(name: str, weights: str | None) -> Backbone:
+    """Ray gives a process one task after the other."""
+    return load_backbone(name, weights)
+
+
+class _Pace:
+    """Tells of each epoch's end, and of steps now and then."""
+
+    def __init__(self, tell: Callable[[Step], None]) -> None:
+        self._tell, self._told = tell, 0.0
+
+    def show(self, step: Step) -> None:
+        now = time.monotonic()
+        if step.val_top1 is not None or now - self._told >= SECONDS_PER_STEP:
+            self._told = now
+            self._tell(step)
+
+
+# ---- in the process that was started --------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Group:
+    """Tasks that train together; those that ended are taken out."""
+
+    left: dict[str, Assignment]
+    deaths: int = 0
+    """Since an epoch ended."""
+
+
+class Audience(Protocol):
+    """Who is told what goes on."""
+
+    def began(self, task: str, host: str) -> None:
+        """A task's turn has come on this machine, or has come again."""
+
+    def show(self, step: Step) -> None: ...
+
+    def say(self, line: str) -> None:
+        """Takes lines for a person."""
+
+
+class Party:
+    """Workers that train tasks, as many at once as the cluster has room for.
+
+    Args:
+        together: tasks that one worker trains at once.
+        workers: the most workers at once; None: as the cluster has room.
+        cpus_per_worker: cores that each takes; None: see :func:`router.cluster.room`.
+
+    Raises:
+        ClusterError: the cluster has room for none.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        audience: Audience,
+        together: int = 1,
+        workers: int | None = None,
+        cpus_per_worker: int | None = None,
+    ) -> None:
+        self._audience, self._together, self._workers, self._on_gpus = audience, together, workers, setup.on_gpus
+        _, self._cpus = room(setup.on_gpus, cpus_per_worker)
+        self._threads = None if setup.on_gpus else self._cpus
+        self._setup = ray.put(setup)  # once, whatever base and bank hold
+        train: Any = ray.remote(trained)
+        self._train = train.options(
+            num_cpus=self._cpus, num_gpus=int(setup.on_gpus), num_returns="streaming", max_retries=0,
+            scheduling_strategy="SPREAD",
+        )  # fmt: skip
+        self._waiting: deque[_Group] = deque()
+        self._running: dict[Any, _Group] = {}
+        self._hosts: dict[str, str] = {}
+
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Result | Failed]:
+        """Trains tasks, in any order.
+
+        Raises:
+            ClusterError: a worker cannot work at all. Tasks that ended are kept, and states of the others.
+        """
+        for start in range(0, len(assignments), self._together):
+            self._waiting.append(_Group({a.entry.config.task: a for a in assignments[start : start + self._together]}))
+        while self._waiting or self._running:
+            while self._waiting and len(self._running) < self._most():
+                group = self._waiting.popleft()
+                self._running[self._train.remote(list(group.left.values()), self._setup, self._threads)] = group
+            ready, _ = ray.wait(list(self._running), num_returns=1)
+            for stream in ready:
+                yield from self._take(stream)
+
+    def _most(self) -> int:
+        """Groups that Ray is told of. Machines may have come."""
+        return self._workers or room(self._on_gpus, self._cpus)[0] + WAITING
+
+    def _take(self, stream: Any) -> Iterator[Result | Failed]:
+        """One thing that a worker told, or its end."""
+        group = self._running[stream]
+        try:
+            event: Event = ray.get(next(stream))
+        except StopIteration:
+            del self._running[stream]
+        except _LOST:
+            del self._running[stream]
+            yield from self._again(group)
+        except RayTaskError as error:
+            raise ClusterError(f"a worker failed: {reason_of(error)}") from None
+        else:
+            yield from self._hear(group, event)
+
+    def _hear(self, group: _Group, event: Event) -> Iterator[Result | Failed]:
+        match event:
+            case Began():
+                self._hosts[event.task] = event.host
+                self._audience.began(event.task, event.host)
+            case Step():
+                if event.val_top1 is not None:
+                    group.deaths = 0
+                self._audience.show(event)
+            case str():
+                self._audience.say(event)
+            case Result() | Failed():
+                del group.left[event.task]
+                group.deaths = 0
+                host = self._hosts.pop(event.task)
+                if isinstance(event, Failed) and host != socket.gethostname():
+                    event = replace(event, error=f"on {host}: {event.error}")  # the path may be missing only there
+                yield event
+
+    def _again(self, group: _Group) -> Iterator[Failed]:
+        """Puts tasks first in line whose worker died; gives up those that had too many."""
+        group.deaths += 1
+        names = ", ".join(group.left)
+        if group.deaths >= ATTEMPTS:
+            why = f"its worker died {ATTEMPTS} times without an epoch's end; Ray's logs say why"
+            yield from (Failed(task, why) for task in group.left)
+            return
+        self._audience.say(f"{names}: the worker died; another goes on after the last epoch that was ended")
+        if group.deaths >= ALONE_AFTER:
+            self._waiting.extendleft(_Group({task: job}, group.deaths) for task, job in group.left.items())
+        elif group.left:
+            self._waiting.appendleft(group)

@@ -1,0 +1,161 @@
+"""A Ray Serve application around `router.serve`: replicas that share one store, found by task (docs/cluster.md).
+
+    from ray import serve
+    from router.cluster.deployment import Replicas, application
+
+    serve.run(application(Replicas(backbone="pear_tiny", store="s3://bucket/pear")))
+
+Each replica has a router, a batcher and the routes of pear-serve. A request that names its task in its path goes to the
+replica that consistent hashing gives the task, so each replica loads only some tasks.
+"""
+
+import asyncio
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import torch
+from ray import cloudpickle, serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from starlette.applications import Starlette
+
+from pear_store import Store
+from pear_store.remote.cache import CacheSettings
+from router import Router
+from router.cluster.session import ClusterError
+from router.serve.app import create_app
+from router.serve.batcher import Batcher
+from router.serve.limits import RequestLimits
+from router.serve.metrics import Metrics
+from router.threads import compute_alone
+
+_TASK = re.compile(r"/v1/tasks/([^/]+)/predict|/v2/models/([^/]+)(?:/versions/[^/]+)?/infer")
+"""The paths of predictions that name a task."""
+
+
+def task_of(path: str) -> str | None:
+    """The task that a request's path names, whatever its version; None if it names none."""
+    found = _TASK.search(path)
+    return unquote(found[1] or found[2]).partition("@")[0] if found is not None else None
+
+
+class TaskRouter(ConsistentHashRouter):
+    """Sends requests for one task to one replica; to the next ones if that has all it may have at once."""
+
+    def _routing_key(self, pending_request: Any) -> str | None:
+        if pending_request is not None and pending_request.metadata.is_http_request:
+            request = cloudpickle.loads(pending_request.args[0])  # this process, Serve's proxy, has just pickled it
+            if (task := task_of(request._asgi_scope["path"])) is not None:
+                return task
+        return super()._routing_key(pending_request)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """What replicas serve, and how many there are.
+
+    Args:
+        store: a URL, or a folder that all machines see.
+        fewest, most: replicas; between them Ray decides by how many requests wait.
+        cpus, gpus: what each replica takes.
+        waiting: requests that one replica is to have at once, on average: more of them start replicas.
+        at_once: the most requests that one replica has; what comes beyond goes to another.
+        refresh_s: how often each replica takes up what changed in the store; 0 for never.
+        affinity: "task": requests for one task go to one replica; "none": to any.
+    """
+
+    backbone: str
+    store: str
+    weights: str | None = None
+    cache_bytes: int | None = None
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    slot_bytes: int | None = None
+    fewest: int = 1
+    most: int = 1
+    cpus: int = 1
+    gpus: int = 0
+    waiting: float = 16
+    at_once: int = 64
+    max_batch: int = 64
+    drain_s: float = 30.0
+    refresh_s: float = 60.0
+    affinity: Literal["task", "none"] = "task"
+    use_token: str | None = field(default=None, repr=False)
+    manage_token: str | None = field(default=None, repr=False)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fewest <= self.most:
+            raise ClusterError(f"replicas: fewest {self.fewest}, most {self.most}: expected 1 <= fewest <= most")
+        if self.waiting > self.at_once:
+            raise ClusterError(f"replicas: waiting {self.waiting}: expected at most at_once, {self.at_once}")
+
+
+@serve.ingress()
+class Replica:
+    """One router behind the routes of pear-serve.
+
+    Raises:
+        RouterError, PearStoreError: the router cannot be made.
+    """
+
+    def __init__(self, settings: Replicas) -> None:
+        compute_alone()  # forwards have a thread of their own
+        self._settings = settings
+        self._store = Store.open(settings.store, cache=CacheSettings(limit_bytes=settings.cache_bytes))
+        device = settings.device or ("cuda" if settings.gpus else "cpu")
+        if device == "cpu":
+            torch.set_num_threads(settings.cpus)
+        self._router = Router(
+            settings.backbone, self._store, weights=settings.weights, device=device, slot_bytes=settings.slot_bytes,
+            dtype="auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        )  # fmt: skip
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        settings, metrics = self._settings, Metrics()
+        batcher = Batcher(self._router, max_batch=settings.max_batch, watch=metrics)
+        app = create_app(
+            self._router, batcher=batcher, limits=settings.limits, use_token=settings.use_token,
+            manage_token=settings.manage_token, drain_s=settings.drain_s, counted=metrics.counted,
+            more_routes=[metrics.route(self._router, batcher)],
+        )  # fmt: skip
+        self._batcher = batcher
+        if settings.refresh_s:
+            refreshing = app.state.service.refresh_every(settings.refresh_s)
+            self._refreshing = asyncio.get_running_loop().create_task(refreshing)
+        return app
+
+    def check_health(self) -> None:
+        """Ray starts a replica anew whose device failed."""
+        if self._batcher.failed is not None:
+            raise self._batcher.failed
+
+    async def __del__(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._refreshing
+        self._store.close()
+
+
+def application(replicas: Replicas, name: str = "pear") -> Any:
+    """The application, for `serve.run`, or as `import_path` of a Serve config file."""
+    options: dict[str, Any] = {
+        "name": name, "max_ongoing_requests": replicas.at_once, "graceful_shutdown_timeout_s": replicas.drain_s + 5,
+        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+    }  # fmt: skip
+    if replicas.fewest == replicas.most:
+        options["num_replicas"] = replicas.fewest
+    else:
+        options["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=replicas.fewest, max_replicas=replicas.most, target_ongoing_requests=replicas.waiting
+        )
+    if replicas.affinity == "task":
+        by_task: Any = TaskRouter  # the type that Ray gives this field is wrong
+        options["request_router_config"] = RequestRouterConfig(request_router_class=by_task)
+    return serve.deployment(**options)(Replica).bind(replicas)

@@ -1,0 +1,117 @@
+"""A Ray cluster for tests: real, small, and gone when the test process is, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEADLY = ROOT / "tests" / "helpers" / "deadly"
+_HEAD = """
+import sys, ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+"""Ends when its input does, so when this process ends in whatever way."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    process: int
+    environment: dict[str, str]
+    """For who joins or uses it."""
+
+    def workers(self, name: str) -> list[int]:
+        """Its processes that do this work now, such as Worker; not those of machines that joined it."""
+        return workers_of(self.process, name)
+
+    def kill(self, name: str) -> int:
+        """Kills these processes at once; returns how many they were."""
+        pids = self.workers(name)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+
+def descendants(process: int) -> list[int]:
+    """A process, and all that it and its children started."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found = [process]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def workers_of(process: int, name: str) -> list[int]:
+    """The processes of Ray's below one that do this work now: Ray gives them its name."""
+    found = []
+    for pid in descendants(process):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"ray::{name}".encode()):
+                found.append(pid)
+    return found
+
+
+def kill_all(process: int) -> None:
+    """Kills a process and its descendants, as a machine that loses its power does."""
+    for pid in descendants(process):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def machine(environment: Mapping[str, str], folder: Path, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A machine of a cluster: a `ray start` whose processes are its descendants.
+
+    Args:
+        folder: receives what it says, in ray.log.
+        args: of `ray start`.
+    """
+    ray = Path(sys.executable).with_name("ray")
+    memory = f"--object-store-memory={100 << 20}"
+    with (folder / "ray.log").open("wb") as log:
+        command = [str(ray), "start", *args, memory, "--block", "--disable-usage-stats"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+    try:
+        yield process
+    finally:
+        kill_all(process.pid)
+        process.wait(60)
+
+
+def cluster_environment(cache: Path) -> dict[str, str]:
+    """For the processes of a cluster, and those that use it: a token of their own."""
+    return {
+        **os.environ, "PEAR_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{DEADLY}", "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+    }  # fmt: skip
+
+
+@contextmanager
+def two_cores(cache: Path) -> Iterator[Cluster]:
+    """A cluster of two cores of this machine.
+
+    Args:
+        cache: where its workers cache what they read of remotes.
+    """
+    environment = cluster_environment(cache)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", _HEAD], text=True, env=environment, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield Cluster(process.stdout.readline().strip(), process.pid, environment)
+        finally:
+            process.stdin.close()
+            process.wait(60)

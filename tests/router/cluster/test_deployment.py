@@ -1,0 +1,116 @@
+"""The Ray Serve application: answers of one router, a task in one replica, new versions taken up. Ray Serve is real."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pear_store import Store, Task
+from router import Backbone, Router
+from tests.helpers.cluster import cluster_environment
+from tests.helpers.lists import make_list_folder
+
+pytest.importorskip("ray.serve", reason="needs ray: pip install 'pear-adapters[ray]'")
+
+TASKS = [f"t{i}" for i in range(20)]
+"""So many that no chance gives all of them to one of two replicas."""
+TOKENS = {"use_token": "a-token-to-use-tasks", "manage_token": "a-token-to-manage"}
+
+
+@contextmanager
+def served(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of an application in a process of its own, which ends with this one."""
+    command = [sys.executable, "-m", "tests.helpers.served", json.dumps(settings)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    environment = cluster_environment(folder / "cache")
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            port = int(process.stdout.readline())
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                yield client
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
+@pytest.mark.slow
+def test_two_replicas_answer_as_one_router_and_share_the_tasks(
+    tmp_path: Path, backbone: Backbone, task_maker: Callable[..., Task]
+) -> None:
+    make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
+    with Store(tmp_path / "s") as store:
+        list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
+    settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 2, "most": 2, "refresh_s": 0.5}
+    image = (tmp_path / "0.png").read_bytes()
+    with Store(tmp_path / "s") as store, served(tmp_path, **settings, **TOKENS) as client:
+
+        def predict(task: str) -> dict[str, Any]:
+            answer = client.post(
+                f"/v1/tasks/{task}/predict", content=image, headers={**token, "Content-Type": "image/png"}
+            )
+            assert answer.status_code == 200, answer.text
+            result: dict[str, Any] = answer.json()["results"][0]
+            return result
+
+        token: dict[str, str] = {}
+        assert client.post("/v1/tasks/t0/predict", content=image).status_code == 401
+        token = {"Authorization": f"Bearer {TOKENS['use_token']}"}
+        expected = Router(backbone, store).run([image] * len(TASKS), TASKS)
+        for task, prediction in zip(TASKS, expected, strict=True):
+            for _ in range(3):
+                found = predict(task)
+                assert (found["version"], found["label"]) == (1, prediction.label)
+                assert found["top"][0]["probability"] == pytest.approx(prediction.topk(1)[0][1], abs=1e-5)
+        assert client.get("/v2/models/t0/ready", headers=token).status_code == 200
+        assert client.get("/v1/tasks/nothing", headers=token).status_code == 404
+
+        until = time.monotonic() + 120
+        replicas: set[frozenset[str]] = set()
+        while len(replicas) < 2:  # the one that answers is left to chance
+            metrics = client.get("/metrics", headers=token).text
+            replicas.add(frozenset(re.findall(r'pear_images_total\{task="(\w+)"\} 3\.0', metrics)))
+            assert time.monotonic() < until
+        one, other = replicas
+        assert one | other == set(TASKS)
+        assert not one & other
+
+        store.add(task_maker("t0", seed=77))
+        while predict("t0")["version"] != 2:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+def test_the_task_of_a_path() -> None:
+    from router.cluster.deployment import task_of
+
+    named = {
+        "/v1/tasks/dtd/predict": "dtd",
+        "/prefix/v1/tasks/dtd@3/predict": "dtd",
+        "/v2/models/dtd/infer": "dtd",
+        "/v2/models/dtd/versions/2/infer": "dtd",
+        "/v1/tasks/a%20b/predict": "a b",
+        "/v1/predict": None,
+        "/v1/tasks/dtd": None,
+        "/metrics": None,
+    }
+    assert {path: task_of(path) for path in named} == named
+
+
+def test_numbers_of_replicas_that_cannot_be() -> None:
+    from router.cluster import ClusterError
+    from router.cluster.deployment import Replicas
+
+    with pytest.raises(ClusterError, match="fewest 3, most 2: expected 1 <= fewest <= most"):
+        Replicas("pear_tiny", "s", fewest=3, most=2)
+    with pytest.raises(ClusterError, match="waiting 65: expected at most at_once, 64"):
+        Replicas("pear_tiny", "s", waiting=65)
