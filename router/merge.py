@@ -19,6 +19,7 @@ from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
 from router.adapted import AdaptedBackbone
 from router.layout import Use
+from router.positions import is_linear
 
 Merge = bool | Literal["auto"]
 """Merge a task that runs alone at once, never, or when it has run alone often enough."""
@@ -109,7 +110,7 @@ def unmergeable(backbone: nn.Module, task: Task) -> list[str]:
     """The positions whose branches cannot become part of a matrix: they are no Linears, or φ is not the identity."""
     if task.activation != "identity":
         return list(task.positions)
-    return [position for position in task.positions if type(backbone.get_submodule(position)) is not nn.Linear]
+    return [position for position in task.positions if not is_linear(backbone.get_submodule(position))]
 
 
 def merged_weight(backbone: nn.Module, task: Task, position: str) -> Tensor:
@@ -123,5 +124,5 @@ def merged_weight(backbone: nn.Module, task: Task, position: str) -> Tensor:
         adapter = task.adapters[branch.adapter]
         values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
         down, up = (torch.tensor(one).float() for one in values)
-        weight.addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
+        weight.flatten(1).addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
     return weight

@@ -61,7 +61,8 @@ def _check_mergeable(backbone: Backbone, task: Task) -> None:
     if apart := sorted(unmergeable(backbone.module, task), key=natural_key):
         some = ", ".join(map(repr, apart[:3])) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
         raise PearStoreError(
-            f"task {task.name!r} cannot be merged: positions {some} are whole modules, expected Linears; {ONNX_INSTEAD}"
+            f"task {task.name!r} cannot be merged: positions {some} are whole modules, expected Linears or 1x1 "
+            f"convolutions; {ONNX_INSTEAD}"
         )
 
 

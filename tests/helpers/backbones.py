@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -13,20 +12,9 @@ from torch import nn
 from pear_store import Task, make_task
 from router import AdaptedBackbone, Backbone
 from tests.helpers.makers import floats, record
+from tools.backbones import random_module
 
-
-def random_module(name: str, seed: int = 0) -> nn.Module:
-    """A model without classifier, whose every layer does something: running statistics and zero scales, too."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    module: nn.Module = timm.create_model(name, num_classes=0).eval()
-    with torch.no_grad():
-        for key, value in module.state_dict().items():
-            if value.is_floating_point() and value.ndim == 1:  # norms, biases, layer scales
-                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
-            if key.endswith(("bias", "running_mean")):
-                value.sub_(1.0)
-    return module
+__all__ = ["random_module", "random_task", "saved"]
 
 
 def saved(module: nn.Module, file: Path) -> Path:
