@@ -76,7 +76,8 @@ def try_backbone(model: str, family: str = "") -> Found:
         adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
         positions = attached(adapted, "auto")
     except RouterError as error:
-        return Found(family, model, "", 0, str(error).rpartition("Of the last default: ")[2])
+        named = "none of the defaults fits: name modules" if "none of the default" in str(error) else str(error)
+        return Found(family, model, "", 0, named)
     except Exception as error:  # whatever timm raises for a model that needs another package
         return Found(family, model, "", 0, f"{type(error).__name__}: {' '.join(str(error).split())}")
     preset = next(one for one in DEFAULTS if _chosen(module, one) == positions)
@@ -136,7 +137,7 @@ def _random_task(backbone: Backbone, adapted: AdaptedBackbone, positions: list[s
 
 HEAD = """# Which backbones work
 
-Written by `python -m tools.backbones` (timm {timm}, torch {torch}); `tests/tools/test_backbones.py` holds it on some.
+Written by `python -m tools.backbones` (timm {timm}, torch {torch}); a test holds it on some.
 
 From each of timm's modules it takes a small model with random weights, attaches the default positions of `pear-train`,
 and runs two tasks in a mixed batch. A model works if each row's features equal those of the row alone to 1e-4, and the
