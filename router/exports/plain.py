@@ -112,7 +112,7 @@ def compare(
         name = router.add(task)
         for count in BATCHES:
             images = torch.randn(count, 3, *image_size(task), generator=torch.Generator().manual_seed(count))
-            expected = router.run(images, name).logits.cpu()
+            expected = torch.as_tensor(router.run(images, name).logits)
             with torch.inference_mode():
                 found = torch.as_tensor(answers(images))
             allowed = TOLERANCE * max(1.0, float(expected.abs().max()))

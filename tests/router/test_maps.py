@@ -1,5 +1,7 @@
 """Positions whose channels come first: convolutional networks, through the same op."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pear_store import Task
 from pear_store.format.checkpoint import Branch
 from pear_store.format.codes import matrix_values, up_values
 from router import AdaptedBackbone, Backbone, BackboneError, Router, choose_positions, load_backbone
-from router.adapted import share
+from router.backbone import share
 from tests.helpers.backbones import random_module, random_task
 from tests.helpers.predictions import whole
 
@@ -45,7 +47,7 @@ def images_of(count: int, size: tuple[int, int] = SIZE) -> Tensor:
 def by_convolutions(network: Backbone, task: Task, images: Tensor) -> Tensor:
     """The logits by hooks that add two 1x1 convolutions, the first with the stride that fits."""
     module = share(network.module)
-    phi = {"identity": lambda h: h, "relu": F.relu, "gelu": F.gelu}[task.activation]
+    phi: Callable[[Tensor], Tensor] = {"identity": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU()}[task.activation]
     for position, branches in task.positions.items():
 
         def add(_: nn.Module, args: tuple[Tensor, ...], y: Tensor, branches: list[Branch] = branches) -> Tensor:

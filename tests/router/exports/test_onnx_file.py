@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data.transforms_factory import create_transform
 
 from pear_store import PearStoreError, Store, Task
 from pear_store.exchange import models
@@ -133,7 +134,7 @@ def test_real_weights_and_200_pictures(tmp_path: Path) -> None:
     task = random_task(backbone, positions, size=(96, 96), scale=0.1)
     export_onnx(task, tmp_path / "x", weights=weights)
     about = json.loads((tmp_path / "x.json").read_text())
-    transform = timm.data.create_transform(**about["create_transform"])
+    transform = create_transform(**about["create_transform"])
     pictures = [Image.fromarray(pixels) for pixels in np.load(SHARED / "data" / "dtd10.npz")["x_test"][:200]]
     expected = answers(backbone, task, pictures)
     found = logits(tmp_path / "x", torch.stack([transform(picture) for picture in pictures]))

@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data.transforms_factory import create_transform
 
 from pear_store import PearStoreError, Store, Task
 from router import Backbone, Router, choose_positions
@@ -205,7 +206,7 @@ def test_real_weights_and_200_pictures(tmp_path: Path) -> None:
     task = random_task(backbone, choose_positions(backbone.module, "linear"), size=(96, 96), scale=0.1)
     export_timm(task, tmp_path / "x", weights=weights)
     model, about = made_by_timm(tmp_path / "x")
-    transform = timm.data.create_transform(**about["create_transform"])
+    transform = create_transform(**about["create_transform"])
     pictures = [Image.fromarray(pixels) for pixels in np.load(SHARED / "data" / "dtd10.npz")["x_test"][:200]]
     expected = answers(backbone, task, pictures)
     with torch.inference_mode():
