@@ -35,8 +35,8 @@ class TrainConfig:
     prune_epoch: int | None = None
     """Epochs before pruning; None for two fifths of all."""
     positions: str = "auto"
-    """Comma-separated presets (blocks, attn, mlp, qkv, linear) or patterns of module paths; auto: qkv,mlp, or blocks
-    where a backbone has no such modules that run."""
+    """Comma-separated presets (blocks, attn, mlp, qkv, linear, whole, pointwise) or patterns of module paths; auto:
+    the first of qkv,mlp; blocks; whole; pointwise that a backbone has and runs."""
     rank: int = 12
     """Of an adapter; of a run on common bases, theirs is."""
     activation: Activation = "identity"

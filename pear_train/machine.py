@@ -6,13 +6,13 @@ import torch
 
 from pear_train.choices import Dtype, Precision
 from router import AdaptedBackbone, Backbone
-from router.device import open_device
+from router.device import default_device, open_device
 from router.precision import fast_precision
 
 
 def on_device(backbone: Backbone, device: str | None) -> AdaptedBackbone:
     """A backbone to train adapters on; the device is a GPU where there is one, if none is named."""
-    opened = open_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = open_device(device or default_device())
     return AdaptedBackbone(backbone, opened, torch.float32, for_training=True)
 
 

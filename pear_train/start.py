@@ -1,7 +1,5 @@
 """What a run starts from: its positions, and the adapters there: new ones, those of a base set, or common bases."""
 
-from contextlib import suppress
-
 import torch
 
 from pear_store import Task
@@ -13,17 +11,31 @@ from pear_train.dtypes import code_bits
 from pear_train.errors import ConfigError
 from router import AdaptedBackbone, BackboneError, choose_positions
 
+DEFAULTS = ("qkv,mlp", "blocks", "whole", "pointwise")
+"""Of positions, the first that a backbone has and runs: of transformers whose qkv runs, of others, of convolutional
+networks with residual blocks, of others."""
+
 
 def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
-    """The positions of a choice, attached; of `auto` those of qkv and mlp if they run, else those of blocks."""
-    module = adapted.backbone.module
-    if choice != "auto":
-        positions = choose_positions(module, choice)
-        adapted.attach(positions)
-        return positions
-    with suppress(BackboneError):
-        return attached(adapted, "qkv,mlp")
-    return attached(adapted, "blocks")
+    """The positions of a choice, attached; of `auto` those of the first of DEFAULTS that the backbone has and runs.
+
+    Raises:
+        BackboneError: a position is none; or no default fits: says what to do.
+    """
+    reason = ""
+    for one in DEFAULTS if choice == "auto" else (choice,):
+        try:
+            positions = choose_positions(adapted.backbone.module, one)
+            adapted.attach(positions)
+            return positions
+        except BackboneError as error:
+            if choice != "auto":
+                raise
+            reason = str(error)
+    raise BackboneError(
+        f"backbone {adapted.backbone.name} has none of the default positions: name modules of it with positions "
+        f"(--positions), or take a family of docs/backbones.md. Of the last default: {reason}"
+    )
 
 
 def start_adapters(

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from router.blocks import Blocks, Levels, Pass, divide, find_blocks, find_levels
 from router.device import check_process
 from router.errors import BackboneError
 from router.kernels import add_branch_fused, use_fused
-from router.ops import PositionWeights, add_branch
+from router.ops import PositionWeights, add_branch, channels_last
 from router.positions import measure
 
 PART_BYTES = 5 * 2**20
@@ -56,6 +56,8 @@ class AdaptedBackbone:
         """The weights of modules that have another one for this forward."""
         self._owned: set[str] = set()
         """Positions whose output may be written to."""
+        self._maps: set[str] = set()
+        """Positions whose axes are [batch, channel, height, width]."""
         self._base = share(backbone.module).to(device=device, dtype=dtype)
         self.feature_width, _ = measure(backbone, self._base, [], device, dtype)
 
@@ -74,8 +76,8 @@ class AdaptedBackbone:
         Forwards of other threads go on meanwhile.
 
         Raises:
-            BackboneError: a position that is no module of this backbone, never runs, runs twice, or is not
-                channels-last.
+            BackboneError: a position that is no module of this backbone, never runs, runs twice, or whose output is not
+                of its input's axes.
         """
         with self._attaching:
             new = [position for position in positions if position not in self.widths]
@@ -87,6 +89,7 @@ class AdaptedBackbone:
                 for one in sized.values():
                     self._hook(one.module, new)
                 self._owned.update(position for position, found in measured.items() if found.owned)
+                self._maps.update(position for position, found in measured.items() if found.channels_first)
                 self.widths.update({position: (found.d_in, found.d_out) for position, found in measured.items()})
                 self._sized = sized
 
@@ -191,15 +194,13 @@ class AdaptedBackbone:
     def inputs(
         self, images: Tensor, weights: Mapping[str, PositionWeights], positions: Iterable[str]
     ) -> dict[str, Tensor]:
-        """What the modules at some positions are given in a forward."""
+        """What the branches at some positions are given in a forward, channels last."""
         module = self._module((images.shape[2], images.shape[3]))
         found: dict[str, Tensor] = {}
         handles = []
         try:
             for position in positions:
-                keep = partial(found.__setitem__, position)
-                part = module.get_submodule(position)
-                handles.append(part.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0])))
+                handles.append(module.get_submodule(position).register_forward_hook(self._keeper(position, found)))
             self.features(images, weights)
         finally:
             for handle in handles:
@@ -234,10 +235,18 @@ class AdaptedBackbone:
             weights = self._pass.weights_at(position)
             if weights is None:
                 return None
-            op = add_branch_fused if use_fused(output, args[0], weights) else add_branch
-            return op(output, args[0], weights, in_place=self._pass.in_place and position in self._owned)
+            y, x = channels_last(output, args[0]) if position in self._maps else (output, args[0])
+            op = add_branch_fused if use_fused(y, x, weights) else add_branch
+            added = op(y, x, weights, in_place=self._pass.in_place and position in self._owned)
+            return added.movedim(-1, 1) if position in self._maps else added
 
         return add
+
+    def _keeper(self, position: str, found: dict[str, Tensor]) -> Any:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[position] = channels_last(output, args[0])[1] if position in self._maps else args[0]
+
+        return keep
 
 
 @dataclass(eq=False)

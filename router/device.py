@@ -25,6 +25,11 @@ def open_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def default_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_process() -> None:
     """Raises a ForkedError where torch would wait for threads of the process that this one was forked from."""
     global _computed_in

@@ -13,12 +13,13 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
 from router.adapted import AdaptedBackbone
 from router.layout import Use
+from router.positions import is_linear
 
 Merge = bool | Literal["auto"]
 """Merge a task that runs alone at once, never, or when it has run alone often enough."""
@@ -71,7 +72,7 @@ class Merger:
             self._merging = weakref.ref(under_way)
         began = time.perf_counter()
         task = self._read(use)
-        held = key, {position: self._merged(task, position) for position in task.positions}
+        held = key, {position: self._on_device(task, position) for position in task.positions}
         self._held = held
         self.merges += 1
         log.debug("merged task %s: %d matrices in %.3f s", task.name, len(held[1]), time.perf_counter() - began)
@@ -98,16 +99,30 @@ class Merger:
         self._rows = {k: left for k, n in self._rows.items() if (left := n if k == but else n - rows) > 0}
 
     def _can(self, task: Task) -> bool:
-        if task.activation != "identity" or not task.positions:
-            return False
-        modules = self._adapted.backbone.module
-        return all(type(modules.get_submodule(position)) is nn.Linear for position in task.positions)
+        return bool(task.positions) and not unmergeable(self._adapted.backbone.module, task)
 
-    def _merged(self, task: Task, position: str) -> nn.Parameter:
-        weight = self._adapted.backbone.module.get_submodule(position).get_parameter("weight").clone()
-        for branch in task.positions[position]:
-            adapter = task.adapters[branch.adapter]
-            values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
-            down, up = (torch.tensor(one).float() for one in values)
-            weight.addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
+    def _on_device(self, task: Task, position: str) -> nn.Parameter:
+        weight = merged_weight(self._adapted.backbone.module, task, position)
         return nn.Parameter(weight.to(self._adapted.device, self._adapted.dtype), requires_grad=False)
+
+
+def unmergeable(backbone: nn.Module, task: Task) -> list[str]:
+    """The positions whose branches cannot become part of a matrix: they are no Linears, or φ is not the identity."""
+    if task.activation != "identity":
+        return list(task.positions)
+    return [position for position in task.positions if not is_linear(backbone.get_submodule(position))]
+
+
+def merged_weight(backbone: nn.Module, task: Task, position: str) -> Tensor:
+    """W + (Σ scale · down · up)ᵀ at a position, in the memory of its own and the precision of W.
+
+    Args:
+        task: with its tensors' bytes.
+    """
+    weight = backbone.get_submodule(position).get_parameter("weight").detach().clone()
+    for branch in task.positions[position]:
+        adapter = task.adapters[branch.adapter]
+        values = matrix_values(adapter.down, task.tensors), up_values(adapter, task.tensors)
+        down, up = (torch.tensor(one).float() for one in values)
+        weight.flatten(1).addmm_(up.t().to(weight.device), down.t().to(weight.device), alpha=branch.scale)
+    return weight

@@ -116,6 +116,24 @@ def add_branch(
     return out if weights.beside is None else add_branch(out, x, weights.beside, in_place)
 
 
+def strides(x: torch.Size, y: torch.Size) -> tuple[int, int] | None:
+    """Every how many pixels a map y [..., h, w] has one of x [..., H, W]; None where it has others."""
+    across = [-(-large // small) for large, small in zip(x[-2:], y[-2:], strict=True)]
+    fits = all(-(-large // stride) == small for large, stride, small in zip(x[-2:], across, y[-2:], strict=True))
+    return (across[0], across[1]) if fits else None
+
+
+def channels_last(
+    y: Float[Tensor, "batch out h w"], x: Float[Tensor, "batch dim H W"]
+) -> tuple[Float[Tensor, "batch h w out"], Float[Tensor, "batch h w dim"]]:
+    """Views of a module's output and input as `add_branch` takes them; of the input those pixels that strides keep.
+
+    So a branch beside a convolution of stride s is a 1x1 convolution of stride s.
+    """
+    down, right = strides(x.shape, y.shape) or (1, 1)
+    return y.movedim(1, -1), x[:, :, ::down, ::right].movedim(1, -1)
+
+
 def _matched(x: Tensor, matrix: Tensor) -> Tensor:
     """[rows, dim] for a matrix that all rows have in common; [runs, rows, dim] for one of each run of rows."""
     return x.reshape(-1, x.shape[-1]) if matrix.ndim == 2 else x.reshape(len(matrix), -1, x.shape[-1])

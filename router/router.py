@@ -20,7 +20,7 @@ from router.adapted import AdaptedBackbone
 from router.backbone import Backbone, load_backbone
 from router.batches import Batch, Images, as_images, same_images
 from router.call import Call, OnError
-from router.device import open_device
+from router.device import default_device, open_device
 from router.engine import Engine
 from router.errors import BackboneError, ClosedError, ForkedError, ImageError, RouterError, UnknownTaskError
 from router.fit import check_fit
@@ -50,7 +50,8 @@ class Router:
         store: a store's directory, the URL of a remote that is then read through a cache, or an open store of either
             kind: where tasks are looked up.
         weights: a local safetensors file with the weights of a backbone given by name.
-        device: such as "cpu", "cuda" or "mps"; the backbone's own where a module is given, else the CPU.
+        device: such as "cpu", "cuda" or "mps"; None: of a backbone given by name the GPU where there is one, else
+            the CPU; of another its own.
         dtype: compute precision: torch.float32 (default), bfloat16 or float16; "auto": bfloat16 where the device is
             faster in it, else float32.
         slot_bytes: the most bytes that loaded tasks may take on the device, heads included; None for no limit.
@@ -96,7 +97,8 @@ class Router:
         store = Store.open(store) if isinstance(store, str | Path) else store
         self.backbone = load_backbone(backbone, weights)
         if device is None:
-            device = next(self.backbone.module.parameters()).device
+            own = next(self.backbone.module.parameters()).device
+            device = default_device() if isinstance(backbone, str) else own
         self.device = open_device(device)
         dtype = _precision(dtype, self.device)
         self._options = {

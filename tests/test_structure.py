@@ -139,6 +139,7 @@ def test_nobody_imports_a_cli(package: str) -> None:
 OUTER = {
     "infer": {"pyarrow", "tqdm"},
     "cluster": {"ray"},
+    "exports": {"onnx", "onnxruntime", "onnxscript"},
     "serve": {
         *("starlette", "uvicorn", "uvloop", "httptools", "multipart", "python_multipart", "prometheus_client", "httpx"),
     },

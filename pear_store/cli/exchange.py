@@ -1,17 +1,21 @@
 """Verbs that read and write other people's formats."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from pear_store.cli.group import complete_task, main, open_store, store_directory, store_option
 from pear_store.cli.tasks import added_line
 from pear_store.errors import PearStoreError
+from pear_store.exchange.models import Kind, exporter
 from pear_store.format.container import read_json
 from pear_store.store import Store
 from pear_store.terminal import echo, echo_json, json_option
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @main.command("import-peft")
@@ -139,3 +143,62 @@ def export_hub(
     echo(f"wrote {exact} to {folder}: " + ", ".join(f"{name} ({size:,} bytes)" for name, size in result.files.items()))
     for note in result.notes:
         echo(f"Note: {note}", err=True)
+
+
+def model_options(command: F) -> F:
+    """What the exports of whole models take."""
+    options = [
+        click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task),
+        click.argument("file", type=click.Path(dir_okay=False, path_type=Path)),
+        click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights."),
+        click.option("--force", is_flag=True, help="Replace files that are there."),
+        store_option,
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command("export-timm")
+@model_options
+def export_timm(reference: str, file: Path, weights: str | None, force: bool, as_json: bool) -> None:
+    """Write a task as a whole timm model, which needs no Pear: a safetensors state dict.
+
+    Adapters are merged into the backbone's weights, and the head takes the classifier's place. FILE.json says how timm
+    makes the model and its transform, and what the classes are. First the model's logits are compared with the
+    router's.
+
+    Only adapters at Linears, without an activation, can be merged: those of 'pear-train --positions linear' or qkv.
+    Other tasks are refused; export-onnx takes them.
+    """
+    _export_model("timm", reference, file, weights, force, as_json)
+
+
+@main.command("export-onnx")
+@model_options
+def export_onnx(reference: str, file: Path, weights: str | None, force: bool, as_json: bool) -> None:
+    """Write a task as an ONNX file, for phones, browsers and other runtimes.
+
+    Takes any task: what cannot be merged into weights is in the graph. Input "images" is float32 [batch, 3, height,
+    width], normalised; output "logits" is [batch, classes]. The batch may have any size. Labels and preprocessing are
+    in the file's metadata and in FILE.json. First the logits in onnxruntime are compared with the router's.
+
+    Needs onnx, onnxscript and onnxruntime: pip install 'pear-adapters[onnx]'.
+    """
+    _export_model("onnx", reference, file, weights, force, as_json)
+
+
+def _export_model(kind: Kind, reference: str, file: Path, weights: str | None, force: bool, as_json: bool) -> None:
+    with open_store() as store:
+        version = store.resolve(reference)
+        exact = f"{version.task}@{version.version}"
+        task = store.get(exact, copy=False)
+        result = exporter(kind)(task, file, name=exact, weights=weights, force=force)
+    if as_json:
+        files = [{"file": name, "bytes": size} for name, size in result.pop("files").items()]
+        echo_json({"task": version.task, "version": version.version, "files": files, **result})
+        return
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in result["files"].items())
+    opset = f"; opset {result['opset']}" if "opset" in result else ""
+    echo(f"wrote {exact} to {sizes}{opset}; logits differ from the router's by at most {result['max_difference']:.1e}")

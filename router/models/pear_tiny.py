@@ -32,18 +32,22 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+SETTINGS: dict[str, Any] = {
+    "img_size": 48,
+    "patch_size": 8,
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 3,
+    "mlp_ratio": 2.0,
+}
+AS_TIMM: dict[str, Any] = {"model_name": "vit_tiny_patch16_224", **SETTINGS}
+"""Arguments of timm.create_model that give the same structure where Pear is not installed."""
+
+
 @register_model
 def pear_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT with 48 x 48 input, patch 8, 6 blocks of width 192, 3 heads, MLP ratio 2; no classifier."""
-    settings = {
-        "img_size": 48,
-        "patch_size": 8,
-        "embed_dim": 192,
-        "depth": 6,
-        "num_heads": 3,
-        "mlp_ratio": 2.0,
-        **kwargs,
-    }
+    settings = {**SETTINGS, **kwargs}
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer, "pear_tiny", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **settings
     )

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from pear_store import Store, read_checkpoint
+from pear_store.format.codes import up_values
 from pear_train import ConfigError, DivergedError, TrainConfig, open_dataset, train
 from pear_train.cli import main
 from pear_train.data import Dataset
@@ -20,6 +21,7 @@ from pear_train.report import Step, stored_bytes
 from pear_train.run import TaskRun
 from pear_train.start import attached
 from router import AdaptedBackbone, Backbone, BackboneError, Preprocess, Router, load_backbone
+from tests.helpers.backbones import random_module
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +333,34 @@ def test_gradients_are_clipped_together(stripes: str, backbone: Backbone) -> Non
     (norm, clipped), (same, kept) = moved
     assert norm == same == kept > 1e-3
     assert clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "positions", "ratio"),
+    [("test_resnet", ["layer1.0", "layer2.0", "layer3.0", "layer4.0"], 0.0),
+     ("mobilenetv3_small_050", ["blocks.0.0", "blocks.5.0"], 0.5), ("convnext_atto", ["stages.0.blocks.0.mlp"], 0.5)],
+)  # fmt: skip
+def test_convolutional_networks_train_prune_and_run_mixed(
+    model: str, positions: list[str], ratio: float, stripes: str, tmp_path: Path
+) -> None:
+    """By default; the weights are random, so nothing is asked of accuracy."""
+    network = Backbone(random_module(model), model)
+    data = open_dataset(stripes)
+    store = Store.create(tmp_path / "store")
+    for name, method in (("a", "pear"), ("b", "linear")):
+        options: dict[str, Any] = {"positions": "auto", "ratio": ratio, "img_size": 64, "seed": 1, "lr": 3e-3}
+        result = train(config(task=name, method=method, **options), network, data, tmp_path / name)
+        store.add(tmp_path / name)
+        if method == "pear":
+            task = read_checkpoint(tmp_path / name)
+            assert set(positions) <= task.positions.keys()
+            assert bool(result.pruned) == (ratio > 0) and min(result.importance.values()) > 0
+            assert all(up_values(adapter, task.tensors).any() for adapter in task.adapters.values())
+    images = [np.random.default_rng(i).integers(0, 256, (24, 24), np.uint8) for i in range(4)]
+    with Router(network, store) as router:
+        names = ["a", "b", "b", "a"]
+        alone = [router.run(image, name).logits[0] for image, name in zip(images, names, strict=True)]
+        for mixed, expected in zip(router.run(images, names).logits, alone, strict=True):
+            torch.testing.assert_close(mixed, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
+    store.close()

@@ -202,6 +202,26 @@ def test_image_mistakes(router: Router, images: Any, task: Any, message: str) ->
         router.run(images, task)
 
 
+def test_a_backbone_given_by_name_is_put_on_the_gpu_where_there_is_one(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with Router("pear_tiny") as router:
+        assert router.device == torch.device("cpu")
+    asked: list[torch.device] = []
+
+    def opened(device: torch.device) -> torch.device:
+        asked.append(torch.device(device))
+        return torch.device("cpu")
+
+    monkeypatch.setattr("router.router.open_device", opened)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for given, device in (("pear_tiny", None), (backbone, None), ("pear_tiny", "cpu")):
+        with Router(given, device=device):
+            pass
+    assert [device.type for device in asked] == ["cuda", "cpu", "cpu"]
+
+
 def test_devices_and_precisions_that_are_not(backbone: Backbone, router: Router) -> None:
     for device in ("gpu", "cuda:99"):
         with pytest.raises(BackboneError, match=f"device '{device}' cannot be used: "):
