@@ -24,7 +24,12 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("task", required=False)
-@option("Data", "--data", help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
+@option(
+    "Data",
+    "--data",
+    help="Image folder, list of images (.csv, .jsonl, .parquet), folder of Hugging Face datasets, VTAB-1k folder, .npz "
+    "file, or a data set's name in timm.",
+)
 @option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
 @run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
 @run_option("Data", "--val-split", "Folder of the val split; none: hold a tenth of train out.")

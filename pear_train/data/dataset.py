@@ -17,8 +17,8 @@ from router.pictures import LIMITS, ImageLike
 
 LOOKED_FOR = (
     "a folder with one folder of images per class (or train/, val/ and test/ of such), a VTAB-1k folder with "
-    "train800.txt, a .npz file with x_train and y_train, or a name that timm.data.create_dataset knows, such as "
-    "torch/cifar10 or hfds/ORG/NAME"
+    "train800.txt, a folder of Hugging Face datasets, a list of images (.csv, .tsv, .jsonl, .parquet), a .npz file "
+    "with x_train and y_train, or a name that timm.data.create_dataset knows, such as torch/cifar10 or hfds/ORG/NAME"
 )
 
 MOST_CLASSES = 100_000
