@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,20 @@ from pear_train.cli.answer import summary_line
 from pear_train.cli.options import Told
 from pear_train.cli.progress import Progress
 from pear_train.config import OPTIONS, TrainConfig
+from pear_train.curves import Curves
 from pear_train.data import Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
+from pear_train.html import check_html
 from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
 from pear_train.make_bases import bases_identity, bases_of, make_bases
 from pear_train.output import check_out, is_finished
-from pear_train.plot import check_plot, plot_path
+from pear_train.plot import check_picture, check_plot, plot_path
+from pear_train.preview import write_preview
 from pear_train.recall import recall_warnings
-from pear_train.report import Failed, Result, result_of
+from pear_train.report import Failed, Result, Step, result_of
 from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
@@ -59,6 +63,10 @@ class Request:
     overwrite: bool
     force: bool
     plot: bool
+    html: Path | None
+    preview: Path | None
+    curves: Path | None
+    tensorboard: Path | None
     as_json: bool
 
     @property
@@ -78,6 +86,7 @@ class Work:
     results: list[Result | Failed] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     """Tasks whose checkpoint was there already."""
+    curves: Curves = field(default_factory=lambda: Curves(None, None))
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,11 @@ def do_work(request: Request, told: Told) -> Work | None:
     if many:
         _make_folder(out)
     work = Work(entries, {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries})
+    work.curves = Curves(request.curves, request.tensorboard)
+    if request.html is not None:
+        check_html(request.html)
+    if request.preview is not None:
+        check_picture("--preview", request.preview)
     if not many:
         check_out(out)
     if request.plot:
@@ -123,6 +137,9 @@ def do_work(request: Request, told: Told) -> Work | None:
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
+    if request.preview is not None:
+        write_preview(entries[0].config, loaded, datasets[0], request.preview)
+        echo(f"preview   {request.preview}", err=True)
     _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
     return work
 
@@ -160,9 +177,13 @@ def _as_it_is(dataset: Dataset) -> Dataset:
 def _train(request: Request, work: Work, loaded: Backbone, given: Given, default_together: int) -> None:
     many, together = request.many, request.together or default_together
     epochs = sum(job.config.epochs for job in work.jobs) if many else None
-    with Progress(str(request.task or request.tasks_file), epochs) as bar:
+    for result in work.results:
+        if isinstance(result, Result):
+            work.curves.whole(result)
+    with closing(work.curves), Progress(str(request.task or request.tasks_file), epochs) as bar, telling_how_far(bar):
         ended = train_many(
-            work.jobs, loaded, bar.show, together=together, on_error="report" if many else "raise",
+            work.jobs, loaded, partial(_show, bar, work.curves), together=together,
+            on_error="report" if many else "raise",
             base=given.base, bank=given.bank, bases=given.bases, say=bar.say,
         )  # fmt: skip
         for result in ended:
@@ -170,6 +191,29 @@ def _train(request: Request, work: Work, loaded: Backbone, given: Given, default
             bar.say(summary_line(result))
             for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
                 bar.say(f"Warning: {result.task}: {warning}")
+
+
+def _show(bar: Progress, curves: Curves, step: Step) -> None:
+    bar.show(step)
+    curves.show(step)
+
+
+@contextmanager
+def telling_how_far(bar: Progress) -> Iterator[None]:
+    """Says at Ctrl-C which epoch is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = bar.kept
+        raise Stopped(None if kept is None else f"{kept.task}: epoch {kept.epoch} of {kept.epochs} is kept") from None
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, and how far the run got."""
+
+    def __init__(self, kept: str | None) -> None:
+        super().__init__(kept)
+        self.kept = kept
 
 
 def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]) -> None:
@@ -246,7 +290,11 @@ def _make_folder(out: Path) -> None:
 def _open(entry: TaskEntry, root: Path | None) -> Dataset:
     """Opens a task's data, and says on stderr what it was taken for."""
     dataset = open_dataset(entry.data, root, entry.data_options)
-    lines = [f"data      {dataset.description}; {dataset.sizes()}", f"classes   {dataset.table()}"]
+    lines = [
+        f"data      {dataset.description}; {dataset.sizes()}",
+        f"classes   {dataset.table()}",
+        f"balance   {dataset.balance()}",
+    ]
     lines += [f"skipped   {note}" for note in dataset.notes]
     lines += [f"Warning: {entry.data}: {warning}" for warning in dataset.warnings()]
     tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)  # above the progress bar, if there is one

@@ -24,6 +24,8 @@ LOOKED_FOR = (
 MOST_CLASSES = 100_000
 MOST_FAULTS = 1_000
 """Faults that one message lists."""
+MOST_SHOWN = 60
+"""Classes that one line lists."""
 UNEVEN = 10
 """A class with so many times the training images of another is worth a warning."""
 
@@ -131,7 +133,7 @@ class Dataset:
             of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
             yield (
                 f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}; top-1 hides how a "
-                "rare class does: look at the recall of each class"
+                "rare class does: look at the recall of each class, and try --balance"
             )
 
     @property
@@ -157,10 +159,21 @@ class Dataset:
         )
 
     def table(self) -> str:
-        """Every class with its images in each split, several a line: ``cat 8/1/1``."""
+        """Every class with its images in each split, several a line: ``cat 8/1/1``. Of very many, the first."""
         columns = zip(*self.counts.values(), strict=True)
         cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
-        return f"{'/'.join(self.splits)}: " + ", ".join(cells)
+        more = [f"and {len(cells) - MOST_SHOWN} more"] if len(cells) > MOST_SHOWN else []
+        return f"{'/'.join(self.splits)}: " + ", ".join([*cells[:MOST_SHOWN], *more])
+
+    def balance(self) -> str:
+        """How even the classes of train are, with the most and the least frequent one by name."""
+        train = self.counts["train"]
+        most, least = max(train), min(train)
+        if most == least:
+            return f"even: {most} training images of each class"
+        names = [self.classes[train.index(count)] for count in (most, least)]
+        ratio = f", {most / least:.1f} to 1" if least else ""
+        return f"{most} training images of {names[0]!r}, {least} of {names[1]!r}{ratio}"
 
     def sizes(self) -> str:
         test = "no" if self.test is None else len(self.test)
