@@ -114,7 +114,7 @@ class ActiveJob:
         began, run = time.perf_counter(), self.run
         router = Router(run.adapted.backbone, device=run.device)
         router.add(written)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for split, pixels in run.pixels.items():
             if split == "train":
                 continue

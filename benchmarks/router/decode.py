@@ -60,7 +60,8 @@ def pillow_reduced(data: bytes) -> Image.Image:
 
 
 def torchvision_full(data: bytes) -> torch.Tensor:
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    decoded: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    return decoded
 
 
 def simplejpeg_full(data: bytes) -> Any:

@@ -134,7 +134,7 @@ def test_smoothed_labels_are_spread_over_all_classes(skewed: Dataset) -> None:
 
 
 def test_the_epoch_of_the_best_macro_f1_is_kept(skewed: Dataset, backbone: Backbone, tmp_path: Path) -> None:
-    told = {"task": "t", "method": "linear", "img_size": 48, "epochs": 8, "lr": 0.05}
+    told: dict[str, Any] = {"task": "t", "method": "linear", "img_size": 48, "epochs": 8, "lr": 0.05}
     kept = {}
     for select in ("best", "macro_f1"):
         result = train(TrainConfig(**{**told, "select": select}), backbone, skewed, tmp_path / select)
@@ -167,7 +167,7 @@ def test_equal_confidences_are_answered_together_or_not_at_all() -> None:
 
 
 def test_a_stored_threshold_holds_on_val(skewed: Dataset, backbone: Backbone, tmp_path: Path) -> None:
-    told = {"task": "t", "method": "linear", "img_size": 48, "epochs": 4, "threshold_accuracy": 0.8}
+    told: dict[str, Any] = {"task": "t", "method": "linear", "img_size": 48, "epochs": 4, "threshold_accuracy": 0.8}
     train(TrainConfig(**told), backbone, skewed, tmp_path / "t")
     task = read_checkpoint(tmp_path / "t")
     threshold = task.record["threshold"]

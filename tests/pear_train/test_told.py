@@ -192,7 +192,7 @@ def test_the_preview_shows_what_augmentation_does(data: Path, backbone: Backbone
     dataset = open_dataset(str(data))
     sheets = {}
     for augment in ("none", "rotate", "mixup"):
-        told = {"task": "t", "augment": augment, "img_size": 48}
+        told: dict[str, Any] = {"task": "t", "augment": augment, "img_size": 48}
         write_preview(TrainConfig(**told), backbone, dataset, tmp_path / augment)
         sheets[augment] = np.asarray(Image.open(tmp_path / augment).convert("RGB")).copy()
     assert len({sheet.tobytes() for sheet in sheets.values()}) == 3

@@ -24,7 +24,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from tqdm import tqdm
 
 import router.infer.lists
@@ -571,10 +572,10 @@ def test_a_task_that_cannot_be_run_fails_only_its_own_rows(
         store.add(task_maker("c", seed=5))
     run_engine = Engine.run
 
-    def failing(self: Engine, images: Any, image_of: Any, uses: Any, task_of: Any) -> Any:
+    def failing(self: Engine, images: Any, image_of: Any, uses: Any, *others: Any) -> Any:
         if any(use.task.name == "c" for use in uses):
             raise RouterError("task 'c' is broken")
-        return run_engine(self, images, image_of, uses, task_of)
+        return run_engine(self, images, image_of, uses, *others)
 
     monkeypatch.setattr(Engine, "run", failing)
     rows = pd.DataFrame({"image": [f"{i}.png" for i in range(4)], "task": ["a", "c", "a", "c"]})
@@ -606,7 +607,7 @@ class Idle:
     def check(self, task: str) -> None:
         pass
 
-    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str) -> Predictions:
+    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str, without_heads: bool) -> Predictions:
         self.asked.append((batch.images.shape[2], tasks))
         self.meanwhile(len(self.asked))
         count = len(tasks)
@@ -685,8 +686,8 @@ def test_decoding_goes_on_while_the_router_runs(
 ) -> None:
     decoded = [threading.Event() for _ in range(6)]
 
-    def watched(images: list[str], ways: list[Preprocess]) -> list[Any]:
-        found = decode(images, ways)
+    def watched(images: list[str], ways: list[Preprocess], spent: Any) -> list[Any]:
+        found = decode(images, ways, spent)
         decoded[int(Path(images[0]).stem)].set()
         return found
 
