@@ -22,10 +22,12 @@ Borrow: TypeAlias = Literal["core", "scale"]
 Knowledge: TypeAlias = Literal["none", "fold", "lowbit", "exact"]
 """What is preserved of a pruned adapter at its own position (pear_train/knowledge.py)."""
 KnowledgeBits: TypeAlias = Literal[1, 4]
-Augment: TypeAlias = Literal["none", "flip", "crop", "flip+crop"]
-"""What training images undergo."""
-Select: TypeAlias = Literal["best", "last"]
-"""Which epoch is kept."""
+Augmentation: TypeAlias = Literal["flip", "crop", "rotate", "zoom", "color", "mixup"]
+"""What training images undergo (pear_train/data/augment.py); an option joins some of these by +."""
+Balance: TypeAlias = Literal["none", "weights", "sampling"]
+"""How uneven classes are met: not; a rare class's images weigh more in the loss; or they come more often."""
+Select: TypeAlias = Literal["best", "macro_f1", "last"]
+"""Which epoch is kept: the one of the best top-1 on val, of the best macro F1, or the last."""
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
 """Precision of the forward in training: auto asks the machine."""
 Precision: TypeAlias = Literal["float32", "bfloat16"]

@@ -6,7 +6,7 @@ from typing import Any
 from pear_store.format.checkpoint import TASK_NAME
 from pear_train.choices import (
     Activation,
-    Augment,
+    Balance,
     Borrow,
     CoreDtype,
     Down,
@@ -21,7 +21,7 @@ from pear_train.choices import (
     TensorDtype,
 )
 from pear_train.errors import ConfigError
-from pear_train.options import check_option, kinds
+from pear_train.options import check_option, kinds, parse_augment
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,13 @@ class TrainConfig:
     """Gradients of all weights together are scaled down to this norm."""
     drop_branch: float = 0.0
     """Probability that a position's branches are left out of a training step."""
-    augment: Augment = "none"
-    """What training images undergo: none, flip (left to right), crop (shifted by up to an eighth), flip+crop."""
+    augment: str = "none"
+    """What training images undergo: none, or of flip, crop, rotate, zoom, color and mixup some joined by +."""
+    balance: Balance = "none"
+    """Of uneven classes: weights (in the loss, as if all were equally frequent) or sampling (rare ones come more
+    often); none takes them as they are."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes."""
     batch_size: int = 32
     seed: int = 0
     img_size: int | None = None
@@ -87,9 +92,13 @@ class TrainConfig:
     head_dtype: HeadDtype = "F16"
     """What the head is written in: F32, F16, BF16, or a weight of codes of 8, 4 or 2 bits (Q8, Q4, Q2)."""
     select: Select = "best"
-    """The epoch that is kept: the best on val (of those after pruning, the later of equals), or the last."""
+    """The epoch that is kept: best (top-1 on val), macro_f1 (on val), or last. Of those after pruning; of equals, the
+    later."""
     patience: int | None = None
-    """Stop after so many epochs without a better val top-1 (counted after pruning); None never."""
+    """Stop after so many epochs without a better val (by what `select` looks at, counted after pruning); None never."""
+    threshold_accuracy: float | None = None
+    """How often answers are to be right: the task gets the lowest confidence, `threshold`, from which its answers on
+    val are. None: no threshold."""
     base_blocks: int = 4
     """Of a run with a base set: how many of the lowest blocks take the base's adapters frozen."""
     bank_share: int = 1
@@ -111,8 +120,9 @@ class TrainConfig:
         for name, option in OPTIONS.items():
             value = getattr(self, name)
             check_option(name.replace("_", " "), option, value)
-            if "float" in kinds(option):
+            if "float" in kinds(option) and value is not None:
                 object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same option
+        parse_augment(self.augment)
         if self.own_bytes is not None and self.own_rank == 0:
             object.__setattr__(self, "own_rank", 1)
         if self.method != "pear":
@@ -164,7 +174,12 @@ class TrainConfig:
     @property
     def pruned_after(self) -> int:
         """Epochs before pruning."""
-        return max(1, round(0.4 * self.epochs)) if self.prune_epoch is None else self.prune_epoch
+        return default_prune_epoch(self.epochs) if self.prune_epoch is None else self.prune_epoch
+
+
+def default_prune_epoch(epochs: int) -> int:
+    """Epochs before pruning, where nothing is said."""
+    return max(1, round(0.4 * epochs))
 
 
 OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainConfig) if field.name != "task"}

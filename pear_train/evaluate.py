@@ -18,32 +18,47 @@ def in_batches(pixels: Pixels, size: int = EVAL_BATCH) -> list[Tensor]:
 
 
 @torch.no_grad()
-def accuracy(pixels: Pixels, logits: Callable[[Tensor], Tensor]) -> float | None:
-    """Top-1 of a split; None if a logit is not finite, so that the likeliest class means nothing.
+def predicted_classes(pixels: Pixels, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The likeliest class of each image, int64; None if a logit is not finite, so that it means nothing.
 
     Args:
         logits: of the rows with these numbers.
     """
-    right = 0
+    found = []
     for rows in in_batches(pixels):
         answer = logits(rows)
         if not bool(torch.isfinite(answer).all()):
             return None
-        right += int((answer.argmax(1).cpu() == pixels.targets[rows]).sum())
-    return right / len(pixels)
+        found.append(answer.argmax(1).cpu())
+    return torch.cat(found)
 
 
-def predict(router: Router, task: str, pixels: Pixels, lr: float) -> Tensor:
-    """The class of each image, as the router answers.
+def probabilities(router: Router, task: str, pixels: Pixels, lr: float) -> Tensor:
+    """float32 [image, class]: what the router answers.
 
     Raises:
         DivergedError: a logit is not finite, so that the likeliest class means nothing.
     """
-    predicted = []
+    found = []
     for rows in in_batches(pixels):
         logits = router.run(pixels.images(rows), task).logits
         assert isinstance(logits, Tensor)
         if not bool(torch.isfinite(logits).all()):
             raise DivergedError(task, "logits of the written checkpoint are not finite", lr)
-        predicted.append(logits.argmax(1).cpu())
-    return torch.cat(predicted)
+        found.append(logits.cpu().softmax(1))
+    return torch.cat(found)
+
+
+def threshold_for(right: Tensor, confidence: Tensor, wanted: float) -> float | None:
+    """The lowest confidence from which answers are right so often; None if none is.
+
+    Args:
+        right: bool [image].
+        confidence: float [image], of the answers.
+    """
+    order = torch.argsort(confidence, descending=True, stable=True)
+    ordered = confidence[order]
+    shares = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    last_of_equals = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])
+    good = torch.nonzero((shares >= wanted) & last_of_equals).flatten()
+    return float(ordered[good[-1]]) if len(good) else None

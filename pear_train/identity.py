@@ -75,7 +75,9 @@ _SAID = {
 }
 
 
-_LATER = ("core_dtype", "own_rank", "own_bytes", "core_lr", "bases_lr")
+_LATER = (
+    "core_dtype", "own_rank", "own_bytes", "core_lr", "bases_lr", "balance", "label_smoothing", "threshold_accuracy",
+)  # fmt: skip
 """Options that came after checkpoints without them: at their defaults, runs are what they were."""
 
 

@@ -11,9 +11,9 @@ from pear_store import Task, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
 from pear_train.errors import DivergedError
-from pear_train.evaluate import predict
+from pear_train.evaluate import probabilities, threshold_for
 from pear_train.output import check_out, check_room, partial_path, rehearse
-from pear_train.recall import recall_by_class
+from pear_train.recall import scores_of
 from pear_train.report import Result, Step, result_of
 from pear_train.run import TaskRun
 from pear_train.state import resume_state, save_state, state_bytes
@@ -83,8 +83,11 @@ class ActiveJob:
         run = self.run
         epoch, batch = (run.epoch - 1, run.batches) if ended else (run.epoch, run.batch)
         val = run.history[-1]["val_top1"] if ended else None
-        epochs = run.config.epochs
-        return Step(run.config.task, epoch, epochs, batch, run.batches, run.running_loss, run.train_top1, val)
+        history = tuple(run.history) if ended else ()
+        return Step(
+            run.config.task, epoch, run.config.epochs, batch, run.batches, run.running_loss, run.train_top1, val,
+            history, run.finished, run.precision, str(run.device),
+        )  # fmt: skip
 
     def keep(self) -> None:
         """Writes the state, from which the same job goes on after an interruption."""
@@ -93,7 +96,7 @@ class ActiveJob:
     def finish(self) -> Result:
         """Writes the checkpoint, and evaluates it as it was written."""
         run, out = self.run, self.job.out
-        if run.config.select == "best":
+        if run.config.select != "last":
             run.restore(run.best_state)
         written = rehearse(out, to_task(run, {}))
         metrics = self._evaluate(written)
@@ -107,17 +110,21 @@ class ActiveJob:
         return result_of(task, file_bytes, seconds)
 
     def _evaluate(self, written: Task) -> dict[str, float]:
-        """Top-1 of each split but train, through the router; keeps the recall of each class."""
+        """Figures of each split but train, through the router; keeps those of classes, and calibrates the threshold."""
         began, run = time.perf_counter(), self.run
         router = Router(run.adapted.backbone, device=run.device)
         router.add(written)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for split, pixels in run.pixels.items():
             if split == "train":
                 continue
-            predicted = predict(router, written.name, pixels, run.config.lr)
-            metrics[f"{split}_top1"] = int((predicted == pixels.targets).sum()) / len(pixels.targets)
-            run.recall[split] = recall_by_class(predicted, pixels.targets, len(written.labels))
+            confidence, predicted = probabilities(router, written.name, pixels, run.config.lr).max(1)
+            scores = run.scores[split] = scores_of(predicted, pixels.targets, len(written.labels))
+            metrics |= {f"{split}_top1": scores.top1, f"{split}_macro_f1": scores.macro_f1}
+            wanted = run.config.threshold_accuracy
+            if split == "val" and wanted is not None:
+                enough = scores.top1 >= wanted  # then no answer need be unknown
+                run.threshold = 0.0 if enough else threshold_for(predicted == pixels.targets, confidence, wanted)
         logger.debug("%s: evaluated the written task in %.2f s", written.name, time.perf_counter() - began)
         return metrics
 

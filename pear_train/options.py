@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from pear_train.choices import Augmentation
 from pear_train.errors import ConfigError
 
 
@@ -43,6 +44,8 @@ _RANGES = {
     "warmup": _Range(0, 1),  # a share
     "max_grad_norm": _Range(0, 1e12, above=True),
     "drop_branch": _Range(0, 1, below=True),  # what stays is divided by one minus this
+    "label_smoothing": _Range(0, 1, below=True),
+    "threshold_accuracy": _Range(0, 1, above=True),
     "batch_size": _Range(1, 1_000_000),
     "seed": _Range(0, 2**63 - 1),  # what torch takes, and what a checkpoint can hold
     "img_size": _Range(1, 16_384),  # what a task checkpoint allows
@@ -54,6 +57,8 @@ _RANGES = {
     "core_lr": _Range(0, 1e6, above=True),
     "bases_lr": _Range(0, 1e6),  # 0: they stay as they are
 }
+
+_AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
@@ -148,3 +153,15 @@ def _short(value: Any) -> str:
         return "of more than 20 digits"  # Python refuses to print very long ones
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parse_augment(text: str) -> tuple[Augmentation, ...]:
+    """The words of an option such as ``flip+color``, in the order in which they are done; none of "none".
+
+    Raises:
+        ConfigError: another word, or one twice.
+    """
+    said = [] if text == "none" else text.split("+")
+    if len(set(said)) < len(said) or not set(said) <= set(_AUGMENTATIONS):
+        raise ConfigError(f"augment {_short(text)}: expected none, or of {', '.join(_AUGMENTATIONS)} some joined by +")
+    return tuple(word for word in _AUGMENTATIONS if word in said)

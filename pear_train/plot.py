@@ -3,14 +3,19 @@
 import os
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pear_store import PearStoreError
 from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.report import Result
 
-_SOFTWARE = "pear-train"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SOFTWARE = "pear-train"
 """In a picture's metadata: what says so may be replaced."""
+WHY_PASSED_OVER = "pruned, although some that are kept matter less: of each kind of adapter (by its widths) one is kept"
 
 
 def plot_path(out: Path) -> Path:
@@ -28,15 +33,22 @@ def check_plot(path: Path) -> None:
         import_module("matplotlib.figure")
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    check_picture("--plot", path)
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Checks that a picture may be written there. Raises a ConfigError where something else lies there."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: folder {path.parent} does not exist; make it first")
     if not os.path.lexists(path):
         return
     try:
         with open_regular_file(path) as file:
             start = file.read(4096)
     except PearStoreError as error:
-        raise ConfigError(f"--plot {error}") from None
-    if start and not (start.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in start):
-        raise ConfigError(f"--plot {path}: there is something that pear-train did not draw, and it is not replaced")
+        raise ConfigError(f"{option} {error}") from None
+    if start and not (start.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in start):
+        raise ConfigError(f"{option} {path}: there is something that pear-train did not draw, and it is not replaced")
 
 
 def plot_result(result: Result, path: Path) -> None:
@@ -50,25 +62,46 @@ def plot_result(result: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = len(result.importance)
-    figure = Figure(figsize=(11 if rows else 6, max(3.5, 0.22 * rows)), layout="constrained")
+    figure = Figure(figsize=(11 if rows else 6, max(3.8, 0.22 * rows)), layout="constrained")
     axes = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
     if rows:
-        peak = max(result.importance.values()) or 1.0
-        kept = [position not in result.pruned for position in result.importance]
-        colours = ["tab:green" if own else "tab:orange" for own in kept]
-        names = [f"{p} ← {result.borrowed[p]}" if p in result.borrowed else p for p in result.importance]
-        axes[0].barh(range(rows), [score / peak for score in result.importance.values()], color=colours)
-        axes[0].set_yticks(range(rows), names, fontsize=7)
-        axes[0].invert_yaxis()
-        axes[0].set_xlabel("importance, relative (kept green; pruned orange, ← whose adapter it borrows)", fontsize=8)
-    epochs = range(1, len(result.history) + 1)
-    for key, label in (("train_top1", "train"), ("val_top1", "val")):
-        axes[-1].plot(epochs, [100 * one[key] for one in result.history], marker=".", label=f"{label} top-1, %")
-    axes[-1].axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
-    axes[-1].set_xlabel("epoch")
-    axes[-1].legend(fontsize=8)
+        _draw_importance(axes[0], result)
+    _draw_curves(axes[-1], result)
     figure.suptitle(f"{result.task} ({result.method}): val {100 * result.val_top1:.1f} %")
     try:
-        figure.savefig(path, dpi=120, metadata={"Software": _SOFTWARE})
+        figure.savefig(path, dpi=120, metadata={"Software": SOFTWARE})
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _draw_importance(axes: "Axes", result: Result) -> None:
+    rows, peak = len(result.importance), max(result.importance.values()) or 1.0
+    kept = [position not in result.pruned for position in result.importance]
+    colours = ["tab:green" if own else "tab:orange" for own in kept]
+    names = [f"{p} ← {result.borrowed[p]}" if p in result.borrowed else p for p in result.importance]
+    names = [f"{name} *" if p in result.passed_over else name for name, p in zip(names, result.importance, strict=True)]
+    axes.barh(range(rows), [score / peak for score in result.importance.values()], color=colours)
+    axes.set_yticks(range(rows), names, fontsize=7)
+    axes.invert_yaxis()
+    told = "importance, relative (kept green; pruned orange, ← whose adapter it borrows)"
+    if result.passed_over:
+        told += f"\n* {WHY_PASSED_OVER}"
+    axes.set_xlabel(told, fontsize=8)
+
+
+def _draw_curves(axes: "Axes", result: Result) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = range(1, len(result.history) + 1)
+    for key, label in (("train_top1", "train"), ("val_top1", "val")):
+        axes.plot(epochs, [100 * one[key] for one in result.history], marker=".", label=f"{label} top-1, %")
+    axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
+    if result.prune_epoch is not None:
+        axes.axvline(result.prune_epoch + 0.5, color="tab:orange", linestyle="--", label="pruned")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    losses = axes.twinx()
+    losses.plot(epochs, [one["loss"] for one in result.history], color="tab:red", alpha=0.5, label="loss (right)")
+    losses.set_ylim(bottom=0)
+    lines = [*axes.get_lines(), *losses.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=8)

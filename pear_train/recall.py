@@ -1,36 +1,82 @@
 """How each class fares: top-1 hides a rare class that is never recognised."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_RECORDED = {"images": "images", "recall": "recall", "class_precision": "precision", "f1": "f1"}
+"""What a task's training record says of each class by split, and what people call it; `precision` there is another."""
 
-def recall_by_class(predicted: Tensor, targets: Tensor, classes: int) -> list[float | None]:
-    """Of each class the share of its images that were recognised, to 4 places; None for a class without images."""
-    images = torch.bincount(targets, minlength=classes).tolist()
-    right = torch.bincount(targets[predicted == targets], minlength=classes).tolist()
-    return [None if n == 0 else round(r / n, 4) for r, n in zip(right, images, strict=True)]
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of a split. Lists have a value for each class, to 4 places; None where nothing can be said."""
+
+    top1: float
+    macro_f1: float
+    """The mean over the classes that the split has images of."""
+    recall: list[float | None]
+    """Of a class's images, the share that was recognised."""
+    precision: list[float | None]
+    """Of the images that were taken for a class, the share that is of it."""
+    f1: list[float | None]
+
+
+def scores_of(predicted: Tensor, targets: Tensor, classes: int) -> Scores:
+    """Figures of predicted classes, int64 [image]."""
+    images = torch.bincount(targets, minlength=classes).double()
+    taken = torch.bincount(predicted, minlength=classes).double()
+    right = torch.bincount(targets[predicted == targets], minlength=classes).double()
+    f1 = 2 * right / (images + taken)
+    return Scores(
+        float(right.sum()) / max(1, len(targets)),
+        float(f1[images > 0].mean()),
+        _rounded(right / images),
+        _rounded(right / taken),
+        _rounded(f1),
+    )
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    return [None if value != value else round(value, 4) for value in values.tolist()]
 
 
 def by_class(labels: Sequence[str], training: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a task's training record says of each class: counts of images and recall, by split."""
+    """What a task's training record says of each class: counts of images and figures, by split."""
     told: dict[str, dict[str, Any]] = {label: {"images": {}, "recall": {}} for label in labels}
-    for key in ("images", "recall"):
+    for key, name in _RECORDED.items():
         for split, values in training.get(key, {}).items():
             for label, value in zip(labels, values, strict=True):
-                told[label][key][split] = value
+                told[label].setdefault(name, {})[split] = value
     return told
 
 
+def in_record(scores: Mapping[str, Scores]) -> dict[str, dict[str, list[float | None]]]:
+    """Figures of classes for the training record, by split."""
+    told = {split: asdict(one) for split, one in scores.items()}
+    return {
+        key: {split: one[name] for split, one in told.items()} for key, name in _RECORDED.items() if name != "images"
+    }
+
+
 def recall_rows(classes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A table of all classes: images in each split, recall in %."""
-    return [
-        {"class": label, **told["images"]}
-        | {f"{split} recall %": "" if r is None else f"{100 * r:.1f}" for split, r in told["recall"].items()}
-        for label, told in classes.items()
-    ]
+    """A table of all classes: images in each split, recall and F1 in %."""
+    rows = []
+    for label, told in classes.items():
+        row: dict[str, Any] = {"class": label, **told["images"]}
+        for split, recall in told["recall"].items():
+            row[f"{split} recall %"] = _percent(recall)
+            if split in told.get("f1", {}):
+                row[f"{split} F1 %"] = _percent(told["f1"][split])
+        rows.append(row)
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def recall_warnings(classes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

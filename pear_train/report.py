@@ -1,16 +1,18 @@
 """What a caller is told of a run: each step, the result, or why there is none."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pear_store import Task
 from pear_train.choices import Method
+from pear_train.config import default_prune_epoch
 from pear_train.recall import by_class
 
 
 @dataclass(frozen=True)
 class Step:
-    """Progress, given to the callback after every batch; `val_top1` after the last batch of an epoch."""
+    """Progress, given to the callback after every batch; `val_top1` and `history` after the last batch of an epoch."""
 
     task: str
     epoch: int
@@ -20,6 +22,13 @@ class Step:
     loss: float
     train_top1: float
     val_top1: float | None
+    history: Sequence[Mapping[str, float]] = ()
+    """Of all epochs so far."""
+    finished: bool = False
+    """This was the last step, be it that val got no better."""
+    precision: str = ""
+    """Of the forward, such as float32."""
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,16 @@ class Result:
     """For each class, `images` and `recall` by split; recall is None where a split has no image of the class."""
     bases_bytes: int = 0
     """Of common bases, which a store keeps once for all tasks on them."""
+    prune_epoch: int | None = None
+    """The epoch at whose end it was pruned."""
+    threshold: float | None = None
+    """The confidence from which answers on val are right as often as was asked."""
+
+    @property
+    def passed_over(self) -> list[str]:
+        """Pruned positions that are more important than some that are kept, of another kind."""
+        kept = [score for position, score in self.importance.items() if position not in self.pruned]
+        return [position for position in self.pruned if kept and self.importance[position] > min(kept)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,15 @@ def result_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Result:
         adapter_bytes, knowledge_bytes, head_bytes, file_bytes, len(training["history"]), training["kept_epoch"],
         seconds, training["importance"], training["borrowed"], training["banked"], training["pruned"],
         training["history"], by_class(task.labels, training), bases_bytes(task),
+        _prune_epoch(training), task.record.get("threshold"),
     )  # fmt: skip
+
+
+def _prune_epoch(training: Mapping[str, Any]) -> int | None:
+    if not training["pruned"]:
+        return None
+    said: int | None = training["prune_epoch"]
+    return default_prune_epoch(training["epochs"]) if said is None else said
 
 
 def stored_bytes(task: Task) -> tuple[int, int, int]:

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pear_store import Task
 from pear_train.bank import Bank
 from pear_train.config import TrainConfig
-from pear_train.data import Dataset, Pixels, augment, preprocess_record, read_pictures
+from pear_train.data import Dataset, Pixels, preprocess_record, read_pictures
 from pear_train.dtypes import Written, core_dtype, float_dtype
 from pear_train.errors import DivergedError
-from pear_train.evaluate import accuracy, in_batches
+from pear_train.evaluate import in_batches, predicted_classes
+from pear_train.feed import Feed
 from pear_train.identity import given_digest, run_identity
 from pear_train.machine import autocast_dtype, choose_precision, describe_machine
 from pear_train.optimiser import make_optimiser, move, rate_factor, set_rate, train_what_is_there
 from pear_train.pruning import Pruning
+from pear_train.recall import Scores, scores_of
 from pear_train.start import start_adapters
 from router import AdaptedBackbone, PositionWeights, Preprocess
 
@@ -73,6 +74,7 @@ class TaskRun:
         nn.init.zeros_(self.head.bias)
         self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.preprocess, dataset.limits))
         self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
+        self.feed = Feed(config, self.train_pixels, len(dataset.classes), self.generator)
         self.batches = -(-len(self.train_pixels) // config.batch_size)
         """Steps of an epoch."""
         self._frozen_features: dict[int, Tensor] = {}
@@ -82,10 +84,12 @@ class TaskRun:
         self.banked: dict[str, list[str]] = {}
         self.pruned: list[str] = []
         """With the three above, what pear_train/pruning.py decided."""
-        self.recall: dict[str, list[float | None]] = {}
-        """For each split that was evaluated at the end, the recall of each class."""
+        self.scores: dict[str, Scores] = {}
+        """Of each split that was evaluated at the end."""
+        self.threshold: float | None = None
+        """The confidence from which answers on val are right as often as was asked."""
         self.history: list[dict[str, float]] = []
-        """For each epoch: loss and top-1 on train while it went on, top-1 on val at its end."""
+        """For each epoch: loss and top-1 on train while it went on, top-1 and macro F1 on val at its end."""
         self.epoch, self.batch, self.order = 1, 0, torch.empty(0, dtype=torch.long)
         self.best, self.best_epoch, self.best_state = -1.0, 0, self.state()
         self.finished = False
@@ -96,13 +100,13 @@ class TaskRun:
     def next_rows(self) -> Tensor:
         """Row numbers of the batch to come."""
         if self.batch == 0:
-            self.order = torch.randperm(len(self.train_pixels), generator=self.generator)
+            self.order = self.feed.order()
             self._tally, self._epoch_began = Tally(), time.perf_counter()
         return self.order[self.batch * self.config.batch_size : (self.batch + 1) * self.config.batch_size]
 
     def images(self, rows: Tensor) -> Tensor:
         """Normalised float32 [batch, 3, h, w] of train, augmented."""
-        return augment(self.train_pixels.images(rows), self.config.augment, self.generator)
+        return self.feed.images(rows)
 
     def step_weights(self) -> dict[str, PositionWeights]:
         """What positions add in a training step: some are left out where the configuration says so."""
@@ -124,10 +128,11 @@ class TaskRun:
 
     def loss(self, features: Tensor, rows: Tensor) -> Tensor:
         """The batch's mean loss, counted into the epoch's."""
-        logits, targets = self.head(features), self.train_pixels.targets[rows].to(self.device)
-        loss = F.cross_entropy(logits, targets)
+        logits, targets = self.head(features), self.feed.targets(rows).to(self.device)
+        loss = self.feed.loss(logits, targets)
+        classes = targets if targets.ndim == 1 else targets.argmax(1)
         self._tally.loss += float(loss.detach()) * len(rows)
-        self._tally.right += int((logits.detach().argmax(1) == targets).sum())
+        self._tally.right += int((logits.detach().argmax(1) == classes).sum())
         self._tally.images += len(rows)
         return loss
 
@@ -154,13 +159,13 @@ class TaskRun:
 
     def _end_epoch(self) -> None:
         self.check_finite()
-        val_top1 = self.accuracy(self.val_pixels)
-        self.history.append({"loss": self.running_loss, "train_top1": self.train_top1, "val_top1": val_top1})
+        val = self.look_at_val()
+        self.history.append({"loss": self.running_loss, "train_top1": self.train_top1, **val})
         before_pruning = self.prunes and self.epoch <= self.config.pruned_after
         if self.prunes and self.epoch == self.config.pruned_after:
             self.prune()
-        if not before_pruning and val_top1 >= self.best:
-            self.best, self.best_epoch, self.best_state = val_top1, self.epoch, self.state()
+        if not before_pruning and val[self.judged_by] >= self.best:
+            self.best, self.best_epoch, self.best_state = val[self.judged_by], self.epoch, self.state()
         patience = self.config.patience
         stalled = patience is not None and not before_pruning and self._stalled() >= patience
         self.finished = self.epoch == self.config.epochs or stalled
@@ -183,7 +188,7 @@ class TaskRun:
     def _stalled(self) -> int:
         """Epochs since val got better than it had ever been (after pruning)."""
         first = self.config.pruned_after if self.prunes else 0
-        values = [epoch["val_top1"] for epoch in self.history[first:]]
+        values = [epoch[self.judged_by] for epoch in self.history[first:]]
         return len(values) - 1 - values.index(max(values))
 
     def check_finite(self) -> None:
@@ -219,16 +224,30 @@ class TaskRun:
     def train_top1(self) -> float:
         return self._tally.right / max(1, self._tally.images)
 
+    @property
+    def judged_by(self) -> str:
+        """What of an epoch's history says how good it is."""
+        return "val_macro_f1" if self.config.select == "macro_f1" else "val_top1"
+
+    def look_at_val(self) -> dict[str, float]:
+        """Figures of val for the history."""
+        scores = self.evaluate(self.val_pixels)
+        return {"val_top1": scores.top1, "val_macro_f1": scores.macro_f1}
+
     def accuracy(self, pixels: Pixels) -> float:
-        """Top-1 of the weights as they are.
+        """Top-1 of the weights as they are. Raises as :meth:`evaluate`."""
+        return self.evaluate(pixels).top1
+
+    def evaluate(self, pixels: Pixels) -> Scores:
+        """Figures of the weights as they are.
 
         Raises:
             DivergedError: a logit is not finite, so that the likeliest class means nothing.
         """
-        top1 = accuracy(pixels, lambda rows: self.head(self.features(pixels, rows)))
-        if top1 is None:
+        predicted = predicted_classes(pixels, lambda rows: self.head(self.features(pixels, rows)))
+        if predicted is None:
             raise self._diverged(f"after epoch {self.epoch}, logits on val are not finite")
-        return top1
+        return scores_of(predicted, pixels.targets, len(self.dataset.classes))
 
     def features(self, pixels: Pixels, rows: Tensor) -> Tensor:
         """Pooled features of this task alone, as evaluation computes them; without adapters computed but once."""

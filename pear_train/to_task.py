@@ -16,6 +16,7 @@ from pear_train.bases import bases_key
 from pear_train.config import TrainConfig
 from pear_train.dtypes import code_bits, core_dtype, float_dtype
 from pear_train.identity import fingerprint
+from pear_train.recall import in_record
 from pear_train.run import TaskRun
 from router.tensors import from_torch, quantise
 
@@ -34,6 +35,7 @@ def to_task(run: TaskRun, metrics: dict[str, Any]) -> Task:
         "preprocess": run.preprocess,
         "metrics": metrics,
         "training": _training(run),
+        **({} if run.threshold is None else {"threshold": run.threshold}),
     }
     return make_task(record, tensors, run.config.task)
 
@@ -185,7 +187,7 @@ def _training(run: TaskRun) -> dict[str, Any]:
         "data_fingerprint": run.identity["data"],
         "images": run.dataset.counts,
         "unreadable": run.dataset.unreadable_counts,
-        "recall": run.recall,
+        **in_record(run.scores),
         "importance_score": config.importance,
         "precision": run.precision,
         "given": run.given,
@@ -196,7 +198,7 @@ def _training(run: TaskRun) -> dict[str, Any]:
         "banked": run.banked,
         "history": [_short(epoch) for epoch in run.history],
         "fingerprint": fingerprint(run.identity),
-        "kept_epoch": run.best_epoch if config.select == "best" else len(run.history),
+        "kept_epoch": run.best_epoch if config.select != "last" else len(run.history),
         "trainable_params": sum(p.numel() for group in run.optimiser.param_groups for p in group["params"]),
         "machines": run.machines,
     }

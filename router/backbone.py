@@ -11,12 +11,14 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import router.models.pear_tiny  # noqa: F401  (registers the embedded backbone with timm)
 from pear_store import Digest, tensor_digest
 from router.device import check_process
 from router.errors import BackboneError, ImageError
+from router.pictures import READING
 from router.tensors import from_torch
 from router.threads import computing_alone
 
@@ -41,6 +43,19 @@ class Backbone:
         config: Mapping[str, Any] = getattr(self.module, "pretrained_cfg", {}) or {}
         self.config = config
         self.input_size: tuple[int, int] = tuple(config.get("input_size", (3, 224, 224))[1:])
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """How the model's own weights were evaluated, as a task's record says it: timm's crop, mean and std."""
+        return {
+            "input_size": [3, *self.input_size],
+            "mean": list(self.config.get("mean", IMAGENET_DEFAULT_MEAN)),
+            "std": list(self.config.get("std", IMAGENET_DEFAULT_STD)),
+            "interpolation": self.config.get("interpolation", "bicubic"),
+            "crop_pct": float(self.config.get("crop_pct") or DEFAULT_CROP_PCT),
+            "crop_mode": self.config.get("crop_mode") or "center",
+            "reading": READING,
+        }
 
     @property
     def size_bytes(self) -> int:

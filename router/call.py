@@ -28,6 +28,7 @@ class Call:
         names: the task of each row, as it was asked for: a name, or what one meant when it was looked up.
         on_error: "raise" the first failure, or "return" it in the predictions of its rows.
         in_parts: tasks that do not fit into the slots together take turns.
+        without_heads: answers are features, which heads would take, and have no classes.
 
     Raises:
         RouterError: there is no row, or another value for `on_error`.
@@ -41,12 +42,13 @@ class Call:
         names: Sequence[str | Known],
         on_error: OnError,
         in_parts: bool,
+        without_heads: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise RouterError(f"on_error {on_error!r}: expected 'raise' or 'return'")
         if not names:
             raise ImageError("no images: expected at least one")
-        self._engine, self._raises = engine, on_error == "raise"
+        self._engine, self._raises, self._without_heads = engine, on_error == "raise", without_heads
         self._names = [name if isinstance(name, str) else name.task.name for name in names]
         # what was looked up before may be of no use already
         self._since = None if any(isinstance(name, Known) for name in names) else engine.changes
@@ -65,7 +67,7 @@ class Call:
         use_of = np.array([-1 if known is None else places[known.key] for known in self._known], np.int64)
         self._use_of: Ints = use_of[self._name_of]
         self._turns = self._take_turns(in_parts)
-        widths = [0 if known is None else engine.width(known.use) for known in self._known]
+        widths = [0 if known is None else engine.width(known.use, without_heads) for known in self._known]
         self._answers = Answers(np.array(widths, np.int64)[self._name_of])
 
     def run_images(self, images: Tensor | list[ImageLike], image_of: Ints) -> None:
@@ -104,7 +106,7 @@ class Call:
         """What became of a run of rows."""
         number = range(len(self._names))[rows]
         numbers = self._name_of[rows].tolist()
-        classes = [() if known is None else known.task.labels for known in self._known]
+        classes = [() if known is None or self._without_heads else known.task.labels for known in self._known]
         versions = [None if known is None or known.version is None else known.version.version for known in self._known]
         failures = {row - number.start: e for row, e in self._failures.items() if row in number}
         return Predictions(
@@ -149,7 +151,7 @@ class Call:
             return
         uses: list[Use] = [self._uses[i] for i in numbers]
         try:
-            for rows, logits in self._engine.run(batch.images, batch.image_of, uses, task_of):
+            for rows, logits in self._engine.run(batch.images, batch.image_of, uses, task_of, self._without_heads):
                 self._answers.put(batch.rows[rows], logits)
         except (RouterError, PearStoreError) as error:
             if len(numbers) == 1 or self._is_for_all(error):

@@ -54,9 +54,9 @@ class Engine:
         """How often names of tasks came to mean something else; see `drop_stale`."""
         return self._registry.changes
 
-    def width(self, use: Use) -> int:
+    def width(self, use: Use, without_heads: bool = False) -> int:
         """How many logits, or features, a task gives."""
-        head = use.task.head
+        head = None if without_heads else use.task.head
         return self.adapted.feature_width if head is None else head.weight.shape[0]
 
     def check(self, uses: Sequence[Use]) -> None:
@@ -97,7 +97,9 @@ class Engine:
         for use in missing:
             self.slots.load(use, self._registry.read(use), stay)
 
-    def run(self, images: Tensor, image_of: Ints, uses: Sequence[Use], task_of: Ints) -> list[tuple[Ints, Tensor]]:
+    def run(
+        self, images: Tensor, image_of: Ints, uses: Sequence[Use], task_of: Ints, without_heads: bool = False
+    ) -> list[tuple[Ints, Tensor]]:
         """The answers of rows, each an image and a task.
 
         Args:
@@ -105,6 +107,7 @@ class Engine:
             image_of: int64 [row], indices into `images`.
             uses: distinct tasks.
             task_of: int64 [row], indices into `uses`.
+            without_heads: features, which heads would take.
         Returns:
             Rows, and their logits float32 [row, classes] on the CPU; as many pairs as there are widths of logits.
 
@@ -129,7 +132,7 @@ class Engine:
                     raise ClosedError
                 self._after_the_last()
                 if (ready := self._gather(uses, walk, way, images, last=tries == _TRIES - 1)) is not None:
-                    answers = self._forward(images, walk, ready, matrices, way, task_of)
+                    answers = self._forward(images, walk, ready, matrices, way, task_of, without_heads)
                     self._note_end()
                     break
         assert answers is not None
@@ -172,6 +175,7 @@ class Engine:
         matrices: Mapping[str, nn.Parameter],
         way: Way,
         task_of: Ints,
+        without_heads: bool,
     ) -> "_Answers":
         eager = way in ("alone", "apart", "shared")
         if not eager or not np.array_equal(walk.start, np.arange(len(images))):  # dynamo tells copies apart
@@ -189,7 +193,7 @@ class Engine:
         counts = np.bincount(task_of, minlength=len(ready.tasks))
         groups = torch.split(features.index_select(0, self._index(walk.end[by_task])), counts.tolist())
         logits = [
-            values if one.head is None else F.linear(values, *one.head)
+            values if one.head is None or without_heads else F.linear(values, *one.head)
             for values, one in zip(groups, ready.tasks, strict=True)
         ]
         return _Answers(np.split(by_task, np.cumsum(counts)[:-1]), logits)

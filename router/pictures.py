@@ -4,19 +4,22 @@ A task's record says by which rule its pictures were read (`preprocess`, key `re
 
     0   Pillow's convert("RGB"), as timm and torchvision read; for records without the key
     1   upright, all of a 16-bit range, transparency on white, colours in sRGB
+    2   as 1, and faster: a JPEG of many more pixels than are needed is decoded at a half, a quarter or an eighth of its
+        size; pictures are made smaller by torch (router/preprocess.py)
 """
 
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +39,12 @@ ImageLike = Image.Image | NDArray[Any] | str | PathLike[str] | bytes | BinaryIO
 """A PIL image; a uint8 or uint16 array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; a path or URL; a file's bytes; or a
 file that is open to read bytes from, which is read from its start."""
 
-READINGS = (0, 1)
+READINGS = (0, 1, 2)
 """The rules that this Pear knows."""
-READING = 1
+READING = 2
 """The rule for new tasks."""
+SPARE = 2
+"""By rule 2 the shorter side of a JPEG keeps at least so many times the pixels that are needed of it."""
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused unless asked for, because a file of 200 KB can hold more. Decoded, it takes up to 1 GB.
@@ -79,36 +84,59 @@ LIMITS = Limits()
 class Picture:
     """A picture whose header has been read; its pixels are decoded by the first call of :meth:`rgb`."""
 
-    def __init__(self, name: str, source: Image.Image | NDArray[Any]) -> None:
+    def __init__(self, name: str, source: Image.Image | NDArray[Any], file: BinaryIO | None = None) -> None:
         self.name = name
-        self._source = source
+        self._source, self._file = source, file
         height, width = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
         self.size: tuple[int, int] = (height, width)
-        self._read: dict[int, Image.Image] = {}
+        self._read: dict[tuple[int, int], Image.Image] = {}
 
-    def rgb(self, reading: int) -> Image.Image:
+    def rgb(self, reading: int, needed: int | None = None) -> Image.Image:
         """The picture in mode RGB, by one of READINGS. What is given out is not for changing.
+
+        Args:
+            needed: pixels of a side that it will be resized to; None: it stays as large as it is.
 
         Raises:
             ImageError: it cannot be decoded, or has pixels that this rule refuses.
         """
-        if reading not in self._read:
+        shrunk = 1 if reading < 2 or needed is None else self._shrinks(needed)
+        key = reading, shrunk
+        if key not in self._read:
             with errors_named(self.name):
-                source = self._source
+                source = self._source if shrunk == 1 else self._shrunk(shrunk)
                 if isinstance(source, np.ndarray):
                     source = _from_array(source, self.name, reading)
-                self._read[reading] = source.convert("RGB") if reading == 0 else _rgb(source, self.name)
-        return self._read[reading]
+                self._read[key] = source.convert("RGB") if reading == 0 else _rgb(source, self.name)
+        return self._read[key]
+
+    def _shrinks(self, needed: int) -> int:
+        """By what a JPEG's file can be shrunk as it is decoded: 8, 4, 2, or 1 for not at all."""
+        source = self._source
+        if self._file is None or not isinstance(source, Image.Image) or source.format not in ("JPEG", "MPO"):
+            return 1
+        return next((factor for factor in (8, 4, 2) if min(self.size) >= SPARE * needed * factor), 1)
+
+    def _shrunk(self, factor: int) -> Image.Image:
+        """The file opened again, to be decoded at that part of its size: what was decoded already is of another."""
+        assert self._file is not None
+        image = _open_file(self._file, self.name)
+        width, height = image.size
+        image.draft(None, (width // factor, height // factor))
+        return image
 
     def forget(self) -> None:
         """Lets the pixels go, whoever still holds this."""
         self._read.clear()
-        del self._source
+        del self._source, self._file
 
 
 @contextmanager
-def opened(image: ImageLike, limits: Limits = LIMITS) -> Iterator[Picture]:
+def opened(image: ImageLike, limits: Limits = LIMITS, clock: "Clock | None" = None) -> Iterator[Picture]:
     """Reads a picture's header. As long as it is open, its pixels count towards PIXELS_IN_FLIGHT.
+
+    Args:
+        clock: is told the time that reading takes, until the picture is closed.
 
     Raises:
         ImageError: it is no picture, cannot be read, or is larger than `limits` allow.
@@ -116,13 +144,51 @@ def opened(image: ImageLike, limits: Limits = LIMITS) -> Iterator[Picture]:
     name = _name(image)
     with ExitStack() as files:
         with errors_named(name):
-            picture = Picture(name, _source(image, name, limits, files))
+            picture = Picture(name, *_source(image, name, limits, files, clock))
             _check_size(picture, limits)
         with _in_flight().hold(picture.size[0] * picture.size[1]):
             try:
                 yield picture
             finally:
                 picture.forget()
+
+
+class Clock:
+    """Adds up how long reading a file takes: its opening, and each time that a decoder asks for more of it."""
+
+    def __init__(self) -> None:
+        self.read_s = 0.0
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.read_s += time.perf_counter() - began
+
+
+class _Timed(BufferedIOBase):
+    """A file whose reading is timed."""
+
+    def __init__(self, file: BinaryIO, clock: Clock) -> None:
+        self._file, self._clock = file, clock
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with self._clock.reading():
+            return self._file.read(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def open_image(image: ImageLike, *, reading: int = READING, limits: Limits = LIMITS) -> Image.Image:
@@ -183,25 +249,35 @@ def _name(image: object) -> str:
     return fspath(image) if isinstance(image, str | PathLike) else f"image of type {type(image).__name__}"
 
 
-def _source(image: ImageLike, name: str, limits: Limits, files: ExitStack) -> Image.Image | NDArray[Any]:
+def _source(
+    image: ImageLike, name: str, limits: Limits, files: ExitStack, clock: Clock | None
+) -> tuple[Image.Image | NDArray[Any], BinaryIO | None]:
+    """What is decoded, and the file that it is in, if it is in one."""
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ImageError(f"{name} is empty")
-        return image
+        return image, None
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ImageError(f"{name}: {_ARRAYS}")
         if 0 in image.shape:
             raise ImageError(f"{name} is empty")
-        return image
+        return image, None
     if not isinstance(image, str | PathLike | bytes) and hasattr(image, "read"):
         image = _bytes_of(image, name)
+    file: BinaryIO
     if isinstance(image, bytes):
-        return _open_file(BytesIO(image), name)
+        file = BytesIO(image)
+        return _open_file(file, name), file
     if not isinstance(image, str | PathLike):
         raise ImageError(f"{name}: expected a PIL image, an array, a path, a file's bytes, or an open file")
     path = image if isinstance(image, str) else Path(fspath(image))
-    return _open_file(files.enter_context(open_source(path, limits.access)), name)
+    if clock is None:
+        file = files.enter_context(open_source(path, limits.access))
+    else:
+        with clock.reading():
+            file = cast(BinaryIO, _Timed(files.enter_context(open_source(path, limits.access)), clock))
+    return _open_file(file, name), file
 
 
 def _bytes_of(file: BinaryIO, name: str) -> bytes:
@@ -214,6 +290,7 @@ def _bytes_of(file: BinaryIO, name: str) -> bytes:
 
 
 def _open_file(file: BinaryIO, name: str) -> Image.Image:
+    file.seek(0)
     start = file.read(16)
     for kind in _formats():  # as Image.open does, whose own limit of pixels comes too late or too early
         factory, accepts = Image.OPEN[kind]
@@ -295,7 +372,7 @@ def _in_flight() -> _InFlight:
 os.register_at_fork(after_in_child=_in_flight.cache_clear)  # a child decodes none of its parent's pictures
 
 
-# ---- rule 1 -----------------------------------------------------------------------------------
+# ---- rules 1 and 2 -----------------------------------------------------------------------------------
 
 _ARRAYS = "expected uint8 or uint16 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]"
 _TURNS: dict[object, Image.Transpose] = {
@@ -324,7 +401,7 @@ def _from_array(array: NDArray[Any], name: str, reading: int) -> Image.Image:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """Mode RGB by rule 1."""
+    """Mode RGB by rules 1 and 2."""
     depth, tiff = _sample_depth(image), getattr(image, "tag_v2", {})
     if 50706 in tiff:
         raise ImageError(f"{name}: a camera's raw file (DNG); Pillow reads only its thumbnail: develop it first")

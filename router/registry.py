@@ -4,15 +4,16 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
-from pear_store import NotFoundError, PearStoreError, ReadableStore, Task, Version
-from pear_store.format.checkpoint import check_record
+from pear_store import NotFoundError, PearStoreError, ReadableStore, Task, Version, make_task
+from pear_store.format.checkpoint import FORMAT, check_record
 from pear_store.format.manifest import manifest_hash, to_manifest
 from router.errors import ClosedError, TaskError, UnknownTaskError
 from router.layout import Use, without_bytes
@@ -109,6 +110,17 @@ class Registry:
             self._added[name] = known
             self.changes += 1
         return before and before.key
+
+    def bare(self, model: str, digest: str, preprocess: Mapping[str, Any]) -> Known:
+        """A task that adds nothing to a backbone, and has no head. No name means it."""
+        task = make_task(
+            {
+                "format": FORMAT, "task": "backbone", "backbone": {"model": model, "digest": digest},
+                "activation": "identity", "adapters": {}, "positions": {}, "head": None, "labels": [],
+                "preprocess": dict(preprocess), "metrics": {}, "training": {},
+            }, {}, "the backbone",
+        )  # fmt: skip
+        return Known(Use(_hash(task), task, self._dtype, lambda: task), self._preprocess(task), None)
 
     def known(self, name: str) -> Known | None:
         """What a reference means, if that was looked up and is kept; nothing is read."""

@@ -5,14 +5,14 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pear_store import PearStoreError, RawTensor, ReadableStore, Store, Task, make_task, read_checkpoint
 from pear_store.local.sources import Access
@@ -309,6 +309,37 @@ class Router:
         return call.predictions(slice(None))
 
     @torch.inference_mode()
+    def features(self, images: Images, task: str | Sequence[str] | None = None) -> Tensor:
+        """float32 [batch, width]: the pooled features of images, on the CPU, as heads take them.
+
+        Args:
+            images: see `run`.
+            task: whose adapters and preprocessing are used, or one for each image; None: those of the backbone alone,
+                which is given images as timm says.
+
+        Raises:
+            See `run`.
+        """
+        given = as_images(images)
+        names: list[str | Known]
+        if task is None:
+            names = [self.bare] * len(given)
+        else:
+            names = [task] * len(given) if isinstance(task, str) else [*_names(task)]
+        if len(names) != len(given):
+            raise ImageError(f"{len(given)} images but {len(names)} tasks: expected one task, or one for each image")
+        call = Call(self._engine, self._find, names, "raise", in_parts=False, without_heads=True)
+        call.run_images(given, same_images(given))
+        found = call.predictions(slice(None)).logits
+        assert isinstance(found, Tensor)
+        return found
+
+    @cached_property
+    def bare(self) -> Known:
+        """The backbone alone, as a task without adapters and head; its pictures are prepared as timm says."""
+        return self._registry.bare(self.backbone.name, self.backbone.digest, self.backbone.preprocess)
+
+    @torch.inference_mode()
     def run_all(self, images: Images, tasks: Sequence[str], *, on_error: OnError = "raise") -> dict[str, Predictions]:
         """Every image through every task: {task: predictions}. See `run` for arguments and errors.
 
@@ -326,12 +357,15 @@ class Router:
         return {name: call.predictions(slice(i * count, (i + 1) * count)) for i, name in enumerate(names)}
 
     @torch.inference_mode()
-    def run_batch(self, batch: Batch, tasks: Sequence[str | Known], *, on_error: OnError = "raise") -> Predictions:
+    def run_batch(
+        self, batch: Batch, tasks: Sequence[str | Known], *, on_error: OnError = "raise", without_heads: bool = False
+    ) -> Predictions:
         """Predictions of a batch that `prepare` made, for whoever decodes images ahead of their turn.
 
         Args:
             tasks: one for each of the batch's rows: a name, or what `lookup` returned. The images are taken to be
                 prepared as these expect.
+            without_heads: give features, as `features` does, in place of logits.
 
         Raises:
             See `run`.
@@ -339,7 +373,7 @@ class Router:
         names = _tasks(tasks)
         if len(names) != len(batch.rows):
             raise ImageError(f"a batch of {len(batch.rows)} rows but {len(names)} tasks: expected one for each row")
-        call = Call(self._engine, self._find, names, on_error, in_parts=True)
+        call = Call(self._engine, self._find, names, on_error, in_parts=True, without_heads=without_heads)
         call.run(Batch(batch.images, np.arange(len(names)), batch.image_of))
         return call.predictions(slice(None))
 

@@ -37,6 +37,7 @@ from pear_train import Dataset, TrainConfig, open_dataset
 from pear_train.adapters import AdapterSet
 from pear_train.data import Pixels, preprocess_record
 from pear_train.evaluate import in_batches
+from pear_train.feed import Feed
 from pear_train.group import next_batch, step_together
 from pear_train.machine import on_device
 from pear_train.make_base import train_base
@@ -99,8 +100,10 @@ def plan_of(row: dict[str, Any]) -> Plan:
 class StudyRun(TaskRun):
     """A run that looks at val once, at the last epoch."""
 
-    def accuracy(self, pixels: Pixels) -> float:
-        return super().accuracy(pixels) if self.epoch == self.config.epochs else 0.0
+    def look_at_val(self) -> dict[str, float]:
+        if self.epoch == self.config.epochs:
+            return super().look_at_val()
+        return {"val_top1": 0.0, "val_macro_f1": 0.0}
 
     def fork(self, config: TrainConfig) -> "StudyRun":
         """A copy that goes on with other options."""
@@ -110,6 +113,7 @@ class StudyRun(TaskRun):
             memo[id(generator)] = generator.clone_state()
         made = copy.deepcopy(self, memo)
         made.config = config
+        made.feed = Feed(config, made.train_pixels, len(made.dataset.classes), made.generator)
         made.optimiser.param_groups[1]["factor"] = config.scale_lr
         return made
 

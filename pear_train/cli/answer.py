@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pear_store.terminal import echo, echo_table
+from pear_train.plot import WHY_PASSED_OVER
 from pear_train.recall import recall_rows
 from pear_train.report import Failed, Result
 from pear_train.tasks import TaskEntry
@@ -69,6 +70,8 @@ def answer_one(result: Result, out: Path, as_json: bool) -> None:
         _show_positions(result)
     echo_table(recall := recall_rows(result.classes), ["left"] * len(recall[0]))
     echo(f"{result.task} ({result.method}): {_scores(result)}, {result.seconds:.0f} s")
+    if result.threshold is not None:
+        echo(f"threshold {result.threshold:.4f}: {_threshold_shown(result.threshold)}")
     echo(
         f"{click.format_filename(out)}: {result.file_bytes:,} bytes (adapters {result.adapter_bytes:,}, "
         f"knowledge {result.knowledge_bytes:,}, head {result.head_bytes:,}"
@@ -87,12 +90,22 @@ def _show_positions(result: Result) -> None:
             uses = f"pruned, borrows {', '.join(borrowed)}" if borrowed else "pruned"
             if result.bases_bytes:
                 uses = "common bases alone"
+            if position in result.passed_over:
+                uses += " *"
         bar = "█" * max(1, round(20 * score / peak)) if score > 0 else ""
         rows.append({"position": position, "importance": f"{score / peak:.4f}", "": bar, "adapter": uses})
     echo_table(rows, ["left"] * len(rows[0]))
     echo("importance: how much the loss would change without the adapter, relative to the highest")
+    if result.passed_over:
+        echo(f"* {WHY_PASSED_OVER}")
 
 
 def _scores(result: Result) -> str:
     test = "no test split" if result.test_top1 is None else f"test {100 * result.test_top1:.1f} %"
     return f"val {100 * result.val_top1:.1f} %, {test}"
+
+
+def _threshold_shown(threshold: float) -> str:
+    return (
+        "less confident answers are to count as unknown" if threshold else "all answers on val are right often enough"
+    )

@@ -1,8 +1,10 @@
 """The command itself: what it takes, and what it prints at the end."""
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,29 @@ import click
 from pear_store import PearStoreError
 from pear_store.terminal import echo, version_option
 from pear_train.cli.answer import answer_many, answer_one
-from pear_train.cli.options import HeadedCommand, option, read_options, run_option
-from pear_train.cli.progress import say
+from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
+from pear_train.cli.progress import Stopped, say
 from pear_train.cli.request import Request, Work
 from pear_train.cli.work import do_work
 from pear_train.errors import PearTrainError
+from pear_train.html import write_html
 from pear_train.plot import plot_path, plot_result
 from pear_train.report import Result
 from router import RouterError
 
 _PATH = click.Path(path_type=Path)
+_DRAWN = ("plot", "html", "preview", "curves")
 
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @version_option
 @click.argument("task", required=False)
-@option("Data", "--data", help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
+@option(
+    "Data",
+    "--data",
+    help="Image folder, list of images (.csv, .jsonl, .parquet), folder of Hugging Face datasets, VTAB-1k folder, .npz "
+    "file, or a data set's name in timm.",
+)
 @option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
 @run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
 @run_option("Data", "--val-split", "Folder of the val split; none: hold a tenth of train out.")
@@ -49,8 +58,18 @@ _PATH = click.Path(path_type=Path)
 @run_option("Training", "--weight-decay", "Of AdamW.")
 @run_option("Training", "--warmup", "Share of the steps over which the learning rate rises.")
 @run_option("Training", "--batch-size", "Images a step.")
-@run_option("Training", "--augment", "What training images undergo.")
+@run_option(
+    "Training", "--augment", "What training images undergo: flip, crop, rotate, zoom, color, mixup, some joined by +. "
+    "Each helps some tasks and harms others.",
+)  # fmt: skip
+@run_option("Training", "--balance", "Of uneven classes: weights in the loss, or sampling of rare ones.")
+@run_option("Training", "--label-smoothing", "Share of a label that is spread over all classes, such as 0.1.")
+@run_option("Training", "--select", "The epoch that is kept: best top-1 on val, best macro_f1, or last.")
 @run_option("Training", "--patience", "Stop after so many epochs without a better val.")
+@run_option(
+    "Training", "--threshold-accuracy", "Store the lowest confidence from which so many answers on val are right, such "
+    "as 0.95.",
+)  # fmt: skip
 @run_option("Training", "--seed", "Of initial adapters and batch order.")
 @option("Several tasks", "--tasks", "tasks_file", type=_PATH, help="TOML file of many tasks, instead of TASK.")
 @option(
@@ -103,6 +122,10 @@ _PATH = click.Path(path_type=Path)
 @run_option("Output", "--core-dtype", "What cores are written in.")
 @run_option("Output", "--head-dtype", "What the head is written in.")
 @option("Output", "--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
+@option("Output", "--html", type=_PATH, help="Write a report: one file, for any browser.")
+@option("Output", "--preview", type=_PATH, help="Draw training pictures as the network gets them, as .png.")
+@option("Output", "--curves", type=_PATH, help="Write loss and accuracies of each epoch, as .csv.")
+@option("Output", "--tensorboard", type=_PATH, help="Write the same for TensorBoard, into a folder.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
 @run_option("Machine", "--device", "Such as cpu or cuda [default: cuda where there is one].")
 @run_option("Machine", "--dtype", "Precision of training.")
@@ -110,7 +133,7 @@ _PATH = click.Path(path_type=Path)
     "Other", "--set", "settings", multiple=True, metavar="NAME=VALUE",
     help="Any option of a run, by its name in a file of tasks; may be repeated. The only way to set prune_epoch, "
     "activation, scale, down, importance, sharing, borrow, borrowed_scale, train_borrowed_scale, scale_lr, knowledge, "
-    "knowledge_bits, max_grad_norm, drop_branch, select, bank_share, core_lr and bases_lr.",
+    "knowledge_bits, max_grad_norm, drop_branch, bank_share, core_lr and bases_lr.",
 )  # fmt: skip
 @click.pass_context
 def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
@@ -130,8 +153,14 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     except (PearTrainError, RouterError, PearStoreError) as error:
         say(f"Error: {error}")
         sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        echo("Stopped: the same command goes on after the last epoch that was ended.", err=True)
+    except KeyboardInterrupt as stop:
+        kept = stop.kept if isinstance(stop, Stopped) else None
+        how = (
+            f"{kept}; the same command goes on from there"
+            if kept
+            else "no epoch was ended; the same command begins anew"
+        )
+        echo(f"Stopped: {how}:\n    {shlex.join(['pear-train', *ctx.meta.get(ARGUMENTS, [])])}", err=True)
         sys.exit(130)
     if work is not None:
         _answer(request, work)
@@ -156,20 +185,25 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--together needs --tasks, and no --make-base: it says how many tasks train at once")
     if request.address is not None and not request.many:
         raise click.UsageError("--ray needs --tasks, and no --make-base: machines train different tasks")
+    if request.address is not None and request.tensorboard is not None:
+        raise click.UsageError("--ray takes no --tensorboard: epochs end on other machines")
     if request.address is None and (request.workers or request.cpus_per_worker):
         raise click.UsageError("--workers and --cpus-per-worker are for a cluster: give --ray, too")
     if request.bank_tasks is not None and request.bank is None:
         raise click.UsageError("--bank-tasks needs --bank: it names tasks of that store")
-    unused = [f"--{name}" for name in ("base", "bank", "plot") if getattr(request, name)]
+    unused = [f"--{name}" for name in ("base", "bank", *_DRAWN, "tensorboard") if getattr(request, name)]
     if request.make_base and unused:
         raise click.UsageError(f"--make-base takes no {' or '.join(unused)}")
+    of_one = [f"--{name}" for name in ("html", "preview", "curves") if getattr(request, name)]
+    if request.many and of_one:
+        raise click.UsageError(f"{' and '.join(of_one)}: of one task; --tasks takes --plot and --tensorboard")
 
 
 def _check_bases_usage(request: Request) -> None:
     if request.make_bases:
         if request.from_store is None:
             raise click.UsageError("--make-bases needs --from-store: the store of the tasks that they are made from")
-        names = ("base", "bank", "bases", "rebase", "make_base", "plot", "data", "together")
+        names = ("base", "bank", "bases", "rebase", "make_base", *_DRAWN, "tensorboard", "data", "together")
         if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]:
             raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
     elif request.from_tasks is not None:
@@ -188,15 +222,18 @@ def _answer(request: Request, work: Work) -> None:
         assert isinstance(work.results[0], Result)
         answer_one(work.results[0], request.out, request.as_json)
     trained = [result for result in work.results if isinstance(result, Result)]
-    drawn = [_draw(result, plot_path(work.paths[result.task])) for result in trained] if request.plot else []
+    drawn = [_draw(result, partial(plot_result, path=plot_path(work.paths[result.task])))
+             for result in trained if request.plot]  # fmt: skip
+    if request.html is not None:
+        drawn += [_draw(result, partial(write_html, checkpoint=request.out, path=request.html)) for result in trained]
     if len(trained) < len(work.results) or not all(drawn):
         sys.exit(1)
 
 
-def _draw(result: Result, path: Path) -> bool:
-    """Draws a picture; says what is wrong if it cannot be drawn, for the run itself is done."""
+def _draw(result: Result, draw: Callable[[Result], None]) -> bool:
+    """Draws a picture or page; says what is wrong if that fails, for the run itself is done."""
     try:
-        plot_result(result, path)
+        draw(result)
     except PearTrainError as error:
         echo(f"Error: {result.task}: {error}", err=True)
         return False

@@ -20,6 +20,7 @@ Heading: TypeAlias = Literal[
     "Data", "Store", "Backbone", "Method", "Training", "Several tasks", "Sharing between tasks", "Output", "Gate",
     "Machine", "Other",
 ]  # fmt: skip
+ARGUMENTS = "pear_train.arguments"
 _PLAIN = {"int": int, "float": float, "str": str}
 
 
@@ -32,7 +33,14 @@ class HeadedOption(click.Option):
 
 
 class HeadedCommand(click.Command):
-    """A command whose --help shows options under their headings, in the order in which these come first."""
+    """A command whose --help shows options under their headings, in the order in which these come first.
+
+    What it was called with is in ``ctx.meta[ARGUMENTS]``.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         shown: dict[str, list[tuple[str, str]]] = {}

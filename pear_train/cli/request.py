@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pear_store import Task
 from pear_train.cli.answer import summary_line
+from pear_train.curves import Curves
 from pear_train.job import Job
 from pear_train.recall import recall_warnings
 from pear_train.report import Failed, Result
@@ -40,6 +41,10 @@ class Request:
     overwrite: bool
     force: bool
     plot: bool
+    html: Path | None
+    preview: Path | None
+    curves: Path | None
+    tensorboard: Path | None
     as_json: bool
 
     @property
@@ -59,6 +64,7 @@ class Work:
     results: list[Result | Failed] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     """Tasks whose checkpoint was there already."""
+    curves: Curves = field(default_factory=lambda: Curves(None, None))
 
     def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
         """Takes what came of a task, and says it."""

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,20 +15,23 @@ from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.terminal import echo
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
-from pear_train.cli.progress import Progress, say_above
+from pear_train.cli.progress import Progress, say_above, telling_how_far
 from pear_train.cli.request import Given, Request, Work
 from pear_train.config import OPTIONS, TrainConfig
+from pear_train.curves import Curves
 from pear_train.data import Dataset, open_dataset
 from pear_train.errors import ConfigError, PearTrainError
+from pear_train.html import check_html
 from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
 from pear_train.make_bases import bases_identity, bases_of, make_bases
 from pear_train.output import check_out, checkpoint_at, is_finished
-from pear_train.plot import check_plot, plot_path
+from pear_train.plot import check_picture, check_plot, plot_path
+from pear_train.preview import write_preview
 from pear_train.rebase import rebase
-from pear_train.report import Failed, result_of
+from pear_train.report import Failed, Result, Step, result_of
 from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
@@ -50,6 +54,11 @@ def do_work(request: Request, told: Told) -> Work | None:
     if many:
         _make_folder(out)
     work = Work(entries, {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries})
+    work.curves = Curves(request.curves, request.tensorboard)
+    if request.html is not None:
+        check_html(request.html)
+    if request.preview is not None:
+        check_picture("--preview", request.preview)
     if not many:
         check_out(out)
     if request.plot:
@@ -77,6 +86,9 @@ def do_work(request: Request, told: Told) -> Work | None:
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
+    if request.preview is not None:
+        write_preview(entries[0].config, loaded, datasets[0], request.preview)
+        echo(f"preview   {request.preview}", err=True)
     _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
     return work
 
@@ -117,13 +129,22 @@ def _train(request: Request, work: Work, loaded: Backbone, given: Given, default
         return
     many, together = request.many, request.together or default_together
     epochs = sum(job.config.epochs for job in work.jobs) if many else None
-    with Progress(str(request.task or request.tasks_file), epochs) as bar:
+    for result in work.results:
+        if isinstance(result, Result):
+            work.curves.whole(result)
+    with closing(work.curves), Progress(str(request.task or request.tasks_file), epochs) as bar, telling_how_far(bar):
         ended = train_many(
-            work.jobs, loaded, bar.show, together=together, on_error="report" if many else "raise",
+            work.jobs, loaded, partial(_show, bar, work.curves), together=together,
+            on_error="report" if many else "raise",
             base=given.base, bank=given.bank, bases=given.bases, say=bar.say,
         )  # fmt: skip
         for result in ended:
             work.keep(result, bar.say)
+
+
+def _show(bar: Progress, curves: Curves, step: Step) -> None:
+    bar.show(step)
+    curves.show(step)
 
 
 def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]) -> None:

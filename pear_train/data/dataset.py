@@ -17,13 +17,15 @@ from router.pictures import LIMITS, ImageLike
 
 LOOKED_FOR = (
     "a folder with one folder of images per class (or train/, val/ and test/ of such), a VTAB-1k folder with "
-    "train800.txt, a .npz file with x_train and y_train, or a name that timm.data.create_dataset knows, such as "
-    "torch/cifar10 or hfds/ORG/NAME"
+    "train800.txt, a folder of Hugging Face datasets, a list of images (.csv, .tsv, .jsonl, .parquet), a .npz file "
+    "with x_train and y_train, or a name that timm.data.create_dataset knows, such as torch/cifar10 or hfds/ORG/NAME"
 )
 
 MOST_CLASSES = 100_000
 MOST_FAULTS = 1_000
 """Faults that one message lists."""
+MOST_SHOWN = 60
+"""Classes that one line lists."""
 UNEVEN = 10
 """A class with so many times the training images of another is worth a warning."""
 
@@ -131,7 +133,7 @@ class Dataset:
             of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
             yield (
                 f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}; top-1 hides how a "
-                "rare class does: look at the recall of each class"
+                "rare class does: look at the recall of each class, and try --balance"
             )
 
     @property
@@ -157,14 +159,29 @@ class Dataset:
         )
 
     def table(self) -> str:
-        """Every class with its images in each split, several a line: ``cat 8/1/1``."""
+        """Every class with its images in each split, several a line: ``cat 8/1/1``. Of very many, the first."""
         columns = zip(*self.counts.values(), strict=True)
         cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
-        return f"{'/'.join(self.splits)}: " + ", ".join(cells)
+        more = [f"and {len(cells) - MOST_SHOWN} more"] if len(cells) > MOST_SHOWN else []
+        return f"{'/'.join(self.splits)}: " + ", ".join([*cells[:MOST_SHOWN], *more])
+
+    def balance(self) -> str:
+        """How even the classes of train are, with the most and the least frequent one by name."""
+        train = self.counts["train"]
+        most, least = max(train), min(train)
+        if most == least:
+            return f"even: {most} training images of each class"
+        names = [self.classes[train.index(count)] for count in (most, least)]
+        ratio = f", {most / least:.1f} to 1" if least else ""
+        return f"{most} training images of {names[0]!r}, {least} of {names[1]!r}{ratio}"
 
     def summary(self, name: str) -> str:
         """Lines for a person: what the data was taken for, its classes, and what to know of it."""
-        lines = [f"data      {self.description}; {self.sizes()}", f"classes   {self.table()}"]
+        lines = [
+            f"data      {self.description}; {self.sizes()}",
+            f"classes   {self.table()}",
+            f"balance   {self.balance()}",
+        ]
         lines += [f"skipped   {note}" for note in self.notes]
         return "\n".join([*lines, *(f"Warning: {name}: {warning}" for warning in self.warnings())])
 

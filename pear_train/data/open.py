@@ -5,9 +5,11 @@ from pathlib import Path
 
 from pear_train.data.dataset import LOOKED_FOR, Dataset
 from pear_train.data.folder import open_folder
+from pear_train.data.image_list import LISTS, open_list
 from pear_train.data.labelled import Labelled
 from pear_train.data.npz import open_npz
 from pear_train.data.options import DataOptions
+from pear_train.data.tables import is_saved, open_parquet_files, open_saved, parquet_files
 from pear_train.data.timm_data import open_timm
 from pear_train.data.vtab import is_vtab, open_vtab
 from pear_train.errors import DataError
@@ -15,7 +17,7 @@ from router import Limits
 
 
 def open_dataset(data: str, root: Path | None = None, options: DataOptions | None = None) -> Dataset:
-    """Opens an image folder, a VTAB-1k folder, an .npz file, or a data set that timm knows by name.
+    """Opens an image folder, an image list, or another of the layouts that docs/training.md names.
 
     Args:
         data: a path, or ``torch/…``, ``hfds/…``, ``tfds/…``, ``wds/…``.
@@ -42,14 +44,26 @@ def open_labelled(
         DataError: it is none of these, or not usable.
     """
     path, options = Path(data), options or DataOptions()
-    if options.of_folders and (not path.is_dir() or is_vtab(path)):
+    if options.of_folders and (not path.is_dir() or is_vtab(path) or is_saved(path)):
         raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
     if path.is_file():
         if path.suffix.lower() == ".npz":
             return open_npz(path, needs_train)
-        raise DataError(f"{data}: a file that does not end in .npz; looked for {LOOKED_FOR}")
+        if path.suffix.lower() in LISTS:
+            return open_list(path, needs_train)
+        raise DataError(f"{data}: a file of no kind that is known by its ending; looked for {LOOKED_FOR}")
     if path.is_dir():
-        return open_vtab(path) if is_vtab(path) else open_folder(path, options, needs_train)
+        return _open_directory(path, options, needs_train)
     if data.split("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
         return open_timm(data, root)
     raise DataError(f"{data}: no such file or folder; looked for {LOOKED_FOR}")
+
+
+def _open_directory(path: Path, options: DataOptions, needs_train: bool) -> Labelled:
+    if is_vtab(path):
+        return open_vtab(path)
+    if is_saved(path):
+        return open_saved(path, needs_train)
+    if not options.of_folders and parquet_files(path):
+        return open_parquet_files(path, needs_train)
+    return open_folder(path, options, needs_train)

@@ -60,19 +60,27 @@ class Pixels:
         return 0 if self._cache is None else self._cache.nbytes
 
     def images(self, indices: Tensor) -> Tensor:
-        """Normalised float32 [batch, 3, h, w].
+        """Normalised float32 [batch, 3, h, w]. Raises as :meth:`raw`."""
+        return self.normalise(self.raw(indices))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """float32 [batch, 3, h, w] from uint8 [batch, 3, h, w]."""
+        return self._preprocess.normalise(pixels)
+
+    def raw(self, indices: Tensor) -> Tensor:
+        """uint8 [batch, 3, h, w].
 
         Raises:
             ImageError: an image that was readable before is not any more.
         """
         if self._cache is not None:
-            return self._preprocess.normalise(self._cache[indices])
+            return self._cache[indices]
         decoded = []
         for pixels in self._decode(indices.tolist()):
             if isinstance(pixels, ImageError):
                 raise pixels
             decoded.append(pixels)
-        return self._preprocess.normalise(torch.stack(decoded))
+        return torch.stack(decoded)
 
     def _decode(self, indices: "range | list[int]") -> "Iterator[Tensor | ImageError]":
         with ThreadPoolExecutor() as workers:  # Pillow decodes and resizes without the GIL

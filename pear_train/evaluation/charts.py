@@ -4,64 +4,18 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from pear_train.evaluation.figures import BINS, Figures
+from pear_train.html.drawing import Bar, Chart, Kind, Tick, percent, x_of, y_of
 
-WIDTH, HEIGHT = 460, 320
-LEFT, TOP, RIGHT, BOTTOM = 46, 30, 14, 40
 MOST_DRAWN = 60
 """A confusion matrix of more classes is a picture without names"""
 MOST_COUNTED = 25
 """Cells of more classes are too small for their counts"""
 NAME_LENGTH = 18
-Kind = Literal["bin", "over", "under"]
-"""Of a bar: what was right; how much more, or less, confident the answers were"""
-
-
-@dataclass(frozen=True)
-class Tick:
-    place: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Bar:
-    x: float
-    y: float
-    width: float
-    height: float
-    title: str
-    kind: Kind
-    """For its colour"""
-    faint: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with axes from `LEFT`, `TOP` to the lower right corner."""
-
-    bars: list[Bar]
-    line: str
-    """Points of the curve, as SVG has them."""
-    area: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-
-
-def _x(share: float) -> float:
-    return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
-
-
-def _y(share: float) -> float:
-    return round(TOP + (1 - share) * (HEIGHT - TOP - BOTTOM), 1)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}"
 
 
 def reliability_chart(figures: Figures) -> Chart:
@@ -70,17 +24,17 @@ def reliability_chart(figures: Figures) -> Chart:
     few = max(5, 0.01 * figures.images)
     for one in figures.reliability:
         number = min(BINS - 1, max(0, int(np.ceil(one.confidence * BINS - 1e-9)) - 1))
-        left, right = _x(number / BINS) + 1, _x((number + 1) / BINS) - 1
+        left, right = x_of(number / BINS) + 1, x_of((number + 1) / BINS) - 1
         title = f"{one.images} images: {100 * one.confidence:.1f} % confident, {100 * one.accuracy:.1f} % right"
         width = round(right - left, 1)
         high, low = max(one.accuracy, one.confidence), min(one.accuracy, one.confidence)
         kind: Kind = "over" if one.confidence > one.accuracy else "under"
         parts: tuple[tuple[float, float, Kind], ...] = ((low, 0.0, "bin"), (high, low, kind))
         for top, bottom, of in parts:
-            y, height = _y(top), round(_y(bottom) - _y(top), 1)
+            y, height = y_of(top), round(y_of(bottom) - y_of(top), 1)
             bars.append(Bar(round(left, 1), y, width, height, title, of, one.images < few))
     shares = (0, 0.25, 0.5, 0.75, 1)
-    return Chart(bars, "", "", [Tick(_x(s), _percent(s)) for s in shares], [Tick(_y(s), _percent(s)) for s in shares])
+    return Chart(bars, "", "", [Tick(x_of(s), percent(s)) for s in shares], [Tick(y_of(s), percent(s)) for s in shares])
 
 
 def coverage_chart(figures: Figures) -> Chart:
@@ -91,14 +45,14 @@ def coverage_chart(figures: Figures) -> Chart:
     shares = [bottom + i * (1 - bottom) / 4 for i in range(5)]
 
     def y(accuracy: float) -> float:
-        return _y((accuracy - bottom) / (1 - bottom))
+        return y_of((accuracy - bottom) / (1 - bottom))
 
-    curve = [(_x(coverage), y(accuracy)) for coverage, accuracy in points]
+    curve = [(x_of(coverage), y(accuracy)) for coverage, accuracy in points]
     line = " ".join(f"{x},{y}" for x, y in curve)
-    area = f"{curve[0][0]},{_y(0)} {line} {curve[-1][0]},{_y(0)}"
+    area = f"{curve[0][0]},{y_of(0)} {line} {curve[-1][0]},{y_of(0)}"
     digits = 1 if any(abs(100 * s - round(100 * s)) > 1e-6 for s in shares) else 0
     return Chart(
-        [], line, area, [Tick(_x(s), _percent(s)) for s in (0, 0.25, 0.5, 0.75, 1)],
+        [], line, area, [Tick(x_of(s), percent(s)) for s in (0, 0.25, 0.5, 0.75, 1)],
         [Tick(y(s), f"{100 * s:.{digits}f}") for s in shares],
     )  # fmt: skip
 

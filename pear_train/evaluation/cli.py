@@ -39,7 +39,13 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @version_option
 @click.argument("references", metavar="TASK...", nargs=-1, required=True)
-@option("Data", "--data", required=True, help="Image folder, VTAB-1k folder, .npz file, or a data set's name in timm.")
+@option(
+    "Data",
+    "--data",
+    required=True,
+    help="Image folder, list of images (.csv, .jsonl, .parquet), folder of Hugging Face datasets, VTAB-1k folder, .npz "
+    "file, or a data set's name in timm.",
+)
 @option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
 @option(
     "Data", "--split", type=click.Choice(["test", "val", "train", "all"]),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
@@ -17,6 +18,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from pear_train.evaluate import threshold_for
 from pear_train.evaluation.answers import Floats, Ints
 
 TOP = 5
@@ -170,12 +172,5 @@ def _most_confident(right: NDArray[np.bool_], confidence: Floats) -> list[Point]
 
 def _reaches(right: NDArray[np.bool_], confidence: Floats, wanted: float) -> Point | None:
     """The lowest confidence from which the answers are right so often."""
-    order = np.argsort(-confidence, kind="stable")
-    sorted_confidence = confidence[order]
-    shares = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    last_of_equals = np.append(sorted_confidence[1:] != sorted_confidence[:-1], True)
-    good = np.flatnonzero((shares >= wanted) & last_of_equals)
-    if not len(good):
-        return None
-    last = int(good[-1])
-    return Point(float(sorted_confidence[last]), (last + 1) / len(order), float(shares[last]))
+    threshold = threshold_for(torch.from_numpy(right), torch.from_numpy(confidence), wanted)
+    return None if threshold is None else _point(right, confidence, threshold)

@@ -1,7 +1,6 @@
 """An evaluation as one HTML file: its style and pictures within, no script, nothing from elsewhere."""
 
 import base64
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,16 +8,12 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
-from pear_store import PearStoreError
-from pear_store.files import open_regular_file
-from pear_train.errors import ConfigError, ResourceError
 from pear_train.evaluation import charts
 from pear_train.evaluation.compare import Comparison
 from pear_train.evaluation.evaluated import Evaluated, Evaluation
+from pear_train.html.page import check_page, make_page, write_page
 from router import ImageError, Limits, open_image
 
 _SIDE = 300
@@ -27,7 +22,6 @@ _SMALL = 96
 """Smaller pictures are enlarged with sharp pixels"""
 _UNFOLDED = 12
 """Pictures of a gallery that show at once"""
-_OURS = b"<!-- pear-eval -->"
 
 
 @dataclass(frozen=True)
@@ -39,22 +33,8 @@ class Thumbnail:
 
 
 def check_report(path: Path) -> None:
-    """Checks, before anything is evaluated, that a report can be written there.
-
-    Raises:
-        ConfigError: something lies there that is no report, or there is no such folder.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"--html {path}: folder {path.parent} does not exist; make it first")
-    if not os.path.lexists(path):
-        return
-    try:
-        with open_regular_file(path) as file:
-            start = file.read(256)
-    except PearStoreError as error:
-        raise ConfigError(f"--html {error}") from None
-    if start and _OURS not in start:
-        raise ConfigError(f"--html {path}: there is something that pear-eval did not write, and it is not replaced")
+    """Raises a ConfigError where no report of an evaluation can be written."""
+    check_page(path, "pear-eval")
 
 
 def write_report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> None:
@@ -68,32 +48,19 @@ def write_report(evaluation: Evaluation, path: Path, most: int, limits: Limits) 
         ResourceError: it cannot be written.
     """
     check_report(path)
-    text = make_report(evaluation, most, limits)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_page(path, make_report(evaluation, most, limits))
 
 
 def make_report(evaluation: Evaluation, most: int, limits: Limits) -> str:
     """The report's text."""
-    loader = PackageLoader("pear_train.evaluation", "page")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
-    style, _, _ = loader.get_source(environment, "report.css")
     made: dict[int, Thumbnail | None] = {}
     backbones = dict.fromkeys(task.subject.task.backbone_model for task in evaluation.tasks)
-    return environment.get_template("report.html").render(
+    return make_page(
+        "evaluation.html",
         title=_title([task.subject.shown for task in evaluation.tasks]),
-        style=Markup(style),  # ours, and the only text that is not escaped
         evaluation=evaluation,
         most=most,
         folded=_UNFOLDED,
-        c=charts,
         heat_map=charts.heat_map,
         reliability_chart=charts.reliability_chart,
         coverage_chart=charts.coverage_chart,

@@ -86,7 +86,8 @@ class Worker:
             pixels: of each ask, as `decoded` gives them; None: the images are decoded here.
         """
         began = time.perf_counter()
-        self._store.prefetch(list(dict.fromkeys(task for ask in asks for task in ask.tasks)))
+        names = dict.fromkeys(task for ask in asks for task in ask.tasks if isinstance(task, str))
+        self._store.prefetch(list(names))
         images = _decode(asks) if pixels is None else _tensors(pixels)
         with computing_alone():
             works = list(load(asks, images, self._router.device))

@@ -1,11 +1,11 @@
 """Predict for a list of images of any length, each with its own task or each through many, on one backbone.
 
 The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet). A CSV may have commas,
-semicolons or tabs. Its column `image` holds paths or
-URLs, and in Parquet also encoded images, or structs of bytes and path as Hugging Face writes them. Its column `task`
-holds tasks' names, or name@version. The output has the list's rows in its order, with all its columns, then `version`,
-`label`, `probability`, `topk` (JSON: [[label, probability], ...]) and `error`. Images that the list holds are not
-written again: the output's `image` is their path.
+semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or structs of bytes and
+path as Hugging Face writes them. Its column `task` holds tasks' names, or name@version. The output has the list's rows
+in its order, with all its columns, then `version`, `label`, `probability`, `topk` (the likeliest classes, each with
+`label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not written again: the output's
+`image` is their path.
 
 A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
 
@@ -22,6 +22,10 @@ the results `pear_label`, `pear_error` and so on.
 With --task a (or --tasks a,b,c, or --tasks all), the list needs no column `task`: every image goes through all these
 tasks, and the output has a row for each image and task, which the column `task` names. `all` are the tasks that the
 store has for this backbone.
+
+With --embeddings the output has `embedding` in place of classes: the features that a task's head would take, with the
+task's adapters and preprocessing. Without a column `task` and without --task, they are those of the backbone alone, and
+no store is needed.
 
 The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
 goes on after the last finished part, with the tasks' versions that it began with. OUT.run.json says which run wrote
@@ -104,6 +108,9 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes in `topk`.")
+@click.option(
+    "--embeddings", is_flag=True, help="Write features, not classes: of a task, or without one of the backbone alone."
+)
 @click.option("--device", help="Such as cpu or cuda [default: cuda where there is one].")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
 @click.option("--prefix", default="", help="What the results' names begin with, such as pear_.")
@@ -143,7 +150,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
     source: Path, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
-    weights: str | None, batch_size: int, top: int, device: str | None, dtype: str, prefix: str,
+    weights: str | None, batch_size: int, top: int, embeddings: bool, device: str | None, dtype: str, prefix: str,
     slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int, max_errors: int | None,
     allowed: tuple[str, ...], address: str | None, workers: int | None, cpus_per_worker: int | None, decode: str,
     restart: bool, overwrite: bool, as_json: bool,
@@ -153,7 +160,9 @@ def main(
         raise click.UsageError(f"{source}: expected a folder, or a file ending in {', '.join((*FORMATS, '.tsv'))}")
     if out.suffix not in ("", *FORMATS):
         raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
-    if whole and not tasks:
+    if embeddings and address is not None:
+        raise click.UsageError("--embeddings: not with --ray yet")
+    if whole and not tasks and not embeddings:
         raise click.UsageError(f"{source}: pictures without a list: say their task with --task NAME")
     if whole and root is not None:
         raise click.UsageError(f"{source}: pictures without a list: --root is for lists")
@@ -164,7 +173,8 @@ def main(
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
         if source.exists() and out.exists() and out.samefile(source):
             raise click.UsageError(f"{out}: is the list itself; choose another output")
-        listed = _scan(source, whole, ["image"] if tasks else ["image", "task"], encoding)
+        listed = _scan(source, whole, ["image"] if tasks or embeddings else ["image", "task"], encoding)
+        alone = embeddings and not tasks and "task" not in listed.schema.names
         with ExitStack() as stack:
             if address is not None:
                 cluster = _cluster()
@@ -173,10 +183,12 @@ def main(
                 device = device or ("cuda" if cluster.has_gpus() else "cpu")
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             options = {
-                "batch_size": batch_size, "top": top, "dtype": dtype, "device": device, "tasks": tasks,
-                "prefix": prefix, "max_pixels": max_pixels,
+                "batch_size": batch_size, "top": None if embeddings else top, "dtype": dtype, "device": device,
+                "tasks": tasks, "prefix": prefix, "max_pixels": max_pixels,
             }  # fmt: skip
-            store = stack.enter_context(Store.open(where, cache=CacheSettings(limit_bytes=cache_bytes)))
+            store = None
+            if not alone:
+                store = stack.enter_context(Store.open(where, cache=CacheSettings(limit_bytes=cache_bytes)))
             work_off: Callable[[Job], dict[str, Any]] | None = None
             if address is None:
                 precision = getattr(torch, dtype)
@@ -262,7 +274,15 @@ def show(report: dict[str, Any], as_json: bool) -> None:
                 f"together: decoding {report['decode_s']:.1f} s, forwards {report['device_s']:.1f} s",
                 err=True,
             )
-    echo(f"{report['predictions']} predictions, {report['errors']} errors: {report['out']}")
+        elif report["images"]:
+            echo(
+                f"forwards {report['device_s']:.1f} s; waiting for images {report['wait_s']:.1f} s; writing "
+                f"{report['write_s']:.1f} s. Beside that, in other threads: the list {report['list_s']:.1f} s, reading "
+                f"files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, taking images to the device "
+                f"{report['transfer_s']:.1f} s",
+                err=True,
+            )
+    echo(f"{report['predictions']} predictions, {report['errors']} errors, finished: {report['out']}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,11 @@ class ImageList:
 
     def tasks(self, table: pa.Table) -> list[str | None]:
         """The column `task` of rows of the output, as texts."""
-        texts, _ = _texts_asked(table.column("task"), self.schema.field("task"))
+        return self.texts(table, "task")
+
+    def texts(self, table: pa.Table, column: str) -> list[str | None]:
+        """A column of rows with the list's schema, as texts."""
+        texts, _ = _texts_asked(table.column(column), self.schema.field(column))
         return texts
 
     def _tables(self) -> Iterator[pa.Table]:

@@ -1,10 +1,11 @@
 """From rows of a list to batches: what is asked of which task, decoded and on the device ahead of its turn."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from router import Batch, ImageError, Limits, Preprocess, Router, RouterError, d
 from router.batches import put_together
 from router.infer.lists import Image, Rows
 from router.pictures import LIMITS, ImageLike
+from router.preprocess import Spent
+from router.registry import Known
 from router.threads import side_threads
 
 PART_BATCHES = 16
@@ -33,10 +36,14 @@ RESULTS = pa.schema(
         ("version", pa.int64()),
         ("label", pa.string()),
         ("probability", pa.float64()),
-        ("topk", pa.string()),
+        ("topk", pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))),
         ("error", pa.string()),
     ]
 )
+EMBEDDINGS = pa.schema([("version", pa.int64()), ("embedding", pa.list_(pa.float32())), ("error", pa.string())])
+"""Results where features are asked for, not classes."""
+LAYOUT = 2
+"""Of the results. A run that was begun with another is not gone on with."""
 Result = dict[str, Any]
 T = TypeVar("T")
 
@@ -57,7 +64,7 @@ class Ask:
 
     image: ImageLike
     way: Preprocess
-    tasks: list[str]
+    tasks: list[str | Known]
     results: list[Result]
     """One for each task, to be filled in."""
 
@@ -70,27 +77,75 @@ class Work:
     batch: Batch
 
 
+@dataclass
+class Times:
+    """Where a run's time goes, in seconds. What happens beside something else counts in full."""
+
+    list_s: float = 0.0
+    """Reading the list, and looking tasks up."""
+    spent: Spent = field(default_factory=Spent)
+    """Reading files, and decoding them: of all threads together."""
+    transfer_s: float = 0.0
+    """Normalising images, and taking them to the device."""
+    device_s: float = 0.0
+    """Forwards."""
+    wait_s: float = 0.0
+    """The device waited for images."""
+    write_s: float = 0.0
+    """Writing parts."""
+
+    def timed(self, name: str, do: Callable[..., T], *args: Any) -> T:
+        """What a call gives; its time is added to the field of that name."""
+        began = time.perf_counter()
+        try:
+            return do(*args)
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - began)
+
+    def report(self) -> dict[str, float]:
+        found = {
+            "list_s": self.list_s, "read_s": self.spent.read_s, "decode_s": self.spent.decode_s,
+            "transfer_s": self.transfer_s, "device_s": self.device_s, "wait_s": self.wait_s, "write_s": self.write_s,
+        }  # fmt: skip
+        return {name: round(seconds, 3) for name, seconds in found.items()}
+
+
 class Tasks:
     """What the names of tasks mean, looked up once: a task is run in the version it had then.
 
     Args:
         versions: those of an earlier run with the same options.
         limits: what may be opened as a picture.
+        results: what there is of each row.
+        bare: rows that name no task ask for the features of the backbone alone.
     """
 
-    def __init__(self, router: Router, store: ReadableStore, versions: dict[str, int], limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        router: Router,
+        store: ReadableStore | None,
+        versions: dict[str, int],
+        limits: Limits = LIMITS,
+        results: pa.Schema = RESULTS,
+        bare: bool = False,
+    ) -> None:
         self._router, self._store, self._versions, self._limits = router, store, versions, limits
+        self.results, self._bare = results, router.bare if bare else None
         self.find = lru_cache(65_536)(self._find)
 
     def expect(self, names: Iterable[str | None]) -> None:
         """Has tasks brought here that are on a remote, several at once."""
         with suppress(PearStoreError):
-            self._store.prefetch([name for name in dict.fromkeys(names) if name])
+            if self._store is not None:
+                self._store.prefetch([name for name in dict.fromkeys(names) if name])
 
-    def _find(self, name: str | None) -> tuple[str, int, Preprocess] | str:
+    def _find(self, name: str | None) -> tuple[str | Known, int | None, Preprocess] | str:
         """The task as ``name@version``, its version and preprocessing; or why it cannot be run."""
+        if not name and self._bare is not None:
+            return self._bare, None, Preprocess(self._bare.task.preprocess, self._limits)
         if not name:
             return "no task is named"
+        assert self._store is not None
         try:
             if name not in self._versions:
                 self._versions[name] = self._store.resolve(name).version
@@ -120,7 +175,7 @@ def gather(
         for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
             asks: dict[object, Ask] = {}
             for asked in every or (name,):
-                part.results.append(result := dict.fromkeys(RESULTS.names))
+                part.results.append(result := dict.fromkeys(tasks.results.names))
                 known = fault or tasks.find(asked)
                 if isinstance(known, str):
                     result["error"] = known
@@ -147,13 +202,16 @@ def batches(
     size: int,
     device: torch.device,
     place: Callable[[Image], ImageLike],
+    times: Times,
 ) -> Iterator[Work | Part]:
     """As `gather`, with the images of each batch decoded and on the device."""
-    for item in gather(numbered, tasks, every, size, place):
+    gathered = gather(numbered, tasks, every, size, place)
+    while (item := times.timed("list_s", next, gathered, None)) is not None:
         if isinstance(item, Part):
             yield item
         else:
-            yield from load(item, decode([ask.image for ask in item], [ask.way for ask in item]), device)
+            pixels = decode([ask.image for ask in item], [ask.way for ask in item], times.spent)
+            yield from times.timed("transfer_s", list, load(item, pixels, device))
 
 
 def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: torch.device) -> Iterator[Work]:

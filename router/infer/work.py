@@ -1,6 +1,5 @@
 """Works a list off, part by part."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from router.infer.lists import Image, ImageList, ListError, OutputError, Rows, c
 from router.infer.parts import Parts, is_folder
 from router.infer.plan import (
     AHEAD,
+    EMBEDDINGS,
+    LAYOUT,
     PART_BATCHES,
     RESULTS,
     ROW,
@@ -29,6 +30,7 @@ from router.infer.plan import (
     Part,
     Result,
     Tasks,
+    Times,
     Work,
     ahead,
     batches,
@@ -37,37 +39,50 @@ from router.infer.plan import (
 from router.pictures import ImageLike
 
 
-def serve(router: Router, work: Work, top: int) -> None:
-    """Runs a batch, each image through all tasks that its row asks for, and fills their results in."""
+def serve(router: Router, work: Work, top: int | None) -> None:
+    """Runs a batch, each image through all tasks that its row asks for, and fills their results in.
+
+    Args:
+        top: classes of a result; None: features.
+    """
     counts = [len(ask.tasks) for ask in work.asks]
     image_of = np.repeat(work.batch.image_of, counts)
     rows = Batch(work.batch.images, np.arange(len(image_of)), image_of)
     tasks = [task for ask in work.asks for task in ask.tasks]
-    fill([result for ask in work.asks for result in ask.results], router.run_batch(rows, tasks, on_error="return"), top)
+    found = router.run_batch(rows, tasks, on_error="return", without_heads=top is None)
+    fill([result for ask in work.asks for result in ask.results], found, top)
 
 
-def fill(results: list[Result], predictions: Predictions, top: int) -> None:
+def fill(results: list[Result], predictions: Predictions, top: int | None) -> None:
     """Fills the results of one batch in."""
     for row, (result, found) in enumerate(zip(results, predictions, strict=True)):
         name = found.task.partition("@")[0]
         if row in predictions.failures:
             result["error"] = found.error
         elif found.error is not None:
-            result["error"] = f"task {name!r} gave logits that are not finite numbers; try --dtype float32"
+            what = "features" if top is None else "logits"
+            result["error"] = f"task {name!r} gave {what} that are not finite numbers; try --dtype float32"
+        elif top is None:
+            result["embedding"] = found.logits.numpy()
         elif not found.classes:
-            result["error"] = f"task {name!r} has no head: it gives features, not classes"
+            result["error"] = f"task {name!r} has no head: it gives features, not classes: ask for --embeddings"
         else:
-            best = [(label, round(probability, 6)) for label, probability in found.topk(top)]
-            result.update(label=best[0][0], probability=best[0][1], topk=json.dumps(best, ensure_ascii=False))
+            best = [{"label": label, "probability": round(share, 6)} for label, share in found.topk(top)]
+            result.update(best[0], topk=best)
 
 
-def output_schema(listed: ImageList | ImageFolder, with_task: bool, prefix: str, with_row: bool = False) -> pa.Schema:
+def output_schema(
+    listed: ImageList | ImageFolder, of: pa.Schema, with_task: bool, prefix: str, with_row: bool = False
+) -> pa.Schema:
     """The list's columns, then those of the results.
+
+    Args:
+        of: what there is of each row.
 
     Raises:
         OutputError: the list has a column of a result's name.
     """
-    results = [*([ROW] if with_row else []), *([TASK] if with_task else []), *RESULTS]
+    results = [*([ROW] if with_row else []), *([TASK] if with_task else []), *of]
     added = [field.with_name(prefix + field.name) for field in results]
     taken = [field.name for field in added if field.name in listed.schema.names]
     if taken:
@@ -78,14 +93,15 @@ def output_schema(listed: ImageList | ImageFolder, with_task: bool, prefix: str,
     return pa.schema([*listed.schema, *added])
 
 
-def output(part: Part, schema: pa.Schema, every: list[str], first: int | None = None) -> pa.Table:
+def output(part: Part, schema: pa.Schema, of: pa.Schema, every: list[str], first: int | None = None) -> pa.Table:
     """A part's rows of the output.
 
     Args:
+        of: what there is of each row.
         first: the number of the part's first row in the list, if the output has rows' numbers.
     """
     rows, each = part.rows.table.num_rows, len(every) or 1
-    results = pa.Table.from_pylist(part.results, RESULTS).columns
+    results = pa.Table.from_pylist(part.results, of).columns
     if every:
         results.insert(0, pa.array([task.partition("@")[0] for task in every] * rows, pa.string()))
     if first is not None:
@@ -128,7 +144,7 @@ class Job:
     def write(self, part: Part) -> None:
         """Keeps a part whose results are all filled in."""
         first = part.number * self.part_rows if self.parts.is_folder else None
-        self.parts.write(part.number, output(part, self.schema, self.parts.chosen, first))
+        self.parts.write(part.number, output(part, self.schema, self.tasks.results, self.parts.chosen, first))
 
     def bar(self) -> "tqdm[Never]":
         total, done = self.listed.rows * self.each, self.resumed * self.each
@@ -137,7 +153,7 @@ class Job:
 
 def infer(
     router: Router,
-    store: ReadableStore,
+    store: ReadableStore | None,
     listed: ImageList | ImageFolder,
     out: Path,
     options: dict[str, Any],
@@ -150,6 +166,7 @@ def infer(
     """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
 
     Args:
+        store: None where the backbone's features are asked for, and no task's.
         out: a file, or a folder for Parquet files.
         work_off: serves all rows whose parts are not there yet, and returns what there is to report of that; None:
             with this router.
@@ -160,15 +177,17 @@ def infer(
         RouterError, PearStoreError: tasks for all that cannot be run.
     """
     prefix: str = options["prefix"]
-    schema = output_schema(listed, options["tasks"] is not None, prefix, with_row=is_folder(out))
+    results = EMBEDDINGS if options["top"] is None else RESULTS
+    schema = output_schema(listed, results, options["tasks"] is not None, prefix, with_row=is_folder(out))
     check_writable(out, schema)
     access = access or Access()
     folder = (access.root or listed.folder).resolve()
     place = partial(find_image, folder, access)
     limits = Limits(options["max_pixels"], access)
     plan = {
-        **options, "list": listed.digest, "encoding": listed.encoding, "root": access.root is not None,
-        "allowed": sorted(access.allowed), "folder": str(folder), "store": store.where,
+        **options, "layout": LAYOUT, "list": listed.digest, "encoding": listed.encoding,
+        "root": access.root is not None,
+        "allowed": sorted(access.allowed), "folder": str(folder), "store": None if store is None else store.where,
         "backbone": router.backbone.digest,
     }  # fmt: skip
     with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:
@@ -180,12 +199,14 @@ def infer(
         resumed = 0
         for table in parts.tables():
             resumed += table.num_rows // (len(every) or 1)
-            if not every:
+            if not every and "task" in listed.schema.names:
                 asked = zip(listed.tasks(table), table[f"{prefix}version"].to_pylist(), strict=True)
                 versions |= {name: version for name, version in asked if name and version}
         try:
             began = time.perf_counter()
-            job = Job(router, listed, parts, Tasks(router, store, versions, limits), schema, place, options, resumed)
+            bare = options["tasks"] is None and "task" not in listed.schema.names
+            tasks = Tasks(router, store, versions, limits, results, bare)
+            job = Job(router, listed, parts, tasks, schema, place, options, resumed)
             found = (work_off or work_off_here)(job)
             seconds = time.perf_counter() - began
             errors = total = 0
@@ -218,30 +239,31 @@ def infer(
 def work_off_here(job: Job) -> dict[str, Any]:
     """Serves all rows whose parts are not there yet, with the job's router."""
     size, top = job.options["batch_size"], job.options["top"]
-    work = batches(job.left(), job.tasks, job.parts.chosen, size, job.router.device, job.place)
-    served = 0
+    times = Times()
+    work = batches(job.left(), job.tasks, job.parts.chosen, size, job.router.device, job.place, times)
+    items, served = ahead(work, AHEAD), 0
     with job.bar() as bar:
-        for item in ahead(work, AHEAD):
+        while (item := times.timed("wait_s", next, items, None)) is not None:
             if isinstance(item, Work):
-                serve(job.router, item, top)
+                times.timed("device_s", serve, job.router, item, top)
                 done = sum(len(ask.results) for ask in item.asks)
                 served += done
                 bar.update(done)
             else:
-                job.write(item)
+                times.timed("write_s", job.write, item)
                 bar.update(len(item.results) - served)  # those that cannot be served
                 served = 0
-    return {}
+    return times.report()
 
 
-def choose_tasks(router: Router, store: ReadableStore, wanted: str | None) -> list[str]:
+def choose_tasks(router: Router, store: ReadableStore | None, wanted: str | None) -> list[str]:
     """The tasks for every image, as name@version; none where each row has its own.
 
     Raises:
         OutputError: there is none for this backbone.
         RouterError, PearStoreError: a named one that this router cannot run.
     """
-    if wanted is None:
+    if wanted is None or store is None:
         return []
     if wanted == "all":
         found = [f"{version.task}@{version.version}" for version in store.iter_tasks()]

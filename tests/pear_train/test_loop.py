@@ -89,7 +89,10 @@ def test_methods_learn_and_report_what_they_wrote(
     borrowed = 6 if method == "pear" else 0
     assert result.trainable_params == count * 2 * 192 * 4 + 3 * 193 + cores * 16
     assert len(result.borrowed) == len(result.pruned) == borrowed
-    assert task.record["metrics"] == {"val_top1": result.val_top1, "test_top1": result.test_top1}
+    metrics = task.record["metrics"]
+    assert metrics["val_top1"] == result.val_top1 and metrics["test_top1"] == result.test_top1
+    assert metrics["val_macro_f1"] == pytest.approx(np.mean(task.record["training"]["f1"]["val"]), abs=1e-4)
+    assert set(metrics) == {"val_top1", "val_macro_f1", "test_top1", "test_macro_f1"}
     assert len(task.positions) == (0 if method == "linear" else 12)
     assert [step.epoch for step in steps if step.val_top1 is not None] == [1, 2, 3, 4]
     if method == "pear":
@@ -219,7 +222,7 @@ def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: 
         ({"knowledge": "fold", "down": "common"}, "knowledge 'fold' rewrites down, which down 'common' forbids"),
         ({"patience": 0}, "patience 0: expected at least 1"),
         ({"drop_branch": 1.0}, "drop branch 1.0: expected at least 0 and below 1"),
-        ({"augment": "cutmix"}, "augment 'cutmix': expected one of none, flip, crop, flip\\+crop"),
+        ({"augment": "cutmix"}, "augment 'cutmix': expected none, or of flip, crop, rotate, zoom, color, mixup some"),
         ({"head_dtype": "Q1"}, "head dtype 'Q1': expected one of F16, BF16, F32, Q8, Q4, Q2"),
         ({"knowledge_bits": 2}, "knowledge bits 2: expected one of 1, 4"),
     ],

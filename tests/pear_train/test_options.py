@@ -22,7 +22,7 @@ from pear_train.options import kinds, parse_settings
 
 PACKAGE = Path(__file__).parents[2] / "pear_train"
 FLAGS = {parameter.name for parameter in main.params}
-FREE = {"positions", "device", "train_split", "val_split", "test_split"}
+FREE = {"positions", "augment", "device", "train_split", "val_split", "test_split"}
 """Options that are any text"""
 
 
@@ -75,7 +75,7 @@ OTHER: dict[str, Any] = {
     "importance": "random", "sharing": "none", "borrow": "scale", "train_borrowed_scale": False, "knowledge": "exact",
     "knowledge_bits": 4, "augment": "flip", "img_size": 48, "device": "cuda", "dtype": "float32", "tensor_dtype": "Q4",
     "head_dtype": "Q8", "select": "last", "patience": 2, "drop_branch": 0.25, "warmup": 0.5, "ratio": 0.5,
-    "core_dtype": "Q4", "own_bytes": 4000,
+    "core_dtype": "Q4", "own_bytes": 4000, "balance": "weights", "label_smoothing": 0.1, "threshold_accuracy": 0.95,
     "train_split": "a", "val_split": "none", "test_split": "b", "no_splits": True, "skip_unreadable": True,
 }  # fmt: skip
 """A value that is not the default; where none stands here, the default and one more"""

@@ -5,17 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from click.testing import CliRunner
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from pear_store import read_checkpoint
 from pear_train.cli import main
-from pear_train.recall import by_class, recall_by_class, recall_rows, recall_warnings
+from pear_train.recall import by_class, recall_rows, recall_warnings, scores_of
 
 
-def test_recall_by_class() -> None:
-    predicted, targets = torch.tensor([0, 0, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2])
-    assert recall_by_class(predicted, targets, 4) == [1.0, 0.5, 0.0, None]
+def test_figures_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    targets = torch.from_numpy(rng.integers(0, 5, 200))
+    predicted = torch.where(torch.from_numpy(rng.random(200) < 0.6), targets, torch.from_numpy(rng.integers(0, 6, 200)))
+    found = scores_of(predicted, targets, 7)  # class 5 has no images, class 6 is not even predicted
+    expected = precision_recall_fscore_support(targets, predicted, labels=range(7), zero_division=np.nan)
+    for values, wanted in zip((found.precision, found.recall, found.f1), expected, strict=False):
+        assert values == [None if np.isnan(value) else round(value, 4) for value in wanted.tolist()]
+    assert found.recall[5:] == [None, None] and found.f1[5:] == [0.0, None]
+    macro = f1_score(targets, predicted, labels=range(5), average="macro", zero_division=0)
+    assert found.macro_f1 == pytest.approx(macro) and found.top1 == float((predicted == targets).double().mean())
 
 
 def test_a_class_that_is_never_recognised_is_named_with_its_counts() -> None:
@@ -48,4 +58,8 @@ def test_the_command_reports_each_class(tmp_path: Path) -> None:
     assert training["recall"] == {"val": [1.0, 0.0], "test": [1.0, 0.0]}
     as_json = CliRunner().invoke(main, [*args, "--out", str(tmp_path / "j"), "--json"])
     told = json.loads(as_json.stdout)["classes"]
-    assert told["rare"] == {"images": {"train": 2, "val": 1, "test": 1}, "recall": {"val": 0.0, "test": 0.0}}
+    assert told["rare"]["images"] == {"train": 2, "val": 1, "test": 1}
+    assert told["rare"]["recall"] == told["rare"]["f1"] == {"val": 0.0, "test": 0.0}
+    assert told["rare"]["precision"] == {"val": None, "test": None}, "it is never predicted"
+    assert training["f1"]["val"][1] == 0.0 and 0.9 < training["class_precision"]["val"][0] < 1.0
+    assert json.loads(as_json.stdout)["history"][0]["val_macro_f1"] == pytest.approx(training["f1"]["val"][0] / 2, 1e-3)

@@ -50,9 +50,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     count: list[int] = []
     decode_one = preprocess_module._decode_one
 
-    def counted(asked: Any) -> Any:
+    def counted(asked: Any, **options: Any) -> Any:
         count.append(1)
-        return decode_one(asked)
+        return decode_one(asked, **options)
 
     monkeypatch.setattr(preprocess_module, "_decode_one", counted)
     return count

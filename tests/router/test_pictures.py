@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, features
+from PIL import ExifTags, Image, ImageCms, features
 from timm.data.dataset import ImageDataset
 
 import pear_train.cli
@@ -29,6 +29,7 @@ from pear_train.errors import ConfigError
 from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, decode, load_backbone, open_image
 from router.infer import cli as infer_cli
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened
+from router.preprocess import Spent
 from tests.helpers.makers import record
 
 Pixel = tuple[int, ...]
@@ -601,9 +602,11 @@ def test_an_unknown_rule_is_refused_by_the_router_and_kept_by_the_store(
     store.add(read_by(task_maker("new"), 7))
     assert store.get("new").preprocess["reading"] == 7
     router = Router(backbone, store)
-    with pytest.raises(TaskError, match=r"'new': field 'preprocess', 'reading': expected 0 or 1, found 7: a newer"):
+    with pytest.raises(
+        TaskError, match=r"'new': field 'preprocess', 'reading': expected 0 or 1 or 2, found 7: a newer"
+    ):
         router.run([quarter()], "new")
-    with pytest.raises(TaskError, match=r"'other': field 'preprocess', 'reading': expected 0 or 1, found 7"):
+    with pytest.raises(TaskError, match=r"'other': field 'preprocess', 'reading': expected 0 or 1 or 2, found 7"):
         router.add(read_by(task_maker("other"), 7))
     for wrong in (True, -1, 1.0, "1", None):
         with pytest.raises(CheckpointError, match="'reading': expected an integer of at least 0"):
@@ -781,4 +784,106 @@ def test_data_sets_of_timm_are_read_by_the_rule_and_never_one_picture_for_anothe
 
 
 def test_what_is_trained_says_how_its_pictures_were_read(backbone: Backbone) -> None:
-    assert preprocess_record(backbone, None)["reading"] == READING == 1
+    assert preprocess_record(backbone, None)["reading"] == READING == 2
+
+
+# ---- rule 2: large JPEGs are decoded at a part of their size ------------------------------------
+
+
+def photograph(width: int, height: int, **saving: Any) -> bytes:
+    """A JPEG with edges, gradients and some noise; its left half is darker, its top redder."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = 40 * np.sin(x / (width / 9)) * np.cos(y / (height / 7))
+    pixels = np.stack([150 + waves - 60 * y / height, 120 + waves, 110 - waves], 2) - 60 * (x < width // 2)[..., None]
+    pixels = pixels + np.random.default_rng(0).normal(0, 4, pixels.shape)
+    file = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, **saving)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "needed", "shrunk"),
+    [
+        ((1600, 1200), 64, (200, 150)),
+        ((1600, 1200), 96, (400, 300)),
+        ((1600, 1200), 224, (800, 600)),
+        ((640, 480), 224, (640, 480)),
+        ((512, 100), 48, (512, 100)),
+        ((1025, 513), 64, (257, 129)),
+    ],
+)
+def test_a_large_jpeg_keeps_twice_the_pixels_that_are_needed(
+    size: tuple[int, int], needed: int, shrunk: tuple[int, int]
+) -> None:
+    with opened(photograph(*size)) as picture:
+        assert picture.rgb(2, needed).size == shrunk and min(shrunk) >= min(2 * needed, *size)
+        assert picture.rgb(1, needed).size == picture.rgb(2).size == size, "by rule 1, or to be looked at, whole"
+        assert picture.rgb(2, needed).size == shrunk
+
+
+@pytest.mark.parametrize("saving", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_what_a_task_sees_hardly_changes(saving: dict[str, Any]) -> None:
+    data = photograph(1600, 1200, **saving)
+    whole, part = (way(64, reading).pixels(data).int() for reading in (1, 2))
+    moved = (whole - part).abs().float()
+    assert 0 < float(moved.mean()) < 1 and float(moved.max()) < 16
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(200, 120), (97, 64), (1600, 1200), (64, 64)])
+def test_torch_makes_pictures_smaller_as_pillow_does(size: tuple[int, int], interpolation: str) -> None:
+    lossless = saved(Image.open(io.BytesIO(photograph(*size))), "PNG")
+    one, two = (way(64, reading, interpolation=interpolation).pixels(lossless).int() for reading in (1, 2))
+    assert int((one - two).abs().max()) <= 1 and float((one - two).abs().float().mean()) < 0.02
+
+
+@pytest.mark.parametrize("changes", [{"crop_mode": "center"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}])
+def test_what_torch_cannot_do_alike_is_done_by_pillow(changes: dict[str, Any]) -> None:
+    data = saved(Image.open(io.BytesIO(photograph(200, 120))), "PNG")
+    assert torch.equal(way(64, 1, **changes).pixels(data), way(64, 2, **changes).pixels(data))
+    small = saved(Image.open(io.BytesIO(photograph(60, 200))), "PNG")
+    assert torch.equal(way(64, 1).pixels(small), way(64, 2).pixels(small)), "a side is enlarged"
+    assert way(64, 2, crop_pct=0.875).pixels(data).shape == (3, 64, 64)
+
+
+def test_a_shrunk_jpeg_is_the_same_from_a_path_bytes_and_a_file_and_beside_other_tasks(tmp_path: Path) -> None:
+    data = photograph(1600, 1200)
+    (tmp_path / "a.jpg").write_bytes(data)
+    alone = {size: way(size).pixels(data) for size in (48, 96)}
+    with open(tmp_path / "a.jpg", "rb") as file:
+        for image in (tmp_path / "a.jpg", file):
+            assert torch.equal(way(48).pixels(image), alone[48])
+    ways = [way(96), way(48), way(48, 1), way(96)]
+    found = decode([data] * 4, ways)  # opened once
+    assert all(isinstance(pixels, torch.Tensor) for pixels in found)
+    for pixels, expected in zip(found, (alone[96], alone[48], way(48, 1).pixels(data), alone[96]), strict=True):
+        assert isinstance(pixels, torch.Tensor) and torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_shrunk_jpeg_is_upright_and_in_srgb(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = photograph(1600, 1200, exif=exif)
+    whole, part = (way(64, reading).pixels(data).int() for reading in (1, 2))
+    assert float((whole - part).abs().float().mean()) < 1
+    with opened(data) as picture:
+        assert picture.rgb(2, 96).size == ((300, 400) if orientation in (6, 8) else (400, 300))
+
+
+def test_a_large_jpeg_that_is_cut_off_or_too_large_is_refused_as_ever() -> None:
+    data = photograph(1600, 1200)
+    with pytest.raises(ImageError, match="cannot be read"):
+        way(48).pixels(data[: len(data) // 2])
+    with pytest.raises(ImageError, match="pixels"):
+        way(48, limits=Limits(max_pixels=1600 * 1200 - 1)).pixels(data)
+
+
+def test_where_time_goes_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(photograph(1600, 1200))
+    spent = Spent()
+    decode([tmp_path / "a.jpg", tmp_path / "none.jpg"], [way(), way()], spent)
+    assert 0 < spent.read_s < spent.decode_s
+    without = decode([tmp_path / "a.jpg"], [way()])[0]
+    timed = decode([tmp_path / "a.jpg"], [way()], spent)[0]
+    assert isinstance(without, torch.Tensor) and isinstance(timed, torch.Tensor) and torch.equal(without, timed)

@@ -660,9 +660,9 @@ def test_run_all_in_parts_decodes_each_picture_once(
     decoded: list[int] = []
     decode_one = preprocess_module._decode_one
 
-    def counted(asked: Any) -> Any:
+    def counted(asked: Any, **options: Any) -> Any:
         decoded.append(1)
-        return decode_one(asked)
+        return decode_one(asked, **options)
 
     monkeypatch.setattr(preprocess_module, "_decode_one", counted)
     found = router.run_all(pictures, names)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from tqdm import tqdm
 
 import router.infer.lists
@@ -35,6 +39,7 @@ from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
 from router.infer.work import infer
+from router.tensors import to_torch
 from tests.helpers.lists import make_list_folder
 from tests.helpers.makers import floats
 
@@ -89,15 +94,70 @@ def test_formats_and_mixed_tasks(work: Path, backbone: Backbone, source: str, ou
     rows = pd.DataFrame({"id": range(6), "image": [str(work / f"{i}.png") for i in range(6)], "task": names})
     listed = write(work / f"list{source}", rows)
     done = run(listed, work / f"out{out}", "--store", work / "s", "--batch-size", 4, "--top", 2)
-    assert (done.exit_code, done.stdout) == (0, f"6 predictions, 0 errors: {work / f'out{out}'}\n"), done.stderr
+    assert (done.exit_code, done.stdout) == (0, f"6 predictions, 0 errors, finished: {work / f'out{out}'}\n"), (
+        done.stderr
+    )
     found = read(work / f"out{out}")
     assert [row["id"] for row in found] == list(range(6))
     expected = Router(backbone, work / "s").run(rows["image"].tolist(), names)
     assert [row["label"] for row in found] == expected.labels
     for row, probs, top in zip(found, expected.probs, expected.topk(2), strict=True):
         assert row["probability"] == pytest.approx(float(probs.max()), abs=1e-4)
-        assert [label for label, _ in json.loads(row["topk"])] == [label for label, _ in top]
+        classes = json.loads(row["topk"]) if out == ".csv" else row["topk"]
+        assert [one["label"] for one in classes] == [label for label, _ in top]
+        assert [one["probability"] for one in classes] == pytest.approx([share for _, share in top], abs=1e-4)
         assert row["error"] is None
+
+
+@pytest.mark.parametrize("out", [".csv", ".jsonl", ".parquet"])
+def test_embeddings_are_what_the_head_would_take(work: Path, backbone: Backbone, out: str) -> None:
+    names = ["a", "b", "features", "zebra"]
+    rows = pd.DataFrame({"image": [str(work / f"{i}.png") for i in range(4)], "task": names})
+    listed = write(work / "list.csv", rows)
+    done = run(listed, work / f"out{out}", "--store", work / "s", "--embeddings", "--batch-size", 2)
+    assert done.exit_code == 0 and "3 predictions, 1 errors, finished" in done.stdout, done.stderr
+    found = read(work / f"out{out}")
+    assert "label" not in found[0] and "topk" not in found[0] and "zebra" in found[3]["error"]
+    router = Router(backbone, work / "s")
+    expected = router.features(rows["image"].tolist()[:3], names[:3])
+    assert expected.shape == (3, 192)
+    for row, features in zip(found, expected, strict=False):
+        values = json.loads(row["embedding"]) if out == ".csv" else list(row["embedding"])
+        assert values == pytest.approx(features.tolist(), abs=1e-4) and row["version"] == 1
+    # of a task, its head makes its logits of them
+    head = router.lookup("a").use.read().head
+    assert head is not None
+    logits = router.run([str(work / "0.png")], "a").logits
+    weight, bias = (to_torch(router.lookup("a").use.read().tensors[name]) for name in (head.weight.names[0], head.bias))
+    torch.testing.assert_close(router.features([str(work / "0.png")], "a") @ weight.t() + bias, logits)
+
+
+def test_embeddings_of_the_backbone_alone_need_no_store(work: Path, backbone: Backbone) -> None:
+    done = run(work, work / "out.parquet", "--embeddings", "--store", work / "nowhere")
+    assert (done.exit_code, "6 predictions, 1 errors, finished" in done.stdout) == (0, True), done.stderr
+    found = [row for row in read(work / "out.parquet") if row["error"] is None]
+    assert len(found) == 6 and found[0]["version"] is None
+    names = [str(work / row["image"]) for row in found]
+    features = Router(backbone).features(names)
+    for row, expected in zip(found, features, strict=True):
+        assert list(row["embedding"]) == pytest.approx(expected.tolist(), abs=1e-4)
+    transform = create_transform(**resolve_data_config({}, model=backbone.module))
+    with torch.inference_mode():
+        as_timm = backbone.module(transform(Image.open(names[0]).convert("RGB")).unsqueeze(0))
+    torch.testing.assert_close(features[:1], as_timm, atol=1e-4, rtol=1e-4)
+    refused = run(work, work / "other.csv", "--embeddings", "--ray", "--store", work / "s")
+    assert refused.exit_code == 2 and "--embeddings: not with --ray yet" in refused.stderr
+
+
+def test_a_run_says_where_its_time_went(work: Path) -> None:
+    listed = write(work / "list.csv", pd.DataFrame({"image": ["0.png", "1.png"], "task": ["a", "b"]}))
+    done = run(listed, work / "out.csv", "--store", work / "s")
+    stages = r"forwards [\d.]+ s; waiting for images [\d.]+ s; writing [\d.]+ s\..*decoding [\d.]+ s"
+    assert re.search(stages, done.stderr), done.stderr
+    report = json.loads(run(listed, work / "other.csv", "--store", work / "s", "--json").stdout)
+    parts = ("list_s", "read_s", "decode_s", "transfer_s", "device_s", "wait_s", "write_s")
+    assert all(report[name] >= 0 for name in parts) and report["device_s"] > 0 < report["decode_s"]
+    assert report["device_s"] + report["wait_s"] + report["write_s"] <= report["seconds"] + 0.01
 
 
 def test_a_bad_row_costs_only_itself(work: Path) -> None:
@@ -412,7 +472,7 @@ def test_a_run_that_serves_nothing_says_so(work: Path, monkeypatch: pytest.Monke
     given = ["far/list.csv", "out.csv", "--store", "s"]
     done = run(*given)
     assert done.exit_code == 1
-    assert "0 predictions, 2 errors: out.csv" in done.stdout
+    assert "0 predictions, 2 errors, finished: out.csv" in done.stdout
     assert "Error: nothing could be served: 2 errors, the first: " in done.stderr
     assert "0.png: no such file" in done.stderr
     assert len(read(work / "out.csv")) == 2
@@ -512,10 +572,10 @@ def test_a_task_that_cannot_be_run_fails_only_its_own_rows(
         store.add(task_maker("c", seed=5))
     run_engine = Engine.run
 
-    def failing(self: Engine, images: Any, image_of: Any, uses: Any, task_of: Any) -> Any:
+    def failing(self: Engine, images: Any, image_of: Any, uses: Any, *others: Any) -> Any:
         if any(use.task.name == "c" for use in uses):
             raise RouterError("task 'c' is broken")
-        return run_engine(self, images, image_of, uses, task_of)
+        return run_engine(self, images, image_of, uses, *others)
 
     monkeypatch.setattr(Engine, "run", failing)
     rows = pd.DataFrame({"image": [f"{i}.png" for i in range(4)], "task": ["a", "c", "a", "c"]})
@@ -547,7 +607,7 @@ class Idle:
     def check(self, task: str) -> None:
         pass
 
-    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str) -> Predictions:
+    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str, without_heads: bool) -> Predictions:
         self.asked.append((batch.images.shape[2], tasks))
         self.meanwhile(len(self.asked))
         count = len(tasks)
@@ -626,8 +686,8 @@ def test_decoding_goes_on_while_the_router_runs(
 ) -> None:
     decoded = [threading.Event() for _ in range(6)]
 
-    def watched(images: list[str], ways: list[Preprocess]) -> list[Any]:
-        found = decode(images, ways)
+    def watched(images: list[str], ways: list[Preprocess], spent: Any) -> list[Any]:
+        found = decode(images, ways, spent)
         decoded[int(Path(images[0]).stem)].set()
         return found
 
@@ -942,7 +1002,7 @@ def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patched:
         patched.setattr(Router, "run", None)
         done = run(*given)
-        assert (done.exit_code, done.stdout) == (0, f"1 predictions, 1 errors: {work / 'out.csv'}\n")
+        assert (done.exit_code, done.stdout) == (0, f"1 predictions, 1 errors, finished: {work / 'out.csv'}\n")
         assert "finished before: the same list, options, store and backbone; --overwrite runs it again" in done.stderr
         again = json.loads(run(*given, "--json").stdout)
     assert again == {**report, "images": 0, "resumed_images": 2, "seconds": 0.0, "images_per_s": 0.0,
