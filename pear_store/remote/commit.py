@@ -17,8 +17,6 @@ from pear_store.remote.reading import read_on
 from pear_store.remote.rebase import base_for_next_entry
 from pear_store.remote.retry import TRIES, retried, wait
 
-GROUP_BYTES = 64 << 20
-"""Tensor bytes that one pack has at most, if its tensors are smaller: what a writer holds in memory"""
 MOST_CONFLICTS = 1000
 
 
@@ -35,15 +33,21 @@ def prepare(place: Place, mirror: Mirror) -> None:
         mirror.note_probed()
 
 
-def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
-    """Puts tensors in a new pack, whose random id makes its name one that was never used."""
+def lay_out_pack(tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, bytes, PackListing]:
+    """A new pack of tensors: its hash, its bytes, and what lies where. A random id makes its name one that was never
+    used."""
     head, places = lay_out({str(digest): tensor for digest, tensor in tensors.items()},
                            pack_metadata(Records(), NO_COMMIT))  # fmt: skip
     data = b"".join((head, *(tensors[Digest(name)].data for name in places)))
-    pack = hashlib.sha256(data).digest()
     listing = {Digest(name): TensorPlace(*tensor_place) for name, tensor_place in places.items()}
+    return hashlib.sha256(data).digest(), data, PackListing(len(data), listing)
+
+
+def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
+    """Puts tensors in a new pack."""
+    pack, data, listing = lay_out_pack(tensors)
     place.put(pack_name(pack), data)
-    return pack, PackListing(len(data), listing)
+    return pack, listing
 
 
 class Committer:

@@ -1,5 +1,6 @@
 """Places in object stores: S3 and what speaks like it, Google Cloud Storage, Azure; by obstore (extra `remote`)."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,10 @@ from pear_store.remote.place import Place, Range, check_size, check_whole, check
 T = TypeVar("T")
 _PART_BYTES = 5 << 20
 _PARTS = 2
-"""Parts of a pack that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+"""Parts of an object that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+_WHOLE_BYTES = 64 << 20
+_WHOLE_S = 10.0
+"""An object is sent as one request if it has at most so many bytes and is expected to take at most so long"""
 _THREADS = 8
 _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
@@ -53,6 +57,8 @@ class ObjectPlace(Place):
         if self._store is None:
             raise PlaceError(url, problem)
         self._pool = ThreadPoolExecutor(_THREADS)
+        self._whole_bytes = _PART_BYTES
+        """Larger objects are sent in parts"""
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -74,12 +80,12 @@ class ObjectPlace(Place):
 
     def _read(self, found: Any, name: str, at_most: int) -> bytes:
         """A body, as it arrives: whatever its header says, no more than so many bytes are kept."""
-        parts: list[bytes] = []
+        parts: list[Any] = []
         size = 0
         for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
             size += len(chunk)
             check_size(self.url, name, size, at_most)
-            parts.append(bytes(chunk))
+            parts.append(chunk)
         return b"".join(parts)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
@@ -115,8 +121,18 @@ class ObjectPlace(Place):
         return b"".join(parts)
 
     def put(self, name: str, data: bytes) -> None:
-        parts: Any = {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS}
-        self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **parts))
+        how: Any = {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS}
+        if len(data) <= self._whole_bytes:  # fewer requests, and less work for the server
+            how = {"use_multipart": False}
+        start = time.monotonic()
+        try:
+            self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **how))
+        except PearStoreError:
+            self._whole_bytes = _PART_BYTES  # the line may have become slow
+            raise
+        if len(data) >= _PART_BYTES:
+            bytes_s = len(data) / max(time.monotonic() - start, 1e-3)
+            self._whole_bytes = min(max(_PART_BYTES, round(_WHOLE_S * bytes_s)), _WHOLE_BYTES)
 
     def create(self, name: str, data: bytes) -> bool:
         def act() -> bool:

@@ -412,7 +412,7 @@ def test_a_pull_that_was_cut_off_keeps_what_it_took(team: Team, monkeypatch: pyt
 
 
 def test_a_pushs_groups_are_bounded_and_each_is_whole(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushing, "GROUP_BYTES", 300)
+    monkeypatch.setattr("pear_store.remote.groups.GROUP_BYTES", 300)
     a = filled(team.client())
     pushed = a.push()
     assert pushed.entries == len(team.log()) > 1
