@@ -17,6 +17,8 @@ GROUP_BYTES = 64 << 20
 """Tensor bytes that one entry brings, if one version has no more"""
 PACK_BYTES = 16 << 20
 """Tensor bytes of one of its packs, if one version has no more"""
+FIRST_PACK_BYTES = 4 << 20
+"""The same before a pack has arrived: the first ones are soon on their way, and show how fast the line is"""
 GROUP_VERSIONS = 500
 _GROUP_MANIFEST_BYTES = 4 << 20
 _GROUP_TENSORS = 40_000
@@ -107,7 +109,7 @@ class _Maker:
     ) -> None:
         """Adds a version and those of its tensors that are new. They lie side by side in one pack."""
         more = _bytes_of(tensors)
-        if self._pack_bytes + more > PACK_BYTES:
+        if self._pack_bytes + more > (PACK_BYTES if self._sender.sent_bytes else FIRST_PACK_BYTES):
             self._send()
         self._group.versions.append(version)
         self._group.manifests[version.manifest], self._group.needs[version.manifest] = manifest, digests

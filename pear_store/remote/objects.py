@@ -1,5 +1,6 @@
 """Places in object stores: S3 and what speaks like it, Google Cloud Storage, Azure; by obstore (extra `remote`)."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ T = TypeVar("T")
 _PART_BYTES = 5 << 20
 _PARTS = 2
 """Parts of an object that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+_TELLING_BYTES = 1 << 20
+"""An object that is larger shows how fast the line is"""
 _WHOLE_BYTES = 64 << 20
 _WHOLE_S = 10.0
-"""An object is sent as one request if it has at most so many bytes and is expected to take at most so long"""
+"""It is sent as one request if it has at most so many bytes and is expected to take at most so long"""
 _THREADS = 8
 _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
@@ -57,8 +60,10 @@ class ObjectPlace(Place):
         if self._store is None:
             raise PlaceError(url, problem)
         self._pool = ThreadPoolExecutor(_THREADS)
-        self._whole_bytes = _PART_BYTES
-        """Larger objects are sent in parts"""
+        self._whole_bytes = _TELLING_BYTES
+        """Larger objects are sent in parts, ..."""
+        self._slowly = threading.Lock()
+        """... and one at a time"""
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -121,18 +126,22 @@ class ObjectPlace(Place):
         return b"".join(parts)
 
     def put(self, name: str, data: bytes) -> None:
-        how: Any = {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS}
         if len(data) <= self._whole_bytes:  # fewer requests, and less work for the server
-            how = {"use_multipart": False}
+            self._put(name, data, {"use_multipart": False})
+        else:
+            with self._slowly:
+                self._put(name, data, {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS})
+
+    def _put(self, name: str, data: bytes, how: Mapping[str, Any]) -> None:
         start = time.monotonic()
         try:
             self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **how))
         except PearStoreError:
-            self._whole_bytes = _PART_BYTES  # the line may have become slow
+            self._whole_bytes = _TELLING_BYTES  # the line may have become slow
             raise
-        if len(data) >= _PART_BYTES:
+        if len(data) > _TELLING_BYTES:
             bytes_s = len(data) / max(time.monotonic() - start, 1e-3)
-            self._whole_bytes = min(max(_PART_BYTES, round(_WHOLE_S * bytes_s)), _WHOLE_BYTES)
+            self._whole_bytes = min(max(_TELLING_BYTES, round(_WHOLE_S * bytes_s)), _WHOLE_BYTES)
 
     def create(self, name: str, data: bytes) -> bool:
         def act() -> bool:

@@ -161,7 +161,11 @@ class _Group:
 
     done: int
     """How many versions came before"""
+    head: tuple[int, bytes | None]
+    """What the log's last entry was when `places` were looked up, at the earliest"""
     versions: list[_Wanted] = field(default_factory=list)
+    places: Places = field(default_factory=dict)
+    """Of all their tensors"""
     size_bytes: int = 0
 
     @property
@@ -194,7 +198,8 @@ def groups(
                 if (group := next(grouped, None)) is not None:
                     coming = reading.group.digests if reading else set()
                     here = have(sorted(group.digests - coming))
-                    places = mirror.places_of(group.digests - coming - here.keys())
+                    missing = group.digests - coming - here.keys()
+                    places = {digest: group.places[digest] for digest in missing}
                     following = _Reading(group, here, ahead.submit(find_tensors, place, places, pool))
             except PearStoreError as error:  # what comes before is taken first
                 problem = error
@@ -217,8 +222,9 @@ def groups(
 
 
 def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
-    group = _Group(0)
+    group = _Group(0, mirror.head)
     for version in wanted:
+        head = mirror.head
         manifest = mirror.manifest(version.manifest)
         try:
             record, digests = parse_manifest(manifest)
@@ -226,7 +232,8 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
             if group.versions:
                 yield group
             raise DamagedRemoteError(mirror.url, f"manifest of {version.task}@{version.number}", str(error)) from None
-        more = sum(places[0][1].length for places in mirror.places_of(digests).values() if places)
+        places = mirror.places_of([digest for digest in digests if digest not in group.places])
+        more = sum(found[0][1].length for digest in digests if (found := places.get(digest, group.places.get(digest))))
         if more > MAX_FILE_BYTES:
             if group.versions:
                 yield group
@@ -234,7 +241,9 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
             raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
         if group.versions and (group.size_bytes + more > GROUP_BYTES or len(group.versions) == GROUP_VERSIONS):
             yield group
-            group = _Group(group.done + len(group.versions))
+            places |= {digest: group.places[digest] for digest in digests if digest not in places}
+            group = _Group(group.done + len(group.versions), head)
+        group.places |= places
         group.versions.append(_Wanted(version, manifest, record, digests))
         group.size_bytes += more
     if group.versions:
@@ -247,15 +256,16 @@ def _fetched(
     """All tensors of a group. Where a pack was dropped meanwhile, versions that were removed leave the group."""
     group, tensors = reading.group, reading.here
     fetched, problem = reading.found.result()
+    head = group.head
     while True:
         pulled.read_bytes += sum(tensor.size_bytes for tensor in fetched.values())
         tensors |= fetched
         if not (missing := group.digests - tensors.keys()):
             return tensors
-        head = mirror.head
         try:
             if problem is not None:
                 raise problem
+            head = mirror.head
             fetched = fetch_tensors(place, mirror, sorted(missing), pool)
         except (AbsentError, DamagedRemoteError):
             problem = None
@@ -279,7 +289,7 @@ def _checked(mirror: Mirror, wanted: _Wanted, found: Mapping[Digest, RawTensor],
     tensors = {digest: found[digest] for digest in wanted.digests}
     where = f"{mirror.url}: {version.task}@{version.number}"
     checked_task(record, {str(digest): tensor for digest, tensor in tensors.items()}, where, finite)
-    finite |= tensors.keys()
+    finite.update(tensors)
     if record["task"] != version.task or not TASK_NAME.fullmatch(version.task):
         raise CheckpointError(where, f"its manifest is of task {str(record['task'])[:100]!r}")
     size_bytes = sum(tensor.size_bytes for tensor in tensors.values())

@@ -24,6 +24,7 @@ TASKS = 12
 def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Team":
     """Each task has a pack of its own, and two make an entry."""
     monkeypatch.setattr(groups, "PACK_BYTES", 1)
+    monkeypatch.setattr(groups, "FIRST_PACK_BYTES", 1)
     monkeypatch.setattr(groups, "GROUP_VERSIONS", 2)
     return Team(tmp_path)
 
