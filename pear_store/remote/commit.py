@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pear_store.errors import AbsentError, DamagedError, PlaceError
 from pear_store.format.container import Place as TensorPlace
@@ -60,10 +60,15 @@ class Committer:
         self._begun_with = mirror.begun_with
         self._has_looked_for_base = False
 
-    def commit(self, head: tuple[int, bytes | None], index: LogIndex) -> bool:
+    def commit(
+        self, head: tuple[int, bytes | None], index: LogIndex, await_packs: Callable[[], None] = lambda: None
+    ) -> bool:
         """Puts an index and creates the entry after `head` with it; enters it in the mirror.
 
         If another entry has that number, the log was read on and False is returned.
+
+        Args:
+            await_packs: waits until all that the entry names has arrived, or raises what kept it from that.
         """
         number, previous = head[0] + 1, head[1]
         place, mirror = self._place, self._mirror
@@ -82,6 +87,7 @@ class Committer:
         if name not in self._sent:
             place.put(name, index.raw)
             self._sent.add(name)
+        await_packs()
         base = mirror.base if mirror.base and mirror.base.number < number else None
         entry = Entry(fresh_name(), previous, hashed, time.time_ns(), _host(), base)
         if _create(place, entry, number):

@@ -1,7 +1,6 @@
 """What a push sends, in groups: each is what one entry of the log brings, in a few packs."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pear_store.format.digest import Digest, RawTensor
@@ -11,7 +10,7 @@ from pear_store.local.sync import Numbered, manifest_in, tensors_in
 from pear_store.remote.changes import Changes
 from pear_store.remote.log import LoggedVersion, PackListing
 from pear_store.remote.mirror import Mirror
-from pear_store.remote.sender import PackSender, SentPack
+from pear_store.remote.sender import PackSender, PackUnderWay
 
 GROUP_BYTES = 64 << 20
 """Tensor bytes that one entry brings, if one version has no more"""
@@ -36,12 +35,17 @@ class Group:
     """Tensors that the versions need, and a version that has each"""
     is_last: bool = False
     packs: dict[bytes, PackListing] = field(default_factory=dict)
-    under_way: list[Future[SentPack]] = field(default_factory=list)
+    under_way: list[PackUnderWay] = field(default_factory=list)
     """Packs that may not have arrived"""
+
+    def know_packs(self) -> None:
+        """Waits until it is known what its packs hold."""
+        self.packs.update(pack.known() for pack in self.under_way)
 
     def await_packs(self) -> None:
         """Raises what kept a pack from being sent."""
-        self.packs.update(sending.result() for sending in self.under_way)
+        for pack in self.under_way:
+            pack.await_arrival()
         self.under_way.clear()
 
 

@@ -85,7 +85,6 @@ def push(
         while group is not None:
             following, problem = _next(coming)  # its packs are under way before this group is entered
             progress(done, every, sender.sent_bytes)
-            group.await_packs()
             is_known = group.is_last and mirror.head == head  # then nothing has come since the look above
             _enter(under_way, group, pushed, (head, changes) if is_known else None)
             done += len(group.versions)
@@ -128,6 +127,7 @@ def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes
     """Enters a group in the log. `known`: what differs after an entry, if that was looked up."""
     opened, mirror = push.opened, push.mirror
     committer = Committer(push.place, mirror)
+    group.know_packs()
     chosen = push.tasks if group.is_last else {version.task for version in group.versions}
     while True:
         head = mirror.head  # first: what is looked at below may be newer, never older
@@ -136,8 +136,9 @@ def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes
         changes = known[1] if known and is_known else _checked(_compared(opened, mirror, chosen))
         index = _index(push, group, changes)
         if not index:
+            group.await_packs()
             return
-        if committer.commit(head, index):
+        if committer.commit(head, index, group.await_packs):
             mirror.take((version.task, version.number) for version in index.versions)
             mirror.agree((tag.task, tag.tag, tag.version) for tag in index.tags)
             pushed.versions += [(version.task, version.number) for version in index.versions]
@@ -205,5 +206,6 @@ def _send(push: _Push, group: Group, missing: list[Digest]) -> None:
     tensors: dict[Digest, RawTensor] = {}
     for (task, number), digests in by_version.items():
         tensors.update(tensors_in(push.opened, digests, f"version {task}@{number}"))
-    group.under_way.append(push.sender.send(tensors))
-    group.await_packs()
+    pack = push.sender.send(tensors)
+    group.under_way.append(pack)
+    group.packs.update([pack.known()])

@@ -14,7 +14,36 @@ SENDERS = 4
 """Packs that are sent at once"""
 MOST_BYTES = 64 << 20
 """Tensor bytes under way; a pack that has more is sent alone"""
-SentPack = tuple[bytes, PackListing]
+
+
+class PackUnderWay:
+    """A pack that is laid out and then sent: what it holds is known before it has arrived."""
+
+    def __init__(self) -> None:
+        self._laid_out: Future[tuple[bytes, PackListing]] = Future()
+        self._arrived: Future[None] = Future()
+
+    def known(self) -> tuple[bytes, PackListing]:
+        """Its hash, and what lies where in it, once it is laid out. Raises what kept it from that."""
+        return self._laid_out.result()
+
+    def await_arrival(self) -> None:
+        """Raises what kept it from being sent."""
+        self._arrived.result()
+
+    def lay_out(self, tensors: Mapping[Digest, RawTensor]) -> tuple[str, bytes]:
+        """The name and the bytes of its object."""
+        pack, data, listing = lay_out_pack(tensors)
+        self._laid_out.set_result((pack, listing))
+        return pack_name(pack), data
+
+    def end(self, error: BaseException | None = None) -> None:
+        """It has arrived, or will not."""
+        for future in (self._laid_out, self._arrived):
+            if error is not None and not future.done():
+                future.set_exception(error)
+        if error is None:
+            self._arrived.set_result(None)
 
 
 class PackSender:
@@ -40,7 +69,7 @@ class PackSender:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def send(self, tensors: Mapping[Digest, RawTensor]) -> "Future[SentPack]":
+    def send(self, tensors: Mapping[Digest, RawTensor]) -> PackUnderWay:
         """Begins to send tensors in a new pack, once there is room for it in memory.
 
         Raises:
@@ -54,22 +83,24 @@ class PackSender:
             if self._problem is not None:
                 raise self._problem
             self._bytes_under_way += size_bytes
-        return self._pool.submit(self._send, tensors, size_bytes)
+        pack = PackUnderWay()
+        self._pool.submit(self._send, pack, tensors, size_bytes)
+        return pack
 
-    def _send(self, tensors: Mapping[Digest, RawTensor], size_bytes: int) -> SentPack:
+    def _send(self, pack: PackUnderWay, tensors: Mapping[Digest, RawTensor], size_bytes: int) -> None:
         problem: BaseException | None = None
+        sent_bytes = 0
         try:
-            pack, data, listing = lay_out_pack(tensors)
+            name, data = pack.lay_out(tensors)
             del tensors
             self._release()
-            self._place.put(pack_name(pack), data)
-        except BaseException as error:
+            self._place.put(name, data)
+            sent_bytes = len(data)
+        except BaseException as error:  # whoever waits for the pack is told
             problem = error
-            raise
-        finally:
-            with self._changed:
-                self._bytes_under_way -= size_bytes
-                self._problem = self._problem or problem
-                self.sent_bytes += 0 if problem else listing.file_bytes
-                self._changed.notify_all()
-        return pack, listing
+        with self._changed:
+            self._bytes_under_way -= size_bytes
+            self._problem = self._problem or problem
+            self.sent_bytes += sent_bytes
+            self._changed.notify_all()
+        pack.end(problem)

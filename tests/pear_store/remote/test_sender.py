@@ -1,7 +1,9 @@
 """A push sends packs while it makes the next ones; entries come one after the other, each after its packs."""
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from pear_store import Store
 from pear_store.errors import DamagedError, PearStoreError, PlaceError
 from pear_store.format.digest import Digest, RawTensor
 from pear_store.remote import groups, sender
-from pear_store.remote.log import MAX_ENTRY_BYTES, MAX_INDEX_BYTES, index_name, pack_name, parse_entry, parse_index
+from pear_store.remote.log import MAX_INDEX_BYTES, entry_name, index_name, pack_name, parse_entry, parse_index
 from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.place import Place
 from pear_store.remote.sender import PackSender
@@ -60,23 +62,38 @@ def test_packs_are_sent_at_once_also_of_two_entries(team: Team, tmp_path: Path) 
     other.close()
 
 
-def test_each_entry_comes_after_its_packs(team: Team) -> None:
-    """Looked at just before each entry, whose index is the newest."""
-    a = filled(team)
-    seen: list[bytes] = []
+class SlowPlace(MemoryPlace):
+    """Packs arrive only when an index is there, and somewhat later; each entry is looked at when it is created."""
 
-    def look() -> None:
-        (name,) = set(team.medium.list("index/")) - {index_name(one) for one in seen}
-        seen.append(bytes.fromhex(name.partition("/")[2]))
-        there = set(team.medium.list("packs/"))
-        index = parse_index(team.medium.get(name, MAX_INDEX_BYTES), "place", seen[-1])
-        assert len(index.packs) == 2 and {pack_name(pack) for pack in index.packs} <= there
+    def __init__(self) -> None:
+        super().__init__()
+        self.indexed, self.entries = threading.Event(), 0
 
-    team.place.before["create log"] = [look] * (TASKS // 2)
-    a.push()
-    entries = [parse_entry(team.medium.get(name, MAX_ENTRY_BYTES), "place", number) for number, name in
-               enumerate(team.log(), 1)]  # fmt: skip
-    assert [entry.index for entry in entries] == seen and len(seen) == TASKS // 2
+    def put(self, name: str, data: bytes) -> None:
+        if name.startswith("packs/"):
+            assert self.indexed.wait(60)
+            time.sleep(0.02)
+        super().put(name, data)
+        if name.startswith("index/"):
+            self.indexed.set()
+
+    def create(self, name: str, data: bytes) -> bool:
+        if name.startswith("log/"):
+            self.entries += 1
+            assert name == entry_name(self.entries), "one after the other"
+            hashed = parse_entry(data, "place", self.entries).index
+            index = parse_index(self.get(index_name(hashed), MAX_INDEX_BYTES), "place", hashed)
+            assert len(index.packs) == 2 and {pack_name(pack) for pack in index.packs} <= set(self.list("packs/"))
+        return super().create(name, data)
+
+
+def test_an_index_goes_beside_its_packs_and_an_entry_after_them(team: Team, tmp_path: Path) -> None:
+    place = SlowPlace()
+    other = Team(tmp_path / "other", place)
+    a = filled(other)
+    assert a.push().entries == place.entries == TASKS // 2
+    assert other.clone().contents() == a.contents()
+    other.close()
 
 
 def test_what_is_under_way_takes_bounded_memory(team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +127,7 @@ def test_a_pack_larger_than_the_bound_is_sent_alone(monkeypatch: pytest.MonkeyPa
     with PackSender(place, lambda: released.append(1)) as packs:
         raws = [floats([float(k)] * (2 + k)) for k in range(4)]
         sent = [packs.send({raw.digest: raw}) for raw in raws]
-        assert {digest for one in sent for digest in one.result()[1].places} == {raw.digest for raw in raws}
+        assert {digest for one in sent for digest in one.known()[1].places} == {raw.digest for raw in raws}
     assert len(list(place.list("packs/"))) == len(released) == 4
     assert packs.sent_bytes == sum(len(data) for data in place.objects.values())
 
@@ -198,7 +215,8 @@ def test_an_error_leaves_no_thread_that_sends(team: Team) -> None:
     place.before["put packs"] = [no_connection]
     tensors: dict[Digest, RawTensor] = {raw.digest: raw for raw in (floats([1.0]),)}
     with pytest.raises(PlaceError), PackSender(place, lambda: None) as packs:
-        packs.send(tensors).exception()
+        with suppress(PlaceError):
+            packs.send(tensors).await_arrival()
         packs.send(tensors)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pear-sender")]
     assert place.asked["put packs"] == 1
