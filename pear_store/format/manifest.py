@@ -27,11 +27,17 @@ def manifest_digests(manifest: bytes) -> list[Digest]:
     Raises:
         ValueError: it is no manifest.
     """
-    strict_json(manifest)
-    names = manifest_names(manifest)
+    return parse_manifest(manifest)[1]
+
+
+def parse_manifest(manifest: bytes) -> tuple[dict[str, Any], list[Digest]]:
+    """A manifest's record, which is strict JSON, and the digests that it names, in order. Raises as
+    :func:`manifest_digests`."""
+    record = strict_json(manifest)
+    names = _names(record)
     if not all(map(is_digest, names)):
         raise ValueError("it names what is no digest")
-    return [Digest(name) for name in sorted(names)]
+    return record, [Digest(name) for name in sorted(names)]
 
 
 def manifest_names(manifest: bytes) -> set[str]:
@@ -40,8 +46,12 @@ def manifest_names(manifest: bytes) -> set[str]:
     Raises:
         ValueError: it is no manifest.
     """
+    return _names(json.loads(manifest))
+
+
+def _names(record: Any) -> set[str]:
     try:
-        return tensor_names(json.loads(manifest))
+        return tensor_names(record)
     except (KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("no task's record") from None
 

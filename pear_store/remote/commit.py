@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pear_store.errors import AbsentError, DamagedError, PlaceError
 from pear_store.format.container import Place as TensorPlace
@@ -17,8 +17,6 @@ from pear_store.remote.reading import read_on
 from pear_store.remote.rebase import base_for_next_entry
 from pear_store.remote.retry import TRIES, retried, wait
 
-GROUP_BYTES = 64 << 20
-"""Tensor bytes that one pack has at most, if its tensors are smaller: what a writer holds in memory"""
 MOST_CONFLICTS = 1000
 
 
@@ -35,15 +33,21 @@ def prepare(place: Place, mirror: Mirror) -> None:
         mirror.note_probed()
 
 
-def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
-    """Puts tensors in a new pack, whose random id makes its name one that was never used."""
+def lay_out_pack(tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, bytes, PackListing]:
+    """A new pack of tensors: its hash, its bytes, and what lies where. A random id makes its name one that was never
+    used."""
     head, places = lay_out({str(digest): tensor for digest, tensor in tensors.items()},
                            pack_metadata(Records(), NO_COMMIT))  # fmt: skip
     data = b"".join((head, *(tensors[Digest(name)].data for name in places)))
-    pack = hashlib.sha256(data).digest()
     listing = {Digest(name): TensorPlace(*tensor_place) for name, tensor_place in places.items()}
+    return hashlib.sha256(data).digest(), data, PackListing(len(data), listing)
+
+
+def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
+    """Puts tensors in a new pack."""
+    pack, data, listing = lay_out_pack(tensors)
     place.put(pack_name(pack), data)
-    return pack, PackListing(len(data), listing)
+    return pack, listing
 
 
 class Committer:
@@ -56,10 +60,15 @@ class Committer:
         self._begun_with = mirror.begun_with
         self._has_looked_for_base = False
 
-    def commit(self, head: tuple[int, bytes | None], index: LogIndex) -> bool:
+    def commit(
+        self, head: tuple[int, bytes | None], index: LogIndex, await_packs: Callable[[], None] = lambda: None
+    ) -> bool:
         """Puts an index and creates the entry after `head` with it; enters it in the mirror.
 
         If another entry has that number, the log was read on and False is returned.
+
+        Args:
+            await_packs: waits until all that the entry names has arrived, or raises what kept it from that.
         """
         number, previous = head[0] + 1, head[1]
         place, mirror = self._place, self._mirror
@@ -78,6 +87,7 @@ class Committer:
         if name not in self._sent:
             place.put(name, index.raw)
             self._sent.add(name)
+        await_packs()
         base = mirror.base if mirror.base and mirror.base.number < number else None
         entry = Entry(fresh_name(), previous, hashed, time.time_ns(), _host(), base)
         if _create(place, entry, number):

@@ -28,6 +28,8 @@ MAX_INDEX_BYTES = 16 << 20
 """Of an index, as it lies there and as text"""
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_PACK_BYTES = 1 << 40
+_LEVEL = 3
+"""Of compression: twice as fast as 6, for 3 % more bytes"""
 _MOST_AXES = 8
 _STRAY_NAME = re.compile(r"index/[0-9a-f]{64}|(?:tmp|probe)/[0-9a-f]{32}")
 _SALT = re.compile(r"(?:[0-9a-f]{32})?")
@@ -128,7 +130,7 @@ class LogIndex:
         parts = (self.packs, self.versions, self.removed, self.tags, self.highest, self.drop, self.strays)
         return sum(map(len, parts))
 
-    def encode(self, level: int = 6) -> bytes:
+    def encode(self) -> bytes:
         """The bytes of its object, which its hash names.
 
         Raises:
@@ -137,7 +139,7 @@ class LogIndex:
         text = self.text()
         if len(text) > MAX_INDEX_BYTES:
             raise ValueError(f"an index of {len(text)} bytes: at most {MAX_INDEX_BYTES} are read")
-        return zlib.compress(text, level)
+        return zlib.compress(text, _LEVEL)
 
     def text(self) -> bytes:
         value: dict[str, Any] = {

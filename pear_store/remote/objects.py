@@ -1,5 +1,7 @@
 """Places in object stores: S3 and what speaks like it, Google Cloud Storage, Azure; by obstore (extra `remote`)."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +16,12 @@ from pear_store.remote.place import Place, Range, check_size, check_whole, check
 T = TypeVar("T")
 _PART_BYTES = 5 << 20
 _PARTS = 2
-"""Parts of a pack that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+"""Parts of an object that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+_TELLING_BYTES = 1 << 20
+"""An object that is larger shows how fast the line is"""
+_WHOLE_BYTES = 64 << 20
+_WHOLE_S = 10.0
+"""It is sent as one request if it has at most so many bytes and is expected to take at most so long"""
 _THREADS = 8
 _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
@@ -53,6 +60,10 @@ class ObjectPlace(Place):
         if self._store is None:
             raise PlaceError(url, problem)
         self._pool = ThreadPoolExecutor(_THREADS)
+        self._whole_bytes = _TELLING_BYTES
+        """Larger objects are sent in parts, ..."""
+        self._slowly = threading.Lock()
+        """... and one at a time"""
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -74,12 +85,12 @@ class ObjectPlace(Place):
 
     def _read(self, found: Any, name: str, at_most: int) -> bytes:
         """A body, as it arrives: whatever its header says, no more than so many bytes are kept."""
-        parts: list[bytes] = []
+        parts: list[Any] = []
         size = 0
         for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
             size += len(chunk)
             check_size(self.url, name, size, at_most)
-            parts.append(bytes(chunk))
+            parts.append(chunk)
         return b"".join(parts)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
@@ -115,8 +126,22 @@ class ObjectPlace(Place):
         return b"".join(parts)
 
     def put(self, name: str, data: bytes) -> None:
-        parts: Any = {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS}
-        self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **parts))
+        if len(data) <= self._whole_bytes:  # fewer requests, and less work for the server
+            self._put(name, data, {"use_multipart": False})
+        else:
+            with self._slowly:
+                self._put(name, data, {"chunk_size": _PART_BYTES, "max_concurrency": _PARTS})
+
+    def _put(self, name: str, data: bytes, how: Mapping[str, Any]) -> None:
+        start = time.monotonic()
+        try:
+            self._do(name, lambda: self._obstore.put(self._store, checked_name(name), bytes(data), **how))
+        except PearStoreError:
+            self._whole_bytes = _TELLING_BYTES  # the line may have become slow
+            raise
+        if len(data) > _TELLING_BYTES:
+            bytes_s = len(data) / max(time.monotonic() - start, 1e-3)
+            self._whole_bytes = min(max(_TELLING_BYTES, round(_WHOLE_S * bytes_s)), _WHOLE_BYTES)
 
     def create(self, name: str, data: bytes) -> bool:
         def act() -> bool:

@@ -1,11 +1,11 @@
 """Takes from a remote what a store lacks. What arrives is hashed, checked as any task that is added, and entered in
 local commits of bounded size; what was taken stays taken when a pull is cut off."""
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 from pear_store.errors import (
     AbsentError,
@@ -15,11 +15,11 @@ from pear_store.errors import (
     NotFoundError,
     PearStoreError,
 )
-from pear_store.format.checkpoint import TASK_NAME, make_task
+from pear_store.format.checkpoint import TASK_NAME, checked_task
 from pear_store.format.container import MAX_FILE_BYTES
 from pear_store.format.container import Place as TensorPlace
 from pear_store.format.digest import Digest, RawTensor, tensor_digest
-from pear_store.format.manifest import manifest_digests
+from pear_store.format.manifest import parse_manifest
 from pear_store.local.loading import Loaded
 from pear_store.local.opened import OpenStore
 from pear_store.local.references import parse_reference
@@ -146,18 +146,31 @@ def _name_removed(mirror: Mirror, before: Held, numbers: dict[str, set[int]]) ->
                 raise NotFoundError(f"{task}@{number} was removed here and is not taken again; 'push' removes it there")
 
 
+class _Wanted(NamedTuple):
+    """A version to take, its manifest as it lies there and parsed, and the tensors that it needs."""
+
+    version: LoggedVersion
+    manifest: bytes
+    record: dict[str, Any]
+    digests: list[Digest]
+
+
 @dataclass
 class _Group:
-    """Versions that one commit takes, with their manifests and the tensors that each needs."""
+    """Versions that one commit takes."""
 
     done: int
     """How many versions came before"""
-    versions: list[tuple[LoggedVersion, bytes, list[Digest]]] = field(default_factory=list)
+    head: tuple[int, bytes | None]
+    """What the log's last entry was when `places` were looked up, at the earliest"""
+    versions: list[_Wanted] = field(default_factory=list)
+    places: Places = field(default_factory=dict)
+    """Of all their tensors"""
     size_bytes: int = 0
 
     @property
     def digests(self) -> set[Digest]:
-        return {digest for _, _, digests in self.versions for digest in digests}
+        return {digest for wanted in self.versions for digest in wanted.digests}
 
 
 @dataclass
@@ -185,7 +198,8 @@ def groups(
                 if (group := next(grouped, None)) is not None:
                     coming = reading.group.digests if reading else set()
                     here = have(sorted(group.digests - coming))
-                    places = mirror.places_of(group.digests - coming - here.keys())
+                    missing = group.digests - coming - here.keys()
+                    places = {digest: group.places[digest] for digest in missing}
                     following = _Reading(group, here, ahead.submit(find_tensors, place, places, pool))
             except PearStoreError as error:  # what comes before is taken first
                 problem = error
@@ -195,7 +209,8 @@ def groups(
                     shared = following.group.digests & tensors.keys()
                     following.here.update((digest, _copied(tensors[digest])) for digest in shared)
                 done = reading.group.done
-                incoming = [_checked(mirror, *version, tensors) for version in reading.group.versions]
+                finite: set[Digest] = set()
+                incoming = [_checked(mirror, wanted, tensors, finite) for wanted in reading.group.versions]
                 del tensors, reading
                 yield done, incoming
                 del incoming
@@ -207,16 +222,18 @@ def groups(
 
 
 def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
-    group = _Group(0)
+    group = _Group(0, mirror.head)
     for version in wanted:
+        head = mirror.head
         manifest = mirror.manifest(version.manifest)
         try:
-            digests = manifest_digests(manifest)
+            record, digests = parse_manifest(manifest)
         except ValueError as error:
             if group.versions:
                 yield group
             raise DamagedRemoteError(mirror.url, f"manifest of {version.task}@{version.number}", str(error)) from None
-        more = sum(places[0][1].length for places in mirror.places_of(digests).values() if places)
+        places = mirror.places_of([digest for digest in digests if digest not in group.places])
+        more = sum(found[0][1].length for digest in digests if (found := places.get(digest, group.places.get(digest))))
         if more > MAX_FILE_BYTES:
             if group.versions:
                 yield group
@@ -224,8 +241,10 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
             raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
         if group.versions and (group.size_bytes + more > GROUP_BYTES or len(group.versions) == GROUP_VERSIONS):
             yield group
-            group = _Group(group.done + len(group.versions))
-        group.versions.append((version, manifest, digests))
+            places |= {digest: group.places[digest] for digest in digests if digest not in places}
+            group = _Group(group.done + len(group.versions), head)
+        group.places |= places
+        group.versions.append(_Wanted(version, manifest, record, digests))
         group.size_bytes += more
     if group.versions:
         yield group
@@ -237,20 +256,21 @@ def _fetched(
     """All tensors of a group. Where a pack was dropped meanwhile, versions that were removed leave the group."""
     group, tensors = reading.group, reading.here
     fetched, problem = reading.found.result()
+    head = group.head
     while True:
         pulled.read_bytes += sum(tensor.size_bytes for tensor in fetched.values())
         tensors |= fetched
         if not (missing := group.digests - tensors.keys()):
             return tensors
-        head = mirror.head
         try:
             if problem is not None:
                 raise problem
+            head = mirror.head
             fetched = fetch_tensors(place, mirror, sorted(missing), pool)
         except (AbsentError, DamagedRemoteError):
             problem = None
             read_on(mirror, place)  # a pack may have been dropped: the log says where its tensors are now
-            left = [item for item in group.versions if mirror.has_version(item[0].task, item[0].number)]
+            left = [item for item in group.versions if mirror.has_version(item.version.task, item.version.number)]
             if mirror.head == head and len(left) == len(group.versions):
                 if not mirror.left_bytes("packs"):
                     raise
@@ -263,18 +283,17 @@ def _copied(tensor: RawTensor) -> RawTensor:
     return RawTensor.checked(tensor.dtype, tensor.shape, bytes(tensor.data), tensor.digest)
 
 
-def _checked(
-    mirror: Mirror, version: LoggedVersion, manifest: bytes, digests: list[Digest], found: Mapping[Digest, RawTensor]
-) -> Incoming:
-    """A version as any that is added: a remote may say anything."""
-    tensors = {digest: found[digest] for digest in digests}
+def _checked(mirror: Mirror, wanted: _Wanted, found: Mapping[Digest, RawTensor], finite: set[Digest]) -> Incoming:
+    """A version as any that is added: a remote may say anything. `finite`: tensors that were checked with others."""
+    version, record = wanted.version, wanted.record
+    tensors = {digest: found[digest] for digest in wanted.digests}
     where = f"{mirror.url}: {version.task}@{version.number}"
-    record = json.loads(manifest)
-    make_task(record, {str(digest): tensor for digest, tensor in tensors.items()}, where)
+    checked_task(record, {str(digest): tensor for digest, tensor in tensors.items()}, where, finite)
+    finite.update(tensors)
     if record["task"] != version.task or not TASK_NAME.fullmatch(version.task):
         raise CheckpointError(where, f"its manifest is of task {str(record['task'])[:100]!r}")
     size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
-    loaded = Loaded(version.task, tensors, size_bytes, manifest, version.manifest)
+    loaded = Loaded(version.task, tensors, size_bytes, wanted.manifest, version.manifest)
     return Incoming(loaded, version.number, version.time_ns)
 
 

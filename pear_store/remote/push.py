@@ -2,26 +2,26 @@
 
 Packs go first, then an index that says what is new, and then the entry that names the index is created under the next
 free number. Who finds that number taken reads what others wrote, looks again at all that it counted on, and goes on.
+
+While the packs of one entry are sent, those of the next one are made. Entries are created one after the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pear_store.errors import ClashError
+from pear_store.errors import ClashError, PearStoreError
 from pear_store.format.digest import Digest, RawTensor
-from pear_store.format.manifest import manifest_digests
 from pear_store.local.opened import OpenStore
-from pear_store.local.sync import Numbered, held, manifest_in, tensors_in
+from pear_store.local.sync import Numbered, held, tensors_in
 from pear_store.remote.changes import Changes, compare
-from pear_store.remote.commit import GROUP_BYTES, Committer, prepare, put_pack
-from pear_store.remote.log import LoggedVersion, LogIndex, PackListing
+from pear_store.remote.commit import Committer, prepare
+from pear_store.remote.groups import Group, groups
+from pear_store.remote.log import LogIndex, PackListing
 from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
+from pear_store.remote.sender import PackSender
 
-GROUP_VERSIONS = 500
-_GROUP_MANIFEST_BYTES = 4 << 20
-_GROUP_TENSORS = 40_000
 Head = tuple[int, bytes | None]
 Progress = Callable[[int, int, int], None]
 """Told versions done, all of them, and bytes moved for them"""
@@ -39,15 +39,18 @@ class Pushed:
 
 
 @dataclass
-class _Group:
-    """What one entry is to say, and the packs that were sent for it."""
+class _Push:
+    """What a push works with, and what it knows of others."""
 
-    versions: list[LoggedVersion] = field(default_factory=list)
-    manifests: dict[bytes, bytes] = field(default_factory=dict)
-    digests: dict[Digest, Numbered] = field(default_factory=dict)
-    """Tensors that the versions need, and a version that has each"""
-    is_last: bool = False
-    packs: dict[bytes, PackListing] = field(default_factory=dict)
+    opened: OpenStore
+    place: Place
+    mirror: Mirror
+    tasks: set[str] | None
+    sender: PackSender
+    head: Head
+    """The entry that it began with, or its own last one"""
+    has_company: bool = False
+    """Whether others wrote entries since it began: those may drop its packs"""
 
 
 def push(
@@ -74,14 +77,31 @@ def push(
     if changes.is_pushed:
         return pushed
     prepare(place, mirror)
-    done, every = 0, len(changes.push)
-    for group in _groups(opened, mirror, changes):
-        progress(done, every, pushed.sent_bytes)
-        is_known = group.is_last and mirror.head == head  # then nothing has come since the look above
-        _push_group(opened, place, mirror, tasks, group, pushed, (head, changes) if is_known else None)
-        done += len(group.versions)
+    with PackSender(place, opened.release_pages) as sender:
+        under_way = _Push(opened, place, mirror, tasks, sender, mirror.head)
+        done, every = 0, len(changes.push)
+        coming = groups(opened, mirror, changes, sender)
+        group: Group | None = next(coming)
+        while group is not None:
+            following, problem = _next(coming)  # its packs are under way before this group is entered
+            progress(done, every, sender.sent_bytes)
+            is_known = group.is_last and mirror.head == head  # then nothing has come since the look above
+            _enter(under_way, group, pushed, (head, changes) if is_known else None)
+            done += len(group.versions)
+            if problem is not None:
+                raise problem
+            group = following
+        pushed.sent_bytes = sender.sent_bytes
     progress(every, every, pushed.sent_bytes)
     return pushed
+
+
+def _next(coming: Iterator[Group]) -> tuple[Group | None, PearStoreError | None]:
+    """The next group, or what keeps it from being made: the one before it is entered first."""
+    try:
+        return next(coming, None), None
+    except PearStoreError as error:
+        return None, error
 
 
 def _compared(opened: OpenStore, mirror: Mirror, tasks: set[str] | None) -> Changes:
@@ -103,87 +123,50 @@ def _agree(mirror: Mirror, changes: Changes) -> None:
         mirror.agree(changes.same_tags)
 
 
-def _groups(opened: OpenStore, mirror: Mirror, changes: Changes) -> Iterator[_Group]:
-    """The versions to push by name and number, in runs of what one entry takes; the last one takes all else, too."""
-    group = _Group()
-    size = manifest_bytes = unknown_bytes = 0
-    for version in sorted(changes.push, key=lambda version: (version.task, version.number)):
-        manifest = manifest_in(opened, version.task, version.number)
-        digests = manifest_digests(manifest)
-        known = mirror.known_of(digests)
-        new = [digest for digest in digests if digest not in group.digests and digest not in known]
-        tensors = tensors_in(opened, new, f"version {version.task}@{version.number}")
-        more = sum(tensor.size_bytes for tensor in tensors.values())
-        unknown_bytes += more
-        if (
-            0 < mirror.left_bytes("packs") <= unknown_bytes
-        ):  # to know all packs costs less than to send this for nothing
-            mirror.need_all("packs")
-        if group.versions and (
-            size + more > GROUP_BYTES
-            or manifest_bytes + len(manifest) > _GROUP_MANIFEST_BYTES
-            or len(group.versions) == GROUP_VERSIONS
-            or len(group.digests) + len(digests) > _GROUP_TENSORS
-        ):
-            yield group
-            group, size, manifest_bytes = _Group(), 0, 0
-        group.versions.append(version)
-        group.manifests[version.manifest] = manifest
-        group.digests.update(
-            (digest, (version.task, version.number)) for digest in digests if digest not in group.digests
-        )
-        size, manifest_bytes = size + more, manifest_bytes + len(manifest)
-    group.is_last = True
-    yield group
-
-
-def _push_group(
-    opened: OpenStore,
-    place: Place,
-    mirror: Mirror,
-    tasks: set[str] | None,
-    group: _Group,
-    pushed: Pushed,
-    known: tuple[Head, Changes] | None,
-) -> None:
-    """Sends a group, and enters it in the log. `known`: what differs after an entry, if that was looked up."""
-    committer = Committer(place, mirror)
-    chosen = tasks if group.is_last else {version.task for version in group.versions}
+def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes] | None) -> None:
+    """Enters a group in the log. `known`: what differs after an entry, if that was looked up."""
+    opened, mirror = push.opened, push.mirror
+    committer = Committer(push.place, mirror)
+    group.know_packs()
+    chosen = push.tasks if group.is_last else {version.task for version in group.versions}
     while True:
         head = mirror.head  # first: what is looked at below may be newer, never older
+        push.has_company = push.has_company or head != push.head
         is_known = known is not None and known[0] == head
         changes = known[1] if known and is_known else _checked(_compared(opened, mirror, chosen))
-        index = _index(opened, place, mirror, group, changes, pushed)
+        index = _index(push, group, changes)
         if not index:
+            group.await_packs()
             return
-        if committer.commit(head, index):
+        if committer.commit(head, index, group.await_packs):
             mirror.take((version.task, version.number) for version in index.versions)
             mirror.agree((tag.task, tag.tag, tag.version) for tag in index.tags)
             pushed.versions += [(version.task, version.number) for version in index.versions]
             pushed.removed += index.removed
             pushed.tags += [(tag.task, tag.tag, tag.version) for tag in index.tags]
             pushed.entries += 1
+            push.head = mirror.head
             return
 
 
-def _index(
-    opened: OpenStore, place: Place, mirror: Mirror, group: _Group, changes: Changes, pushed: Pushed
-) -> LogIndex:
+def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
     """What the next entry says, by what the remote holds now. Sends the tensors that it lacks."""
+    mirror = push.mirror
     wanted = {(version.task, version.number) for version in group.versions}
     index = LogIndex(versions=[version for version in changes.push if (version.task, version.number) in wanted])
     index.versions.sort(key=lambda version: (version.task, version.number))
     index.manifests = {version.manifest: group.manifests[version.manifest] for version in index.versions}
     if index.versions:
-        for pack in [pack for pack in group.packs if mirror.is_dropped(pack)]:  # an orphan to a gc
-            del group.packs[pack]
+        if push.has_company:  # else there is nothing to look up
+            for pack in [pack for pack in group.packs if mirror.is_dropped(pack)]:  # an orphan to a gc
+                del group.packs[pack]
         mine = {digest for listing in group.packs.values() for digest in listing.places}
-        needed = set().union(*map(manifest_digests, index.manifests.values()))
+        needed = set().union(*(group.needs[manifest] for manifest in index.manifests))
         sought = [digest for digest in group.digests if digest in needed and digest not in mine]
         known = mirror.known_of(sought)
         missing = [digest for digest in sought if digest not in known]
         if missing:
-            _send(opened, place, group, missing, pushed)
+            _send(push, group, missing)
         index.packs = dict(group.packs)
         index.shared = _shared(mirror, needed - mine - set(missing))
     if group.is_last:
@@ -215,15 +198,14 @@ def _tags_left(mirror: Mirror, index: LogIndex, task: str, number: int) -> bool:
     return not set(mirror.tags_of(task, number)) <= {tag.tag for tag in index.tags if tag.task == task}
 
 
-def _send(opened: OpenStore, place: Place, group: _Group, missing: list[Digest], pushed: Pushed) -> None:
+def _send(push: _Push, group: Group, missing: list[Digest]) -> None:
     """Sends tensors in a new pack; each task's lie side by side."""
     by_version: dict[Numbered, list[Digest]] = {}
     for digest in missing:
         by_version.setdefault(group.digests[digest], []).append(digest)
     tensors: dict[Digest, RawTensor] = {}
     for (task, number), digests in by_version.items():
-        tensors.update(tensors_in(opened, digests, f"version {task}@{number}"))
-    pack, listing = put_pack(place, tensors)
-    opened.release_pages()
-    group.packs[pack] = listing
-    pushed.sent_bytes += listing.file_bytes
+        tensors.update(tensors_in(push.opened, digests, f"version {task}@{number}"))
+    pack = push.sender.send(tensors)
+    group.under_way.append(pack)
+    group.packs.update([pack.known()])

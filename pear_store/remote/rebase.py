@@ -45,8 +45,6 @@ _SHARD_TEXT_BYTES = (48 << 10, 384 << 10)
 _SHARDS = 64
 _UNPACKED = 3
 """Bytes of text for one that is compressed, about"""
-_LEVEL = 3
-"""Of compression: twice as fast as 6, for 3 % more bytes"""
 Item = tuple[str, int, LogIndex]
 """A name by which items are sorted, the run or entry, and what that says of the name"""
 Items = Callable[[Kind], Iterator[Item]]
@@ -266,7 +264,7 @@ class _Writer:
             yield self._put(first, index)
 
     def _put(self, first: str, index: LogIndex) -> Shard:
-        data = index.encode(_LEVEL)
+        data = index.encode()
         shard = Shard(first, hashlib.sha256(data).digest(), len(data))
         self._place.put(shard_name(shard.hash), data)
         self.put.add(shard.hash)

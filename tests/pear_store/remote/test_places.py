@@ -4,12 +4,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pear_store.errors import AbsentError, AccessError, DamagedRemoteError, PearStoreError, PlaceError
+from pear_store.remote import objects
 from pear_store.remote.directory import DirectoryPlace
 from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.objects import ObjectPlace
@@ -278,3 +280,47 @@ def test_a_folder_that_a_lost_connection_kept_from_being_made_is_made_by_the_nex
     place.put("packs/ab/one", b"1")
     assert place.get("packs/ab/one", 1) == b"1"
     place.close()
+
+
+def test_a_large_object_goes_whole_where_the_line_is_fast_and_in_parts_where_it_fails(
+    s3_options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request has to end within the time of a stall, so what would take long goes in parts."""
+    monkeypatch.setattr(objects, "_WHOLE_S", 600.0)  # also of a busy machine
+    place = ObjectPlace(f"s3://bucket/{tmp_path.name}", s3_options)
+    real, how = place._obstore, list[bool]()
+    failing = False
+
+    at_once, most = threading.Semaphore(0), list[int]()
+
+    class Watched:
+        def put(self, *args: Any, **options: Any) -> None:
+            how.append(options.get("use_multipart", True))
+            if failing:
+                raise OSError("the connection was reset")
+            at_once.release()
+            most.append(at_once._value)
+            real.put(*args, **options)
+            at_once.acquire()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    place._obstore = Watched()
+    data = os.urandom(6 << 20)
+    with closing(place):
+        for number in range(2):
+            place.put(f"packs/ab/{number}", data)
+        assert how == [True, False] and place.get("packs/ab/1", len(data)) == data
+        place.put("index/small", b"1" * 1000)
+        assert not place._whole_bytes < len(data), "a small object does not show how fast the line is"
+        failing = True
+        with pytest.raises(PlaceError, match="cut"):
+            place.put("packs/ab/2", data)
+        failing = False
+        with ThreadPoolExecutor(4) as pool:
+            most.clear()
+            place._whole_bytes = 0
+            monkeypatch.setattr(objects, "_WHOLE_BYTES", 0)
+            list(pool.map(lambda number: place.put(f"packs/ab/{number}", data), range(4)))
+        assert how == [True, False, False, False, *[True] * 4] and most == [1] * 4, "one at a time"

@@ -17,7 +17,7 @@ import pytest
 
 from pear_store import Store
 from pear_store.errors import DamagedRemoteError, DiskFullError, PearStoreError, PlaceError
-from pear_store.remote import objects, place, push, retry, sftp, web
+from pear_store.remote import objects, place, retry, sftp, web
 from pear_store.remote.directory import DirectoryPlace
 from pear_store.remote.objects import ObjectPlace
 from pear_store.remote.place import Place, own_names, probe
@@ -350,7 +350,7 @@ def test_a_server_that_starts_again_meanwhile_costs_nothing(
     request: pytest.FixtureRequest, kind: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed again and again while a store pushes, and while another one is cloned."""
-    monkeypatch.setattr(push, "GROUP_VERSIONS", 2)
+    monkeypatch.setattr("pear_store.remote.groups.GROUP_VERSIONS", 2)
     monkeypatch.setattr("pear_store.remote.pull.GROUP_VERSIONS", 2)
     monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 2.0)
     if kind == "localbucket":
