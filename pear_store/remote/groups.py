@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 
+from pear_store.errors import NotFoundError
 from pear_store.format.digest import Digest, RawTensor
 from pear_store.format.manifest import manifest_digests
 from pear_store.local.opened import OpenStore
@@ -57,7 +59,12 @@ def groups(opened: OpenStore, mirror: Mirror, changes: Changes, sender: PackSend
     maker = _Maker(sender)
     for version in sorted(changes.push, key=lambda version: (version.task, version.number)):
         what = f"version {version.task}@{version.number}"
-        manifest = manifest_in(opened, version.task, version.number)
+        try:
+            manifest = manifest_in(opened, version.task, version.number)
+        except NotFoundError:  # removed here since the push began
+            continue
+        if sha256(manifest).digest() != version.manifest:  # a pull gave this number to another version meanwhile
+            continue
         digests = manifest_digests(manifest)
         tensors = tensors_in(opened, maker.new_of(digests, mirror), what)
         if maker.costs_more_than_knowing(tensors, mirror):

@@ -152,8 +152,8 @@ def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes
 def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
     """What the next entry says, by what the remote holds now. Sends the tensors that it lacks."""
     mirror = push.mirror
-    wanted = {(version.task, version.number) for version in group.versions}
-    index = LogIndex(versions=[version for version in changes.push if (version.task, version.number) in wanted])
+    wanted = {(version.task, version.number, version.manifest) for version in group.versions}
+    index = LogIndex(versions=[one for one in changes.push if (one.task, one.number, one.manifest) in wanted])
     index.versions.sort(key=lambda version: (version.task, version.number))
     index.manifests = {version.manifest: group.manifests[version.manifest] for version in index.versions}
     if index.versions:

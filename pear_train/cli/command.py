@@ -28,7 +28,6 @@ _DRAWN = ("plot", "html", "preview", "curves")
 
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@version_option
 @click.argument("task", required=False)
 @option(
     "Data",
@@ -135,6 +134,7 @@ _DRAWN = ("plot", "html", "preview", "curves")
     "activation, scale, down, importance, sharing, borrow, borrowed_scale, train_borrowed_scale, scale_lr, knowledge, "
     "knowledge_bits, max_grad_norm, drop_branch, bank_share, core_lr and bases_lr.",
 )  # fmt: skip
+@version_option
 @click.pass_context
 def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     """Train TASK: adapters on a frozen backbone, pruned and shared, into one task checkpoint.

@@ -37,7 +37,6 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 
 
 @click.command(cls=HeadedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@version_option
 @click.argument("references", metavar="TASK...", nargs=-1, required=True)
 @option(
     "Data",
@@ -87,6 +86,7 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Precision of the forward.",
 )  # fmt: skip
 @allow_option
+@version_option
 def main(references: Sequence[str], **told: Any) -> None:
     """Say how good TASK is on labelled images.
 

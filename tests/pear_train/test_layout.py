@@ -272,7 +272,7 @@ def test_warnings_name_the_classes_and_their_counts(tmp_path: Path) -> None:
         "fewer than 2 training images: 'rare'",
         "classes whose names differ only by case: 'Common', 'common'",
         "uneven classes: 30 training images of 'Common', 1 of 'rare'; top-1 hides how a rare class does: look at the "
-        "recall of each class",
+        "recall of each class, and try --balance",
     ]
     assert data.table() == "train/val/test: Common 30/1/1, common 30/1/1, rare 1/1/1"
     assert list(open_dataset(str(flat(tmp_path / "even", *CLASSES))).warnings()) == []

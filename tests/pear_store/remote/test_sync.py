@@ -752,3 +752,24 @@ def test_versions_that_go_and_come_back_under_their_numbers_contradict_nothing(
     before = store.versions()
     rebuild(store.path)
     assert Store(store.path).versions() == before
+
+
+def test_a_push_leaves_out_what_a_pull_from_another_remote_renumbers(tmp_path: Path) -> None:
+    """Else an entry would name a manifest by another one's hash, and nobody could read the remote any more."""
+    one, two = Team(tmp_path / "one"), Team(tmp_path / "two")
+    other = one.client()
+    other.store.add(small_task("a", seed=5))
+    other.push()
+    a = two.client()
+    a.store.add(small_task("a", seed=1))
+    again = one.client()
+    again.store = a.store
+    two.place.before["create probe"] = [lambda: assert_renumbered(again.pull().renumbered)]
+    a.push()
+    a.push()
+    assert two.clone().contents() == a.contents()
+    assert a.verify().ok
+
+
+def assert_renumbered(renumbered: list[tuple[str, int, int]]) -> None:
+    assert renumbered == [("a", 1, 2)]
