@@ -26,7 +26,9 @@ def write_csv(path: Path, history: History) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow([_FIRST, *names])
-            rows.writerows([epoch, *(float(f"{one[name]:.6g}") for name in names)] for epoch, one in enumerate(history, 1))
+            rows.writerows(
+                [epoch, *(float(f"{one[name]:.6g}") for name in names)] for epoch, one in enumerate(history, 1)
+            )
     except OSError as error:
         raise ResourceError(f"--curves {path}: cannot be written: {error.strerror or error}") from None
 
