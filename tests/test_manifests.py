@@ -20,11 +20,11 @@ from click.testing import CliRunner
 
 import router.infer.cli
 import router.serve.cli
+from pear_store.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-VERSION = "0.1.0"
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -155,12 +155,11 @@ def test_ray_s_manifests_name_options_and_versions_that_there_are() -> None:
     pinned = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert [cluster["rayVersion"]] == pinned
     assert cluster["authOptions"]["mode"] == "token"
-    project = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{VERSION}"' in project
     texts = [(DEPLOY / "ray" / name).read_text() for name in ("cluster.yaml", "Dockerfile")]
     for text in texts:
-        assert f"pear-adapters[ray,remote]=={VERSION}" in text
+        assert f"pear-adapters[ray,remote]=={__version__}" in text
         assert f"ray[default]=={pinned[0]}" in text
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     images = {one["image"] for group in groups for one in group["template"]["spec"]["containers"]}
-    assert images == {f"pear-ray:{VERSION}"}
+    assert images == {f"pear-ray:{__version__}"}
+    assert f"image: pear-serve:{__version__}\n" in (DEPLOY / "kubernetes/pear-serve.yaml").read_text()

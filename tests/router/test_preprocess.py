@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import router.preprocess
-from router import ImageError, Limits, Preprocess, decode, prepare
+from router import ImageError, Preprocess, decode, prepare
 from router.pictures import Picture
 from tests.helpers.makers import record
 
@@ -36,9 +36,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count: Counter[str] = Counter()
     plain = router.pictures.opened
 
-    def opened(image: Any, limits: Limits) -> AbstractContextManager[Picture]:
+    def opened(image: Any, *settings: Any) -> AbstractContextManager[Picture]:
         count[str(image) if isinstance(image, str | Path) else type(image).__name__] += 1
-        return plain(image, limits)
+        return plain(image, *settings)
 
     monkeypatch.setattr(router.preprocess, "opened", opened)
     return count

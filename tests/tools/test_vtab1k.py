@@ -60,7 +60,7 @@ def test_tuning_trains_on_800_and_never_shows_test(layout: Path, tmp_path: Path)
     assert "val, %" in out and "test" not in out
     record = read_checkpoint(tmp_path / "out" / "cifar.safetensors").record
     assert "together" not in record["training"]["data"]
-    assert set(record["metrics"]) == {"val_top1"}
+    assert set(record["metrics"]) == {"val_top1", "val_macro_f1"}
 
 
 def test_mistakes(layout: Path, tmp_path: Path) -> None:
