@@ -133,6 +133,10 @@ def _without_stack(entry: Mapping[str, Any], stack: Any, tensors: Shapes) -> Sha
     """The shapes of one of a stack's adapters; else a ValueError."""
     if type(stack) is not int or not 0 < stack < 2**31:
         raise ValueError(f"field 'stack': expected a count of adapters, found {short(stack)}")
+    quant = entry.get("quant", {})
+    forms = [quant[part] for part in PARTS if part in quant] if isinstance(quant, dict) else [None]
+    if not all(isinstance(form, dict) and isinstance(form.get("scale"), str) for form in forms):
+        raise ValueError(f"field 'quant': expected forms that name a 'scale', found {short(quant)}")
     found = {}
     for use, name in entry_names(entry):
         shape = tensor_shape(name, tensors, ITEM_BYTES)
@@ -252,10 +256,10 @@ def short(value: Any) -> str:
 # ---- names of tensors, of records that need no tensors at hand ------------------------------------------------------
 
 
-def _forms(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parts of an adapter or a head that are codes, and their forms in `quant`."""
-    for part in ("down", "up", "basis", "weight") if "quant" in entry else ():
-        if part in entry and part in entry["quant"]:
+def _forms(entry: Mapping[str, Any], parts: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Those parts of an adapter or a head that are codes, and their forms in `quant`. No other form was judged."""
+    for part in parts if "quant" in entry else ():
+        if part != "bias" and part in entry and part in entry["quant"]:
             yield part, entry["quant"][part]
 
 
@@ -264,7 +268,7 @@ def entry_names(entry: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Ite
     for part in parts:
         if part in entry:
             yield part, entry[part]
-    for part, form in _forms(entry):
+    for part, form in _forms(entry, parts):
         yield f"{part}.scale", form["scale"]
 
 
@@ -274,7 +278,7 @@ HEAD_PARTS = ("weight", "bias")
 def renamed(entry: Mapping[str, Any], rename: Callable[[str], str], parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
     """An entry with every tensor name replaced; nothing else is touched, unknown keys included."""
     made = {**entry, **{part: rename(entry[part]) for part in parts if part in entry}}
-    if forms := {part: {**form, "scale": rename(form["scale"])} for part, form in _forms(entry)}:
+    if forms := {part: {**form, "scale": rename(form["scale"])} for part, form in _forms(entry, parts)}:
         made["quant"] = {**entry["quant"], **forms}
     return made
 

@@ -29,6 +29,7 @@ from pear_store.format import checkpoint
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.container import read_container
 from pear_store.format.digest import tensor_digest
+from pear_store.format.manifest import to_manifest
 from pear_store.format.record import with_core, without_core
 from tests.helpers.makers import container, floats, record, small_task, tensors
 
@@ -371,6 +372,23 @@ def test_stacks_are_what_their_adapters_are_one_by_one(tmp_path: Path) -> None:
     assert exported.keys() == expected.keys()
     for name, array in exported.items():
         np.testing.assert_allclose(array, expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("quant", [5, None, "down", ["down"], {"down": 5}, {"down": {}}, {"down": {"scale": 5}}])
+def test_forms_of_a_stack_that_are_none_are_refused(quant: Any) -> None:
+    record, tensors = stacked()
+    record["adapters"]["a"]["quant"] = quant
+    with pytest.raises(CheckpointError, match="quant"):
+        make_task(record, tensors)
+
+
+@pytest.mark.parametrize("stray", [5, {}, {"scale": "nowhere"}, {"scale": ["x"]}])
+def test_forms_of_no_part_name_no_tensor(stray: Any) -> None:
+    """An adapter has no `weight`: what a stranger says of one is kept, and never looked at."""
+    record, tensors = stacked()
+    record["adapters"]["c"] |= {"weight": "b.down", "quant": {**record["adapters"]["c"]["quant"], "weight": stray}}
+    task = make_task(record, tensors)
+    assert to_manifest(task)
 
 
 def on_bases(number: int, is_stacked: bool) -> Task:
