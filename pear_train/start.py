@@ -48,7 +48,7 @@ def start_adapters(
     """The adapters of a run before its first step, on the backbone's device.
 
     Raises:
-        ConfigError: the base set or the common bases do not fit, or leave nothing to train.
+        ConfigError: the base set or the common bases do not fit, or leave nothing to train; or the rank is too high.
     """
     if bases is not None:
         if base is not None:
@@ -60,6 +60,9 @@ def start_adapters(
     if positions and not trained:
         raise ConfigError(f"positions {config.positions!r}: all lie in blocks that take the base set frozen")
     widths = {position: adapted.widths[position] for position in trained}
+    for position, sides in widths.items() if config.method == "pear" else ():
+        if config.rank > min(sides):  # more than the matrix has: nothing to fold kept ones into
+            raise ConfigError(f"rank {config.rank}: expected at most {min(sides)}, the smaller side at {position}")
     common, bits = config.down == "common", (code_bits(config.tensor_dtype), code_bits(config.core_dtype))
     adapters = AdapterSet(widths, config.rank, config.activation, config.scale, generator, common, *bits)
     if given is not None:

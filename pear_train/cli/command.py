@@ -208,7 +208,9 @@ def _check_bases_usage(request: Request) -> None:
             raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
     elif request.from_tasks is not None:
         raise click.UsageError("--from-tasks needs --make-bases: it names tasks of --from-store")
-    elif request.rebase is not None and (unused := [name for name in ("tasks_file", "plot") if getattr(request, name)]):
+    elif request.rebase is not None and (
+        unused := [name for name in ("tasks_file", *_DRAWN, "tensorboard") if getattr(request, name)]
+    ):
         raise click.UsageError(f"--rebase takes no --{unused[0].removesuffix('_file')}: it moves one task")
     elif unused := [f"--{name.replace('_', '-')}" for name in ("base", "bank", "make_base") if getattr(request, name)]:
         raise click.UsageError(f"--bases takes no {' or '.join(unused)}")

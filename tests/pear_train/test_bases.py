@@ -636,6 +636,7 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     [
         (("t", "--data", "d", "--rebase", "x"), "--rebase needs --bases: it says which bases the task moves to"),
         (("t", "--data", "d", "--rebase", "x", "--bases", "b", "--plot"), "--rebase takes no --plot: it"),
+        (("t", "--data", "d", "--rebase", "x", "--bases", "b", "--html", "h"), "--rebase takes no --html: it"),
         (("--tasks", "d", "--rebase", "x", "--bases", "b"), "--rebase takes no --tasks: it moves one task"),
     ],
 )  # fmt: skip

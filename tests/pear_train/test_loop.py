@@ -208,6 +208,16 @@ def test_linear_probe_equals_the_backbones_own_features(stripes: str, backbone: 
     torch.testing.assert_close(run.features(run.val_pixels, rows), direct, atol=1e-5, rtol=1e-5)
 
 
+def test_a_rank_above_a_matrix_s_side_is_refused_before_training(backbone: Backbone, stripes: str) -> None:
+    """Pruned adapters could not be folded into a kept one."""
+    sides = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
+    least = min(min(sides.widths[position]) for position in attached(sides, "blocks"))
+    data = open_dataset(stripes)
+    task_run(config(rank=least), backbone, data)
+    with pytest.raises(ConfigError, match=f"rank {least + 1}: expected at most {least}, the smaller side at blocks"):
+        task_run(config(rank=least + 1), backbone, data)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
