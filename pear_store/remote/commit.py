@@ -10,7 +10,16 @@ from pear_store.format.container import Place as TensorPlace
 from pear_store.format.container import lay_out
 from pear_store.format.digest import Digest, RawTensor, fresh_name
 from pear_store.format.pack import NO_COMMIT, Records, pack_metadata
-from pear_store.remote.log import MAX_ENTRY_BYTES, Entry, LogIndex, PackListing, entry_name, index_name, pack_name
+from pear_store.remote.log import (
+    MAX_ENTRY_BYTES,
+    Entry,
+    Head,
+    LogIndex,
+    PackListing,
+    entry_name,
+    index_name,
+    pack_name,
+)
 from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place, probe
 from pear_store.remote.reading import read_on
@@ -60,22 +69,23 @@ class Committer:
         self._begun_with = mirror.begun_with
         self._has_looked_for_base = False
 
-    def commit(
-        self, head: tuple[int, bytes | None], index: LogIndex, await_packs: Callable[[], None] = lambda: None
-    ) -> bool:
+    def commit(self, head: Head, index: LogIndex, await_packs: Callable[[], None] = lambda: None) -> Head | None:
         """Puts an index and creates the entry after `head` with it; enters it in the mirror.
-
-        If another entry has that number, the log was read on and False is returned.
 
         Args:
             await_packs: waits until all that the entry names has arrived, or raises what kept it from that.
+
+        Returns:
+            The new entry. The mirror may know later ones, which another process of this store has read. None: it was
+            not written, for `head` is not the last entry any more; the mirror knows what is.
         """
         number, previous = head[0] + 1, head[1]
         place, mirror = self._place, self._mirror
         if not self._has_looked_for_base:
             base_for_next_entry(mirror, place)
             self._has_looked_for_base = True
-        mirror.check(number, index)
+        if not mirror.check(head, index):
+            return None
         if mirror.has_base and not index.packs:  # which names were dropped before a base is not known
             index.salt = fresh_name()
         if self._begun_with != mirror.begun_with:  # nor what was dropped since these were sent
@@ -90,17 +100,19 @@ class Committer:
         await_packs()
         base = mirror.base if mirror.base and mirror.base.number < number else None
         entry = Entry(fresh_name(), previous, hashed, time.time_ns(), _host(), base)
-        if _create(place, entry, number):
-            mirror.apply(number, entry.encode(), index)
+        data = entry.encode()
+        if _create(place, data, number):
+            if not mirror.apply(number, data, index):
+                read_on(mirror, place)
             self._conflicts = 0
-            return True
+            return number, hashlib.sha256(data).digest()
         read_on(mirror, place)
         if self._conflicts == MOST_CONFLICTS:
             raise PlaceError(place.url, f"others were first {MOST_CONFLICTS} times; run the same again")
         if self._conflicts > 2:
             wait(min(self._conflicts - 3, 5))
         self._conflicts += 1
-        return False
+        return None
 
 
 def _encode(index: LogIndex) -> bytes:
@@ -108,13 +120,13 @@ def _encode(index: LogIndex) -> bytes:
     return hashlib.sha256(index.raw).digest()
 
 
-def _create(place: Place, entry: Entry, number: int) -> bool:
+def _create(place: Place, data: bytes, number: int) -> bool:
     """Creates an entry; False if another one has its number.
 
     After an error nobody knows whether it was created: whoever's id is there tells. If there is none, the same is
     tried again, for it may only be late.
     """
-    name, data = entry_name(number), entry.encode()
+    name = entry_name(number)
     for attempt in range(TRIES):
         is_refused = True
         try:

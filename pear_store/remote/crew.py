@@ -75,12 +75,11 @@ class CrewedPlace(Place):
         with self._lock:
             if self._closed:
                 raise self._ended()
-            self._waiting.add(future)
             if self._idle:
                 self._idle -= 1
             elif len(self._threads) < self._most:
-                self._threads.append(threading.Thread(target=self._work, name="pear-place", daemon=True))
-                self._threads[-1].start()
+                self._begin_thread()
+            self._waiting.add(future)
             self._tasks.put((future, act))
         try:
             return future.result()
@@ -88,6 +87,16 @@ class CrewedPlace(Place):
             with self._lock:
                 self._waiting.discard(future)
             del future  # else it and its error hold each other, and what the error's frames hold
+
+    def _begin_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="pear-place", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more; those that are there do the work
+            if not self._threads:
+                raise PlaceError(self.url, str(error), again=True) from None
+        else:
+            self._threads.append(thread)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+from pear_store.errors import PearStoreError
+
 T = TypeVar("T")
 
 
@@ -26,6 +28,9 @@ class Flights(Generic[T]):
 
         Args:
             work: is given the future, sets its result, and may have more to do then.
+
+        Raises:
+            PearStoreError: there can be no thread more.
         """
         with self._lock:
             known = self._under_way.get(key)
@@ -33,8 +38,11 @@ class Flights(Generic[T]):
                 return known[0]
             future: Future[T] = Future()
             thread = threading.Thread(target=self._fly, args=(key, work, future), name="pear-remote", daemon=True)
-            self._under_way[key] = future, thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise PearStoreError(f"the system gives no more threads: {error}") from None
+            self._under_way[key] = future, thread  # it ends only after this, for it needs the lock
         return future
 
     def _fly(self, key: Hashable, work: Callable[["Future[T]"], None], future: "Future[T]") -> None:

@@ -96,20 +96,20 @@ class _Maker:
 
     def costs_more_than_knowing(self, tensors: Mapping[Digest, RawTensor], mirror: Mirror) -> bool:
         """Whether to send what may be there for nothing costs more than to know all packs."""
-        self._unknown_bytes += _bytes_of(tensors)
+        self._unknown_bytes += bytes_of(tensors)
         return 0 < mirror.left_bytes("packs") <= self._unknown_bytes
 
     def forget_known(self, mirror: Mirror) -> None:
         """Leaves out tensors that turn out to be on the remote."""
         known = mirror.known_of(self._tensors)
         self._tensors = {digest: tensor for digest, tensor in self._tensors.items() if digest not in known}
-        self._pack_bytes = _bytes_of(self._tensors)
+        self._pack_bytes = bytes_of(self._tensors)
 
     def is_full(self, manifest: bytes, digests: Collection[Digest], tensors: Mapping[Digest, RawTensor]) -> bool:
         """Whether a version is too much for this group."""
         group = self._group
         return bool(group.versions) and (
-            self._size_bytes + _bytes_of(tensors) > GROUP_BYTES
+            self._size_bytes + bytes_of(tensors) > GROUP_BYTES
             or self._manifest_bytes + len(manifest) > _GROUP_MANIFEST_BYTES
             or len(group.versions) == GROUP_VERSIONS
             or len(group.digests) + len(digests) > _GROUP_TENSORS
@@ -119,7 +119,7 @@ class _Maker:
         self, version: LoggedVersion, manifest: bytes, digests: list[Digest], tensors: Mapping[Digest, RawTensor]
     ) -> None:
         """Adds a version and those of its tensors that are new. They lie side by side in one pack."""
-        more = _bytes_of(tensors)
+        more = bytes_of(tensors)
         if self._pack_bytes + more > (PACK_BYTES if self._sender.sent_bytes else FIRST_PACK_BYTES):
             self._send()
         self._group.versions.append(version)
@@ -145,5 +145,5 @@ class _Maker:
             self._tensors, self._pack_bytes = {}, 0
 
 
-def _bytes_of(tensors: Mapping[Digest, RawTensor]) -> int:
+def bytes_of(tensors: Mapping[Digest, RawTensor]) -> int:
     return sum(tensor.size_bytes for tensor in tensors.values())

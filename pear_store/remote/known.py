@@ -20,7 +20,7 @@ from pear_store.local.references import Version, parse_reference
 from pear_store.local.sync import Incoming
 from pear_store.remote.flights import Flights
 from pear_store.remote.log import LoggedVersion
-from pear_store.remote.mirror import Mirror
+from pear_store.remote.mirror import Mirror, is_replaced
 from pear_store.remote.place import Place
 from pear_store.remote.pull import Have, Pulled, groups
 from pear_store.remote.reading import read_on
@@ -84,12 +84,14 @@ class KnownLog:
                 raise sqlite3.DatabaseError("it is gone")
             with suppress(OSError):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with closing(Mirror(self._file, self.url)) as mirror:
-                mirror.attach(self._place, partial(read_on, mirror, self._place))
-                return act(mirror)
-        except sqlite3.OperationalError as error:  # a full disk, a folder that is gone
-            raise PlaceError(self.url, f"{self._file}: {error}") from None
+        while True:
+            try:
+                with closing(Mirror(self._file, self.url)) as mirror:
+                    mirror.attach(self._place, partial(read_on, mirror, self._place))
+                    return act(mirror)
+            except sqlite3.OperationalError as error:
+                if not is_replaced(error):  # a full disk, a folder that is gone
+                    raise PlaceError(self.url, f"{self._file}: {error}") from None
 
     def _forget(self) -> None:
         """Deletes a mirror that is damaged."""
@@ -202,17 +204,17 @@ class KnownLog:
 
     def _found(self, mirror: Mirror, logged: LoggedVersion) -> Found:
         tags = tuple(mirror.tags_of(logged.task, logged.number))
-        size = self._size(mirror, logged.manifest)
+        size = self._size(mirror, logged)
         return Found(Version(logged.task, logged.number, logged.time_ns, size, tags), logged)
 
-    def _size(self, mirror: Mirror, manifest: bytes) -> int:
+    def _size(self, mirror: Mirror, logged: LoggedVersion) -> int:
         """Bytes of a version's tensors as the log lists them; 0 where its manifest is none, which `get` refuses."""
-        if (known := self._sizes.get(manifest)) is None:
+        if (known := self._sizes.get(logged.manifest)) is None:
             known = 0
             with suppress(ValueError):
-                digests = manifest_digests(mirror.manifest(manifest))
+                digests = manifest_digests(mirror.manifest_of(logged) or b"")
                 known = sum(places[0][1].length for places in mirror.places_of(digests).values() if places)
-            self._sizes[manifest] = known
+            self._sizes[logged.manifest] = known
         return known
 
     def newest(self) -> Iterator[Version]:
@@ -248,12 +250,14 @@ class KnownLog:
         """A version's record, judged as any that is added, by what the log says of its tensors.
 
         Raises:
+            NotFoundError: it was removed there.
             DamagedRemoteError, CheckpointError: it is none.
         """
 
         def act(mirror: Mirror) -> dict[str, Any]:
             where = f"{logged.task}@{logged.number}"
-            text = mirror.manifest(logged.manifest)
+            if (text := mirror.manifest_of(logged)) is None:
+                raise self._removed(logged)
             try:
                 record = strict_json(text)
                 digests = manifest_digests(text)
@@ -278,10 +282,12 @@ class KnownLog:
         """
 
         def act(mirror: Mirror) -> Incoming:
-            ((_, found),) = groups(have, self._place, mirror, [logged], Pulled())
-            if not found:  # a gc has dropped its tensors
-                raise NotFoundError(f"{self.url}: version {logged.task}@{logged.number} was removed")
-            (incoming,) = found
-            return incoming
+            for _, found in groups(have, self._place, mirror, [logged], Pulled()):
+                for incoming in found:
+                    return incoming
+            raise self._removed(logged)  # a gc has dropped its tensors
 
         return self._look(act)
+
+    def _removed(self, logged: LoggedVersion) -> NotFoundError:
+        return NotFoundError(f"{self.url}: version {logged.task}@{logged.number} was removed")

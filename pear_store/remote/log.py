@@ -48,6 +48,10 @@ def pack_name(pack: bytes) -> str:
     return f"packs/{pack.hex()[:2]}/{pack.hex()}.safetensors"
 
 
+Head = tuple[int, bytes | None]
+"""The last entry that is known: its number, and its hash; (0, None): none"""
+
+
 class BaseName(NamedTuple):
     """Of a base: the entry after which it is the state, and the hash of its root."""
 

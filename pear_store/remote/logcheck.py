@@ -168,10 +168,9 @@ class _LogCheck:
         if found is None:
             return False
         try:
-            self._whole.apply(number, data, found)
+            return self._whole.apply(number, data, found)
         except DamagedRemoteError as error:
             return self._end(name, error.found)
-        return True
 
     def _index_of(self, entry: Entry, number: int, read: tuple[bytes, bytes | None]) -> LogIndex | None:
         name = index_name(entry.index)

@@ -15,7 +15,7 @@ from pathlib import Path
 from pear_store.errors import PlaceError
 from pear_store.local.directory import open_folder
 from pear_store.remote.base import by_task
-from pear_store.remote.log import BaseName, LogIndex, entry_name, index_name, parse_entry
+from pear_store.remote.log import BaseName, Head, LogIndex, entry_name, index_name, parse_entry
 from pear_store.remote.partial import PartialState
 from pear_store.remote.tables import ADDED, BASE_SCHEMA, SCHEMA, VERSION
 
@@ -72,7 +72,7 @@ class Mirror(PartialState):
     # ---- the log
 
     @property
-    def head(self) -> tuple[int, bytes | None]:
+    def head(self) -> Head:
         """The last entry that is known, and its hash; (0, None): none."""
         value = self._known("head")
         return (0, None) if value is None else (int.from_bytes(value[:8], "big"), value[8:])
@@ -92,13 +92,11 @@ class Mirror(PartialState):
 
     def note_id(self, id: str) -> bool:
         """Notes a remote's id, if none is known; says whether it is the one that is known."""
-        known = self._known("id")
-        if known is None:
-            self._db.execute("INSERT INTO known VALUES ('id', ?)", (id.encode(),))
-        return known in (None, id.encode())
+        self._db.execute("INSERT OR IGNORE INTO known VALUES ('id', ?)", (id.encode(),))
+        return self.id == id
 
     @property
-    def witness(self) -> tuple[int, bytes | None]:
+    def witness(self) -> Head:
         """The last entry that was known before what the log says was forgotten, and its hash; (0, None): none."""
         value = self._known("witness")
         return (0, None) if value is None else (int.from_bytes(value[:8], "big"), value[8:])
@@ -112,7 +110,11 @@ class Mirror(PartialState):
         number, name = json.loads(value)
         return BaseName(number, bytes.fromhex(name))
 
-    def note_base(self, base: BaseName | None) -> None:
+    def note_base(self, base: BaseName) -> None:
+        with self._transaction():
+            self._note_base(base)
+
+    def _note_base(self, base: BaseName | None) -> None:
         if base is not None and (self.base is None or self.is_refused(self.base) or self.base < base):
             self._note("base", json.dumps([base.number, base.hash.hex()]).encode())
             self._db.execute("DELETE FROM sizes WHERE number <= ?", (base.number,))
@@ -122,8 +124,11 @@ class Mirror(PartialState):
         (size_bytes,) = self._db.execute("SELECT coalesce(sum(index_bytes), 0) FROM sizes").fetchone()
         return self.head[0] - (self.base.number if self.base else 0), size_bytes
 
-    def apply(self, number: int, data: bytes, index: LogIndex) -> None:
+    def apply(self, number: int, data: bytes, index: LogIndex) -> bool:
         """Enters an entry. One that is known changes nothing.
+
+        Returns:
+            Whether it is known now. False: another process has forgotten entries before it, so those are read again.
 
         Raises:
             DamagedRemoteError: it contradicts the entries before it.
@@ -132,8 +137,10 @@ class Mirror(PartialState):
         with self._transaction() as db:
             head, known = self.head
             if number <= head:
-                return
-            if number != head + 1 or entry.previous != known:
+                return True
+            if number > head + 1:
+                return False
+            if entry.previous != known:
                 raise self._broken(number, "it does not follow the one before it")
             if self.is_stray(index_name(entry.index)):
                 raise self._broken(number, f"{index_name(entry.index)} was dropped before")
@@ -144,16 +151,27 @@ class Mirror(PartialState):
             value = number.to_bytes(8, "big") + hashlib.sha256(data).digest()
             db.execute("INSERT OR REPLACE INTO known VALUES ('head', ?)", (value,))
             db.execute("INSERT OR REPLACE INTO sizes VALUES (?, ?)", (number, len(index.raw)))
-            self.note_base(entry.base)
+            self._note_base(entry.base)
+        return True
 
-    def check(self, number: int, index: LogIndex) -> None:
-        """Raises a DamagedRemoteError if an entry would contradict those before it."""
+    def check(self, head: Head, index: LogIndex) -> bool:
+        """Judges what the entry after `head` would say.
+
+        Returns:
+            Whether `head` is the last entry still: another process may have read on.
+
+        Raises:
+            DamagedRemoteError: it would contradict the entries before it.
+        """
         self.need_tasks(by_task(index))
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._enter(self._db, number, index)
+            if self.head != head:
+                return False
+            self._enter(self._db, head[0] + 1, index)
         finally:
             self._db.execute("ROLLBACK")
+        return True
 
     # ---- what store and remote agreed on
 
@@ -183,6 +201,11 @@ class Mirror(PartialState):
                     db.execute("INSERT INTO agreed VALUES (?, ?, ?)", (task, tag, version))
 
 
+def is_replaced(error: sqlite3.OperationalError) -> bool:
+    """Whether a mirror's file was deleted while it was open: another process found it damaged, and made it anew."""
+    return error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED
+
+
 @contextmanager
 def opened_mirror(path: Path | None, url: str) -> Iterator[Mirror]:
     """A mirror, closed at the end of its context.
@@ -194,6 +217,8 @@ def opened_mirror(path: Path | None, url: str) -> Iterator[Mirror]:
         with closing(Mirror(path, url)) as mirror:
             yield mirror
     except sqlite3.OperationalError as error:
+        if is_replaced(error):
+            raise PlaceError(url, f"{path} was made anew by another command; run the same again") from None
         raise PlaceError(url, f"{path}: {error}") from None
     except sqlite3.DatabaseError as error:
         raise PlaceError(url, f"{path} is damaged ({error}): delete it, it is made anew from the log") from None

@@ -116,10 +116,11 @@ class PartialState(LogTables):
         """Reads shards; where that fails, the log is read without this base, so none is left to be read."""
         while shards := unread(self._cover()):
             assert not self._db.in_transaction and self._place is not None
+            base = self.begun_with
             try:
                 self._read_shards(self._place, sorted(set(shards), key=lambda shard: shard.first))
             except (DamagedRemoteError, AbsentError):
-                self.refuse_base()
+                self.refuse_base(base)
                 self._read_again()
 
     def _read_shards(self, place: Place, shards: list[BaseShard]) -> None:
@@ -203,17 +204,20 @@ class PartialState(LogTables):
     # ---- which base
 
     def _note(self, key: str, value: bytes | None) -> None:
-        self._db.execute("DELETE FROM known WHERE key = ?", (key,))
-        if value is not None:
-            self._db.execute("INSERT INTO known VALUES (?, ?)", (key, value))
+        if value is None:
+            self._db.execute("DELETE FROM known WHERE key = ?", (key,))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO known VALUES (?, ?)", (key, value))
 
     def _known(self, key: str) -> bytes | None:
         row = self._db.execute("SELECT value FROM known WHERE key = ?", (key,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def begin_with(self, base: BaseName, root: Root) -> None:
-        """Takes a base for what the log says up to its entry; a mirror that knows entries begins anew."""
+        """Takes a base for what the log says up to its entry, unless another process has read entries meanwhile."""
         with self._transaction():
+            if self._known("head"):
+                return
             self._forget()
             self._db.executemany(
                 "INSERT INTO shards VALUES (?, ?, ?, ?, ?, 0)",
@@ -237,12 +241,16 @@ class PartialState(LogTables):
     def has_base(self) -> bool:
         return self.begun_with is not None
 
-    def refuse_base(self) -> None:
-        """Forgets what the log says, and the base that it was taken from for good."""
+    def refuse_base(self, base: bytes | None) -> None:
+        """Forgets what the log says, and for good the base that it was taken from, unless another process was first.
+
+        Args:
+            base: its hash, as it was when it was found to be no good.
+        """
         with self._transaction():
-            if base := self._known("begun with"):
+            if base is not None and base == self.begun_with:
                 self._note_refused(base)
-            self._forget()
+                self._forget()
 
     def refuse(self, base: BaseName) -> None:
         """Notes that a base is no good."""

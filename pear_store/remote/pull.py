@@ -25,7 +25,7 @@ from pear_store.local.opened import OpenStore
 from pear_store.local.references import parse_reference
 from pear_store.local.sync import Held, Incoming, Numbered, good_tensors_in, held, receive, settle
 from pear_store.remote.changes import compare
-from pear_store.remote.log import LoggedVersion, pack_name
+from pear_store.remote.log import Head, LoggedVersion, pack_name
 from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
@@ -161,7 +161,7 @@ class _Group:
 
     done: int
     """How many versions came before"""
-    head: tuple[int, bytes | None]
+    head: Head
     """What the log's last entry was when `places` were looked up, at the earliest"""
     versions: list[_Wanted] = field(default_factory=list)
     places: Places = field(default_factory=dict)
@@ -225,7 +225,8 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
     group = _Group(0, mirror.head)
     for version in wanted:
         head = mirror.head
-        manifest = mirror.manifest(version.manifest)
+        if (manifest := mirror.manifest_of(version)) is None:  # it was removed since it was wanted
+            continue
         try:
             record, digests = parse_manifest(manifest)
         except ValueError as error:

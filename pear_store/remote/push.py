@@ -8,6 +8,7 @@ While the packs of one entry are sent, those of the next one are made. Entries a
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pear_store.errors import ClashError, PearStoreError
 from pear_store.format.digest import Digest, RawTensor
@@ -15,14 +16,15 @@ from pear_store.local.opened import OpenStore
 from pear_store.local.sync import Numbered, held, tensors_in
 from pear_store.remote.changes import Changes, compare
 from pear_store.remote.commit import Committer, prepare
-from pear_store.remote.groups import Group, groups
-from pear_store.remote.log import LogIndex, PackListing
+from pear_store.remote.groups import PACK_BYTES, Group, bytes_of, groups
+from pear_store.remote.log import Head, LogIndex, PackListing
 from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
-from pear_store.remote.sender import PackSender
+from pear_store.remote.sender import PackSender, PackUnderWay
 
-Head = tuple[int, bytes | None]
+ENTRY_NAMES = 10_000
+"""Tags, removals and highest numbers that one entry brings: a reader takes no larger index"""
 Progress = Callable[[int, int, int], None]
 """Told versions done, all of them, and bytes moved for them"""
 
@@ -135,18 +137,20 @@ def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes
         is_known = known is not None and known[0] == head
         changes = known[1] if known and is_known else _checked(_compared(opened, mirror, chosen))
         index = _index(push, group, changes)
+        is_cut = group.is_last and _add_names(mirror, index, changes)
         if not index:
             group.await_packs()
             return
-        if committer.commit(head, index, group.await_packs):
+        if entered := committer.commit(head, index, group.await_packs):
             mirror.take((version.task, version.number) for version in index.versions)
             mirror.agree((tag.task, tag.tag, tag.version) for tag in index.tags)
             pushed.versions += [(version.task, version.number) for version in index.versions]
             pushed.removed += index.removed
             pushed.tags += [(tag.task, tag.tag, tag.version) for tag in index.tags]
             pushed.entries += 1
-            push.head = mirror.head
-            return
+            push.head = entered
+            if not is_cut:
+                return
 
 
 def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
@@ -169,19 +173,26 @@ def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
             _send(push, group, missing)
         index.packs = dict(group.packs)
         index.shared = _shared(mirror, needed - mine - set(missing))
-    if group.is_last:
-        there = {(version.task, version.number) for version in index.versions}
-        index.tags = [  # not of what was added here since the versions were counted
-            tag
-            for tag in changes.push_tags
-            if tag.version is None or (tag.task, tag.version) in there or mirror.has_version(tag.task, tag.version)
-        ]
-        index.removed = [one for one in changes.push_removed if not _tags_left(mirror, index, *one)]
-        index.highest = changes.push_highest
-    else:
+    if not group.is_last:
         tasks = {version.task for version in index.versions}
         index.highest = {task: number for task, number in changes.push_highest.items() if task in tasks}
     return index
+
+
+def _add_names(mirror: Mirror, index: LogIndex, changes: Changes) -> bool:
+    """Adds tags, removals and highest numbers, as many as one entry takes. Says whether some are left."""
+    there = {(version.task, version.number) for version in index.versions}
+    tags = [  # not of what was added here since the versions were counted
+        tag
+        for tag in changes.push_tags
+        if tag.version is None or (tag.task, tag.version) in there or mirror.has_version(tag.task, tag.version)
+    ]
+    index.tags = tags[:ENTRY_NAMES]
+    removed = [one for one in changes.push_removed if not _tags_left(mirror, index, *one)]
+    index.removed = removed[: ENTRY_NAMES - len(index.tags)]
+    room = ENTRY_NAMES - len(index.tags) - len(index.removed)
+    index.highest = dict(islice(changes.push_highest.items(), room))
+    return len(tags) + len(removed) + len(changes.push_highest) > ENTRY_NAMES
 
 
 def _shared(mirror: Mirror, digests: Iterable[Digest]) -> dict[bytes, PackListing]:
@@ -199,13 +210,18 @@ def _tags_left(mirror: Mirror, index: LogIndex, task: str, number: int) -> bool:
 
 
 def _send(push: _Push, group: Group, missing: list[Digest]) -> None:
-    """Sends tensors in a new pack; each task's lie side by side."""
+    """Sends tensors in new packs; each task's lie side by side."""
     by_version: dict[Numbered, list[Digest]] = {}
     for digest in missing:
         by_version.setdefault(group.digests[digest], []).append(digest)
-    tensors: dict[Digest, RawTensor] = {}
+    packs: list[PackUnderWay] = []
+    packing: dict[Digest, RawTensor] = {}
     for (task, number), digests in by_version.items():
-        tensors.update(tensors_in(push.opened, digests, f"version {task}@{number}"))
-    pack = push.sender.send(tensors)
-    group.under_way.append(pack)
-    group.packs.update([pack.known()])
+        tensors = tensors_in(push.opened, digests, f"version {task}@{number}")
+        if packing and bytes_of(packing) + bytes_of(tensors) > PACK_BYTES:
+            packs.append(push.sender.send(packing))
+            packing = {}
+        packing.update(tensors)
+    packs.append(push.sender.send(packing))
+    group.under_way += packs
+    group.packs.update(pack.known() for pack in packs)

@@ -88,17 +88,19 @@ def read_on(mirror: Mirror, place: Place) -> None:
         while True:
             if not mirror.head[0] and mirror.takes_bases:
                 _begin(mirror, entries, entries.last(number))
+            base = mirror.begun_with
             try:
-                _read_entries(mirror, entries, pool)
-                break
+                if _read_entries(mirror, entries, pool):
+                    break
             except DamagedRemoteError:
-                if not mirror.has_base:
+                if (base := base or mirror.begun_with) is None:
                     raise
-                mirror.refuse_base()  # it or the log is wrong: without it we know
+                mirror.refuse_base(base)  # it or the log is wrong: without it we know
     mirror.need_all("drop")
 
 
-def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) -> None:
+def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) -> bool:
+    """Enters all entries that follow. False: another process has made the mirror begin anew."""
     ahead = 1
     while True:
         number = mirror.head[0]
@@ -110,9 +112,10 @@ def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) ->
             there.append((one, data))
         indexes = pool.map(lambda entry: fetch_index(mirror.url, entries.place, *entry), there)
         for (one, entry), index in zip(there, indexes, strict=True):
-            mirror.apply(one, entry, index)
+            if not mirror.apply(one, entry, index):
+                return False
         if len(there) < ahead:
-            return
+            return True
         ahead = min(2 * ahead, AHEAD)
 
 

@@ -150,6 +150,13 @@ class LogState:
             raise sqlite3.DatabaseError("a manifest's hash differs")
         return found
 
+    def manifest_of(self, version: LoggedVersion) -> bytes | None:
+        """The text of a version's manifest, which is read anew where it was forgotten; None: the version is gone."""
+        self._need_task(version.task)
+        if (text := self.find_manifest(version.manifest)) is None and self.has_version(version.task, version.number):
+            raise sqlite3.DatabaseError("a manifest is gone")
+        return text
+
     def find_manifest(self, key: bytes) -> bytes | None:
         """A manifest's text, if it is known."""
         row = self._db.execute("SELECT 1 FROM manifests WHERE manifest = ?", (key,)).fetchone()

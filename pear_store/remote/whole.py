@@ -52,12 +52,13 @@ class WholeMirror(Mirror):
             db.execute(statement)
         return db
 
-    def apply(self, number: int, data: bytes, index: LogIndex) -> None:
-        super().apply(number, data, index)
+    def apply(self, number: int, data: bytes, index: LogIndex) -> bool:
+        is_known = super().apply(number, data, index)
         entry = parse_entry(data, self.url, number)
         self._db.execute("INSERT OR IGNORE INTO times VALUES (?, ?)", (number, entry.time_ns))
         if entry.base is not None:
             self._db.execute("INSERT OR IGNORE INTO bases VALUES (?, ?, ?)", (*entry.base, number))
+        return is_known
 
     def believe(self, number: int, hash: bytes) -> None:
         """Has an entry be the last one, of which the next one says another hash than its bytes have."""

@@ -18,6 +18,7 @@ import pytest
 from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
 from pear_store.format.container import Place as TensorPlace
 from pear_store.format.digest import Digest, to_digest
+from pear_store.remote import pull as pulling
 from pear_store.remote import reading, rebase
 from pear_store.remote.base import Root, Run, Shard, base_name, parse_root, shard_name
 from pear_store.remote.commit import Committer
@@ -530,11 +531,56 @@ def test_a_log_that_is_another_is_seen_after_a_base_was_refused(tmp_path: Path) 
     with closing(Mirror(tmp_path / "m", "place")) as mirror:
         read_on(mirror, place)
         mirror.take([("dtd", 1)])
-        mirror.refuse_base()
+        mirror.refuse_base(mirror.begun_with)
         assert mirror.head == (0, None) and mirror.taken("dtd", 1)
         place.objects[entry_name(6)] = place.objects[entry_name(6)].replace(b'"time_ns":0', b'"time_ns":1')
         with pytest.raises(DamagedRemoteError, match="not the one that this store knows"):
             read_on(mirror, place)
+
+
+def test_a_mirror_that_another_process_began_anew_is_read_again(tmp_path: Path) -> None:
+    history = History(7, place := Counting())
+    for _ in range(5):
+        history.step()
+    history.write_base()
+    for _ in range(8):
+        history.step()
+
+    class Meanwhile(MemoryPlace):
+        def get(self, name: str, at_most: int) -> bytes:
+            if name.startswith("index/"):
+                with closing(Mirror(tmp_path / "m", "place")) as other:
+                    other.refuse_base(other.begun_with)
+            return super().get(name, at_most)
+
+    watched = Meanwhile("place")
+    watched.objects = place.objects
+    with closing(Mirror(tmp_path / "m", "place")) as mirror:
+        read_on(mirror, watched)
+        assert not mirror.has_base and mirror.head == history.mirror.head
+        assert contents(mirror) == contents(history.mirror)
+
+
+def test_a_pull_goes_on_where_another_process_took_another_base(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebase, "MOST_ENTRIES", 2)
+    monkeypatch.setattr(pulling, "GROUP_VERSIONS", 1)
+    one = team.client()
+    pushes(one, 6)
+    two = team.client()
+
+    def meanwhile() -> None:
+        one.store.add(small_task("later"))
+        one.store.remove("task5")
+        one.push()
+        with closing(Mirror(two.folder / "mirror", team.place.url)) as other:
+            other.refuse_base(other.begun_with)
+            read_on(other, team.medium)
+            assert other.has_base and other.left_bytes("tasks")
+
+    team.place.before["get_ranges packs"] = [meanwhile]
+    two.pull()
+    two.pull()
+    assert two.contents() == one.contents()
 
 
 def test_a_name_that_may_have_been_dropped_before_a_base_is_not_used(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -134,11 +136,49 @@ def test_a_log_that_contradicts_itself_is_refused(what: str) -> None:
     with opened_mirror(None, "place") as mirror:
         read_on(mirror, place := remote(*before))
         with pytest.raises(DamagedRemoteError):
-            mirror.check(len(before) + 1, last)
+            mirror.check(mirror.head, last)
         append(place, last)
         with pytest.raises(DamagedRemoteError, match=entry_name(len(before) + 1)):
             read_on(mirror, place)
         assert mirror.head[0] == len(before)
+
+
+def test_an_entry_is_not_judged_by_a_log_that_moved_on(tmp_path: Path) -> None:
+    place = remote(version("dtd", 1))
+    with opened_mirror(tmp_path / "m", "place") as mirror, opened_mirror(tmp_path / "m", "place") as other:
+        read_on(mirror, place)
+        head = mirror.head
+        assert mirror.check(head, version("dtd", 2))
+        append(place, version("dtd", 2))
+        read_on(other, place)
+        assert not mirror.check(head, version("dtd", 2))
+
+
+def test_processes_that_begin_a_mirror_together_all_read_it(tmp_path: Path) -> None:
+    """None takes the others' rows for damage, and the file from under them."""
+    place = remote(*(version("dtd", number) for number in range(1, 4)))
+    count = 6
+    begin = Barrier(count)
+
+    def read(path: Path) -> tuple[int, int]:
+        begin.wait(60)
+        with opened_mirror(path, "place") as mirror:
+            begin.wait(60)
+            read_on(mirror, place)
+            mirror.note_probed()
+            return mirror.head[0], path.stat().st_ino
+
+    with ThreadPoolExecutor(count) as pool:
+        for n in range(20):
+            found = list(pool.map(read, [tmp_path / f"m{n}"] * count))
+            assert {head for head, _ in found} == {3} and len({file for _, file in found}) == 1
+
+
+def test_a_mirror_that_another_command_made_anew_is_named(tmp_path: Path) -> None:
+    place = remote(version("dtd", 1))
+    with pytest.raises(PlaceError, match="made anew by another command"), opened_mirror(tmp_path / "m", "p") as mirror:
+        (tmp_path / "m").unlink()
+        read_on(mirror, place)
 
 
 def put_back(place: MemoryPlace) -> None:

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +29,23 @@ from pear_store.local.loading import Loaded, load_groups
 from pear_store.local.opened import OpenStore
 from pear_store.local.sync import Incoming, held, receive
 from pear_store.local.verify import check
+from pear_store.remote import groups as grouping
 from pear_store.remote import pull as pulling
 from pear_store.remote import push as pushing
 from pear_store.remote.directory import DirectoryPlace
-from pear_store.remote.log import LoggedVersion, LogIndex, PackListing, pack_name, parse_entry, parse_index
+from pear_store.remote.log import (
+    LoggedVersion,
+    LogIndex,
+    PackListing,
+    index_name,
+    pack_name,
+    parse_entry,
+    parse_index,
+)
 from pear_store.remote.memory import MemoryPlace
+from pear_store.remote.mirror import opened_mirror
 from pear_store.remote.place import Place
+from pear_store.remote.reading import read_on
 from pear_store.remote.web import WebPlace
 from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.remote.faults import Client, Team, lost_answer, no_connection
@@ -316,6 +329,97 @@ def test_a_pack_that_was_dropped_in_between_is_sent_again(team: Team) -> None:
     a.push()
     assert len(list(team.medium.list("packs/"))) == 1
     assert team.clone().contents() == a.contents()
+
+
+def named_packs(place: MemoryPlace) -> set[str]:
+    """The packs that entries name."""
+    found: set[str] = set()
+    for name in sorted(place.list("log/")):
+        entry = parse_entry(place.objects[name], "place", int(Path(name).name))
+        index = parse_index(place.objects[index_name(entry.index)], "place", entry.index)
+        found.update(map(pack_name, index.packs))
+    return found
+
+
+def test_what_another_process_of_this_store_read_is_looked_at_too(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping, "GROUP_VERSIONS", 1)
+    a = team.client()
+    a.store.add(small_task("one", seed=1))
+    a.store.add(small_task("two", seed=2))
+    medium = team.medium
+    assert isinstance(medium, MemoryPlace)
+
+    def meanwhile() -> None:
+        """A gc drops what was sent for the second entry, and another process reads that first."""
+        while len(packs := list(medium.list("packs/"))) < 2:
+            time.sleep(0.01)
+        (unnamed,) = set(packs) - named_packs(medium)
+        append(medium, LogIndex(drop=[bytes.fromhex(Path(unnamed).stem)]))
+        medium.delete(unnamed)
+        with opened_mirror(a.folder / "mirror", team.place.url) as other:
+            read_on(other, medium)
+
+    team.place.after["create log"] = [meanwhile]
+    assert a.push().entries == 2
+    assert team.clone().contents() == a.contents()
+
+
+def test_two_pushes_of_one_store_at_once_are_no_damage(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = team.client()
+    a.store.add(small_task("dtd"))
+    make_index = pushing._index
+
+    def meanwhile(*arguments: Any) -> LogIndex:
+        monkeypatch.setattr(pushing, "_index", make_index)
+        index = make_index(*arguments)
+        assert a.push().versions == [("dtd", 1)]
+        return index
+
+    monkeypatch.setattr(pushing, "_index", meanwhile)
+    assert a.push().versions == []
+    assert len(team.log()) == 1
+    assert team.clone().contents() == a.contents()
+
+
+def test_packs_that_are_sent_again_are_bounded(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "PACK_BYTES", 100)
+    a = team.client()
+    for n in range(5):
+        a.store.add(small_task(f"task{n}", seed=n))
+    medium = team.medium
+    assert isinstance(medium, MemoryPlace)
+
+    def drop() -> None:
+        (name,) = medium.list("packs/")
+        append(medium, LogIndex(drop=[bytes.fromhex(Path(name).stem)]))
+        medium.delete(name)
+
+    team.place.before["create log"] = [drop]
+    a.push()
+    assert len(list(medium.list("packs/"))) == 5
+    assert team.clone().contents() == a.contents()
+
+
+def test_any_number_of_tags_and_removals_is_pushed(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "ENTRY_NAMES", 3)
+    a = team.client()
+    for n in range(4):
+        for seed in range(3):
+            a.store.add(small_task(f"task{n}", seed=10 * n + seed))
+        a.store.tag(f"task{n}@1", "old")
+    a.push()
+    for n in range(4):
+        a.store.tag(f"task{n}@2", "new")
+        a.store.untag(f"task{n}@old")
+        a.store.remove(f"task{n}@1")
+        a.store.add(small_task(f"task{n}", seed=100 + n))
+        a.store.remove(f"task{n}@4")
+    pushed = a.push()
+    assert len(pushed.tags) == 8 and len(pushed.removed) == 4 and pushed.entries == 6
+    assert a.push().entries == 0
+    b = team.clone()
+    assert b.contents() == a.contents() and b.store.tags() == a.store.tags()
+    assert b.store.add(small_task("task3", seed=7)).version == 5
 
 
 def test_what_was_counted_on_and_is_dropped_in_between_is_sent(team: Team) -> None:
@@ -689,7 +793,12 @@ def test_a_task_whose_tensors_are_there_is_checked_as_if_it_were_added(team: Tea
 def test_no_entry_is_created_that_a_reader_would_refuse(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     a = team.client()
     a.store.add(small_task("dtd"))
-    monkeypatch.setattr(pushing, "_index", lambda *_: LogIndex(removed=[("dtd", 7)]))
+
+    def add_wrong(_: object, index: LogIndex, *__: object) -> bool:
+        index.removed = [("dtd", 7)]
+        return False
+
+    monkeypatch.setattr(pushing, "_add_names", add_wrong)
     with pytest.raises(DamagedRemoteError, match="dtd@7"):
         a.push()
     assert not team.log()
