@@ -199,8 +199,7 @@ class Store(ReadableStore):
 
     @property
     def state(self) -> Hashable:
-        with self._open.read() as view:
-            return view.state
+        return self._open.look(lambda view: view.state)
 
     def beginning(self, text: str) -> list[str]:
         """References that begin with a text: tasks, and after ``@`` a task's versions and tags. For completion.

@@ -92,8 +92,7 @@ def complete_tag(ctx: click.Context, param: click.Parameter, start: str) -> list
 def _beginning(ctx: click.Context, start: str) -> list[str]:
     """References that begin so. Whatever goes wrong is nothing to offer: a shell asks in the middle of a line."""
     try:
-        with warnings.catch_warnings(), Store(store_directory(ctx)) as store:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Store(store_directory(ctx)) as store:
             return store.beginning(start)
     except Exception:
         return []
