@@ -1,29 +1,75 @@
-"""A picture of a store: which task uses which adapter where, and what sharing saves."""
+"""A picture of a store: what tasks share, grouped by backbone, and what that saves."""
 
-import colorsys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import Task, natural_key
 from pear_store.readable import ReadableStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
 _STRIPES = 4
 """Of more branches at one position, only some are drawn"""
 _LABELS = 60
-"""More rows or columns than this are drawn without their names"""
+"""More columns than this are drawn without their names"""
+_LINE = 0.16
+"""Inches of a task's line that has its name beside it"""
+_PANELS = 6
+"""Backbones that have a map; bars show up to `_BARS` of them"""
+_BARS = 12
+_COLOURS = (
+    "#d1495b", "#2a9d5c", "#e9a03b", "#7b5cc4", "#17a2b8", "#b5651d", "#d65db1", "#6b8e23", "#f2684a", "#2f5fd0",
+)  # fmt: skip
+_BETWEEN, _WITHIN, _ONCE = "#56606e", "#a7b4c6", "#dededa"
+"""Adapters without a colour of their own: those that several tasks use, those that one task uses often, and others"""
+_NEW, _ABOVE, _SAVED = "#4472a8", "#9db8d6", "#dfe5ec"
+"""Of bars: new bytes; those that tasks above have, too; what else a task would take"""
+
+
+@dataclass
+class _Row:
+    """What is drawn of a task.
+
+    Args:
+        cells: of each position, the identities of the adapters of its branches.
+        sizes: of its tensors, by digest.
+        within: bytes that it would take besides if each branch had an adapter of its own.
+    """
+
+    name: str
+    backbone: tuple[str, str]
+    cells: dict[str, list[str]]
+    sizes: dict[str, int]
+    within: int
+    new: int = 0
+    above: int = 0
+
+
+@dataclass
+class _Key:
+    """Adapters that have one colour: one pair of tensors, or all that the same tasks use."""
+
+    adapters: list[str] = field(default_factory=list)
+    uses: int = 0
+    tasks: tuple[str, ...] = ()
+    saved_bytes: int = 0
 
 
 def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ()) -> None:
-    """Draws tasks x positions to a .png or .svg file.
+    """Draws what tasks share to a .png or .svg file.
 
-    A cell has a stripe for each branch, in its adapter's colour. One colour is one pair of tensors, in whatever task
-    and position; a branch's own core has no say. Grey ones are used once. Bars show each task's bytes: those that no
-    task above it has, those that it shares with these, and what else it would take with an adapter for each branch.
+    Bars at the top say for each backbone what its tasks take, and what they would take without sharing. Below, each
+    backbone has a map of tasks x positions. A cell has a stripe for each branch. What saves most has a colour, which
+    the legend explains: one colour is one pair of tensors, in whatever task and position; where there are too many of
+    these, it is all that the same tasks use. A branch's own core has no say.
 
     Raises:
         NotFoundError: no such task.
@@ -32,79 +78,59 @@ def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ())
     path = Path(path)
     if path.suffix not in FORMATS:
         raise PearStoreError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
-    import numpy as np
     from matplotlib.figure import Figure  # not pyplot: a caller's own figures and backend stay as they are
 
-    names = list(references) or [version.task for version in store.tasks()]
+    given = list(references)
+    names = given or [version.task for version in store.tasks()]
     if not names:
         raise PearStoreError(f"{store.where}: no task to draw")
-    cells: list[dict[str, list[str]]] = []
-    new: list[int] = []
-    above: list[int] = []
-    within: list[int] = []
-    seen: set[str] = set()
-    for name in names:
-        task = store.get(name, copy=False)
-        cells.append({p: [_identity(task, b.adapter) for b in branches] for p, branches in task.positions.items()})
-        sizes = {tensor.digest: tensor.size_bytes for tensor in task.tensors.values()}
-        new.append(sum(size for digest, size in sizes.items() if digest not in seen))
-        above.append(sum(sizes.values()) - new[-1])
-        within.append(_shared_within(task))
-        seen |= sizes.keys()
-    columns = sorted({position for row in cells for position in row}, key=natural_key)
-    uses = Counter(adapter for row in cells for branches in row.values() for adapter in branches)
-    colours = _colours([adapter for adapter in uses if uses[adapter] > 1])
-    stripes = min(_STRIPES, max((len(branches) for row in cells for branches in row.values()), default=1))
-    picture = np.ones((len(names), max(1, len(columns)) * stripes, 3))
-    for y, row in enumerate(cells):
-        for x, position in enumerate(columns):
-            for stripe in range(stripes if position in row else 0):
-                adapter = row[position][stripe * len(row[position]) // stripes]
-                picture[y, x * stripes + stripe] = colours.get(adapter, (0.78, 0.78, 0.78))
-    below = 0.06 * max(map(len, map(_shown, columns)), default=0) if len(columns) <= _LABELS else 0  # inches of names
-    size = (max(8, min(24, 0.25 * len(columns) + 4)), max(1.2, min(30, 0.25 * len(names))) + 1 + below)
-    figure = Figure(size, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    extent = (-0.5, max(1, len(columns)) - 0.5, len(names) - 0.5, -0.5)
-    left.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
-    left.set_title(
-        "colour: an adapter used more than once; grey: once; stripes: several branches", fontsize=9, loc="left"
-    )
-    if max(len(columns), len(names)) <= _LABELS:  # lines between the cells
-        left.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-        left.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
-        left.grid(which="minor", color="white", linewidth=2)
-        left.tick_params(which="minor", length=0)
-    plain: dict[str, Any] = {"fontsize": 7, "parse_math": False}
-    if len(columns) <= _LABELS:
-        left.set_xticks(range(len(columns)), map(_shown, columns), rotation=90, **plain)
-    left.set_yticks(*((range(len(names)), map(_shown, names)) if len(names) <= _LABELS else ([], [])), **plain)
-    start = np.zeros(len(names))
-    unit, factor = next((u, f) for u, f in _UNITS if max(np.add(np.add(new, above), within)) >= f or f == 1)
-    for label, colour, sizes_bytes in (
-        ("new", "#4472a8", new),
-        ("shared with tasks above", "#9db8d6", above),
-        ("saved by sharing within the task", "#dfe5ec", within),
-    ):
-        right.barh(
-            np.arange(len(names)), np.divide(sizes_bytes, factor), left=start, height=0.8, color=colour, label=label
-        )
-        start = start + np.divide(sizes_bytes, factor)
-    saved = sum(above) + sum(within)
-    right.set_title(f"{saved / max(1, sum(new) + saved):.0%} saved by sharing", fontsize=9, loc="left")
-    right.set_xlabel(f"tensors, {unit}", fontsize=8)
-    right.tick_params(labelsize=7)
-    figure.legend(loc="outside lower right", ncols=3, fontsize=7, frameon=False)
+    pair_bytes: dict[str, int] = {}
+    rows = [_row(name, store.get(name, copy=False), pair_bytes) for name in names]
+    keys = _keys(rows, pair_bytes)
+    coloured = keys[: len(_COLOURS)]
+    if len(keys) > len(_COLOURS):
+        coloured = [key for key in coloured if len(key.tasks) > 1]
+    colours = {adapter: colour for key, colour in zip(coloured, _COLOURS, strict=False) for adapter in key.adapters}
+    panels = _panels(rows, colours, is_sorted=not given)
+    _count_new(panels.values())
+    most = max(row.new + row.above + row.within for row in rows)
+    drawn = list(panels.items())[:_PANELS]
+    heights = _heights([len(members) for _, members in drawn])
+    names_below = [_names_below(members) for _, members in drawn]
+    bars = 0.35 * min(len(panels), _BARS) + 0.75
+    legend = 0.2 * -(-(len(coloured) + 6) // 2) + 0.4
+    tall = [bars, *(height + below + 0.5 for height, below in zip(heights, names_below, strict=True))]
+    figure = Figure((13, sum(tall) + legend + 0.3), layout="constrained")
+    grid = figure.add_gridspec(1 + len(drawn), 2, width_ratios=[3, 1], height_ratios=tall)
+    _draw_bars(figure.add_subplot(grid[0, :]), panels)
+    for place, ((backbone, _), members) in enumerate(drawn, 1):
+        left = figure.add_subplot(grid[place, 0])
+        is_named = heights[place - 1] >= _LINE * len(members)
+        _draw_map(left, members, colours, backbone, is_named)
+        right = figure.add_subplot(grid[place, 1], sharey=left)
+        _draw_bytes(right, members, most, is_named, is_last=place == len(drawn))
+    _add_legend(figure, coloured, keys[len(coloured) :], rows, left_out=len(panels) - len(drawn))
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise PearStoreError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _identity(task: Task, adapter: str) -> str:
-    """What adapters have in common that differ in their cores alone."""
-    parts = task.adapters[adapter]
-    return f"{parts.down.name} {parts.up.name} {parts.down.place}"
+# ---- what is drawn
+
+
+def _row(name: str, task: Task, pair_bytes: dict[str, int]) -> _Row:
+    """Adds to `pair_bytes` what each of the task's adapters takes without its core."""
+    identities = {}
+    for adapter in {branch.adapter for branches in task.positions.values() for branch in branches}:
+        parts = task.adapters[adapter]
+        identities[adapter] = identity = f"{parts.down.name} {parts.up.name} {parts.down.place}"
+        pair_bytes[identity] = sum(part.tensor(task.tensors).size_bytes for part in (parts.down, parts.up))
+    cells = {
+        position: [identities[branch.adapter] for branch in branches] for position, branches in task.positions.items()
+    }
+    sizes = {str(tensor.digest): tensor.size_bytes for tensor in task.tensors.values()}
+    return _Row(name, (task.backbone_model, task.backbone_digest), cells, sizes, _shared_within(task))
 
 
 def _shared_within(task: Task) -> int:
@@ -124,12 +150,221 @@ def _shared_within(task: Task) -> int:
     return max(0, alone - sum(used.values()))
 
 
+def _keys(rows: Sequence[_Row], pair_bytes: Mapping[str, int]) -> list[_Key]:
+    """What is used more than once, by what it saves: each adapter by itself, or those of the same tasks together."""
+    uses = Counter(adapter for row in rows for branches in row.cells.values() for adapter in branches)
+    tasks: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for adapter in {adapter for branches in row.cells.values() for adapter in branches}:
+            if uses[adapter] > 1:
+                tasks.setdefault(adapter, {})[row.name] = None
+    keys: dict[Any, _Key] = {}
+    for adapter, names in tasks.items():
+        key = keys.setdefault(adapter if len(tasks) <= len(_COLOURS) else tuple(names), _Key(tasks=tuple(names)))
+        key.adapters.append(adapter)
+        key.uses += uses[adapter]
+        key.saved_bytes += (uses[adapter] - 1) * pair_bytes[adapter]
+    several_first = len(keys) > len(_COLOURS)  # what tasks have in common says more than what each has for itself
+    return sorted(keys.values(), key=lambda key: (several_first and len(key.tasks) < 2, -key.saved_bytes, key.tasks))
+
+
+def _panels(rows: Iterable[_Row], colours: Mapping[str, str], is_sorted: bool) -> dict[tuple[str, str], list[_Row]]:
+    """Tasks by backbone, those of most tasks first; tasks with the same colours stand together."""
+    panels: dict[tuple[str, str], list[_Row]] = {}
+    for row in rows:
+        panels.setdefault(row.backbone, []).append(row)
+    if is_sorted:
+        ranks = {colour: rank for rank, colour in enumerate(_COLOURS)}
+
+        def likeness(row: _Row) -> tuple[list[int], int, str]:
+            adapters = [adapter for branches in row.cells.values() for adapter in branches]
+            found = sorted({ranks[colours[adapter]] for adapter in adapters if adapter in colours})
+            return found or [len(ranks)], len(set(adapters)), row.name
+
+        for members in panels.values():
+            members.sort(key=likeness)
+    return dict(sorted(panels.items(), key=lambda item: -len(item[1])))
+
+
+def _count_new(panels: Iterable[Sequence[_Row]]) -> None:
+    for members in panels:
+        seen: set[str] = set()
+        for row in members:
+            row.new = sum(size for digest, size in row.sizes.items() if digest not in seen)
+            row.above = sum(row.sizes.values()) - row.new
+            seen |= row.sizes.keys()
+
+
+# ---- how it is drawn
+
+
+def _heights(counts: Sequence[int]) -> list[float]:
+    """Inches of the maps: a line for each task where all can be named, else a share of a page."""
+    if sum(counts) <= 2 * _LABELS:
+        return [max(0.45, 1.2 * _LINE * count) for count in counts]
+    return [max(0.8, 12 * count / sum(counts)) for count in counts]
+
+
+def _names_below(members: Sequence[_Row]) -> float:
+    columns = _positions(members)
+    return 0.065 * max(map(len, map(_shown, columns)), default=0) if len(columns) <= _LABELS else 0.1
+
+
+def _positions(members: Sequence[_Row]) -> list[str]:
+    return sorted({position for row in members for position in row.cells}, key=natural_key)
+
+
+def _draw_bars(axes: "Axes", panels: Mapping[tuple[str, str], Sequence[_Row]]) -> None:
+    """What each backbone's tasks take, and what sharing saves."""
+    taken = {key: [sum(getattr(row, part) for row in rows) for part in _PARTS] for key, rows in panels.items()}
+    shown = list(taken.items())[:_BARS]
+    most = max(sum(sizes) for _, sizes in shown)
+    for place, ((model, _), sizes) in enumerate(shown):
+        start = 0
+        for size, colour in zip(sizes, (_NEW, _ABOVE, _SAVED), strict=True):
+            axes.barh(place, size, left=start, height=0.7, color=colour)
+            start += size
+        rows = len(list(panels.values())[place])
+        text = f"{_shown(model)}: {rows:,} task{'s' * (rows > 1)}, {_bytes(sizes[0])} stored, {_saved(sizes)}"
+        axes.text(start + most * 0.01, place, text, va="center", fontsize=8, parse_math=False)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(0, most * 2.1)
+    axes.set_axis_off()
+    total = [sum(parts) for parts in zip(*taken.values(), strict=True)]
+    count = sum(map(len, panels.values()))
+    many = f" on {len(panels):,} backbones" if len(panels) > 1 else ""
+    axes.set_title(
+        f"{count:,} task{'s' * (count > 1)}{many}: {_bytes(total[0])} stored in place of {_bytes(sum(total))}, "
+        f"{_saved(total)}",
+        fontsize=11, loc="left", fontweight="bold",
+    )  # fmt: skip
+
+
+_PARTS = ("new", "above", "within")
+
+
+def _saved(sizes: Sequence[int]) -> str:
+    return f"{sum(sizes[1:]) / max(1, sum(sizes)):.0%} saved by sharing"
+
+
+def _bytes(number: float) -> str:
+    unit, factor = next((unit, factor) for unit, factor in _UNITS if number >= factor or factor == 1)
+    return f"{number / factor:.3g} {unit}" if factor > 1 else f"{number:.0f} {unit}"
+
+
+def _draw_map(axes: "Axes", members: Sequence[_Row], colours: Mapping[str, str], backbone: str, is_named: bool) -> None:
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    columns = _positions(members)
+    between = _used_by_several(members)
+    stripes = min(_STRIPES, max((len(branches) for row in members for branches in row.cells.values()), default=1))
+    picture = np.ones((len(members), max(1, len(columns)) * stripes, 3))
+    for y, row in enumerate(members):
+        uses = Counter(adapter for branches in row.cells.values() for adapter in branches)
+        for x, position in enumerate(columns):
+            branches = row.cells.get(position, [])
+            for stripe in range(stripes if branches else 0):
+                adapter = branches[stripe * len(branches) // stripes]
+                other = _BETWEEN if adapter in between else _WITHIN if uses[adapter] > 1 else _ONCE
+                picture[y, x * stripes + stripe] = to_rgb(colours.get(adapter, other))
+    extent = (-0.5, max(1, len(columns)) - 0.5, len(members) - 0.5, -0.5)
+    axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
+    count = f"{len(members):,} task{'s' * (len(members) > 1)}"
+    title = f"{_shown(backbone)}: {count} x {len(columns):,} positions"
+    axes.set_title(title, fontsize=9, loc="left", parse_math=False)
+    if len(columns) <= _LABELS:  # lines between the cells
+        axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", axis="x", color="white", linewidth=2)
+    if is_named:
+        axes.set_yticks(np.arange(len(members) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", axis="y", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    plain: dict[str, Any] = {"fontsize": 7, "parse_math": False}
+    axes.set_xticks([], [])
+    if len(columns) <= _LABELS:
+        axes.set_xticks(range(len(columns)), [*map(_shown, columns)], rotation=90, **plain)
+    axes.set_yticks([], [])
+    if is_named:
+        axes.set_yticks(range(len(members)), [_shown(row.name) for row in members], **plain)
+
+
+def _used_by_several(members: Iterable[_Row]) -> set[str]:
+    tasks = Counter(
+        adapter for row in members for adapter in {one for branches in row.cells.values() for one in branches}
+    )
+    return {adapter for adapter, count in tasks.items() if count > 1}
+
+
+def _draw_bytes(axes: "Axes", members: Sequence[_Row], most: int, is_named: bool, is_last: bool) -> None:
+    """Each task's bytes beside its row of the map, in all maps at the scale of the largest."""
+    import numpy as np
+
+    text, unit = next((text, unit) for text, unit in _UNITS if most >= unit or unit == 1)
+
+    edges = np.repeat(np.arange(len(members) + 1) - 0.5, 2)[1:-1]
+    gap = 0.1 if is_named else 0.0
+    edges = edges + np.tile([gap, -gap], len(members))
+    start = np.zeros(2 * len(members))
+    for part, colour in zip(_PARTS, (_NEW, _ABOVE, _SAVED), strict=True):
+        end = start + np.repeat([getattr(row, part) / unit for row in members], 2)
+        for first in range(0, len(edges), 2) if gap else [0]:
+            last = first + 2 if gap else len(edges)
+            axes.fill_betweenx(edges[first:last], start[first:last], end[first:last], color=colour, linewidth=0)
+        start = end
+    axes.set_xlim(0, max(1, most) / unit)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelleft=False, left=False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    if is_last:
+        axes.set_xlabel(f"tensors of each task, {text}", fontsize=8)
+
+
+def _add_legend(
+    figure: "Figure", coloured: Sequence[_Key], others: Sequence[_Key], rows: Sequence[_Row], left_out: int
+) -> None:
+    from matplotlib.patches import Patch
+
+    drawn = [(colour, _described(key, rows)) for key, colour in zip(coloured, _COLOURS, strict=False)]
+    for colour, text, is_between in (
+        (_BETWEEN, "other adapters that several tasks use: save", True),
+        (_WITHIN, "adapters used at several positions of one task: save", False),
+    ):
+        if saved := sum(key.saved_bytes for key in others if (len(key.tasks) > 1) == is_between):
+            drawn.append((colour, f"{text} {_bytes(saved)}"))
+    drawn += [
+        (_ONCE, "an adapter that is used once"),
+        (_NEW, "bars: bytes that no task above has"),
+        (_ABOVE, "bars: shared with tasks above"),
+        (_SAVED, "bars: saved by sharing within the task"),
+    ]
+    if left_out > 0:
+        drawn.append(("none", f"{left_out:,} more backbones have no map here: name their tasks"))
+    handles = [Patch(color=colour, label=label) for colour, label in drawn]
+    legend = figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=7.5, frameon=False)
+    for label in legend.get_texts():
+        label.set_parse_math(False)
+
+
+def _described(key: _Key, rows: Sequence[_Row]) -> str:
+    tasks = f"{len(key.tasks):,} tasks" if len(key.tasks) > 1 else _shown(key.tasks[0])
+    if len(key.adapters) > 1:
+        return f"{len(key.adapters):,} adapters of {tasks}: save {_bytes(key.saved_bytes)}"
+    where = next(position for position, _ in _where(key.adapters[0], rows))
+    return f"{_shown(where)}, {key.uses:,} times in {tasks}: saves {_bytes(key.saved_bytes)}"
+
+
+def _where(adapter: str, rows: Iterable[_Row]) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        for position in sorted(row.cells, key=natural_key):
+            if adapter in row.cells[position]:
+                yield position, row.name
+
+
 def _shown(name: str) -> str:
     """A name in one line of at most 40 characters."""
     text = "".join(c if c.isprintable() else "?" for c in name)
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def _colours(adapters: list[str]) -> dict[str, tuple[float, float, float]]:
-    """Hues a golden ratio apart, so that neighbours differ."""
-    return {adapter: colorsys.hsv_to_rgb(0.618034 * i % 1, 0.65, 0.85) for i, adapter in enumerate(adapters)}

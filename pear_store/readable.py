@@ -1,16 +1,19 @@
 """What a store offers to readers, be it a directory (store.py) or a remote read through a cache (remote/lazy.py)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pear_store.diff import Diff, compare
+from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import Task, write_checkpoint
 from pear_store.format.manifest import with_plain_names
+from pear_store.format.summary import Summary
 from pear_store.local.references import Version
 from pear_store.local.stats import CacheStats, Stats
+from pear_store.local.uses import Uses
 
 
 class ReadableStore(ABC):
@@ -83,6 +86,26 @@ class ReadableStore(ABC):
     @abstractmethod
     def stats(self) -> Stats | CacheStats:
         """Counts and sizes of what is stored."""
+
+    @abstractmethod
+    def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
+        """What lists say of each of some versions, in their order, read as it is asked for; or why it cannot be read.
+
+        No tensor is read, and nothing of a remote's is fetched but its log.
+        """
+
+    @abstractmethod
+    def uses(self) -> Uses:
+        """Which tensors each version names: what sharing is counted by.
+
+        Raises:
+            DamagedError: the index cannot be trusted.
+        """
+
+    @property
+    @abstractmethod
+    def state(self) -> Hashable:
+        """Equal as long as nothing changed."""
 
     def tasks(self) -> list[Version]:
         """The newest version of every task, by name."""

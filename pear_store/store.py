@@ -1,12 +1,13 @@
 """The store: many tasks in one directory, each distinct tensor once."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pear_store.errors import NotFoundError, PearStoreError
 from pear_store.format.checkpoint import TAG_NAME, Task
+from pear_store.format.summary import Summary
 from pear_store.local import gc
 from pear_store.local.add import Added, FoundGood, add_group
 from pear_store.local.create import make_store
@@ -16,10 +17,11 @@ from pear_store.local.loading import Refused, load_groups
 from pear_store.local.log import Operation, is_on
 from pear_store.local.mounts import warn_of_network
 from pear_store.local.opened import OpenStore
-from pear_store.local.read import read_record, read_version
+from pear_store.local.read import read_record, read_summaries, read_version
 from pear_store.local.references import (
     Version,
     all_tags,
+    beginning,
     newest_versions,
     parse_reference,
     resolve,
@@ -31,6 +33,7 @@ from pear_store.local.removal import remove
 from pear_store.local.sources import Access, Source
 from pear_store.local.stats import Stats, count
 from pear_store.local.tags import set_tag
+from pear_store.local.uses import Uses, find_uses
 from pear_store.readable import ReadableStore
 
 if TYPE_CHECKING:  # a command that needs no remote starts without them
@@ -187,6 +190,23 @@ class Store(ReadableStore):
 
     def stats(self) -> Stats:
         return count(self._open)
+
+    def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
+        return read_summaries(self._open, versions)
+
+    def uses(self) -> Uses:
+        return self._open.look(find_uses)
+
+    @property
+    def state(self) -> Hashable:
+        return self._open.look(lambda view: view.state)
+
+    def beginning(self, text: str) -> list[str]:
+        """References that begin with a text: tasks, and after ``@`` a task's versions and tags. For completion.
+
+        Where very many tasks do, the next letters of their names stand for them.
+        """
+        return self._open.look(lambda view: beginning(view, text))
 
     # ---- tags ---------------------------------------------------------------------------------
 

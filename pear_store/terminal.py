@@ -3,7 +3,8 @@ that commands of all packages share."""
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import click
@@ -11,6 +12,7 @@ import click
 from pear_store.version import __version__
 
 Row = Mapping[str, Any]
+_ROWS_AT_ONCE = 1000
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -38,6 +40,15 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False))
 
 
+def echo_json_rows(rows: Iterable[Row]) -> None:
+    """Prints one JSON list, in ASCII, as its rows come."""
+    before = "["
+    for row in rows:
+        click.echo(f"{before}{json.dumps(row, allow_nan=False)}", nl=False)
+        before = ", "
+    click.echo("[]" if before == "[" else "]")
+
+
 def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **settings: Any) -> None:
     """Prints rows under their keys; by default the first column is aligned left, the others right."""
     from tabulate import tabulate
@@ -46,6 +57,25 @@ def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **set
     align = colalign or ["left"] + ["right"] * (len(rows[0]) - 1)
     for line in tabulate(shown, headers="keys", disable_numparse=True, colalign=align, **settings).splitlines():
         echo(line)
+
+
+def echo_long_table(rows: Iterable[Row], left: Collection[str]) -> None:
+    """Prints a table of any length as its rows come. Columns are as wide as the first thousand rows need.
+
+    Args:
+        left: the columns that are aligned left; others are aligned right.
+    """
+    waiting = iter(rows)
+    widths: dict[str, int] = {}
+    while part := [{key: printable(value) for key, value in row.items()} for row in islice(waiting, _ROWS_AT_ONCE)]:
+        first = not widths
+        for key in part[0]:
+            widths[key] = max(widths.get(key, len(key)), *(len(row[key]) for row in part))
+        if first:
+            part = [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *part]
+        for row in part:
+            cells = [row[key].ljust(width) if key in left else row[key].rjust(width) for key, width in widths.items()]
+            echo("  ".join(cells).rstrip())
 
 
 version_option = click.version_option(__version__)

@@ -50,7 +50,12 @@ WINGS = {
     "readable": LEAVES | {"format", "local", "diff"},
     "remote": LEAVES | {"format", "local", "readable", "remote"},
     "store": LEAVES | {"format", "local", "readable", "remote"},
-    "cli": LEAVES | {"format", "local", "exchange", "remote", "readable", "store", "diff", "plot", "terminal", "cli"},
+    "sharing": {"local"},
+    "listing": LEAVES | {"format", "local", "readable", "sharing"},
+    "ui": LEAVES | {"format", "local", "readable", "sharing", "listing", "ui"},
+    "cli": LEAVES
+    | {"format", "local", "exchange", "remote", "readable", "store", "diff", "plot", "terminal", "cli"}
+    | {"sharing", "listing", "ui"},
 }
 """Of pear_store, each wing and what it may import of the others"""
 
@@ -177,6 +182,17 @@ def test_ray_is_imported_where_clusters_are() -> None:
             body = ast.parse(file.read_text()).body
             tops = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in modules_of(node)}
             assert "pear_train.cluster" not in tops
+
+
+def test_the_page_of_a_store_is_imported_where_it_is_asked_for() -> None:
+    """It needs an extra, and no other command waits for that."""
+    for file in (ROOT / "pear_store").rglob("*.py"):
+        inside = file.relative_to(ROOT / "pear_store")
+        if inside.parts[0] != "ui":
+            assert not imports(file) & OUTER["serve"] - {"httpx"}, file
+            body = ast.parse(file.read_text()).body
+            tops = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in modules_of(node)}
+            assert not [name for name in tops if name.startswith("pear_store.ui")], file
 
 
 def test_the_batcher_knows_no_http() -> None:

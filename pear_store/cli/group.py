@@ -79,15 +79,22 @@ def open_store() -> ReadableStore:
 
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
     """Names of tasks, and after ``@`` their versions and tags."""
+    return _beginning(ctx, start)
+
+
+def complete_tag(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
+    """Tags of the task that the command was given before."""
+    task = str(ctx.params.get("reference") or "").partition("@")[0]
+    tags = [name.partition("@")[2] for name in _beginning(ctx, f"{task}@{start}")] if task else []
+    return [tag for tag in tags if not tag.isdigit()]
+
+
+def _beginning(ctx: click.Context, start: str) -> list[str]:
+    """References that begin so. Whatever goes wrong is nothing to offer: a shell asks in the middle of a line."""
     try:
-        with Store(store_directory(ctx)) as store:
-            task, at, _ = start.partition("@")
-            if not at:
-                return [version.task for version in store.iter_tasks() if version.task.startswith(start)]
-            versions = store.versions(task)
-            names = [*(str(v.version) for v in versions), *(tag for v in versions for tag in v.tags)]
-            return [f"{task}@{name}" for name in names if f"{task}@{name}".startswith(start)]
-    except PearStoreError:
+        with warnings.catch_warnings(action="ignore"), Store(store_directory(ctx)) as store:
+            return store.beginning(start)
+    except Exception:
         return []
 
 

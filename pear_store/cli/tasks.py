@@ -1,15 +1,19 @@
 """Verbs on tasks and their versions."""
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from pear_store.cli.group import (
+    complete_tag,
     complete_task,
     dry_run_option,
     main,
@@ -21,13 +25,26 @@ from pear_store.cli.group import (
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import natural_key
 from pear_store.format.digest import ITEM_BYTES
+from pear_store.format.summary import Origin, Summary
+from pear_store.listing import Listing, Query, Row, SortKey, listed_json, version_json
 from pear_store.local import sources
 from pear_store.local.add import Added
 from pear_store.local.loading import Refused
 from pear_store.local.references import Version
 from pear_store.local.sources import Access, Source
+from pear_store.readable import ReadableStore
+from pear_store.sharing import Shared, shared_with_others
 from pear_store.store import Store
-from pear_store.terminal import allow_option, echo, echo_json, echo_table, json_option
+from pear_store.terminal import (
+    allow_option,
+    echo,
+    echo_json,
+    echo_json_rows,
+    echo_long_table,
+    echo_table,
+    json_option,
+    printable,
+)
 
 
 @main.command()
@@ -97,36 +114,79 @@ def added_line(result: Added) -> str:
 
 
 @main.command()
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...", shell_complete=complete_task)
 @click.option("--all", "every", is_flag=True, help="Every version, not only the newest.")
+@click.option("--backbone", metavar="PATTERN", help="Only tasks of such a backbone, as 'vit_*'.")
+@click.option("--tag", metavar="TAG", help="Only tasks with this tag; with --all, only the versions that have it.")
+@click.option("--sort", type=click.Choice(get_args(SortKey)), default="name", show_default=True, help="By what.")
+@click.option("--reverse", is_flag=True, help="The other way round.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many.")
+@click.option("--short", is_flag=True, help="Only what needs no record: much faster where there are very many tasks.")
 @store_option
 @json_option
-def ls(every: bool, as_json: bool) -> None:
-    """List the tasks: newest version and tensor bytes of each, and its tags; TAG@2 is one of an older version."""
+def ls(
+    patterns: tuple[str, ...], every: bool, backbone: str | None, tag: str | None, sort: SortKey, reverse: bool,
+    limit: int | None, short: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """List the tasks, or those whose names match a PATTERN such as 'flowers-*'.
+
+    NEW are the bytes that no older version has; they add up to what the store's tensors take. BYTES are all that the
+    version needs. VAL TOP-1 is in percent. Tags of older versions are shown as TAG@2.
+    """
+    query = Query(patterns, tag, backbone, every, sort, reverse)
     with open_store() as store:
-        versions = store.versions() if every else store.tasks()
-        tags = {} if every else store.tags()
-    others = [{tag: number for tag, number in tags.get(v.task, {}).items() if number != v.version} for v in versions]
-    if as_json:
-        rows = zip(versions, others, strict=True)
-        echo_json([{**version_json(v), **({"older_tags": older} if older else {})} for v, older in rows])
-    elif versions:
-        table = [version_row(version) for version in versions]
-        for row, older in zip(table, others, strict=True):
-            row["tags"] = " ".join([row["tags"], *(f"{tag}@{number}" for tag, number in older.items())]).strip()
-        echo_table(table)
+        listing = Listing(store)
+        versions = islice(listing.versions(query), limit)
+        if short:
+            pairs = ((version, {} if every else listing.older_tags(version)) for version in versions)
+            if as_json:
+                echo_json_rows(version_json(*pair) for pair in pairs)
+            else:
+                echo_long_table((version_row(*pair) for pair in pairs), _LEFT)
+            return
+        rows = (_warned(row) for row in listing.rows(versions, every))
+        if as_json:
+            echo_json_rows(listed_json(row) for row in rows)
+        else:
+            echo_long_table((_listed_row(row) for row in rows), _LEFT)
+        if listing.problem is not None:
+            echo(f"Warning: new bytes are not known: {listing.problem}", err=True)
 
 
-def version_json(version: Version) -> dict[str, Any]:
-    row = {"task": version.task, "version": version.version, "bytes": version.size_bytes}
-    return {**row, "tags": list(version.tags)} if version.tags else row
+_LEFT = ("task", "backbone", "tags")
 
 
-def version_row(version: Version) -> dict[str, Any]:
+def _warned(row: Row) -> Row:
+    if isinstance(row.summary, PearStoreError):
+        echo(f"Warning: {row.version.task}@{row.version.version}: {row.summary}", err=True)
+    return row
+
+
+def _listed_row(row: Row) -> dict[str, Any]:
+    short = version_row(row.version, row.older_tags)
+    summary = row.summary if isinstance(row.summary, Summary) else Summary(None, None, None, None)
+    backbone = summary.backbone or "?"
     return {
-        **version_json(version),
+        "task": short["task"],
+        "version": short["version"],
+        "backbone": backbone if len(backbone) <= _BACKBONE_WIDTH else f"{backbone[: _BACKBONE_WIDTH - 1]}…",
+        "classes": "?" if summary.classes is None else summary.classes or "-",
+        "val top-1": "-" if summary.val_top1 is None else f"{100 * summary.val_top1:.1f}",
+        "new": "?" if row.new_bytes is None else f"{row.new_bytes:,}",
+        **{key: value for key, value in short.items() if key not in ("task", "version")},
+    }
+
+
+_BACKBONE_WIDTH = 44
+
+
+def version_row(version: Version, older_tags: Mapping[str, int] | None = None) -> dict[str, Any]:
+    return {
+        "task": version.task,
+        "version": version.version,
         "bytes": f"{version.size_bytes:,}",
         "added": _time(version.time_ns),
-        "tags": " ".join(version.tags),
+        "tags": " ".join([*version.tags, *(f"{tag}@{number}" for tag, number in (older_tags or {}).items())]),
     }
 
 
@@ -139,19 +199,31 @@ def _time(time_ns: int) -> str:
 @store_option
 @json_option
 def show(reference: str, as_json: bool) -> None:
-    """Show one task: backbone, labels, metrics, and which position uses which adapter."""
+    """Show one task: backbone, labels, metrics, how it was trained and on what, what it shares, and its positions.
+
+    A position may use an adapter of its own or one of another position, several, or none.
+    """
     with open_store() as store:
         version = store.resolve(reference)
         task = store.get(f"{version.task}@{version.version}", copy=False)
+        shared = None if store.is_remote else _shared(store, version)  # of a remote, it would take the whole log
+    origin = Origin.of(task.record)
     if as_json:
-        echo_json({**version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)})
+        row = {**version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)}
+        echo_json({**row, "origin": asdict(origin), "sharing": shared and asdict(shared)})
         return
     echo(f"{version.task}@{version.version}, added {_time(version.time_ns)}, {version.size_bytes:,} tensor bytes")
+    if version.tags:
+        echo(f"tags        {' '.join(version.tags)}")
     echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
     echo(f"activation  {task.activation}")
     echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
     for key, value in task.record["metrics"].items():
         echo(f"{key:<11} {value}")
+    for heading, values in (("data", origin.data), ("given", origin.given), ("training", origin.options)):
+        _echo_values(heading, values)
+    if shared is not None:
+        echo(f"shared      {_shared_line(shared)}")
     rows = []
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
@@ -162,6 +234,40 @@ def show(reference: str, as_json: bool) -> None:
                          "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
     if rows:
         echo_table(rows)
+
+
+def _shared(store: ReadableStore, version: Version) -> Shared | None:
+    """None where another task is damaged: that is no reason not to show this one."""
+    try:
+        return shared_with_others(store.uses(), version)
+    except PearStoreError as error:
+        echo(f"Warning: what it shares is not known: {error}", err=True)
+        return None
+
+
+def _echo_values(heading: str, values: Mapping[str, Any]) -> None:
+    """Values in lines of some 100 characters, under one heading."""
+    line = f"{heading:<11}"
+    for key, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        text = printable(f"{key}={text if len(text) <= 200 else text[:199] + '…'}")
+        if len(line) > 12 and len(line) + len(text) > 100:
+            echo(line)
+            line = " " * 11
+        line += f" {text}"
+    if values:
+        echo(line)
+
+
+def _shared_line(shared: Shared) -> str:
+    if not shared.neighbours:
+        return "nothing with other tasks"
+    share = shared.shared_bytes / max(1, shared.size_bytes)
+    count = len(shared.neighbours)
+    named = ", ".join(f"{one.task} {one.shared_bytes:,}" for one in shared.neighbours[:5]) + (
+        ", …" if count > 5 else ""
+    )
+    return f"{shared.shared_bytes:,} bytes ({share:.0%}) with {count:,} other task{'s' * (count > 1)}: {named}"
 
 
 @main.command()
@@ -208,7 +314,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
-@click.argument("tag", required=False)
+@click.argument("tag", required=False, shell_complete=complete_tag)
 @click.option("--delete", is_flag=True, help="Remove the tag that TASK@TAG names.")
 @store_option
 @json_option

@@ -170,7 +170,9 @@ def stats(as_json: bool) -> None:
 @click.argument("references", nargs=-1, metavar="[TASK[@VERSION]]...", shell_complete=complete_task)
 @store_option
 def plot(file: Path, references: tuple[str, ...]) -> None:
-    """Draw tasks x positions, coloured by adapter, and the bytes saved, to a .png or .svg FILE.
+    """Draw what tasks share, by backbone, and what that saves, to a .png or .svg FILE.
+
+    Each backbone has a map of tasks x positions. What saves most has a colour, which the legend explains.
 
     Needs matplotlib (pip install 'pear-adapters[demo]').
     """
@@ -187,7 +189,11 @@ def plot(file: Path, references: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print a shell's completion script: eval "$(pear-store completion bash)"."""
+    """Print a shell's completion script: eval "$(pear-store completion bash)".
+
+    For zsh likewise, after compinit. For fish: pear-store completion fish >
+    ~/.config/fish/completions/pear-store.fish
+    """
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)

@@ -183,6 +183,11 @@ class View:
             return cursor.key(), cursor.value()
         return None
 
+    def next(self, table: str, key: bytes) -> tuple[bytes, bytes] | None:
+        """The first row from a key on."""
+        cursor: Any = self._txn.cursor(db=self._tables[table])
+        return (cursor.key(), cursor.value()) if cursor.set_range(key) else None
+
     def delete_where(self, table: str, dead: Callable[[bytes, bytes], bool]) -> None:
         """Walks a table once and deletes the rows that `dead` picks by key and value."""
         cursor: Any = self._txn.cursor(db=self._tables[table])

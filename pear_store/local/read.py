@@ -1,18 +1,24 @@
 """Reads stored tasks."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import Any
 
+from pear_store.errors import DamagedError, NotFoundError, PearStoreError
 from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
 from pear_store.format.record import tensor_names
+from pear_store.format.summary import Summary
 from pear_store.local.index import View
 from pear_store.local.log import Operation, is_on
 from pear_store.local.opened import OpenStore, PackGoneError
-from pear_store.local.references import manifest_of, resolve
+from pear_store.local.references import Version, manifest_of, resolve
 
 _LOOK_UPS = 3
+_AT_ONCE = 256
+"""Records that are read in one view of the index"""
 
 
 def read_version(opened: OpenStore, reference: str, copy: bool) -> Task:
@@ -65,3 +71,25 @@ def read_record(opened: OpenStore, reference: str) -> Mapping[str, Any]:
 
     record: Mapping[str, Any] = json.loads(opened.look(look))
     return record
+
+
+def read_summaries(opened: OpenStore, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
+    """See :meth:`pear_store.readable.ReadableStore.summaries`."""
+    waiting = iter(versions)
+    while part := list(islice(waiting, _AT_ONCE)):
+        yield from opened.look(partial(_summaries, versions=part))
+
+
+def _summaries(view: View, versions: list[Version]) -> list[Summary | PearStoreError]:
+    return [_summary(view, version) for version in versions]
+
+
+def _summary(view: View, version: Version) -> Summary | PearStoreError:
+    what = f"version {version.task}@{version.version}"
+    try:
+        row = view.versions.get(version.task, version.version)
+        if row is None:
+            return NotFoundError(f"{what} was removed meanwhile")
+        return Summary.of(json.loads(manifest_of(view, row, what)[0]))
+    except DamagedError as error:
+        return error

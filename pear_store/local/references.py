@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pear_store.errors import DamagedError, NotFoundError
@@ -111,7 +112,7 @@ def versions(view: View, task: str | None) -> list[Version]:
     """Every version, of one task or of all."""
     tags = all_tags(view)
     rows = view.versions.every() if task is None else ((task, *one) for one in view.versions.of(task))
-    found = [_version(name, number, row, tags) for name, number, row in rows]
+    found = [version_with_tags(name, number, row, tags) for name, number, row in rows]
     known = view.names.get(task) if task is not None and TASK_NAME.fullmatch(task) else None
     if known is not None and known.name == task and known.newest != (found[-1].version if found else 0):
         raise DamagedError(f"version {task}@{known.newest}", "the index does not list it")
@@ -122,8 +123,35 @@ def version_of(view: View, task: str, number: int, tags: dict[tuple[str, int], l
     row = view.versions.get(task, number)
     if row is None:
         raise DamagedError(f"version {task}@{number}", "the index does not list it")
-    return _version(task, number, row, tags)
+    return version_with_tags(task, number, row, tags)
 
 
-def _version(task: str, number: int, row: VersionRow, tags: dict[tuple[str, int], list[str]]) -> Version:
+def version_with_tags(task: str, number: int, row: VersionRow, tags: dict[tuple[str, int], list[str]]) -> Version:
     return Version(task, number, row.time_ns, row.size_bytes, tuple(tags.get((task, number), ())))
+
+
+MOST_OFFERED = 300
+"""Names that a completion offers; a shell takes milliseconds for each"""
+
+
+def beginning(view: View, text: str) -> list[str]:
+    """References that begin with a text; see :meth:`pear_store.Store.beginning`."""
+    task, at, _ = text.partition("@")
+    if not TASK_NAME.fullmatch(task or "a"):
+        return []
+    if at:
+        numbers = (str(number) for number, _ in view.versions.of(task))
+        tags = (tag for _, tag, row in view.tags.of(task) if row.version)
+        return [name for which in (*numbers, *tags) if (name := f"{task}@{which}").startswith(text)]
+    rows = list(islice(view.names.beginning(task), MOST_OFFERED + 1))
+    names = _branches(view, task) if len(rows) > MOST_OFFERED else [row.name for row in rows if row.newest]
+    return [name for name in names if name.startswith(task)]
+
+
+def _branches(view: View, start: str) -> list[str]:
+    """The beginnings by which names part after `start`, of which there are at least two; one letter is one step."""
+    found: list[str] = []
+    while len(found) < 2:
+        found = list(view.names.branches(start))
+        start = found[0]
+    return found

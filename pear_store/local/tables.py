@@ -38,6 +38,7 @@ class Bytes(Protocol):
     def rows(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]: ...
     def every(self, table: str) -> Iterator[tuple[bytes, bytes]]: ...
     def last(self, table: str, prefix: bytes) -> tuple[bytes, bytes] | None: ...
+    def next(self, table: str, key: bytes) -> tuple[bytes, bytes] | None: ...
     def delete_where(self, table: str, dead: Callable[[bytes, bytes], bool]) -> None: ...
 
 
@@ -112,8 +113,20 @@ class Names(_Table):
         self._view.delete("names", name_key(task))
 
     def rows(self) -> Iterator[NameRow]:
-        for key, row in self._view.rows("names"):
+        return self.beginning("")
+
+    def beginning(self, start: str) -> Iterator[NameRow]:
+        """Those whose names begin so, in whatever case."""
+        for key, row in self._view.rows("names", name_key(start)):
             yield NameRow.decode(key, row)
+
+    def branches(self, start: str) -> Iterator[str]:
+        """Of the names that begin so, in whatever case, their beginnings up to the next letter: reads a row of each."""
+        key = name_key(start)
+        while (found := self._view.next("names", key)) and found[0].startswith(name_key(start)):
+            name = NameRow.decode(*found).name[: len(start) + 1]
+            yield name
+            key = name_key(name) + (b"\xff" if len(name) > len(start) else b"\0")
 
     def every(self) -> Iterator[NameRow]:
         for key, value in self._view.every("names"):

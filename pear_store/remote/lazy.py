@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 from pear_store.errors import AbsentError, NotFoundError, PearStoreError, PlaceError
 from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
+from pear_store.format.summary import Summary
 from pear_store.local.references import Version
 from pear_store.local.stats import CacheStats
+from pear_store.local.uses import Uses
 from pear_store.readable import ReadableStore
 from pear_store.remote.cache import Cache, CacheSettings, last_id, mirror_name
 from pear_store.remote.crew import CrewedPlace
@@ -153,6 +155,16 @@ class RemoteStore(ReadableStore):
             **self._known().counts(), cached_versions=self._cache.count(), cached_bytes=self._cache.size_bytes(),
             limit_bytes=self._limit_bytes,
         )  # fmt: skip
+
+    def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
+        return self._known().summaries(versions)
+
+    def uses(self) -> Uses:
+        return self._known().uses()
+
+    @property
+    def state(self) -> Hashable:
+        return self._known().head
 
     def refresh(self) -> None:
         self._known().ask()

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pear_store import Store, Task, make_task, write_checkpoint
-from tests.helpers.makers import floats, record, small_task, tensors
+from pear_store import plot as plotting
+from tests.helpers.makers import floats, record, sharing_tasks, small_task, tensors
 from tests.pear_store.test_cli import run
 from tests.pear_store.test_store import flip, packs
 
@@ -158,12 +159,12 @@ def cored(name: str, seed: int = 0) -> Task:
     return make_task(record(name, adapters=adapters, positions=positions), stored)
 
 
-def colours(picture: Path) -> set[tuple[int, ...]]:
-    """Of the cells: wide areas that are neither white nor grey nor bars."""
+def colours(picture: Path) -> set[str]:
+    """Of the cells: wide areas in a colour of the legend's."""
     image = Image.open(picture).convert("RGB")
     counts = image.getcolors(image.width * image.height) or []
-    wide = {rgb for count, rgb in counts if count > 2000 and isinstance(rgb, tuple)}
-    return {rgb for rgb in wide if max(rgb) - min(rgb) > 100}
+    wide = {"#%02x%02x%02x" % rgb for count, rgb in counts if count > 2000 and isinstance(rgb, tuple)}
+    return wide & {*plotting._COLOURS, plotting._BETWEEN, plotting._WITHIN}
 
 
 @pytest.mark.slow
@@ -183,6 +184,36 @@ def test_a_plot_shows_what_cores_share(where: Path) -> None:
     assert len(colours(where / "real.png")) == 3  # a colour for each task
     text = svg(where / "real", where / "real.svg")
     assert re.search(r"\b[1-9]\d?% saved by sharing", text) and "e5" not in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [5, 50])
+def test_a_plot_says_by_backbone_what_is_shared_and_what_that_saves(tmp_path: Path, count: int) -> None:
+    with Store.create(tmp_path / "s") as store:
+        for task in sharing_tasks(count):
+            store.add(task)
+        stats = store.stats()
+    text = svg(tmp_path / "s", tmp_path / "map.svg")
+    backbones = {5: 2, 50: 3}[count]
+    assert f"{count} tasks on {backbones} backbones: {stats.unique_bytes / 1000:.3g} kB stored in place of" in text
+    assert len(re.findall(r"\d+ tasks x \d+ positions", text)) == backbones
+    assert re.search(r"24 adapters of \d+ tasks: save", text)
+    assert ("task-049" in text) == (count == 50)
+    run("--store", tmp_path / "s", "plot", tmp_path / "map.png")
+    found = colours(tmp_path / "map.png")
+    assert plotting._COLOURS[0] in found  # the common bases
+    assert (plotting._WITHIN in found) == (count == 50)  # of 5 tasks, all that is shared has a colour of its own
+
+
+@pytest.mark.slow
+def test_one_task_is_drawn_with_a_colour_for_each_adapter(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s") as store:
+        for task in sharing_tasks(8):
+            store.add(task)
+    text = svg(tmp_path / "s", tmp_path / "map.svg", "task-007")
+    assert "blocks.8.mlp, 4 times in task-007: saves" in text
+    run("--store", tmp_path / "s", "plot", tmp_path / "map.png", "task-007")
+    assert len(colours(tmp_path / "map.png")) == 6
 
 
 def svg(store: Path, file: Path, *names: str) -> str:

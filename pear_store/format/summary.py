@@ -1,0 +1,71 @@
+"""What lists say of a task, from its record. That may be a stranger's: what is not as expected is left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """None: the record does not say. `val_top1`: the share of the validation images that was right."""
+
+    backbone: str | None
+    backbone_digest: str | None
+    classes: int | None
+    val_top1: float | None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Summary":
+        backbone, labels = _mapping(record.get("backbone")), record.get("labels")
+        top1 = _mapping(record.get("metrics")).get("val_top1")
+        return cls(
+            _text(backbone.get("model")),
+            _text(backbone.get("digest")),
+            len(labels) if isinstance(labels, list) else None,
+            float(top1) if _is_number(top1) and 0 <= top1 <= 1 else None,
+        )
+
+
+COURSE = ("history", "importance", "pruned", "borrowed", "banked", "images", "unreadable", "machines")
+"""Of a training record: what came of the options, not what was chosen"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a task came from: the data it was trained on, what it was given to start from, and every plain option."""
+
+    data: Mapping[str, Any]
+    given: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Origin":
+        training = _mapping(record.get("training"))
+        data = {key: value for key, value in training.items() if _is_of_data(key) and value not in (None, "", {})}
+        given = {key: training[key] for key in ("given", "bases", "rebased") if training.get(key)}
+        options = {
+            key: value
+            for key, value in training.items()
+            if key not in COURSE and key not in data and key not in given and _is_plain(value)
+        }
+        return cls(data, given, options)
+
+
+def _is_of_data(key: str) -> bool:
+    return key.startswith("data") or key in ("images", "fingerprint")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

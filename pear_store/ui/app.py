@@ -1,0 +1,146 @@
+"""The page and what it asks for, over HTTP. It is only read, and only by this machine's browser."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, get_args
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pear_store.errors import NotFoundError, PearStoreError
+from pear_store.listing import Query, SortKey
+from pear_store.readable import ReadableStore
+from pear_store.ui.overview import Overview, Watched
+
+HOSTS = ("127.0.0.1", "localhost")
+"""What a browser may call this machine: a page elsewhere whose own name was made to lead here says another one."""
+MOST_ROWS = 200
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "img-src 'self'",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_NAME_PART = re.compile(r"[A-Za-z0-9._-]{0,100}")
+
+
+class Guard:
+    """Headers that browsers obey, on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_guarded)
+
+
+class Refused(Exception):
+    """A question that cannot be answered; its text says what was expected."""
+
+
+def create_app(store: ReadableStore) -> Starlette:
+    """An ASGI app that shows a store."""
+    watched = Watched(store)
+    page = resources.files("pear_store.ui") / "page"
+    files = {file.name: file.read_bytes() for file in page.iterdir() if file.name.rpartition(".")[2] in KINDS}
+
+    def answer(question: Callable[[Request], Callable[[Overview], Any]]) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> Response:
+            return JSONResponse(await asyncio.to_thread(watched.ask, question(request)))
+
+        return endpoint
+
+    async def show_page(request: Request) -> Response:
+        return Response(files["index.html"], media_type=KINDS["html"])
+
+    async def show_file(request: Request) -> Response:
+        if (name := request.path_params["file"]) not in files:
+            raise NotFoundError("no such file of the page")
+        return Response(files[name], media_type=KINDS[name.rpartition(".")[2]])
+
+    return Starlette(
+        routes=[
+            Route("/", show_page),
+            Route("/page/{file}", show_file),
+            Route("/v1/store", answer(lambda request: lambda overview: overview.totals)),
+            Route("/v1/tasks", answer(_list)),
+            Route("/v1/tasks/{task}", answer(_task)),
+            Route("/v1/map", answer(_map)),
+        ],
+        middleware=[
+            Middleware(Guard),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False),
+        ],
+        exception_handlers={Refused: _refuse, PearStoreError: _fail},
+    )
+
+
+def _list(request: Request) -> Callable[[Overview], Any]:
+    asked = request.query_params
+    sort, part = asked.get("sort", "name"), asked.get("search", "").strip()
+    if sort not in get_args(SortKey):
+        raise Refused(f"sort={sort[:100]!r}: expected one of {', '.join(get_args(SortKey))}")
+    first, count = _number(request, "first", 0, 10**9), _number(request, "count", 25, MOST_ROWS)
+    query = Query((_pattern(part),), sort=sort, reverse=asked.get("reverse") == "true")
+    return lambda overview: overview.tasks(query, asked.get("backbone") or None, first, count)
+
+
+def _pattern(part: str) -> str:
+    """A pattern of the names that hold a text, in whatever case. A text that is in no name matches none."""
+    if not _NAME_PART.fullmatch(part):
+        return "[!-.0-9A-Za-z_]*"
+    return "*" + "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in part) + "*"
+
+
+def _task(request: Request) -> Callable[[Overview], Any]:
+    name = request.path_params["task"]
+    return lambda overview: overview.task(name)
+
+
+def _map(request: Request) -> Callable[[Overview], Any]:
+    digest = request.query_params.get("backbone") or None
+    return lambda overview: overview.map(digest)
+
+
+def _number(request: Request, name: str, default: int, most: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and int(text) <= most):
+        raise Refused(f"{name}={text[:100]!r}: expected a whole number up to {most}")
+    return int(text)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 422)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 404 if isinstance(error, NotFoundError) else 500)
