@@ -136,7 +136,7 @@ def rehearse(out: Path, task: Task) -> Task:
     Raises:
         PearStoreError: the disk or the record does not allow it.
     """
-    looked_at = out.with_name(f".{out.name}.evaluated")
+    looked_at = _evaluated_path(out)
     try:
         write_checkpoint(looked_at, task)
         return read_checkpoint(looked_at)
@@ -147,6 +147,15 @@ def rehearse(out: Path, task: Task) -> Task:
 def temporary_path(out: Path) -> Path:
     """Where a run's state is written before it replaces the last one."""
     return out.with_name(f".{partial_path(out).name}.tmp")
+
+
+def files_beside(out: Path) -> list[Path]:
+    """The files that a run has beside `out` before it is written."""
+    return [partial_path(out), temporary_path(out), _evaluated_path(out)]
+
+
+def _evaluated_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.evaluated")
 
 
 def check_room(out: Path, needed_bytes: int) -> None:

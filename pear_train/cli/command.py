@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -224,19 +224,10 @@ def _answer(request: Request, work: Work) -> None:
         assert isinstance(work.results[0], Result)
         answer_one(work.results[0], request.out, request.as_json)
     trained = [result for result in work.results if isinstance(result, Result)]
-    drawn = [_draw(result, partial(plot_result, path=plot_path(work.paths[result.task])))
-             for result in trained if request.plot]  # fmt: skip
-    if request.html is not None:
-        drawn += [_draw(result, partial(write_html, checkpoint=request.out, path=request.html)) for result in trained]
-    if len(trained) < len(work.results) or not all(drawn):
+    for result in trained:
+        if request.plot:
+            work.draw(f"{result.task}: --plot", partial(plot_result, result, plot_path(work.paths[result.task])), say)
+        if request.html is not None:
+            work.draw(f"{result.task}: --html", partial(write_html, result, request.out, request.html), say)
+    if len(trained) < len(work.results) or not work.drawn:
         sys.exit(1)
-
-
-def _draw(result: Result, draw: Callable[[Result], None]) -> bool:
-    """Draws a picture or page; says what is wrong if that fails, for the run itself is done."""
-    try:
-        draw(result)
-    except PearTrainError as error:
-        echo(f"Error: {result.task}: {error}", err=True)
-        return False
-    return True

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pear_store import Task
+from pear_store import PearStoreError, Task
 from pear_train.cli.answer import summary_line
 from pear_train.curves import Curves
+from pear_train.errors import PearTrainError
 from pear_train.job import Job
 from pear_train.recall import recall_warnings
 from pear_train.report import Failed, Result
@@ -65,6 +66,20 @@ class Work:
     kept: set[str] = field(default_factory=set)
     """Tasks whose checkpoint was there already."""
     curves: Curves = field(default_factory=lambda: Curves(None, None))
+    drawn: bool = True
+    """Whether all that was to be drawn could be."""
+
+    def draw(self, what: str, draw: Callable[[], None], say: Callable[[str], None]) -> bool:
+        """Draws or writes what shows a run. Says in a line if that fails, whatever it is: no training ends by it."""
+        try:
+            draw()
+        except Exception as error:  # whatever matplotlib, TensorBoard, Jinja or a disk can raise
+            self.drawn = False
+            ours = isinstance(error, PearTrainError | PearStoreError)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            say(f"Error: {what}: {reason if ours else f'cannot be drawn: {reason}'}")
+            return False
+        return True
 
     def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
         """Takes what came of a task, and says it."""
