@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
 from pear_store.files import open_regular_file
+from pear_train.config import OPTIONS, TrainConfig
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.identity import BASES, Identity, differences, identity_of
 
@@ -92,6 +93,16 @@ def state_at(out: Path) -> dict[str, Any] | None:
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         problem = error
     raise ConfigError(f"{path}: a run keeps its state there, but finds {problem}. Move it away, or name another --out")
+
+
+def epochs_ended(config: TrainConfig, out: Path) -> int:
+    """Epochs of a run with these options that its state holds; 0 without one."""
+    try:
+        state = state_at(out) or {}
+    except ConfigError:
+        return 0
+    options = {name: getattr(config, name) for name in ("task", *OPTIONS) if name != "device"}
+    return 0 if differences(state.get("identity", {}), options) else int(state["epoch"]) - 1
 
 
 def _holds_something(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """The command itself: what it takes, and what it prints at the end."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,11 +10,11 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError
-from pear_store.terminal import echo, version_option
+from pear_store.terminal import version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
-from pear_train.cli.progress import Stopped, say
-from pear_train.cli.request import Request, Work
+from pear_train.cli.progress import as_command, say
+from pear_train.cli.request import Request, Stopped, Work
 from pear_train.cli.work import do_work
 from pear_train.errors import PearTrainError
 from pear_train.html import write_html
@@ -154,13 +153,14 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
         say(f"Error: {error}")
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt as stop:
-        kept = stop.kept if isinstance(stop, Stopped) else None
-        how = (
-            f"{kept}; the same command goes on from there"
-            if kept
-            else "no epoch was ended; the same command begins anew"
-        )
-        echo(f"Stopped: {how}:\n    {shlex.join(['pear-train', *ctx.meta.get(ARGUMENTS, [])])}", err=True)
+        if not isinstance(stop, Stopped):
+            how = "nothing was written; the same command again"
+        elif stop.left_behind:
+            how = f"{stop.left_behind}; the same command goes on from there"
+            how += ", and trains finished tasks anew (--force)" if request.force and request.many else ""
+        else:
+            how = "no epoch was ended; the same command begins anew"
+        say(f"Stopped: {how}:\n    {as_command('pear-train', *ctx.meta.get(ARGUMENTS, []))}")
         sys.exit(130)
     if work is not None:
         _answer(request, work)

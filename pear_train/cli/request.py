@@ -9,6 +9,7 @@ from pear_train.cli.answer import summary_line
 from pear_train.curves import Curves
 from pear_train.errors import PearTrainError
 from pear_train.job import Job
+from pear_train.output import epochs_ended
 from pear_train.recall import recall_warnings
 from pear_train.report import Failed, Result
 from pear_train.tasks import TaskEntry
@@ -81,12 +82,30 @@ class Work:
             return False
         return True
 
+    def left_behind(self) -> str:
+        """What is on disk of runs that were stopped; "" for nothing."""
+        trained = {result.task for result in self.results if isinstance(result, Result)}
+        told = [f"{len(trained)} of {len(self.entries)} tasks are trained"] if trained else []
+        for entry in self.entries:
+            task, epochs = entry.config.task, entry.config.epochs
+            if task not in trained and (ended := epochs_ended(entry.config, self.paths[task])):
+                told.append(f"{task}: epoch {ended} of {epochs} is kept")
+        return "; ".join(told[:9]) + ("; …" if len(told) > 9 else "")
+
     def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
         """Takes what came of a task, and says it."""
         self.results.append(result)
         say(summary_line(result))
         for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
             say(f"Warning: {result.task}: {warning}")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a training, and what it left on disk; "" for nothing."""
+
+    def __init__(self, left_behind: str) -> None:
+        super().__init__(left_behind)
+        self.left_behind = left_behind
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.terminal import echo
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
-from pear_train.cli.progress import Progress, say_above, telling_how_far
-from pear_train.cli.request import Given, Request, Work
+from pear_train.cli.progress import Progress, say_above
+from pear_train.cli.request import Given, Request, Stopped, Work
 from pear_train.config import OPTIONS, TrainConfig
 from pear_train.curves import Curves
 from pear_train.data import Dataset, open_dataset
@@ -90,7 +90,10 @@ def do_work(request: Request, told: Told) -> Work | None:
     if request.preview is not None:
         write_preview(entries[0].config, loaded, datasets[0], request.preview)
         echo(f"preview   {request.preview}", err=True)
-    _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
+    try:
+        _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
+    except KeyboardInterrupt:
+        raise Stopped(work.left_behind()) from None
     return work
 
 
@@ -158,7 +161,7 @@ def _train(request: Request, work: Work, loaded: Backbone, given: Given, default
         return
     many, together = request.many, request.together or default_together
     epochs = sum(job.config.epochs for job in work.jobs) if many else None
-    with Progress(str(request.task or request.tasks_file), epochs) as bar, telling_how_far(bar):
+    with Progress(str(request.task or request.tasks_file), epochs) as bar:
         for result in work.results:
             if isinstance(result, Result):
                 _write_curves(work, result.task, partial(work.curves.whole, result), bar)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -113,14 +114,55 @@ def test_ctrl_c_says_which_epoch_is_kept(
         if step.epoch == 3:
             raise KeyboardInterrupt
 
+    def stop(self: object, step: Step) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
         patched.setattr("pear_train.curves.Curves.show", show)
         stopped = run(*command)
     assert stopped.exit_code == 130
     assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on from there:" in stopped.stderr
     assert f"pear-train t --data {data} --out '{tmp_path}/t o.safetensors' --epochs 3" in stopped.stderr
+    with monkeypatch.context() as patched:  # and a second time, before an epoch ends
+        patched.setattr("pear_train.cli.progress.Progress.show", show)
+        assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on" in run(*command).stderr
+        patched.setattr("pear_train.cli.progress.Progress.show", stop)
+        other = [*command, "--lr", "0.02", "--overwrite"]
+        assert "Stopped: no epoch was ended; the same command begins anew" in run(*other).stderr
     again = run(*command)
     assert again.exit_code == 0 and "t: goes on after epoch 2 of 3" in again.stderr
+
+
+def test_ctrl_c_of_many_tasks_says_what_is_there(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text("".join(f'[tasks.{name}]\ndata = "{data}"\n' for name in "abc"))
+    command = ("--tasks", tasks, "--out", tmp_path / "out", *FAST, "--force")
+
+    def show(self: object, step: Step) -> None:
+        if step.task == "b" and step.epoch == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pear_train.curves.Curves.show", show)
+    told = "Stopped: 1 of 3 tasks are trained; b: epoch 2 of 3 is kept; the same command goes on from there"
+    assert f"{told}, and trains finished tasks anew (--force):" in run(*command).stderr
+    assert f"{told}:" in run(*command[:-1]).stderr
+
+
+def test_the_command_that_goes_on_is_what_a_shell_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own, whatever words it has."""
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pear_train.cli.command.do_work", stop)
+    odd = ["it's", "a b", "$HOME", "", "line\nbreak", "tab\t' \\n", "été", "\u202e", os.fsdecode(b"\xff1")]
+    words = ["t", "--data", "d", "--out", "o", *(word for name in odd for word in ("--weights", name))]
+    lines = CliRunner().invoke(main, words).stderr.splitlines()
+    assert lines[0] == "Stopped: nothing was written; the same command again:" and len(lines) == 2
+    assert lines[1].startswith("    pear-train t --data d ")
+    script = lines[1].replace("pear-train", "printf '%s\\0'", 1)
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
+    assert [os.fsdecode(word) for word in said.split(b"\0")[:-1]] == words
 
 
 def test_an_early_stop_is_said(data: Path, tmp_path: Path) -> None:
