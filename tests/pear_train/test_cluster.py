@@ -161,7 +161,7 @@ def test_of_a_worker_that_died_only_tasks_that_did_not_end_are_said(tmp_path: Pa
 
     said: list[str] = []
     party = object.__new__(Party)  # without a cluster
-    party._waiting, party._audience = deque(), SimpleNamespace(say=said.append)  # type: ignore[assignment]
+    party._waiting, party._audience = deque(), SimpleNamespace(say=said.append)
     assert not list(party._again(_Group({}))) and not said and not party._waiting
     left = {name: Assignment(TaskEntry.of(name, "d", {}), tmp_path / name) for name in ("a", "b")}
     assert not list(party._again(_Group(left))) and [group.left for group in party._waiting] == [left]
