@@ -261,14 +261,17 @@ class Party:
 
     def _again(self, group: _Group) -> Iterator[Failed]:
         """Puts tasks first in line whose worker died; gives up those that had too many."""
+        if not group.left:  # all of them had ended
+            return
         group.deaths += 1
         names = ", ".join(group.left)
         if group.deaths >= ATTEMPTS:
             why = f"its worker died {ATTEMPTS} times without an epoch's end; Ray's logs say why"
             yield from (Failed(task, why) for task in group.left)
             return
-        self._audience.say(f"{names}: the worker died; another goes on after the last epoch that was ended")
+        again = "others, one for each, go" if group.deaths >= ALONE_AFTER and len(group.left) > 1 else "another goes"
+        self._audience.say(f"{names}: the worker died; {again} on after the last epoch that was ended")
         if group.deaths >= ALONE_AFTER:
             self._waiting.extendleft(_Group({task: job}, group.deaths) for task, job in group.left.items())
-        elif group.left:
+        else:
             self._waiting.appendleft(group)

@@ -1,13 +1,15 @@
 """How runs learn, for other programs: a CSV file, or a folder that TensorBoard reads."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.report import Result, Step
+from pear_train.targets import check_target
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,23 +36,22 @@ def write_csv(path: Path, history: History) -> None:
 
 
 def check_csv(path: Path) -> None:
-    """Raises a ConfigError where something lies that is no such file: it is not replaced."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--curves {path}: folder {path.parent} does not exist; make it first")
-    if path.is_file() and path.stat().st_size:
-        with open(path, "rb") as file:
-            if not file.read(64).startswith(f"{_FIRST},loss,".encode()):
-                raise ConfigError(f"--curves {path}: there is something that pear-train did not write: not replaced")
-    elif path.exists() and not path.is_file():
-        raise ConfigError(f"--curves {path}: is no regular file")
+    """Raises a ConfigError where no such file can be written, or something else lies."""
+    check_target("--curves", path, lambda start: start.startswith(f"{_FIRST},loss,".encode()))
 
 
-def check_tensorboard() -> None:
-    """Raises a ConfigError where the package is missing."""
+def check_tensorboard(folder: Path, tasks: Iterable[str]) -> None:
+    """Raises a ConfigError where the package is missing, or the folder of a task cannot be made."""
     try:
         import_module("tensorboard")
     except ImportError:
         raise ConfigError("--tensorboard needs tensorboard: pip install 'pear-adapters[tensorboard]'") from None
+    for place in [folder, *(folder / task for task in tasks)]:
+        there = next(above for above in (place, *place.absolute().parents) if os.path.lexists(above))
+        if not os.path.isdir(there):
+            raise ConfigError(f"--tensorboard {folder}: {there} is no folder: expected one, or nothing there")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"--tensorboard {folder}: folder {there} takes no file: Permission denied")
 
 
 class Curves:
@@ -59,15 +60,16 @@ class Curves:
     Args:
         csv_path: a CSV file of one run.
         folder: of TensorBoard; each task has a folder in it.
+        tasks: their names.
     """
 
-    def __init__(self, csv_path: Path | None, folder: Path | None) -> None:
+    def __init__(self, csv_path: Path | None, folder: Path | None, tasks: Iterable[str] = ()) -> None:
         self._csv, self._folder = csv_path, folder
         self._writers: dict[str, SummaryWriter] = {}
         if csv_path is not None:
             check_csv(csv_path)
         if folder is not None:
-            check_tensorboard()
+            check_tensorboard(folder, tasks)
 
     def show(self, step: Step) -> None:
         """Writes what an epoch's last step says."""

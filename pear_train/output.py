@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from pear_store import PearStoreError, Task, read_checkpoint, write_checkpoint
 from pear_store.files import open_regular_file
+from pear_train.config import OPTIONS, TrainConfig
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.identity import BASES, Identity, differences, identity_of
 
@@ -94,6 +95,16 @@ def state_at(out: Path) -> dict[str, Any] | None:
     raise ConfigError(f"{path}: a run keeps its state there, but finds {problem}. Move it away, or name another --out")
 
 
+def epochs_ended(config: TrainConfig, out: Path) -> int:
+    """Epochs of a run with these options that its state holds; 0 without one."""
+    try:
+        state = state_at(out) or {}
+    except ConfigError:
+        return 0
+    options = {name: getattr(config, name) for name in ("task", *OPTIONS) if name != "device"}
+    return 0 if differences(state.get("identity", {}), options) else int(state["epoch"]) - 1
+
+
 def _holds_something(path: Path) -> bool:
     """Whether there is anything at a path but an empty file; a ConfigError where that is no regular file."""
     if not os.path.exists(path):  # nothing, or a link to nothing
@@ -136,7 +147,7 @@ def rehearse(out: Path, task: Task) -> Task:
     Raises:
         PearStoreError: the disk or the record does not allow it.
     """
-    looked_at = out.with_name(f".{out.name}.evaluated")
+    looked_at = _evaluated_path(out)
     try:
         write_checkpoint(looked_at, task)
         return read_checkpoint(looked_at)
@@ -147,6 +158,15 @@ def rehearse(out: Path, task: Task) -> Task:
 def temporary_path(out: Path) -> Path:
     """Where a run's state is written before it replaces the last one."""
     return out.with_name(f".{partial_path(out).name}.tmp")
+
+
+def files_beside(out: Path) -> list[Path]:
+    """The files that a run has beside `out` before it is written."""
+    return [partial_path(out), temporary_path(out), _evaluated_path(out)]
+
+
+def _evaluated_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.evaluated")
 
 
 def check_room(out: Path, needed_bytes: int) -> None:

@@ -1,14 +1,12 @@
 """A run as a picture: what was pruned and why, and how it learnt. Needs matplotlib."""
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pear_store import PearStoreError
-from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.report import Result
+from pear_train.targets import check_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,18 +35,8 @@ def check_plot(path: Path) -> None:
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Checks that a picture may be written there. Raises a ConfigError where something else lies there."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: folder {path.parent} does not exist; make it first")
-    if not os.path.lexists(path):
-        return
-    try:
-        with open_regular_file(path) as file:
-            start = file.read(4096)
-    except PearStoreError as error:
-        raise ConfigError(f"{option} {error}") from None
-    if start and not (start.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in start):
-        raise ConfigError(f"{option} {path}: there is something that pear-train did not draw, and it is not replaced")
+    """Raises a ConfigError where a picture cannot be written, or something lies that is no picture of a run."""
+    check_target(option, path, lambda start: start.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in start)
 
 
 def plot_result(result: Result, path: Path) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import click
 
-from pear_train.cli.progress import Table, telling_how_far
+from pear_train.cli.progress import Table
 from pear_train.cli.request import Given, Request, Work
 from pear_train.tasks import TaskEntry
 from router import Backbone
@@ -31,7 +31,7 @@ def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Give
         setup = cluster.Setup(
             request.backbone, weights, loaded.digest, root, on_gpus, given.base, given.bank, given.bases
         )
-        with Table(str(request.tasks_file), epochs) as table, telling_how_far(table):
+        with Table(str(request.tasks_file), epochs) as table:
             party = cluster.Party(
                 setup, table, request.together or (8 if on_gpus else 1), request.workers, request.cpus_per_worker
             )

@@ -1,8 +1,7 @@
 """The command itself: what it takes, and what it prints at the end."""
 
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError
-from pear_store.terminal import echo, version_option
+from pear_store.terminal import version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
-from pear_train.cli.progress import Stopped, say
-from pear_train.cli.request import Request, Work
+from pear_train.cli.progress import as_command, say
+from pear_train.cli.request import Request, Stopped, Work
 from pear_train.cli.work import do_work
 from pear_train.errors import PearTrainError
 from pear_train.html import write_html
@@ -154,13 +153,14 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
         say(f"Error: {error}")
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt as stop:
-        kept = stop.kept if isinstance(stop, Stopped) else None
-        how = (
-            f"{kept}; the same command goes on from there"
-            if kept
-            else "no epoch was ended; the same command begins anew"
-        )
-        echo(f"Stopped: {how}:\n    {shlex.join(['pear-train', *ctx.meta.get(ARGUMENTS, [])])}", err=True)
+        if not isinstance(stop, Stopped):
+            how = "nothing was written; the same command again"
+        elif stop.left_behind:
+            how = f"{stop.left_behind}; the same command goes on from there"
+            how += ", and trains finished tasks anew (--force)" if request.force and request.many else ""
+        else:
+            how = "no epoch was ended; the same command begins anew"
+        say(f"Stopped: {how}:\n    {as_command('pear-train', *ctx.meta.get(ARGUMENTS, []))}")
         sys.exit(130)
     if work is not None:
         _answer(request, work)
@@ -224,19 +224,10 @@ def _answer(request: Request, work: Work) -> None:
         assert isinstance(work.results[0], Result)
         answer_one(work.results[0], request.out, request.as_json)
     trained = [result for result in work.results if isinstance(result, Result)]
-    drawn = [_draw(result, partial(plot_result, path=plot_path(work.paths[result.task])))
-             for result in trained if request.plot]  # fmt: skip
-    if request.html is not None:
-        drawn += [_draw(result, partial(write_html, checkpoint=request.out, path=request.html)) for result in trained]
-    if len(trained) < len(work.results) or not all(drawn):
+    for result in trained:
+        if request.plot:
+            work.draw(f"{result.task}: --plot", partial(plot_result, result, plot_path(work.paths[result.task])), say)
+        if request.html is not None:
+            work.draw(f"{result.task}: --html", partial(write_html, result, request.out, request.html), say)
+    if len(trained) < len(work.results) or not work.drawn:
         sys.exit(1)
-
-
-def _draw(result: Result, draw: Callable[[Result], None]) -> bool:
-    """Draws a picture or page; says what is wrong if that fails, for the run itself is done."""
-    try:
-        draw(result)
-    except PearTrainError as error:
-        echo(f"Error: {result.task}: {error}", err=True)
-        return False
-    return True

@@ -1,9 +1,8 @@
 """What a person sees while tasks train: a bar on a terminal, a line for each epoch in a log, and lines above them."""
 
+import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +28,15 @@ def say_above(text: str) -> None:
     tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
+def as_command(*words: str) -> str:
+    """Words as a shell takes them: on one line, also where some hold line breaks or bytes that are no text."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
+
+
+def _escaped(word: str) -> str:
+    return "$'" + printable(word.replace("\\", r"\\").replace("'", r"\'")) + "'"
+
+
 class Progress:
     """A tqdm bar on stderr: batches of one task, or epochs of many. Where stderr is no terminal, a line an epoch.
 
@@ -43,16 +51,11 @@ class Progress:
             desc=name, unit=unit, total=epochs, file=sys.stderr, mininterval=0.5, disable=not self.on_terminal
         )
         self.val = ""
-        self.kept: Step | None = None
-        """The last step of the last epoch whose state is on disk, as far as is known: the next one has begun."""
-        self._ended: Step | None = None
         self._machine, self._began, self._before = "", time.monotonic(), 0
 
     def show(self, step: Step) -> None:
         self._tell_machine(step)
-        self.kept = self._ended or self.kept
         if step.val_top1 is not None:
-            self._ended = step
             self.val = f" val {100 * step.val_top1:.1f}%"
         if self.many:
             if step.val_top1 is not None:
@@ -120,24 +123,6 @@ def memory_shown(device: str) -> str:
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C, and how far the run got."""
-
-    def __init__(self, kept: str | None) -> None:
-        super().__init__(kept)
-        self.kept = kept
-
-
-@contextmanager
-def telling_how_far(bar: Progress) -> Iterator[None]:
-    """Says at Ctrl-C which epoch is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = bar.kept
-        raise Stopped(None if kept is None else f"{kept.task}: epoch {kept.epoch} of {kept.epochs} is kept") from None
 
 
 class Table(Progress):

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pear_store import Task
+from pear_store import PearStoreError, Task
 from pear_train.cli.answer import summary_line
 from pear_train.curves import Curves
+from pear_train.errors import PearTrainError
 from pear_train.job import Job
+from pear_train.output import epochs_ended
 from pear_train.recall import recall_warnings
 from pear_train.report import Failed, Result
 from pear_train.tasks import TaskEntry
@@ -65,6 +67,30 @@ class Work:
     kept: set[str] = field(default_factory=set)
     """Tasks whose checkpoint was there already."""
     curves: Curves = field(default_factory=lambda: Curves(None, None))
+    drawn: bool = True
+    """Whether all that was to be drawn could be."""
+
+    def draw(self, what: str, draw: Callable[[], None], say: Callable[[str], None]) -> bool:
+        """Draws or writes what shows a run. Says in a line if that fails, whatever it is: no training ends by it."""
+        try:
+            draw()
+        except Exception as error:  # whatever matplotlib, TensorBoard, Jinja or a disk can raise
+            self.drawn = False
+            ours = isinstance(error, PearTrainError | PearStoreError)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            say(f"Error: {what}: {reason if ours else f'cannot be drawn: {reason}'}")
+            return False
+        return True
+
+    def left_behind(self) -> str:
+        """What is on disk of runs that were stopped; "" for nothing."""
+        trained = {result.task for result in self.results if isinstance(result, Result)}
+        told = [f"{len(trained)} of {len(self.entries)} tasks are trained"] if trained else []
+        for entry in self.entries:
+            task, epochs = entry.config.task, entry.config.epochs
+            if task not in trained and (ended := epochs_ended(entry.config, self.paths[task])):
+                told.append(f"{task}: epoch {ended} of {epochs} is kept")
+        return "; ".join(told[:9]) + ("; …" if len(told) > 9 else "")
 
     def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
         """Takes what came of a task, and says it."""
@@ -72,6 +98,14 @@ class Work:
         say(summary_line(result))
         for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
             say(f"Warning: {result.task}: {warning}")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a training, and what it left on disk; "" for nothing."""
+
+    def __init__(self, left_behind: str) -> None:
+        super().__init__(left_behind)
+        self.left_behind = left_behind
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What a data set is to the trainer."""
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +68,8 @@ class Dataset:
     """Refuse a class without a training image; VTAB-1k has such."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""
+    cautions: tuple[str, ...] = ()
+    """What a person should know of the pictures; `warnings` says it."""
     skip_unreadable: bool = False
     """Train without pictures that cannot be read, rather than refuse."""
     limits: Limits = LIMITS
@@ -80,7 +84,7 @@ class Dataset:
 
     def _faults(self) -> Iterator[str]:
         if len(self.classes) < 2:
-            yield f"only one class, {', '.join(map(repr, self.classes))}: expected at least two"
+            yield f"{f'only one class, {self.classes[0]!r}' if self.classes else 'no class'}: expected at least two"
         for name in self.classes:
             if CONTROL.search(name):
                 yield f"class {name!r}: expected a name in UTF-8 without line breaks or other control characters"
@@ -118,16 +122,18 @@ class Dataset:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before training, a line each."""
+        yield from self.cautions
         train = self.counts["train"]
         few = [name for name, count in zip(self.classes, train, strict=True) if count < 2]
         if few:
             yield f"fewer than 2 training images: {listed(few)}"
-        folded: dict[str, list[str]] = {}
+        alike: dict[str, list[str]] = {}
         for name in self.classes:
-            folded.setdefault(name.casefold(), []).append(name)
-        for names in folded.values():
+            alike.setdefault(_bare(name), []).append(name)
+        for names in alike.values():
             if len(names) > 1:
-                yield f"classes whose names differ only by case: {listed(names)}"
+                also = ", spaces or zeros" if len({name.casefold() for name in names}) > 1 else ""
+                yield f"classes whose names differ only by case{also}: {listed(names)}"
         most, least = max(train), min(train)
         if most >= UNEVEN * max(1, least):
             of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
@@ -193,6 +199,16 @@ class Dataset:
 def listed(names: list[str]) -> str:
     """The first of some names, for a message."""
     return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _bare(name: str) -> str:
+    """What a name has in common with others that people may take for it: Cat for " cat", 1.0 for 01."""
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    number = _NUMBER.fullmatch(text)
+    return text if number is None else number["whole"] + (number["part"] or "").rstrip("0").rstrip(".")
+
+
+_NUMBER = re.compile(r"0*(?P<whole>\d+)(?P<part>\.\d*)?", re.ASCII)
 
 
 def hold_out(split: Split, share: float, salt: str) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from pear_store.local.sources import Access
 from pear_train.data.labelled import Labelled
 from pear_train.data.layout import split_of
-from pear_train.data.rows import Rows
+from pear_train.data.rows import Row, Rows
 from pear_train.data.tables import class_names, needs_pyarrow
 from pear_train.errors import DataError
 from router import RouterError
-from router.pictures import ImageLike
 
 if TYPE_CHECKING:
     from router.infer.lists import ImageList
@@ -41,15 +40,15 @@ def open_list(path: Path, needs_train: bool = True) -> Labelled:
     return rows.labelled(f"{path}: an image list", known, needs_train)
 
 
-def _read(found: "ImageList", place: Callable[[str | bytes], ImageLike], known: Sequence[str] | None) -> Rows:
+def _read(found: "ImageList", place: Callable[[str | bytes], str | bytes], known: Sequence[str] | None) -> Rows:
     of_number = None if known is None else {str(number): name for number, name in enumerate(known)}
-    rows = Rows(splits=[] if "split" in found.schema.names else None)
+    rows = Rows(with_splits="split" in found.schema.names)
     number = 0
     for part in found.parts(_ROWS):
         labels, names = found.texts(part.table, "label"), found.texts(part.table, "image")
-        splits = [None] * len(labels) if rows.splits is None else found.texts(part.table, "split")
+        splits = found.texts(part.table, "split") if rows.with_splits else [None] * len(labels)
         for image, name, label, split, fault in zip(part.images, names, labels, splits, part.faults, strict=True):
-            number += 1
+            number, label = number + 1, (label or "").strip()
             if fault is not None:
                 rows.faults.append(fault)
             elif not image or not label:
@@ -58,12 +57,9 @@ def _read(found: "ImageList", place: Callable[[str | bytes], ImageLike], known: 
                 rows.faults.append(
                     f"row {number}: label {label[:40]!r}: expected the number of one of {len(of_number)} classes"
                 )
-            elif rows.splits is not None and split_of(split or "") is None:
+            elif rows.with_splits and split_of(split or "") is None:
                 rows.faults.append(f"row {number}: split {(split or '')[:40]!r}: expected train, val or test")
             else:
-                rows.images.append(place(image))
-                rows.names.append(name or str(number))
-                rows.labels.append(label if of_number is None else of_number[label])
-                if rows.splits is not None:
-                    rows.splits.append(split or "")
+                label = label if of_number is None else of_number[label]
+                rows.add(Row(number, place(image), name or str(number), label, split))
     return rows

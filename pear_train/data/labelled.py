@@ -21,6 +21,8 @@ class Labelled:
     """Training needs an image of each class; VTAB-1k has sets without."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""
+    cautions: tuple[str, ...] = ()
+    """What a person should know of the pictures, such as that some are in two splits."""
 
     def dataset(self) -> Dataset:
         """The data set to train on. A missing val is a tenth of train; data without splits gives a tenth to test, too.
@@ -43,5 +45,6 @@ class Labelled:
             splits["val"], splits["train"] = splits["train"].subset(held), splits["train"].subset(rest)
             described += " (about a tenth of train held out for val)"
         return Dataset(
-            described, self.classes, splits["train"], splits["val"], splits.get("test"), self.all_in_train, self.notes
-        )
+            described, self.classes, splits["train"], splits["val"], splits.get("test"), self.all_in_train,
+            self.notes, self.cautions,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from pear_train.data.dataset import LOOKED_FOR, Dataset
 from pear_train.data.folder import open_folder
 from pear_train.data.image_list import LISTS, open_list
 from pear_train.data.labelled import Labelled
+from pear_train.data.listing import describe_skipped, list_pictures
 from pear_train.data.npz import open_npz
 from pear_train.data.options import DataOptions
 from pear_train.data.tables import is_saved, open_parquet_files, open_saved, parquet_files
@@ -49,8 +50,10 @@ def open_labelled(
     if path.is_file():
         if path.suffix.lower() == ".npz":
             return open_npz(path, needs_train)
-        if path.suffix.lower() in LISTS:
+        if path.suffix in LISTS:
             return open_list(path, needs_train)
+        if path.suffix.lower() in LISTS:
+            raise DataError(f"{data}: expected the ending of a list in small letters: {path.suffix.lower()}")
         raise DataError(f"{data}: a file of no kind that is known by its ending; looked for {LOOKED_FOR}")
     if path.is_dir():
         return _open_directory(path, options, needs_train)
@@ -65,5 +68,9 @@ def _open_directory(path: Path, options: DataOptions, needs_train: bool) -> Labe
     if is_saved(path):
         return open_saved(path, needs_train)
     if not options.of_folders and parquet_files(path):
-        return open_parquet_files(path, needs_train)
+        pictures = list_pictures(path).pictures
+        if len({picture.rpartition("/")[0] for picture in pictures if "/" in picture}) < 2:  # no class folders
+            found = open_parquet_files(path, needs_train)
+            beside = describe_skipped({"pictures beside the Parquet files": pictures} if pictures else {})
+            return replace(found, notes=(*found.notes, *beside))
     return open_folder(path, options, needs_train)

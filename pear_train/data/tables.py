@@ -5,24 +5,29 @@ Read with pyarrow alone. Arrow files are mapped, so pictures stay on disk; Parqu
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from pear_store import PearStoreError
-from pear_store.files import read_text
+from pear_store.files import open_regular_file, read_text
 from pear_train.data.dataset import Split, listed, numbered, raise_all
+from pear_train.data.fingerprint import picture_digest
 from pear_train.data.labelled import WHOLE, Labelled
 from pear_train.data.layout import split_of
-from pear_train.data.rows import in_order, in_train_too
+from pear_train.data.rows import in_order, in_two_splits
 from pear_train.errors import DataError
 from router.pictures import ImageLike
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_TAIL_BYTES = 64
+"""Of a picture's file: those of most pictures of one size differ there, so the rest of them need not be read."""
 _SHARD = re.compile(r"(?P<split>[A-Za-z]\w*)(?:-\d+-of-\d+)?\.parquet", re.ASCII)
 
 
@@ -37,7 +42,7 @@ def parquet_files(path: Path) -> dict[str, list[Path]]:
     """The Parquet files of each split of a data set as the Hub has it: ``data/train-00000-of-00002.parquet``."""
     found: dict[str, list[Path]] = {}
     for folder in (path, path / "data"):
-        for file in sorted(folder.glob("*.parquet")):
+        for file in sorted(path for path in folder.glob("*.parquet") if path.is_file()):
             named = _SHARD.fullmatch(file.name)
             found.setdefault((named and split_of(named["split"])) or file.name, []).append(file)
     return found
@@ -53,7 +58,7 @@ def open_saved(path: Path, needs_train: bool = True) -> Labelled:
     if not (path / "dataset_dict.json").is_file():
         return _labelled(described, {WHOLE: _arrow(path)}, needs_train)
     names = _json(path / "dataset_dict.json").get("splits")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path / 'dataset_dict.json'}: expected a list of splits")
     return _labelled(described, {name: _arrow(path / _plain(path, name)) for name in names}, needs_train)
 
@@ -61,15 +66,15 @@ def open_saved(path: Path, needs_train: bool = True) -> Labelled:
 def open_parquet_files(path: Path, needs_train: bool = True) -> Labelled:
     """A data set as the Hub has it. Raises as :func:`open_saved`."""
     import_arrow(path)
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     tables = {}
     for split, files in parquet_files(path).items():
-        try:
-            tables[split] = pa.concat_tables([pq.read_table(file) for file in files])
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{files[0]}: cannot be read as Parquet: {_line(error)}") from None
+        shards = {}
+        for path_of_shard in files:
+            with _reading(path_of_shard, "Parquet"), open_regular_file(path_of_shard) as file:
+                shards[path_of_shard] = pq.read_table(file)
+        tables[split] = _joined(shards, "Parquet")
     return _labelled(f"{path}: a folder of Parquet files", tables, needs_train)
 
 
@@ -80,7 +85,7 @@ def class_names(path: Path) -> tuple[str, ...] | None:
 
     try:
         return _names(_features(pq.read_schema(path)), "label")
-    except (OSError, pa.ArrowException):  # whoever reads the rows says so
+    except (OSError, ValueError, pa.ArrowException):  # whoever reads the rows says so
         return None
 
 
@@ -110,16 +115,49 @@ def _arrow(folder: Path) -> "pa.Table":
     files = _json(folder / "state.json").get("_data_files")
     if not isinstance(files, list) or not files:
         raise DataError(f"{folder / 'state.json'}: expected a list of data files")
-    tables = []
+    shards = {}
     for file in files:
         named = folder / _plain(folder, file.get("filename") if isinstance(file, dict) else None)
-        try:
-            tables.append(pa.ipc.open_stream(pa.memory_map(str(named))).read_all())
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{named}: cannot be read as Arrow: {_line(error)}") from None
-    table = pa.concat_tables(tables)
+        with _reading(named, "Arrow"):
+            open_regular_file(named).close()  # a pipe would be waited for
+            shards[named] = pa.ipc.open_stream(pa.memory_map(str(named))).read_all()
+    table = _joined(shards, "Arrow")
     features = _json(folder / "dataset_info.json").get("features")
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _joined(shards: Mapping[Path, "pa.Table"], kind: Literal["Arrow", "Parquet"]) -> "pa.Table":
+    """Several files' rows as one table; each is found whole first, for a damaged offset would lead anywhere."""
+    import pyarrow as pa
+
+    (first, table), *others = shards.items()
+    for file, rows in shards.items():
+        with _reading(file, kind):
+            rows.validate(full=True)
+            rows.schema.names  # noqa: B018 (raises where a name is not UTF-8)
+    for file, rows in others:
+        if not rows.schema.equals(table.schema):
+            raise DataError(
+                f"{file}: has other columns than {first.name}: expected {_columns(table)}: {_columns(rows)}"
+            )
+    return pa.concat_tables(shards.values())
+
+
+@contextmanager
+def _reading(file: Path, kind: Literal["Arrow", "Parquet"]) -> Iterator[None]:
+    """Turns whatever a damaged file makes pyarrow raise into a DataError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except PearStoreError as error:
+        raise DataError(str(error)) from None
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read as {kind}: {_line(error):.300}") from None
+
+
+def _columns(table: "pa.Table") -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in table.schema)
 
 
 def _labelled(described: str, tables: Mapping[str, "pa.Table"], needs_train: bool) -> Labelled:
@@ -134,12 +172,14 @@ def _labelled(described: str, tables: Mapping[str, "pa.Table"], needs_train: boo
     notes: list[str] = []
     chosen: dict[str, pa.Table] = {}
     for split, table in tables.items():
-        role = WHOLE if split == WHOLE or len(tables) == 1 else split_of(split)
+        role = split_of(split)
+        if split == WHOLE or (len(tables) == 1 and role in (None, "train")):
+            role = WHOLE
         if role is None or role in chosen:
             raise DataError(f"{described}: splits {listed(list(tables))}: expected one each of train, val and test")
         if missing := [name for name in (image, label) if name not in table.column_names]:
             raise DataError(f"{described}: split {split} has no column {missing[0]!r}")
-        values = table.column(label).to_pylist()
+        values = table.column(_of_labels(described, table, label)).to_pylist()
         if names is not None and len(values) and all(value == -1 for value in values):
             notes.append(f"split {split}: its pictures have no labels")
             continue
@@ -160,7 +200,8 @@ def _labelled(described: str, tables: Mapping[str, "pa.Table"], needs_train: boo
         if role in chosen:
             targets = torch.tensor([numbers[text] for text in texts[role] if text is not None], dtype=torch.long)
             splits[role] = Split(_Pictures(chosen[role], image), targets, _picture_names(chosen[role], image))
-    return Labelled(described, tuple(classes), splits, notes=(*notes, *in_train_too(splits)))
+    cautions = in_two_splits(splits, _contents(chosen, image))
+    return Labelled(described, tuple(classes), splits, notes=tuple(notes), cautions=cautions)
 
 
 class _Pictures:
@@ -176,6 +217,46 @@ class _Pictures:
         if not isinstance(found, str | bytes):
             raise DataError(f"row {row}: there is no picture")
         return found
+
+
+def _contents(tables: Mapping[str, "pa.Table"], column: str) -> dict[str, list[Hashable]]:
+    """Of each row, for each split: what only a row with the same picture has, too.
+
+    That is a path, where the table has no bytes of the picture. Bytes are only read and hashed where a picture of
+    another split has as many, with the same end.
+    """
+    ends = {split: _ends(table.column(column)) for split, table in tables.items()}
+    splits_of = Counter(end for of_split in ends.values() for end in set(of_split))
+
+    def content(split: str, row: int, end: Hashable, pictures: _Pictures) -> Hashable:
+        if end is None or splits_of[end] == 1:
+            return split, row
+        return picture_digest(pictures(row)) if isinstance(end, tuple) else end
+
+    return {
+        split: [content(split, row, end, pictures) for row, end in enumerate(ends[split])]
+        for split, pictures in ((split, _Pictures(table, column)) for split, table in tables.items())
+    }
+
+
+def _ends(column: "pa.ChunkedArray") -> list[Hashable]:
+    """Of each picture its size and last bytes; or its path; or None where it has neither."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def part(name: Literal["bytes", "path"], kind: pa.DataType) -> pa.ChunkedArray:
+        if pa.types.is_struct(column.type):
+            there = name in [column.type.field(i).name for i in range(column.type.num_fields)]
+            found = pc.struct_field(column, name) if there else pa.chunked_array([pa.nulls(len(column))])
+        else:
+            of_kind = pa.types.is_string if name == "path" else pa.types.is_binary
+            found = column if of_kind(column.type) else pa.chunked_array([pa.nulls(len(column))])
+        return found.cast(kind)
+
+    data = part("bytes", pa.large_binary())
+    sizes, tails = pc.binary_length(data).to_pylist(), pc.binary_slice(data, -_TAIL_BYTES).to_pylist()
+    paths = part("path", pa.large_string()).to_pylist()
+    return [(size, tail) if size else path for size, tail, path in zip(sizes, tails, paths, strict=True)]
 
 
 def _picture_names(table: "pa.Table", column: str) -> tuple[str, ...]:
@@ -213,11 +294,21 @@ def _column(described: str, table: "pa.Table", typed: list[str], usual: str) -> 
     raise DataError(f"{described}: no column {usual!r}: has {listed(there)}; rename the one that is meant")
 
 
+def _of_labels(described: str, table: "pa.Table", column: str) -> str:
+    """The column, if its values can be labels."""
+    import pyarrow as pa
+
+    kind, types = table.schema.field(column).type, pa.types
+    if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        raise DataError(f"{described}: column {column!r} holds {kind!s:.200}: expected one number or text for each row")
+    return column
+
+
 def _texts(values: list[Any], names: Sequence[str] | None) -> list[str | None]:
     if names is None and values and all(type(value) is int for value in values):
-        names = numbered(max(0, *values) + 1)
+        names = numbered(max(0, max(values)) + 1)
     if names is None:
-        return [None if value is None else str(value) for value in values]
+        return [None if value is None or value != value else str(value).strip() or None for value in values]  # no NaN
     return [names[value] if type(value) is int and 0 <= value < len(names) else None for value in values]
 
 

@@ -7,6 +7,7 @@ import torch
 from pear_store.files import read_text
 from pear_train.data.dataset import Split, numbered
 from pear_train.data.labelled import Labelled
+from pear_train.data.rows import in_two_splits
 from pear_train.errors import DataError
 
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
@@ -28,7 +29,8 @@ def open_vtab(path: Path, whole: bool = False) -> Labelled:
     count = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0) + 1
     classes = numbered(count)
     described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
-    return Labelled(described, classes, splits, all_in_train=False)
+    cautions = () if whole else in_two_splits(splits, {name: split.names for name, split in splits.items()})
+    return Labelled(described, classes, splits, all_in_train=False, cautions=cautions)
 
 
 def _read(path: Path, name: str) -> Split:
@@ -36,12 +38,15 @@ def _read(path: Path, name: str) -> Split:
     if not file.is_file():
         raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
     images, labels, names = [], [], []
+    label_of: dict[str, str] = {}
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         image, _, label = line.strip().rpartition(" ")
         if not image or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{file}, line {number}: {line[:80]!r}: expected an image path, a space, a class number")
+        if label_of.setdefault(image, label) != label:
+            raise DataError(f"{file}, line {number}: {image!r} is of class {label}, but of {label_of[image]} above")
         images.append(str(path / image))
         names.append(image)
         labels.append(int(label))

@@ -20,12 +20,13 @@ from pear_store.terminal import allow_option, echo, echo_table, version_option
 from pear_train.cli.options import HeadedCommand, option, run_option
 from pear_train.cli.progress import say
 from pear_train.data import DataOptions, open_labelled
-from pear_train.errors import DataError, PearTrainError
+from pear_train.errors import ConfigError, DataError, PearTrainError
 from pear_train.evaluation.evaluated import Evaluated, Evaluation, evaluate
 from pear_train.evaluation.gate import Gate
 from pear_train.evaluation.report import changed, check_report, write_report
 from pear_train.evaluation.sample import choose
-from pear_train.evaluation.subjects import added, find_subjects
+from pear_train.evaluation.subjects import added, find_subjects, is_checkpoint
+from pear_train.targets import check_apart
 from pear_train.tasks import DATA_OPTIONS
 from router import Limits, Router, RouterError
 
@@ -128,7 +129,15 @@ def main(references: Sequence[str], **told: Any) -> None:
 def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
     """Does the work, and writes the report."""
     html: Path | None = told["html"]
+    baseline: str | None = told["not_worse_than"]
     if html is not None:
+        checkpoints = [reference for reference in (baseline, *references) if reference and is_checkpoint(reference)]
+        inputs = [("--data", told["data"]), ("--weights", told["weights"]), ("--store", told["where"])]
+        inputs += [("TASK", reference) for reference in checkpoints]
+        try:
+            check_apart([("--html", html)], [(option, Path(path)) for option, path in inputs if path is not None])
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from None
         check_report(html)
     access = Access(allowed=frozenset(told["allowed"]))
     options = DataOptions(**{name: told[name] for name in DATA_OPTIONS if name in told})
@@ -140,7 +149,6 @@ def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
             found = Store.open(told["where"], cache=CacheSettings(limit_bytes=told["cache_bytes"]))
             return opened.enter_context(found)
 
-        baseline: str | None = told["not_worse_than"]
         subjects = find_subjects([*([baseline] if baseline is not None else []), *references], store, access)
         labelled = open_labelled(told["data"], told["data_root"], options, needs_train=False)
         sample = choose(labelled, told["split"], [subject.task for subject in subjects])

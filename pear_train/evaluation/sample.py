@@ -48,7 +48,7 @@ def choose(labelled: Labelled, wanted: SplitName | None, tasks: Iterable[Task]) 
     Raises:
         DataError: there is no such split, or it is empty.
     """
-    notes = tuple(f"left out: {note}" for note in labelled.notes)
+    notes = (*(f"left out: {note}" for note in labelled.notes), *labelled.cautions)
     if wanted is None and "test" in labelled.splits:
         wanted = "test"
     elif wanted is None or wanted in ("all", "train"):

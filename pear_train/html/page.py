@@ -1,13 +1,11 @@
 """How a report is made and written: what the reports of pear-train and pear-eval have in common. Needs Jinja2."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pear_store import PearStoreError
-from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.html import drawing
+from pear_train.targets import beside_of, check_target
 
 Maker = Literal["pear-train", "pear-eval"]
 """The command that writes a report; its name stands in the file."""
@@ -24,17 +22,7 @@ def check_page(path: Path, maker: Maker) -> None:
         import jinja2  # noqa: F401
     except ImportError:
         raise ConfigError("--html needs jinja2: pip install 'pear-adapters[eval]'") from None
-    if not path.parent.is_dir():
-        raise ConfigError(f"--html {path}: folder {path.parent} does not exist; make it first")
-    if not os.path.lexists(path):
-        return
-    try:
-        with open_regular_file(path) as file:
-            start = file.read(256)
-    except PearStoreError as error:
-        raise ConfigError(f"--html {error}") from None
-    if start and f"<!-- {maker} -->".encode() not in start:
-        raise ConfigError(f"--html {path}: there is something that {maker} did not write, and it is not replaced")
+    check_target("--html", path, lambda start: f"<!-- {maker} -->".encode() in start[:256], maker)
 
 
 def make_page(template: str, **values: Any) -> str:
@@ -56,7 +44,7 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         ResourceError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = beside_of(path)
     try:
         try:
             beside.write_text(text, encoding="utf-8")

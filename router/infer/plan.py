@@ -231,7 +231,7 @@ def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: 
         yield Work([asks[row] for row in batch.rows], batch)
 
 
-def find_image(folder: Path, access: Access, image: Image) -> ImageLike:
+def find_image(folder: Path, access: Access, image: Image) -> Image:
     """The image as it can be opened from here: relative paths begin in the folder."""
     if isinstance(image, bytes) or access.root is not None:
         return image  # with a root, `access` lets them begin there

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from pear_train.cli import main
 from pear_train.cli.progress import Table
 from pear_train.report import Step
+from pear_train.tasks import TaskEntry
 from tests.helpers.cluster import Cluster, two_cores
 from tests.helpers.stripes import write_stripes
 
@@ -151,6 +154,23 @@ def test_mistakes(args: list[str], message: str) -> None:
     done = CliRunner().invoke(main, [*args, "--out", "x"], catch_exceptions=False)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_of_a_worker_that_died_only_tasks_that_did_not_end_are_said(tmp_path: Path) -> None:
+    from pear_train.cluster import Assignment, Party, _Group
+
+    said: list[str] = []
+    party = object.__new__(Party)  # without a cluster
+    party._waiting, party._audience = deque(), SimpleNamespace(say=said.append)
+    assert not list(party._again(_Group({}))) and not said and not party._waiting
+    left = {name: Assignment(TaskEntry.of(name, "d", {}), tmp_path / name) for name in ("a", "b")}
+    assert not list(party._again(_Group(left))) and [group.left for group in party._waiting] == [left]
+    party._waiting.clear()
+    assert not list(party._again(_Group(left, deaths=2))) and len(party._waiting) == 2
+    end = " on after the last epoch that was ended"
+    assert said == [
+        f"a, b: the worker died; another goes{end}", f"a, b: the worker died; others, one for each, go{end}",
+    ]  # fmt: skip
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,7 @@ LAYERS = (
     {"dtypes", "memory", "options"},
     {"config", "data"},
     {"adapters", "importance", "prune", "tasks", "machine", "recall", "feed"},
-    {"knowledge", "bank", "identity", "evaluate", "report"},
+    {"knowledge", "bank", "identity", "evaluate", "report", "targets"},
     {"base", "bases", "optimiser", "pruning", "output", "plot", "curves"},
     {"start", "html", "preview"},
     {"run"},

@@ -191,7 +191,7 @@ def test_a_plot_that_cannot_be_drawn_is_said_before_training(
     (tmp_path / "t.png").write_bytes((pictures / "dark" / "0.png").read_bytes())
     done = run(*command)
     assert done.exit_code == 1
-    assert "t.png: there is something that pear-train did not draw, and it is not replaced" in done.stderr
+    assert "t.png: there is something that pear-train did not write, and it is not replaced" in done.stderr
     (tmp_path / "t.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run(*command)

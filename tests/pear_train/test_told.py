@@ -1,7 +1,10 @@
 """What pear-train says, draws and writes of a run: epochs in a log, a preview, curves, a report, a plot."""
 
 import csv
+import json
+import os
 import re
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +20,8 @@ from pear_store import read_checkpoint
 from pear_train import TrainConfig, open_dataset
 from pear_train.cli import main
 from pear_train.cli.progress import duration
-from pear_train.curves import write_csv
-from pear_train.errors import ResourceError
+from pear_train.curves import check_csv, write_csv
+from pear_train.errors import ConfigError, ResourceError
 from pear_train.html.training import accuracy_chart, loss_chart
 from pear_train.plot import plot_result
 from pear_train.preview import some_of_each, write_preview
@@ -111,14 +114,55 @@ def test_ctrl_c_says_which_epoch_is_kept(
         if step.epoch == 3:
             raise KeyboardInterrupt
 
+    def stop(self: object, step: Step) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
         patched.setattr("pear_train.curves.Curves.show", show)
         stopped = run(*command)
     assert stopped.exit_code == 130
     assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on from there:" in stopped.stderr
     assert f"pear-train t --data {data} --out '{tmp_path}/t o.safetensors' --epochs 3" in stopped.stderr
+    with monkeypatch.context() as patched:  # and a second time, before an epoch ends
+        patched.setattr("pear_train.cli.progress.Progress.show", show)
+        assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on" in run(*command).stderr
+        patched.setattr("pear_train.cli.progress.Progress.show", stop)
+        other = [*command, "--lr", "0.02", "--overwrite"]
+        assert "Stopped: no epoch was ended; the same command begins anew" in run(*other).stderr
     again = run(*command)
     assert again.exit_code == 0 and "t: goes on after epoch 2 of 3" in again.stderr
+
+
+def test_ctrl_c_of_many_tasks_says_what_is_there(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text("".join(f'[tasks.{name}]\ndata = "{data}"\n' for name in "abc"))
+    command = ("--tasks", tasks, "--out", tmp_path / "out", *FAST, "--force")
+
+    def show(self: object, step: Step) -> None:
+        if step.task == "b" and step.epoch == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pear_train.curves.Curves.show", show)
+    told = "Stopped: 1 of 3 tasks are trained; b: epoch 2 of 3 is kept; the same command goes on from there"
+    assert f"{told}, and trains finished tasks anew (--force):" in run(*command).stderr
+    assert f"{told}:" in run(*command[:-1]).stderr
+
+
+def test_the_command_that_goes_on_is_what_a_shell_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own, whatever words it has."""
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pear_train.cli.command.do_work", stop)
+    odd = ["it's", "a b", "$HOME", "", "line\nbreak", "tab\t' \\n", "été", "\u202e", os.fsdecode(b"\xff1")]
+    words = ["t", "--data", "d", "--out", "o", *(word for name in odd for word in ("--weights", name))]
+    lines = CliRunner().invoke(main, words).stderr.splitlines()
+    assert lines[0] == "Stopped: nothing was written; the same command again:" and len(lines) == 2
+    assert lines[1].startswith("    pear-train t --data d ")
+    script = lines[1].replace("pear-train", "printf '%s\\0'", 1)
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
+    assert [os.fsdecode(word) for word in said.split(b"\0")[:-1]] == words
 
 
 def test_an_early_stop_is_said(data: Path, tmp_path: Path) -> None:
@@ -148,7 +192,7 @@ def test_tensorboard_reads_what_was_written(told: tuple[Path, Result]) -> None:
     for name, tag in (("loss", "loss/train"), ("val_top1", "top1/val"), ("val_macro_f1", "macro_f1/val")):
         events = found.Scalars(tag)
         assert [event.step for event in events] == [1, 2, 3]
-        assert [event.value for event in events] == pytest.approx([epoch[name] for epoch in history], rel=1e-6)
+        assert [event.value for event in events] == pytest.approx([epoch[name] for epoch in history], abs=1e-6)
 
 
 def test_what_is_not_ours_is_not_replaced(data: Path, tmp_path: Path) -> None:
@@ -161,6 +205,116 @@ def test_what_is_not_ours_is_not_replaced(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "mine" and not (tmp_path / "t").exists()
     of_many = run("--tasks", tmp_path / "x", "--out", tmp_path / "o", "--html", tmp_path / "r")
     assert of_many.exit_code == 2 and "--html: of one task" in of_many.stderr
+
+
+def refused(tmp_path: Path, *args: object) -> str:
+    """The last line of a command that is refused before it opens the data."""
+    (tmp_path / "d.npz").write_bytes(b"no data")
+    done = run("t", "--data", tmp_path / "d.npz", *FAST, *args)
+    assert done.exit_code in (1, 2) and "NumPy" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--html", "--preview", "--curves"])
+def test_two_outputs_are_never_one_file(tmp_path: Path, flag: str) -> None:
+    out = tmp_path / "t.safetensors"
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "here").symlink_to(tmp_path)
+    same = (tmp_path / "here" / "t.safetensors", tmp_path / "link", tmp_path / "no" / ".." / "t.safetensors")
+    for path in (out, *same):
+        assert f"{flag} {path}: --out is written there, too" in refused(tmp_path, "--out", out, flag, path)
+    for name in ("t.safetensors.partial", ".t.safetensors.partial.tmp", ".t.safetensors.evaluated"):
+        assert "--out (meanwhile) is written there, too" in refused(tmp_path, "--out", out, flag, tmp_path / name)
+    assert "--plot is written there" in refused(tmp_path, "--out", out, "--plot", flag, tmp_path / "t.png")
+    for other in {"--html", "--preview", "--curves"} - {flag}:
+        told = refused(tmp_path, "--out", out, flag, tmp_path / "x", other, tmp_path / "x")
+        assert "is written there, too: name another file" in told and flag in told and other in told
+    assert "--data names, and would be replaced" in refused(tmp_path, "--out", out, flag, tmp_path / "d.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "here", "link"]
+
+
+def test_no_output_is_what_is_read(tmp_path: Path) -> None:
+    """Not even with --overwrite, which would replace a task checkpoint."""
+    (tmp_path / "b").write_bytes(b"some task")
+    os.link(tmp_path / "b", tmp_path / "linked")
+    for flag in ("--base", "--bases", "--weights"):
+        for out in ("b", "linked"):
+            told = refused(tmp_path, "--out", tmp_path / out, flag, tmp_path / "b", "--overwrite")
+            assert f"--out {tmp_path / out}: is what {flag} names, and would be replaced" in told
+    (tmp_path / "o").mkdir()
+    (tmp_path / "tasks.toml").write_text('[tasks.a]\ndata = "o/a.png"')
+    done = run("--tasks", tmp_path / "tasks.toml", "--out", tmp_path / "o", "--plot")
+    assert done.exit_code == 2
+    assert f"--plot {tmp_path}/o/a.png: is what data of task a names, and would be replaced" in done.stderr
+    done = run("--tasks", tmp_path / "tasks.toml", "--out", tmp_path / "o", "--base", tmp_path / "o" / "a.safetensors")
+    assert done.exit_code == 2 and "is what --base names, and would be replaced" in done.stderr
+
+
+def test_a_folder_for_tensorboard_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb" / "t").write_text("mine")
+    out = tmp_path / "t.safetensors"
+    for path, file in (("file", "file"), ("file/tb", "file"), ("tb", "tb/t")):
+        told = refused(tmp_path, "--out", out, "--tensorboard", tmp_path / path)
+        assert f"--tensorboard {tmp_path / path}: {tmp_path / file} is no folder: expected one" in told
+    same = refused(tmp_path, "--out", tmp_path / "x" / "t", "--tensorboard", tmp_path / "x")
+    assert "--out is written there, too" in same
+    told = refused(tmp_path, "--out", out, "--tensorboard", out / "tb")
+    assert f"lies below {out}, where --out writes a file" in told
+    assert not out.exists()
+
+
+def test_a_target_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"\xe9poque,loss\n")
+    (tmp_path / "zeros").write_bytes(bytes(100))
+    long = "x" * 250
+    for flag in ("--curves", "--html", "--preview"):
+        for name, told in (
+            ("folder", "a directory: expected a file"), ("pipe", "a pipe: expected a file"),
+            ("latin", "did not write, and it is not replaced"), ("zeros", "did not write, and it is not replaced"),
+            (long, "takes no file of this name: File name too long"),
+        ):  # fmt: skip
+            line = refused(tmp_path, "--out", tmp_path / "t", flag, tmp_path / name)
+            assert line.startswith(f"Error: {flag} {tmp_path / name}: ") and told in line
+
+
+def test_a_file_of_curves_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, *args: object) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "c.csv").write_text("epoch,loss,\n")
+    monkeypatch.setattr("pear_store.files.os.open", refuse)
+    with pytest.raises(ConfigError, match=r"--curves .*c\.csv: cannot be read: Permission denied"):
+        check_csv(tmp_path / "c.csv")
+
+
+def test_a_drawing_that_fails_loses_no_training(
+    data: Path, tmp_path: Path, told: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised: of curves in an epoch, of a plot or a report at the end. The exit code says so."""
+
+    def fail(*args: object, **settings: object) -> None:
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("pear_train.curves.write_csv", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    monkeypatch.setattr("pear_train.html.training.accuracy_chart", fail)
+    out = tmp_path / "t.safetensors"
+    done = run(
+        "t", "--data", data, "--out", out, *FAST, "--balance", "weights", "--select", "macro_f1", "--plot",
+        "--threshold-accuracy", "0.5", "--html", tmp_path / "r.html", "--curves", tmp_path / "c.csv", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 1 and json.loads(done.stdout)["task"] == "t"
+    assert out.read_bytes() == (told[0] / "t.safetensors").read_bytes()
+    assert [line for line in done.stderr.splitlines() if line.startswith("Error")] == [
+        "Error: t: curves: cannot be drawn: no font",
+        "Error: t: --plot: cannot be drawn: no font",
+        "Error: t: --html: cannot be drawn: no font",
+    ]
 
 
 def test_a_run_that_is_there_already_is_written_and_drawn_again(told: tuple[Path, Result], data: Path) -> None:
