@@ -27,7 +27,7 @@ from pear_store.local.loading import Refused
 from pear_store.local.references import Version
 from pear_store.local.sources import Access, Source
 from pear_store.store import Store
-from pear_store.terminal import allow_option, echo, echo_json, echo_table, json_option
+from pear_store.terminal import NamedPath, allow_option, echo, echo_json, echo_table, json_option
 
 
 @main.command()
@@ -248,7 +248,7 @@ def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> 
 
 @main.command()
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=NamedPath(dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @store_option
 @json_option
