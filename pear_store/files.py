@@ -15,6 +15,11 @@ LFS_POINTER = "a Git LFS pointer, not the file that it stands for; 'git lfs pull
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
+def ending(path: str | Path) -> str:
+    """The ending of a file's name in small letters: ``.csv`` of ``list.csv`` and of ``LIST.CSV``."""
+    return Path(path).suffix.lower()
+
+
 def is_lfs_pointer(start: bytes | memoryview) -> bool:
     """Whether a file that begins like this is what Git LFS leaves in the place of a large file."""
     return bytes(start[: len(_LFS_START)]) == _LFS_START

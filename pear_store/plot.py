@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pear_store.errors import PearStoreError
+from pear_store.files import ending
 from pear_store.format.checkpoint import Task, natural_key
 from pear_store.readable import ReadableStore
 
@@ -76,7 +77,7 @@ def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ())
         PearStoreError: another ending, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    if ending(path) not in FORMATS:
         raise PearStoreError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
     from matplotlib.figure import Figure  # not pyplot: a caller's own figures and backend stay as they are
 

@@ -82,6 +82,15 @@ version_option = click.version_option(__version__)
 """``--version`` of every command."""
 
 
+class NamedPath(click.Path):
+    """A path that names something. An empty text, as of a shell variable that is not set, would be the folder here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("expected a path, found an empty text", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class PrintableGroup(click.Group):
     """A group of commands whose usage errors, too, are printable."""
 

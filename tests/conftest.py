@@ -34,6 +34,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
+def mask() -> Iterator[int]:
+    """The user's umask, of which new files get their mode: not the usual one."""
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     where = tmp_path / "disk"

@@ -63,7 +63,7 @@ def plain(work: Path) -> Iterator[tuple[int, int]]:
 @contextmanager
 def on_ray(work: Path) -> Iterator[tuple[int, int]]:
     """The port of an application of Ray Serve's, and the process that started Ray."""
-    settings = json.dumps({"backbone": "pear_tiny", "store": str(work / "store")})
+    settings = json.dumps({"backbone": "pear_tiny", "store": str(work / "store"), "no_auth": True})
     command = [sys.executable, "-m", "tests.helpers.served", settings]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as process:

@@ -13,13 +13,13 @@ from pear_store.errors import PearStoreError
 from pear_store.exchange.models import Kind, exporter
 from pear_store.format.container import read_json
 from pear_store.store import Store
-from pear_store.terminal import echo, echo_json, json_option
+from pear_store.terminal import NamedPath, echo, echo_json, json_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @main.command("import-peft")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=NamedPath(path_type=Path))
 @click.option("--name", help="The task's name [default: pear.json's].")
 @click.option("--backbone", help="timm name of the backbone [default: pear.json's].")
 @click.option("--digest", help="The backbone's digest, where timm or its weights are not at hand.")
@@ -78,7 +78,7 @@ def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
 
 @main.command("export-peft")
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=NamedPath(path_type=Path))
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @store_option
 def export_peft(reference: str, folder: Path, weights: str | None) -> None:
@@ -104,7 +104,7 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
 
 @main.command("export-hub")
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=NamedPath(path_type=Path))
 @click.option("--license", metavar="ID", help="The Hub's name of the license, as apache-2.0 [default: none is given].")
 @click.option("--repo", metavar="OWNER/NAME", help="Where the folder will be uploaded; the card names it.")
 @click.option("--base-model", metavar="ID", help="The backbone on the Hub [default: where timm loads it from].")
@@ -149,7 +149,7 @@ def model_options(command: F) -> F:
     """What the exports of whole models take."""
     options = [
         click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task),
-        click.argument("file", type=click.Path(dir_okay=False, path_type=Path)),
+        click.argument("file", type=NamedPath(dir_okay=False, path_type=Path)),
         click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights."),
         click.option("--force", is_flag=True, help="Replace files that are there."),
         store_option,

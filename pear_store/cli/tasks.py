@@ -36,6 +36,7 @@ from pear_store.readable import ReadableStore
 from pear_store.sharing import Shared, shared_with_others
 from pear_store.store import Store
 from pear_store.terminal import (
+    NamedPath,
     allow_option,
     echo,
     echo_json,
@@ -354,7 +355,7 @@ def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> 
 
 @main.command()
 @click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task)
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=NamedPath(dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @store_option
 @json_option

@@ -20,7 +20,7 @@ from pear_store.cli.group import (
 from pear_store.errors import PearStoreError
 from pear_store.local.sources import Access
 from pear_store.store import Store
-from pear_store.terminal import allow_option, echo, echo_json, json_option
+from pear_store.terminal import NamedPath, allow_option, echo, echo_json, json_option
 
 
 class Duration(click.ParamType[float]):
@@ -166,7 +166,7 @@ def stats(as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=NamedPath(dir_okay=False, path_type=Path))
 @click.argument("references", nargs=-1, metavar="[TASK[@VERSION]]...", shell_complete=complete_task)
 @store_option
 def plot(file: Path, references: tuple[str, ...]) -> None:

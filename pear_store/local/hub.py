@@ -5,6 +5,7 @@ read. No folder is listed: one may hold a million files.
 """
 
 from pear_store.errors import NotFoundError, PearStoreError, SourceError
+from pear_store.files import ending
 from pear_store.format.checkpoint import HUB_CHECKPOINT
 
 HUB = "hf://"
@@ -12,7 +13,7 @@ HUB = "hf://"
 
 def checkpoint_url(url: str) -> str:
     """The URL of a task checkpoint: where a repository or a folder is named, of the file that `export-hub` writes."""
-    return url if url.endswith(".safetensors") else f"{url.rstrip('/')}/{HUB_CHECKPOINT}"
+    return url if ending(url) == ".safetensors" else f"{url.rstrip('/')}/{HUB_CHECKPOINT}"
 
 
 def read_hub(url: str, most_bytes: int) -> bytes:

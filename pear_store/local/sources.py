@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
-from pear_store.files import open_regular_file, read_whole
+from pear_store.files import ending, open_regular_file, read_whole
 from pear_store.format.checkpoint import (
     HUB_CHECKPOINT,
     HUB_LORA,
@@ -197,8 +197,8 @@ def _files_below(source: str, access: Access) -> Iterator[str]:
             import fsspec
 
             fs, path = fsspec.core.url_to_fs(source)
-            if not path.endswith(".safetensors") and fs.isdir(path):
-                below = {file for file in fs.find(path) if file.endswith(".safetensors")}
+            if not _is_checkpoint(path) and fs.isdir(path):
+                below = {file for file in fs.find(path) if _is_checkpoint(file)}
                 below = {file for file in below if not _is_lora_beside_a_task(file, below)}
                 yield from sorted(fs.unstrip_protocol(file) for file in below)
         except Exception:  # the same error comes when it is read, with a name to it
@@ -208,7 +208,11 @@ def _files_below(source: str, access: Access) -> Iterator[str]:
             if HUB_CHECKPOINT in files and HUB_LORA in folders:
                 folders.remove(HUB_LORA)
             folders.sort()
-            yield from (os.path.join(folder, file) for file in sorted(files) if file.endswith(".safetensors"))
+            yield from (os.path.join(folder, file) for file in sorted(files) if _is_checkpoint(file))
+
+
+def _is_checkpoint(file: str) -> bool:
+    return ending(file) == ".safetensors"
 
 
 def _is_lora_beside_a_task(file: str, others: Collection[str]) -> bool:

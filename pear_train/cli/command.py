@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError
-from pear_store.terminal import version_option
+from pear_store.terminal import NamedPath, echo, version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
 from pear_train.cli.progress import as_command, say
@@ -22,7 +22,7 @@ from pear_train.plot import plot_path, plot_result
 from pear_train.report import Result
 from router import RouterError
 
-_PATH = click.Path(path_type=Path)
+_PATH = NamedPath(path_type=Path)
 _DRAWN = ("plot", "html", "preview", "curves")
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pear_store.files import ending
 from pear_store.local.sources import Access
 from pear_train.data.labelled import Labelled
 from pear_train.data.layout import split_of
@@ -33,7 +34,7 @@ def open_list(path: Path, needs_train: bool = True) -> Labelled:
         raise needs_pyarrow(path, error) from None
     try:
         found = ImageList.scan(path, ["image", "label"])
-        known = class_names(path) if path.suffix == ".parquet" else None
+        known = class_names(path) if ending(path) == ".parquet" else None
         rows = _read(found, partial(find_image, found.folder.resolve(), Access()), known)
     except RouterError as error:
         raise DataError(str(error)) from None

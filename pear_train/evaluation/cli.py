@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pear_store import PearStoreError, ReadableStore, Store
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import allow_option, echo, echo_table, version_option
+from pear_store.terminal import NamedPath, allow_option, echo, echo_table, version_option
 from pear_train.cli.options import HeadedCommand, option, run_option
 from pear_train.cli.progress import say
 from pear_train.data import DataOptions, open_labelled
@@ -32,7 +32,7 @@ from router import Limits, Router, RouterError
 
 GATE_FAILED = 20
 """The exit code where a demand is not met. Those of errors are below."""
-_PATH = click.Path(path_type=Path)
+_PATH = NamedPath(path_type=Path)
 _THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99)
 _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 

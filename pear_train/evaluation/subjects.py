@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 from pear_store import ReadableStore, Task, make_task
+from pear_store.files import ending
 from pear_store.local.sources import Access, is_url, read_task
 from pear_train.evaluation.answers import Subject
 
 
 def is_checkpoint(reference: str) -> bool:
     """Whether a user means a file or a URL. A task's name has no slash."""
-    return reference.endswith(".safetensors") or "/" in reference or is_url(reference)
+    return ending(reference) == ".safetensors" or "/" in reference or is_url(reference)
 
 
 def find_subjects(

@@ -3,7 +3,7 @@
     from ray import serve
     from router.cluster.deployment import Replicas, application
 
-    serve.run(application(Replicas(backbone="pear_tiny", store="s3://bucket/pear")))
+    serve.run(application(Replicas(backbone="pear_tiny", store="s3://bucket/pear", use_token=TOKEN)))
 
 Each replica has a router, a batcher and the routes of pear-serve. A request that names its task in its path goes to the
 replica that consistent hashing gives the task, so each replica loads only some tasks.
@@ -13,7 +13,7 @@ import asyncio
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import unquote
 
 import torch
@@ -30,8 +30,11 @@ from router.serve.app import create_app
 from router.serve.batcher import Batcher
 from router.serve.limits import RequestLimits
 from router.serve.metrics import Metrics
+from router.serve.tokens import check_tokens
 from router.threads import compute_alone
 
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Affinity = Literal["task", "none"]
 _TASK = re.compile(r"/v1/tasks/([^/]+)/predict|/v2/models/([^/]+)(?:/versions/[^/]+)?/infer")
 """The paths of predictions that name a task."""
 
@@ -65,6 +68,11 @@ class Replicas:
         at_once: the most requests that one replica has; what comes beyond goes to another.
         refresh_s: how often each replica takes up what changed in the store; 0 for never.
         affinity: "task": requests for one task go to one replica; "none": to any.
+        use_token, manage_token: to use tasks, and to refresh; of at least 16 characters, as those of pear-serve.
+        no_auth: serve without a token, where something else checks who asks.
+
+    Raises:
+        RouterError: a value that cannot be; or no token, and not said that there is none.
     """
 
     backbone: str
@@ -72,7 +80,7 @@ class Replicas:
     weights: str | None = None
     cache_bytes: int | None = None
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    dtype: Dtype = "float32"
     slot_bytes: int | None = None
     fewest: int = 1
     most: int = 1
@@ -83,12 +91,22 @@ class Replicas:
     max_batch: int = 64
     drain_s: float = 30.0
     refresh_s: float = 60.0
-    affinity: Literal["task", "none"] = "task"
+    affinity: Affinity = "task"
     use_token: str | None = field(default=None, repr=False)
     manage_token: str | None = field(default=None, repr=False)
+    no_auth: bool = False
     limits: RequestLimits = field(default_factory=RequestLimits)
 
     def __post_init__(self) -> None:
+        check_tokens(self.use_token, self.manage_token)
+        if self.use_token is None and not self.no_auth:
+            raise ClusterError(
+                "replicas: Ray Serve is reached from other machines: give use_token, or no_auth=True if something "
+                "else checks who asks"
+            )
+        for name, allowed in (("dtype", Dtype), ("affinity", Affinity)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise ClusterError(f"replicas: {name} {value!r}: expected {' or '.join(map(repr, get_args(allowed)))}")
         if not 1 <= self.fewest <= self.most:
             raise ClusterError(f"replicas: fewest {self.fewest}, most {self.most}: expected 1 <= fewest <= most")
         if self.waiting > self.at_once:

@@ -30,7 +30,9 @@ def json_beside(file: Path) -> Path:
 
 
 def check_free(file: Path, force: bool) -> None:
-    """Raises a PearStoreError where something would be replaced unasked."""
+    """Raises a PearStoreError where something would be replaced unasked, or the file has no name."""
+    if not file.name:
+        raise PearStoreError(f"{file}: expected a file's name")
     for path in (file, json_beside(file)):
         if os.path.lexists(path) and (path.is_dir() or not force):
             raise PearStoreError(
@@ -53,8 +55,9 @@ def write(file: Path, save: Callable[[Path], object], said: Mapping[str, Any]) -
     try:
         temporary.mkdir()
         made = {file: temporary / "model", json_beside(file): temporary / "about"}
-        save(made[file])
         made[json_beside(file)].write_text(text, encoding="utf-8")
+        save(made[file])
+        made[file].chmod(made[json_beside(file)].stat().st_mode)  # safetensors makes files for their owner alone
         for path in made.values():
             with open(path, "rb") as written:
                 os.fsync(written.fileno())

@@ -1,11 +1,11 @@
 """Predict for a list of images of any length, each with its own task or each through many, on one backbone.
 
-The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet). A CSV may have commas,
-semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or structs of bytes and
-path as Hugging Face writes them. Its column `task` holds tasks' names, or name@version. The output has the list's rows
-in its order, with all its columns, then `version`, `label`, `probability`, `topk` (the likeliest classes, each with
-`label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not written again: the output's
-`image` is their path.
+The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet, or .CSV and so on). A CSV
+may have commas, semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or
+structs of bytes and path as Hugging Face writes them. Its column `task` holds tasks' names, or name@version. The output
+has the list's rows in its order, with all its columns, then `version`, `label`, `probability`, `topk` (the likeliest
+classes, each with `label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not written
+again: the output's `image` is their path.
 
 A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
 
@@ -59,9 +59,10 @@ import torch
 from platformdirs import user_data_path
 
 from pear_store import PearStoreError, Store
+from pear_store.files import ending
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import allow_option, echo, printable, version_option
+from pear_store.terminal import NamedPath, allow_option, echo, printable, version_option
 from router import Router, RouterError
 from router.infer.folder import ImageFolder, is_folder_or_pattern
 from router.infer.lists import CSV, FORMATS, ImageList
@@ -79,15 +80,15 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
 
 
 def _address(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
-    if address is not None and Path(address).suffix in FORMATS:
+    if address is not None and ending(address) in FORMATS:
         raise click.BadParameter(f"{address!r} is no address: write --ray after LIST and OUT, or --ray=ADDRESS")
     return address
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @version_option
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", type=NamedPath(path_type=Path))
+@click.argument("out", type=NamedPath(path_type=Path))
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
     help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "
@@ -156,10 +157,12 @@ def main(
     restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     whole = is_folder_or_pattern(source)
-    if not whole and source.suffix not in {*FORMATS, *CSV}:
+    if not whole and ending(source) not in {*FORMATS, *CSV}:
         raise click.UsageError(f"{source}: expected a folder, or a file ending in {', '.join((*FORMATS, '.tsv'))}")
-    if out.suffix not in ("", *FORMATS):
+    if ending(out) not in ("", *FORMATS):
         raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
+    if not out.name:
+        raise click.UsageError(f"{out}: expected the name of a file or of a new folder")
     if embeddings and address is not None:
         raise click.UsageError("--embeddings: not with --ray yet")
     if whole and not tasks and not embeddings:

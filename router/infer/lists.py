@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
-from pear_store.files import open_regular_file
+from pear_store.files import ending, open_regular_file
 from router.errors import RouterError
 
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -93,9 +93,9 @@ class ImageList:
             signature = _signature(file)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             most_rows = ROW_GROUP_ROWS
-            if path.suffix == ".parquet":
+            if ending(path) == ".parquet":
                 source, rows, most_rows = _scan_parquet(path)
-            elif path.suffix in CSV:
+            elif ending(path) in CSV:
                 source, rows = _scan_csv(path, encoding)
             else:
                 source, rows = _scan_jsonl(path, encoding, needed)
@@ -124,13 +124,13 @@ class ImageList:
 
     def _tables(self) -> Iterator[pa.Table]:
         """Tables of the list's own columns, then the rows' faults."""
-        if self.path.suffix == ".parquet":
+        if ending(self.path) == ".parquet":
             with _open(self.path) as file:
                 batches = _parquet(file).iter_batches(batch_size=min(CHUNK_ROWS, self.most_rows))
                 for batch in batches:
                     table = pa.Table.from_batches([batch]).replace_schema_metadata().cast(self.source)
                     yield table.append_column(FAULT, pa.nulls(table.num_rows, pa.string()))
-        elif self.path.suffix == ".jsonl":
+        elif ending(self.path) == ".jsonl":
             for chunk in _jsonl_chunks(self.path, self.encoding):
                 columns = [_json_column(field, [row.get(field.name) for row, _ in chunk]) for field in self.source]
                 faults = pa.array([fault for _, fault in chunk], pa.string())
@@ -178,7 +178,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise OutputError(str(error)) from None
     except (pa.ArrowException, ValueError, OSError, OverflowError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ListError(path, f"cannot be read as {path.suffix}: {reason:.500}") from None
+        raise ListError(path, f"cannot be read as {ending(path)}: {reason:.500}") from None
 
 
 def _open(path: Path) -> BufferedReader:
@@ -550,7 +550,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_writable(path: Path, schema: pa.Schema) -> None:
     """Raises a ListError if a list of that schema cannot be written to such a file."""
-    if path.suffix not in (".csv", ".jsonl"):
+    if ending(path) not in (".csv", ".jsonl"):
         try:
             pq.write_table(schema.empty_table(), BytesIO())
         except pa.ArrowException as error:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pear_store.files import ending
 from router.infer.lists import OutputError, write_folder, write_list
 
 RECORD = {"run", "plan", "sha256", "report"}
@@ -182,7 +183,7 @@ class Parts:
                 for inner in write_folder(file, schema, tables):
                     _sync(inner)
             else:
-                write_list(file, self._out.suffix, schema, tables)
+                write_list(file, ending(self._out), schema, tables)
             record = {"run": self._run, "plan": self._content, "sha256": _sha256(file), "report": report}
             with self._named(self._staged) as staged:
                 staged.write_text(json.dumps(record))

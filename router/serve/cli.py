@@ -37,9 +37,9 @@ from router.serve.catalogue import Catalogue
 from router.serve.limits import RequestLimits
 from router.serve.metrics import Metrics
 from router.serve.server import serve_until_told
+from router.serve.tokens import check_tokens
 from router.threads import compute_alone
 
-TOKEN_LENGTH = 16
 LIMITS = RequestLimits()
 
 
@@ -150,22 +150,22 @@ def _tokens(file: Path | None) -> tuple[str | None, str | None]:
     if file is None:
         names = ("PEAR_SERVE_TOKEN", "PEAR_SERVE_MANAGE_TOKEN")
         found = [os.environ.get(name) or None for name in names]
-        where = ["$" + name for name in names]
+        where = ("$" + names[0], "$" + names[1])
     else:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise _failure(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         found = [line.strip() or None for line in [*lines[:2], "", ""][:2]]
-        where = [f"{file}, line 1", f"{file}, line 2"]
+        where = (f"{file}, line 1", f"{file}, line 2")
         if found[0] is None:
             raise _failure(f"{where[0]}: no token")
-    for token, place in zip(found, where, strict=True):
-        if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
-            raise _failure(f"{place}: expected a token of at least {TOKEN_LENGTH} printable ASCII characters")
-    if found[0] is None and found[1] is not None:
-        raise _failure(f"{where[1]} is there, but no {where[0]}: both are needed")
-    return found[0], found[1]
+    use, manage = found
+    try:
+        check_tokens(use, manage, where)
+    except RouterError as error:
+        raise _failure(str(error)) from None
+    return use, manage
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,7 +4,10 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 
+from router.errors import RouterError
 from router.serve.problems import Problem
+
+TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,6 +35,22 @@ class Tokens:
             raise Problem(401, said, headers={"WWW-Authenticate": "Bearer"})
         if manage and not manages:
             raise Problem(403, "the token to manage is needed")
+
+
+def check_tokens(use: str | None, manage: str | None, names: tuple[str, str] = ("use_token", "manage_token")) -> None:
+    """Checks the tokens of a server that other machines reach; a message never says what a token is.
+
+    Args:
+        names: where each comes from.
+
+    Raises:
+        RouterError: one is easily guessed, or cannot be sent in a header; or there is only the one to manage.
+    """
+    for token, name in zip((use, manage), names, strict=True):
+        if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
+            raise RouterError(f"{name}: expected a token of at least {TOKEN_LENGTH} printable ASCII characters")
+    if use is None and manage is not None:
+        raise RouterError(f"{names[1]} is there, but no {names[0]}: both are needed")
 
 
 def _same(found: str, token: str | None) -> bool:

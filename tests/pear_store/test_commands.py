@@ -29,8 +29,8 @@ def where(tmp_path: Path) -> Path:
 
 def test_sources_directories_urls_and_standard_input(where: Path) -> None:
     (where / "in" / "deep").mkdir(parents=True)
-    for i, place in enumerate(("in/b", "in/a", "in/deep/c")):
-        write_checkpoint(where / f"{place}.safetensors", small_task(f"t{i}", seed=20 + i))
+    for i, place in enumerate(("in/b.safetensors", "in/a.safetensors", "in/deep/C.SAFETENSORS")):
+        write_checkpoint(where / place, small_task(f"t{i}", seed=20 + i))
     (where / "in" / "note.txt").write_text("no checkpoint")
     added = json.loads(run("--store", where / "s", "add", where / "in", "--json").stdout)
     assert [row["task"] for row in added] == ["t1", "t0", "t2"]
@@ -129,7 +129,7 @@ def test_verify_repair_and_rebuild(where: Path) -> None:
 @pytest.mark.slow
 def test_plot(where: Path) -> None:
     store = ("--store", where / "s")
-    for name in ("map.png", "map.svg"):
+    for name in ("map.png", "map.svg", "MAP.PNG"):
         assert run(*store, "plot", where / name).exit_code == 0
         assert (where / name).stat().st_size > 3000
     assert b"saved" in (where / "map.svg").read_bytes() or b"<path" in (where / "map.svg").read_bytes()

@@ -38,17 +38,17 @@ ROWS = [{"image": f"p/{i}.png", "label": ("cat", "dog")[i % 2], "split": ("train
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        between = {".csv": ";", ".tsv": "\t"}[path.suffix]
+        between = {".csv": ";", ".tsv": "\t"}[path.suffix.lower()]
         path.write_text("\n".join([between.join(rows[0]), *(between.join(map(str, row.values())) for row in rows)]))
     return str(path)
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ".CSV", ".Tsv", ".JSONL", ".PARQUET"])
 def test_a_list_is_data_with_its_splits(pictures: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths begin in the list's folder, wherever the command runs."""
     monkeypatch.chdir("/")
@@ -364,6 +364,8 @@ def test_parquet_as_the_hub_has_it_is_data(pictures: Path, splits: Any) -> None:
     assert data.classes == ("dog", "cat") and data.counts == {"train": [2, 2], "val": [2, 2]}
     lone = open_labelled(str(pictures / "hub" / "data" / "train-00000-of-00001.parquet"))
     assert lone.classes == ("dog", "cat"), "the same file as a list: the numbers have names"
+    capital = Path(shutil.copy(pictures / "hub" / "data" / "train-00000-of-00001.parquet", pictures / "T.PARQUET"))
+    assert open_labelled(str(capital)).classes == ("dog", "cat")
     splits["test"].to_parquet(str(pictures / "t.parquet"))
     with pytest.raises(DataError, match="row 1: label '-1': expected the number of one of 2 classes"):
         open_dataset(str(pictures / "t.parquet"))

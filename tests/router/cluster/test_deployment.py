@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from pear_store import Store, Task
-from router import Backbone, Router
+from router import Backbone, Router, RouterError
 from tests.helpers.cluster import cluster_environment
 from tests.helpers.lists import make_list_folder
 
@@ -22,7 +22,7 @@ pytest.importorskip("ray.serve", reason="needs ray: pip install 'pear-adapters[r
 
 TASKS = [f"t{i}" for i in range(20)]
 """So many that no chance gives all of them to one of two replicas."""
-TOKENS = {"use_token": "a-token-to-use-tasks", "manage_token": "a-token-to-manage"}
+TOKENS: dict[str, Any] = {"use_token": "a-token-to-use-tasks", "manage_token": "a-token-to-manage"}
 
 
 @contextmanager
@@ -73,6 +73,9 @@ def test_two_replicas_answer_as_one_router_and_share_the_tasks(
                 assert found["top"][0]["probability"] == pytest.approx(prediction.topk(1)[0][1], abs=1e-5)
         assert client.get("/v2/models/t0/ready", headers=token).status_code == 200
         assert client.get("/v1/tasks/nothing", headers=token).status_code == 404
+        assert client.post("/v1/refresh", headers=token).status_code == 403
+        manages = {"Authorization": f"Bearer {TOKENS['manage_token']}"}
+        assert client.post("/v1/refresh", headers=manages).status_code == 200
 
         until = time.monotonic() + 120
         replicas: set[frozenset[str]] = set()
@@ -106,11 +109,33 @@ def test_the_task_of_a_path() -> None:
     assert {path: task_of(path) for path in named} == named
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "is reached from other machines: give use_token, or no_auth=True if something else checks who asks"),
+        ({"use_token": ""}, "use_token: expected a token of at least 16 printable ASCII characters"),
+        ({"use_token": "short"}, "use_token: expected a token of at least 16 printable ASCII characters"),
+        ({"use_token": "a-token-to-use-täsks"}, "use_token: expected a token of at least 16 printable ASCII"),
+        ({**TOKENS, "manage_token": "short"}, "manage_token: expected a token of at least 16 printable ASCII"),
+        ({"manage_token": TOKENS["manage_token"]}, "manage_token is there, but no use_token: both are needed"),
+        ({**TOKENS, "affinity": "tasks"}, "affinity 'tasks': expected 'task' or 'none'"),
+        ({**TOKENS, "dtype": "bf16"}, "dtype 'bf16': expected 'float32' or 'bfloat16' or 'float16' or 'auto'"),
+    ],
+)
+def test_replicas_are_as_guarded_as_pear_serve(settings: dict[str, Any], message: str) -> None:
+    from router.cluster.deployment import Replicas
+
+    with pytest.raises(RouterError, match=message) as raised:
+        Replicas("pear_tiny", "s", **settings)
+    assert not any(token and token in str(raised.value) for token in TOKENS.values())
+    assert Replicas("pear_tiny", "s", no_auth=True).use_token is None
+
+
 def test_numbers_of_replicas_that_cannot_be() -> None:
     from router.cluster import ClusterError
     from router.cluster.deployment import Replicas
 
     with pytest.raises(ClusterError, match="fewest 3, most 2: expected 1 <= fewest <= most"):
-        Replicas("pear_tiny", "s", fewest=3, most=2)
+        Replicas("pear_tiny", "s", **TOKENS, fewest=3, most=2)
     with pytest.raises(ClusterError, match="waiting 65: expected at most at_once, 64"):
-        Replicas("pear_tiny", "s", waiting=65)
+        Replicas("pear_tiny", "s", **TOKENS, waiting=65)

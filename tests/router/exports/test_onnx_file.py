@@ -113,6 +113,13 @@ def test_what_is_refused(backbone: Backbone, tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.glob("[xy]*")] == ["x"]
 
 
+def test_both_files_have_the_mode_that_the_user_s_mask_gives(backbone: Backbone, tmp_path: Path, mask: int) -> None:
+    export_onnx(on_bases("t", 1), tmp_path / "x")
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("x", "x.json"), 0o666 & ~mask
+    )
+
+
 def test_what_torch_cannot_export_says_why(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("data-dependent\n  branch")

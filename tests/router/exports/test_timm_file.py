@@ -190,6 +190,28 @@ def test_files_are_replaced_only_by_force(backbone: Backbone, tmp_path: Path) ->
         export_timm(task, tmp_path / "folder", force=True)
 
 
+def test_both_files_have_the_mode_that_the_user_s_mask_gives(backbone: Backbone, tmp_path: Path, mask: int) -> None:
+    export_timm(on_bases("t", 1, positions=LINEARS), tmp_path / "x")
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("x", "x.json"), 0o666 & ~mask
+    )
+
+
+@pytest.mark.parametrize("command", ["export-timm", "export-onnx", "export", "export-peft", "export-hub", "plot"])
+def test_a_file_without_a_name_is_refused_in_a_line(command: str, store: Store, tmp_path: Path) -> None:
+    store.add(on_bases("t", 1, positions=LINEARS))
+    where = [""] if command == "plot" else ["t", ""]
+    done = run("--store", store.path, command, *where)
+    assert done.exit_code == 2
+    assert "expected a path, found an empty text" in done.stderr
+
+
+def test_a_path_that_names_no_file_is_refused(backbone: Backbone) -> None:
+    for path in ("", ".", "/"):
+        with pytest.raises(PearStoreError, match=r"^[./]: expected a file's name$"):
+            export_timm(on_bases("t", 1, positions=LINEARS), path)
+
+
 def test_a_full_disk_leaves_nothing(small_disk: Path, backbone: Backbone) -> None:
     with pytest.raises(PearStoreError, match="cannot be written|no space left"):
         export_timm(on_bases("t", 1, positions=LINEARS), small_disk / "x")

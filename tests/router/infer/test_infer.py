@@ -67,8 +67,8 @@ def run(*args: object) -> Result:
 
 
 def write(path: Path, rows: pd.DataFrame) -> Path:
-    if path.suffix == ".csv":
-        rows.to_csv(path, index=False)
+    if path.suffix in (".csv", ".tsv"):
+        rows.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".jsonl":
         rows.to_json(path, orient="records", lines=True)
     else:
@@ -107,6 +107,25 @@ def test_formats_and_mixed_tasks(work: Path, backbone: Backbone, source: str, ou
         assert [one["label"] for one in classes] == [label for label, _ in top]
         assert [one["probability"] for one in classes] == pytest.approx([share for _, share in top], abs=1e-4)
         assert row["error"] is None
+
+
+@pytest.mark.parametrize("out", [".CSV", ".Jsonl", ".PARQUET"])
+@pytest.mark.parametrize("source", [".CSV", ".TSV", ".JsonL", ".Parquet"])
+def test_an_ending_may_have_capital_letters(work: Path, source: str, out: str) -> None:
+    small = write(work / f"list{source.lower()}", pd.DataFrame({"image": ["0.png", "1.png"], "task": ["a", "b"]}))
+    done = run(small.rename(work / f"LIST{source}"), work / f"OUT{out}", "--store", work / "s")
+    assert (done.exit_code, "2 predictions, 0 errors" in done.stdout) == (0, True), done.output
+    found = read((work / f"OUT{out}").rename(work / f"out{out.lower()}"))
+    assert [row["task"] for row in found] == ["a", "b"]
+
+
+def test_outputs_have_the_mode_that_the_user_s_mask_gives(work: Path, mask: int) -> None:
+    listed = write(work / "list.csv", pd.DataFrame({"image": ["0.png", "1.png"], "task": ["a", "b"]}))
+    for name in ("out.csv", "out.jsonl", "out.parquet", "folder"):
+        assert run(listed, work / name, "--store", work / "s").exit_code == 0
+    files = [*work.glob("out.*"), *work.glob("folder/*"), work / "folder.run.json"]
+    assert len(files) == 8
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("out", [".csv", ".jsonl", ".parquet"])
@@ -195,6 +214,10 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["*.gif", "o.csv", "--task", "a"], "*.gif: no picture is there: found nothing"),
         (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
+        (["list.csv", ""], "Invalid value for 'OUT': expected a path, found an empty text"),
+        (["", "o.csv"], "Invalid value for 'SOURCE': expected a path, found an empty text"),
+        (["list.csv", "."], ".: expected the name of a file or of a new folder"),
+        (["list.csv", "/"], "/: expected the name of a file or of a new folder"),
         (["list.csv", "nowhere/o.csv"], "folder nowhere does not exist"),
         (["list.csv", "list.csv"], "is the list itself"),
         (["list.csv", "o.csv", "--device", "gpu"], "device 'gpu' cannot be used"),

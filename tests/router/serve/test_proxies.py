@@ -101,6 +101,39 @@ def test_a_task_s_requests_reach_one_replica_whatever_form_they_have(proxy: Prox
         assert len({place(client, path, "GET") for path in pages * 3}) == 1
 
 
+def spelled(path: str) -> list[str]:
+    """Other ways to write a path, of which pear-serve or the proxy makes the same one."""
+    first, rest = path[1], path[2:]
+    return [
+        f"/{path}", path.replace("/", "//"), f"/.{path}", f"/x/..{path}", f"/x/%2E%2E{path}",
+        f"/%{ord(first):02x}{rest}", path[0] + path[1:].replace("/", "%2F"), path[0] + path[1:].replace("/", "%2f", 1),
+    ]  # fmt: skip
+
+
+@both
+def test_no_spelling_of_a_path_leads_elsewhere(proxy: Proxy) -> None:
+    with replicas(3) as made, proxy([one.port for one in made]) as front, front.client() as client:
+
+        def ask(target: str) -> httpx.Response:
+            return client.post("/", extensions={"target": target.encode()})  # as it is: httpx would tidy it up
+
+        for name in NAMES[:12]:
+            path = f"/v1/tasks/{name}/predict"
+            port = place(client, path)
+            encoded = path.replace(name, f"%{ord(name[0]):02X}{name[1:]}")
+            for other in (encoded, *spelled(path), *spelled(encoded)):
+                for one in made:
+                    one.seen.clear()
+                assert ask(other).headers["X-Replica"] == str(port), other
+                if isinstance(front, Envoy):
+                    assert [seen["path"] for one in made for seen in one.seen] == [path]
+        for one in made:
+            one.seen.clear()
+        for other in ("/v1/refresh", "/v1/%72efresh", "/v1/refres%68?x=1", *spelled("/v1/refresh")):
+            assert ask(other).status_code == 403, other
+        assert [one.seen for one in made] == [[], [], []]
+
+
 @both
 def test_what_is_sent_arrives_as_it_was(proxy: Proxy) -> None:
     with replicas(1) as (replica,), proxy([replica.port]) as front, front.client() as client:
