@@ -123,5 +123,18 @@ def test_the_make_targets_that_docs_name_exist_and_check_leaves_slow_tests_out()
     assert any(marker.startswith("slow:") for marker in settings["markers"])
 
 
+def test_figures_of_the_study_are_those_of_its_table() -> None:
+    """Bytes and test top-1 side by side in README and method.md, as docs/results/study.md has them."""
+    study = (DOCS / "results/study.md").read_text().split("## Final table")[1].split("\n![")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in study.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 8
+    for page, heading in ((ROOT / "README.md", "What a task's bytes buy"), (DOCS / "method.md", "## What it gives")):
+        table = re.findall(r"(?:^\|.*\n)+", page.read_text().split(heading)[1], re.MULTILINE)[0]
+        shown = re.findall(r"^\|.*\| ([\d,]+) \| \**([\d.]+)\** \|$", table, re.MULTILINE)
+        assert len(shown) >= 6, page
+        for size, top1 in shown:
+            assert any(row[7] == size and abs(float(row[6]) - float(top1)) < 0.056 for row in rows), (page, size, top1)
+
+
 if __name__ == "__main__":
     (DOCS / "reference.md").write_text(reference())
