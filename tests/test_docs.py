@@ -98,6 +98,15 @@ def test_the_promises_name_tests_that_exist(page: str) -> None:
         )
 
 
+def test_each_decision_says_what_else_there_was_and_when_to_think_again() -> None:
+    pages = {page.name: page.read_text() for page in (DOCS / "decisions").glob("*.md")}
+    index = pages.pop("index.md")
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages.keys()
+    for name, text in pages.items():
+        parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert {"What was chosen", "Alternatives", "Why", "When to think again"} <= {*parts}, name
+
+
 def test_the_benchmarks_and_tools_that_docs_name_exist() -> None:
     pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "Makefile"]
     named = set()
