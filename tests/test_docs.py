@@ -98,6 +98,15 @@ def test_the_promises_name_tests_that_exist(page: str) -> None:
         )
 
 
+def test_each_decision_says_what_else_there_was_and_when_to_think_again() -> None:
+    pages = {page.name: page.read_text() for page in (DOCS / "decisions").glob("*.md")}
+    index = pages.pop("index.md")
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages.keys()
+    for name, text in pages.items():
+        parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert {"What was chosen", "Alternatives", "Why", "When to think again"} <= {*parts}, name
+
+
 def test_the_benchmarks_and_tools_that_docs_name_exist() -> None:
     pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "Makefile"]
     named = set()
@@ -121,6 +130,19 @@ def test_the_make_targets_that_docs_name_exist_and_check_leaves_slow_tests_out()
     assert "'not slow'" in makefile
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert any(marker.startswith("slow:") for marker in settings["markers"])
+
+
+def test_figures_of_the_study_are_those_of_its_table() -> None:
+    """Bytes and test top-1 side by side in README and method.md, as docs/results/study.md has them."""
+    study = (DOCS / "results/study.md").read_text().split("## Final table")[1].split("\n![")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in study.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 8
+    for page, heading in ((ROOT / "README.md", "What a task's bytes buy"), (DOCS / "method.md", "## What it gives")):
+        table = re.findall(r"(?:^\|.*\n)+", page.read_text().split(heading)[1], re.MULTILINE)[0]
+        shown = re.findall(r"^\|.*\| ([\d,]+) \| \**([\d.]+)\** \|$", table, re.MULTILINE)
+        assert len(shown) >= 6, page
+        for size, top1 in shown:
+            assert any(row[7] == size and abs(float(row[6]) - float(top1)) < 0.056 for row in rows), (page, size, top1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pear_store import PearStoreError
-from pear_store.terminal import NamedPath, echo, version_option
+from pear_store.terminal import NamedPath, version_option
 from pear_train.cli.answer import answer_many, answer_one
 from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
 from pear_train.cli.progress import as_command, say
