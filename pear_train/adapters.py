@@ -26,7 +26,7 @@ class TrainedBranch:
     core: nn.Parameter | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrozenAdapter:
     """An adapter that does not train: `down` [d_in, rank] and `up` [rank, d_out], float32, as they will be read back.
 

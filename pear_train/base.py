@@ -15,7 +15,7 @@ from pear_train.errors import ConfigError
 from router import AdaptedBackbone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BaseAdapters:
     """What a base set gives a new task."""
 

@@ -12,7 +12,7 @@ from pear_train.run import TaskRun
 from router import PositionWeights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What a step of one run needs: its images, or for a run without adapters their features."""
 

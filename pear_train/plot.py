@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
     try:
         import_module("matplotlib.figure")
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("--plot needs matplotlib: pip install 'pear-adapters[demo]'") from None
     check_picture("--plot", path)
 
 

@@ -27,7 +27,7 @@ SCORE_BATCH = 50
 SIMILARITY_IMAGES = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pruned:
     """What was decided."""
 

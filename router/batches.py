@@ -24,7 +24,7 @@ rows of several images have together at most so many pixels; rows of one, whose 
 Images = Tensor | ImageLike | Sequence[ImageLike]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Images of one size, and the rows that ask for them."""
 

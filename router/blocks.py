@@ -41,7 +41,7 @@ class Blocks:
     """Those that return one tensor of as many rows, and hold no other block."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """One forward: what is added and what grows on its way."""
 

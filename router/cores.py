@@ -55,7 +55,7 @@ class Block:
     ranks: Pair
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cored:
     """What branches on bases need at a position: `down` [d_in, R], `core` [R, S] and `up` [S, d_out].
 

@@ -237,7 +237,7 @@ class _Ready:
     gathered: Gathered
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Answers:
     """Task by task, its rows and their logits [row, classes] on the device."""
 

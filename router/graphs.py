@@ -28,7 +28,7 @@ Forward = Callable[[Tensor, Gathered], Tensor]
 """Features [row, d] of images [row, 3, h, w]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Recorded:
     graph: Any
     images: Tensor

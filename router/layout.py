@@ -195,7 +195,7 @@ class Use:
             out.reshape(self.shapes[key])[...] = _values(key[0], adapter, task)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedTask:
     """A task in its slots."""
 

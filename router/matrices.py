@@ -226,7 +226,7 @@ class Matrices:
         return {name: torch.from_numpy(found == name).to(self.device).view(-1, 1, 1) for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gathered:
     """What a batch gathered."""
 

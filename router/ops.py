@@ -15,7 +15,7 @@ Activation = str | Mapping[str, Bool[Tensor, "batch 1 1"]]
 """identity, relu or gelu; or, where the rows of a batch differ, the mask of rows of each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PositionWeights:
     """The branches at one position: those of one form, concatenated along the rank, and maybe others beside them.
 

@@ -14,7 +14,7 @@ from router.errors import RouterError
 from router.layout import Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What a task says of one image."""
 
@@ -51,7 +51,7 @@ class Prediction:
         return [(self.classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions(Sequence[Prediction]):
     """What tasks say of a batch of images, in the images' order. A sequence of `Prediction`.
 

@@ -41,7 +41,7 @@ class SlotStats:
     budget_bytes: int | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     values: Tensor | Ints
     """The rows of a pool that hold it; the head or the base itself."""

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import pear_store
 import pear_train
@@ -136,6 +140,53 @@ def test_every_place_names_the_same_version() -> None:
 )
 def test_files_for_others_keep_to_their_schemas(schema: str, file: str) -> None:
     run(*module("check_jsonschema", "--builtin-schema", schema, file))
+
+
+def pins(name: str) -> dict[str, SpecifierSet]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(one.name): one.specifier for one in map(Requirement, lines)}
+
+
+def bounds() -> dict[str, set[SpecifierSet]]:
+    """Of each package that is imported in use, what pyproject.toml says of its version."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    in_use = [one for extra, listed in extras.items() if extra not in ("tests", "dev") for one in listed]
+    found: dict[str, set[SpecifierSet]] = {}
+    for one in map(Requirement, [*PROJECT["project"]["dependencies"], *in_use]):
+        if one.name != PROJECT["project"]["name"]:
+            found.setdefault(canonicalize_name(one.name), set()).add(one.specifier)
+    return found
+
+
+def version_of(specifiers: SpecifierSet, operator: str) -> Version:
+    (one,) = specifiers
+    assert one.operator == operator, one
+    return Version(one.version)
+
+
+def test_the_lowest_versions_that_are_tested_are_the_lowest_that_are_allowed() -> None:
+    lowest = pins("constraints-lowest.txt")
+    allowed = bounds()
+    for name, specifiers in allowed.items():
+        assert {version_of(one, ">=") for one in specifiers} == {version_of(lowest[name], "==")}, name
+    assert all(str(specifier).startswith("<") for name, specifier in lowest.items() if name not in allowed)
+
+
+def test_the_docs_name_the_versions_that_are_tested() -> None:
+    lowest, newest = pins("constraints-lowest.txt"), pins("constraints.txt")
+    rows = [
+        f"| {name} | {version_of(lowest[name], '==')} | {version_of(newest[name], '==')} |" for name in sorted(bounds())
+    ]
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    assert [line for line in text.splitlines() if re.match(r"\| [a-z0-9-]+ \| \d", line)] == rows, "\n".join(rows)
+
+
+def test_the_docs_and_the_index_name_the_pythons_that_are_tested() -> None:
+    tested = re.findall(r"^\| (3\.\d+)", (ROOT / "docs" / "compatibility.md").read_text(), re.MULTILINE)
+    named = [one.rpartition(" ")[2] for one in PROJECT["project"]["classifiers"] if ":: Python :: 3." in one]
+    assert list(dict.fromkeys(tested)) == named
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(named) <= set(workflow["jobs"]["versions"]["strategy"]["matrix"]["python"])
 
 
 def test_news_fragments_can_be_read() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,20 @@ def test_no_class_is_long(package: str) -> None:
 
 
 LONG = {"router/router.py Router", "pear_store/store.py Store"}
+
+
+@pytest.mark.parametrize("package", ["router", "pear_train"])
+def test_what_holds_arrays_is_equal_only_to_itself(package: str) -> None:
+    """Arrays have no truth value, so a dataclass that compares them field by field raises."""
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            fields = [ast.unparse(line.annotation) for line in node.body if isinstance(line, ast.AnnAssign)]
+            if not any(re.search(r"\b(Tensor|NDArray|Floats|Ints)\b", field) for field in fields):
+                continue
+            made = [ast.unparse(mark) for mark in node.decorator_list if ast.unparse(mark).startswith("dataclass")]
+            assert all("eq=False" in mark for mark in made), f"{file}: {node.name} holds arrays: say eq=False"
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ class Publication:
     repository: str | None = None
 
     def check(self) -> None:
-        """Raises a PearStoreError for what the Hub would not take."""
+        """Raises a PearStoreError for what the Hub would not take, an ImportError if its package is missing or old."""
+        from huggingface_hub import parse_hf_uri  # noqa: F401  the newest name that is needed here
+
         if self.license is not None and not _LICENSE.fullmatch(self.license):
             raise PearStoreError(f"license {self.license!r}: expected the Hub's name of one, as apache-2.0")
         for what, name in (("base model", self.base_model), ("repository", self.repository)):

@@ -16,7 +16,7 @@ from router import Backbone
 
 def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Given) -> None:
     """Has a cluster train what is to train. All that it reads and writes has the same path on all its machines."""
-    cluster = _cluster()
+    cluster = find_cluster()
     if not work.jobs:
         return
     assert request.address is not None
@@ -46,7 +46,12 @@ def _absolute(entry: TaskEntry) -> TaskEntry:
     return replace(entry, data=str(path.absolute())) if path.exists() else entry
 
 
-def _cluster() -> ModuleType:
+def find_cluster() -> ModuleType:
+    """The module that needs ray.
+
+    Raises:
+        click.UsageError: ray is not installed.
+    """
     try:
         import pear_train.cluster
     except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ import click
 from pear_store import PearStoreError
 from pear_store.terminal import NamedPath, version_option
 from pear_train.cli.answer import answer_many, answer_one
+from pear_train.cli.cluster import find_cluster
 from pear_train.cli.options import ARGUMENTS, HeadedCommand, option, read_options, run_option
 from pear_train.cli.progress import as_command, say
 from pear_train.cli.request import Request, Stopped, Work
@@ -187,6 +188,8 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--ray needs --tasks, and no --make-base: machines train different tasks")
     if request.address is not None and request.tensorboard is not None:
         raise click.UsageError("--ray takes no --tensorboard: epochs end on other machines")
+    if request.address is not None:
+        find_cluster()  # or says so now, before data is read and a folder made
     if request.address is None and (request.workers or request.cpus_per_worker):
         raise click.UsageError("--workers and --cpus-per-worker are for a cluster: give --ray, too")
     if request.bank_tasks is not None and request.bank is None:

@@ -32,7 +32,7 @@ UNEVEN = 10
 """A class with so many times the training images of another is worth a warning."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Images by number, and their class indices: int64 [n]."""
 

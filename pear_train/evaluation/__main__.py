@@ -1,18 +1,19 @@
 """Starts pear-eval, or says in a line what it needs."""
 
 import sys
+from importlib import import_module
 
 _NEEDED = {"sklearn": "scikit-learn", "scipy": "scipy", "jinja2": "jinja2"}
 
 
 def main() -> None:
-    try:
-        from pear_train.evaluation.cli import main as command
-    except ModuleNotFoundError as error:
-        missing = _NEEDED.get(str(error.name).partition(".")[0])
-        if missing is None:
-            raise
-        sys.exit(f"Error: pear-eval needs {missing}: pip install 'pear-adapters[eval]'")
+    for module, package in _NEEDED.items():
+        try:
+            import_module(module)
+        except ModuleNotFoundError:
+            sys.exit(f"Error: pear-eval needs {package}: pip install 'pear-adapters[eval]'")
+    from pear_train.evaluation.cli import main as command
+
     command()
 
 

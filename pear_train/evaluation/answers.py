@@ -38,7 +38,7 @@ class Subject:
         return np.array([numbers.get(name, -1) for name in classes], np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """What tasks said of the images that all of them could answer."""
 

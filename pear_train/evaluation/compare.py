@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from pear_train.evaluation.answers import Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """A task beside the one that it is compared with, on the same images."""
 
@@ -42,6 +41,8 @@ def compare(
         was_right, is_right: of each image, whether the first and the second task is right.
         differs: whether their answers differ.
     """
+    from scipy.stats import binomtest
+
     better, worse = np.flatnonzero(~was_right & is_right), np.flatnonzero(was_right & ~is_right)
     changed = len(better) + len(worse)
     p_value = float(binomtest(len(better), changed, 0.5).pvalue) if changed else 1.0

@@ -14,7 +14,7 @@ from pear_train.evaluation.sample import Sample
 from router import Router
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluated:
     """One task and its figures."""
 

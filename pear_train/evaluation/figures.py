@@ -7,16 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-    recall_score,
-    top_k_accuracy_score,
-)
 
 from pear_train.evaluate import threshold_for
 from pear_train.evaluation.answers import Floats, Ints
@@ -108,6 +98,16 @@ def figures(labels: Sequence[str], targets: Ints, probabilities: Floats) -> Figu
         targets: int64 [image], numbers of `labels`.
         probabilities: [image, class].
     """
+    from scipy.stats import binomtest
+    from sklearn.metrics import (
+        accuracy_score,
+        confusion_matrix,
+        f1_score,
+        precision_recall_fscore_support,
+        recall_score,
+        top_k_accuracy_score,
+    )
+
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     right = predicted == targets
     numbers, present = list(range(len(labels))), np.unique(targets)
@@ -146,6 +146,8 @@ def _known(value: Any) -> float | None:
 
 def _reliability(right: NDArray[np.bool_], confidence: Floats) -> list[Bin]:
     """Of each bin with images, from the least to the most confident."""
+    from sklearn.calibration import calibration_curve
+
     clipped = np.clip(confidence.astype(np.float64), 0, 1)  # a sum of float32 may be a hair above 1
     accuracies, means = calibration_curve(right, clipped, n_bins=BINS, strategy="uniform")
     edges = np.linspace(0, 1, BINS + 1)

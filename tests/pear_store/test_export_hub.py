@@ -11,7 +11,6 @@ import pytest
 import timm
 from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
-from peft import PeftModel
 
 from pear_store import PearStoreError, Store, Task, make_task
 from pear_store.exchange import hub as exporting
@@ -22,6 +21,9 @@ from tests.helpers.fake_hub import pointed_at, running_hub
 from tests.helpers.makers import floats, record, small_task, tensors
 from tests.pear_store.test_cli import run
 from tests.pear_store.test_store import contents
+
+pytest.importorskip("peft", reason="needs peft: pip install 'pear-adapters[dev]'")
+from peft import PeftModel
 
 pytestmark = pytest.mark.slow
 

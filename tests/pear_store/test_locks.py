@@ -38,9 +38,11 @@ class Forker:
         self._stay = os.pipe()
         self._children: list[int] = []
         self._threads: list[threading.Thread] = []
+        self._one_at_a_time = threading.Lock()  # filelock, where it is imported, refuses two forks at once
 
     def fork(self) -> None:
-        child = os.fork()
+        with self._one_at_a_time:
+            child = os.fork()
         if child == 0:
             os.close(self._stay[1])
             os.read(self._stay[0], 1)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -24,6 +23,9 @@ from router import Backbone, Router
 from router.describe import describe
 from router.tensors import from_torch, quantise, to_torch
 from tests.helpers.makers import floats, record
+
+pytest.importorskip("peft", reason="needs peft: pip install 'pear-adapters[dev]'")
+from peft import LoraConfig, PeftModel, get_peft_model
 
 LABELS = ["oak", "elm", "ash"]
 IMAGES = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +17,6 @@ from sklearn.metrics import balanced_accuracy_score, classification_report, conf
 
 from pear_store import Store, Task, make_task, write_checkpoint
 from pear_train.data import Labelled, Split, open_labelled
-from pear_train.evaluation import __main__ as starter
 from pear_train.evaluation.answers import Subject
 from pear_train.evaluation.cli import GATE_FAILED, main
 from pear_train.evaluation.compare import compare
@@ -398,12 +396,3 @@ def test_a_report_of_many_classes_is_a_picture(task_maker: Callable[..., Task], 
     found = evaluate(router, [Subject("many", "many", task)], sample)
     text = make_report(found, 4, Limits(10_000))
     assert 'alt="Confusion matrix of 70 classes' in text
-
-
-def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("pear_train.evaluation.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(SystemExit, match=r"pear-eval needs scipy: pip install 'pear-adapters\[eval\]'"):
-        starter.main()

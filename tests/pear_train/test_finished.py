@@ -195,7 +195,7 @@ def test_a_plot_that_cannot_be_drawn_is_said_before_training(
     (tmp_path / "t.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run(*command)
-    assert done.exit_code == 1 and "--plot needs matplotlib: pip install matplotlib" in done.stderr
+    assert done.exit_code == 1 and "--plot needs matplotlib: pip install 'pear-adapters[demo]'" in done.stderr
 
 
 @pytest.mark.slow

@@ -17,6 +17,9 @@ pytest.importorskip("triton", reason="Triton is not there: the plain op is all t
 from router import kernels
 from router.kernels import add_branch_fused, can_fuse, use_fused
 
+# The interpreter of Triton 3.2 to 3.4, where NumPy warns of it
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds: inputs, φ(x · down) and the sum, 2^-7 each

@@ -1192,11 +1192,3 @@ def test_what_may_not_be_read_or_written_is_said_in_one_line(work: Path, monkeyp
                 os.seteuid(0)
             assert done.exit_code in (1, 2, 3, 11), done.output
             assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
-
-
-@pytest.mark.slow
-def test_without_pyarrow_one_line_says_what_to_install() -> None:
-    code = "import sys; sys.modules['pyarrow'] = None; from router.infer.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "Error: pear-infer needs pyarrow: pip install 'pear-adapters[infer]'\n"

@@ -399,7 +399,7 @@ def test_closing_finishes_what_waits(held: HeldRouter) -> None:
         assert all(one.label for one in await asyncio.gather(*asked))
 
     run(work())
-    assert [task for batch in held.ran for task in batch] == list("abc")
+    assert sorted(task for batch in held.ran for task in batch) == list("abc")  # loaded in any order
 
 
 def test_what_is_not_finished_in_time_is_told_so(held: HeldRouter) -> None:
