@@ -1,19 +1,14 @@
 """What is known of a remote's log by one who only reads: names, versions and records, as of some seconds ago."""
 
-import sqlite3
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pear_store.errors import DamagedError, DamagedRemoteError, NotFoundError, PearStoreError, PlaceError
+from pear_store.errors import DamagedRemoteError, NotFoundError, PearStoreError
 from pear_store.format.checkpoint import check_record
 from pear_store.format.container import strict_json
 from pear_store.format.digest import Digest
@@ -22,18 +17,12 @@ from pear_store.format.summary import Summary
 from pear_store.local.references import Version, parse_reference
 from pear_store.local.sync import Incoming
 from pear_store.local.uses import Use, Uses
-from pear_store.remote.flights import Flights
+from pear_store.remote.asked import AskedMirror
 from pear_store.remote.log import LoggedVersion
-from pear_store.remote.mirror import Mirror, is_replaced
+from pear_store.remote.mirror import Mirror
 from pear_store.remote.place import Place
 from pear_store.remote.pull import Have, Pulled, groups
-from pear_store.remote.reading import read_on
 
-T = TypeVar("T")
-PATIENCE_S = 5.0
-"""How long one waits for what is new, where what was known will do"""
-_AFTER_FAILURE_S = 10.0
-"""How long a remote that gave no answer is left alone"""
 _AT_ONCE = 256
 """Records that are read in one look at the mirror"""
 _MOST_NAMES = 1 << 17
@@ -48,112 +37,15 @@ class Found:
     logged: LoggedVersion
 
 
-class KnownLog:
-    """A remote's log as a mirror on this machine has it, which is asked on where that is due. Thread-safe.
-
-    Args:
-        file: the mirror's. Several processes may share it.
-        url: for messages.
-        ttl_s: what may have changed is asked for once in so many seconds at most.
-        timeout_s: how long anybody waits for an answer.
-    """
+class KnownLog(AskedMirror):
+    """A remote's log as a mirror on this machine has it. Thread-safe."""
 
     def __init__(self, file: Path, place: Place, ttl_s: float, timeout_s: float) -> None:
-        self._file, self._place, self.url = file, place, place.url
-        self._ttl_s, self._timeout_s = ttl_s, timeout_s
-        self._asking: Flights[None] = Flights(1)
-        self._due = 0.0
+        super().__init__(file, place, ttl_s, timeout_s)
         self._names: dict[str, Found] = {}
+        self._names_head = -1
+        """The entry after which `_names` meant what they do"""
         self._sizes: dict[bytes, int] = {}
-        self._head = -1
-        self._lock = threading.Lock()
-        self._is_out = False
-        """Whether the last question had no answer, which was said"""
-
-    # ---- the mirror
-
-    def _look(self, act: Callable[[Mirror], T]) -> T:
-        """What `act` finds in the mirror. One that is damaged is made anew from the log."""
-        try:
-            return self._look_once(act)
-        except sqlite3.DatabaseError:
-            self._forget()
-            self.ask()
-            try:
-                return self._look_once(act)
-            except sqlite3.DatabaseError as error:
-                raise PlaceError(self.url, f"{self._file}: {error}") from None
-
-    def _look_once(self, act: Callable[[Mirror], T]) -> T:
-        if not self._file.exists():
-            if self._head > 0:
-                raise sqlite3.DatabaseError("it is gone")
-            with suppress(OSError):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                with closing(Mirror(self._file, self.url)) as mirror:
-                    mirror.attach(self._place, partial(read_on, mirror, self._place))
-                    return act(mirror)
-            except sqlite3.OperationalError as error:
-                if not is_replaced(error):  # a full disk, a folder that is gone
-                    raise PlaceError(self.url, f"{self._file}: {error}") from None
-
-    def _forget(self) -> None:
-        """Deletes a mirror that is damaged."""
-        with suppress(OSError):
-            self._file.unlink()
-        self._head = -1
-
-    # ---- asking the remote
-
-    def ask(self, wait_s: float | None = None) -> None:
-        """Reads the log on now, or waits for whoever does: for so long at most.
-
-        Raises:
-            PlaceError, DamagedRemoteError: there was no answer in time that can be used.
-            NotFoundError: there is no remote.
-        """
-        wait_s = self._timeout_s if wait_s is None else wait_s
-        pause_s = max(self._ttl_s, _AFTER_FAILURE_S)
-        try:
-            self._asking.join("log", self._read_on).result(wait_s)
-            self._is_out, pause_s = False, self._ttl_s
-        except TimeoutError:
-            raise PlaceError(self.url, f"no answer within {wait_s:g} s", again=True) from None
-        finally:
-            self._due = time.monotonic() + pause_s
-
-    def _read_on(self, future: "Future[None]") -> None:
-        def act(mirror: Mirror) -> int:
-            read_on(mirror, self._place)
-            return mirror.head[0]
-
-        try:
-            head = self._look_once(act)
-        except sqlite3.DatabaseError:
-            self._forget()
-            head = self._look_once(act)
-        with self._lock:
-            if head != self._head:
-                self._head, self._names = head, {}
-        future.set_result(None)
-
-    def ask_if_due(self) -> None:
-        """Reads the log on if that was not done just now. Without an answer, what is known stays, with one warning."""
-        if time.monotonic() < self._due:
-            return
-        if self._head < 0:
-            self._head = self._look(lambda mirror: mirror.head[0]) if self._file.exists() else 0
-        try:
-            self.ask(min(self._timeout_s, PATIENCE_S) if self._head else None)
-        except (PlaceError, DamagedError) as error:
-            if not self._head:  # nothing is known
-                self._due = 0.0
-                raise
-            if not self._is_out:
-                self._is_out = True
-                warnings.warn(f"{error}; what is known of it is used on", stacklevel=4)
 
     # ---- questions
 
@@ -174,8 +66,11 @@ class KnownLog:
         return found
 
     def _find(self, reference: str) -> Found | None:
-        if (found := self._names.get(reference)) is not None:
-            return found
+        with self._lock:
+            if self._names_head != self._head:
+                self._names, self._names_head = {}, self._head
+            if (found := self._names.get(reference)) is not None:
+                return found
         task, which = parse_reference(reference)
 
         def act(mirror: Mirror) -> tuple[Found | None, int]:
@@ -190,8 +85,8 @@ class KnownLog:
         found, head = self._look(act)
         with self._lock:
             if self._head < 0:
-                self._head = head
-            if found is not None and head == self._head:
+                self._head = self._names_head = head
+            if found is not None and head == self._names_head:
                 if len(self._names) >= _MOST_NAMES:
                     self._names = {}
                 self._names[reference] = found
@@ -262,7 +157,7 @@ class KnownLog:
         if there is None or there[1]:
             return NotFoundError(f"{self.url}: version {what} was removed meanwhile")
         try:
-            record = strict_json(mirror.manifest(there[0].manifest))
+            record = strict_json(mirror.manifest_of(there[0]) or b"")
         except ValueError as error:
             return DamagedRemoteError(self.url, f"manifest of {what}", str(error))
         return Summary.of(record if isinstance(record, dict) else {})
@@ -280,7 +175,7 @@ class KnownLog:
             for logged in mirror.versions(task):
                 digests: list[Digest] = []
                 with suppress(ValueError):  # a manifest that is none, which `get` refuses
-                    digests = manifest_digests(mirror.manifest(logged.manifest))
+                    digests = manifest_digests(mirror.manifest_of(logged) or b"")
                 if fresh := [digest for digest in digests if digest not in numbers]:
                     for digest, places in mirror.places_of(fresh).items():
                         size_bytes[len(numbers)] = places[0][1].length if places else 0

@@ -19,10 +19,11 @@ from pear_store.local.references import Version
 from pear_store.local.stats import CacheStats
 from pear_store.local.uses import Uses
 from pear_store.readable import ReadableStore
+from pear_store.remote.asked import PATIENCE_S
 from pear_store.remote.cache import Cache, CacheSettings, last_id, mirror_name
 from pear_store.remote.crew import CrewedPlace
 from pear_store.remote.flights import Flights
-from pear_store.remote.known import PATIENCE_S, Found, KnownLog
+from pear_store.remote.known import Found, KnownLog
 from pear_store.remote.log import MAX_ENTRY_BYTES, SETTINGS_NAME, LoggedVersion, parse_settings
 from pear_store.remote.opening import check_options, checked_url, open_place
 from pear_store.remote.place import Place

@@ -1,0 +1,129 @@
+"""A mirror of a remote that one only reads: opened for each question, made anew where it is damaged, and read on."""
+
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pear_store.errors import DamagedError, PlaceError
+from pear_store.remote.flights import Flights
+from pear_store.remote.mirror import Mirror, is_replaced
+from pear_store.remote.place import Place
+from pear_store.remote.reading import read_on
+
+T = TypeVar("T")
+PATIENCE_S = 5.0
+"""How long one waits for what is new, where what was known will do"""
+_AFTER_FAILURE_S = 10.0
+"""How long a remote that gave no answer is left alone"""
+
+
+class AskedMirror:
+    """A mirror on this machine, whose remote is asked what is new where that is due. Thread-safe.
+
+    Args:
+        file: the mirror's. Several processes may share it.
+        url: for messages.
+        ttl_s: what may have changed is asked for once in so many seconds at most.
+        timeout_s: how long anybody waits for an answer.
+    """
+
+    def __init__(self, file: Path, place: Place, ttl_s: float, timeout_s: float) -> None:
+        self._file, self._place, self.url = file, place, place.url
+        self._ttl_s, self._timeout_s = ttl_s, timeout_s
+        self._asking: Flights[None] = Flights(1)
+        self._due = 0.0
+        self._head = -1
+        self._lock = threading.Lock()
+        self._is_out = False
+        """Whether the last question had no answer, which was said"""
+
+    # ---- the mirror
+
+    def _look(self, act: Callable[[Mirror], T]) -> T:
+        """What `act` finds in the mirror. One that is damaged is made anew from the log."""
+        try:
+            return self._look_once(act)
+        except sqlite3.DatabaseError:
+            self._forget()
+            self.ask()
+            try:
+                return self._look_once(act)
+            except sqlite3.DatabaseError as error:
+                raise PlaceError(self.url, f"{self._file}: {error}") from None
+
+    def _look_once(self, act: Callable[[Mirror], T]) -> T:
+        if not self._file.exists():
+            if self._head > 0:
+                raise sqlite3.DatabaseError("it is gone")
+            with suppress(OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with closing(Mirror(self._file, self.url)) as mirror:
+                    mirror.attach(self._place, partial(read_on, mirror, self._place))
+                    return act(mirror)
+            except sqlite3.OperationalError as error:
+                if not is_replaced(error):  # a full disk, a folder that is gone
+                    raise PlaceError(self.url, f"{self._file}: {error}") from None
+
+    def _forget(self) -> None:
+        """Deletes a mirror that is damaged."""
+        with suppress(OSError):
+            self._file.unlink()
+        self._head = -1
+
+    # ---- asking the remote
+
+    def ask(self, wait_s: float | None = None) -> None:
+        """Reads the log on now, or waits for whoever does: for so long at most.
+
+        Raises:
+            PlaceError, DamagedRemoteError: there was no answer in time that can be used.
+            NotFoundError: there is no remote.
+        """
+        wait_s = self._timeout_s if wait_s is None else wait_s
+        pause_s = max(self._ttl_s, _AFTER_FAILURE_S)
+        try:
+            self._asking.join("log", self._read_on).result(wait_s)
+            self._is_out, pause_s = False, self._ttl_s
+        except TimeoutError:
+            raise PlaceError(self.url, f"no answer within {wait_s:g} s", again=True) from None
+        finally:
+            self._due = time.monotonic() + pause_s
+
+    def _read_on(self, future: "Future[None]") -> None:
+        def act(mirror: Mirror) -> int:
+            read_on(mirror, self._place)
+            return mirror.head[0]
+
+        try:
+            head = self._look_once(act)
+        except sqlite3.DatabaseError:
+            self._forget()
+            head = self._look_once(act)
+        with self._lock:
+            self._head = head
+        future.set_result(None)
+
+    def ask_if_due(self) -> None:
+        """Reads the log on if that was not done just now. Without an answer, what is known stays, with one warning."""
+        if time.monotonic() < self._due:
+            return
+        if self._head < 0:
+            self._head = self._look(lambda mirror: mirror.head[0]) if self._file.exists() else 0
+        try:
+            self.ask(min(self._timeout_s, PATIENCE_S) if self._head else None)
+        except (PlaceError, DamagedError) as error:
+            if not self._head:  # nothing is known
+                self._due = 0.0
+                raise
+            if not self._is_out:
+                self._is_out = True
+                warnings.warn(f"{error}; what is known of it is used on", stacklevel=4)
