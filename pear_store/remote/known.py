@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from pear_store.errors import DamagedError, DamagedRemoteError, NotFoundError, PearStoreError, PlaceError
 from pear_store.format.checkpoint import check_record
 from pear_store.format.container import strict_json
-from pear_store.format.digest import Digest
 from pear_store.format.manifest import manifest_digests
 from pear_store.format.summary import Summary
 from pear_store.local.references import Version, parse_reference
 from pear_store.local.sync import Incoming
-from pear_store.local.uses import Use, Uses
+from pear_store.local.uses import Uses
+from pear_store.remote import listed
 from pear_store.remote.flights import Flights
 from pear_store.remote.log import LoggedVersion
 from pear_store.remote.mirror import Mirror
@@ -248,43 +248,12 @@ class KnownLog:
     def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
         waiting = iter(versions)
         while part := list(islice(waiting, _AT_ONCE)):
-            yield from self._look(partial(self._summaries, part))
-
-    def _summaries(self, versions: list[Version], mirror: Mirror) -> list[Summary | PearStoreError]:
-        return [self._summary(mirror, version) for version in versions]
-
-    def _summary(self, mirror: Mirror, version: Version) -> Summary | PearStoreError:
-        """Of a record that nobody judged: a list shows what is as expected in it."""
-        what = f"{version.task}@{version.version}"
-        there = mirror.version(version.task, version.version)
-        if there is None or there[1]:
-            return NotFoundError(f"{self.url}: version {what} was removed meanwhile")
-        try:
-            record = strict_json(mirror.manifest(there[0].manifest))
-        except ValueError as error:
-            return DamagedRemoteError(self.url, f"manifest of {what}", str(error))
-        return Summary.of(record if isinstance(record, dict) else {})
+            yield from self._look(partial(listed.summaries, versions=part))
 
     def uses(self) -> Uses:
         """Which tensors each version names, and their bytes as the log lists them."""
         self.ask_if_due()
-        return self._look(self._uses)
-
-    def _uses(self, mirror: Mirror) -> Uses:
-        numbers: dict[Digest, int] = {}
-        size_bytes: dict[int, int] = {}
-        found: list[Use] = []
-        for task in mirror.tasks():
-            for logged in mirror.versions(task):
-                digests: list[Digest] = []
-                with suppress(ValueError):  # a manifest that is none, which `get` refuses
-                    digests = manifest_digests(mirror.manifest(logged.manifest))
-                if fresh := [digest for digest in digests if digest not in numbers]:
-                    for digest, places in mirror.places_of(fresh).items():
-                        size_bytes[len(numbers)] = places[0][1].length if places else 0
-                        numbers[digest] = len(numbers)
-                found.append(Use(self._found(mirror, logged).version, [numbers[digest] for digest in digests]))
-        return Uses.by_age(found, size_bytes)
+        return self._look(lambda mirror: listed.uses(mirror, lambda logged: self._found(mirror, logged).version))
 
     @property
     def head(self) -> int:
