@@ -168,7 +168,7 @@ class KnownLog:
             self.ask_if_due()
             found = self._find(reference)
         if found is None:
-            raise NotFoundError(self._look(lambda mirror: self._missing(mirror, reference)))
+            raise NotFoundError(self._look(partial(_missing, reference=reference)))
         return found
 
     def _find(self, reference: str) -> Found | None:
@@ -194,17 +194,6 @@ class KnownLog:
                     self._names = {}
                 self._names[reference] = found
         return found
-
-    def _missing(self, mirror: Mirror, reference: str) -> str:
-        """What to say of a reference that stands for nothing."""
-        task, which = parse_reference(reference)
-        numbers = [version.number for version in mirror.versions(task)]
-        if not numbers:
-            return f"no task {task!r} in {self.url}; 'pear-store ls' shows what is there"
-        if isinstance(which, str):
-            have = ", ".join(sorted(tag for number in numbers for tag in mirror.tags_of(task, number))) or "none"
-            return f"no tag {which!r} of task {task!r}; its tags: {have}"
-        return f"no version {which} of task {task!r}; the newest is {numbers[-1]}"
 
     def _found(self, mirror: Mirror, logged: LoggedVersion) -> Found:
         tags = tuple(mirror.tags_of(logged.task, logged.number))
@@ -307,3 +296,15 @@ class KnownLog:
             return incoming
 
         return self._look(act)
+
+
+def _missing(mirror: Mirror, reference: str) -> str:
+    """What to say of a reference that stands for nothing."""
+    task, which = parse_reference(reference)
+    numbers = [version.number for version in mirror.versions(task)]
+    if not numbers:
+        return f"no task {task!r} in {mirror.url}; 'pear-store ls' shows what is there"
+    if isinstance(which, str):
+        have = ", ".join(sorted(tag for number in numbers for tag in mirror.tags_of(task, number))) or "none"
+        return f"no tag {which!r} of task {task!r}; its tags: {have}"
+    return f"no version {which} of task {task!r}; the newest is {numbers[-1]}"
