@@ -11,12 +11,12 @@ from typing import Any
 from pear_store.errors import DamagedRemoteError, NotFoundError, PearStoreError
 from pear_store.format.checkpoint import check_record
 from pear_store.format.container import strict_json
-from pear_store.format.digest import Digest
 from pear_store.format.manifest import manifest_digests
 from pear_store.format.summary import Summary
 from pear_store.local.references import Version, parse_reference
 from pear_store.local.sync import Incoming
-from pear_store.local.uses import Use, Uses
+from pear_store.local.uses import Uses
+from pear_store.remote import listed
 from pear_store.remote.asked import AskedMirror
 from pear_store.remote.log import LoggedVersion
 from pear_store.remote.mirror import Mirror
@@ -62,7 +62,7 @@ class KnownLog(AskedMirror):
             self.ask_if_due()
             found = self._find(reference)
         if found is None:
-            raise NotFoundError(self._look(lambda mirror: self._missing(mirror, reference)))
+            raise NotFoundError(self._look(partial(_missing, reference=reference)))
         return found
 
     def _find(self, reference: str) -> Found | None:
@@ -91,17 +91,6 @@ class KnownLog(AskedMirror):
                     self._names = {}
                 self._names[reference] = found
         return found
-
-    def _missing(self, mirror: Mirror, reference: str) -> str:
-        """What to say of a reference that stands for nothing."""
-        task, which = parse_reference(reference)
-        numbers = [version.number for version in mirror.versions(task)]
-        if not numbers:
-            return f"no task {task!r} in {self.url}; 'pear-store ls' shows what is there"
-        if isinstance(which, str):
-            have = ", ".join(sorted(tag for number in numbers for tag in mirror.tags_of(task, number))) or "none"
-            return f"no tag {which!r} of task {task!r}; its tags: {have}"
-        return f"no version {which} of task {task!r}; the newest is {numbers[-1]}"
 
     def _found(self, mirror: Mirror, logged: LoggedVersion) -> Found:
         tags = tuple(mirror.tags_of(logged.task, logged.number))
@@ -145,43 +134,12 @@ class KnownLog(AskedMirror):
     def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
         waiting = iter(versions)
         while part := list(islice(waiting, _AT_ONCE)):
-            yield from self._look(partial(self._summaries, part))
-
-    def _summaries(self, versions: list[Version], mirror: Mirror) -> list[Summary | PearStoreError]:
-        return [self._summary(mirror, version) for version in versions]
-
-    def _summary(self, mirror: Mirror, version: Version) -> Summary | PearStoreError:
-        """Of a record that nobody judged: a list shows what is as expected in it."""
-        what = f"{version.task}@{version.version}"
-        there = mirror.version(version.task, version.version)
-        if there is None or there[1]:
-            return NotFoundError(f"{self.url}: version {what} was removed meanwhile")
-        try:
-            record = strict_json(mirror.manifest_of(there[0]) or b"")
-        except ValueError as error:
-            return DamagedRemoteError(self.url, f"manifest of {what}", str(error))
-        return Summary.of(record if isinstance(record, dict) else {})
+            yield from self._look(partial(listed.summaries, versions=part))
 
     def uses(self) -> Uses:
         """Which tensors each version names, and their bytes as the log lists them."""
         self.ask_if_due()
-        return self._look(self._uses)
-
-    def _uses(self, mirror: Mirror) -> Uses:
-        numbers: dict[Digest, int] = {}
-        size_bytes: dict[int, int] = {}
-        found: list[Use] = []
-        for task in mirror.tasks():
-            for logged in mirror.versions(task):
-                digests: list[Digest] = []
-                with suppress(ValueError):  # a manifest that is none, which `get` refuses
-                    digests = manifest_digests(mirror.manifest_of(logged) or b"")
-                if fresh := [digest for digest in digests if digest not in numbers]:
-                    for digest, places in mirror.places_of(fresh).items():
-                        size_bytes[len(numbers)] = places[0][1].length if places else 0
-                        numbers[digest] = len(numbers)
-                found.append(Use(self._found(mirror, logged).version, [numbers[digest] for digest in digests]))
-        return Uses.by_age(found, size_bytes)
+        return self._look(lambda mirror: listed.uses(mirror, lambda logged: self._found(mirror, logged).version))
 
     @property
     def head(self) -> int:
@@ -239,3 +197,15 @@ class KnownLog(AskedMirror):
 
     def _removed(self, logged: LoggedVersion) -> NotFoundError:
         return NotFoundError(f"{self.url}: version {logged.task}@{logged.number} was removed")
+
+
+def _missing(mirror: Mirror, reference: str) -> str:
+    """What to say of a reference that stands for nothing."""
+    task, which = parse_reference(reference)
+    numbers = [version.number for version in mirror.versions(task)]
+    if not numbers:
+        return f"no task {task!r} in {mirror.url}; 'pear-store ls' shows what is there"
+    if isinstance(which, str):
+        have = ", ".join(sorted(tag for number in numbers for tag in mirror.tags_of(task, number))) or "none"
+        return f"no tag {which!r} of task {task!r}; its tags: {have}"
+    return f"no version {which} of task {task!r}; the newest is {numbers[-1]}"

@@ -106,9 +106,10 @@ def create_app(store: ReadableStore) -> Starlette:
 
 def _list(request: Request) -> Callable[[Overview], Any]:
     asked = request.query_params
-    sort, part = asked.get("sort", "name"), asked.get("search", "").strip()
-    if sort not in get_args(SortKey):
-        raise Refused(f"sort={sort[:100]!r}: expected one of {', '.join(get_args(SortKey))}")
+    text, part = asked.get("sort", "name"), asked.get("search", "").strip()
+    sort: SortKey | None = next((key for key in get_args(SortKey) if key == text), None)
+    if sort is None:
+        raise Refused(f"sort={text[:100]!r}: expected one of {', '.join(get_args(SortKey))}")
     first, count = _number(request, "first", 0, 10**9), _number(request, "count", 25, MOST_ROWS)
     query = Query((_pattern(part),), sort=sort, reverse=asked.get("reverse") == "true")
     return lambda overview: overview.tasks(query, asked.get("backbone") or None, first, count)

@@ -199,6 +199,8 @@ def test_a_plot_says_by_backbone_what_is_shared_and_what_that_saves(tmp_path: Pa
     assert len(re.findall(r"\d+ tasks x \d+ positions", text)) == backbones
     assert re.search(r"24 adapters of \d+ tasks: save", text)
     assert ("task-049" in text) == (count == 50)
+    several = re.findall(r"(?:adapters of|times in) \d+ tasks: saves? ", text)
+    assert len(several) == {5: 1, 50: 9}[count]  # where colours do not suffice, what tasks have in common has them
     run("--store", tmp_path / "s", "plot", tmp_path / "map.png")
     found = colours(tmp_path / "map.png")
     assert plotting._COLOURS[0] in found  # the common bases

@@ -14,6 +14,7 @@ from pear_store.format.summary import Origin, Summary
 from pear_store.listing import Listing, Query
 from pear_store.local import references
 from pear_store.local.opened import OpenStore
+from pear_store.local.rows import NameRow
 from pear_store.sharing import groups, growth, new_bytes, shared_with_others
 from tests.helpers.makers import floats, record, sharing_tasks, small_task, tensors
 from tests.pear_store.test_cli import run
@@ -305,9 +306,12 @@ def test_a_completion_reads_only_names_that_begin_so(tmp_path: Path, monkeypatch
         for seed, name in enumerate(["aa", "ab", "b", "c"]):
             store.add(small_task(name, seed=seed))
         read: list[bytes] = []
-        from pear_store.local import tables
+        decode = NameRow.decode
 
-        decode = tables.NameRow.decode
-        monkeypatch.setattr(tables.NameRow, "decode", lambda key, row: (read.append(key), decode(key, row))[1])
+        def noted(key: bytes, row: bytes) -> NameRow:
+            read.append(key)
+            return decode(key, row)
+
+        monkeypatch.setattr(NameRow, "decode", noted)
         assert store.beginning("a") == ["aa", "ab"]
         assert read == [b"aa", b"ab"]

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from pear_store import CheckpointError, Store, Task, make_task
 from pear_store.format.checkpoint import natural_key
-from pear_store.terminal import printable
+from pear_store.terminal import echo_json_rows, echo_long_table, printable
 from tests.helpers.makers import record, tensors
 from tests.pear_store.test_cli import run
 
@@ -104,3 +104,29 @@ def test_numbers_of_any_length_are_sorted() -> None:
 def test_printable_keeps_what_can_be_seen() -> None:
     assert printable("érable 樹 🌳 a b\\c") == "érable 樹 🌳 a b\\c"
     assert printable("a\tb\x00\u2028\udcff\ud800") == r"a\tb\x00\u2028\xff\ud800"
+
+
+def counted(count: int, capsys: pytest.CaptureFixture[str], printed: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows; each time, what was printed before goes to `printed`."""
+    for number in range(count):
+        printed.append(capsys.readouterr().out)
+        yield {"name": f"{'x' * (number // 1500 * 3)}{number}", "bytes": f"{number:,}"}
+
+
+def test_a_long_table_is_printed_as_its_rows_come(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+    echo_long_table(counted(2500, capsys, printed), left=["name"])
+    lines = ("".join(printed) + capsys.readouterr().out).splitlines()
+    assert len(lines) == 2502 and lines[:3] == ["name  bytes", "----  -----", "0         0"]
+    assert lines[1001] == "999     999" and lines[1002] == "1000     1,000"  # one heading; wider only where it must be
+    assert lines[-1] == "xxx2499  2,499"
+    assert "999     999" in printed[1000]  # the first thousand are there before the next is read
+
+
+def test_a_long_list_of_json_is_printed_as_its_rows_come(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+    echo_json_rows(counted(3, capsys, printed))
+    assert printed[1] == '[{"name": "0", "bytes": "0"}'
+    assert [row["name"] for row in json.loads("".join(printed) + capsys.readouterr().out)] == ["0", "1", "2"]
+    echo_json_rows([])
+    assert capsys.readouterr().out == "[]\n"

@@ -137,5 +137,6 @@ try {
   await showMap();
   if (store.problem) failed(new Error(store.problem));
 } catch (error) {
+  byId("where").textContent = "";
   failed(error);
 }

@@ -793,8 +793,11 @@ def test_commands_that_read(directory: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / "cache"))
     there = ("--store", directory)
     here = ("--store", str(tmp_path / "pushed"))
-    for command in (("ls",), ("ls", "--all"), ("show", "t3"), ("log", "t3"), ("diff", "t3", "t4")):
+    for command in (("ls",), ("ls", "--all"), ("log", "t3"), ("diff", "t3", "t4")):
         assert run(*there, *command, "--json").stdout == run(*here, *command, "--json").stdout != ""
+    shown = [json.loads(run(*where, "show", "t3", "--json").stdout) for where in (there, here)]
+    assert [row.pop("sharing") is None for row in shown] == [True, False]  # it would take the whole log
+    assert shown[0] == shown[1]
     assert run(*there, "export", "t3", tmp_path / "t3.safetensors").exit_code == 0
     assert (tmp_path / "t3.safetensors").stat().st_size > 100
     assert json.loads(run(*there, "stats", "--json").stdout)["cached_versions"] == 2

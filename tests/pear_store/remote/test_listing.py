@@ -10,6 +10,7 @@ from pear_store import PearStoreError, Store
 from pear_store.listing import Listing, Query, listed_json
 from pear_store.remote.cache import CacheSettings
 from pear_store.sharing import groups, new_bytes
+from pear_store.ui.overview import Overview
 from tests.helpers.makers import sharing_tasks
 from tests.pear_store.test_cli import run
 
@@ -53,6 +54,17 @@ def test_a_remotes_list_is_the_stores(pushed: tuple[Store, str], tmp_path: Path)
         assert remote.state != before
         (gone,) = remote.summaries([listings[1].newest[0]])
         assert isinstance(gone, PearStoreError) and "was removed meanwhile" in str(gone)
+
+
+def test_the_page_of_a_remote_is_the_stores(pushed: tuple[Store, str], tmp_path: Path) -> None:
+    store, url = pushed
+    with Store.open(url, cache=CacheSettings(folder=tmp_path / "cache")) as remote:
+        here, there = Overview(store), Overview(remote)
+        assert {**there.totals, "where": ""} == {**here.totals, "where": ""} and there.totals["where"] == url
+        assert there.tasks(Query(sort="new"), None, 1, 3) == here.tasks(Query(sort="new"), None, 1, 3)
+        assert there.map(None) == here.map(None) != {}
+        assert there.task("task-002") == here.task("task-002")
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_the_command_lists_a_remote(pushed: tuple[Store, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
