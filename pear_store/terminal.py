@@ -2,6 +2,7 @@
 that commands of all packages share."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,6 +51,14 @@ def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **set
 
 version_option = click.version_option(__version__)
 """``--version`` of every command."""
+
+
+class NumberRange(click.FloatRange):
+    """A range that NaN does not lie in. By comparisons alone it is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number.", param, ctx) if math.isnan(number) else number
 
 
 class PrintableGroup(click.Group):

@@ -250,6 +250,15 @@ def test_no_output_is_what_is_read(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "is what --base names, and would be replaced" in done.stderr
 
 
+def test_no_picture_is_drawn_among_those_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    for option, out in (("--preview", tmp_path / "t"), ("--plot", tmp_path / "set" / "cat" / "p.safetensors")):
+        drawn = tmp_path / "set" / "cat" / "p.png"
+        done = run("t", "--data", tmp_path / "set", "--out", out, option, *([drawn] if option == "--preview" else []))
+        assert done.exit_code == 2
+        assert f"{option} {drawn}: lies in a folder of {tmp_path / 'set'}, and would be one of its" in done.stderr
+
+
 def test_a_folder_for_tensorboard_is_one(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("mine")
@@ -300,6 +309,7 @@ def test_a_drawing_that_fails_loses_no_training(
     def fail(*args: object, **settings: object) -> None:
         raise ValueError("no\nfont")
 
+    monkeypatch.setattr("pear_train.preview._sheet", fail)
     monkeypatch.setattr("pear_train.curves.write_csv", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     monkeypatch.setattr("pear_train.html.training.accuracy_chart", fail)
@@ -307,10 +317,12 @@ def test_a_drawing_that_fails_loses_no_training(
     done = run(
         "t", "--data", data, "--out", out, *FAST, "--balance", "weights", "--select", "macro_f1", "--plot",
         "--threshold-accuracy", "0.5", "--html", tmp_path / "r.html", "--curves", tmp_path / "c.csv", "--json",
+        "--preview", tmp_path / "p.png",
     )  # fmt: skip
     assert done.exit_code == 1 and json.loads(done.stdout)["task"] == "t"
     assert out.read_bytes() == (told[0] / "t.safetensors").read_bytes()
     assert [line for line in done.stderr.splitlines() if line.startswith("Error")] == [
+        "Error: t: --preview: cannot be drawn: no font",
         "Error: t: curves: cannot be drawn: no font",
         "Error: t: --plot: cannot be drawn: no font",
         "Error: t: --html: cannot be drawn: no font",
