@@ -316,7 +316,9 @@ def _texts(described: str, values: list[Any], names: Sequence[str] | None) -> li
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
-    except (PearStoreError, ValueError, RecursionError) as error:
+    except PearStoreError as error:  # its text names the file
+        raise DataError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {_line(error)}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object")

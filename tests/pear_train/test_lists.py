@@ -267,6 +267,7 @@ def test_a_damaged_folder_of_datasets_is_one_clear_line(pictures: Path, damage: 
     with pytest.raises(DataError) as refused:
         open_dataset(str(pictures / "saved"))
     assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).count(str(pictures)) == 1, "names the file once"
 
 
 NO_TEXT = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))

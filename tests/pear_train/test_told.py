@@ -22,6 +22,7 @@ from pear_train.cli import main
 from pear_train.cli.progress import duration
 from pear_train.curves import check_csv, write_csv
 from pear_train.errors import ConfigError, ResourceError
+from pear_train.html.page import write_page
 from pear_train.html.training import accuracy_chart, loss_chart
 from pear_train.plot import plot_result
 from pear_train.preview import some_of_each, write_preview
@@ -410,6 +411,11 @@ def test_the_report_says_what_the_checkpoint_says_and_asks_nobody(told: tuple[Pa
     assert len(polylines) == 3
     for line in polylines:
         assert len(str(line["points"]).split()) == 3, "a point for each epoch"
+
+
+def test_a_report_names_files_whose_names_are_no_text(tmp_path: Path) -> None:
+    write_page(tmp_path / "r.html", f"<p>{os.fsdecode(b'caf' + bytes([0xE9]))}</p>")
+    assert (tmp_path / "r.html").read_text() == r"<p>caf\udce9</p>"
 
 
 def result(**changes: Any) -> RunResult:
