@@ -2,6 +2,7 @@
 that commands of all packages share."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -89,6 +90,14 @@ class NamedPath(click.Path):
         if value == "":
             self.fail("expected a path, found an empty text", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class NumberRange(click.FloatRange):
+    """A range that NaN does not lie in. By comparisons alone it is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number.", param, ctx) if math.isnan(number) else number
 
 
 class PrintableGroup(click.Group):

@@ -48,8 +48,9 @@ def by_class(labels: Sequence[str], training: Mapping[str, Any]) -> dict[str, di
     """What a task's training record says of each class: counts of images and figures, by split."""
     told: dict[str, dict[str, Any]] = {label: {"images": {}, "recall": {}} for label in labels}
     for key, name in _RECORDED.items():
-        for split, values in training.get(key, {}).items():
-            for label, value in zip(labels, values, strict=True):
+        of_splits = training.get(key, {})
+        for split in [split for split in ("train", "val", "test") if split in of_splits]:  # a file has them by name
+            for label, value in zip(labels, of_splits[split], strict=True):
                 told[label].setdefault(name, {})[split] = value
     return told
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pear_store import PearStoreError
@@ -22,7 +23,7 @@ def check_target(option: str, path: Path, is_ours: Callable[[bytes], bool], make
     Raises:
         ConfigError: something else lies there; or its folder is missing, or takes no file.
     """
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ConfigError(f"{option} {path}: folder {path.parent} does not exist; make it first")
     if os.path.lexists(path):
         try:
@@ -68,7 +69,7 @@ def check_apart(outputs: Iterable[Named], inputs: Iterable[Named]) -> None:
                 raise ConfigError(f"{option} {path}: {written[place][0]} is written there, too: name another file")
         written |= dict.fromkeys(_places(path), (option, path))
     for option, path in files:
-        for above in path.resolve().parents:
+        for above in Path(os.path.realpath(path)).parents:
             if above in written:
                 other, file = written[above]
                 raise ConfigError(
@@ -78,9 +79,9 @@ def check_apart(outputs: Iterable[Named], inputs: Iterable[Named]) -> None:
 
 def _places(path: Path) -> list[object]:
     """What only paths to one file have in common: where links lead, and, of a file that is there, its own number."""
-    places: list[object] = [path.resolve()]
-    try:
+    places: list[object] = []
+    with suppress(OSError, ValueError):  # nothing is there, or nothing can be
+        places.append(Path(os.path.realpath(path)))
         status = path.stat()
-    except (OSError, ValueError):
-        return places
-    return [*places, (status.st_dev, status.st_ino)]
+        places.append((status.st_dev, status.st_ino))
+    return places

@@ -1,5 +1,6 @@
 """A file of tasks to train: TOML."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -69,14 +70,14 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         if name.casefold() in folded:
             raise ConfigError(f"{path}: {where}: another task's name but for its case")
         folded.add(name.casefold())
-        if not isinstance(table, dict) or not isinstance(table.get("data"), str):
+        if not isinstance(table, dict) or not isinstance(table.get("data"), str) or not table["data"]:
             raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')
         told = {key: value for key, value in table.items() if key != "data"}
         options = checked_options(f"{path}: {where}", told, OPTIONS | DATA_OPTIONS)
         try:
             beside = path.parent / table["data"]
             named = re.match(r"(torch|hfi?ds|tfds|wds)/", table["data"], re.IGNORECASE)  # as open_dataset takes names
-            data = table["data"] if named and not beside.exists() else str(beside)
+            data = table["data"] if named and not os.path.exists(beside) else str(beside)
             entries.append(TaskEntry.of(name, data, {**given, **common, **options}))
         except ConfigError as error:
             raise ConfigError(f"{path}: {where}: {error}") from None

@@ -4,6 +4,7 @@ import copy
 import difflib
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -126,7 +127,7 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
 
 
 def _load_weights(module: nn.Module, name: str, path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BackboneError(f"{path}: no such file; expected the weights of {name}")
     try:
         state = load_file(path)

@@ -18,8 +18,8 @@ def open_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:  # of meta, too, which holds no values
         reason = " ".join(str(error).split(".")[0].split())
         raise BackboneError(f"device {str(name)!r} cannot be used: {reason}") from None
     return device

@@ -1,5 +1,6 @@
 """From what is asked to a Ray cluster that trains it."""
 
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -43,7 +44,7 @@ def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Give
 def _absolute(entry: TaskEntry) -> TaskEntry:
     """With its data's path as all machines are told it; a name, such as torch/cifar10, as it is."""
     path = Path(entry.data)
-    return replace(entry, data=str(path.absolute())) if path.exists() else entry
+    return replace(entry, data=str(path.absolute())) if os.path.exists(path) else entry
 
 
 def find_cluster() -> ModuleType:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.terminal import echo
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
+from pear_train.cli.places import check_places
 from pear_train.cli.progress import Progress, say_above
 from pear_train.cli.request import Given, Request, Stopped, Work
 from pear_train.config import OPTIONS, TrainConfig
@@ -26,12 +27,11 @@ from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
 from pear_train.make_bases import bases_identity, bases_of, make_bases
-from pear_train.output import check_out, checkpoint_at, files_beside, is_finished
+from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
 from pear_train.rebase import rebase
 from pear_train.report import Failed, Result, Step, result_of
-from pear_train.targets import Named, check_apart
 from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
@@ -51,7 +51,7 @@ def do_work(request: Request, told: Told) -> Work | None:
     else:
         entries = [TaskEntry.of(str(request.task), str(request.data), told.options)]
     work = Work(entries, {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries})
-    _check_apart(request, work)
+    check_places(request, work)
     _note_unused(request, entries, told)
     work.curves = Curves(request.curves, request.tensorboard, work.paths)
     if many:
@@ -88,41 +88,14 @@ def do_work(request: Request, told: Told) -> Work | None:
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
     if request.preview is not None:
-        write_preview(entries[0].config, loaded, datasets[0], request.preview)
-        echo(f"preview   {request.preview}", err=True)
+        preview = partial(write_preview, entries[0].config, loaded, datasets[0], request.preview)
+        if work.draw(f"{request.task}: --preview", preview, say_above):
+            echo(f"preview   {request.preview}", err=True)
     try:
         _train(request, work, loaded, given, 8 if many and _on_gpu(told.options["device"]) else 1)
     except KeyboardInterrupt:
         raise Stopped(work.left_behind()) from None
     return work
-
-
-def _check_apart(request: Request, work: Work) -> None:
-    """Raises a UsageError where two outputs are one file, or an output is what is read."""
-    said = ["data", "weights", "tasks_file", "base", "bank", "from_store"]
-    said += ["bases", "rebase"] if request.from_store is None else []  # else they are names
-    named = [(f"--{name.removesuffix('_file').replace('_', '-')}", getattr(request, name)) for name in said]
-    inputs = [(option, Path(path)) for option, path in named if path is not None]
-    if request.tasks_file is not None:
-        inputs += [(f"data of task {entry.config.task}", Path(entry.data)) for entry in work.entries]
-    try:
-        check_apart(_outputs(request, work), inputs)
-    except ConfigError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _outputs(request: Request, work: Work) -> Iterator[Named]:
-    """All files that are written, and the folder of each task for TensorBoard."""
-    for task, out in (work.paths if request.many else {str(request.task): request.out}).items():
-        yield "--out", out
-        yield from (("--out (meanwhile)", path) for path in files_beside(out))
-        if request.plot:
-            yield "--plot", plot_path(out)
-        if request.tensorboard is not None:
-            yield "--tensorboard", request.tensorboard / task
-    for option in ("html", "preview", "curves"):
-        if (path := getattr(request, option)) is not None:
-            yield f"--{option}", path
 
 
 def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dataset], given: str | None) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,16 +91,10 @@ class Dataset:
         for name, count in Counter(self.classes).items():
             if count > 1:
                 yield f"class {name!r} is named {count} times: expected different names"
-        sound = True
-        for name, split in self.splits.items():
-            if len(split) == 0:
-                yield f"the {name} split is empty"
-                continue
-            low, high = int(split.targets.min()), int(split.targets.max())
-            if low < 0 or high >= len(self.classes):
-                sound = False
-                yield f"{name} labels {low}..{high}, expected 0..{len(self.classes) - 1}"
-        if self.all_in_train and sound:
+        yield from (f"the {name} split is empty" for name, split in self.splits.items() if len(split) == 0)
+        odd = labels_without_class(self.splits, len(self.classes))
+        yield from odd
+        if self.all_in_train and not odd:
             for name, count in zip(self.classes, self.counts["train"], strict=True):
                 if count == 0:
                     yield f"class {name!r} has no training image"
@@ -196,6 +190,16 @@ class Dataset:
         return f"{len(self.classes)} classes; {len(self.train)} train, {len(self.val)} val, {test} test images"
 
 
+def labels_without_class(splits: Mapping[str, Split], classes: int) -> list[str]:
+    """A line for each split whose labels are not all numbers of classes."""
+    found = []
+    for name, split in splits.items():
+        low, high = (int(split.targets.min()), int(split.targets.max())) if len(split) else (0, 0)
+        if len(split) and not 0 <= low <= high < classes:
+            found.append(f"{name} labels {low}..{high}, expected 0..{classes - 1}")
+    return found
+
+
 def listed(names: list[str]) -> str:
     """The first of some names, for a message."""
     return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
@@ -251,12 +255,12 @@ def raise_all(faults: list[str], told: str | None = None) -> None:
         raise DataError("\n  ".join(lines))
 
 
-def numbered(count: int) -> tuple[str, ...]:
+def numbered(described: str, count: int) -> tuple[str, ...]:
     """Names of classes that have none: their numbers.
 
     Raises:
         DataError: more than `MOST_CLASSES`.
     """
     if count > MOST_CLASSES:
-        raise DataError(f"class number {count - 1}: expected 0 to {MOST_CLASSES - 1}")
+        raise DataError(f"{described}: class number {count - 1}: expected 0 to {MOST_CLASSES - 1}")
     return tuple(map(str, range(count)))

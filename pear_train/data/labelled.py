@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pear_train.data.dataset import Dataset, Split, hold_out
+from pear_train.data.dataset import Dataset, Split, hold_out, labels_without_class, raise_all
 from pear_train.errors import DataError
 
 WHOLE = "all"
@@ -23,6 +23,9 @@ class Labelled:
     """What was left out, and why."""
     cautions: tuple[str, ...] = ()
     """What a person should know of the pictures, such as that some are in two splits."""
+
+    def __post_init__(self) -> None:
+        raise_all([f"{self.description}: {fault}" for fault in labels_without_class(self.splits, len(self.classes))])
 
     def dataset(self) -> Dataset:
         """The data set to train on. A missing val is a tenth of train; data without splits gives a tenth to test, too.

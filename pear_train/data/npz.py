@@ -1,7 +1,5 @@
 """NumPy archives: x_train, y_train, x_val, y_val, x_test, y_test, classes."""
 
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pear_store import PearStoreError
+from pear_store.files import open_regular_file
 from pear_train.data.dataset import Split, numbered
 from pear_train.data.labelled import Labelled
 from pear_train.errors import DataError
@@ -17,10 +17,15 @@ from pear_train.errors import DataError
 def open_npz(path: Path, needs_train: bool = True) -> Labelled:
     """Images uint8 [n, h, w] or [n, h, w, 1 or 3] and int labels; `classes` are names, by default the numbers."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_regular_file(path) as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a NumPy archive: {error}") from None
+    except PearStoreError as error:
+        raise DataError(str(error)) from None
+    except Exception as error:  # whatever a damaged archive makes zipfile, zlib and NumPy raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not a NumPy archive: {reason:.300}") from None
+    if bare := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise DataError(f"{path}: {bare[0]!r} is no array: expected what numpy.savez wrote")
     splits = {}
     for name in ("train", "val", "test"):
         if f"x_{name}" in arrays or f"y_{name}" in arrays:
@@ -31,7 +36,7 @@ def open_npz(path: Path, needs_train: bool = True) -> Labelled:
         classes = tuple(_class_names(path, arrays["classes"]))
     else:
         first = next(iter(splits.values()))
-        classes = numbered(int(first.targets.max()) + 1 if len(first) else 0)
+        classes = numbered(str(path), int(first.targets.max()) + 1 if len(first) else 0)
     return Labelled(f"{path}: a NumPy archive", classes, splits)
 
 

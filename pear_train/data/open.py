@@ -1,5 +1,6 @@
 """Opens what --data names, and says what it was taken for."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def open_labelled(
     Raises:
         DataError: it is none of these, or not usable.
     """
+    if not data:
+        raise DataError("data '': expected a file, a folder or a name")
     path, options = Path(data), options or DataOptions()
-    if options.of_folders and (not path.is_dir() or is_vtab(path) or is_saved(path)):
+    if options.of_folders and (not os.path.isdir(path) or is_vtab(path) or is_saved(path)):
         raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() == ".npz":
             return open_npz(path, needs_train)
         if path.suffix in LISTS:
@@ -55,7 +58,7 @@ def open_labelled(
         if path.suffix.lower() in LISTS:
             raise DataError(f"{data}: expected the ending of a list in small letters: {path.suffix.lower()}")
         raise DataError(f"{data}: a file of no kind that is known by its ending; looked for {LOOKED_FOR}")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_directory(path, options, needs_train)
     if data.split("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
         return open_timm(data, root)

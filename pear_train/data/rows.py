@@ -70,14 +70,16 @@ class Rows:
             DataError: rows are at fault, or train is missing.
         """
         raise_all([f"{described}: {fault}" for fault in self.faults])
+        if not self._taken:
+            raise DataError(f"{described}: has no rows")
         taken = {role: self._taken[role] for role in ("train", "val", "test", WHOLE) if role in self._taken}
         ordered = (
             tuple(classes) if classes is not None else in_order([row.label for rows in taken.values() for row in rows])
         )
         numbers = {name: i for i, name in enumerate(ordered)}
-        if needs_train and taken and not {"train", WHOLE} & taken.keys():
+        if needs_train and not {"train", WHOLE} & taken.keys():
             raise DataError(f"{described}: no row is of split train: found {listed(sorted(taken))}")
-        splits = {role: _split(rows, numbers) for role, rows in (taken or {WHOLE: []}).items()}
+        splits = {role: _split(rows, numbers) for role, rows in taken.items()}
         contents = {role: [content_of(row.image) for row in rows] for role, rows in taken.items()}
         cautions = in_two_splits(splits, contents)
         if self._unlike:

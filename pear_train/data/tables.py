@@ -4,6 +4,7 @@ Read with pyarrow alone. Arrow files are mapped, so pictures stay on disk; Parqu
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -33,16 +34,15 @@ _SHARD = re.compile(r"(?P<split>[A-Za-z]\w*)(?:-\d+-of-\d+)?\.parquet", re.ASCII
 
 def is_saved(path: Path) -> bool:
     """Whether a folder is what `save_to_disk` of `datasets` wrote."""
-    return (path / "dataset_dict.json").is_file() or (
-        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    )
+    there = {name for name in ("dataset_dict", "state", "dataset_info") if os.path.isfile(path / f"{name}.json")}
+    return "dataset_dict" in there or {"state", "dataset_info"} <= there
 
 
 def parquet_files(path: Path) -> dict[str, list[Path]]:
     """The Parquet files of each split of a data set as the Hub has it: ``data/train-00000-of-00002.parquet``."""
     found: dict[str, list[Path]] = {}
     for folder in (path, path / "data"):
-        for file in sorted(path for path in folder.glob("*.parquet") if path.is_file()):
+        for file in sorted(path for path in folder.glob("*.parquet") if os.path.isfile(path)):
             named = _SHARD.fullmatch(file.name)
             found.setdefault((named and split_of(named["split"])) or file.name, []).append(file)
     return found
@@ -55,7 +55,7 @@ def open_saved(path: Path, needs_train: bool = True) -> Labelled:
         DataError: files are missing or damaged, or there are no columns of pictures and labels.
     """
     described = f"{path}: a folder of Hugging Face datasets"
-    if not (path / "dataset_dict.json").is_file():
+    if not os.path.isfile(path / "dataset_dict.json"):
         return _labelled(described, {WHOLE: _arrow(path)}, needs_train)
     names = _json(path / "dataset_dict.json").get("splits")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -183,7 +183,7 @@ def _labelled(described: str, tables: Mapping[str, "pa.Table"], needs_train: boo
         if names is not None and len(values) and all(value == -1 for value in values):
             notes.append(f"split {split}: its pictures have no labels")
             continue
-        chosen[role], texts[role] = table, _texts(values, names)
+        chosen[role], texts[role] = table, _texts(described, values, names)
     if needs_train and not {"train", WHOLE} & chosen.keys():
         raise DataError(f"{described}: has {listed(list(tables))}: expected a split train")
     faults = [
@@ -244,14 +244,15 @@ def _ends(column: "pa.ChunkedArray") -> list[Hashable]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    types = pa.types
+
     def part(name: Literal["bytes", "path"], kind: pa.DataType) -> pa.ChunkedArray:
-        if pa.types.is_struct(column.type):
-            there = name in [column.type.field(i).name for i in range(column.type.num_fields)]
-            found = pc.struct_field(column, name) if there else pa.chunked_array([pa.nulls(len(column))])
-        else:
-            of_kind = pa.types.is_string if name == "path" else pa.types.is_binary
-            found = column if of_kind(column.type) else pa.chunked_array([pa.nulls(len(column))])
-        return found.cast(kind)
+        of_kind = {"path": (types.is_string, types.is_large_string), "bytes": (types.is_binary, types.is_large_binary)}
+        if types.is_struct(column.type) and name in [field.name for field in column.type]:
+            return pc.struct_field(column, name).cast(kind)
+        if any(is_kind(column.type) for is_kind in of_kind[name]):
+            return column.cast(kind)
+        return pa.chunked_array([pa.nulls(len(column), kind)])
 
     data = part("bytes", pa.large_binary())
     sizes, tails = pc.binary_length(data).to_pylist(), pc.binary_slice(data, -_TAIL_BYTES).to_pylist()
@@ -304,9 +305,9 @@ def _of_labels(described: str, table: "pa.Table", column: str) -> str:
     return column
 
 
-def _texts(values: list[Any], names: Sequence[str] | None) -> list[str | None]:
+def _texts(described: str, values: list[Any], names: Sequence[str] | None) -> list[str | None]:
     if names is None and values and all(type(value) is int for value in values):
-        names = numbered(max(0, max(values)) + 1)
+        names = numbered(described, max(0, max(values)) + 1)
     if names is None:
         return [None if value is None or value != value else str(value).strip() or None for value in values]  # no NaN
     return [names[value] if type(value) is int and 0 <= value < len(names) else None for value in values]
@@ -315,7 +316,9 @@ def _texts(values: list[Any], names: Sequence[str] | None) -> list[str | None]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
-    except (PearStoreError, ValueError, RecursionError) as error:
+    except PearStoreError as error:  # its text names the file
+        raise DataError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {_line(error)}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object")

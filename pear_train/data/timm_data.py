@@ -1,7 +1,9 @@
 """Data sets that timm.data.create_dataset knows by name."""
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ def open_timm(name: str, root: Path | None) -> Labelled:
         DataError: timm cannot open it.
     """
     root = root or user_cache_path("pear") / "datasets"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--data-root {root}: the folder cannot be made: {error.strerror}") from None
     train, names = _open(name, root, "train")
     test, notes = None, []
     for split in ("validation",) if name.lower().startswith("torch/") else _TEST_SPLITS:
@@ -36,7 +41,7 @@ def open_timm(name: str, root: Path | None) -> Labelled:
             break
         except DataError as error:
             notes.append(str(error))
-    classes = names or numbered(int(train.targets.max()) + 1 if len(train) else 0)
+    classes = names or numbered(name, int(train.targets.max()) + 1 if len(train) else 0)
     without = tuple(notes) if test is None else ()
     splits = {"train": train} if test is None else {"train": train, "test": test}
     return Labelled(f"{name}: a data set that timm knows", classes, splits, notes=without)
@@ -46,7 +51,8 @@ def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
     try:
         converts = not name.lower().startswith(("torch/", "tfds/"))
         given: dict[str, Any] = {"input_img_mode": ""} if converts else {}  # or timm would, to RGB, by Pillow's rule
-        found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False, **given)
+        with redirect_stdout(sys.stderr):  # readers print there
+            found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False, **given)
         items: Sequence[Any] = list(found) if isinstance(found, IterableDataset) else found
         targets = torch.tensor(_targets(found, items), dtype=torch.long)
     except Exception as error:  # whatever torchvision, datasets, tensorflow_datasets or a download can raise

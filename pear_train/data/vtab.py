@@ -1,5 +1,6 @@
 """The VTAB-1k layout: lists of images and labels beside the images."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ _LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 
 
 def is_vtab(path: Path) -> bool:
-    return (path / _LISTS["train"]).is_file()
+    return os.path.isfile(path / _LISTS["train"])
 
 
 def open_vtab(path: Path, whole: bool = False) -> Labelled:
@@ -27,7 +28,7 @@ def open_vtab(path: Path, whole: bool = False) -> Labelled:
     lists = {**_LISTS, "train": "train800val200.txt"} if whole else _LISTS
     splits = {name: _read(path, file) for name, file in lists.items()}
     count = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0) + 1
-    classes = numbered(count)
+    classes = numbered(str(path), count)
     described = f"{path}: a VTAB-1k folder" + (" (train and val together are train)" if whole else "")
     cautions = () if whole else in_two_splits(splits, {name: split.names for name, split in splits.items()})
     return Labelled(described, classes, splits, all_in_train=False, cautions=cautions)
@@ -35,7 +36,7 @@ def open_vtab(path: Path, whole: bool = False) -> Labelled:
 
 def _read(path: Path, name: str) -> Split:
     file = path / name
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
     images, labels, names = [], [], []
     label_of: dict[str, str] = {}

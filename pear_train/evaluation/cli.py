@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pear_store import PearStoreError, ReadableStore, Store
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import NamedPath, allow_option, echo, echo_table, version_option
+from pear_store.terminal import NamedPath, NumberRange, allow_option, echo, echo_table, version_option
 from pear_train.cli.options import HeadedCommand, option, run_option
 from pear_train.cli.progress import say
 from pear_train.data import DataOptions, open_labelled
@@ -73,10 +73,10 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 @option(
     "Output", "--mistakes", default=24, show_default=True, type=click.IntRange(0), help="Most pictures in a gallery."
 )
-@option("Gate", "--min-top1", type=click.FloatRange(0, 100), metavar="PERCENT", help="Fail below this top-1.")
+@option("Gate", "--min-top1", type=NumberRange(0, 100), metavar="PERCENT", help="Fail below this top-1.")
 @option("Gate", "--not-worse-than", metavar="TASK", help="Fail if top-1 is below that of this task.")
 @option(
-    "Gate", "--by", type=click.FloatRange(0), metavar="POINTS",
+    "Gate", "--by", type=NumberRange(0, 100), metavar="POINTS",
     help="How many points of top-1 it may be below that [default: 0].",
 )  # fmt: skip
 @option("Gate", "--max-errors", type=click.IntRange(0), metavar="N", help="Fail if more images cannot be read.")
@@ -122,12 +122,24 @@ def main(references: Sequence[str], **told: Any) -> None:
         show(evaluation)
     for check in evaluation.checks:
         echo(f"gate      {'met' if check.passed else 'NOT MET'}: {check.text}", err=True)
-    if not evaluation.passed:
-        sys.exit(GATE_FAILED)
+    reported = told["html"] is None or _report(evaluation, told["html"], told["mistakes"], Limits(told["max_pixels"]))
+    sys.exit(GATE_FAILED if not evaluation.passed else 0 if reported else 1)
+
+
+def _report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> bool:
+    """Writes the report. Says in a line if that fails, whatever it is: the figures are there."""
+    try:
+        write_report(evaluation, path, most, limits)
+    except Exception as error:  # whatever Jinja, Pillow or a disk can raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"Error: {reason if isinstance(error, PearTrainError) else f'--html {path}: cannot be written: {reason}'}")
+        return False
+    echo(f"report    {path}", err=True)
+    return True
 
 
 def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
-    """Does the work, and writes the report."""
+    """Checks what is asked, and does the work."""
     html: Path | None = told["html"]
     baseline: str | None = told["not_worse_than"]
     if html is not None:
@@ -141,7 +153,6 @@ def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
         check_report(html)
     access = Access(allowed=frozenset(told["allowed"]))
     options = DataOptions(**{name: told[name] for name in DATA_OPTIONS if name in told})
-    limits = Limits(options.max_pixels)
     with ExitStack() as opened:
 
         @cache
@@ -178,9 +189,6 @@ def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
             evaluation = evaluate(router, subjects, sample, batch_size=told["batch_size"], gate=gate, tell=bar.update)
         for text in list(evaluation.answers.unreadable.values())[:_MOST_NAMES]:
             echo(f"Warning: {text}", err=True)
-        if html is not None:
-            write_report(evaluation, html, told["mistakes"], limits)
-            echo(f"report    {html}", err=True)
     return evaluation
 
 

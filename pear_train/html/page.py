@@ -47,7 +47,7 @@ def write_page(path: Path, text: str) -> None:
     beside = beside_of(path)
     try:
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be no text
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -399,7 +399,8 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, 
         if width is None:
             if any("\0" in name for name in row):
                 raise ValueError(
-                    "line 1 holds NUL bytes: it is no text, or of another encoding (try --encoding utf-16)"
+                    "line 1 holds NUL bytes: it is no text, or of another encoding; save the list as UTF-8 "
+                    "(pear-infer also takes --encoding utf-16)"
                 )
             width = len(row)
             yield row, None
@@ -432,7 +433,7 @@ def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
             other = "utf-16" if number == at == 1 and byte in (0xFE, 0xFF) else "latin-1"
             raise ValueError(
                 f"line {number} is not {name}: byte 0x{byte:02x} at character {at}; "
-                f"save the list as UTF-8, or say what it is, such as --encoding {other}"
+                f"save the list as UTF-8 (pear-infer also takes --encoding {other})"
             )
         if len(line) >= LINE_CHARACTERS:
             raise ValueError(f"line {number} has more than {LINE_CHARACTERS} characters: is it CSV?")

@@ -28,7 +28,7 @@ from platformdirs import user_data_path
 
 from pear_store import PearStoreError, Store
 from pear_store.remote.cache import CacheSettings
-from pear_store.terminal import echo, printable, version_option
+from pear_store.terminal import NumberRange, echo, printable, version_option
 from router import Router, RouterError
 from router.pictures import MAX_PIXELS
 from router.serve.app import create_app
@@ -64,22 +64,22 @@ LIMITS = RequestLimits()
 @click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 for any that is free.")
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Most rows of a batch.")
 @click.option(
-    "--max-wait-ms", default=0.0, show_default=True, type=click.FloatRange(0, 60_000),
+    "--max-wait-ms", default=0.0, show_default=True, type=NumberRange(0, 60_000),
     help="How long a batch that is not full waits for more.",
 )  # fmt: skip
 @click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Most images that wait.")
 @click.option(
-    "--timeout-s", default=LIMITS.timeout_s, show_default=True, type=click.FloatRange(0, min_open=True),
+    "--timeout-s", default=LIMITS.timeout_s, show_default=True, type=NumberRange(0, min_open=True),
     help="How long a request may take once its body is there.",
 )  # fmt: skip
 @click.option(
-    "--drain-s", default=30.0, show_default=True, type=click.FloatRange(0, 86_400),
+    "--drain-s", default=30.0, show_default=True, type=NumberRange(0, 86_400),
     help="How long what waits may take at the end.",
 )  # fmt: skip
 @click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
 @click.option("--preload", help="Tasks to load before the first request: names with commas, or all.")
 @click.option(
-    "--refresh-s", default=60.0, show_default=True, type=click.FloatRange(0),
+    "--refresh-s", default=60.0, show_default=True, type=NumberRange(0),
     help="How often changes of the store are taken up; 0 for never.",
 )  # fmt: skip
 @click.option("--token-file", type=click.Path(path_type=Path), help="The token to use tasks; on line 2 that to manage.")

@@ -1,5 +1,6 @@
 """The layouts that --data takes, and what is said of those it does not."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from pear_store import SourceError
 from pear_train import DataError, Split, open_dataset
-from pear_train.data import Pixels, augment
+from pear_train.data import Pixels, augment, open_labelled
 from router import Preprocess
 from tests.helpers.makers import record
 
@@ -162,8 +163,12 @@ def test_npz(tmp_path: Path) -> None:
         ({"y_val": np.zeros(3, np.int64)}, r"y_val is int64 \[3\]: expected integers \[4\]"),
         ({"y_val": np.full(4, 7)}, r"val labels 7\.\.7, expected 0\.\.1"),
         ({"y_train": np.zeros(20, np.int64)}, "class 'two' has no training image"),
-        ({"y_train": np.zeros(20, np.int64), "y_val": None, "x_val": None, "classes": None}, "only one class, '0'"),
-        ({"y_train": np.arange(20) * 10**6, "classes": None}, "class number 19000000: expected 0 to 99999"),
+        ({"y_train": np.zeros(20, np.int64), "classes": None}, r"val labels 0\.\.1, expected 0\.\.0"),
+        (
+            {"y_train": np.zeros(20, int), "classes": None, "y_val": np.zeros(4, int), "y_test": np.zeros(6, int)},
+            "only one class, '0'",
+        ),
+        ({"y_train": np.arange(20) * 10**6, "classes": None}, r"d\.npz: class number 19000000: expected 0 to 99999"),
         ({"classes": np.array(["a", "a"])}, "class 'a' is named 2 times: expected different names"),
         ({"classes": np.array("ab")}, r"classes is <U2 \[\]: expected a list of names"),
         ({"classes": np.array([{"a": 1}], dtype=object)}, "not a NumPy archive: Object arrays cannot be loaded"),
@@ -172,6 +177,36 @@ def test_npz(tmp_path: Path) -> None:
 def test_bad_npz(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_dataset(str(archive(tmp_path / "d.npz", **changes)))
+
+
+def test_labels_without_a_class_are_refused_to_evaluate_with(tmp_path: Path) -> None:
+    """A negative one would be taken for a class counted from the end."""
+    for labels in (np.full(6, -1), np.full(6, 2)):
+        with pytest.raises(
+            DataError, match=rf"a NumPy archive: test labels {labels[0]}\.\.{labels[0]}, expected 0\.\.1"
+        ):
+            open_labelled(str(archive(tmp_path / "d.npz", y_test=labels)), needs_train=False)
+
+
+def test_what_is_no_archive_of_arrays_is_one_line(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "d.npz").read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros((3, 4, 4), np.uint8))
+    with zipfile.ZipFile(tmp_path / "texts.npz", "w") as file:
+        file.writestr("x_train", "no array")
+    with zipfile.ZipFile(tmp_path / "heads.npz", "w") as file:
+        file.writestr("x_train.npy", b"\x93NUMPY\x01\x00\x02\x00{(")
+    files = {
+        "one": (tmp_path / "one.npy").read_bytes(), "cut": whole[: len(whole) // 2], "none": b"",
+        "damaged": whole[:100] + bytes(100) + whole[200:],
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / f"{name}.npz").write_bytes(data)
+    for name in (*files, "heads"):
+        with pytest.raises(DataError, match=rf"{name}\.npz: not a NumPy archive: ") as refused:
+            open_dataset(str(tmp_path / f"{name}.npz"))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(DataError, match="'x_train' is no array: expected what numpy.savez wrote"):
+        open_dataset(str(tmp_path / "texts.npz"))
 
 
 def test_npz_class_names_may_be_bytes(tmp_path: Path) -> None:
@@ -187,13 +222,31 @@ def test_names_that_timm_knows(tmp_path: Path) -> None:
     assert "a data set that timm knows" in data.description
     with pytest.raises(DataError, match="torch/nothing_such: timm could not open its train split"):
         open_dataset("torch/nothing_such", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--data-root .*file: the folder cannot be made: File exists"):
+        open_dataset("torch/image_folder", tmp_path / "file")
+
+
+def test_what_readers_print_is_no_part_of_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def create(*args: object, **settings: object) -> None:
+        print("downloading")
+        raise ImportError("no such package")
+
+    monkeypatch.setattr("pear_train.data.timm_data.create_dataset", create)
+    with pytest.raises(DataError, match="no such package"):
+        open_dataset("tfds/x", tmp_path)
+    assert capsys.readouterr() == ("", "downloading\n")
 
 
 def test_what_is_none_of_these_says_what_was_looked_for(tmp_path: Path) -> None:
     looked = "looked for a folder with one folder of images per class"
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    for data in (tmp_path / "nowhere", tmp_path / "notes.txt", tmp_path / "empty"):
+    with pytest.raises(DataError, match="data '': expected a file, a folder or a name"):
+        open_dataset("")
+    for data in (tmp_path / "nowhere", tmp_path / "notes.txt", tmp_path / "empty", tmp_path / ("x" * 5000)):
         with pytest.raises(DataError, match=looked):
             open_dataset(str(data))
 

@@ -247,6 +247,12 @@ def _of_top1(share: float) -> Any:
         (["t", "--data", "new", "--html", "mine.html"], 1, "mine.html: there is something that pear-eval did not"),
         (["t", "--data", "new", "--store", "nowhere"], 3, "nowhere: no store there"),
         (["t", "--data", "new", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
+        (["t", "--data", "new", "--device", "meta"], 1, "device 'meta' cannot be used"),
+        (["t", "--data", ""], 1, "data '': expected a file, a folder or a name"),
+        (["t", "--data", "new", "--min-top1", "nan"], 2, "'--min-top1': 'nan' is no number"),
+        (["t", "--data", "new", "--not-worse-than", "t@1", "--by", "inf"], 2, "inf is not in the range 0<=x<=100"),
+        (["t", "--data", "new", "--html", "new"], 2, "--html new: is what --data names, and would be replaced"),
+        (["damaged.safetensors", "--data", "new", "--html", "damaged.safetensors"], 2, "is what TASK names, and would"),
         (["t", "--data", "new", "--by", "1"], 2, "--by needs --not-worse-than"),
         (["t"], 2, "Missing option '--data'"),
     ],
@@ -276,6 +282,18 @@ def test_mistakes_are_one_line(
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
     assert len(lines) == 1
     assert (work / "mine.html").read_text() == "<p>my own page</p>"
+
+
+def test_a_report_that_fails_loses_no_figures(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("pear_train.evaluation.report.make_report", fail)
+    done = run("t", "--data", "new", "--html", "r.html", "--json")
+    assert done.exit_code == 1 and json.loads(done.stdout)["tasks"]
+    assert done.stderr.splitlines()[-1] == "Error: --html r.html: cannot be written: no font"
+    done = run("t", "--data", "new", "--html", "r.html", "--max-errors", 0, "--min-top1", 100)
+    assert done.exit_code == GATE_FAILED and "gate      NOT MET" in done.stderr
 
 
 def test_a_broken_image_costs_only_itself_and_is_counted(work: Path) -> None:

@@ -150,6 +150,17 @@ def test_labels_that_look_alike_are_named(pictures: Path) -> None:
     assert found.classes == ("1", "01"), "always in this order"
 
 
+def test_a_list_without_rows_and_one_of_another_encoding_are_one_line(pictures: Path) -> None:
+    for text, told in (
+        (b"image,label\n", "l.csv: an image list: has no rows"),
+        ("image,label\n".encode("utf-16"), "save the list as UTF-8"),
+    ):
+        (pictures / "l.csv").write_bytes(text)
+        with pytest.raises(DataError, match=told) as refused:
+            open_dataset(str(pictures / "l.csv"))
+        assert "\n" not in str(refused.value)
+
+
 def test_the_ending_of_a_list_is_in_small_letters(pictures: Path) -> None:
     Path(write(pictures / "l.csv", ROWS)).rename(pictures / "l.CSV")
     with pytest.raises(DataError, match=r"l\.CSV: expected the ending of a list in small letters: \.csv"):
@@ -205,7 +216,12 @@ def test_pictures_of_one_name_are_in_two_splits_only_if_they_are_equal(pictures:
     found = open_dataset(str(write_splits(pictures / "unnamed", unnamed)))
     assert found.val.names == found.train.names == ("0", "1", "2", "3") and not found.cautions
     paths = {
-        name: pa.table({"image": [str(pictures / "p" / f"{i}.png") for i in rows], "label": table.column("label")})
+        name: pa.table(
+            {
+                "image": pa.array([str(pictures / "p" / f"{i}.png") for i in rows], pa.large_string()),
+                "label": table.column("label"),
+            }
+        )
         for (name, table), rows in zip(apart.items(), (range(4), range(4, 8), range(3, 7)), strict=True)
     }
     cautions = open_dataset(str(write_splits(pictures / "paths", paths))).cautions
@@ -251,6 +267,7 @@ def test_a_damaged_folder_of_datasets_is_one_clear_line(pictures: Path, damage: 
     with pytest.raises(DataError) as refused:
         open_dataset(str(pictures / "saved"))
     assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).count(str(pictures)) == 1, "names the file once"
 
 
 NO_TEXT = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))

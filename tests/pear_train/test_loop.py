@@ -302,6 +302,7 @@ def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
         (["t", "--ratio", "2"], 1, "ratio 2.0"),
         (["t", "--out", "/nowhere/t"], 1, "folder /nowhere does not exist"),
         (["t", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
+        (["t", "--device", "meta"], 1, "device 'meta' cannot be used"),
         (["t", "--img-size", "50"], 1, "cannot take 50 x 50 pixels"),
         (["t", "--method", "magic"], 2, "Invalid value for '--method'"),
     ],

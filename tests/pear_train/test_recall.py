@@ -63,3 +63,11 @@ def test_the_command_reports_each_class(tmp_path: Path) -> None:
     assert told["rare"]["precision"] == {"val": None, "test": None}, "it is never predicted"
     assert training["f1"]["val"][1] == 0.0 and 0.9 < training["class_precision"]["val"][0] < 1.0
     assert json.loads(as_json.stdout)["history"][0]["val_macro_f1"] == pytest.approx(training["f1"]["val"][0] / 2, 1e-3)
+
+
+def test_splits_have_one_order_whatever_that_of_the_record() -> None:
+    """In a file they are sorted by name."""
+    training = {"images": {"test": [1], "train": [2], "val": [3]}, "recall": {"test": [0.5], "val": [1.0]}}
+    told = by_class(["cat"], training)["cat"]
+    assert list(told["images"].items()) == [("train", 2), ("val", 3), ("test", 1)]
+    assert list(told["recall"]) == ["val", "test"]

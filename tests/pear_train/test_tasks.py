@@ -1,10 +1,13 @@
 """Files of tasks: how they are read."""
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from pear_train import ConfigError, read_tasks
+from pear_train.cli import main
 from pear_train.data import DataOptions
 
 TEXT = """
@@ -25,12 +28,25 @@ def test_options_of_the_data_and_any_bytes_before(tmp_path: Path) -> None:
         assert entry.data_options == DataOptions(val_split="dev", test_split="none", skip_unreadable=True)
 
 
+def test_data_whose_name_no_file_can_have_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    names = ("a\\u0000b", "torch/\\u0000", "x" * 5000, "loop")
+    text = "".join(f'[tasks.t{i}]\ndata = "{name}"\n' for i, name in enumerate(names))
+    (tmp_path / "tasks.toml").write_text(text)
+    done = CliRunner().invoke(main, ["--tasks", str(tmp_path / "tasks.toml"), "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 1
+    assert all(
+        "no such file or folder" in row["error"] or "could not open" in row["error"] for row in json.loads(done.stdout)
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (TEXT.encode("latin1"), "line 5: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         (TEXT.encode("utf-16"), "is UTF-16: expected UTF-8; save it as UTF-8"),
         (TEXT.encode() + b"no_splits = true\n", "task 'a': no splits: all folders are classes"),
+        (b'[tasks.a]\ndata = ""\n', "task 'a': expected data = "),
         (TEXT.encode() + b"train_split = 3\n", "task 'a': train_split = 3: expected str"),
     ],
 )

@@ -22,6 +22,7 @@ from pear_train.cli import main
 from pear_train.cli.progress import duration
 from pear_train.curves import check_csv, write_csv
 from pear_train.errors import ConfigError, ResourceError
+from pear_train.html.page import write_page
 from pear_train.html.training import accuracy_chart, loss_chart
 from pear_train.plot import plot_result
 from pear_train.preview import some_of_each, write_preview
@@ -250,6 +251,15 @@ def test_no_output_is_what_is_read(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "is what --base names, and would be replaced" in done.stderr
 
 
+def test_no_picture_is_drawn_among_those_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    for option, out in (("--preview", tmp_path / "t"), ("--plot", tmp_path / "set" / "cat" / "p.safetensors")):
+        drawn = tmp_path / "set" / "cat" / "p.png"
+        done = run("t", "--data", tmp_path / "set", "--out", out, option, *([drawn] if option == "--preview" else []))
+        assert done.exit_code == 2
+        assert f"{option} {drawn}: lies in a folder of {tmp_path / 'set'}, and would be one of its" in done.stderr
+
+
 def test_a_folder_for_tensorboard_is_one(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("mine")
@@ -300,6 +310,7 @@ def test_a_drawing_that_fails_loses_no_training(
     def fail(*args: object, **settings: object) -> None:
         raise ValueError("no\nfont")
 
+    monkeypatch.setattr("pear_train.preview._sheet", fail)
     monkeypatch.setattr("pear_train.curves.write_csv", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     monkeypatch.setattr("pear_train.html.training.accuracy_chart", fail)
@@ -307,10 +318,12 @@ def test_a_drawing_that_fails_loses_no_training(
     done = run(
         "t", "--data", data, "--out", out, *FAST, "--balance", "weights", "--select", "macro_f1", "--plot",
         "--threshold-accuracy", "0.5", "--html", tmp_path / "r.html", "--curves", tmp_path / "c.csv", "--json",
+        "--preview", tmp_path / "p.png",
     )  # fmt: skip
     assert done.exit_code == 1 and json.loads(done.stdout)["task"] == "t"
     assert out.read_bytes() == (told[0] / "t.safetensors").read_bytes()
     assert [line for line in done.stderr.splitlines() if line.startswith("Error")] == [
+        "Error: t: --preview: cannot be drawn: no font",
         "Error: t: curves: cannot be drawn: no font",
         "Error: t: --plot: cannot be drawn: no font",
         "Error: t: --html: cannot be drawn: no font",
@@ -396,6 +409,11 @@ def test_the_report_says_what_the_checkpoint_says_and_asks_nobody(told: tuple[Pa
     assert len(polylines) == 3
     for line in polylines:
         assert len(str(line["points"]).split()) == 3, "a point for each epoch"
+
+
+def test_a_report_names_files_whose_names_are_no_text(tmp_path: Path) -> None:
+    write_page(tmp_path / "r.html", f"<p>{os.fsdecode(b'caf' + bytes([0xE9]))}</p>")
+    assert (tmp_path / "r.html").read_text() == r"<p>caf\udce9</p>"
 
 
 def result(**changes: Any) -> RunResult:

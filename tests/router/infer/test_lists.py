@@ -77,9 +77,9 @@ def test_what_stands_between_the_fields_of_a_csv(tmp_path: Path, name: str, mark
     ("content", "message"),
     [
         ("image,task\na.png,a\né.png,a\n".encode("latin-1"), "line 3 is not UTF-8: byte 0xe9 at character 1; save the "
-         "list as UTF-8, or say what it is, such as --encoding latin-1"),
-        ("image,task\n".encode("utf-16"), "line 1 is not UTF-8: byte 0xff at character 1; save the list as UTF-8, or "
-         "say what it is, such as --encoding utf-16"),
+         "list as UTF-8 (pear-infer also takes --encoding latin-1)"),
+        ("image,task\n".encode("utf-16"), "line 1 is not UTF-8: byte 0xff at character 1; save the list as UTF-8 "
+         "(pear-infer also takes --encoding utf-16)"),
         ("image,task\n".encode("utf-16-le"), "line 1 holds NUL bytes"),
         (b"image,task\n" + bytes(range(256)), "line 4 is not UTF-8"),
         (b'image,task\na,a\nb,"a\nc,a\nd,a\n', "line 3: a quote that never closes, or a field of more than 131072"),

@@ -203,6 +203,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--preload", "all", "--slot-bytes", "1000"], 1, "slot_bytes is 1,000"),
         (["--port", "TAKEN"], 1, "cannot listen there"),
         (["--max-batch", "0"], 2, "--max-batch"),
+        (["--timeout-s", "nan"], 2, "'nan' is no number"),
         (["--device", "gpu"], 1, "device 'gpu' cannot be used"),
     ],
 )
