@@ -338,7 +338,7 @@ def test_values_of_every_kind_come_through(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> None:
-    own = {name: [f"my {name}", ""] for name in ("version", "label", "probability", "topk", "error")}
+    own = {name: [f"my {name}", ""] for name in ("version", "label", "known", "probability", "topk", "error")}
     rows = pd.DataFrame({"image": [str(work / "0.png")] * 2, "task": ["a", "zebra"], **own})
     for name in own:
         listed = write(work / f"list{suffix}", rows[["image", "task", name]])
@@ -350,7 +350,7 @@ def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> Non
         assert not (work / f"out{suffix}.parts").exists()
     listed = write(work / f"list{suffix}", rows)
     done = run(listed, work / f"many{suffix}", "--store", work / "s", "--tasks", "a,b")
-    assert "names of results: task, version, label, probability, topk, error;" in done.stderr
+    assert "names of results: task, version, label, known, probability, topk, error;" in done.stderr
     for out, wanted, more in (("out", [], []), ("many", ["--tasks", "a,b"], ["task"])):
         assert run(listed, work / f"{out}{suffix}", "--store", work / "s", "--prefix", "pear_", *wanted).exit_code == 0
         found = read(work / f"{out}{suffix}")
