@@ -12,7 +12,7 @@ from router.engine import Engine
 from router.errors import ClosedError, ForkedError, ImageError, RouterError, SlotBudgetError
 from router.layout import Use
 from router.pictures import ImageLike
-from router.predictions import Answers, Predictions
+from router.predictions import Answers, Predictions, Threshold, check_threshold
 from router.registry import Known
 from router.sharing import Ints
 
@@ -29,9 +29,10 @@ class Call:
         on_error: "raise" the first failure, or "return" it in the predictions of its rows.
         in_parts: tasks that do not fit into the slots together take turns.
         without_heads: answers are features, which heads would take, and have no classes.
+        threshold: of all rows, or "stored": each task's own.
 
     Raises:
-        RouterError: there is no row, or another value for `on_error`.
+        RouterError: there is no row, or another value for `on_error` or `threshold`.
         RouterError, PearStoreError: of a task, where failures are raised.
     """
 
@@ -43,9 +44,12 @@ class Call:
         on_error: OnError,
         in_parts: bool,
         without_heads: bool = False,
+        threshold: Threshold = "stored",
     ) -> None:
         if on_error not in get_args(OnError):
             raise RouterError(f"on_error {on_error!r}: expected 'raise' or 'return'")
+        check_threshold(threshold)
+        self._threshold: Threshold = threshold
         if not names:
             raise ImageError("no images: expected at least one")
         self._engine, self._raises, self._without_heads = engine, on_error == "raise", without_heads
@@ -108,6 +112,7 @@ class Call:
         numbers = self._name_of[rows].tolist()
         classes = [() if known is None or self._without_heads else known.task.labels for known in self._known]
         versions = [None if known is None or known.version is None else known.version.version for known in self._known]
+        thresholds = [self._threshold_of(known) for known in self._known]
         failures = {row - number.start: e for row, e in self._failures.items() if row in number}
         return Predictions(
             self._answers.of(rows),
@@ -115,7 +120,13 @@ class Call:
             [classes[i] for i in numbers],
             [versions[i] for i in numbers],
             failures,
+            [thresholds[i] for i in numbers] if any(one is not None for one in thresholds) else (),
         )
+
+    def _threshold_of(self, known: Known | None) -> float | None:
+        if known is None or self._without_heads:
+            return None
+        return known.task.threshold if self._threshold == "stored" else self._threshold
 
     def _take_turns(self, in_parts: bool) -> list[Ints]:
         """Sets of tasks that fit into the slots together."""

@@ -1,10 +1,10 @@
 """What tasks say of images."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import overload
+from typing import Literal, Self, overload
 
 import numpy as np
 import torch
@@ -13,10 +13,40 @@ from torch import Tensor
 from router.errors import RouterError
 from router.layout import Ints
 
+Threshold = float | None | Literal["stored"]
+"""The probability that the likeliest class must have, else the answer is unknown: a number from 0 to 1, None for none,
+or what each task has stored."""
+
+
+def check_threshold(threshold: object) -> None:
+    """Raises a RouterError unless it is a Threshold."""
+    if threshold is None or threshold == "stored":
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise RouterError(f"threshold {threshold!r:.80}: expected a number from 0 to 1, None for none, or 'stored'")
+
+
+def read_threshold(text: str) -> float | None:
+    """What a user's text says: ``none``, or a number from 0 to 1.
+
+    Raises:
+        RouterError: anything else.
+    """
+    try:
+        threshold = None if text == "none" else float(text)
+        check_threshold(threshold)
+    except (ValueError, RouterError):
+        raise RouterError(f"threshold {text!r:.80}: expected a number from 0 to 1, or none") from None
+    return threshold
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a task says of one image."""
+    """What a task says of one image.
+
+    The answer is unknown where the likeliest class has a probability below `threshold`: `known` is False then, and
+    there is no `label`. `topk` gives the likeliest classes all the same.
+    """
 
     task: str
     """The reference that was asked for, such as ``dtd`` or ``dtd@prod``."""
@@ -28,6 +58,17 @@ class Prediction:
     """The names of the classes; none for a task without head."""
     error: str | None
     """Why there is no answer; None where there is one."""
+    threshold: float | None = field(default=None, kw_only=True)
+    """The probability below which the likeliest class counts as unknown; None: it never does."""
+
+    def with_threshold(self, threshold: float | None) -> Self:
+        """The same with another threshold, or None.
+
+        Raises:
+            RouterError: it is not from 0 to 1.
+        """
+        check_threshold(threshold)
+        return replace(self, threshold=threshold)
 
     @property
     def probs(self) -> Tensor:
@@ -35,12 +76,19 @@ class Prediction:
         return self.logits.softmax(-1)
 
     @property
+    def known(self) -> bool | None:
+        """Whether the likeliest class counts; None for a task without head, and where there is an error."""
+        if not self.classes or self.error is not None:
+            return None
+        return self.threshold is None or float(self.probs.max()) >= self.threshold
+
+    @property
     def label(self) -> str | None:
-        """The likeliest class's name; None for a task without head, and where there is an error."""
-        return self.classes[int(self.logits.argmax())] if self.classes and self.error is None else None
+        """The likeliest class's name; None for a task without head, where there is an error, and if it is unknown."""
+        return self.classes[int(self.logits.argmax())] if self.known else None
 
     def topk(self, k: int) -> list[tuple[str, float]]:
-        """The k likeliest classes with their probabilities, best first; none where there is no label.
+        """The k likeliest classes with their probabilities, best first, also of an unknown; none where `known` is None.
 
         Raises:
             RouterError: k is below 1.
@@ -59,7 +107,8 @@ class Predictions(Sequence[Prediction]):
     for a task without head, they are its features. `classes` are each row's class names.
 
     A row whose numbers are not finite, because they overflowed or the image held NaN, has no label: `errors` says so,
-    and no other row is touched by it. Nor has one that failed, where `run` was asked to return errors.
+    and no other row is touched by it. Nor has one that failed, where `run` was asked to return errors. A row whose
+    likeliest class has a probability below the row's threshold is unknown: `known` is False, and it has no label.
     """
 
     logits: Tensor | list[Tensor]
@@ -69,6 +118,8 @@ class Predictions(Sequence[Prediction]):
     """Each row's version of its task in the store; None if the task was added to the router, or not found."""
     failures: Mapping[int, Exception] = field(default_factory=lambda: MappingProxyType({}))
     """Row -> the RouterError or PearStoreError for which it was not run."""
+    thresholds: Sequence[float | None] = ()
+    """Each row's; empty if no row has one."""
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -81,7 +132,10 @@ class Predictions(Sequence[Prediction]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
-        return Prediction(self.tasks[row], self.versions[row], self.logits[row], self.classes[row], self.errors[row])
+        return Prediction(
+            self.tasks[row], self.versions[row], self.logits[row], self.classes[row], self.errors[row],
+            threshold=self.thresholds[row] if self.thresholds else None,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Prediction]:
         return (self[row] for row in range(len(self)))
@@ -113,12 +167,17 @@ class Predictions(Sequence[Prediction]):
         return said
 
     @property
+    def known(self) -> list[bool | None]:
+        """Whether each row's likeliest class counts; None for a task without head, and where `errors` has something."""
+        return [one.known for one in self]
+
+    @property
     def labels(self) -> list[str | None]:
-        """The likeliest class's name of each image; None for a task without head, and where `errors` has something."""
+        """The likeliest class's name of each image; None where `known` is not True."""
         return [one.label for one in self]
 
     def topk(self, k: int) -> list[list[tuple[str, float]]]:
-        """The k likeliest classes of each image with their probabilities, best first; none where there is no label.
+        """The k likeliest classes of each image with their probabilities, best first; none where `known` is None.
 
         Raises:
             RouterError: k is below 1.

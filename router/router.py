@@ -28,7 +28,7 @@ from router.matrices import Matrices
 from router.merge import Merge, Merger
 from router.pictures import MAX_PIXELS, Limits
 from router.precision import fast_precision
-from router.predictions import Predictions
+from router.predictions import Predictions, Threshold
 from router.registry import Known, Registry
 from router.slots import Slots, SlotStats
 from router.threads import computing_alone, side_threads
@@ -277,7 +277,14 @@ class Router:
         return self._slots.stats
 
     @torch.inference_mode()
-    def run(self, images: Images, task: str | Sequence[str], *, on_error: OnError = "raise") -> Predictions:
+    def run(
+        self,
+        images: Images,
+        task: str | Sequence[str],
+        *,
+        on_error: OnError = "raise",
+        threshold: Threshold = "stored",
+    ) -> Predictions:
         """Predictions of one task for all images, or of one task for each image.
 
         An image that is given for several tasks is decoded once, and its forward shared until they part: the same
@@ -290,6 +297,8 @@ class Router:
             task: ``name``, ``name@version`` or ``name@tag``; or one for each image.
             on_error: "raise" what is wrong with the first image or task that fails; "return" it in the predictions of
                 its rows, and run all others. Then tasks that do not fit into slot_bytes together run in parts.
+            threshold: the probability below which the likeliest class counts as unknown: "stored", each task's own if
+                it has one; a number from 0 to 1 for all tasks; or None for none.
 
         Raises:
             UnknownTaskError: a task that neither the store nor `add` knows.
@@ -304,7 +313,7 @@ class Router:
         names = [task] * len(given) if isinstance(task, str) else list(task)
         if len(names) != len(given):
             raise ImageError(f"{len(given)} images but {len(names)} tasks: expected one task, or one for each image")
-        call = Call(self._engine, self._find, names, on_error, in_parts=on_error == "return")
+        call = Call(self._engine, self._find, names, on_error, in_parts=on_error == "return", threshold=threshold)
         call.run_images(given, same_images(given))
         return call.predictions(slice(None))
 
@@ -340,7 +349,14 @@ class Router:
         return self._registry.bare(self.backbone.name, self.backbone.digest, self.backbone.preprocess)
 
     @torch.inference_mode()
-    def run_all(self, images: Images, tasks: Sequence[str], *, on_error: OnError = "raise") -> dict[str, Predictions]:
+    def run_all(
+        self,
+        images: Images,
+        tasks: Sequence[str],
+        *,
+        on_error: OnError = "raise",
+        threshold: Threshold = "stored",
+    ) -> dict[str, Predictions]:
         """Every image through every task: {task: predictions}. See `run` for arguments and errors.
 
         What tasks have in common is computed once. Tasks that do not fit into slot_bytes together run in parts.
@@ -352,13 +368,20 @@ class Router:
         if not names:
             return {}
         count = len(given)
-        call = Call(self._engine, self._find, [name for name in names for _ in range(count)], on_error, in_parts=True)
+        rows = [name for name in names for _ in range(count)]
+        call = Call(self._engine, self._find, rows, on_error, in_parts=True, threshold=threshold)
         call.run_images(given, np.tile(same_images(given), len(names)))
         return {name: call.predictions(slice(i * count, (i + 1) * count)) for i, name in enumerate(names)}
 
     @torch.inference_mode()
     def run_batch(
-        self, batch: Batch, tasks: Sequence[str | Known], *, on_error: OnError = "raise", without_heads: bool = False
+        self,
+        batch: Batch,
+        tasks: Sequence[str | Known],
+        *,
+        on_error: OnError = "raise",
+        without_heads: bool = False,
+        threshold: Threshold = "stored",
     ) -> Predictions:
         """Predictions of a batch that `prepare` made, for whoever decodes images ahead of their turn.
 
@@ -366,6 +389,7 @@ class Router:
             tasks: one for each of the batch's rows: a name, or what `lookup` returned. The images are taken to be
                 prepared as these expect.
             without_heads: give features, as `features` does, in place of logits.
+            threshold: see `run`.
 
         Raises:
             See `run`.
@@ -373,7 +397,7 @@ class Router:
         names = _tasks(tasks)
         if len(names) != len(batch.rows):
             raise ImageError(f"a batch of {len(batch.rows)} rows but {len(names)} tasks: expected one for each row")
-        call = Call(self._engine, self._find, names, on_error, in_parts=True, without_heads=without_heads)
+        call = Call(self._engine, self._find, names, on_error, True, without_heads, threshold)
         call.run(Batch(batch.images, np.arange(len(names)), batch.image_of))
         return call.predictions(slice(None))
 

@@ -102,6 +102,9 @@ def _text(
         yield "## Metrics"
         yield "As the training run recorded them. Nobody else has checked them."
         yield _table(("metric", "value"), task.record["metrics"])
+    if task.threshold is not None and task.labels:
+        yield "## Unknown"
+        yield f"An answer whose probability is below {task.threshold:.4g} counts as unknown."
     yield "## Backbone"
     on_hub = f" (on the Hub: {code(base)})" if (base := publication.base_model) else ""
     yield f"{code(task.backbone_model)}{on_hub}. Pear runs the task on no other weights than those of this digest:"

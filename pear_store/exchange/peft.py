@@ -239,8 +239,8 @@ def export_peft(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    told = ("task", "backbone", "labels", "preprocess", "metrics", "training")
-    sidecar = {key: task.record[key] for key in told}
+    told = ("task", "backbone", "labels", "preprocess", "metrics", "training", "threshold")
+    sidecar = {key: task.record[key] for key in told if key in task.record}
     files = {CONFIG: [_json(config)], WEIGHTS: container_chunks(tensors, {"format": "pt"}), SIDECAR: [_json(sidecar)]}
     _write_folder(folder, files)
 
@@ -393,6 +393,7 @@ def _describe(
         "head": None,
         "metrics": sidecar.get("metrics", {}),
         "training": sidecar.get("training", {"method": "lora"}),
+        **({"threshold": sidecar["threshold"]} if "threshold" in sidecar else {}),
     }
 
 

@@ -95,6 +95,12 @@ class Task:
         return tuple(self.record["labels"])
 
     @property
+    def threshold(self) -> float | None:
+        """The probability below which the likeliest class counts as unknown; None where none is stored."""
+        threshold = self.record.get("threshold")
+        return None if threshold is None else float(threshold)
+
+    @property
     def preprocess(self) -> Mapping[str, Any]:
         preprocess: Mapping[str, Any] = self.record["preprocess"]
         return preprocess
@@ -327,6 +333,8 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[
         if not isinstance(record[key], dict):
             yield f"field {key!r}: expected an object"
     yield from _name_problems("field 'metrics'", record["metrics"])
+    if "threshold" in record and not (_is_number(record["threshold"]) and 0 <= record["threshold"] <= 1):
+        yield f"field 'threshold': expected a number from 0 to 1, found {short(record['threshold'])}"
     structure = _structure_key(record, tensors)
     if structure is None:
         yield from _structure_problems(record, tensors)

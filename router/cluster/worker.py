@@ -16,6 +16,7 @@ from router import ImageError, Router, decode
 from router.cluster.session import ClusterError
 from router.infer.plan import AHEAD, Ask, Result, Work, load
 from router.infer.work import serve
+from router.predictions import Threshold
 from router.threads import computing_alone
 
 AT_ONCE = 1 + AHEAD
@@ -39,6 +40,7 @@ class Settings:
     slot_bytes: int | None
     top: int
     """Classes in `topk`."""
+    threshold: Threshold
     threads: int | None = None
     """That a forward computes with; None: as torch has it."""
 
@@ -72,7 +74,7 @@ class Worker:
         )  # fmt: skip
         if self._router.backbone.digest != settings.digest:
             raise ClusterError(f"backbone {settings.backbone}: a worker has other weights than the run began with")
-        self._store, self._top = store, settings.top
+        self._store, self._top, self._threshold = store, settings.top, settings.threshold
         self._forwards = ThreadPoolExecutor(1, "pear-forward")
         """One thread, because each one that computes has a team of threads of its own."""
 
@@ -98,7 +100,7 @@ class Worker:
     def _run(self, works: list[Work]) -> float:
         began = time.perf_counter()
         for work in works:
-            serve(self._router, work, self._top)
+            serve(self._router, work, self._top, self._threshold)
         return time.perf_counter() - began
 
 

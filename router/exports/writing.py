@@ -20,7 +20,8 @@ def about(task: Task, name: str) -> dict[str, Any]:
     Args:
         name: of the task, with its version.
     """
-    said = {key: task.record[key] for key in ("backbone", "labels", "preprocess", "metrics")}
+    told = ("backbone", "labels", "preprocess", "metrics", "threshold")
+    said = {key: task.record[key] for key in told if key in task.record}
     transform = {key: value for key, value in task.preprocess.items() if key != "reading"}
     return {"task": name, **said, "create_transform": transform}
 

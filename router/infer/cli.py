@@ -3,9 +3,13 @@
 The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet, or .CSV and so on). A CSV
 may have commas, semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or
 structs of bytes and path as Hugging Face writes them. Its column `task` holds tasks' names, or name@version. The output
-has the list's rows in its order, with all its columns, then `version`, `label`, `probability`, `topk` (the likeliest
-classes, each with `label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not written
-again: the output's `image` is their path.
+has the list's rows in its order, with all its columns, then `version`, `label`, `known`, `probability`, `topk` (the
+likeliest classes, each with `label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not
+written again: the output's `image` is their path.
+
+A task may have a threshold stored (pear-train --threshold-accuracy). If the likeliest class has a lower probability,
+the answer is unknown: `known` is false and `label` is empty. `probability` and `topk` still say what was likeliest.
+--threshold 0.8 asks the same of all tasks, --threshold none of no task.
 
 A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
 
@@ -68,6 +72,7 @@ from router.infer.folder import ImageFolder, is_folder_or_pattern
 from router.infer.lists import CSV, FORMATS, ImageList
 from router.infer.work import Job, infer
 from router.pictures import MAX_PIXELS
+from router.predictions import Threshold, read_threshold
 
 
 def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
@@ -77,6 +82,13 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
     except LookupError:
         raise click.BadParameter(f"{name!r} is no text encoding: expected such as utf-8, latin-1 or cp1252") from None
     return "utf-8-sig" if name == "utf-8" else name
+
+
+def _threshold(_: click.Context, __: click.Parameter, text: str | None) -> Threshold:
+    try:
+        return "stored" if text is None else read_threshold(text)
+    except RouterError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _address(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
@@ -109,6 +121,11 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes in `topk`.")
+@click.option(
+    "--threshold", metavar="X|none", callback=_threshold,
+    help="The probability below which the likeliest class counts as unknown, for all tasks, or none "
+    "[default: what each task has stored, if anything].",
+)  # fmt: skip
 @click.option(
     "--embeddings", is_flag=True, help="Write features, not classes: of a task, or without one of the backbone alone."
 )
@@ -151,10 +168,10 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
     source: Path, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
-    weights: str | None, batch_size: int, top: int, embeddings: bool, device: str | None, dtype: str, prefix: str,
-    slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int, max_errors: int | None,
-    allowed: tuple[str, ...], address: str | None, workers: int | None, cpus_per_worker: int | None, decode: str,
-    restart: bool, overwrite: bool, as_json: bool,
+    weights: str | None, batch_size: int, top: int, threshold: Threshold, embeddings: bool, device: str | None,
+    dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int,
+    max_errors: int | None, allowed: tuple[str, ...], address: str | None, workers: int | None,
+    cpus_per_worker: int | None, decode: str, restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     whole = is_folder_or_pattern(source)
     if not whole and ending(source) not in {*FORMATS, *CSV}:
@@ -163,6 +180,8 @@ def main(
         raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
     if not out.name:
         raise click.UsageError(f"{out}: expected the name of a file or of a new folder")
+    if embeddings and threshold != "stored":
+        raise click.UsageError("--threshold: embeddings are no classes: without --embeddings")
     if embeddings and address is not None:
         raise click.UsageError("--embeddings: not with --ray yet")
     if whole and not tasks and not embeddings:
@@ -187,7 +206,7 @@ def main(
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             options = {
                 "batch_size": batch_size, "top": None if embeddings else top, "dtype": dtype, "device": device,
-                "tasks": tasks, "prefix": prefix, "max_pixels": max_pixels,
+                "threshold": threshold, "tasks": tasks, "prefix": prefix, "max_pixels": max_pixels,
             }  # fmt: skip
             store = None
             if not alone:
@@ -201,7 +220,7 @@ def main(
                 root = root and root.absolute()
                 settings = cluster.Settings(
                     backbone, weights and cluster.shared_path(weights), router.backbone.digest,
-                    cluster.shared_path(where), cache_bytes, device, dtype, slot_bytes, top,
+                    cluster.shared_path(where), cache_bytes, device, dtype, slot_bytes, top, threshold,
                 )  # fmt: skip
                 crew = cluster.make_crew(settings, workers, cpus_per_worker, decode)
                 work_off = partial(cluster.work_off, crew)
@@ -285,7 +304,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
                 f"{report['transfer_s']:.1f} s",
                 err=True,
             )
-    echo(f"{report['predictions']} predictions, {report['errors']} errors, finished: {report['out']}")
+    unknown = f" ({report['unknown']} unknown)" if report["unknown"] else ""
+    echo(f"{report['predictions']} predictions{unknown}, {report['errors']} errors, finished: {report['out']}")
 
 
 if __name__ == "__main__":

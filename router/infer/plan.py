@@ -35,6 +35,7 @@ RESULTS = pa.schema(
     [
         ("version", pa.int64()),
         ("label", pa.string()),
+        ("known", pa.bool_()),
         ("probability", pa.float64()),
         ("topk", pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))),
         ("error", pa.string()),
@@ -42,7 +43,7 @@ RESULTS = pa.schema(
 )
 EMBEDDINGS = pa.schema([("version", pa.int64()), ("embedding", pa.list_(pa.float32())), ("error", pa.string())])
 """Results where features are asked for, not classes."""
-LAYOUT = 2
+LAYOUT = 3
 """Of the results. A run that was begun with another is not gone on with."""
 Result = dict[str, Any]
 T = TypeVar("T")

@@ -11,6 +11,7 @@ from typing import Any, Never
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from pear_store import ReadableStore
@@ -37,19 +38,21 @@ from router.infer.plan import (
     find_image,
 )
 from router.pictures import ImageLike
+from router.predictions import Threshold
 
 
-def serve(router: Router, work: Work, top: int | None) -> None:
+def serve(router: Router, work: Work, top: int | None, threshold: Threshold) -> None:
     """Runs a batch, each image through all tasks that its row asks for, and fills their results in.
 
     Args:
         top: classes of a result; None: features.
+        threshold: see `Router.run`.
     """
     counts = [len(ask.tasks) for ask in work.asks]
     image_of = np.repeat(work.batch.image_of, counts)
     rows = Batch(work.batch.images, np.arange(len(image_of)), image_of)
     tasks = [task for ask in work.asks for task in ask.tasks]
-    found = router.run_batch(rows, tasks, on_error="return", without_heads=top is None)
+    found = router.run_batch(rows, tasks, on_error="return", without_heads=top is None, threshold=threshold)
     fill([result for ask in work.asks for result in ask.results], found, top)
 
 
@@ -68,7 +71,7 @@ def fill(results: list[Result], predictions: Predictions, top: int | None) -> No
             result["error"] = f"task {name!r} has no head: it gives features, not classes: ask for --embeddings"
         else:
             best = [{"label": label, "probability": round(share, 6)} for label, share in found.topk(top)]
-            result.update(best[0], topk=best)
+            result.update(best[0], label=found.label, known=found.known, topk=best)
 
 
 def output_schema(
@@ -209,16 +212,19 @@ def infer(
             job = Job(router, listed, parts, tasks, schema, place, options, resumed)
             found = (work_off or work_off_here)(job)
             seconds = time.perf_counter() - began
-            errors = total = 0
+            errors = unknown = total = 0
             first = None
             for table in parts.tables():
                 total += table.num_rows
                 failed = table[f"{prefix}error"].drop_null()
                 errors += len(failed)
+                if f"{prefix}known" in table.column_names:
+                    unknown += pc.sum(pc.invert(table[f"{prefix}known"])).as_py() or 0
                 first = first or (failed[0].as_py() if len(failed) else None)
             images = listed.rows - resumed
             report = {
                 "predictions": total - errors,
+                "unknown": unknown,
                 "errors": errors,
                 "first_error": first,
                 "images": images,
@@ -238,14 +244,14 @@ def infer(
 
 def work_off_here(job: Job) -> dict[str, Any]:
     """Serves all rows whose parts are not there yet, with the job's router."""
-    size, top = job.options["batch_size"], job.options["top"]
+    size, top, threshold = (job.options[name] for name in ("batch_size", "top", "threshold"))
     times = Times()
     work = batches(job.left(), job.tasks, job.parts.chosen, size, job.router.device, job.place, times)
     items, served = ahead(work, AHEAD), 0
     with job.bar() as bar:
         while (item := times.timed("wait_s", next, items, None)) is not None:
             if isinstance(item, Work):
-                times.timed("device_s", serve, job.router, item, top)
+                times.timed("device_s", serve, job.router, item, top, threshold)
                 done = sum(len(ask.results) for ask in item.asks)
                 served += done
                 bar.update(done)

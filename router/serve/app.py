@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pear_store import PearStoreError
 from router.errors import RouterError, UnknownTaskError
-from router.predictions import Prediction
+from router.predictions import Prediction, Threshold, read_threshold
 from router.router import Router
 from router.serve.batcher import Batcher
 from router.serve.bodies import Asked, images_of, read_body
@@ -109,6 +109,7 @@ class Service(Life):
         probabilities = request.query_params.get("probabilities", "false")
         if probabilities not in ("true", "false"):
             raise Problem(422, f"probabilities={probabilities!r:.100}: expected true or false")
+        threshold = _threshold(request)
         await self.must_be_ready()
         with self.held.share() as count:
             body = await read_body(request, self.limits, count)
@@ -125,7 +126,7 @@ class Service(Life):
         ]
         told: dict[str, Problem] = {}
         results = [
-            await self._row(one, number, task, outcome, top, probabilities == "true", told)
+            await self._row(one, number, task, _judged(outcome, threshold), top, probabilities == "true", told)
             for one, number, task, outcome in rows
         ]
         if len(rows) == 1 and isinstance(problem := results[0].get("error"), dict):
@@ -191,7 +192,7 @@ class Service(Life):
         told: dict[str, Problem],
     ) -> dict[str, Any]:
         row: dict[str, Any] = {"image": number, "file": asked.name, "task": task, "version": None, "label": None}
-        row |= {"top": [], "batch": None, "error": None}
+        row |= {"known": None, "threshold": None, "top": [], "batch": None, "error": None}
         if not isinstance(outcome, Prediction):
             row["error"] = (await self.problem(outcome, task, told)).members()
             return row
@@ -205,7 +206,7 @@ class Service(Life):
             row["features"] = outcome.logits.tolist()
         else:
             best = outcome.topk(top)
-            row["label"] = best[0][0]
+            row |= {"label": outcome.label, "known": outcome.known, "threshold": outcome.threshold}
             row["top"] = [{"label": label, "probability": probability} for label, probability in best]
             if probabilities:
                 row["probabilities"] = outcome.probs.tolist()
@@ -254,6 +255,22 @@ def whole_number(request: Request, name: str, default: int, least: int, most: in
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise Problem(422, f"{name}={text!r:.100}: expected a whole number from {least} to {most}")
     return int(text)
+
+
+def _threshold(request: Request) -> Threshold:
+    """What the query says of thresholds; each task's own if it says nothing."""
+    text = request.query_params.get("threshold")
+    try:
+        return "stored" if text is None else read_threshold(text)
+    except RouterError as error:
+        raise Problem(422, str(error)) from None
+
+
+def _judged(outcome: Outcome, threshold: Threshold) -> Outcome:
+    """What became of an image, with the threshold that a request asks for."""
+    if threshold == "stored" or not isinstance(outcome, Prediction):
+        return outcome
+    return outcome.with_threshold(threshold)
 
 
 class Guard:

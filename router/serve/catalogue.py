@@ -162,6 +162,7 @@ class Catalogue:
             **found,
             "classes": len(known.task.labels),
             "labels": list(known.task.labels),
+            "threshold": known.task.threshold,
             "preprocess": dict(known.task.preprocess),
             "metrics": _finite(known.task.record.get("metrics")),
             "backbone": {"model": known.task.backbone_model, "digest": known.task.backbone_digest},

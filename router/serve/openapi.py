@@ -39,6 +39,11 @@ def _paths(limits: RequestLimits) -> Json:
     task = {"name": "task", "in": "path", "required": True, "schema": _ref("Reference")}
     top = _query("top", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}, "Classes in `top`.")
     probabilities = _query("probabilities", {"type": "boolean", "default": False}, "Also those of all classes.")
+    threshold = _query(
+        "threshold",
+        {"oneOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "none"}]},
+        "The probability below which the likeliest class counts as unknown. Without it: what each task has stored.",
+    )
     tasks = _query("tasks", {"type": "string"}, "Names with commas, or `all`: every image goes through all of them.")
     predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     results = {"200": _answer("One row for each image and task.", _ref("Results")), **predict}
@@ -78,12 +83,12 @@ def _paths(limits: RequestLimits) -> Json:
         },
         "/v1/tasks/{task}/predict": {
             "post": _operation(
-                "Predict with one task", results, [task, top, probabilities], _body(limits, own_tasks=False)
+                "Predict with one task", results, [task, top, probabilities, threshold], _body(limits, own_tasks=False)
             )
         },
         "/v1/predict": {
             "post": _operation(
-                "Predict with any tasks", results, [tasks, top, probabilities], _body(limits, own_tasks=True)
+                "Predict with any tasks", results, [tasks, top, probabilities, threshold], _body(limits, own_tasks=True)
             )
         },
         "/v1/refresh": {
@@ -144,7 +149,12 @@ def _schemas() -> Json:
         "file": maybe_text,
         "task": text,
         "version": maybe_whole,
-        "label": maybe_text,
+        "label": {**maybe_text, "description": "Of the likeliest class; null if that is unknown."},
+        "known": {
+            "type": ["boolean", "null"],
+            "description": "false: the likeliest class has a probability below `threshold`. null: no classes.",
+        },
+        "threshold": {"type": ["number", "null"], "description": "That the answer was held against; null for none."},
         "top": {"type": "array", "items": _object({"label": text, "probability": number})},
         "batch": {
             "oneOf": [{"type": "null"}, _object({"rows": whole, "tasks": whole, "ms": number})],
@@ -182,6 +192,7 @@ def _schemas() -> Json:
             {
                 **summary,
                 "labels": {"type": "array", "items": text},
+                "threshold": {"type": ["number", "null"], "description": "Below it, the likeliest class is unknown."},
                 "preprocess": {"type": "object"},
                 "metrics": {"type": "object"},
                 "backbone": _object({"model": text, "digest": text}),

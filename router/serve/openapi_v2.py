@@ -76,9 +76,13 @@ def v2_schemas() -> Json:
         "parameters": parameters,
     }
     inputs = [_object(of, list(asked)) for of in (image, pixels)]
+    threshold = {
+        "oneOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"enum": ["none", "stored"]}],
+        "description": "The probability below which the likeliest class counts as unknown: `label` is empty then.",
+    }
     request = {
         "id": _TEXT,
-        "parameters": _object({"binary_data_output": _BOOLEAN}, []),
+        "parameters": _object({"binary_data_output": _BOOLEAN, "threshold": threshold}, []),
         "inputs": {"type": "array", "items": {"oneOf": inputs}, "minItems": 1, "maxItems": 1},
         "outputs": {"type": "array", "items": _object({"name": _TEXT, "parameters": binary}, ["name"])},
     }

@@ -200,4 +200,4 @@ def _run(router: Router, batch: Sequence[Part]) -> list[dict[int, Outcome]]:
 
 
 def _answer(said: Prediction, task: str, batch: Shared) -> Answer:
-    return Answer(task, said.version, said.logits, said.classes, said.error, batch)
+    return Answer(task, said.version, said.logits, said.classes, said.error, batch, threshold=said.threshold)

@@ -156,6 +156,7 @@ class _Endpoints:
         ]
         outputs = [
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "known", "datatype": "BOOL", "shape": [-1]},
             {"name": "class", "datatype": "INT64", "shape": [-1]},
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, count]},
         ]

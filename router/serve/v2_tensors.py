@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router.predictions import Prediction
+from router.errors import RouterError
+from router.predictions import Prediction, Threshold, check_threshold
 from router.serve.bodies import from_base64, is_text, read_json
 from router.serve.limits import RequestLimits
 from router.serve.parts import Sent
@@ -43,6 +44,7 @@ class Call:
     """Name of each output that is asked for, and whether as a binary tensor; None: all."""
     binary: bool
     """Whether outputs that say nothing else are binary tensors."""
+    threshold: Threshold = "stored"
 
 
 def read_call(body: bytes, json_bytes: str | None, limits: RequestLimits) -> Call:
@@ -67,8 +69,10 @@ def read_call(body: bytes, json_bytes: str | None, limits: RequestLimits) -> Cal
         raise Problem(400, '"id": expected text')
     if not isinstance(inputs, list) or len(inputs) != 1:
         raise Problem(400, '"inputs": expected one input: "image" or "pixels"')
-    binary = _flag(_parameters(found, "the body"), "binary_data_output", False)
-    return Call(name, _images(_object(inputs[0], "the input"), body[length:], limits), _outputs(found, binary), binary)
+    parameters = _parameters(found, "the body")
+    binary, threshold = _flag(parameters, "binary_data_output", False), _threshold(parameters)
+    images = _images(_object(inputs[0], "the input"), body[length:], limits)
+    return Call(name, images, _outputs(found, binary), binary, threshold)
 
 
 def _outputs(found: Json, binary: bool) -> list[tuple[str, bool]] | None:
@@ -191,11 +195,23 @@ def _flag(parameters: Json, name: str, default: bool) -> bool:
     return value
 
 
+def _threshold(parameters: Json) -> Threshold:
+    value = parameters.get("threshold", "stored")
+    if value == "none":
+        return None
+    try:
+        check_threshold(value if value is not None else "")
+    except RouterError:
+        raise Problem(400, f'"threshold": {value!r:.80}: expected a number from 0 to 1, "none" or "stored"') from None
+    threshold: Threshold = value
+    return threshold
+
+
 # ---- answers ----------------------------------------------------------------------------------
 
 
 def output_names(is_headless: bool) -> list[str]:
-    return ["features"] if is_headless else ["label", "class", "probabilities"]
+    return ["features"] if is_headless else ["label", "known", "class", "probabilities"]
 
 
 def check_outputs(call: Call, is_headless: bool) -> None:
@@ -213,6 +229,8 @@ def answer_of(call: Call, model: str, version: int | None, predictions: Sequence
     Args:
         predictions: of one version of one task, without errors; it has the outputs that are asked for.
     """
+    if call.threshold != "stored":
+        predictions = [prediction.with_threshold(call.threshold) for prediction in predictions]
     names = output_names(not predictions[0].classes)
     asked = [(name, call.binary) for name in names] if call.outputs is None else call.outputs
     outputs: list[Json] = []
@@ -236,6 +254,9 @@ def _output(name: str, predictions: Sequence[Prediction], binary: bool) -> tuple
         labels = [prediction.label or "" for prediction in predictions]
         head, values = {"name": name, "datatype": "BYTES", "shape": [count]}, labels
         data = b"".join(struct.pack("<I", len(text)) + text for text in (label.encode() for label in labels))
+    elif name == "known":
+        known = np.array([prediction.known for prediction in predictions], np.bool_)
+        head, values, data = {"name": name, "datatype": "BOOL", "shape": [count]}, known.tolist(), known.tobytes()
     elif name == "class":
         classes = np.array([int(prediction.logits.argmax()) for prediction in predictions], "<i8")
         head, values, data = {"name": name, "datatype": "INT64", "shape": [count]}, classes.tolist(), classes.tobytes()

@@ -115,6 +115,14 @@ BAD_RECORDS = [
     ("adapters/a0/quant", None, "field 'quant': expected 'bits' 1 or 2 or 4 or 8"),
     ("preprocess/crop_pct", 1e-6, "'crop_pct': expected a number from 0.05 to 4"),
     ("preprocess/std", [1e-300, 1, 1], "'std': expected 3 numbers above 0"),
+    ("threshold", -0.01, "field 'threshold': expected a number from 0 to 1, found -0.01"),
+    ("threshold", 1.01, "field 'threshold': expected a number from 0 to 1, found 1.01"),
+    ("threshold", 10**400, "field 'threshold': expected a number from 0 to 1, found 1000"),
+    ("threshold", True, "field 'threshold': expected a number from 0 to 1, found True"),
+    ("threshold", None, "field 'threshold': expected a number from 0 to 1, found None"),
+    ("threshold", "0.5\x1b[2J" * 40, "field 'threshold': expected a number from 0 to 1, found '0.5"),
+    ("threshold", [0.5], "field 'threshold': expected a number from 0 to 1, found [0.5]"),
+    ("threshold", float("nan"), "record: nan is not a JSON number"),
 ]
 
 
@@ -130,6 +138,14 @@ def test_bad_records_are_refused_by_field(tmp_path: Path, path: str, value: Any,
 def test_tensors_that_nothing_names_are_refused() -> None:
     with pytest.raises(CheckpointError, match="tensor 'extra': nothing in the record names it"):
         make_task(record(), {**tensors(), "extra": floats([1.0])})
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 0.0, 1.0, 0.7])
+def test_a_task_may_have_a_threshold(tmp_path: Path, threshold: float) -> None:
+    task = make_task(record(threshold=threshold), tensors())
+    write_checkpoint(tmp_path / "t", task)
+    assert read_checkpoint(tmp_path / "t").threshold == task.threshold == threshold
+    assert small_task().threshold is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -45,6 +45,12 @@ def card_of(task: Task, **said: Any) -> Any:
     return ModelCard(make_card(task, Publication(**said), 1000, "picture.png", None))
 
 
+def test_a_card_says_which_answers_count_as_unknown() -> None:
+    said = "An answer whose probability is below 0.875 counts as unknown."
+    assert said in card_of(task_with(threshold=0.875)).text
+    assert "unknown" not in card_of(task_with()).text
+
+
 def test_a_folder_holds_what_export_writes_and_a_card_the_hub_can_read(store: Store, tmp_path: Path) -> None:
     store.add(small_task("dtd"))
     done = run("--store", store.path, "export-hub", "dtd", tmp_path / "out", "--license", "mit", "--repo", "acme/dtd",

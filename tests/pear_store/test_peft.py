@@ -283,10 +283,13 @@ def test_peft_loads_an_export_with_our_logits(tmp_path: Path, backbone: Backbone
 
 
 def test_a_round_trip_keeps_tensors_ties_and_record(tmp_path: Path, description: dict[str, Any]) -> None:
-    task = pear_task(description)
+    plain = pear_task(description)
+    export_peft(plain, tmp_path / "plain", linears=None)
+    assert "threshold" not in import_peft(tmp_path / "plain").record
+    task = make_task({**plain.record, "threshold": 0.75}, plain.tensors)
     export_peft(task, tmp_path / "lora", linears=None)
     back = import_peft(tmp_path / "lora")
-    kept = ("task", "backbone", "labels", "preprocess", "metrics", "training", "activation")
+    kept = ("task", "backbone", "labels", "preprocess", "metrics", "training", "activation", "threshold")
     assert {key: back.record[key] for key in kept} == {key: task.record[key] for key in kept}
     assert back.tensors["head.weight"].digest == task.tensors["head.weight"].digest
     alone = {position for position, branches in task.positions.items() if len(branches) == 1} - {"blocks.4.mlp.fc2"}

@@ -565,6 +565,10 @@ BAD_TASKS: dict[str, tuple[Callable[[Task], Task], str]] = {
     ),
     "activation": (lambda t: Task({**t.record, "activation": "tanh"}, t.tensors), "'activation': expected one of"),
     "labels": (lambda t: Task({**t.record, "labels": ["a", "b"]}, t.tensors), "2 labels, the head has 3 rows"),
+    "threshold": (
+        lambda t: Task({**t.record, "threshold": 1.5}, t.tensors),
+        "field 'threshold': expected a number from 0 to 1, found 1.5",
+    ),
     "record": (lambda t: Task({"task": "t"}, t.tensors), "field 'format': expected 'pear-task/1'"),
     "bytes": (
         lambda t: Task(t.record, {**t.tensors, "head.bias": RawTensor("F32", (3,), b"")}),
@@ -583,7 +587,7 @@ def test_tasks_that_could_only_give_nonsense_are_refused(backbone: Backbone, tas
         router.check("t")
 
 
-@pytest.mark.parametrize("kind", ["nan", "infinite bias", "activation", "labels"])
+@pytest.mark.parametrize("kind", ["nan", "infinite bias", "activation", "labels", "threshold"])
 def test_nor_are_they_taken_from_a_store_that_somebody_made(
     backbone: Backbone, task_maker: Maker, store: Store, kind: str
 ) -> None:

@@ -118,12 +118,15 @@ function answer(row, isOpen) {
     const text = `features, ${plural(row.features.length, "number")}`;
     return element("li", "", name, element("span", "label", text));
   }
-  const [best, ...others] = row.top;
-  const line = element("summary", "", name, element("span", "label", row.label), element("span", "share", percent(best.probability)), bar(best.probability));
+  const [best, ...others] = row.known ? row.top : [row.top[0], ...row.top];
+  const label = row.known ? element("span", "label", row.label) : element("span", "label unknown", "unknown");
+  const line = element("summary", "", name, label, element("span", "share", row.known ? percent(best.probability) : ""), bar(row.known ? best.probability : 0));
   const rest = element("ol", "", ...others.map(({ label, probability }) =>
     element("li", "", element("span", "label", label), bar(probability), element("span", "share", percent(probability)))));
+  const why = `Unknown: its likeliest label has less than ${percent(row.threshold)}, which is asked for.`;
+  const unknown = row.known ? null : element("p", "note", why);
   const batch = row.batch && !isOpen ? element("p", "note", `${batchLine(row.batch)}.`) : null;
-  const made = element("details", "", line, rest, batch);
+  const made = element("details", "", line, rest, unknown, batch);
   made.open = isOpen;
   return element("li", "", made);
 }

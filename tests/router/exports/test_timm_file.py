@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data.transforms_factory import create_transform
 
-from pear_store import PearStoreError, Store, Task
+from pear_store import PearStoreError, Store, Task, make_task
 from router import Backbone, Router, choose_positions
 from router.exports import export_timm
 from tests.conftest import SHARED
@@ -113,6 +113,15 @@ def test_without_pear_the_docs_lines_give_the_routers_answer_for_a_picture(
     assert ours == [] and labels == list(task.labels)
     expected = answers(backbone, task, [tmp_path / "photo.png"])[0]
     torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_json_has_the_task_s_threshold(backbone: Backbone, tmp_path: Path) -> None:
+    task = on_bases("t", 1, positions=LINEARS)
+    export_timm(task, tmp_path / "plain")
+    export_timm(make_task({**task.record, "threshold": 0.75}, task.tensors), tmp_path / "x")
+    told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "x")]
+    assert [about.get("threshold") for about in told] == [None, 0.75]
+    assert "threshold" not in told[0]
 
 
 def test_what_cannot_be_merged_is_refused_with_the_reason(

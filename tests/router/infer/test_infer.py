@@ -109,6 +109,49 @@ def test_formats_and_mixed_tasks(work: Path, backbone: Backbone, source: str, ou
         assert row["error"] is None
 
 
+@pytest.fixture
+def judged(work: Path, backbone: Backbone) -> Path:
+    """A list of four images for task a, of which threshold `lax` is reached by all and `strict` by none."""
+    with Store(work / "s") as store, Router(backbone, work / "s") as router:
+        task = store.get("a")
+        found = router.run([work / f"{i}.png" for i in range(4)], "a")
+        best = [one.topk(1)[0][1] for one in found]
+        for name, threshold in (("lax", min(best) / 2), ("strict", (1 + max(best)) / 2)):
+            store.add(make_task({**task.record, "task": name, "threshold": threshold}, task.tensors))
+    images = [f"{i}.png" for i in range(4)] + ["broken.png"]
+    return write(work / "list.csv", pd.DataFrame({"image": images, "task": ["a", "strict", "lax", "b", "strict"]}))
+
+
+@pytest.mark.parametrize("out", [".csv", ".jsonl", ".parquet"])
+def test_answers_below_their_task_s_threshold_are_unknown(
+    work: Path, judged: Path, backbone: Backbone, out: str
+) -> None:
+    done = run(judged, work / f"out{out}", "--store", work / "s")
+    assert f"4 predictions (1 unknown), 1 errors, finished: {work / f'out{out}'}\n" == done.stdout
+    found = read(work / f"out{out}")
+    assert list(found[0])[2:] == ["version", "label", "known", "probability", "topk", "error"]
+    known = [None if row["known"] is None else bool(row["known"]) for row in found]
+    assert known == [True, False, True, True, None]
+    expected = Router(backbone, work / "s").run([work / f"{i}.png" for i in range(4)], ["a", "strict", "lax", "b"])
+    assert [row["label"] for row in found] == [*expected.labels, None]
+    for row, top in zip(found, expected.topk(5), strict=False):
+        assert row["probability"] == pytest.approx(top[0][1], abs=1e-4), "also of an unknown"
+        classes = json.loads(row["topk"]) if out == ".csv" else row["topk"]
+        assert [one["label"] for one in classes] == [label for label, _ in top]
+
+
+def test_a_threshold_for_all_tasks_or_for_none(work: Path, judged: Path) -> None:
+    for threshold, known in (("none", [True] * 4), ("0", [True] * 4), ("1", [False] * 4), ("1.0", [False] * 4)):
+        done = run(judged, work / "out.jsonl", "--store", work / "s", "--threshold", threshold, "--overwrite", "--json")
+        assert [row["known"] for row in read(work / "out.jsonl")] == [*known, None]
+        assert json.loads(done.stdout)["unknown"] == known.count(False)
+    other = run(judged, work / "out.jsonl", "--store", work / "s")
+    assert (other.exit_code, "threshold was 1.0, is stored" in other.stderr) == (1, True)
+    every = run(judged, work / "all.jsonl", "--store", work / "s", "--tasks", "a,strict", "--prefix", "p_")
+    assert "8 predictions (4 unknown), 2 errors" in every.stdout, every.output
+    assert [row["p_known"] for row in read(work / "all.jsonl")] == [True, False] * 4 + [None] * 2
+
+
 @pytest.mark.parametrize("out", [".CSV", ".Jsonl", ".PARQUET"])
 @pytest.mark.parametrize("source", [".CSV", ".TSV", ".JsonL", ".Parquet"])
 def test_an_ending_may_have_capital_letters(work: Path, source: str, out: str) -> None:
@@ -214,6 +257,10 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["*.gif", "o.csv", "--task", "a"], "*.gif: no picture is there: found nothing"),
         (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
+        (["list.csv", "o.csv", "--threshold", "nan"], "threshold 'nan': expected a number from 0 to 1, or none"),
+        (["list.csv", "o.csv", "--threshold", "1.5"], "threshold '1.5': expected a number from 0 to 1, or none"),
+        (["list.csv", "o.csv", "--threshold", "high"], "threshold 'high': expected a number from 0 to 1, or none"),
+        (["list.csv", "o.csv", "--embeddings", "--threshold", "1"], "embeddings are no classes: without --embeddings"),
         (["list.csv", ""], "Invalid value for 'OUT': expected a path, found an empty text"),
         (["", "o.csv"], "Invalid value for 'SOURCE': expected a path, found an empty text"),
         (["list.csv", "."], ".: expected the name of a file or of a new folder"),
@@ -291,7 +338,7 @@ def test_values_of_every_kind_come_through(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> None:
-    own = {name: [f"my {name}", ""] for name in ("version", "label", "probability", "topk", "error")}
+    own = {name: [f"my {name}", ""] for name in ("version", "label", "known", "probability", "topk", "error")}
     rows = pd.DataFrame({"image": [str(work / "0.png")] * 2, "task": ["a", "zebra"], **own})
     for name in own:
         listed = write(work / f"list{suffix}", rows[["image", "task", name]])
@@ -303,7 +350,7 @@ def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> Non
         assert not (work / f"out{suffix}.parts").exists()
     listed = write(work / f"list{suffix}", rows)
     done = run(listed, work / f"many{suffix}", "--store", work / "s", "--tasks", "a,b")
-    assert "names of results: task, version, label, probability, topk, error;" in done.stderr
+    assert "names of results: task, version, label, known, probability, topk, error;" in done.stderr
     for out, wanted, more in (("out", [], []), ("many", ["--tasks", "a,b"], ["task"])):
         assert run(listed, work / f"{out}{suffix}", "--store", work / "s", "--prefix", "pear_", *wanted).exit_code == 0
         found = read(work / f"{out}{suffix}")
@@ -630,7 +677,7 @@ class Idle:
     def check(self, task: str) -> None:
         pass
 
-    def run_batch(self, batch: Batch, tasks: list[str], *, on_error: str, without_heads: bool) -> Predictions:
+    def run_batch(self, batch: Batch, tasks: list[str], **_: object) -> Predictions:
         self.asked.append((batch.images.shape[2], tasks))
         self.meanwhile(len(self.asked))
         count = len(tasks)
@@ -641,6 +688,7 @@ def options(size: int) -> dict[str, Any]:
     return {
         "batch_size": size,
         "top": 1,
+        "threshold": "stored",
         "dtype": "float32",
         "device": "cpu",
         "tasks": None,

@@ -99,6 +99,21 @@ def held(backbone: Backbone, filled: Path) -> Iterator[HeldRouter]:
         router.go.set()
 
 
+@pytest.fixture(scope="session")
+def judging(backbone: Backbone, task_maker: Callable[..., Task]) -> Iterator[Router]:
+    """A router of tasks whose thresholds the first picture's answer reaches (mild), or not (strict); a has none."""
+    with Router(backbone) as made:
+        for seed, name in enumerate(("a", "mild", "strict")):
+            task = task_maker(name, seed=seed)
+            made.add(task)
+            best = made.run(PICTURES[0], name)[0].topk(1)[0][1]
+            threshold = {"mild": best / 2, "strict": (1 + best) / 2}.get(name)
+            if threshold is not None:
+                made.add(make_task({**task.record, "threshold": threshold}, task.tensors))
+        made.add(task_maker("features", seed=3, headless=True))
+        yield made
+
+
 @pytest.fixture
 def router(backbone: Backbone, filled: Path) -> Iterator[Router]:
     with Router(backbone, filled) as made:

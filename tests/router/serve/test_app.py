@@ -128,6 +128,41 @@ def test_every_form_of_a_request(shared: Router) -> None:
     serve(shared, work)
 
 
+NAMES = ("a", "mild", "strict", "features")
+
+
+def test_an_answer_below_its_task_s_threshold_is_unknown(judging: Router) -> None:
+    expected = {name: judging.run(PICTURES[0], name)[0] for name in NAMES}
+    assert [expected[name].known for name in NAMES] == [True, True, False, None]
+
+    async def ask(client: httpx.AsyncClient, query: str = "") -> list[dict[str, Any]]:
+        asked = [{"image": BASE64[0], "task": name} for name in NAMES]
+        return results(await client.post(f"/v1/predict{query}", json={"images": asked}))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        rows = await ask(client)
+        for name, row in zip(NAMES, rows, strict=True):
+            assert_row(row, expected[name])
+            assert (row["known"], row["threshold"]) == (expected[name].known, expected[name].threshold)
+        assert rows[2]["label"] is None and len(rows[2]["top"]) == 3, "the likeliest are told all the same"
+        # what a request asks for is its own, whatever batch it shares
+        lax, hard = await asyncio.gather(ask(client, "?threshold=none"), ask(client, "?threshold=1"))
+        assert [row["known"] for row in lax] == [True, True, True, None]
+        assert [row["known"] for row in hard] == [False, False, False, None]
+        assert [row["threshold"] for row in lax + hard] == [None] * 4 + [1, 1, 1, None]
+        assert [row["label"] for row in hard] == [None] * 4
+        url = "/v1/tasks/strict/predict?probabilities=true&threshold="
+        (row,) = results(await client.post(f"{url}0.0", content=PICTURES[0], headers=RAW))
+        assert row["known"] is True and row["label"] == row["top"][0]["label"] and len(row["probabilities"]) == 3
+        for bad in ("", "-0.1", "1.1", "nan", "inf", "None", "stored"):
+            answer = await client.post(f"{url}{bad}", content=PICTURES[0], headers=RAW)
+            assert_problem(answer, 422, "^threshold '.*': expected a number from 0 to 1, or none$")
+        told = [(await client.get(f"/v1/tasks/{name}")).json()["threshold"] for name in NAMES]
+        assert told == [expected[name].threshold for name in NAMES]
+
+    serve(judging, work)
+
+
 def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         asked = [

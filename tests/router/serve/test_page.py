@@ -209,6 +209,23 @@ def test_one_several_and_all_tasks_are_asked(address: str, visit: Callable[..., 
 
 
 @in_chromium
+def test_an_unknown_is_shown_as_one_with_what_is_likeliest(judging: Router, visit: Callable[..., Any]) -> None:
+    with serving(judging) as address:
+        page = visit(address)
+        choose(page, "mild", "strict")
+        show(page)
+        mild, strict = answered(page, 2).all()
+        best = judging.run(PICTURES[0], "strict")[0]
+        assert mild.locator("summary .label").inner_text() == judging.run(PICTURES[0], "mild")[0].label
+        assert mild.locator("details .note").count() == 0
+        assert strict.locator("summary .label").inner_text() == "unknown"
+        assert strict.locator("summary .share").inner_text() == ""
+        assert [one.inner_text() for one in strict.locator("li .label").all()] == [name for name, _ in best.topk(3)]
+        note = plain(strict.locator("details .note").inner_text())
+        assert note == f"Unknown: its likeliest label has less than {percent(best.threshold or 0)}, which is asked for."
+
+
+@in_chromium
 def test_a_picture_is_dropped_or_pasted(address: str, visit: Callable[..., Any], router: Router) -> None:
     page = visit(address)
     choose(page, "c")

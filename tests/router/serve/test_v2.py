@@ -150,6 +150,36 @@ def test_json_and_one_raw_file(shared: Router) -> None:
     serve(shared, work)
 
 
+def test_an_unknown_has_an_empty_label(judging: Router) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        for name in ("a", "mild", "strict"):
+            url = f"/v2/models/{name}/infer"
+            best = judging.run(PICTURES[0], name, threshold=None)[0]
+            for parameters, known in (
+                ({}, name != "strict"), ({"threshold": "stored"}, name != "strict"), ({"threshold": "none"}, True),
+                ({"threshold": 0}, True), ({"threshold": 1}, False), ({"threshold": 1.0}, False),
+            ):  # fmt: skip
+                body = body_of(image_input(BASE64[0]), parameters=parameters)
+                found = outputs_of(await client.post(url, json=body))
+                assert found["known"] == {"name": "known", "datatype": "BOOL", "shape": [1], "data": [known]}
+                assert found["label"]["data"] == [best.label if known else ""]
+                assert found["class"]["data"] == [int(best.logits.argmax())], "the likeliest, also of an unknown"
+        body = body_of(image_input(BASE64[0]), outputs=[{"name": "known", "parameters": {"binary_data": True}}])
+        answer = await client.post("/v2/models/strict/infer", json=body)
+        assert answer.content[int(answer.headers["Inference-Header-Content-Length"]) :] == b"\0"
+        model = (await client.get("/v2/models/a")).json()
+        assert {"name": "known", "datatype": "BOOL", "shape": [-1]} in model["outputs"]
+        features = outputs_of(await client.post("/v2/models/features/infer", json=body_of(image_input(BASE64[0]))))
+        assert list(features) == ["features"]
+        for bad in (-0.1, 1.1, "0.5", "None", True, None, [0.5], 10**400):
+            body = body_of(image_input(BASE64[0]), parameters={"threshold": bad})
+            answer = await client.post("/v2/models/a/infer", json=body)
+            assert answer.status_code == 400
+            assert re.search('^"threshold": .*: expected a number from 0 to 1, "none" or', answer.json()["error"])
+
+    serve(judging, work)
+
+
 FLOAT = {"name": "pixels", "datatype": "FP32", "shape": [1, 3, 48, 48]}
 
 
