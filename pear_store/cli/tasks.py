@@ -46,7 +46,7 @@ def init(as_json: bool) -> None:
 
 @main.command()
 @click.argument("given", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="SOURCE...")
-@click.option("--name", help="Store the one task under this name.")
+@click.option("--name", help="Store the task under this name; only for one task.")
 @allow_option
 @store_option
 @json_option
@@ -56,7 +56,7 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: t
 
     hf://OWNER/NAME[@REVISION] is a task on the Hugging Face Hub, as 'export-hub' writes it.
 
-    A refused file costs only itself, and the exit code says so.
+    If a file is refused, the others are added all the same, and the exit code says so.
     """
     access = Access(allowed=frozenset(allowed))
     files = list(sources.expand(given, access))
@@ -101,7 +101,7 @@ def added_line(result: Added) -> str:
 @store_option
 @json_option
 def ls(every: bool, as_json: bool) -> None:
-    """List the tasks: newest version and tensor bytes of each, and its tags; TAG@2 is one of an older version."""
+    """List the tasks, with newest version, tensor bytes and tags. TAG@2 is a tag of version 2."""
     with open_store() as store:
         versions = store.versions() if every else store.tasks()
         tags = {} if every else store.tags()
