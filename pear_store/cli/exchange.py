@@ -119,7 +119,7 @@ def export_hub(
     """Write a task as a folder for the Hugging Face Hub, to be uploaded as it is.
 
     DIR gets pear.safetensors (what 'export' writes), the model card README.md, picture.png, and peft/ where the task
-    can be a LoRA of PEFT's. What is left out is said. 'pear-store add hf://OWNER/NAME' takes the task back.
+    can be a LoRA of PEFT's. The command says what it leaves out. 'pear-store add hf://OWNER/NAME' takes the task back.
 
     An earlier export of the same task is replaced; other files in DIR, such as .git, stay. The checkpoint holds the
     whole training record, also the names of the data and the machine.

@@ -43,7 +43,7 @@ def store_option(command: F) -> F:
     """--store DIR, before or after the verb."""
     return click.option(
         "--store", type=click.Path(readable=False), callback=_keep_store, expose_value=False, metavar="DIR",
-        help="The store's directory; for commands that only read also a remote's URL "
+        help="The store's directory. Commands that only read take a remote's URL, too "
         "[default: $PEAR_STORE, else the user's data directory].",
     )(command)  # fmt: skip
 

@@ -39,11 +39,17 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
 
 @remote.command("gc")
 @name_argument
-@click.option("--keep", type=click.IntRange(1), help="First remove versions beyond a task's newest KEEP there ...")
-@click.option("--older-than", type=Duration(), help="... that are older than this, such as 90d or 12h.")
+@click.option(
+    "--keep", type=click.IntRange(1), help="First remove old versions there: those beyond a task's newest KEEP."
+)
+@click.option(
+    "--older-than",
+    type=Duration(),
+    help="First remove versions older than AGE, such as 90d or 12h. With --keep, both must hold.",
+)
 @click.option(
     "--grace", type=Duration(), default="7d", show_default=True,
-    help="Delete files only so long after they were dropped, for readers that know an older log.",
+    help="How long dropped files stay, for readers that know an older log.",
 )  # fmt: skip
 @store_option
 @json_option
@@ -96,7 +102,7 @@ def _numbered(versions: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
 @json_option
 @click.pass_context
 def verify_command(ctx: click.Context, name: str | None, subset: tuple[int, int], as_json: bool) -> None:
-    """Check a remote's log, read its packs, hash each tensor; name each fault with the versions hit.
+    """Check a remote: its log, its packs and each tensor. Name each fault with the versions it hits.
 
     The log is always checked whole. Nothing is written.
     """
@@ -160,7 +166,7 @@ def repair_command(ctx: click.Context, name: str | None, copies: tuple[str, ...]
 
 @remote.command("log")
 @name_argument
-@click.option("-n", "most", type=click.IntRange(1), default=20, show_default=True, help="So many entries.")
+@click.option("-n", "most", type=click.IntRange(1), default=20, show_default=True, help="How many entries to show.")
 @store_option
 @json_option
 def log_command(name: str | None, most: int, as_json: bool) -> None:

@@ -36,15 +36,16 @@ def _options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...])
 
 option_option = click.option(
     "--option", "options", multiple=True, callback=_options, metavar="KEY=VALUE",
-    help="For the place, such as endpoint=http://host:9000 or region=eu-west-1; never a secret. May be repeated.",
+    help="An option of the place, such as endpoint=http://host:9000 or region=eu-west-1. Never a secret. May be "
+    "repeated.",
 )  # fmt: skip
 tasks_option = click.option(
     "--tasks", "patterns", multiple=True, metavar="PATTERN", default=("*",),
-    help="Which tasks a pull takes that names none, such as 'dtd*'; may be repeated [default: all].",
+    help="Which tasks to take if a pull names none, such as 'dtd*'; may be repeated [default: all].",
 )  # fmt: skip
 single_writer_option = click.option(
     "--single-writer", is_flag=True,
-    help="Write there also if the place cannot keep several stores apart: no other store may push to it.",
+    help="Write there although the place cannot keep several stores apart. No other store may then push to it.",
 )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def init_command(
 ) -> None:
     """Make an empty remote at a directory, s3://, gs://, az:// or sftp:// URL, and add it.
 
-    A place that cannot be written by several without loss is refused, or taken with --single-writer.
+    A place is refused if several stores cannot write to it without loss. With --single-writer it is taken.
     """
     from pear_store.remote.remotes import Remote, add_remote, init_remote
 
@@ -96,7 +97,7 @@ def init_command(
 def add_command(
     name: str, url: str, options: dict[str, str], patterns: tuple[str, ...], single_writer: bool, as_json: bool
 ) -> None:
-    """Add a remote that is there, also one on a web server, which is only read."""
+    """Add an existing remote. One on a web server can only be read."""
     from pear_store.remote.remotes import Remote, add_remote
 
     with Store(store_directory()) as store:
@@ -221,8 +222,9 @@ def interruptible(verb: str, act: Callable[[], T]) -> T:
 def push(given: tuple[str, ...], as_json: bool) -> None:
     """Send versions, removals and tags that a remote lacks: of some tasks, or of all.
 
-    The remote is 'origin', or the only one, if the first argument is not a remote's name. What another store pushed
-    under the same number is named before anything is sent; 'pull' gives yours another number.
+    The remote is 'origin', or the only one, if the first argument is not a remote's name. If another store pushed
+    another version under the same number, the version is named and nothing is sent. 'pull' then gives yours another
+    number.
     """
     with Store(store_directory()) as store, _progress("push") as progress:
         name, tasks = _split(store, given)
@@ -258,7 +260,7 @@ def _numbered(versions: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
 def pull(given: tuple[str, ...], as_json: bool) -> None:
     """Take versions, removals and tags from a remote: of some tasks, or of all.
 
-    A version that is only here and whose number another store has used gets the next free number.
+    If another store has used the number of a version that is only here, that version gets the next free number.
     """
     with Store(store_directory()) as store, _progress("pull") as progress:
         name, references = _split(store, given)
@@ -315,7 +317,7 @@ def clone(url: str, directory: str | None, options: dict[str, str], patterns: tu
 @store_option
 @json_option
 def status(name: str | None, as_json: bool) -> None:
-    """Say what is here and not on a remote, and the other way round; nothing is changed."""
+    """Show what is only here, and what is only on a remote. Nothing is changed."""
     with Store(store_directory()) as store:
         found = store.remote_status(name)
     if as_json:

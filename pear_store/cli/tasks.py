@@ -64,7 +64,7 @@ def init(as_json: bool) -> None:
 
 @main.command()
 @click.argument("given", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="SOURCE...")
-@click.option("--name", help="Store the one task under this name.")
+@click.option("--name", help="Store the task under this name; only for one task.")
 @allow_option
 @store_option
 @json_option
@@ -74,7 +74,7 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: t
 
     hf://OWNER/NAME[@REVISION] is a task on the Hugging Face Hub, as 'export-hub' writes it.
 
-    A refused file costs only itself, and the exit code says so.
+    If a file is refused, the others are added all the same, and the exit code says so.
     """
     access = Access(allowed=frozenset(allowed))
     files = list(sources.expand(given, access))

@@ -40,8 +40,12 @@ class Duration(click.ParamType[float]):
 
 
 @main.command()
-@click.option("--keep", type=click.IntRange(1), help="First remove versions beyond a task's newest KEEP ...")
-@click.option("--older-than", type=Duration(), help="... that are older than this, such as 90d or 12h.")
+@click.option("--keep", type=click.IntRange(1), help="First remove old versions: those beyond a task's newest KEEP.")
+@click.option(
+    "--older-than",
+    type=Duration(),
+    help="First remove versions older than AGE, such as 90d or 12h. With --keep, both must hold.",
+)
 @click.option("--repack-all", is_flag=True, help="Leave no dead bytes, and merge small packs.")
 @store_option
 @json_option
@@ -93,7 +97,12 @@ class Subset(click.ParamType[tuple[int, int]]):
 
 @main.command()
 @click.option("--subset", type=Subset(), default="1/1", show_default=True, help="Only the n-th of t parts.")
-@click.option("--repair", "mend", is_flag=True, help="Write what is damaged anew, from what is good and from COPIES.")
+@click.option(
+    "--repair",
+    "mend",
+    is_flag=True,
+    help="Replace what is damaged by good copies, from the store itself and from COPIES.",
+)
 @click.argument("copies", nargs=-1, type=click.Path(), metavar="[COPIES]...")
 @allow_option
 @store_option
@@ -103,7 +112,7 @@ def verify(
     ctx: click.Context, subset: tuple[int, int], mend: bool, copies: tuple[str, ...], allowed: tuple[str, ...],
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Hash every tensor and manifest, check the index, and name each damaged tensor with the tasks hit.
+    """Hash every tensor and manifest, check the index, and name each damaged tensor with the tasks it hits.
 
     COPIES, for --repair: other stores, task checkpoints, directories of them, fsspec URLs.
     """

@@ -44,32 +44,33 @@ _DRAWN = ("plot", "html", "preview", "curves")
 @run_option("Data", "--max-pixels", "Pictures with more pixels are refused before they are decoded.")
 @option("Backbone", "--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @option("Backbone", "--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@run_option("Backbone", "--img-size", "Pixels of a side [default: the backbone's own].")
-@run_option("Method", "--method", "Prune and share, all adapters, or head only.")
+@run_option("Backbone", "--img-size", "Side of the input, in pixels [default: the backbone's own].")
+@run_option("Method", "--method", "pear: prune and share. adapters: keep all. linear: train the head only.")
 @run_option(
-    "Method", "--positions", "auto, or presets (blocks, attn, mlp, qkv, linear, whole, pointwise) or patterns, by "
-    "commas. linear: all at Linears, so the task can be merged, and exported to timm and PEFT; 2.5 times the bytes.",
+    "Method", "--positions", "Where adapters are: auto, or presets (blocks, attn, mlp, qkv, linear, whole, pointwise) "
+    "or patterns, with commas between them. With linear the task can be merged, and exported to timm and PEFT. It "
+    "then takes 2.5 times the bytes.",
 )  # fmt: skip
 @run_option("Method", "--rank", "Rank of an adapter.")
 @run_option("Method", "--ratio", "Share of the adapters that is pruned.")
 @run_option("Training", "--epochs", "Epochs in all.")
 @run_option("Training", "--lr", "Peak learning rate.")
-@run_option("Training", "--weight-decay", "Of AdamW.")
+@run_option("Training", "--weight-decay", "AdamW's weight decay.")
 @run_option("Training", "--warmup", "Share of the steps over which the learning rate rises.")
-@run_option("Training", "--batch-size", "Images a step.")
+@run_option("Training", "--batch-size", "Images in a step.")
 @run_option(
-    "Training", "--augment", "What training images undergo: flip, crop, rotate, zoom, color, mixup, some joined by +. "
-    "Each helps some tasks and harms others.",
+    "Training", "--augment", "How training images are varied: flip, crop, rotate, zoom, color or mixup. + joins "
+    "several. Each helps some tasks and harms others.",
 )  # fmt: skip
-@run_option("Training", "--balance", "Of uneven classes: weights in the loss, or sampling of rare ones.")
+@run_option("Training", "--balance", "For uneven classes: rare ones weigh more in the loss, or are drawn more often.")
 @run_option("Training", "--label-smoothing", "Share of a label that is spread over all classes, such as 0.1.")
-@run_option("Training", "--select", "The epoch that is kept: best top-1 on val, best macro_f1, or last.")
-@run_option("Training", "--patience", "Stop after so many epochs without a better val.")
+@run_option("Training", "--select", "Which epoch is kept: best top-1 on val, best macro F1 on val, or last.")
+@run_option("Training", "--patience", "Stop when val has not improved for this many epochs.")
 @run_option(
-    "Training", "--threshold-accuracy", "Store the lowest confidence from which so many answers on val are right, such "
-    "as 0.95.",
+    "Training", "--threshold-accuracy", "Store a threshold: the lowest confidence from which this share of the "
+    "answers on val is right, such as 0.95.",
 )  # fmt: skip
-@run_option("Training", "--seed", "Of initial adapters and batch order.")
+@run_option("Training", "--seed", "Seed of the initial adapters and of the batch order.")
 @option("Several tasks", "--tasks", "tasks_file", type=_PATH, help="TOML file of many tasks, instead of TASK.")
 @option(
     "Several tasks", "--together", type=click.IntRange(1),
@@ -77,7 +78,8 @@ _DRAWN = ("plot", "html", "preview", "curves")
 )  # fmt: skip
 @option(
     "Several tasks", "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local",
-    help="Let a Ray cluster train --tasks: at this address, such as auto or 10.0.0.1:6379, or of this machine alone.",
+    help="Let a Ray cluster train --tasks: the one at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS, this "
+    "machine alone.",
 )  # fmt: skip
 @option(
     "Several tasks", "--workers", type=click.IntRange(1),
@@ -101,32 +103,38 @@ _DRAWN = ("plot", "html", "preview", "curves")
     help="Move this task, a file or a name in --from-store, to --bases without training, and say what that costs.",
 )  # fmt: skip
 @run_option("Sharing between tasks", "--own-rank", "Rank of a task's own adapters beside its cores.")
-@run_option("Sharing between tasks", "--own-bytes", "Bytes of these adapters: the most important that fit.")
+@run_option(
+    "Sharing between tasks", "--own-bytes", "Bytes for a task's own adapters: the most important that fit are kept."
+)
 @option(
     "Sharing between tasks", "--make-bases", is_flag=True,
     help="Make common bases of --rank from the tasks of --from-store; with --tasks, train them on for these.",
 )  # fmt: skip
 @option("Sharing between tasks", "--from-store", type=_PATH, help="Store of the tasks for --make-bases, or of --bases.")
-@option("Sharing between tasks", "--from-tasks", help="Comma-separated tasks of it [default: the 64 added last].")
+@option(
+    "Sharing between tasks", "--from-tasks", help="Comma-separated tasks of --from-store [default: the 64 added last]."
+)
 @option(
     "Output", "--out", type=_PATH, required=True,
     help="Task checkpoint to write; with --tasks a folder, made where it is missing.",
 )  # fmt: skip
 @option(
     "Output", "--overwrite", is_flag=True,
-    help="Replace what runs of other options or data left at --out; refused without.",
+    help="Replace what a run with other options or data left at --out. Without this it is refused.",
 )  # fmt: skip
 @option("Output", "--force", is_flag=True, help="Train again, whatever task checkpoint lies at --out.")
-@run_option("Output", "--tensor-dtype", "What adapters are written in; Q8, Q4, Q2, Q1: codes.")
-@run_option("Output", "--core-dtype", "What cores are written in.")
-@run_option("Output", "--head-dtype", "What the head is written in.")
+@run_option(
+    "Output", "--tensor-dtype", "Number format of written adapters. Q8, Q4, Q2 and Q1 are codes of so many bits."
+)
+@run_option("Output", "--core-dtype", "Number format of written cores.")
+@run_option("Output", "--head-dtype", "Number format of the written head.")
 @option("Output", "--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
 @option("Output", "--html", type=_PATH, help="Write a report: one file, for any browser.")
 @option("Output", "--preview", type=_PATH, help="Draw training pictures as the network gets them, as .png.")
 @option("Output", "--curves", type=_PATH, help="Write loss and accuracies of each epoch, as .csv.")
 @option("Output", "--tensorboard", type=_PATH, help="Write the same for TensorBoard, into a folder.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
-@run_option("Machine", "--device", "Such as cpu or cuda [default: cuda where there is one].")
+@run_option("Machine", "--device", "Device to compute on, such as cpu [default: cuda where there is one].")
 @run_option("Machine", "--dtype", "Precision of training.")
 @option(
     "Other", "--set", "settings", multiple=True, metavar="NAME=VALUE",
@@ -139,9 +147,9 @@ _DRAWN = ("plot", "html", "preview", "curves")
 def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     """Train TASK: adapters on a frozen backbone, pruned and shared, into one task checkpoint.
 
-    With --tasks FILE, train every task that FILE names into the folder --out. A task whose checkpoint is there already,
-    of the same options and data, is not trained again; one of others is refused. An interrupted run goes on after its
-    last epoch.
+    With --tasks FILE, train every task that FILE names into the folder --out. A task is not trained again if its
+    checkpoint is there already, made with the same options and data. A checkpoint made with others is refused. An
+    interrupted run goes on after its last epoch.
 
     With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, TASK has only cores in
     them, and what --own-rank and --own-bytes allow. With --rebase, a task that was trained moves to --bases.

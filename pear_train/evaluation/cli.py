@@ -81,7 +81,7 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 )  # fmt: skip
 @option("Gate", "--max-errors", type=click.IntRange(0), metavar="N", help="Fail if more images cannot be read.")
 @option("Machine", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
-@option("Machine", "--device", help="Such as cpu or cuda [default: cuda where there is one].")
+@option("Machine", "--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
 @option(
     "Machine", "--dtype", default="float32", show_default=True,
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Precision of the forward.",

@@ -1,4 +1,4 @@
-"""Predict for a list of images of any length, each with its own task or each through many, on one backbone.
+"""Run tasks on a list of images of any length: each image through its own task, or through several.
 
 The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet, or .CSV and so on). A CSV
 may have commas, semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or
@@ -115,7 +115,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
     "--tasks",
     "tasks",
     metavar="TASKS",
-    help="Through which tasks every image goes: all, or names with commas.",
+    help="Tasks that every image goes through: all, or names with commas between them.",
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
@@ -127,19 +127,24 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
     "[default: what each task has stored, if anything].",
 )  # fmt: skip
 @click.option(
-    "--embeddings", is_flag=True, help="Write features, not classes: of a task, or without one of the backbone alone."
+    "--embeddings",
+    is_flag=True,
+    help="Write features instead of classes: those of a task, or without a task those of the backbone.",
 )
-@click.option("--device", help="Such as cpu or cuda [default: cuda where there is one].")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
+@click.option(
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Precision of the forward.",
+)  # fmt: skip
 @click.option("--prefix", default="", help="What the results' names begin with, such as pear_.")
-@click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
+@click.option("--slot-bytes", type=click.IntRange(1), help="Most bytes that loaded tasks may take [default: no limit].")
 @click.option(
     "--root", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Relative paths begin here, and nothing outside is opened [default: the list's folder, without a limit].",
 )  # fmt: skip
 @click.option(
     "--encoding", default="utf-8", show_default=True, callback=_encoding,
-    help="Of a list in CSV or JSON lines, such as latin-1.",
+    help="Encoding of a list in CSV or JSON lines, such as latin-1.",
 )  # fmt: skip
 @click.option(
     "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
@@ -148,7 +153,8 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @allow_option
 @click.option(
     "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local", callback=_address,
-    help="Let a Ray cluster do the work: at this address, such as auto or 10.0.0.1:6379, or one of this machine alone.",
+    help="Let a Ray cluster do the work: the one at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS, this "
+    "machine alone.",
 )  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1), show_default="as many as the cluster has room for",
@@ -160,10 +166,10 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 )  # fmt: skip
 @click.option(
     "--decode", type=click.Choice(["auto", "apart", "beside"]), default="auto", show_default=True,
-    help="With --ray: decode images apart, on any core of the cluster, or beside the forwards, in the workers. auto: "
-    "apart if workers have GPUs.",
+    help="With --ray: where images are decoded. apart: on any core of the cluster. beside: in the workers, beside the "
+    "forwards. auto: apart if workers have GPUs.",
 )  # fmt: skip
-@click.option("--restart", is_flag=True, help="Forget what an unfinished run of this output had done.")
+@click.option("--restart", is_flag=True, help="Begin again: drop what an unfinished run of this output has done.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(

@@ -1,5 +1,6 @@
 """Serve the tasks of a store over HTTP: requests of different tasks share batches on one backbone.
 
+\b
     pear-serve --store pear.store --backbone MODEL
     curl -H 'Content-Type: image/jpeg' --data-binary @cat.jpg localhost:8090/v1/tasks/dtd/predict
 
@@ -56,39 +57,58 @@ LIMITS = RequestLimits()
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@click.option("--device", help="Such as cpu or cuda [default: cuda where there is one].")
+@click.option("--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
 @click.option(
-    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16", "auto"])
-)
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    help="Precision of the forward.",
+)  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 for any that is free.")
+@click.option(
+    "--port",
+    default=8090,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="The port to listen on; 0: any that is free.",
+)
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Most rows of a batch.")
 @click.option(
     "--max-wait-ms", default=0.0, show_default=True, type=NumberRange(0, 60_000),
-    help="How long a batch that is not full waits for more.",
+    help="Milliseconds that a batch that is not full waits for more.",
 )  # fmt: skip
 @click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Most images that wait.")
 @click.option(
     "--timeout-s", default=LIMITS.timeout_s, show_default=True, type=NumberRange(0, min_open=True),
-    help="How long a request may take once its body is there.",
+    help="Seconds that a request may take once its body is there.",
 )  # fmt: skip
 @click.option(
     "--drain-s", default=30.0, show_default=True, type=NumberRange(0, 86_400),
-    help="How long what waits may take at the end.",
+    help="Seconds that waiting requests may still take when the server ends.",
 )  # fmt: skip
-@click.option("--slot-bytes", type=click.IntRange(1), help="The most bytes of loaded tasks [default: no limit].")
+@click.option("--slot-bytes", type=click.IntRange(1), help="Most bytes that loaded tasks may take [default: no limit].")
 @click.option("--preload", help="Tasks to load before the first request: names with commas, or all.")
 @click.option(
     "--refresh-s", default=60.0, show_default=True, type=NumberRange(0),
-    help="How often changes of the store are taken up; 0 for never.",
+    help="Seconds between looks at the store for changes; 0: never look.",
 )  # fmt: skip
-@click.option("--token-file", type=click.Path(path_type=Path), help="The token to use tasks; on line 2 that to manage.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="File of tokens: line 1 to use tasks, line 2 to manage the server.",
+)
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a token.")
 @click.option(
-    "--max-body-bytes", default=LIMITS.body_bytes, show_default=True, type=click.IntRange(1), help="Of one request."
+    "--max-body-bytes",
+    default=LIMITS.body_bytes,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most bytes in the body of a request.",
 )
-@click.option("--max-images", default=LIMITS.images, show_default=True, type=click.IntRange(1), help="Of one request.")
-@click.option("--max-tasks", default=LIMITS.tasks, show_default=True, type=click.IntRange(1), help="For one image.")
+@click.option(
+    "--max-images", default=LIMITS.images, show_default=True, type=click.IntRange(1), help="Most images in a request."
+)
+@click.option(
+    "--max-tasks", default=LIMITS.tasks, show_default=True, type=click.IntRange(1), help="Most tasks for one image."
+)
 @click.option(
     "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
 )
@@ -96,7 +116,7 @@ LIMITS = RequestLimits()
     "--root", type=click.Path(path_type=Path), help="Requests may name images below this directory [default: none]."
 )
 @click.option("--allow-urls", is_flag=True, help="Requests may name images by http(s) URLs of public addresses.")
-@click.option("--log-json", is_flag=True, help="Log lines of JSON.")
+@click.option("--log-json", is_flag=True, help="Log in JSON, one object a line.")
 def main(
     where: str, cache_bytes: int | None, backbone: str, weights: str | None, device: str | None, dtype: str,
     host: str, port: int, max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float,
