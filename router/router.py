@@ -198,14 +198,31 @@ class Router:
         return self._find(task).key in self._slots
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, tasks: str | Iterable[str] = (), batch_sizes: Iterable[int] = (1,)) -> None:
         """Runs the backbone once, on zeros of its native size, so that the first batch finds it ready.
 
+        With tasks, these are loaded, and zeros run through them in batches of each size. With `compile`, the graphs are
+        made so: later batches of these sizes, rounded up to powers of two, compile nothing, whatever their mix of the
+        tasks is.
+
         Raises:
-            RouterError: the backbone does not run, or this router is closed.
+            RouterError: the backbone does not run; this router is closed; a size is below 1.
+            RouterError, PearStoreError: of a task, see `run`.
         """
+        names, sizes = _names(tasks), list(batch_sizes)
+        for size in sizes:
+            if type(size) is not int or size < 1:
+                raise RouterError(f"batch size {size!r:.80}: expected a whole number of at least 1")
         self._check_usable()
         self._adapted.features(torch.zeros(1, 3, *self.backbone.input_size), {}).cpu()
+        self._load(names)  # all of them first: a graph is of the positions of all that are loaded
+        alike: dict[tuple[int, int], list[str]] = {}
+        for name in names:
+            alike.setdefault(self._find(name).preprocess.size, []).append(name)
+        for (height, width), group in alike.items():
+            for size in dict.fromkeys(sizes):
+                images, rows = torch.zeros(size, 3, height, width, device=self.device), np.arange(size)
+                self.run_batch(Batch(images, rows, rows), [group[row % len(group)] for row in rows])
 
     @computing_alone()
     def refresh(self) -> dict[str, int | None]:

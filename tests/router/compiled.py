@@ -29,6 +29,19 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def test_after_a_warm_up_nothing_is_compiled(backbone: Backbone, task_maker: Maker) -> None:
+    router = Router(backbone, compile="eager")
+    for name, positions in (("a", ("blocks.0.attn",)), ("b", ("blocks.1.mlp",)), ("c", ("blocks.2.mlp",))):
+        router.add(task_maker(name, positions=positions))
+    router.warm_up(list("abc"), batch_sizes=[2, 8, 8])
+    assert graphs() == 2, "one for each size, of the positions of all three"
+    for names in ("ab", "cc", "abcabcab", "aaaaa", "bcbcbc"):
+        router.run(torch.randn(len(names), 3, 48, 48), list(names))
+    assert graphs() == 2
+    router.run(torch.randn(4, 3, 48, 48), list("abca"))
+    assert graphs() == 3, "a size that was not named"
+
+
 def test_one_graph_serves_every_mix(backbone: Backbone, task_maker: Maker) -> None:
     made = [
         task_maker("a", seed=1, rank=4),

@@ -2,13 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pear_store import Store, Task
-from router import Backbone, ClosedError, Router, SlotBudgetError, TooManyPixelsError, UnknownTaskError, prepare
+from router import (
+    Backbone,
+    Batch,
+    ClosedError,
+    Predictions,
+    Router,
+    RouterError,
+    SlotBudgetError,
+    TooManyPixelsError,
+    UnknownTaskError,
+    prepare,
+)
 from router.batches import put_together
 from router.preprocess import decode
 
@@ -78,6 +90,31 @@ def test_the_backbone_can_be_run_ahead(backbone: Backbone) -> None:
     router.close()
     with pytest.raises(ClosedError):
         router.warm_up()
+
+
+def test_tasks_are_loaded_and_run_ahead_in_batches_of_each_size(
+    where: Path, backbone: Backbone, task_maker: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Router(backbone, where) as router:
+        ran: list[tuple[int, list[str]]] = []
+        run_batch = router.run_batch
+
+        def noted(batch: Batch, tasks: list[str], **options: Any) -> Predictions:
+            ran.append((len(batch.images), tasks))
+            return run_batch(batch, tasks, **options)
+
+        monkeypatch.setattr(router, "run_batch", noted)
+        with Store(where) as store:
+            store.add(task_maker("c", seed=3))
+        router.warm_up(["a", "b", "c"], batch_sizes=[1, 3, 3])  # b's images are of another size
+        assert all(map(router.is_loaded, "abc"))
+        assert ran == [(1, ["a"]), (3, ["a", "c", "a"]), (1, ["b"]), (3, ["b", "b", "b"])]
+        for bad in (0, -1, 1.5, True, "2"):
+            with pytest.raises(RouterError, match=r"^batch size .*: expected a whole number of at least 1$"):
+                router.warm_up(["a"], batch_sizes=[1, bad])  # type: ignore[list-item]
+        with pytest.raises(UnknownTaskError, match="no task 'zebra'"):
+            router.warm_up("zebra")
+        assert len(ran) == 4
 
 
 def test_decoded_images_are_put_together_as_prepare_does(where: Path, backbone: Backbone) -> None:
