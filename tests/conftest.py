@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from pear_store import RawTensor, Store, Task, make_task
 from router import Backbone, load_backbone
 from tests.helpers.log import keep_log
 from tests.helpers.makers import floats, record
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start hears Ctrl-C
 
 SHARED = Path(__file__).parents[2] / "shared"
 

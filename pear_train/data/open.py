@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from pear_store.files import ending
 from pear_train.data.dataset import LOOKED_FOR, Dataset
 from pear_train.data.folder import open_folder
 from pear_train.data.image_list import LISTS, open_list
@@ -51,12 +52,10 @@ def open_labelled(
     if options.of_folders and (not os.path.isdir(path) or is_vtab(path) or is_saved(path)):
         raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
     if os.path.isfile(path):
-        if path.suffix.lower() == ".npz":
+        if ending(path) == ".npz":
             return open_npz(path, needs_train)
-        if path.suffix in LISTS:
+        if ending(path) in LISTS:
             return open_list(path, needs_train)
-        if path.suffix.lower() in LISTS:
-            raise DataError(f"{data}: expected the ending of a list in small letters: {path.suffix.lower()}")
         raise DataError(f"{data}: a file of no kind that is known by its ending; looked for {LOOKED_FOR}")
     if os.path.isdir(path):
         return _open_directory(path, options, needs_train)

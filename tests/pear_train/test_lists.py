@@ -161,12 +161,6 @@ def test_a_list_without_rows_and_one_of_another_encoding_are_one_line(pictures: 
         assert "\n" not in str(refused.value)
 
 
-def test_the_ending_of_a_list_is_in_small_letters(pictures: Path) -> None:
-    Path(write(pictures / "l.csv", ROWS)).rename(pictures / "l.CSV")
-    with pytest.raises(DataError, match=r"l\.CSV: expected the ending of a list in small letters: \.csv"):
-        open_dataset(str(pictures / "l.CSV"))
-
-
 # ---- datasets of Hugging Face --------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,8 @@ COMMAND = [sys.executable, "-c", "from pear_store.cli import main; main()"]
 
 @contextmanager
 def started(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """A command that hears Ctrl-C, also where these tests run in a shell's background, which lets it be ignored."""
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    with process:
+    command = [*COMMAND, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:

@@ -1185,13 +1185,9 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: p
             signal.raise_signal(signal.SIGINT)
         return run_router(*args, **options)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Router, "run_batch", interrupted_run)
-            done = run(*given)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patched:
+        patched.setattr(Router, "run_batch", interrupted_run)
+        done = run(*given)
     assert done.exit_code == 130
     last = done.stderr.splitlines()[-1]
     assert last == "Error: interrupted; the same command goes on after the last finished part"

@@ -242,7 +242,7 @@ def test_a_replica_comes_back_by_itself(proxy: Proxy) -> None:
 
 @contextmanager
 def held(front: Nginx | Envoy, made: Sequence[Replica], count: int) -> Iterator[list[int]]:
-    """So many requests for one task, until all have reached a replica; and then their statuses."""
+    """So many requests for one task, each sent when the one before has reached a replica; and then their statuses."""
     for one in made:
         one.go.clear()
     answers: list[int] = []
@@ -252,18 +252,20 @@ def held(front: Nginx | Envoy, made: Sequence[Replica], count: int) -> Iterator[
             answers.append(client.post("/v1/tasks/a/predict").status_code)
 
     threads = [threading.Thread(target=ask) for _ in range(count)]
-    for thread in threads:
-        thread.start()
     pause = threading.Event()
-    for _ in range(3000):
-        if sum(len(one.seen) for one in made) == count:
-            break
-        pause.wait(0.01)
-    yield answers
-    for one in made:
-        one.go.set()
-    for thread in threads:
-        thread.join(60)
+    try:
+        for sent, thread in enumerate(threads, 1):
+            thread.start()
+            for _ in range(3000):
+                if sum(len(one.seen) for one in made) == sent:
+                    break
+                pause.wait(0.01)
+        yield answers
+    finally:
+        for one in made:
+            one.go.set()
+        for thread in threads:
+            thread.join(60)
 
 
 def test_a_task_that_is_asked_for_too_much_spreads() -> None:
