@@ -13,13 +13,15 @@ from typing import TypeVar
 
 from pear_store.errors import DamagedError, PlaceError
 from pear_store.remote.flights import Flights
-from pear_store.remote.mirror import Mirror, is_replaced
+from pear_store.remote.mirror import Mirror, is_damage, is_replaced
 from pear_store.remote.place import Place
 from pear_store.remote.reading import read_on
 
 T = TypeVar("T")
 PATIENCE_S = 5.0
 """How long one waits for what is new, where what was known will do"""
+_TRIES = 5
+"""Looks at a mirror that other processes make anew meanwhile"""
 _AFTER_FAILURE_S = 10.0
 """How long a remote that gave no answer is left alone"""
 
@@ -59,18 +61,22 @@ class AskedMirror:
                 raise PlaceError(self.url, f"{self._file}: {error}") from None
 
     def _look_once(self, act: Callable[[Mirror], T]) -> T:
-        if not self._file.exists():
-            if self._head > 0:
-                raise sqlite3.DatabaseError("it is gone")
-            with suppress(OSError):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        left = _TRIES
         while True:
+            left -= 1
             try:
                 with closing(Mirror(self._file, self.url)) as mirror:
-                    mirror.attach(self._place, partial(read_on, mirror, self._place))
-                    return act(mirror)
-            except sqlite3.OperationalError as error:
-                if not is_replaced(error):  # a full disk, a folder that is gone
+                    again = partial(read_on, mirror, self._place)
+                    mirror.attach(self._place, again)
+                    if mirror.head[0] < self._head:  # it is gone, or was made anew, since it was last looked at
+                        again()
+                    return mirror.stable(lambda: act(mirror))
+            except sqlite3.DatabaseError as error:
+                if is_damage(error):
+                    raise
+                if not (is_replaced(error) and left):  # a full disk, a folder that is gone
                     raise PlaceError(self.url, f"{self._file}: {error}") from None
 
     def _forget(self) -> None:
@@ -114,14 +120,14 @@ class AskedMirror:
 
     def ask_if_due(self) -> None:
         """Reads the log on if that was not done just now. Without an answer, what is known stays, with one warning."""
-        if time.monotonic() < self._due:
+        if self._head >= 0 and time.monotonic() < self._due:
             return
-        if self._head < 0:
-            self._head = self._look(lambda mirror: mirror.head[0]) if self._file.exists() else 0
+        if self._head < 0 and self._file.exists():
+            self._head = self._look(lambda mirror: mirror.head[0]) or -1
         try:
-            self.ask(min(self._timeout_s, PATIENCE_S) if self._head else None)
+            self.ask(min(self._timeout_s, PATIENCE_S) if self._head > 0 else None)
         except (PlaceError, DamagedError) as error:
-            if not self._head:  # nothing is known
+            if self._head <= 0:  # nothing is known
                 self._due = 0.0
                 raise
             if not self._is_out:

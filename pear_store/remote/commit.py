@@ -4,8 +4,9 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
-from pear_store.errors import AbsentError, DamagedError, PlaceError
+from pear_store.errors import AbsentError, DamagedError, DamagedRemoteError, PlaceError
 from pear_store.format.container import Place as TensorPlace
 from pear_store.format.container import lay_out
 from pear_store.format.digest import Digest, RawTensor, fresh_name
@@ -102,7 +103,10 @@ class Committer:
         entry = Entry(fresh_name(), previous, hashed, time.time_ns(), _host(), base)
         data = entry.encode()
         if _create(place, data, number):
-            if not mirror.apply(number, data, index):
+            is_known = False
+            with suppress(DamagedRemoteError):  # as if another process has begun with a base that is no good
+                is_known = mirror.apply(number, data, index)
+            if not is_known:
                 read_on(mirror, place)
             self._conflicts = 0
             return number, hashlib.sha256(data).digest()

@@ -74,13 +74,13 @@ class KnownLog(AskedMirror):
         task, which = parse_reference(reference)
 
         def act(mirror: Mirror) -> tuple[Found | None, int]:
-            number = which
+            head, number = mirror.head[0], which  # first the head: what is found is not older
             if number is None:
                 number = max((version.number for version in mirror.versions(task)), default=0)
             elif isinstance(number, str):
                 number = mirror.tag(task, number) or 0
             there = mirror.version(task, number)
-            return None if there is None or there[1] else self._found(mirror, there[0]), mirror.head[0]
+            return None if there is None or there[1] else self._found(mirror, there[0]), head
 
         found, head = self._look(act)
         with self._lock:

@@ -36,9 +36,9 @@ class Mirror(PartialState):
                 folder.check(path.name)
         try:
             self._db = self._open()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
             assert path is not None
             with open_folder(path.parent) as folder:
                 for name in (path.name, f"{path.name}-journal"):
@@ -170,7 +170,8 @@ class Mirror(PartialState):
                 return False
             self._enter(self._db, head[0] + 1, index)
         finally:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
         return True
 
     # ---- what store and remote agreed on
@@ -201,9 +202,14 @@ class Mirror(PartialState):
                     db.execute("INSERT INTO agreed VALUES (?, ?, ?)", (task, tag, version))
 
 
-def is_replaced(error: sqlite3.OperationalError) -> bool:
+def is_replaced(error: sqlite3.DatabaseError) -> bool:
     """Whether a mirror's file was deleted while it was open: another process found it damaged, and made it anew."""
-    return error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_DBMOVED
+
+
+def is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether it says that a mirror's file is damaged: what is no UTF-8 is an OperationalError of Python's own."""
+    return not isinstance(error, sqlite3.OperationalError) or not hasattr(error, "sqlite_errorcode")
 
 
 @contextmanager
@@ -216,9 +222,9 @@ def opened_mirror(path: Path | None, url: str) -> Iterator[Mirror]:
     try:
         with closing(Mirror(path, url)) as mirror:
             yield mirror
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            raise PlaceError(url, f"{path} is damaged ({error}): delete it, it is made anew from the log") from None
         if is_replaced(error):
             raise PlaceError(url, f"{path} was made anew by another command; run the same again") from None
         raise PlaceError(url, f"{path}: {error}") from None
-    except sqlite3.DatabaseError as error:
-        raise PlaceError(url, f"{path} is damaged ({error}): delete it, it is made anew from the log") from None

@@ -9,14 +9,15 @@ import sqlite3
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from pear_store.errors import AbsentError, DamagedRemoteError
+from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError
 from pear_store.remote.base import END, KINDS, Kind, Root, base_name, by_task, parse_root, shard_name
 from pear_store.remote.log import MAX_INDEX_BYTES, BaseName, LogIndex, parse_index, parse_news
 from pear_store.remote.place import Place
 from pear_store.remote.tables import OF_THE_LOG, LogTables
 
+T = TypeVar("T")
 READERS = 16
 """Shards that are read at once, and entered in one transaction"""
 _MOST_REFUSED = 1000
@@ -79,6 +80,7 @@ class PartialState(LogTables):
     _read_again: Callable[[], None]
     _coverage: Coverage | None = None
     _version = -1
+    _is_catching_up = False
 
     def attach(self, place: Place, read_again: Callable[[], None]) -> None:
         """Says where shards are read from, and what reads the log anew when a base is no good."""
@@ -93,30 +95,72 @@ class PartialState(LogTables):
             self._coverage, self._version = Coverage(rows), version
         return self._coverage
 
+    def _catch_up(self) -> None:
+        """Reads the log on where a process has forgotten what it says: until then nothing here answers a question."""
+        if self._is_catching_up or self._place is None or self._db.in_transaction:
+            return
+        if self._known("until") is not None:
+            self._is_catching_up = True
+            try:
+                self._read_again()
+            finally:
+                self._is_catching_up = False
+
+    def note_read(self) -> None:
+        """Notes that the log was read to its end."""
+        if self._known("until") is None:
+            return
+        with self._transaction():
+            until = self._known("until")
+            if until is not None and until <= (self._known("head") or b"")[:8]:
+                self._note("until", None)
+
+    def _times_begun(self) -> bytes | None:
+        self._catch_up()
+        return self._known("times begun")
+
+    def stable(self, ask: Callable[[], T]) -> T:
+        """What `ask` finds while no process makes this mirror begin anew. It is asked again until that is so."""
+        while True:
+            before = self._times_begun()
+            try:
+                found = ask()
+            except (PearStoreError, sqlite3.DatabaseError):
+                if self._times_begun() == before:
+                    raise
+                continue
+            if self._times_begun() == before:
+                return found
+
     def left_bytes(self, kind: Kind) -> int:
         """Bytes of the base's shards of a kind that were not read."""
         return self._cover().left_bytes[kind]
 
     def _need(self, kind: Kind, low: str, high: str | None = None) -> None:
+        self._catch_up()
         if self._cover().left[kind]:
             self._read(lambda cover: cover.unread(kind, low, low if high is None else high))
 
     def need_all(self, kind: Kind | None = None) -> None:
+        self._catch_up()
         kinds: list[Kind] = ["drop", kind] if kind else [*KINDS]
         while any(self._cover().left[one] for one in kinds):  # again, where a base was refused in between
             for one in kinds:
                 self._need(one, "", END)
 
     def need_tasks(self, tasks: Collection[str]) -> None:
+        self._catch_up()
         if self._cover().left["tasks"]:
             names = sorted({task.casefold() for task in tasks})
             self._read(lambda cover: [shard for name in names for shard in cover.unread("tasks", name, name)])
 
     def _read(self, unread: Callable[[Coverage], list[BaseShard]]) -> None:
         """Reads shards; where that fails, the log is read without this base, so none is left to be read."""
-        while shards := unread(self._cover()):
+        while True:
+            base = self.begun_with  # first: another process may begin with another one meanwhile
+            if not (shards := unread(self._cover())):
+                return
             assert not self._db.in_transaction and self._place is not None
-            base = self.begun_with
             try:
                 self._read_shards(self._place, sorted(set(shards), key=lambda shard: shard.first))
             except (DamagedRemoteError, AbsentError):
@@ -230,6 +274,7 @@ class PartialState(LogTables):
             )
             self._note("head", base.number.to_bytes(8, "big") + root.entry)
             self._note("begun with", base.hash)
+            self._note("begun at", self._known("head"))
             self._note("base", json.dumps([base.number, base.hash.hex()]).encode())
 
     @property
@@ -268,8 +313,11 @@ class PartialState(LogTables):
         for table in OF_THE_LOG:
             self._db.execute(f"DELETE FROM {table}")
         if head := self._known("head"):
-            self._note("witness", head)
-        for key in ("head", "begun with", "base"):
+            if head != self._known("begun at"):  # that one only a base has named
+                self._note("witness", head)
+            self._note("until", max(head[:8], self._known("until") or b""))
+        self._note("times begun", (int.from_bytes(self._known("times begun") or b"") + 1).to_bytes(8))
+        for key in ("head", "begun with", "begun at", "base"):
             self._note(key, None)
         self._coverage = None
 

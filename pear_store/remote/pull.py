@@ -74,10 +74,10 @@ def pull(
         PlaceError: the remote cannot be reached.
     """
     read_on(mirror, place)
-    tasks, numbers = chosen(mirror, references, patterns)
+    tasks, numbers = mirror.stable(lambda: chosen(mirror, references, patterns))
     pulled = Pulled()
     before = held(opened, tasks)
-    changes = compare(before, mirror, tasks)
+    changes = mirror.stable(lambda: compare(before, mirror, tasks))
     mirror.take(changes.same)
     wanted = [v for v in changes.pull if v.task not in numbers or v.number in numbers[v.task]]
     _name_removed(mirror, before, numbers)
@@ -98,7 +98,7 @@ def pull(
 def _settle(opened: OpenStore, mirror: Mirror, tasks: set[str], pulled: Pulled) -> None:
     """Takes removals, tags and numbers over, by what the store holds now."""
     now = held(opened, tasks)
-    changes = compare(now, mirror, tasks)
+    changes = mirror.stable(lambda: compare(now, mirror, tasks))
     mirror.agree(changes.same_tags)
     tags = {
         key: (before, after)
@@ -225,7 +225,8 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
     group = _Group(0, mirror.head)
     for version in wanted:
         head = mirror.head
-        if (manifest := mirror.manifest_of(version)) is None:  # it was removed since it was wanted
+        manifest = mirror.stable(partial(mirror.manifest_of, version))
+        if manifest is None:  # it was removed since it was wanted
             continue
         try:
             record, digests = parse_manifest(manifest)

@@ -110,7 +110,7 @@ def _compared(opened: OpenStore, mirror: Mirror, tasks: set[str] | None) -> Chan
     """What differs; of tasks that were never here, nothing is to be pushed, so the remote is not asked for them."""
     here = held(opened, tasks)
     known = {task for task, _ in (*here.versions, *here.removed, *mirror.agreed_tags())} | here.highest.keys()
-    return compare(here, mirror, known if tasks is None else tasks)
+    return mirror.stable(lambda: compare(here, mirror, known if tasks is None else tasks))
 
 
 def _checked(changes: Changes) -> Changes:
@@ -199,6 +199,8 @@ def _shared(mirror: Mirror, digests: Iterable[Digest]) -> dict[bytes, PackListin
     """Where tensors lie that are on the remote already."""
     found: dict[bytes, PackListing] = {}
     for digest, places in sorted(mirror.places_of(set(digests)).items()):
+        if not places:  # dropped since: the entry that says so comes before this one, so all is looked at again
+            continue
         pack, at = places[0]
         found.setdefault(pack, PackListing(mirror.pack_bytes(pack), {})).places[digest] = at
     return found

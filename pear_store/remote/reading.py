@@ -96,6 +96,7 @@ def read_on(mirror: Mirror, place: Place) -> None:
                 if (base := base or mirror.begun_with) is None:
                     raise
                 mirror.refuse_base(base)  # it or the log is wrong: without it we know
+    mirror.note_read()
     mirror.need_all("drop")
 
 

@@ -229,7 +229,8 @@ def status(opened: OpenStore, name: str | None = None) -> Changes:
     """What a push and a pull would do."""
     with connected(opened, name) as (remote, place, mirror):
         read_on(mirror, place)
-        found = compare(held(opened), mirror)
+        here = held(opened)
+        found = mirror.stable(lambda: compare(here, mirror))
         chosen, _ = pulling.chosen(mirror, (), remote.tasks)
         found.pull = [version for version in found.pull if version.task in chosen]
         return found

@@ -53,7 +53,8 @@ class LogTables(LogState):
             yield self._db
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # after some errors, such as a full disk, SQLite has ended it
+                self._db.execute("ROLLBACK")
             raise
 
     def _enter_packs(self, number: int, index: LogIndex) -> None:
