@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,6 +60,15 @@ class AskedMirror:
                 raise PlaceError(self.url, f"{self._file}: {error}") from None
 
     def _look_once(self, act: Callable[[Mirror], T]) -> T:
+        def ask_first(mirror: Mirror) -> T:
+            mirror.attach(self._place, self.ask)  # once for all who wait, and no longer than they do
+            if mirror.head[0] < self._head:  # it is gone, or was made anew, since it was last looked at
+                self.ask()
+            return mirror.stable(lambda: act(mirror))
+
+        return self._open(ask_first)
+
+    def _open(self, act: Callable[[Mirror], T]) -> T:
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
         left = _TRIES
@@ -68,11 +76,7 @@ class AskedMirror:
             left -= 1
             try:
                 with closing(Mirror(self._file, self.url)) as mirror:
-                    again = partial(read_on, mirror, self._place)
-                    mirror.attach(self._place, again)
-                    if mirror.head[0] < self._head:  # it is gone, or was made anew, since it was last looked at
-                        again()
-                    return mirror.stable(lambda: act(mirror))
+                    return act(mirror)
             except sqlite3.DatabaseError as error:
                 if is_damage(error):
                     raise
@@ -81,9 +85,9 @@ class AskedMirror:
 
     def _forget(self) -> None:
         """Deletes a mirror that is damaged."""
+        self._head, self._due = -1, 0.0
         with suppress(OSError):
             self._file.unlink()
-        self._head = -1
 
     # ---- asking the remote
 
@@ -95,14 +99,17 @@ class AskedMirror:
             NotFoundError: there is no remote.
         """
         wait_s = self._timeout_s if wait_s is None else wait_s
-        pause_s = max(self._ttl_s, _AFTER_FAILURE_S)
+        was_answered = False
         try:
             self._asking.join("log", self._read_on).result(wait_s)
-            self._is_out, pause_s = False, self._ttl_s
+            was_answered, self._is_out = True, False
         except TimeoutError:
             raise PlaceError(self.url, f"no answer within {wait_s:g} s", again=True) from None
         finally:
-            self._due = time.monotonic() + pause_s
+            if was_answered:
+                self._due = time.monotonic() + self._ttl_s
+            else:  # where nothing is known, each question asks again
+                self._due = time.monotonic() + max(self._ttl_s, _AFTER_FAILURE_S) if self._head > 0 else 0.0
 
     def _read_on(self, future: "Future[None]") -> None:
         def act(mirror: Mirror) -> int:
@@ -110,10 +117,10 @@ class AskedMirror:
             return mirror.head[0]
 
         try:
-            head = self._look_once(act)
+            head = self._open(act)
         except sqlite3.DatabaseError:
             self._forget()
-            head = self._look_once(act)
+            head = self._open(act)
         with self._lock:
             self._head = head
         future.set_result(None)
@@ -128,7 +135,6 @@ class AskedMirror:
             self.ask(min(self._timeout_s, PATIENCE_S) if self._head > 0 else None)
         except (PlaceError, DamagedError) as error:
             if self._head <= 0:  # nothing is known
-                self._due = 0.0
                 raise
             if not self._is_out:
                 self._is_out = True

@@ -50,12 +50,17 @@ class Flights(Generic[T]):
             with self._turns:
                 work(future)
         except BaseException as error:  # those who wait are told
+            self._leave(key, future)  # first: who asks from now on is not told of what failed before
             if not future.done():
                 future.set_exception(error)
         finally:
-            with self._lock:
-                del self._under_way[key]
+            self._leave(key, future)
             del future  # else it and its error hold each other, and what the error's frames hold
+
+    def _leave(self, key: Hashable, future: "Future[T]") -> None:
+        with self._lock:
+            if key in self._under_way and self._under_way[key][0] is future:
+                del self._under_way[key]
 
     def finish(self, limit_s: float) -> None:
         """Waits for the rest of work whose result is there already, for so long at most."""

@@ -84,7 +84,7 @@ class KnownLog(AskedMirror):
 
         found, head = self._look(act)
         with self._lock:
-            if self._head < 0:
+            if self._head < 0 < head:
                 self._head = self._names_head = head
             if found is not None and head == self._names_head:
                 if len(self._names) >= _MOST_NAMES:

@@ -209,11 +209,10 @@ class _LogCheck:
     def _end(self, name: str, problem: str) -> bool:
         """Notes what keeps the rest of the log from being read, and the versions that so are out of reach."""
         hit = {
-            (version.task, version.number)
+            (task, number)
             for mirror in self._copies
-            for task in mirror.tasks()
-            for version in mirror.versions(task)
-            if self._whole.version(task, version.number) is None
+            for task, number in mirror.known_versions()
+            if self._whole.version(task, number) is None
         }
         problem = f"{problem}; no copy of it is known here, and what comes after it cannot be read"
         self._faults.append(LogFault(name, problem, b"", sorted(hit), ends=True))

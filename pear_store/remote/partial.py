@@ -99,25 +99,41 @@ class PartialState(LogTables):
         """Reads the log on where a process has forgotten what it says: until then nothing here answers a question."""
         if self._is_catching_up or self._place is None or self._db.in_transaction:
             return
-        if self._known("until") is not None:
+        while self._known("until") is not None and not self.note_read(self.times_begun):
             self._is_catching_up = True
             try:
                 self._read_again()
             finally:
                 self._is_catching_up = False
 
-    def note_read(self) -> None:
-        """Notes that the log was read to its end."""
-        if self._known("until") is None:
-            return
+    def note_read(self, times: bytes | None) -> bool | None:
+        """Notes that the log was read, if it was read as far as before.
+
+        Args:
+            times: `times_begun` as it was before the log was read to its end.
+
+        Returns:
+            Whether it was. None: another process has begun anew meanwhile.
+        """
+        if self._known("until") is None and self.times_begun == times:  # without a lock, as nearly always
+            return True
         with self._transaction():
+            if self.times_begun != times:
+                return None
             until = self._known("until")
-            if until is not None and until <= (self._known("head") or b"")[:8]:
+            if until is None or until <= (self._known("head") or b"")[:8]:
                 self._note("until", None)
+                return True
+            return False
+
+    @property
+    def times_begun(self) -> bytes | None:
+        """How often a process has forgotten what the log says."""
+        return self._known("times begun")
 
     def _times_begun(self) -> bytes | None:
         self._catch_up()
-        return self._known("times begun")
+        return self.times_begun
 
     def stable(self, ask: Callable[[], T]) -> T:
         """What `ask` finds while no process makes this mirror begin anew. It is asked again until that is so."""
@@ -316,7 +332,7 @@ class PartialState(LogTables):
             if head != self._known("begun at"):  # that one only a base has named
                 self._note("witness", head)
             self._note("until", max(head[:8], self._known("until") or b""))
-        self._note("times begun", (int.from_bytes(self._known("times begun") or b"") + 1).to_bytes(8))
+            self._note("times begun", (int.from_bytes(self.times_begun or b"") + 1).to_bytes(8))
         for key in ("head", "begun with", "begun at", "base"):
             self._note(key, None)
         self._coverage = None

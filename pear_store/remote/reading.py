@@ -88,15 +88,16 @@ def read_on(mirror: Mirror, place: Place) -> None:
         while True:
             if not mirror.head[0] and mirror.takes_bases:
                 _begin(mirror, entries, entries.last(number))
-            base = mirror.begun_with
+            base, times = mirror.begun_with, mirror.times_begun
             try:
-                if _read_entries(mirror, entries, pool):
+                if _read_entries(mirror, entries, pool) and (is_whole := mirror.note_read(times)) is not None:
                     break
             except DamagedRemoteError:
                 if (base := base or mirror.begun_with) is None:
                     raise
                 mirror.refuse_base(base)  # it or the log is wrong: without it we know
-    mirror.note_read()
+    if not is_whole:  # it ends before what was known of it
+        raise is_another(mirror)
     mirror.need_all("drop")
 
 

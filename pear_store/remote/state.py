@@ -112,6 +112,10 @@ class LogState:
         query = "SELECT number, time_ns, manifest FROM versions WHERE task = ? AND NOT removed ORDER BY number"
         return [LoggedVersion(task, n, time, bytes(key)) for n, time, key in self._db.execute(query, (task,))]
 
+    def known_versions(self) -> list[Numbered]:
+        """Those that were read so far, and not removed: nothing more is read."""
+        return [(task, n) for task, n in self._db.execute("SELECT task, number FROM versions WHERE NOT removed")]
+
     def removed(self) -> Iterator[LoggedVersion]:
         self.need_all("tasks")
         query = "SELECT task, number, time_ns, manifest FROM versions WHERE removed"

@@ -1,26 +1,28 @@
 """What another process forgets of a remote, or makes anew, is no empty remote to those that share the mirror."""
 
 import sqlite3
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pear_store.errors import AbsentError, PlaceError
+from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
 from pear_store.remote import pull as pulling
 from pear_store.remote import push as pushing
 from pear_store.remote import rebase
 from pear_store.remote.known import KnownLog
-from pear_store.remote.log import SETTINGS_NAME, LoggedVersion, encode_settings
+from pear_store.remote.log import SETTINGS_NAME, LoggedVersion, encode_settings, entry_name
 from pear_store.remote.memory import MemoryPlace
 from pear_store.remote.mirror import Mirror, opened_mirror
 from pear_store.remote.partial import Coverage, PartialState
 from pear_store.remote.reading import read_on
 from pear_store.remote.retry import Persistent
 from tests.helpers.makers import small_task
-from tests.pear_store.remote.faults import Client, FaultyPlace, Team, no_connection
+from tests.pear_store.remote.faults import Client, FaultyPlace, StalledPlace, Team, no_connection
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +168,106 @@ def test_without_a_mirror_and_a_network_nothing_is_said_not_to_be_there(team: Te
     for name in ("task1", "task1", "task2@1"):
         with pytest.raises(PlaceError, match="no connection"):
             log.find(name)
+
+    place.is_out = False
+    assert len(log.versions(None)) == 5
+    file.write_bytes(file.read_bytes().replace(b"task1", b"t\xffsk1"))
+    place.is_out = True
+    for number in range(5):
+        with pytest.raises(PlaceError, match="no connection"):
+            ask_in_some_way(log, number)
+    new = KnownLog(team.folder / "new", place, 60, 30)
+    with pytest.raises(PlaceError, match="no connection"):
+        new.ask()
+    for number in range(5):
+        with pytest.raises(PlaceError, match="no connection"):
+            ask_in_some_way(new, number)
+
+
+def ask_in_some_way(log: KnownLog, way: int) -> None:
+    match way:
+        case 0:
+            log.versions(None)
+        case 1:
+            log.find("task2@1")
+        case 2:
+            log.find("task2")
+        case 3:
+            log.tags()
+        case _:
+            log.counts()
+
+
+def test_all_who_wait_for_what_was_forgotten_read_it_once(team: Team, one: Client) -> None:
+    place = FaultyPlace(team.medium)
+    log = KnownLog(team.folder / "lazy", place, 60, 30)
+    log.find("task0")
+    forget(team.folder / "lazy")
+    place.asked.clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda k: log.find(f"task{k}@1").version.task, [0, 1, 2, 3, 4] * 8))
+    assert found == [f"task{k}" for k in range(5)] * 8
+    assert place.asked["get log"] < 40, "two reads of the log at most"
+
+
+def test_nobody_waits_longer_than_they_said_for_what_was_forgotten(team: Team, one: Client) -> None:
+    place = StalledPlace(team.medium, lambda name: False)
+    log = KnownLog(team.folder / "lazy", place, 60, 0.2)
+    log._timeout_s = 30.0
+    log.find("task0")
+    forget(team.folder / "lazy")
+    log._timeout_s = 0.2
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go.wait(60)
+
+    place.before["get log"] = [hold] * 100
+    with pytest.raises(PlaceError, match=r"no answer within 0\.2 s"):
+        log.find("task1@1")
+    assert held.wait(60)
+    go.set()
+    log._timeout_s = 30.0
+    assert log.find("task1@1").version.version == 1
+
+
+def test_what_is_known_again_is_used_without_a_network(team: Team, one: Client) -> None:
+    """As where a process was killed when it had read all, and not said so."""
+    file = team.folder / "lazy"
+    log = KnownLog(file, FaultyPlace(team.medium), 60, 30)
+    log.find("task0")
+    forget(file)
+    assert len(log.versions(None)) == 5
+    with closing(Mirror(file, "place")) as mirror, mirror._transaction():
+        mirror._note("until", mirror.head[0].to_bytes(8, "big"))
+    out = FaultyPlace(team.medium)
+    out.before["get log"] = [no_connection] * 100
+    log = KnownLog(file, out, 60, 30)
+    with pytest.warns(UserWarning, match="what is known of it is used on"):
+        assert len(log.versions(None)) == 5
+
+
+def test_a_log_that_ends_before_what_was_known_is_another(team: Team, one: Client) -> None:
+    file = team.folder / "m"
+    with closing(Mirror(file, "place")) as mirror:
+        read_on(mirror, team.medium)
+        with mirror._transaction():
+            mirror._note("until", (99).to_bytes(8, "big"))
+        with pytest.raises(DamagedRemoteError, match="not the one that this store knows"):
+            mirror.counts()
+
+
+def test_damage_to_the_log_is_named_by_who_knows_it_in_part(team: Team, one: Client) -> None:
+    two = team.client()
+    two.pull("task0")
+    medium = team.medium
+    assert isinstance(medium, MemoryPlace)
+    with closing(Mirror(two.folder / "mirror", "place")) as mirror:
+        assert mirror.left_bytes("tasks")
+    medium.objects[entry_name(2)] = b"x"
+    del medium.objects[entry_name(3)]
+    assert any(entry_name(2) in str(fault) for fault in two.verify().faults)
 
 
 def test_what_was_found_before_news_is_not_kept_as_news(

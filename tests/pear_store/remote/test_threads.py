@@ -1,6 +1,7 @@
 """The threads that read a remote for others."""
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 
@@ -30,3 +31,16 @@ def test_no_thread_more_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", no_more_threads)
     assert [crewed.get("a", 9) for _ in range(3)] == [b"a"] * 3, "the thread that is there does the work"
     crewed.close()
+
+
+def test_who_asks_after_a_failure_is_not_told_of_it() -> None:
+    flights: Flights[int] = Flights(1)
+
+    def fail(future: "Future[int]") -> None:
+        raise PlaceError("place", "no connection")
+
+    for n in range(200):
+        with pytest.raises(PlaceError):
+            flights.join("a", fail).result(60)
+        assert flights.join("a", lambda future, n=n: future.set_result(n)).result(60) == n  # type: ignore[misc]
+        flights.finish(60)
