@@ -9,15 +9,15 @@ import sqlite3
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError
+from pear_store.errors import AbsentError, DamagedRemoteError
 from pear_store.remote.base import END, KINDS, Kind, Root, base_name, by_task, parse_root, shard_name
 from pear_store.remote.log import MAX_INDEX_BYTES, BaseName, LogIndex, parse_index, parse_news
 from pear_store.remote.place import Place
-from pear_store.remote.tables import OF_THE_LOG, LogTables
+from pear_store.remote.renewed import RenewedState
+from pear_store.remote.tables import OF_THE_LOG
 
-T = TypeVar("T")
 READERS = 16
 """Shards that are read at once, and entered in one transaction"""
 _MOST_REFUSED = 1000
@@ -72,19 +72,12 @@ class Coverage:
         return {run for by_run in self._runs.values() for run in by_run}
 
 
-class PartialState(LogTables):
+class PartialState(RenewedState):
     """What is read of a base, and what waits for the rest."""
 
     takes_bases = True
-    _place: Place | None = None
-    _read_again: Callable[[], None]
     _coverage: Coverage | None = None
     _version = -1
-    _is_catching_up = False
-
-    def attach(self, place: Place, read_again: Callable[[], None]) -> None:
-        """Says where shards are read from, and what reads the log anew when a base is no good."""
-        self._place, self._read_again = place, read_again
 
     def _cover(self) -> Coverage:
         (version,) = self._db.execute("PRAGMA data_version").fetchone()  # another process has read or begun anew
@@ -94,59 +87,6 @@ class PartialState(LogTables):
             )
             self._coverage, self._version = Coverage(rows), version
         return self._coverage
-
-    def _catch_up(self) -> None:
-        """Reads the log on where a process has forgotten what it says: until then nothing here answers a question."""
-        if self._is_catching_up or self._place is None or self._db.in_transaction:
-            return
-        while self._known("until") is not None and not self.note_read(self.times_begun):
-            self._is_catching_up = True
-            try:
-                self._read_again()
-            finally:
-                self._is_catching_up = False
-
-    def note_read(self, times: bytes | None) -> bool | None:
-        """Notes that the log was read, if it was read as far as before.
-
-        Args:
-            times: `times_begun` as it was before the log was read to its end.
-
-        Returns:
-            Whether it was. None: another process has begun anew meanwhile.
-        """
-        if self._known("until") is None and self.times_begun == times:  # without a lock, as nearly always
-            return True
-        with self._transaction():
-            if self.times_begun != times:
-                return None
-            until = self._known("until")
-            if until is None or until <= (self._known("head") or b"")[:8]:
-                self._note("until", None)
-                return True
-            return False
-
-    @property
-    def times_begun(self) -> bytes | None:
-        """How often a process has forgotten what the log says."""
-        return self._known("times begun")
-
-    def _times_begun(self) -> bytes | None:
-        self._catch_up()
-        return self.times_begun
-
-    def stable(self, ask: Callable[[], T]) -> T:
-        """What `ask` finds while no process makes this mirror begin anew. It is asked again until that is so."""
-        while True:
-            before = self._times_begun()
-            try:
-                found = ask()
-            except (PearStoreError, sqlite3.DatabaseError):
-                if self._times_begun() == before:
-                    raise
-                continue
-            if self._times_begun() == before:
-                return found
 
     def left_bytes(self, kind: Kind) -> int:
         """Bytes of the base's shards of a kind that were not read."""
@@ -262,16 +202,6 @@ class PartialState(LogTables):
         self._enter_strays(number, index.strays)
 
     # ---- which base
-
-    def _note(self, key: str, value: bytes | None) -> None:
-        if value is None:
-            self._db.execute("DELETE FROM known WHERE key = ?", (key,))
-        else:
-            self._db.execute("INSERT OR REPLACE INTO known VALUES (?, ?)", (key, value))
-
-    def _known(self, key: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM known WHERE key = ?", (key,)).fetchone()
-        return None if row is None else bytes(row[0])
 
     def begin_with(self, base: BaseName, root: Root) -> None:
         """Takes a base for what the log says up to its entry, unless another process has read entries meanwhile."""
