@@ -187,13 +187,14 @@ def parse_buffer(
 
 
 def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    length = int.from_bytes(start[:8], "little")
+    is_length = len(start) >= 8 and length <= MAX_HEADER_BYTES  # a header of 640 bytes begins as a pickle does
+    if not is_length and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
     if len(start) < 8:
         raise CheckpointError(where, f"{file_bytes} bytes: too short for a safetensors file")
     if is_lfs_pointer(start):
         raise CheckpointError(where, LFS_POINTER)
-    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(where, f"header of {length} bytes: at most {MAX_HEADER_BYTES} are read; not safetensors?")
     if 8 + length > file_bytes:

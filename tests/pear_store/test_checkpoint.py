@@ -27,7 +27,7 @@ from pear_store import (
 from pear_store.exchange.peft import export_peft
 from pear_store.format import checkpoint
 from pear_store.format.codes import matrix_values, up_values
-from pear_store.format.container import read_container
+from pear_store.format.container import lay_out, read_container
 from pear_store.format.digest import tensor_digest
 from pear_store.format.manifest import to_manifest
 from pear_store.format.record import with_core, without_core
@@ -673,3 +673,15 @@ def test_choices_are_judged_by_the_types_that_name_them() -> None:
         assert make_task({**task.record, "activation": value}, task.tensors).activation == value
     with pytest.raises(CheckpointError, match=f"expected one of {', '.join(get_args(checkpoint.Activation))}, found"):
         make_task({**task.record, "activation": "no"}, task.tensors)
+
+
+@pytest.mark.parametrize("header_bytes", [640, 896, 1152, 1408, 0x10280, 0x14B50])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, header_bytes: int) -> None:
+    head, _ = lay_out({"a": floats([1.0])}, {"x": ""})
+    head, places = lay_out({"a": floats([1.0])}, {"x": "." * (header_bytes - (len(head) - 8))})
+    assert int.from_bytes(head[:8], "little") == header_bytes
+    assert head[:2] in (b"PK", *(bytes([0x80, n]) for n in range(2, 6)))
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(head + floats([1.0]).data)
+    _, found = read_container(path)
+    assert found.keys() == places.keys() and found["a"].data == floats([1.0]).data
