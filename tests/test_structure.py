@@ -53,7 +53,8 @@ WINGS = {
     "store": LEAVES | {"format", "local", "readable", "remote"},
     "sharing": {"local"},
     "listing": LEAVES | {"format", "local", "readable", "sharing"},
-    "ui": LEAVES | {"format", "local", "readable", "sharing", "listing", "ui"},
+    "webpage": set(),
+    "ui": LEAVES | {"format", "local", "readable", "sharing", "listing", "webpage", "ui"},
     "cli": LEAVES
     | {"format", "local", "exchange", "remote", "readable", "store", "diff", "plot", "terminal", "cli"}
     | {"sharing", "listing", "ui"},

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from collections.abc import Callable
-from importlib import resources
 from typing import Any, get_args
 
 from starlette.applications import Starlette
@@ -19,26 +18,13 @@ from pear_store.errors import NotFoundError, PearStoreError
 from pear_store.listing import Query, SortKey
 from pear_store.readable import ReadableStore
 from pear_store.ui.overview import Overview, Watched
+from pear_store.webpage import page_files, page_policy
 
 HOSTS = ("127.0.0.1", "localhost")
 """What a browser may call this machine: a page elsewhere whose own name was made to lead here says another one."""
 MOST_ROWS = 200
-KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 HEADERS = {
-    "Content-Security-Policy": "; ".join(
-        (
-            "default-src 'none'",
-            "script-src 'self'",
-            "style-src 'self'",
-            "img-src 'self'",
-            "connect-src 'self'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        )
-    ),
+    "Content-Security-Policy": page_policy(),
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
@@ -70,8 +56,7 @@ class Refused(Exception):
 def create_app(store: ReadableStore) -> Starlette:
     """An ASGI app that shows a store."""
     watched = Watched(store)
-    page = resources.files("pear_store.ui") / "page"
-    files = {file.name: file.read_bytes() for file in page.iterdir() if file.name.rpartition(".")[2] in KINDS}
+    files = page_files("pear_store.ui")
 
     def answer(question: Callable[[Request], Callable[[Overview], Any]]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
@@ -80,12 +65,12 @@ def create_app(store: ReadableStore) -> Starlette:
         return endpoint
 
     async def show_page(request: Request) -> Response:
-        return Response(files["index.html"], media_type=KINDS["html"])
+        return Response(files["index.html"].data, media_type=files["index.html"].kind)
 
     async def show_file(request: Request) -> Response:
         if (name := request.path_params["file"]) not in files:
             raise NotFoundError("no such file of the page")
-        return Response(files[name], media_type=KINDS[name.rpartition(".")[2]])
+        return Response(files[name].data, media_type=files[name].kind)
 
     return Starlette(
         routes=[
