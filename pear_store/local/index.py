@@ -21,8 +21,11 @@ from pear_store.local.locks import no_fork, write_lock
 from pear_store.local.rows import sealed, unsealed
 from pear_store.local.tables import Contents, Manifests, Names, Packs, Removed, Tags, Tensors, Versions
 
-INDEX_FORMAT = b"4"
+INDEX_FORMAT = b"5"
+OLDER_FORMATS = (b"3", b"4")
+"""Read as they are; the first write makes one the format of today"""
 UNSEALED_FORMAT = b"3"
+"""The rows of its table `meta` have no checksum"""
 """Like 4, but the rows of `meta` have no checksum. The first write adds it."""
 TABLES = ("tensors", "packs", "contents", "manifests", "versions", "names", "tags", "removed", "meta")
 _MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
@@ -249,13 +252,14 @@ class View:
     def put_commit(self, number: int, packs: Sequence[bytes]) -> None:
         self.put_meta(b"commit", number.to_bytes(8, "little") + b"".join(packs[-_MOST_HEADS:]))
 
-    def seal_meta(self) -> None:
-        """Makes an index of format 3 one of format 4.
+    def upgrade(self) -> None:
+        """Makes an index of an older format one of today's: versions of Pear that cannot read new rows refuse it then.
 
         Raises:
-            DamagedError: the count of numbers, which had no checksum, contradicts the numbers in use.
+            DamagedError: of format 3, the count of numbers, which had no checksum, contradicts the numbers in use.
         """
         if not self._is_unsealed:
+            self.put("meta", b"format", INDEX_FORMAT)
             return
         number, store = self.next_number(), self.meta(b"id")
         for _, contents in self.contents.every():
@@ -343,8 +347,8 @@ class Index:
                     txn.put(b"next_number", sealed(b"next_number", bytes(8)))
             with self._env.begin(db=meta) as txn:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
-            self._sealed = found_format == INDEX_FORMAT
-            if not self._sealed and found_format != UNSEALED_FORMAT:
+            self._is_upgraded = found_format == INDEX_FORMAT
+            if not self._is_upgraded and found_format not in OLDER_FORMATS:
                 self._env.close()
                 older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
                 remedy = "'pear-store rebuild' makes it anew from the packs"
@@ -477,12 +481,12 @@ class Index:
         with self._translated, write_lock(self.path.parent):
             if not self.is_current:
                 raise IndexReplacedError
-            if not self._sealed:
+            if not self._is_upgraded:
                 try:
-                    self.fill(View.seal_meta)
+                    self.fill(View.upgrade)
                 except DamagedError as error:
                     raise DamagedIndexError(self.path, f"{error.what}: {error.found}") from None
-                self._sealed = True
+                self._is_upgraded = True
             return self.fill(change)
 
     def fill(self, change: Callable[[View], T]) -> T:

@@ -17,7 +17,9 @@ from pear_store.local.recorded import Recorded
 
 REPACK_BYTES = 256 * 1024 * 1024
 """Live bytes that one step of a repack moves at most."""
-REPACK_HEADER_BYTES = 16 * 1024 * 1024
+REPACK_HEADER_BYTES = 4 * 1024 * 1024
+REPACK_MANIFEST_BYTES = 16 * 1024 * 1024
+"""Manifests, inflated, that one pack of a repack has at most, where it was made of several"""
 
 
 def choose_packs(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
@@ -68,6 +70,11 @@ class Needed:
     numbers: dict[Digest, int] = field(default_factory=dict)
     records: Records = field(default_factory=Records)
 
+    @property
+    def manifest_bytes(self) -> int:
+        """Of each manifest once, inflated."""
+        return sum({version.hash: len(version.manifest) for version in self.records.versions}.values())
+
     def merge(self, other: "Needed") -> None:
         self.headers.update(other.headers)
         self.tensors.update(other.tensors)
@@ -116,8 +123,8 @@ def move(opened: OpenStore, view: View, contents: Needed) -> WrittenPack:
 
 
 def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State | None) -> tuple[int, State]:
-    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and the state
-    after it.
+    """Moves what is needed of some packs into one new pack, or a few if their manifests are long; returns the dead
+    bytes that had to stay, and the state after it.
 
     `marked` holds as of a state; it is marked anew if there was a commit since, for an add may have come to need what
     was dead.
@@ -129,20 +136,25 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
         packs.clear()
         moved.clear()
         left = 0
-        contents, recorded = Needed(), Recorded(opened.path)
+        contents: list[Needed] = []
+        recorded = Recorded(opened.path)
         now = marked if view.before == as_of else mark(view, is_settled=settled_removals(opened.path))
         for pack in victims:
             if pack not in view.packs:
                 continue
             try:
-                contents.merge(_needed_of(opened, view, pack, now, recorded))
-                moved.append(pack)
+                found = _needed_of(opened, view, pack, now, recorded)
             except DamagedError:  # what is damaged stays where it is, for a repair to find
                 left += marked.packs[pack].dead_bytes
+                continue
+            moved.append(pack)
+            if contents and contents[-1].manifest_bytes + found.manifest_bytes <= REPACK_MANIFEST_BYTES:
+                contents[-1].merge(found)
+            else:
+                contents.append(found)
         forget_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
-        leave(opened.path, view, moved, contents.headers)
-        if contents.tensors or contents.records:
-            packs.append(move(opened, view, contents))
+        leave(opened.path, view, moved, {pack: header for one in contents for pack, header in one.headers.items()})
+        packs.extend(move(opened, view, one) for one in contents if one.tensors or one.records)
         forget_removals(view, set(moved))
         return left, view.state if view.wrote else view.before
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from pear_store import (
     write_checkpoint,
 )
 from pear_store.cli import main
+from pear_store.format.deflate import inflated
 from pear_store.format.manifest import to_manifest
 from pear_store.local import repack
 from pear_store.local.index import open_index, release_index
@@ -150,7 +152,7 @@ def test_one_add_writes_one_pack_named_by_its_hash_that_safetensors_reads(store:
     versions = json.loads(metadata["pear"])["versions"]
     assert metadata["pear.sha256"] == hashlib.sha256(metadata["pear"].encode()).hexdigest()
     assert [(v["task"], v["version"]) for v in versions] == [("a", 1), ("b", 1), ("c", 1)]
-    manifest = metadata[versions[0]["manifest"]].encode()
+    manifest = inflated(b64decode(metadata[versions[0]["manifest"]]), 1 << 20)
     assert manifest == to_manifest(small_task("a", seed=ord("a")))
     assert hashlib.sha256(manifest).hexdigest() == versions[0]["manifest"]
 
@@ -596,7 +598,7 @@ def test_another_index_format_is_refused(tmp_path: Path, found: str, remedy: str
     index = open_index(tmp_path / "s" / "index")
     index.write(lambda view: view.put("meta", b"format", found.encode()))
     release_index(index)
-    with pytest.raises(FormatError, match=f"index format '{found}': this Pear reads '4'; {remedy}"):
+    with pytest.raises(FormatError, match=f"index format '{found}': this Pear reads '5'; {remedy}"):
         Store(tmp_path / "s")
     rebuild(tmp_path / "s")
     with Store(tmp_path / "s") as store:
