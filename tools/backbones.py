@@ -137,21 +137,22 @@ def _random_task(backbone: Backbone, adapted: AdaptedBackbone, positions: list[s
 
 HEAD = """# Which backbones work
 
-Written by `python -m tools.backbones` (timm {timm}, torch {torch}); a test holds it on some.
+Written by `python -m tools.backbones` (timm {timm}, torch {torch}). A test checks it on some of them.
 
-From each of timm's modules it takes a small model with random weights, attaches the default positions of `pear-train`,
-and runs two tasks in a mixed batch. A model works if each row's features equal those of the row alone to 1e-4, and the
-tasks differ. It does not say how good a task becomes there: that needs pretrained weights.
+This program takes a small model with random weights from each of timm's modules. It attaches the default positions of
+`pear-train` (places where adapters are added), and runs two tasks in a mixed batch. A model works if each row's features
+equal those of the row alone to 1e-4, and the tasks differ. This does not say how good a task becomes there, because
+that needs pretrained weights.
 
 Default positions are the first of these that a backbone has, and that run once in a forward:
 
-- `qkv,mlp`: the fused qkv, and the MLP as a whole;
-- `blocks`: attention and MLP, each as a whole;
-- `whole`: each residual block of a convolutional network as a whole;
+- `qkv,mlp`: the fused qkv, and the MLP as a whole.
+- `blocks`: attention and MLP, each as a whole.
+- `whole`: each residual block of a convolutional network as a whole.
 - `pointwise`: all 1x1 convolutions. These can be merged into weights, as Linears can.
 
-Where none fits, name modules: `pear-train --positions 'PATTERN'`. A position is a module that is given one tensor and
-returns one. Its channels come last, or its axes are [batch, channel, height, width]. There it may have a stride.
+If none fits, name modules: `pear-train --positions 'PATTERN'`. A position is a module that takes one tensor and returns
+one. Its channels come last, or its axes are [batch, channel, height, width]. In that second form it may have a stride.
 
 {works} of {all} families work by default.
 
