@@ -75,8 +75,8 @@ class CacheSettings:
         text = str(
             self.limit_bytes if self.limit_bytes is not None else os.environ.get("PEAR_CACHE_BYTES", LIMIT_BYTES)
         )
-        if not (text.isascii() and text.isdigit() and int(text)):
-            raise PearStoreError(f"size of the cache {text!r}: expected a number of bytes, at least 1")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text)):
+            raise PearStoreError(f"size of the cache {text[:40]!r}: expected a number of bytes, at least 1")
         return int(text)
 
 

@@ -613,7 +613,7 @@ def test_a_task_larger_than_the_limit_is_served(twenty: Client, opener: Opener) 
     assert store.stats().cached_versions <= 2
 
 
-@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5", "9" * 5000])
 def test_a_size_that_is_none_is_one_line(
     client: Client, opener: Opener, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
