@@ -88,7 +88,10 @@ def mirror_name(url: str, options: Mapping[str, str]) -> str:
 
 def last_id(folder: Path, name: str) -> str | None:
     """The id that the remote had when a mirror of that name was last written; None: there is none."""
-    found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    try:
+        found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    except OSError:  # no folder can be there, or none that can be read
+        return None
     return max(found)[1] if found else None
 
 

@@ -51,7 +51,7 @@ class Fetcher:
     """
 
     def __init__(self, root: Path | None, urls: bool, most_bytes: int) -> None:
-        if root is not None and not root.is_dir():
+        if root is not None and not os.path.isdir(root):
             raise RouterError(f"root {str(root)!r}: expected a directory")
         self._root, self._urls, self._most = root, urls, most_bytes
         self._names = ThreadPool(AT_A_TIME, "pear-serve-names")  # a slow name server holds up nothing else

@@ -622,6 +622,14 @@ def test_a_size_that_is_none_is_one_line(
         opener()
 
 
+def test_a_cache_that_cannot_be_there_is_a_temporary_one(
+    client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / ("x" * 300)))
+    with pytest.warns(UserWarning, match="a temporary one is used"), Store.open(URL) as store:
+        assert store.get("dtd").name == "dtd"
+
+
 def test_where_the_cache_is(client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / "mine"))
     with Store.open(URL) as store:

@@ -202,6 +202,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--preload", "zebra"], 1, "no task 'zebra'"),
         (["--preload", "all", "--slot-bytes", "1000"], 1, "slot_bytes is 1,000"),
         (["--port", "TAKEN"], 1, "cannot listen there"),
+        (["--allowed-host", "http://a"], 1, "allowed host 'http://a': expected a name such as pear.example.com"),
+        (["--root", "x" * 300], 1, "x': expected a directory"),
         (["--max-batch", "0"], 2, "--max-batch"),
         (["--timeout-s", "nan"], 2, "'nan' is no number"),
         (["--device", "gpu"], 1, "device 'gpu' cannot be used"),
