@@ -42,6 +42,11 @@ def scores_of(predicted: Tensor, targets: Tensor, classes: int) -> Scores:
 
 def _rounded(values: Tensor) -> list[float | None]:
     return [None if value != value else round(value, 4) for value in values.tolist()]
+def metrics_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """What a task's metrics say, by split."""
+    return {f"{split}_{name}": getattr(one, name) for split, one in scores.items() for name in ("top1", "macro_f1")}
+
+
 
 
 def by_class(labels: Sequence[str], training: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
