@@ -101,8 +101,8 @@ class Service(Life):
 
     async def predict(self, request: Request) -> Response:
         """Any number of images, each for its own tasks, or all for those that the query names."""
-        named = request.query_params.get("tasks")
-        return await self._predict(request, None if named is None else named.split(","), is_fixed=False)
+        named = request.query_params.getlist("tasks")  # once with commas, or once for each
+        return await self._predict(request, ",".join(named).split(",") if named else None, is_fixed=False)
 
     async def _predict(self, request: Request, tasks: list[str] | None, is_fixed: bool) -> Response:
         top = whole_number(request, "top", 5, 1, MOST_TOP)

@@ -44,7 +44,11 @@ def _paths(limits: RequestLimits) -> Json:
         {"oneOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "none"}]},
         "The probability below which the likeliest class counts as unknown. Without it: what each task has stored.",
     )
-    tasks = _query("tasks", {"type": "string"}, "Names with commas, or `all`: every image goes through all of them.")
+    tasks = _query(
+        "tasks",
+        {"type": "string"},
+        "Names with commas, or `all`: every image goes through all of them. Repeated, it names more.",
+    )
     predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     results = {"200": _answer("One row for each image and task.", _ref("Results")), **predict}
     gone = _problems(503)

@@ -117,6 +117,8 @@ def test_every_form_of_a_request(shared: Router) -> None:
         # one image through many
         rows = results(await client.post("/v1/predict?tasks=a,b,%20a", content=PICTURES[0], headers=RAW))
         assert [row["task"] for row in rows] == ["a", "b"]
+        rows = results(await client.post("/v1/predict?tasks=b,c&tasks=a", content=PICTURES[0], headers=RAW))
+        assert [row["task"] for row in rows] == ["b", "c", "a"]
         rows = results(await client.post("/v1/predict?tasks=all", content=PICTURES[0], headers=RAW))
         assert [row["task"] for row in rows] == ["a", "b", "c", "d", "features", "wide"]
         assert rows[4]["label"] is None
