@@ -345,7 +345,8 @@ def loaded(process: Process, names: list[str]) -> set[str]:
 def test_a_fleet_loses_no_request_when_a_replica_is_killed_or_drained(
     filled: Path, task_maker: Callable[..., Task]
 ) -> None:
-    args = ("--store", str(filled), "--refresh-s", "0")
+    # "pear" is what the clients call nginx, which passes that on
+    args = ("--store", str(filled), "--refresh-s", "0", "--allowed-host", "pear")
     names = [f"t{number}" for number in range(16)]
     with Store(filled) as store:
         list(store.add_many([task_maker(name, seed=number) for number, name in enumerate(names)]))

@@ -247,6 +247,38 @@ def test_other_machines_are_served_with_a_token_or_where_it_was_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("args", "token", "allowed"),
+    [
+        ([], "", ()),
+        (["--host", "::1"], "", ()),
+        (["--allowed-host", "a.example", "--allowed-host", "b.example"], "", ("a.example", "b.example")),
+        ([], TOKEN, None),
+        (["--allowed-host", "a.example"], TOKEN, ("a.example",)),
+        (["--no-auth"], "", None),
+        (["--host", "0.0.0.0", "--no-auth"], "", None),
+        (["--host", "0.0.0.0", "--no-auth", "--allowed-host", "a.example"], "", ("a.example",)),
+    ],
+)
+def test_names_are_checked_where_no_token_is(
+    filled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: None,
+    args: list[str],
+    token: str,
+    allowed: tuple[str, ...] | None,
+) -> None:
+    monkeypatch.setenv("PEAR_SERVE_TOKEN", token)
+
+    def create(*_: Any, **options: Any) -> None:
+        assert options["allowed_hosts"] == allowed
+        raise RouterError("enough")
+
+    monkeypatch.setattr(router.serve.cli, "create_app", create)
+    done = CliRunner().invoke(main, ["--store", str(filled), *args], catch_exceptions=False)
+    assert "enough" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("store", "opened"),
     [("https://example.org/store", "https://example.org/store"), ("s3://b/p", "s3://b/p"), ("~/p", Path.home() / "p")],
 )
