@@ -464,6 +464,9 @@ def test_the_page_and_its_files_need_no_token_and_nothing_from_elsewhere(shared:
             file = await client.get("/" + link)
             assert file.status_code == 200
             assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|outerHTML|\beval\b", file.text), link
+            asked = {f"page/{name}" for name in re.findall(r' from "./([^"]+)"', file.text)}
+            links += asked - set(links)
+        assert "page/elements.js" in links
         for name in ("zebra.js", "..%2Ffront.py", "__init__.py", "%2e%2e"):
             assert (await client.get(f"/page/{name}")).status_code == 404
         assert_problem(await client.get("/v1/server"), 401, "TOKEN")
@@ -584,9 +587,6 @@ def test_tokens_say_who_may_do_what(shared: Router, caplog: pytest.LogCaptureFix
         create_app(shared, use_token="")
 
 
-def test_with_one_token_nothing_is_managed(shared: Router) -> None:
-    async def work(client: httpx.AsyncClient) -> None:
-        assert_problem(await client.post("/v1/refresh", headers={"Authorization": "Bearer x"}), 403, "manage")
 @pytest.mark.parametrize(
     ("names", "host", "is_answered"),
     [
@@ -627,6 +627,9 @@ def test_a_name_that_was_made_to_lead_here_is_refused(
     serve(shared, work, allowed_hosts=names)
 
 
+def test_with_one_token_nothing_is_managed(shared: Router) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        assert_problem(await client.post("/v1/refresh", headers={"Authorization": "Bearer x"}), 403, "manage")
 
     serve(shared, work, use_token="x")
 
