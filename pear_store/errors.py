@@ -18,6 +18,7 @@ PearStoreError            exit code 1
 """
 
 import errno
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ class PlainError(Exception):
 
 def _made_again(kind: type[PlainError], *args: object) -> PlainError:
     return kind.__new__(kind, *args)
+
+
+def unreadable(error: Exception) -> str:
+    """What a parser found wrong with a text, in one line. Of a long number, Python's own text advises programmers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    most = sys.get_int_max_str_digits()
+    return f"a number has more than {most:,} digits" if "sys.set_int_max_str_digits" in text else text
 
 
 class PearStoreError(PlainError):

@@ -14,10 +14,11 @@ class PageFile(NamedTuple):
 
 
 def page_files(package: str) -> dict[str, PageFile]:
-    """The files in a package's folder `page`, by name."""
+    """The files in a package's folder `page`, by name, and those that the pages of all packages have in common."""
     return {
         file.name: PageFile(file.read_bytes(), _KINDS[ending])
-        for file in (resources.files(package) / "page").iterdir()
+        for folder in ("pear_store", package)
+        for file in (resources.files(folder) / "page").iterdir()
         if (ending := file.name.rpartition(".")[2]) in _KINDS
     }
 

@@ -49,6 +49,11 @@ def probabilities(router: Router, task: str, pixels: Pixels, lr: float) -> Tenso
     return torch.cat(found)
 
 
+def calibrated(right: Tensor, confidence: Tensor, wanted: float) -> float | None:
+    """The threshold of a task whose answers on val are these: 0 if no answer need be unknown, None if none is found."""
+    return 0.0 if float(right.double().mean()) >= wanted else threshold_for(right, confidence, wanted)
+
+
 def threshold_for(right: Tensor, confidence: Tensor, wanted: float) -> float | None:
     """The lowest confidence from which answers are right so often; None if none is.
 

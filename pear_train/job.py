@@ -11,9 +11,9 @@ from pear_store import Task, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
 from pear_train.errors import DivergedError
-from pear_train.evaluate import probabilities, threshold_for
+from pear_train.evaluate import calibrated, probabilities
 from pear_train.output import check_out, check_room, partial_path, rehearse
-from pear_train.recall import scores_of
+from pear_train.recall import metrics_of, scores_of
 from pear_train.report import Result, Step, result_of
 from pear_train.run import TaskRun
 from pear_train.state import resume_state, save_state, state_bytes
@@ -114,19 +114,16 @@ class ActiveJob:
         began, run = time.perf_counter(), self.run
         router = Router(run.adapted.backbone, device=run.device)
         router.add(written)
-        metrics: dict[str, float] = {}
         for split, pixels in run.pixels.items():
             if split == "train":
                 continue
             confidence, predicted = probabilities(router, written.name, pixels, run.config.lr).max(1)
-            scores = run.scores[split] = scores_of(predicted, pixels.targets, len(written.labels))
-            metrics |= {f"{split}_top1": scores.top1, f"{split}_macro_f1": scores.macro_f1}
+            run.scores[split] = scores_of(predicted, pixels.targets, len(written.labels))
             wanted = run.config.threshold_accuracy
             if split == "val" and wanted is not None:
-                enough = scores.top1 >= wanted  # then no answer need be unknown
-                run.threshold = 0.0 if enough else threshold_for(predicted == pixels.targets, confidence, wanted)
+                run.threshold = calibrated(predicted == pixels.targets, confidence, wanted)
         logger.debug("%s: evaluated the written task in %.2f s", written.name, time.perf_counter() - began)
-        return metrics
+        return metrics_of(run.scores)
 
 
 def _shown(machine: dict[str, Any]) -> str:

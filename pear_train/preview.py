@@ -11,6 +11,7 @@ from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels, preprocess_record
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.feed import Feed
+from pear_train.memory import check_batch
 from pear_train.plot import SOFTWARE, check_picture
 from router import Backbone, Preprocess
 
@@ -30,7 +31,9 @@ def write_preview(config: TrainConfig, backbone: Backbone, dataset: Dataset, pat
     check_picture("--preview", path)
     record = preprocess_record(backbone, config.img_size)
     rows = some_of_each(dataset.train.targets, MOST, torch.Generator().manual_seed(config.seed))
-    pixels = Pixels.readable(dataset.train.subset(rows), Preprocess(record, dataset.limits))
+    preprocess = Preprocess(record, dataset.limits)
+    check_batch(f"--preview {path}", len(rows), preprocess.size, torch.device("cpu"))
+    pixels = Pixels.readable(dataset.train.subset(rows), preprocess)
     if not len(pixels):
         raise ConfigError(f"--preview {path}: not one of {len(rows)} training pictures can be read")
     feed = Feed(config, pixels, len(dataset.classes), torch.Generator().manual_seed(config.seed))

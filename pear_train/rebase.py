@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import RawTensor, Task, make_task, write_checkpoint
@@ -19,11 +19,12 @@ from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, Pixels, read_pictures
 from pear_train.dtypes import code_bits
 from pear_train.errors import ConfigError
-from pear_train.evaluate import in_batches
+from pear_train.evaluate import calibrated, in_batches
 from pear_train.identity import given_digest, identity_of
 from pear_train.knowledge import in_common_bases
 from pear_train.machine import on_device
 from pear_train.output import check_out
+from pear_train.recall import Scores, in_record, metrics_of, scores_of
 from pear_train.report import bases_bytes, stored_bytes
 from pear_train.to_task import write_adapters
 from router import AdaptedBackbone, Backbone, Preprocess, Router
@@ -40,6 +41,8 @@ class Rebased:
     loss: dict[str, tuple[float, float]]
     """Cross-entropy on val, and on test where there is one."""
     top1: dict[str, tuple[float, float]]
+    threshold: tuple[float | None, float | None]
+    """The second one is calibrated anew on val; None if no confidence is enough, or the task was trained without."""
     adapter_bytes: int
     head_bytes: int
     bases_bytes: int
@@ -78,16 +81,23 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
     splits = {split: one for split, one in pixels.items() if split != "train"}
     before = _measure(task, backbone, splits)
     after = _measure(make_task(record, tensors, config.task), backbone, splits)
-    loss = {split: (before[split][0], after[split][0]) for split in splits}
-    top1 = {split: (before[split][1], after[split][1]) for split in splits}
-    record["metrics"] = {**task.record["metrics"], **{f"{split}_top1": new for split, (_, new) in top1.items()}}
+    loss = {split: (before[split].loss, after[split].loss) for split in splits}
+    scores = {split: after[split].scores for split in splits}
+    top1 = {split: (before[split].scores.top1, scores[split].top1) for split in splits}
+    record["metrics"] = {**task.record["metrics"], **metrics_of(scores)}
+    threshold = task.record.get("threshold"), after["val"].threshold(config.threshold_accuracy)
+    record.pop("threshold", None)
+    if threshold[1] is not None:
+        record["threshold"] = threshold[1]
     told = {"from": training["bases"], "held": held, "loss": loss, "top1": top1}
     given = given_digest(task, (), bases)  # another than of a run on these bases: this is no such run's file
-    record["training"] = {**training, "bases": bases.name, "given": given, "rebased": told}
+    record["training"] = {**training, **in_record(scores), "bases": bases.name, "given": given, "rebased": told}
     written = make_task(json.loads(json.dumps(record)), tensors, config.task)
     file_bytes = write_checkpoint(out, written)
     adapter, _, head_bytes = stored_bytes(written)
-    return Rebased(config.task, bases.name, held, loss, top1, adapter, head_bytes, bases_bytes(written), file_bytes)
+    return Rebased(
+        config.task, bases.name, held, loss, top1, threshold, adapter, head_bytes, bases_bytes(written), file_bytes
+    )
 
 
 def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> tuple[AdapterSet, float]:
@@ -111,14 +121,30 @@ def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfi
     return adapters, kept / (whole or 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What a task answers to a split: the mean loss, figures, which answers are right, and how confident each is."""
+
+    loss: float
+    scores: Scores
+    right: Tensor
+    confidence: Tensor
+
+    def threshold(self, wanted: float | None) -> float | None:
+        return None if wanted is None else calibrated(self.right, self.confidence, wanted)
+
+
 @torch.no_grad()
-def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, tuple[float, float]]:
-    """The mean loss and the top-1 of each split, through the router."""
+def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, _Measured]:
+    """Of each split, through the router."""
     router, found = Router(backbone), {}
     router.add(task)
     for split, pixels in splits.items():
         parts = [router.run(pixels.images(rows), task.name).logits for rows in in_batches(pixels)]
         logits = torch.cat([torch.stack(list(part)) for part in parts]).cpu()
-        right = int((logits.argmax(1) == pixels.targets).sum())
-        found[split] = float(F.cross_entropy(logits, pixels.targets)), right / len(pixels)
+        confidence, predicted = logits.softmax(1).max(1)
+        found[split] = _Measured(
+            float(F.cross_entropy(logits, pixels.targets)), scores_of(predicted, pixels.targets, len(task.labels)),
+            predicted == pixels.targets, confidence,
+        )  # fmt: skip
     return found

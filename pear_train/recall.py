@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_store.format.checkpoint import shown_label
+
 _RECORDED = {"images": "images", "recall": "recall", "class_precision": "precision", "f1": "f1"}
 """What a task's training record says of each class by split, and what people call it; `precision` there is another."""
 
@@ -40,6 +42,11 @@ def scores_of(predicted: Tensor, targets: Tensor, classes: int) -> Scores:
     )
 
 
+def metrics_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """What a task's metrics say, by split."""
+    return {f"{split}_{name}": getattr(one, name) for split, one in scores.items() for name in ("top1", "macro_f1")}
+
+
 def _rounded(values: Tensor) -> list[float | None]:
     return [None if value != value else round(value, 4) for value in values.tolist()]
 
@@ -67,7 +74,7 @@ def recall_rows(classes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     """A table of all classes: images in each split, recall and F1 in %."""
     rows = []
     for label, told in classes.items():
-        row: dict[str, Any] = {"class": label, **told["images"]}
+        row: dict[str, Any] = {"class": shown_label(label), **told["images"]}
         for split, recall in told["recall"].items():
             row[f"{split} recall %"] = _percent(recall)
             if split in told.get("f1", {}):
@@ -87,6 +94,6 @@ def recall_warnings(classes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for split, recall in told["recall"].items():
             if recall == 0:
                 yield (
-                    f"class {label!r}: none of its {told['images'][split]} {split} images is recognised; it has "
-                    f"{told['images']['train']} of {whole} training images"
+                    f"class {shown_label(label)!r}: none of its {told['images'][split]} {split} images is recognised; "
+                    f"it has {told['images']['train']} of {whole} training images"
                 )

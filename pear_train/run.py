@@ -19,6 +19,7 @@ from pear_train.evaluate import in_batches, predicted_classes
 from pear_train.feed import Feed
 from pear_train.identity import given_digest, run_identity
 from pear_train.machine import autocast_dtype, choose_precision, describe_machine
+from pear_train.memory import check_batch
 from pear_train.optimiser import make_optimiser, move, rate_factor, set_rate, train_what_is_there
 from pear_train.pruning import Pruning
 from pear_train.recall import Scores, scores_of
@@ -72,7 +73,9 @@ class TaskRun:
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.preprocess, dataset.limits))
+        preprocess = Preprocess(self.preprocess, dataset.limits)
+        check_batch(config.task, min(config.batch_size, len(dataset.train)), preprocess.size, self.device)
+        self.dataset, self.pixels = read_pictures(dataset, preprocess)
         self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
         self.feed = Feed(config, self.train_pixels, len(dataset.classes), self.generator)
         self.batches = -(-len(self.train_pixels) // config.batch_size)

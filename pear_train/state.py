@@ -42,7 +42,11 @@ def save_state(run: TaskRun, out: Path) -> None:
     began, path, temporary = time.perf_counter(), partial_path(out), temporary_path(out)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(run).items()}
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, {"run": json.dumps(_record(run))})
+        temporary.chmod(mode)  # safetensors makes files for their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         size_bytes = temporary.stat().st_size

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import read_text
 from pear_store.format.checkpoint import TASK_NAME
 from pear_train.config import OPTIONS, TrainConfig
@@ -57,7 +58,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
     except ValueError as error:  # wrong TOML, or a number of more digits than Python reads
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+        raise ConfigError(f"{path}: not a readable TOML file: {unreadable(error)}") from None
     tasks = record.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from os import PathLike, fspath
@@ -22,6 +21,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torch.nn import functional as F
 
+from pear_store.pools import ThreadPool
 from router.errors import ImageError
 from router.pictures import LIMITS, Clock, ImageLike, Limits, Picture, check_reading, errors_named, opened
 from router.threads import side_threads
@@ -199,7 +199,7 @@ def _pixels_of(
 
 
 @cache
-def _workers() -> ThreadPoolExecutor:
+def _workers() -> ThreadPool:
     return side_threads(None, "pear-decode")
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pear_store import PearStoreError, RawTensor, ReadableStore, Store, Task, make_task, read_checkpoint
 from pear_store.local.sources import Access
+from pear_store.pools import ThreadPool
 from router.adapted import AdaptedBackbone
 from router.backbone import Backbone, load_backbone
 from router.batches import Batch, Images, as_images, same_images
@@ -115,7 +116,7 @@ class Router:
             compiled=backend is not None, graphs=graphs and backend is None and self.device.type == "cuda",
         )  # fmt: skip
         self._pin_lock = threading.Lock()
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: ThreadPool | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -258,7 +259,11 @@ class Router:
                 raise ClosedError
             if self._ahead is None:
                 self._ahead = side_threads(AHEAD, "router-preload")
-            return self._ahead.submit(self._load, names)
+            ahead = self._ahead
+        try:
+            return ahead.submit(self._load, names)
+        except RuntimeError:  # it was closed meanwhile
+            raise ClosedError from None
 
     def pin(self, tasks: str | Iterable[str]) -> None:
         """Loads tasks and keeps them loaded until `unpin`, whatever else asks for their slots; so their newer versions.

@@ -6,19 +6,19 @@ long then.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from threadpoolctl import ThreadpoolController
 
+from pear_store.pools import ThreadPool
 from router.device import check_process
 
 
-def side_threads(count: int | None, name: str) -> ThreadPoolExecutor:
+def side_threads(count: int | None, name: str) -> ThreadPool:
     """A pool for what goes on beside forwards; None: as many threads as such a pool has by default."""
-    return ThreadPoolExecutor(count, name, initializer=compute_alone)
+    return ThreadPool(count, name, initializer=compute_alone)
 
 
 def compute_alone() -> None:

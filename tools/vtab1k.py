@@ -10,6 +10,7 @@ trains on 800 images and reports val of the other 200, never test. What is train
 """
 
 import json
+import os
 import sys
 from collections.abc import Container
 from dataclasses import replace
@@ -61,7 +62,7 @@ def main(
     names = tasks.split(",") if tasks else [name for group in GROUPS.values() for name in group]
     try:
         for name in names:
-            if not (folder / name).is_dir():
+            if not os.path.isdir(folder / name):
                 raise click.ClickException(f"{folder / name}: no such folder: expected VTAB-1k's task {name!r} there")
         options = {**CONVENTIONS, **parse_settings("--set", changes, OPTIONS)}
         configs = {name: TrainConfig(task=name, **options) for name in names}

@@ -202,8 +202,11 @@ def interruptible(verb: str, act: Callable[[], T]) -> T:
             done.set_exception(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more
+            work()
         while thread.is_alive():
             thread.join(0.1)  # a signal that reached another thread wakes nobody: look for it ten times a second
         return done.result()

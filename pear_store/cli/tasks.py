@@ -23,7 +23,7 @@ from pear_store.cli.group import (
     yes_option,
 )
 from pear_store.errors import PearStoreError
-from pear_store.format.checkpoint import natural_key
+from pear_store.format.checkpoint import natural_key, shown_label
 from pear_store.format.digest import ITEM_BYTES
 from pear_store.format.summary import Origin, Summary
 from pear_store.listing import Listing, Query, Row, SortKey, listed_json, version_json
@@ -218,7 +218,8 @@ def show(reference: str, as_json: bool) -> None:
         echo(f"tags        {' '.join(version.tags)}")
     echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
     echo(f"activation  {task.activation}")
-    echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
+    labels = ", ".join(map(shown_label, task.labels[:8]))
+    echo(f"labels      {len(task.labels)}: {labels}{', …' if len(task.labels) > 8 else ''}")
     for key, value in task.record["metrics"].items():
         echo(f"{key:<11} {value}")
     for heading, values in (("data", origin.data), ("given", origin.given), ("training", origin.options)):

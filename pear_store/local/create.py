@@ -21,10 +21,10 @@ def make_store(path: Path) -> None:
     if is_store(path):
         return
     fresh = path / f"index-{fresh_name()}"
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     try:
         # what a killed or a simultaneous create leaves is ours, too
-        if path.exists() and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
+        if os.path.exists(path) and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
             raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
         if any((path / "packs").glob("*/*.safetensors")):
             raise FormatError(f"{path}: packs without an index; 'pear-store rebuild' makes it anew from them")

@@ -1,6 +1,7 @@
 """Mends what a verify finds, from good copies."""
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access |
     """
     path, copies = store_path(path), list(copies)
     for copy in copies:
-        if not is_url(copy) and not Path(copy).exists():
+        if not is_url(copy) and not os.path.exists(copy):
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
     with Operation(__name__, "repair", path) as operation:
         return _repair(path, copies, access, operation)

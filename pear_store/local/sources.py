@@ -136,8 +136,18 @@ def _download(url: str, most_bytes: int) -> bytes:
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
             raise NotFoundError(f"{url}: no such file") from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(url, f"cannot be read: {reason}") from None
+        remedy = _package_for(url) if isinstance(error, ImportError) else ""
+        raise SourceError(url, f"cannot be read: {reason}{remedy}") from None
     return data
+
+
+def _package_for(url: str) -> str:
+    """How to install what fsspec needs for a URL's protocol; empty where it has no extra for that."""
+    from importlib.metadata import metadata
+
+    protocol = _protocol(url.rpartition("::")[2])
+    extra = {"https": "http", "s3a": "s3", "az": "abfs", "abfss": "abfs"}.get(protocol, protocol)
+    return f": pip install 'fsspec[{extra}]'" if extra in (metadata("fsspec").get_all("Provides-Extra") or ()) else ""
 
 
 def _is_hub(url: str) -> bool:

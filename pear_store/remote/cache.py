@@ -75,8 +75,8 @@ class CacheSettings:
         text = str(
             self.limit_bytes if self.limit_bytes is not None else os.environ.get("PEAR_CACHE_BYTES", LIMIT_BYTES)
         )
-        if not (text.isascii() and text.isdigit() and int(text)):
-            raise PearStoreError(f"size of the cache {text!r}: expected a number of bytes, at least 1")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text)):
+            raise PearStoreError(f"size of the cache {text[:40]!r}: expected a number of bytes, at least 1")
         return int(text)
 
 
@@ -88,7 +88,10 @@ def mirror_name(url: str, options: Mapping[str, str]) -> str:
 
 def last_id(folder: Path, name: str) -> str | None:
     """The id that the remote had when a mirror of that name was last written; None: there is none."""
-    found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    try:
+        found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    except OSError:  # no folder can be there, or none that can be read
+        return None
     return max(found)[1] if found else None
 
 

@@ -12,13 +12,13 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError
 from pear_store.format.digest import Digest
 from pear_store.local.log import Operation
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import base_name, shard_name
 from pear_store.remote.commit import Committer, prepare
 from pear_store.remote.log import BaseName, LogIndex, pack_name
@@ -157,7 +157,7 @@ def _drop(
     """Appends an entry that says what goes, or several where it is very much; returns the names."""
     committer = Committer(place, whole)
     names: list[str] = []
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         rewriter = Rewriter(place, whole, pool)
         damaged: set[bytes] = set()
         while True:
@@ -265,7 +265,7 @@ def _delete(
     result.deleted = len(ripe) + len(shards) + len(roots)
     if result.dry_run:
         return
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for done, _ in enumerate(pool.map(place.delete, [*ripe, *shards])):
             progress("delete", done + 1, result.deleted)
         deque(pool.map(place.delete, roots), 0)  # last: they name their shards

@@ -1,9 +1,9 @@
 """What each entry of a remote's log did."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -48,7 +48,7 @@ def history(place: Place, mirror: Mirror, most: int | None = 20) -> list[Logged]
     head = mirror.head[0]
     numbers = range(head, 0 if most is None else max(0, head - most), -1)
     found = []
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for start in range(0, len(numbers), READERS):  # in runs: an index may be large
             some = numbers[start : start + READERS]
             known = [(entry_name(number), mirror.copy(entry_name(number))) for number in some]

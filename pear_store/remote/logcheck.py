@@ -7,7 +7,6 @@ that read it. An index is named by its hash.
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,6 +20,7 @@ from pear_store.errors import (
     PlaceError,
 )
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -78,7 +78,7 @@ class _LogCheck:
 
     def run(self) -> list[LogFault]:
         self._check_settings()
-        with ThreadPoolExecutor(_AHEAD) as pool:
+        with ThreadPool(_AHEAD) as pool:
             for start in count(1, _AHEAD):
                 entries = list(pool.map(self._get_entry, range(start, start + _AHEAD + 1)))
                 indexes = list(pool.map(self._get_index, entries[:-1]))

@@ -3,13 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError, PlaceError
+from pear_store.pools import ThreadPool
 from pear_store.remote.answers import failure, plain, status_of
 from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined, own_names
 
@@ -59,7 +59,7 @@ class ObjectPlace(Place):
             problem = plain(str(error))
         if self._store is None:
             raise PlaceError(url, problem)
-        self._pool = ThreadPoolExecutor(_THREADS)
+        self._pool = ThreadPool(_THREADS)
         self._whole_bytes = _TELLING_BYTES
         """Larger objects are sent in parts, ..."""
         self._slowly = threading.Lock()

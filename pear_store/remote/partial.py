@@ -8,10 +8,10 @@ import json
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pear_store.errors import AbsentError, DamagedRemoteError
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import END, KINDS, Kind, Root, base_name, by_task, parse_root, shard_name
 from pear_store.remote.log import MAX_INDEX_BYTES, BaseName, LogIndex, parse_index, parse_news
 from pear_store.remote.place import Place
@@ -124,7 +124,7 @@ class PartialState(RenewedState):
                 self._read_again()
 
     def _read_shards(self, place: Place, shards: list[BaseShard]) -> None:
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPool(READERS) as pool:
             for start in range(0, len(shards), READERS):
                 part = shards[start : start + READERS]
                 indexes = list(pool.map(lambda shard: _fetch(place, self.url, shard), part))

@@ -2,7 +2,7 @@
 local commits of bounded size; what was taken stays taken when a pull is cut off."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from pear_store.local.loading import Loaded
 from pear_store.local.opened import OpenStore
 from pear_store.local.references import parse_reference
 from pear_store.local.sync import Held, Incoming, Numbered, good_tensors_in, held, receive, settle
+from pear_store.pools import ThreadPool
 from pear_store.remote.changes import compare
 from pear_store.remote.log import Head, LoggedVersion, pack_name
 from pear_store.remote.mirror import Mirror
@@ -188,7 +189,7 @@ def groups(
 ) -> Iterator[tuple[int, list[Incoming]]]:
     """The versions with all their tensors, of which `have` gives some, in runs of what one commit takes; and how many
     came before. While a run is looked at, the next one is read."""
-    with ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as ahead:
+    with ThreadPool(READERS) as pool, ThreadPool(1) as ahead:
         grouped = _grouped(mirror, wanted)
         reading: _Reading | None = None
         while True:
@@ -253,7 +254,7 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
 
 
 def _fetched(
-    place: Place, mirror: Mirror, reading: _Reading, pool: ThreadPoolExecutor, pulled: Pulled
+    place: Place, mirror: Mirror, reading: _Reading, pool: ThreadPool, pulled: Pulled
 ) -> dict[Digest, RawTensor]:
     """All tensors of a group. Where a pack was dropped meanwhile, versions that were removed leave the group."""
     group, tensors = reading.group, reading.here
@@ -299,9 +300,7 @@ def _checked(mirror: Mirror, wanted: _Wanted, found: Mapping[Digest, RawTensor],
     return Incoming(loaded, version.number, version.time_ns)
 
 
-def fetch_tensors(
-    place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPoolExecutor
-) -> dict[Digest, RawTensor]:
+def fetch_tensors(place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPool) -> dict[Digest, RawTensor]:
     """Tensors by digest, each hashed.
 
     Raises:
@@ -317,7 +316,7 @@ def fetch_tensors(
 
 
 def find_tensors(
-    place: Place, wanted: Places, pool: ThreadPoolExecutor
+    place: Place, wanted: Places, pool: ThreadPool
 ) -> tuple[dict[Digest, RawTensor], PearStoreError | None]:
     """The tensors that are good, each hashed, and the first problem. Where one pack has a bad copy or is gone, the next
     one that lists it is asked."""

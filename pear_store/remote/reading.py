@@ -7,10 +7,10 @@ base is what the entries before it say.
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from pear_store.errors import AbsentError, DamagedRemoteError
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -33,7 +33,7 @@ AHEAD = 16
 class Entries:
     """The entries of a place, as they are when they are first asked for."""
 
-    def __init__(self, place: Place, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, place: Place, pool: ThreadPool) -> None:
         self.place, self._pool = place, pool
         self._found: dict[int, bytes | None] = {}
 
@@ -74,7 +74,7 @@ def read_on(mirror: Mirror, place: Place) -> None:
         DamagedRemoteError: what is there breaks the rules, or is not the remote that is known.
     """
     mirror.attach(place, partial(read_on, mirror, place))
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPool(AHEAD) as pool:
         entries = Entries(place, pool)
         number, known = mirror.head
         if not number:
@@ -101,7 +101,7 @@ def read_on(mirror: Mirror, place: Place) -> None:
     mirror.need_all("drop")
 
 
-def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) -> bool:
+def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPool) -> bool:
     """Enters all entries that follow. False: another process has made the mirror begin anew."""
     ahead = 1
     while True:

@@ -7,7 +7,6 @@ because of it. Nobody waits for a base and nobody needs one: it is there when th
 import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -15,6 +14,7 @@ from itertools import groupby
 from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
 from pear_store.format.digest import Digest
 from pear_store.format.manifest import manifest_digests
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import Kind, Root, Run, Shard, base_name, by_task, merged, shard_name
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
@@ -115,7 +115,7 @@ def _entries(mirror: Mirror, place: Place, number: int, previous: bytes | None) 
     head, known = mirror.head
     indexes: list[tuple[int, LogIndex]] = []
     size_bytes = 0
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPool(AHEAD) as pool:
         while number < head:
             numbers = range(number + 1, min(number + AHEAD, head) + 1)
             entries = list(pool.map(lambda one: place.get(entry_name(one), MAX_ENTRY_BYTES), numbers))

@@ -1,7 +1,6 @@
 """Mends a remote: its log from copies of it, and its packs from good copies of their tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.errors import DamagedRemoteError
@@ -9,6 +8,7 @@ from pear_store.format.digest import Digest, RawTensor
 from pear_store.local.log import Operation
 from pear_store.local.opened import OpenStore
 from pear_store.local.sync import good_tensors_in
+from pear_store.pools import ThreadPool
 from pear_store.remote.commit import Committer, prepare
 from pear_store.remote.log import LogIndex
 from pear_store.remote.logcheck import LogFault, check_log
@@ -110,7 +110,7 @@ def _mend(
         return found
 
     committer = Committer(place, whole)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for packs in _batches(whole, findings.packs):
             for store in stores:
                 store.release_pages()

@@ -1,9 +1,9 @@
 """Sends tensors that a remote has already, in new packs: what lives in packs that go."""
 
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from pear_store.format.digest import Digest, RawTensor
+from pear_store.pools import ThreadPool
 from pear_store.remote.commit import put_pack
 from pear_store.remote.log import PackListing
 from pear_store.remote.place import Place
@@ -25,7 +25,7 @@ class Rewriter:
         self,
         place: Place,
         whole: WholeMirror,
-        pool: ThreadPoolExecutor,
+        pool: ThreadPool,
         elsewhere: Callable[[Collection[Digest]], dict[Digest, RawTensor]] = lambda digests: {},
     ) -> None:
         self._place, self._whole, self._pool, self._elsewhere = place, whole, pool, elsewhere

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 
 from pear_store.format.digest import Digest, RawTensor
+from pear_store.pools import ThreadPool
 from pear_store.remote.commit import lay_out_pack
 from pear_store.remote.log import PackListing, pack_name
 from pear_store.remote.place import Place
@@ -57,7 +58,7 @@ class PackSender:
 
     def __init__(self, place: Place, release: Callable[[], None]) -> None:
         self._place, self._release = place, release
-        self._pool = ThreadPoolExecutor(SENDERS, "pear-sender")
+        self._pool = ThreadPool(SENDERS, "pear-sender")
         self._changed = threading.Condition()
         self._bytes_under_way = 0
         self._problem: BaseException | None = None

@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pear_store.errors import AbsentError, DamagedError, PearStoreError
@@ -11,6 +11,7 @@ from pear_store.format.container import Place as TensorPlace
 from pear_store.format.digest import Digest, begin_digest, from_digest
 from pear_store.local.log import Operation
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import pack_name
 from pear_store.remote.logcheck import LogFault, check_log
 from pear_store.remote.mirror import Mirror
@@ -112,7 +113,7 @@ def look(
         for use in whole.uses()
         if int.from_bytes(use.pack[:8], "big") * parts >> 64 == part - 1
     ]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         _check_packs(place, whole, chosen, pool, report, findings, progress)
         findings.lost = find_lost(place, whole, findings.packs, pool)
     findings.unlisted = whole.unlisted()
@@ -123,7 +124,7 @@ def _check_packs(
     place: Place,
     whole: WholeMirror,
     chosen: list[tuple[bytes, int]],
-    pool: ThreadPoolExecutor,
+    pool: ThreadPool,
     report: RemoteReport,
     findings: Findings,
     progress: Progress,
@@ -208,7 +209,7 @@ def leave_out_dropped(place: Place, whole: WholeMirror, findings: Findings) -> N
         findings.unlisted = whole.unlisted()
 
 
-def find_lost(place: Place, whole: WholeMirror, packs: list[BadPack], pool: ThreadPoolExecutor) -> set[Digest]:
+def find_lost(place: Place, whole: WholeMirror, packs: list[BadPack], pool: ThreadPool) -> set[Digest]:
     """Tensors of bad packs that versions need, and that no other pack has a good copy of."""
     known = {one.pack: set(one.bad) for one in packs}
     sought = {digest for one in packs for digest in one.bad if whole.is_needed(digest)}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from pear_store.errors import PearStoreError
+from pear_store.pools import ThreadPool
 from pear_store.readable import ReadableStore
 from pear_store.ui.app import create_app
 
@@ -46,11 +47,13 @@ async def _serve(store: ReadableStore, listener: socket.socket) -> None:
         proxy_headers=False, limit_concurrency=64, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = Server(config)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPool())
 
     def end() -> None:
         server.force_exit = server.should_exit  # at the second time
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end)
+        loop.add_signal_handler(number, end)
     await server.serve([listener])

@@ -201,6 +201,10 @@ def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset
     for split, (before, after) in made.top1.items():
         loss = " to ".join(f"{one:.4f}" for one in made.loss[split])
         echo(f"{split}: {100 * before:.1f} % to {100 * after:.1f} %, loss {loss}")
+    if made.threshold != (None, None):
+        old, new = ("none" if one is None else f"{one:.4f}" for one in made.threshold)
+        now = "dropped, because it cannot be" if made.threshold[1] is None else f"{new},"
+        echo(f"threshold {old}: now {now} calibrated anew on val")
     echo(
         f"{click.format_filename(request.out)}: on {made.bases}, which hold {100 * made.held:.1f} % of what the cores "
         f"added; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, head {made.head_bytes:,}; common bases "

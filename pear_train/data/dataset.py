@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pear_store.format.checkpoint import CONTROL
+from pear_store.format.checkpoint import CONTROL, shown_label
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import Limits
@@ -130,7 +130,7 @@ class Dataset:
                 yield f"classes whose names differ only by case{also}: {listed(names)}"
         most, least = max(train), min(train)
         if most >= UNEVEN * max(1, least):
-            of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
+            of_most, of_least = (shown_label(self.classes[train.index(count)]) for count in (most, least))
             yield (
                 f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}; top-1 hides how a "
                 "rare class does: look at the recall of each class, and try --balance"
@@ -161,7 +161,8 @@ class Dataset:
     def table(self) -> str:
         """Every class with its images in each split, several a line: ``cat 8/1/1``. Of very many, the first."""
         columns = zip(*self.counts.values(), strict=True)
-        cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
+        names = map(shown_label, self.classes)
+        cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(names, columns, strict=True)]
         more = [f"and {len(cells) - MOST_SHOWN} more"] if len(cells) > MOST_SHOWN else []
         return f"{'/'.join(self.splits)}: " + ", ".join([*cells[:MOST_SHOWN], *more])
 
@@ -171,7 +172,7 @@ class Dataset:
         most, least = max(train), min(train)
         if most == least:
             return f"even: {most} training images of each class"
-        names = [self.classes[train.index(count)] for count in (most, least)]
+        names = [shown_label(self.classes[train.index(count)]) for count in (most, least)]
         ratio = f", {most / least:.1f} to 1" if least else ""
         return f"{most} training images of {names[0]!r}, {least} of {names[1]!r}{ratio}"
 
@@ -202,7 +203,9 @@ def labels_without_class(splits: Mapping[str, Split], classes: int) -> list[str]
 
 def listed(names: list[str]) -> str:
     """The first of some names, for a message."""
-    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(repr(shown_label(name)) for name in names[:10]) + (
+        f" and {len(names) - 10} more" if len(names) > 10 else ""
+    )
 
 
 def _bare(name: str) -> str:

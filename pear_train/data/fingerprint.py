@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pear_store.files import open_regular_file
+from pear_store.pools import ThreadPool
 from router.pictures import ImageLike
 
 
@@ -46,7 +46,7 @@ def fingerprint(
         splits: name of the split, names and classes of its pictures, and the pictures by number.
     """
     whole = hashlib.sha256(json.dumps(["pear-data/1", *classes]).encode())
-    with ThreadPoolExecutor() as workers:  # files are read and hashed without the GIL
+    with ThreadPool() as workers:  # files are read and hashed without the GIL
         for split, names, targets, image in splits:
             digests = workers.map(lambda i, image=image: picture_digest(image(i)), range(len(names)))
             for name, target, digest in zip(names, targets, digests, strict=True):

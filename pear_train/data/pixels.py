@@ -4,12 +4,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pear_store.pools import ThreadPool
 from pear_train.data.dataset import Dataset, Split, raise_all
 from router import ImageError, Preprocess
 
@@ -83,7 +83,7 @@ class Pixels:
         return torch.stack(decoded)
 
     def _decode(self, indices: "range | list[int]") -> "Iterator[Tensor | ImageError]":
-        with ThreadPoolExecutor() as workers:  # Pillow decodes and resizes without the GIL
+        with ThreadPool() as workers:  # Pillow decodes and resizes without the GIL
             yield from workers.map(self._decode_one, indices)
 
     def _decode_one(self, index: int) -> "Tensor | ImageError":

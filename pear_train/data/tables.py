@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import open_regular_file, read_text
 from pear_train.data.dataset import Split, listed, numbered, raise_all
 from pear_train.data.fingerprint import picture_digest
@@ -153,7 +154,7 @@ def _reading(file: Path, kind: Literal["Arrow", "Parquet"]) -> Iterator[None]:
     except PearStoreError as error:
         raise DataError(str(error)) from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as {kind}: {_line(error):.300}") from None
+        raise DataError(f"{file}: cannot be read as {kind}: {unreadable(error):.300}") from None
 
 
 def _columns(table: "pa.Table") -> str:
@@ -319,7 +320,7 @@ def _json(path: Path) -> dict[str, Any]:
     except PearStoreError as error:  # its text names the file
         raise DataError(str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {_line(error)}") from None
+        raise DataError(f"{path}: cannot be read: {unreadable(error)}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object")
     return found
@@ -330,7 +331,3 @@ def _plain(folder: Path, name: object) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
         raise DataError(f"{folder}: {str(name)[:80]!r}: expected the name of a file or folder in it")
     return name
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from platformdirs import user_data_path
 from tqdm import tqdm
 
 from pear_store import PearStoreError, ReadableStore, Store
+from pear_store.format.checkpoint import shown_label
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import NamedPath, NumberRange, allow_option, echo, echo_table, version_option
@@ -237,7 +238,7 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
     echo_table(
         [
             {
-                "class": one.label,
+                "class": shown_label(one.label),
                 "images": one.images,
                 "precision %": _percent(one.precision),
                 "recall %": _percent(one.recall),
@@ -249,8 +250,13 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
     pairs = found.confused()[:_MOST_PAIRS]
     if pairs:
         echo()
-        echo_table([{"class": was, "taken for": taken, "times": count} for was, taken, count in pairs],
-                   ["left", "left", "right"])  # fmt: skip
+        echo_table(
+            [
+                {"class": shown_label(was), "taken for": shown_label(taken), "times": count}
+                for was, taken, count in pairs
+            ],
+            ["left", "left", "right"],
+        )
     echo()
     echo_table(
         [
@@ -269,8 +275,8 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
         echo()
         echo_table(
             [
-                {"worst mistakes": evaluation.name(place), "class": said["label"], "taken for": said["predicted"],
-                 "probability": f"{said['probability']:.3f}"}
+                {"worst mistakes": evaluation.name(place), "class": shown_label(said["label"]),
+                 "taken for": shown_label(said["predicted"]), "probability": f"{said['probability']:.3f}"}
                 for place in places
                 for said in [task.answer(place)]
             ],

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pear_store import Store
+from pear_store.pools import ThreadPool
 from pear_store.remote.cache import CacheSettings
 from router import ImageError, Router, decode
 from router.cluster.session import ClusterError
@@ -75,7 +75,7 @@ class Worker:
         if self._router.backbone.digest != settings.digest:
             raise ClusterError(f"backbone {settings.backbone}: a worker has other weights than the run began with")
         self._store, self._top, self._threshold = store, settings.top, settings.threshold
-        self._forwards = ThreadPoolExecutor(1, "pear-forward")
+        self._forwards = ThreadPool(1, "pear-forward")
         """One thread, because each one that computes has a team of threads of its own."""
 
     def ready(self) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import ending, open_regular_file
 from router.errors import RouterError
 
@@ -522,8 +523,8 @@ def _jsonl_rows(path: Path, encoding: str) -> Iterator[tuple[dict[str, Any], str
             try:
                 yield _json_row(line), None
             except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                yield {}, f"line {number} of the list is no JSON object: {reason}"
+                found = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                yield {}, f"line {number} of the list is no JSON object: {found or unreadable(error)}"
 
 
 def _json_row(line: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from router.serve.bodies import Asked, images_of, read_body
 from router.serve.errors import DeadlineError, DrainingError, FetchError
 from router.serve.fetching import Fetcher
 from router.serve.front import page_routes
+from router.serve.hosts import Hosts
 from router.serve.life import Life
 from router.serve.limits import RequestLimits
 from router.serve.linger import Linger
@@ -101,8 +102,8 @@ class Service(Life):
 
     async def predict(self, request: Request) -> Response:
         """Any number of images, each for its own tasks, or all for those that the query names."""
-        named = request.query_params.get("tasks")
-        return await self._predict(request, None if named is None else named.split(","), is_fixed=False)
+        named = request.query_params.getlist("tasks")  # once with commas, or once for each
+        return await self._predict(request, ",".join(named).split(",") if named else None, is_fixed=False)
 
     async def _predict(self, request: Request, tasks: list[str] | None, is_fixed: bool) -> Response:
         top = whole_number(request, "top", 5, 1, MOST_TOP)
@@ -320,11 +321,12 @@ class Guard:
 
 
 def guarded(
-    endpoint: Callable[[Request], Awaitable[Response]], tokens: Tokens, *, manage: bool = False
+    endpoint: Callable[[Request], Awaitable[Response]], hosts: Hosts, tokens: Tokens, *, manage: bool = False
 ) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that asks for a token first."""
+    """An endpoint that first asks by which name it is asked, and for a token."""
 
     async def call(request: Request) -> Response:
+        hosts.check(request.headers.get("host", ""))
         tokens.check(request.headers.get("authorization"), manage=manage)
         return await endpoint(request)
 
@@ -356,6 +358,7 @@ def create_app(
     limits: RequestLimits | None = None,
     use_token: str | None = None,
     manage_token: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
     root: str | Path | None = None,
     allow_urls: bool = False,
     drain_s: float = 30,
@@ -372,6 +375,8 @@ def create_app(
         limits: of one request.
         use_token: whoever calls must send it as a bearer token; None to let everybody.
         manage_token: for `POST /v1/refresh`; it may do all else, too.
+        allowed_hosts: names that requests may say in their Host header, beside localhost and addresses; "*" or None for
+            any. Without a token, strangers' web pages may otherwise ask a server that a browser reaches.
         root: requests may name files below this directory; None for none.
         allow_urls: requests may name http and https URLs that lead to public addresses.
         drain_s: how long what waits may take when the app ends.
@@ -379,21 +384,23 @@ def create_app(
         more_routes: served beside the API, behind the same token.
 
     Raises:
-        RouterError: an empty token; a root that is no directory.
+        RouterError: an empty token; a host that is no name; a root that is no directory.
     """
     if "" in (use_token, manage_token) or not 0 <= drain_s < math.inf:
         raise RouterError("expected tokens that are not empty, and drain_s of at least 0")
-    tokens = Tokens(use_token, manage_token)
+    tokens, hosts = Tokens(use_token, manage_token), Hosts(allowed_hosts)
     limits = limits or RequestLimits()
     fetcher = Fetcher(None if root is None else Path(root), allow_urls, limits.body_bytes)
     service = Service(router, Batcher(router) if batcher is None else batcher, limits, fetcher, drain_s)
-    openapi = document(limits, with_tokens=use_token is not None or manage_token is not None)
+    openapi = document(
+        limits, with_hosts=hosts.are_checked, with_tokens=use_token is not None or manage_token is not None
+    )
 
     async def show_openapi(request: Request) -> Response:
         return JSONResponse(openapi)
 
     def use(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        return guarded(endpoint, tokens)
+        return guarded(endpoint, hosts, tokens)
 
     routes = [
         Route("/livez", service.live),
@@ -405,7 +412,7 @@ def create_app(
         Route("/v1/tasks/{task}", use(service.show_task)),
         Route("/v1/tasks/{task}/predict", use(service.predict_task), methods=["POST"]),
         Route("/v1/predict", use(service.predict), methods=["POST"]),
-        Route("/v1/refresh", guarded(service.take_up, tokens, manage=True), methods=["POST"]),
+        Route("/v1/refresh", guarded(service.take_up, hosts, tokens, manage=True), methods=["POST"]),
         *v2_routes(service, use),
         *(Route(route.path, use(route.endpoint), methods=list(route.methods or ["GET"])) for route in more_routes),
     ]

@@ -14,6 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from pear_store.errors import unreadable
 from router.serve.fetching import FilePath, Place, Url
 from router.serve.limits import RequestLimits
 from router.serve.problems import Problem
@@ -183,7 +184,7 @@ def read_json(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Problem(400, f"the body is no JSON: {' '.join(str(error).split())}"[:200]) from None
+        raise Problem(400, f"the body is no JSON: {unreadable(error)}"[:200]) from None
 
 
 def _from_item(item: object, number: int) -> Asked:

@@ -97,6 +97,11 @@ LIMITS = RequestLimits()
 )
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a token.")
 @click.option(
+    "--allowed-host", "hosts", multiple=True,
+    help="A name by which clients call the server, beside localhost and addresses; several are allowed, '*' is any "
+    "[default: none; with a token or --no-auth any].",
+)  # fmt: skip
+@click.option(
     "--max-body-bytes",
     default=LIMITS.body_bytes,
     show_default=True,
@@ -121,6 +126,7 @@ def main(
     where: str, cache_bytes: int | None, backbone: str, weights: str | None, device: str | None, dtype: str,
     host: str, port: int, max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float,
     slot_bytes: int | None, preload: str | None, refresh_s: float, token_file: Path | None, no_auth: bool,
+    hosts: tuple[str, ...],
     max_body_bytes: int, max_images: int, max_tasks: int, max_pixels: int, root: Path | None, allow_urls: bool,
     log_json: bool,
 ) -> None:  # fmt: skip
@@ -147,7 +153,8 @@ def main(
             metrics = Metrics()
             batcher = Batcher(router, max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue, watch=metrics)
             app = create_app(
-                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage, root=root,
+                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage,
+                allowed_hosts=hosts if hosts or not (use or no_auth) else None, root=root,
                 allow_urls=allow_urls, drain_s=drain_s, counted=metrics.counted,
                 more_routes=[metrics.route(router, batcher)],
             )  # fmt: skip

@@ -7,7 +7,6 @@ import socket
 import ssl
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.serve.errors import FetchError
 from router.serve.problems import Problem
@@ -51,10 +51,10 @@ class Fetcher:
     """
 
     def __init__(self, root: Path | None, urls: bool, most_bytes: int) -> None:
-        if root is not None and not root.is_dir():
+        if root is not None and not os.path.isdir(root):
             raise RouterError(f"root {str(root)!r}: expected a directory")
         self._root, self._urls, self._most = root, urls, most_bytes
-        self._names = ThreadPoolExecutor(AT_A_TIME, "pear-serve-names")  # a slow name server holds up nothing else
+        self._names = ThreadPool(AT_A_TIME, "pear-serve-names")  # a slow name server holds up nothing else
         self._turns = asyncio.Semaphore(AT_A_TIME)
         self._tls: ssl.SSLContext | None = None
 

@@ -7,13 +7,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from pear_store import PearStoreError
 from pear_store.errors import PlaceError
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.predictions import Prediction
 from router.registry import Known
@@ -74,7 +75,7 @@ class Flow:
         """Tasks that are asked of a remote, and who waits for them."""
         self.looking: Turns[Request] = Turns()
         """All who wait for one."""
-        self.device = ThreadPoolExecutor(1, "pear-serve-device")
+        self.device = ThreadPool(1, "pear-serve-device")
         self.loop: asyncio.AbstractEventLoop | None = None
         self.waiting: Turns[Request] = Turns()
         """To be decoded."""
@@ -282,9 +283,7 @@ class Flow:
             self._watch.answered(task, version, count)
         self.pump()
 
-    def _start(
-        self, pool: ThreadPoolExecutor, work: Callable[[A], R], on: A, done: "Callable[[A, Future[R]], None]"
-    ) -> None:
+    def _start(self, pool: ThreadPool, work: Callable[[A], R], on: A, done: "Callable[[A, Future[R]], None]") -> None:
         """Does work in a pool, then tells the event loop."""
         pool.submit(work, on).add_done_callback(lambda future: self._post(done, on, future))
 

@@ -9,7 +9,7 @@ from router.serve.problems import TITLES
 Json = dict[str, Any]
 
 
-def document(limits: RequestLimits, *, with_tokens: bool) -> Json:
+def document(limits: RequestLimits, *, with_hosts: bool, with_tokens: bool) -> Json:
     """OpenAPI 3.1, as `/openapi.json` gives it."""
     found: Json = {
         "openapi": "3.1.0",
@@ -23,15 +23,13 @@ def document(limits: RequestLimits, *, with_tokens: bool) -> Json:
     }
     if with_tokens:
         found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        for path, methods in found["paths"].items():
-            for operation in methods.values():
-                if operation.pop("x-token"):
-                    operation["security"] = [{"token": []}]
-                    is_v2 = path.startswith("/v2")
-                    operation["responses"] |= v2_errors(401, 403) if is_v2 else _problems(401, 403)
-    for methods in found["paths"].values():
+    guards = [*((401, 403) if with_tokens else ()), *((421,) if with_hosts else ())]
+    for path, methods in found["paths"].items():
         for operation in methods.values():
-            operation.pop("x-token", None)
+            if operation.pop("x-guarded"):
+                operation["responses"] |= (v2_errors if path.startswith("/v2") else _problems)(*guards)
+                if with_tokens:
+                    operation["security"] = [{"token": []}]
     return found
 
 
@@ -44,7 +42,11 @@ def _paths(limits: RequestLimits) -> Json:
         {"oneOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "none"}]},
         "The probability below which the likeliest class counts as unknown. Without it: what each task has stored.",
     )
-    tasks = _query("tasks", {"type": "string"}, "Names with commas, or `all`: every image goes through all of them.")
+    tasks = _query(
+        "tasks",
+        {"type": "string"},
+        "Names with commas, or `all`: every image goes through all of them. Repeated, it names more.",
+    )
     predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     results = {"200": _answer("One row for each image and task.", _ref("Results")), **predict}
     gone = _problems(503)
@@ -248,7 +250,7 @@ def _problems(*statuses: int) -> Json:
 def _operation(
     summary: str, responses: Json, parameters: list[Json] | None = None, body: Json | None = None, *, token: bool = True
 ) -> Json:
-    found: Json = {"summary": summary, "responses": dict(responses), "x-token": token}
+    found: Json = {"summary": summary, "responses": dict(responses), "x-guarded": token}
     if parameters:
         found["parameters"] = parameters
     if body:

@@ -28,6 +28,7 @@ TITLES = {
     408: "The body did not arrive in time",
     413: "Too large",
     415: "A content type that is not read here",
+    421: "Another server's name",
     422: "This cannot be done",
     429: "Too many requests",
     500: "Something went wrong here",

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.serve.app import Service
 
@@ -152,6 +153,7 @@ async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: flo
     service: Service = app.state.service
     server = Server(app, drain_s)
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPool(thread_name_prefix="pear-serve"))
     tasks: set[asyncio.Task[None]] = set()
 
     def keep(task: asyncio.Task[None]) -> None:

@@ -474,6 +474,7 @@ def test_another_module_than_the_classifier_is_refused(folder: Path, description
         ("[]", "adapter_config.json: expected a JSON object, found list"),
         ('{"r": 8, "r": 4}', "not valid JSON: duplicate key 'r'"),
         ("{", "adapter_config.json: not valid JSON"),
+        ('{"r": %s}' % ("8" * 5000), "adapter_config.json: not valid JSON: a number has more than 4,300 digits$"),
         (" " * (16 * 1024 * 1024 + 1), "larger files are not read"),
     ],
 )

@@ -17,6 +17,7 @@ from pear_store.format.codes import matrix_values
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
 from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
+from pear_train.evaluate import calibrated
 from pear_train.group import stack_weights
 from pear_train.identity import differences
 from pear_train.knowledge import common_bases, in_common_bases
@@ -24,6 +25,7 @@ from pear_train.make_bases import held_energy
 from pear_train.output import partial_path
 from pear_train.prune import choose_within
 from pear_train.rebase import rebase
+from pear_train.recall import scores_of
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
 from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
@@ -576,7 +578,8 @@ def test_what_stands_on_bases_can_be_borrowed(bases: Task, folder: Path, backbon
 def test_a_task_moves_to_other_bases_with_its_measured_loss(
     bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
-    data, told = open_dataset(str(folder / "t2.npz")), config("t2", epochs=2, own_rank=1, head_dtype="F32")
+    data = open_dataset(str(folder / "t2.npz"))
+    told = config("t2", epochs=2, own_rank=1, head_dtype="F32", threshold_accuracy=0.9)
     train(told, backbone, data, tmp_path / "t2", bases=bases)
     task = read_checkpoint(tmp_path / "t2")
     turned = tmp_path / "turned"  # the same directions in other coordinates
@@ -605,6 +608,25 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     less = rebase(task, read_checkpoint(tmp_path / "narrow"), backbone, data, tmp_path / "less")
     assert 0 < less.held < 0.99 and less.loss["val"][0] != less.loss["val"][1]
     assert less.adapter_bytes < moved.adapter_bytes
+
+    # what was measured on val before the move holds no more; every fourth answer is made wrong
+    wrong = torch.where(torch.arange(len(data.val)) % 4 == 0, 3 - data.val.targets, data.val.targets)
+    val = replace(data.val, targets=wrong)
+    stale = make_task({**task.record, "threshold": 0.123}, task.tensors)
+    again = rebase(stale, read_checkpoint(tmp_path / "narrow"), backbone, replace(data, val=val), tmp_path / "again")
+    lossy = read_checkpoint(tmp_path / "again")
+    router.add(lossy)
+    pixels = Preprocess(task.preprocess)([val.image(i) for i in range(len(val))])
+    logits = torch.stack(list(router.run(pixels, lossy.name).logits))
+    confidence, predicted = logits.softmax(1).max(1)
+    scores = scores_of(predicted, wrong, len(task.labels))
+    assert again.threshold == (0.123, lossy.record.get("threshold"))
+    assert again.threshold[1] == calibrated(predicted == wrong, confidence, 0.9)
+    assert lossy.record["metrics"]["val_macro_f1"] == scores.macro_f1
+    assert lossy.record["training"]["recall"]["val"] == scores.recall
+    by_hand = {**stale.record, "training": {**task.record["training"], "threshold_accuracy": None}}
+    dropped = rebase(make_task(by_hand, task.tensors), bases, backbone, data, tmp_path / "dropped")
+    assert dropped.threshold == (0.123, None) and "threshold" not in read_checkpoint(tmp_path / "dropped").record
 
     with pytest.raises(ConfigError, match="task 't0': stands on no common bases: expected what --bases trained"):
         rebase(sources[0], bases, backbone, data, tmp_path / "x")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pear_store import read_checkpoint
 from pear_train import ConfigError, DivergedError, ResourceError, TrainConfig, open_dataset, train
 from pear_train.cli import main
 from pear_train.identity import differences, identity_of, run_identity
-from pear_train.memory import memory_named
+from pear_train.memory import memory_named, memory_of
 from pear_train.output import check_out, is_finished, partial_path
 from pear_train.plot import check_plot, plot_path
 from pear_train.report import Step
@@ -314,3 +315,24 @@ def test_a_base_set_follows_the_same_rule(pictures: Path, tmp_path: Path) -> Non
     refused = run(*command)
     assert refused.exit_code == 1
     assert "base set: rank 2 of task 'a', 3 of task 'b': expected one for all tasks" in refused.stderr
+
+
+@pytest.mark.parametrize("preview", [False, True])
+def test_pictures_of_which_no_batch_fits_are_refused_before_they_are_read(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preview: bool
+) -> None:
+    """Ten of 16,384 pixels a side take 8.1 GB decoded, and 32.2 GB as numbers."""
+    monkeypatch.setattr("pear_train.memory.memory_of", lambda device: 16 * 10**9)
+    monkeypatch.setattr("pear_train.data.pixels.Pixels._decode_all", None)
+    args = ["t", "--data", pictures, "--out", tmp_path / "t", "--method", "linear", "--img-size", 16_384]
+    done = run(*args, *(["--preview", tmp_path / "p.png"] if preview else []))
+    assert done.exit_code == 1 and "Traceback" not in done.stderr
+    line = "a batch of 10 images of 16384 x 16384 pixels takes 32.2 GB before any step, and cpu has 16.0 GB: lower"
+    assert done.stderr.count(line) == done.stderr.count("Error") == 1 + preview, done.stderr
+
+
+def test_the_memory_is_this_machine_s() -> None:
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("needs /proc/meminfo")
+    (kilobytes,) = re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert memory_of(torch.device("cpu")) == pytest.approx(1024 * int(kilobytes), rel=0.01)

@@ -208,13 +208,17 @@ def test_a_killed_run_goes_on_to_the_same_file(
 ) -> None:
     options = {**vars(config()), "epochs": 6, "knowledge": knowledge, "select": "best",
                "drop_branch": 0.2, "augment": "flip+crop"}  # fmt: skip
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out, whole, new = tmp_path / "out", tmp_path / "whole", tmp_path / "new"
+    new.touch()
     run_alone(options, folder / "t0.npz", whole)
     epochs = []
     for until in ("2 1", "4 2", None):  # killed before pruning and after it
         steps = run_alone(options, folder / "t0.npz", out, until)
         epochs.append(steps[0].split()[0])
         assert partial_path(out).exists() == (until is not None)
+        if until is not None:
+            assert partial_path(out).stat().st_mode == new.stat().st_mode
+    assert out.stat().st_mode == new.stat().st_mode
     assert epochs == ["1", "2", "4"]
     assert out.read_bytes() == whole.read_bytes()
 

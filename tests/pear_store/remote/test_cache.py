@@ -613,13 +613,21 @@ def test_a_task_larger_than_the_limit_is_served(twenty: Client, opener: Opener) 
     assert store.stats().cached_versions <= 2
 
 
-@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5", "9" * 5000])
 def test_a_size_that_is_none_is_one_line(
     client: Client, opener: Opener, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("PEAR_CACHE_BYTES", text)
     with pytest.raises(PearStoreError, match="size of the cache '.*': expected a number of bytes"):
         opener()
+
+
+def test_a_cache_that_cannot_be_there_is_a_temporary_one(
+    client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / ("x" * 300)))
+    with pytest.warns(UserWarning, match="a temporary one is used"), Store.open(URL) as store:
+        assert store.get("dtd").name == "dtd"
 
 
 def test_where_the_cache_is(client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def test_a_malformed_line_of_json_fails_alone(tmp_path: Path, monkeypatch: pytes
         zip(
             found[1:-1],
             ["Expecting value at character", "found a list", "found 5", "found 'text'", "found None", "is there twice",
-             "byte 0xff at character 1 is not UTF-8", "byte 0xe9 at character 15", "surrogates", "4300 digits",
+             "byte 0xff at character 1 is not UTF-8", "byte 0xe9 at character 15", "surrogates",
+             "object: a number has more than 4,300 digits",
              "recursion", "recursion", "more than 100000 characters", "Expecting value"],
             strict=True,
         ),
