@@ -1,4 +1,4 @@
-// Elements, numbers and questions. Text is set as text only: nothing that a store holds becomes HTML.
+// Makes elements, formats numbers, and asks the server. Text is set as text only: nothing from a store becomes HTML.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -10,7 +10,7 @@ export function element(tag, className, ...inside) {
   return made;
 }
 
-/** A bar that is filled to a share. It repeats a number beside it, so readers of screens are not told of it. */
+/** A bar that is filled to a share. It repeats a number beside it, so screen readers skip it. */
 export function bar(share, className = "") {
   const filled = element("span", "filled");
   filled.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
@@ -35,7 +35,7 @@ export function bytes(number) {
 
 export const date = (time_ns) => new Date(time_ns / 1e6).toISOString().slice(0, 16).replace("T", " ");
 
-/** What the server answers; its own words where it refuses. */
+/** The server's answer. If the server refuses, an error with its message. */
 export async function ask(path, values = {}) {
   let answer;
   try {
