@@ -585,7 +585,7 @@ def test_create_and_open(tmp_path: Path) -> None:
         assert len(again.tasks()) == 1
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(FormatError, match="neither a store nor an empty directory"):
+    with pytest.raises(FormatError, match="expected a store or an empty directory, found other files"):
         Store.create(tmp_path / "full")
 
 
