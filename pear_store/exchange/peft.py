@@ -148,7 +148,7 @@ def import_peft(
         classes = next(iter(head.values()))["weight"].shape[0]
         raise CheckpointError(
             folder,
-            f"field 'labels': the classifier has {classes} rows, found no names for them: give labels (--labels), or "
+            f"field 'labels': the classifier has {classes} rows and no names for them: give labels (--labels), or "
             f'write {{"labels": […]}} to {SIDECAR}',
         )
     if labels is None and not features_only:

@@ -420,9 +420,8 @@ class Index:
         with no_fork():  # if two threads close an environment, LMDB frees it twice
             if not self._views and self in _processes.indexes:
                 self._env.close()
-                _processes.indexes.discard(
-                    self
-                )  # last: a child that is forked earlier would close the parent's environment
+                # last: a child that is forked before this would close the parent's environment
+                _processes.indexes.discard(self)
 
     def forget(self) -> list[Any]:
         """Leaves everything to the parent, in a forked child. Returns what must not be destroyed here."""

@@ -29,9 +29,8 @@ GROUP_BYTES = 32 * 1024 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """The largest manifest that is accepted. A commit is full once its manifests have this many bytes."""
 _WORKERS = 4
-_REQUEST_CHARACTERS = (
-    8000  # two requests must fit a pipe of 64 KiB, or we block writing to a worker that blocks writing to us
-)
+_REQUEST_CHARACTERS = 8000
+"""Two requests must fit a pipe of 64 KiB, or we block writing to a worker that blocks writing to us."""
 _SLOTS = 2
 """How many groups a worker may be ahead"""
 

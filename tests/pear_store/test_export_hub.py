@@ -280,7 +280,7 @@ def test_peft_loads_the_folder_beside_a_task_that_is_a_lora(linear: Task, tmp_pa
 def test_why_a_task_is_no_lora_is_said(linear: Task, tmp_path: Path) -> None:
     curved = make_task({**linear.record, "activation": "relu"}, linear.tensors)
     (found,) = (note for note in export_hub(curved, tmp_path / "a").notes if "peft" in note)
-    assert "field 'activation': expected 'identity', found 'relu': PEFT LoRA has no activation" in found
+    assert "field 'activation': expected 'identity', found 'relu': PEFT's LoRA has no activation" in found
     unknown = make_task({**linear.record, "backbone": {**linear.record["backbone"], "model": "nobody"}}, linear.tensors)
     (found,) = (note for note in export_hub(unknown, tmp_path / "b").notes if "peft" in note)
     assert "no peft/: the backbone cannot be looked at" in found

@@ -319,11 +319,11 @@ def test_a_headless_task_exports_without_saved_modules(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "relu"}, "trees: field 'activation': expected 'identity', found 'relu': PEFT LoRA has no act"),
+        ({"activation": "relu"}, "trees: field 'activation': expected 'identity', found 'relu': PEFT's LoRA has no a"),
         ({"positions": {"blocks.0.attn": [["half", 1.0]]}}, "trees: positions 'blocks.0.attn': expected Linear mod"),
         ({"positions": {"blocks.0.attn.qkv": [["half", 1.0]]}}, r"'blocks.0.attn.qkv': widths \(192, 192\), the back"),
         ({"positions": {"blocks.0.attn.proj": [["half", 1e29], ["half", -1.0]]}}, "exceed float32 once scaled"),
-        ({"positions": {}}, "field 'positions': empty"),
+        ({"positions": {}}, "field 'positions': expected an adapter, found none"),
     ],
 )
 def test_what_peft_cannot_hold_is_not_exported(
