@@ -314,7 +314,7 @@ def test_without_a_network_what_is_cached_is_served(client: Client, opener: Open
         store.get("dtd")
     team.place.rate = 2.0  # every request fails
     store = opener(ttl_s=0.0)
-    with pytest.warns(UserWarning, match="what is known of it is used on") as warned:
+    with pytest.warns(UserWarning, match="what was known before is used") as warned:
         for _ in range(3):
             assert same(store.get("dtd"), client.store.get("dtd"))
             assert store.resolve("dtd@prod").version == 1
@@ -669,7 +669,7 @@ def test_a_full_disk_is_said_and_tasks_are_served(
     client.push()
     store = opener(folder=small_disk / "cache")
     with pytest.warns(
-        UserWarning, match="tasks are not cached but read from the remote each time: .*no space"
+        UserWarning, match="cannot be written, so tasks are read from the remote each time: .*no space"
     ) as warned:
         for _ in range(2):
             for number in range(8):

@@ -133,11 +133,11 @@ def every_request(made: Place) -> list[Callable[[], object]]:
 
 
 REFUSALS = [
-    (400, "ExpiredToken", "the credentials of the environment have expired; renew them"),
-    (403, "InvalidAccessKeyId", "does not accept the credentials of the environment; set valid ones"),
-    (403, "SignatureDoesNotMatch", "does not accept the credentials of the environment; set valid ones"),
+    (400, "ExpiredToken", "the environment's credentials have expired; renew them"),
+    (403, "InvalidAccessKeyId", "does not accept the environment's credentials; set valid ones"),
+    (403, "SignatureDoesNotMatch", "does not accept the environment's credentials; set valid ones"),
     (403, "AccessDenied", "access is denied; see which rights"),
-    (403, "RequestTimeTooSkewed", "the clocks of this machine and of the server differ"),
+    (403, "RequestTimeTooSkewed", "this machine's clock and the server's differ"),
     (401, "", "does not accept the credentials"),
     (507, "", "no space left"),
     (503, "SlowDown", "busy"),
