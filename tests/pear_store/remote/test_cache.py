@@ -749,7 +749,7 @@ def test_what_would_change_it_says_to_clone(client: Client, opener: Opener) -> N
         partial(store.add, small_task()), partial(store.tag, "dtd", "x"), partial(store.untag, "dtd@prod"),
         partial(store.remove, "dtd"), store.gc, store.push, store.pull,
     ):  # fmt: skip
-        with pytest.raises(PearStoreError, match="a remote is only read; to change it, clone it first"):
+        with pytest.raises(PearStoreError, match="a remote is only read; to change it, clone it"):
             act()
     with pytest.raises(PearStoreError, match="a URL names a remote"):
         Store("s3://user:secret@bucket/store")

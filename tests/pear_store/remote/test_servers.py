@@ -76,7 +76,7 @@ def test_a_server_that_overwrites_is_refused_or_kept_for_one_writer(
     assert pushed.exit_code == 0 and "12 versions" in pushed.stdout
     assert (
         pushed.stderr
-        == f"Warning: {url}: kept for this store alone; what another store pushes there meanwhile may be lost\n"
+        == f"Warning: {url}: only this store may push there (--single-writer); what others push may be lost\n"
     )
     assert '"single_writer": true' in run(*here, "remote", "ls", "--json").stdout
     remote = Remote("origin", url, options)
@@ -136,7 +136,7 @@ REFUSALS = [
     (400, "ExpiredToken", "the environment's credentials have expired; renew them"),
     (403, "InvalidAccessKeyId", "does not accept the environment's credentials; set valid ones"),
     (403, "SignatureDoesNotMatch", "does not accept the environment's credentials; set valid ones"),
-    (403, "AccessDenied", "access is denied; see which rights"),
+    (403, "AccessDenied", "access is denied; check which rights"),
     (403, "RequestTimeTooSkewed", "this machine's clock and the server's differ"),
     (401, "", "does not accept the credentials"),
     (507, "", "no space left"),
@@ -189,7 +189,7 @@ def test_a_key_that_is_refused_or_not_there_is_one_line(sshd: dict[str, str], tm
     )
     known, key = sshd["known_hosts"], sshd["key_file"]
     for key_file, known_hosts, text in (
-        (str(other), known, "accepts none of the keys at hand; see the user's name"),
+        (str(other), known, "accepts no key of this user; check the user's name"),
         (str(tmp_path / "none"), known, "none cannot be read"),
         (key, str(tmp_path / "none"), "none cannot be read"),
         (key, os.devnull, "not in known_hosts"),

@@ -577,7 +577,7 @@ def test_a_version_that_is_tagged_on_either_side_is_not_removed_from_the_other(t
     b.store.tag("two@1", "keep")
     a.store.remove("two")
     a.push()
-    assert "is kept here: a tag holds it" in b.pull().problems[0]
+    assert "is kept here, because it has a tag" in b.pull().problems[0]
     assert "two@1" in b.contents()
     with pytest.raises(ClashError, match="was removed on the remote"):
         b.push()
