@@ -57,7 +57,7 @@ def import_peft(
         if described is None:
             raise PearStoreError(f"backbone {backbone!r}: nothing installed here can hash it; give --digest")
     if preprocess == "timm" and not (described and "preprocess" in described):
-        raise click.UsageError("--preprocess timm asks timm for the model: give --backbone MODEL, without --digest")
+        raise click.UsageError("--preprocess timm needs the model in timm: give --backbone MODEL, without --digest")
     task = peft.import_peft(
         folder, name=name, backbone=described, labels=peft.read_labels(labels) if labels else None,
         preprocess=_preprocess(preprocess, described), features_only=features_only,

@@ -189,7 +189,8 @@ def _progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
 
 
 def interruptible(verb: str, act: Callable[[], T]) -> T:
-    """Runs a command so that Ctrl-C ends it at once, whatever it waits for.
+    """Runs a command so that Ctrl-C ends it at once, even while it waits.
+
 
     The process exits without waiting for its threads. That is safe: a command that is killed leaves nothing half done.
     """

@@ -79,7 +79,7 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: t
     access = Access(allowed=frozenset(allowed))
     files = list(sources.expand(given, access))
     if name is not None and len(files) > 1:
-        raise click.UsageError(f"--name goes with one task, there are {len(files)}")
+        raise click.UsageError(f"--name: expected one task, found {len(files)}")
     rows: list[dict[str, Any]] = []
     exit_code = 0
     stop: PearStoreError | None = None
@@ -131,7 +131,7 @@ def ls(
 ) -> None:  # fmt: skip
     """List the tasks, or those whose names match a PATTERN such as 'flowers-*'.
 
-    NEW are the bytes that no older version has. Their sum is what the store's tensors take. BYTES are those of all
+    NEW are the bytes that no older version has. Their sum is what the store's tensors take. BYTES are the bytes of all
     tensors of the version. VAL TOP-1 is in percent. Tags of older versions are shown as TAG@2.
     """
     query = Query(patterns, tag, backbone, every, sort, reverse)

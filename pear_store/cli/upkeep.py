@@ -117,7 +117,7 @@ def verify(
     COPIES, for --repair: other stores, task checkpoints, directories of them, fsspec URLs.
     """
     if copies and not mend:
-        raise click.UsageError("COPIES go with --repair")
+        raise click.UsageError("COPIES are only used with --repair")
     if mend:
         mended = pear_store.repair(store_directory(), copies, Access(allowed=frozenset(allowed)))
         echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)

@@ -45,7 +45,7 @@ class Publication:
         from huggingface_hub import parse_hf_uri  # noqa: F401  the newest name that this module needs
 
         if self.license is not None and not _LICENSE.fullmatch(self.license):
-            raise PearStoreError(f"license {self.license!r}: expected the Hub's name of one, as apache-2.0")
+            raise PearStoreError(f"license {self.license!r}: expected the Hub's name of a license, such as apache-2.0")
         for what, name in (("base model", self.base_model), ("repository", self.repository)):
             if name is not None and not is_repository(name):
                 raise PearStoreError(f"{what} {name!r}: expected OWNER/NAME, as the Hub takes it")

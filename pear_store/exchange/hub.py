@@ -74,9 +74,9 @@ def export_hub(
     if publication.base_model is None and weights is None and described:
         publication = replace(publication, base_model=described.get("hub"))
     if publication.base_model is None:
-        result.notes.append("no base_model: whether the backbone is on the Hub is not known; --base-model says it")
+        result.notes.append("no base_model: the backbone may not be on the Hub; if it is, name it with --base-model")
     if publication.license is None:
-        result.notes.append("no license: --license says it, as apache-2.0")
+        result.notes.append("no license: name one with --license, such as apache-2.0")
     temporary = folder.parent / f".{uuid4().hex}.tmp"
     try:
         temporary.mkdir()

@@ -132,8 +132,8 @@ def import_peft(
 
     Raises:
         NotFoundError: there is no such folder, or no ``adapter_config.json`` in it.
-        CheckpointError: the folder holds something else than plain LoRA on Linear modules and one linear classifier, or
-            something that a task checkpoint may not hold.
+        CheckpointError: the folder holds more than plain LoRA on Linear modules and one linear classifier; or something
+            that a task checkpoint may not hold.
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)

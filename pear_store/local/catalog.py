@@ -198,7 +198,7 @@ def forget_manifests(view: View, marks: bytearray) -> None:
         if number < len(marks) and marks[number] == MANIFEST:
             return False
         if checked().number >= len(marks):
-            raise DamagedError("the index's count of numbers", "too small")
+            raise DamagedError("the index's count of numbers", "lower than a number in use")
         return True
 
     view.manifests.delete_where(dead)

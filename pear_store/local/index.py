@@ -45,7 +45,7 @@ class _Inherited:
     """
 
     def __getattr__(self, name: str) -> Any:
-        raise PearStoreError("this began before the process was forked: begin it again in the child")
+        raise PearStoreError("this view began before the process was forked; begin a new one in the child")
 
 
 class View:

@@ -107,7 +107,7 @@ def mark(
             for number in manifest.tensors:
                 marks[number] = TENSOR
         except IndexError:
-            raise DamagedError("the index's count of numbers", "too small") from None
+            raise DamagedError("the index's count of numbers", "lower than a number in use") from None
     recorded.update(_recording(view, newest, is_settled))
     for pack in recorded:
         need(pack)
@@ -119,14 +119,14 @@ def mark(
                 raise DamagedError(f"index number {number}", "both a tensor and a manifest have it")
             marks[number] = MANIFEST
     except IndexError:
-        raise DamagedError("the index's count of numbers", "too small") from None
+        raise DamagedError("the index's count of numbers", "lower than a number in use") from None
     for pack, listed in view.contents.every():
         try:
             live = bytes(map(marks.__getitem__, listed.numbers))
         except IndexError:
-            raise DamagedError("the index's count of numbers", "too small") from None
+            raise DamagedError("the index's count of numbers", "lower than a number in use") from None
         if pack not in packs or MANIFEST in live:
-            raise DamagedError(f"contents of pack {pack.hex()}", "it lists what is no tensor, or no pack")
+            raise DamagedError(f"contents of pack {pack.hex()}", "it lists a manifest, or the pack has no row")
         if count := live.count(TENSOR):
             use = need(pack)
             use.live_bytes = sum(compress(listed.lengths, live))
@@ -167,7 +167,9 @@ def _recording(view: View, newest: dict[str, int], is_settled: Callable[[Removed
     for name in view.names.every():
         packs.append(name.pack)
         if newest.pop(name.name, 0) != name.newest or name.newest > name.highest:
-            raise DamagedError(f"index row of {name.name!r}", f"its newest version is not {name.newest}")
+            raise DamagedError(
+                f"index row of {name.name!r}", f"it says that version {name.newest} is the newest, which is wrong"
+            )
     if newest:
         raise DamagedError(f"index row of {min(newest)!r}", "missing")
     for task, text, tag in view.tags.every():

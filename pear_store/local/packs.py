@@ -173,8 +173,8 @@ def _write(handle: int, run: list[bytes | bytearray | memoryview], at: int) -> i
 def place_pack(root: Path, pack: WrittenPack) -> None:
     """Gives a written pack its name in packs/, durably, once it is synced.
 
-    Its name in tmp/ stays until after the commit. If the process dies before that, the next writer sees both names, and
-    deletes the pack, which no caller was told of (:func:`find_unfinished`).
+    Its name in tmp/ stays until after the commit. If the process dies before the commit, the next writer sees both
+    names and deletes the pack (:func:`find_unfinished`). No caller was told that its tasks are stored.
     """
     pack.wait_synced()
     name, fan = pack.path.name, pack.path.name[:2]

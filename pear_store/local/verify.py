@@ -314,22 +314,22 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
             raise DamagedError(f"contents of pack {pack.hex()}", "more bytes than the pack has")
         for number, length in zip(row.numbers, row.lengths, strict=True):
             if listed_in.setdefault(number, (pack, length)) != (pack, length):
-                raise DamagedError(f"contents of pack {pack.hex()}", f"its tensor {number} is another's, too")
+                raise DamagedError(f"contents of pack {pack.hex()}", f"another pack lists its tensor {number}, too")
     numbers = set(listed_in)
     next_number = view.next_number()
     if max(numbers, default=-1) >= next_number:
-        raise DamagedError("the index's count of numbers", "too small")
+        raise DamagedError("the index's count of numbers", "lower than a number in use")
     lost = set()
     known: dict[str, tuple[int, int]] = {}
     for digest, place in view.tensors.every():
         if len(known) < _KNOWN_NUMBERS:
             known[digest] = place.number, place.length
         if listed_in.pop(place.number, None) != (place.pack, place.length):
-            raise DamagedError(f"tensor {digest}", f"its number {place.number} is not one of its pack's")
+            raise DamagedError(f"tensor {digest}", f"its pack does not list its number {place.number}")
         if place.pack == NO_PACK:
             lost.add(digest)
     if listed_in:
-        raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
+        raise DamagedError("index table tensors", f"{len(listed_in)} tensors that packs hold are missing")
     bad_manifests, sizes = _check_manifests(view, numbers, next_number, known)
     for task, number, version in view.versions.every():
         # fewer bytes are no fault: some tensors may have been missing when the index was rebuilt
@@ -382,7 +382,7 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
         found = known.get(name)
         if found is None:
             if not is_digest(name):
-                raise DamagedError(f"manifest {key.hex()}", "it names what is no digest")
+                raise DamagedError(f"manifest {key.hex()}", "it names a tensor by a text that is no digest")
             found = view.tensors.number_and_length(Digest(name))
             if found is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")

@@ -97,7 +97,7 @@ def parse_root(data: bytes, place: str, base: BaseName) -> Root:
         runs = [Run(to_count(run["last"]), {kind: _shards(run[kind], kind) for kind in KINDS}) for run in value["runs"]]
         lasts = [0, *(run.last for run in runs)]
         if lasts != sorted(set(lasts)) or lasts[-1] != base.number:
-            raise ValueError("its runs")
+            raise ValueError("its runs are out of order")
         return Root(to_hash(value["entry"]), runs)
 
     name = base_name(base)
@@ -110,11 +110,11 @@ def _shards(value: Any, kind: Kind) -> list[Shard]:
         if kind != "tasks":
             to_hash(first)
         elif not (isinstance(first, str) and TASK_NAME.fullmatch(first) and first == first.casefold()):
-            raise ValueError("the first name of a shard")
+            raise ValueError("an invalid first name of a shard")
         if to_count(size_bytes) > MAX_INDEX_BYTES:
-            raise ValueError("the size of a shard")
+            raise ValueError("an invalid size of a shard")
         if shards and shards[-1].first >= first:
-            raise ValueError("shards that overlap")
+            raise ValueError("overlapping shards")
         shards.append(Shard(first, to_hash(name), size_bytes))
     return shards
 

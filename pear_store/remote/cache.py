@@ -76,7 +76,9 @@ class CacheSettings:
             self.limit_bytes if self.limit_bytes is not None else os.environ.get("PEAR_CACHE_BYTES", LIMIT_BYTES)
         )
         if not (text.isascii() and text.isdigit() and int(text)):
-            raise PearStoreError(f"size of the cache {text!r}: expected a number of bytes, at least 1")
+            raise PearStoreError(
+                f"size of the cache {text!r}: expected a number of bytes, at least 1; see $PEAR_CACHE_BYTES"
+            )
         return int(text)
 
 

@@ -112,7 +112,7 @@ def collect(
     if keep is not None and keep < 1:
         raise PearStoreError(f"keep {keep}: expected 1 or more, because the newest version of a task always stays")
     if not (grace_s >= 0 and (older_than_s is None or older_than_s >= 0)):
-        raise PearStoreError("grace and age: expected seconds, 0 or more")
+        raise PearStoreError(f"grace {grace_s} s, age {older_than_s} s: expected 0 or more")
     with Operation(__name__, "remote gc", place.url) as operation, whole_mirror(mirror.url) as whole:
         read_on(mirror, place)
         if not dry_run:

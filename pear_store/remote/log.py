@@ -207,12 +207,12 @@ def parse_entry(data: bytes, place: str, number: int) -> Entry:
         previous = None if value["previous"] is None else to_hash(value["previous"])
         host, base = value["host"], None
         if (previous is None) != (number == 1) or not (isinstance(host, str) and len(host) <= 255):
-            raise ValueError("its field 'previous' or 'host'")
+            raise ValueError("an invalid field 'previous' or 'host'")
         if value.get("base") is not None:
             at, name = to_list(value["base"])
             base = BaseName(to_count(at), to_hash(name))
             if not 0 < base.number < number:
-                raise ValueError("its field 'base'")
+                raise ValueError("an invalid field 'base'")
         id, index = to_hash(value["id"], 16).hex(), to_hash(value["index"])
         return Entry(id, previous, index, to_count(value["time_ns"]), host, base)
 
@@ -262,14 +262,14 @@ def _index(value: Any) -> LogIndex:
     for text, manifest in value["manifests"].items():
         raw = manifest.encode("utf-8")
         if len(raw) > MAX_MANIFEST_BYTES or hashlib.sha256(raw).digest() != to_hash(text):
-            raise ValueError("a manifest that does not hash to its name, or is too large")
+            raise ValueError("a manifest does not hash to its name, or is too large")
         found.manifests[to_hash(text)] = raw
     for task, number, time_ns, manifest in to_list(value["versions"]):
         found.versions.append(LoggedVersion(_task(task), _number(number), to_count(time_ns), to_hash(manifest)))
     found.removed = [(_task(task), _number(number)) for task, number in to_list(value["removed"])]
     for task, tag, version, before in to_list(value["tags"]):
         if not (isinstance(tag, str) and TAG_NAME.fullmatch(tag)):
-            raise ValueError("a tag's name")
+            raise ValueError("an invalid name of a tag")
         numbers = (None if number is None else _number(number) for number in (version, before))
         found.tags.append(LoggedTag(_task(task), tag, *numbers))
     found.highest = {_task(task): _number(number) for task, number in value["highest"].items()}
@@ -277,7 +277,7 @@ def _index(value: Any) -> LogIndex:
     found.strays = [_text(name, _STRAY_NAME) for name in to_list(value.get("strays", []))]
     found.salt = _text(value.get("salt", ""), _SALT)
     if len({(v.task.casefold(), v.number) for v in found.versions}) != len(found.versions):
-        raise ValueError("a version that is there twice")
+        raise ValueError("the same version twice")
     return found
 
 
@@ -286,10 +286,10 @@ def _parse_listings(value: Any) -> dict[bytes, PackListing]:
     for text, listing in value.items():
         file_bytes = to_count(listing["file_bytes"])
         if file_bytes > MAX_PACK_BYTES:
-            raise ValueError("a pack's size")
+            raise ValueError("an invalid size of a pack")
         places = dict(_place(row, file_bytes) for row in to_list(listing["tensors"]))
         if len(places) != len(listing["tensors"]):
-            raise ValueError("a pack that lists a tensor twice")
+            raise ValueError("a pack lists a tensor twice")
         found[to_hash(text)] = PackListing(file_bytes, places)
     return found
 
@@ -299,7 +299,7 @@ def _place(row: Any, file_bytes: int) -> tuple[Digest, TensorPlace]:
     sizes = tuple(map(to_count, shape))
     known = isinstance(dtype, str) and dtype in ITEM_BYTES and isinstance(shape, list) and len(sizes) <= _MOST_AXES
     if not known or prod(sizes) * ITEM_BYTES[dtype] != to_count(length) or to_count(offset) + length > file_bytes:
-        raise ValueError("a tensor's place")
+        raise ValueError("an invalid place of a tensor")
     return to_digest(to_hash(digest)), TensorPlace(dtype, sizes, offset, length)
 
 
@@ -307,7 +307,7 @@ def parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any]
     try:
         value = strict_json(data)
         if not isinstance(value, dict) or not isinstance(value.get("format"), str):
-            raise ValueError("no object with a format")
+            raise ValueError("expected an object with the field 'format'")
         if value["format"] != known:
             raise FormatError(
                 f"{place}: {name} is of format {value['format'][:40]!r}, this Pear reads {known!r}: use a newer Pear"
@@ -315,7 +315,7 @@ def parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any]
         return parse(value)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         problem = f": {str(error)[:120]}" if type(error) is ValueError else ""
-        raise DamagedRemoteError(place, name, f"it is not as {known!r} is{problem}") from None
+        raise DamagedRemoteError(place, name, f"it does not follow the format {known!r}{problem}") from None
 
 
 def dump_json(value: Any) -> bytes:
@@ -324,35 +324,35 @@ def dump_json(value: Any) -> bytes:
 
 def to_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("what should be a list")
+        raise ValueError("expected a list")
     return value
 
 
 def _text(value: Any, pattern: re.Pattern[str]) -> str:
     if not (isinstance(value, str) and pattern.fullmatch(value)):
-        raise ValueError("a name")
+        raise ValueError("an invalid name")
     return value
 
 
 def to_hash(value: Any, count: int = 32) -> bytes:
     if not (isinstance(value, str) and len(value) == 2 * count and set(value) <= set("0123456789abcdef")):
-        raise ValueError("what should be a hash")
+        raise ValueError("expected a hash in hex")
     return bytes.fromhex(value)
 
 
 def to_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("a count or a time")
+        raise ValueError("expected a count or a time")
     return value
 
 
 def _task(value: Any) -> str:
     if not (isinstance(value, str) and TASK_NAME.fullmatch(value)):
-        raise ValueError("a task's name")
+        raise ValueError("an invalid name of a task")
     return value
 
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**32:
-        raise ValueError("a version's number")
+        raise ValueError("an invalid number of a version")
     return value

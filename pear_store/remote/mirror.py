@@ -1,8 +1,8 @@
 """What a store knows of a remote: what its log says up to some entry, and what both last agreed on.
 
 It is an SQLite file in the store's directory. If the file is missing or cannot be read, it is made anew from the log.
-Then it is not known what both agreed on. So tags that differ clash until somebody settles them by hand, and a version
-that was removed here and swept is pulled again.
+Then it is not known what both agreed on. So tags that differ clash until somebody settles them by hand. A version that
+was removed here and swept is pulled again.
 """
 
 import hashlib

@@ -21,7 +21,7 @@ _TELLING_BYTES = 1 << 20
 """Sending an object larger than this shows how fast the line is"""
 _WHOLE_BYTES = 64 << 20
 _WHOLE_S = 10.0
-"""An object is sent as one request if it has at most so many bytes and should take at most so many seconds"""
+"""One request sends an object of at most `_WHOLE_BYTES`, if that should take at most `_WHOLE_S` seconds."""
 _THREADS = 8
 _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
@@ -180,8 +180,8 @@ class ObjectPlace(Place):
 def _client(options: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the HTTP client.
 
-    The client follows redirects, and no setting forbids that. So if the user names a server, requests to other hosts go
-    to a proxy that cannot exist (nothing listens on port 0), and fail.
+    The client follows redirects, and no setting forbids that. So if the user names a server, requests to other hosts
+    go to a proxy on port 0. Nothing listens there, so they fail.
     """
     server = str(options.get("endpoint") or options.get("base_url") or "")
     found: dict[str, Any] = {

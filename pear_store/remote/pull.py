@@ -329,7 +329,9 @@ def fetch_tensors(
     found, problem = find_tensors(place, places, pool)
     for digest in places:
         if digest not in found:
-            raise problem or DamagedRemoteError(mirror.url, f"tensor {digest}", f"{len(places[digest])} packs list it")
+            raise problem or DamagedRemoteError(
+                mirror.url, f"tensor {digest}", f"{len(places[digest])} packs list it, none has a good copy"
+            )
     return found
 
 

@@ -145,4 +145,4 @@ class WebPlace(Place):
         raise self._only_read()
 
     def _only_read(self) -> PlaceError:
-        return PlaceError(self.url, "a web server can only be read")
+        return PlaceError(self.url, "a web server can only be read; push to another kind of remote")

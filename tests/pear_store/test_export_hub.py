@@ -84,8 +84,8 @@ def test_a_folder_holds_what_export_writes_and_a_card_the_hub_can_read(store: St
 def test_what_the_user_does_not_say_is_absent_and_said(store: Store, tmp_path: Path) -> None:
     store.add(small_task("dtd"))
     done = run("--store", store.path, "export-hub", "dtd", tmp_path / "out")
-    assert "Note: no license: --license says it" in done.stderr
-    assert "Note: no base_model: whether the backbone is on the Hub is not known" in done.stderr
+    assert "Note: no license: name one with --license" in done.stderr
+    assert "Note: no base_model: the backbone may not be on the Hub; if it is, name it with --base-model" in done.stderr
     card = ModelCard.load(tmp_path / "out/README.md")
     assert not {"license", "base_model"} & card.data.to_dict().keys()
     assert "No license is given here." in card.text
@@ -94,7 +94,7 @@ def test_what_the_user_does_not_say_is_absent_and_said(store: Store, tmp_path: P
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"license": "My Own"}, "license 'My Own': expected the Hub's name of one"),
+        ({"license": "My Own"}, "license 'My Own': expected the Hub's name of a license"),
         ({"base_model": "a\nb"}, "base model .*: expected OWNER/NAME"),
         ({"repository": "dtd"}, "repository 'dtd': expected OWNER/NAME"),
     ],

@@ -590,7 +590,8 @@ def test_create_and_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "remedy"), [("9", "use the newer Pear that wrote it"), ("2", "'pear-store rebuild'")]
+    ("found", "remedy"),
+    [("9", "use the newer Pear that wrote it"), ("2", "'pear-store rebuild'")],
 )
 def test_another_index_format_is_refused(tmp_path: Path, found: str, remedy: str) -> None:
     with Store.create(tmp_path / "s") as store:
