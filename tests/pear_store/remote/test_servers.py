@@ -60,7 +60,7 @@ def clone_of(remote: Remote, folder: Path) -> set[str]:
 # ---- who may write ---------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("default:.*for this store alone")
+@pytest.mark.filterwarnings("default:.*only this store may push")
 @pytest.mark.parametrize("server", ["rclone", "s3rver", "pys3local"], indirect=True)
 def test_a_server_that_overwrites_is_refused_or_kept_for_one_writer(
     server: Server, store: Store, tmp_path: Path
@@ -115,7 +115,7 @@ def test_a_directory_without_hard_links_takes_one_writer(
     remote = Remote("origin", str(tmp_path / "remote"), single_writer=True)
     init_remote(remote.url, single_writer=True)
     add_remote(store.path, remote)
-    with pytest.warns(UserWarning, match="for this store alone"):
+    with pytest.warns(UserWarning, match="only this store may push there"):
         assert len(store.push().versions) == 12
     assert len(clone_of(Remote("origin", remote.url), tmp_path / "clone")) == 12
 
@@ -138,7 +138,7 @@ REFUSALS = [
     (403, "SignatureDoesNotMatch", "does not accept the environment's credentials; set valid ones"),
     (403, "AccessDenied", "access is denied; check which rights"),
     (403, "RequestTimeTooSkewed", "this machine's clock and the server's differ"),
-    (401, "", "does not accept the credentials"),
+    (401, "", "does not accept the environment's credentials"),
     (507, "", "no space left"),
     (503, "SlowDown", "busy"),
     (500, "InternalError", "busy"),

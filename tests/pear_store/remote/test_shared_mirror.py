@@ -147,7 +147,7 @@ def test_a_name_that_is_no_text_is_damage(team: Team, one: Client) -> None:
     one.pull()
     mirror = one.folder / "mirror"
     mirror.write_bytes(mirror.read_bytes().replace(b"task1", b"t\xffsk1"))
-    with pytest.raises(PlaceError, match="mirror is damaged .*: delete it"):
+    with pytest.raises(PlaceError, match="mirror is damaged .*; delete it"):
         one.pull()
 
 
