@@ -344,7 +344,7 @@ def test_an_old_index_beside_newer_packs_costs_nothing(store: Store, repacked: b
     files = packs(store)
     with Store(store.path) as old:
         for options in ({}, {"repack_all": True}, {"dry_run": True}, {"keep": 1}):
-            with pytest.raises(DamagedIndexError, match="it never had, and nothing was removed: [0-9a-f]{64}"):
+            with pytest.raises(DamagedIndexError, match="it never had, so nothing was removed: [0-9a-f]{64}"):
                 old.gc(**options)
     assert packs(store) == files
     assert rebuild(store.path).problems == []

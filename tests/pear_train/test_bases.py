@@ -649,8 +649,8 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     assert done.exit_code == 0, done.stderr
     assert "on turned, which hold 100.0 % of what the cores added" in done.stdout and "val: " in done.stdout
     assert run(*asked).exit_code == 1 and "there is a task checkpoint already" in run(*asked).stderr
-    again = run(*asked, "--overwrite", "--json")
-    assert json.loads(again.stdout)["held"] > 0.9999
+    overwritten = run(*asked, "--overwrite", "--json")
+    assert json.loads(overwritten.stdout)["held"] > 0.9999
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Elements, numbers and questions.
+// Makes elements, formats numbers, and asks the server.
 
 export { bar, byId, element } from "./elements.js";
 
@@ -18,7 +18,7 @@ export function bytes(number) {
 
 export const date = (time_ns) => new Date(time_ns / 1e6).toISOString().slice(0, 16).replace("T", " ");
 
-/** What the server answers; its own words where it refuses. */
+/** The server's answer. If the server refuses, an error with its message. */
 export async function ask(path, values = {}) {
   let answer;
   try {
