@@ -53,8 +53,8 @@ def store_commands() -> dict[str, click.Command]:
 def reference() -> str:
     """docs/reference.md, as the commands' own help says it."""
     parts = [
-        "# All commands\n\nThis page has what each command says with `--help`. `python -m tests.test_docs` writes it, and "
-        "a test compares the two.\nThe [glossary](glossary.md) explains the words.\n\n## Exit codes\n\n"
+        "# All commands\n\nThis page has what each command says with `--help`. `python -m tests.test_docs` writes it, "
+        "and a test compares the two.\nThe [glossary](glossary.md) explains the words.\n\n## Exit codes\n\n"
         "All commands use these. `pear-eval` also has 20: [a gate failed](evaluate.md#a-gate-against-regressions).\n\n"
         "| code | meaning |\n|---|---|\n" + "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items())
     ]
