@@ -140,9 +140,9 @@ HEAD = """# Which backbones work
 Written by `python -m tools.backbones` (timm {timm}, torch {torch}). A test checks it on some of them.
 
 This program takes a small model with random weights from each of timm's modules. It attaches the default positions of
-`pear-train` (places where adapters are added), and runs two tasks in a mixed batch. A model works if the features of each
-row equal those of the row alone to 1e-4, and the tasks differ. This does not say how good a task becomes there, because
-that needs pretrained weights.
+`pear-train` (places where adapters are added), and runs two tasks in a mixed batch. A model works if each row's
+features equal those of the row alone to 1e-4, and the tasks differ. This does not say how good a task becomes there,
+because that needs pretrained weights.
 
 Default positions are the first of these that a backbone has, and that run once in a forward:
 
