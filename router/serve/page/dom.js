@@ -1,8 +1,8 @@
-// Elements and numbers. Text is set as text only: nothing that a server or a user says becomes HTML.
+// Elements and numbers. Text is only set as text, so nothing from a server or a user becomes HTML.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with a class, and text or further elements in it. */
+/** An element with a class that contains text or other elements. */
 export function element(tag, className, ...inside) {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -10,7 +10,7 @@ export function element(tag, className, ...inside) {
   return made;
 }
 
-/** A bar that is filled to a share. It repeats a number beside it, so readers of screens are not told of it. */
+/** A bar that is filled to a share. Screen readers skip it, because a number beside it says the same. */
 export function bar(share, className = "") {
   const filled = element("span", "filled");
   filled.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;

@@ -64,17 +64,19 @@ def test_files_below_a_root_may_be_named(shared: Router, root: Path) -> None:
             ("in.png", 400, "links are not followed"),
             ("pipe", 400, "not a regular file"),
             ("inner", 400, "not a regular file"),
-            ("inner/none.png", 404, "no file"),
-            ("inner/a b.png/x", 404, "no file"),
-            ("nul\0", 404, "no file"),
-            ("x" * 300, 404, "no file"),
-            ("x/" * 3000, 400, "more than 4096"),
+            ("inner/none.png", 404, "no readable file"),
+            ("inner/a b.png/x", 404, "no readable file"),
+            ("nul\0", 404, "no readable file"),
+            ("x" * 300, 404, "no readable file"),
+            ("x/" * 3000, 400, "at most 4096 characters"),
             ("inner/large.png", 413, "more than 20000 bytes"),
         ):
             refused = await client.post(URL, json={"path": path})
             assert_problem(refused, status, text)
             assert str(root.parent) not in refused.json()["detail"].replace(path, "")
-        assert_problem(await client.post(URL, content=b'{"path": "half \\ud800"}', headers=JSON), 404, "no file")
+        assert_problem(
+            await client.post(URL, content=b'{"path": "half \\ud800"}', headers=JSON), 404, "no readable file"
+        )
         assert service_of(client).held.size_bytes == 0
 
     serve(shared, work, root=root, limits=RequestLimits(body_bytes=20_000))
