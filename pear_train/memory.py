@@ -1,4 +1,4 @@
-"""A memory that is too small, as one of our errors."""
+"""Turns an out-of-memory error into a ResourceError."""
 
 import math
 import os
@@ -12,10 +12,10 @@ from pear_train.errors import ResourceError
 
 @contextmanager
 def memory_named(task: str) -> Iterator[None]:
-    """Turns a memory that is too small into a ResourceError that names the task and what to lower."""
+    """Turns an out-of-memory error into a ResourceError that names the task and what to lower."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, and only a text for the host's
+    except (MemoryError, RuntimeError) as error:  # for a CPU's memory, torch raises a RuntimeError with a text
         short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not short:
             raise

@@ -1,4 +1,4 @@
-"""Moves a task to other common bases without training, and measures what that costs it."""
+"""Moves a task to other common bases without training, and measures how much worse it becomes."""
 
 import json
 from collections.abc import Mapping
@@ -32,15 +32,16 @@ from router import AdaptedBackbone, Backbone, Preprocess, Router
 
 @dataclass(frozen=True)
 class Rebased:
-    """What moving a task gave; of two figures the first is of the task as it was, the second of it as it is written."""
+    """The figures of a task that was moved. Pairs are (before, after)."""
 
     task: str
     bases: str
     held: float
-    """The share of what cores added, by squared norm, that the new bases hold."""
+    """The share, 0 to 1, of the cores' sum that the new bases hold, by squared norm."""
     loss: dict[str, tuple[float, float]]
-    """Cross-entropy on val, and on test where there is one."""
+    """Cross-entropy on val, and on test if there is one."""
     top1: dict[str, tuple[float, float]]
+    """Top-1, 0 to 1, on the same splits."""
     threshold: tuple[float | None, float | None]
     """The second one is calibrated anew on val; None if no confidence is enough, or the task was trained without."""
     adapter_bytes: int
@@ -52,17 +53,24 @@ class Rebased:
 def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: Path, name: str = "") -> Rebased:
     """Writes a task with the nearest cores in other bases: C = D⁺ · down · core · up · U⁺ at each position.
 
-    Its own adapters, its head and its options stay as they are. Both are evaluated on the data, through the router.
+    Its own adapters, its head and its options do not change. The old and the new task are both evaluated on the data,
+    through the router.
 
     Args:
-        name: of the new task [default: the same].
+        bases: the new common bases.
+        dataset: data of the task's classes; val and test are evaluated.
+        out: the checkpoint to write.
+        name: name of the new task; empty: the same name.
     Raises:
-        ConfigError: the task stands on no common bases, or the new ones or the data do not fit.
+        ConfigError: the task has no common bases, or the new bases or the data do not fit it.
     """
     if is_bases(task) or "bases" not in task.record["training"]:
-        raise ConfigError(f"task {task.name!r}: stands on no common bases: expected what --bases trained")
+        raise ConfigError(f"task {task.name!r}: it uses no common bases: give a task that was trained with --bases")
     if list(task.labels) != list(dataset.classes):
-        raise ConfigError(f"task {task.name!r}: its {len(task.labels)} classes are not those of the data")
+        raise ConfigError(
+            f"task {task.name!r}: expected data of its {len(task.labels)} classes, found {len(dataset.classes)} "
+            "classes, and not the same: give the data that it was trained on"
+        )
     check_out(out)
     training = task.record["training"]
     options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
@@ -90,7 +98,7 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
     if threshold[1] is not None:
         record["threshold"] = threshold[1]
     told = {"from": training["bases"], "held": held, "loss": loss, "top1": top1}
-    given = given_digest(task, (), bases)  # another than of a run on these bases: this is no such run's file
+    given = given_digest(task, (), bases)  # so that no run on these bases takes this file for its own
     record["training"] = {**training, **in_record(scores), "bases": bases.name, "given": given, "rebased": told}
     written = make_task(json.loads(json.dumps(record)), tensors, config.task)
     file_bytes = write_checkpoint(out, written)
@@ -101,7 +109,7 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
 
 
 def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> tuple[AdapterSet, float]:
-    """The task's adapters with the nearest cores in `bases`; and the share of the squared norm that these hold."""
+    """The task's adapters with the nearest cores in `bases`, and the share of the squared norm that these hold."""
     bits = code_bits(config.tensor_dtype), code_bits(config.core_dtype)
     adapters = AdapterSet({}, 0, config.activation, config.scale, torch.Generator(), False, *bits)
     stand_on(adapters, bases_at(bases, adapted, list(task.positions)), 1.0, adapted.device)

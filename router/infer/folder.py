@@ -1,4 +1,4 @@
-"""Pictures of a folder, or those that a pattern matches, in place of a list."""
+"""The pictures of a folder, or the files that a pattern matches, used like a list."""
 
 import hashlib
 import os
@@ -16,37 +16,37 @@ SCHEMA = pa.schema([("image", pa.string())])
 
 
 def is_folder_or_pattern(source: Path) -> bool:
-    """Whether a source is a folder, or a pattern such as ``pictures/*.jpg``. A file of that very name wins."""
+    """Whether a source is a folder, or a pattern such as ``pictures/*.jpg``. An existing file of that name wins."""
     return os.path.isdir(source) or (has_magic(str(source)) and not os.path.lexists(source))
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The pictures of a folder by their endings, or the files that a pattern matches, in order of names.
+    """The pictures of a folder by their endings, or the files that a pattern matches, sorted by name.
 
-    It is asked as an `ImageList` is. `digest` is of names, sizes and times: if a picture comes, goes or changes, it is
-    another run.
+    It has the interface of `ImageList`. `digest` is a sha256 of names, sizes and times. So an added, removed or changed
+    picture makes another run.
     """
 
     path: Path
     folder: Path
-    """Where relative paths begin."""
+    """The folder where relative paths start."""
     names: tuple[str, ...]
     digest: str
     left_out: int = 0
-    """Files of the folder that are no pictures by their endings."""
+    """Number of files of the folder that do not end like pictures."""
     schema: pa.Schema = SCHEMA
     encoding: str = "utf-8"
     most_rows: int = ROW_GROUP_ROWS
-    """Of a part."""
+    """Most rows of a part."""
 
     @classmethod
     def scan(cls, path: Path) -> "ImageFolder":
-        """Looks through all sub-folders; names that begin with a dot are passed over, links to folders not followed.
+        """Lists all sub-folders. It skips names with a leading dot, and does not follow links to folders.
 
         Raises:
             ListError: there is no picture.
-            OSError: a folder cannot be looked into.
+            OSError: a folder cannot be read.
         """
         if os.path.isdir(path):
             folder, found = path, list(_files_below(path))
@@ -56,7 +56,7 @@ class ImageFolder:
             names = found = [name for name in iglob(str(path), recursive=True) if os.path.isfile(name)]
         if not names:
             there = f"{len(found)} files of other kinds" if found else "nothing"
-            raise ListError(path, f"no picture is there: found {there}")
+            raise ListError(path, f"expected pictures, found {there}")
         names.sort(key=os.fsencode)
         digest = hashlib.sha256()
         for name in names:
@@ -69,7 +69,7 @@ class ImageFolder:
         return len(self.names)
 
     def parts(self, rows: int) -> Iterator[Rows]:
-        """The pictures in parts of that many."""
+        """The pictures in parts of `rows` rows."""
         for start in range(0, len(self.names), rows):
             names = self.names[start : start + rows]
             shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
@@ -80,12 +80,12 @@ class ImageFolder:
             yield Rows(pa.table([pa.array(shown)], schema=SCHEMA), list(names), [None] * len(names), list(faults))
 
     def tasks(self, table: pa.Table) -> list[str | None]:
-        """None names a task of its own."""
+        """None for each row, because pictures name no task."""
         return [None] * table.num_rows
 
 
 def _files_below(path: Path) -> Iterator[str]:
-    """Files by their paths below a folder."""
+    """The files below a folder, as paths relative to it."""
     for folder, folders, files in os.walk(path, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:

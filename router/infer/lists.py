@@ -1,6 +1,6 @@
-"""Lists of images in CSV, JSON lines or Parquet: tables in, tables out, never whole in memory.
+"""Reads and writes lists of images in CSV, JSON lines or Parquet. A list is never whole in memory.
 
-A line of CSV or JSON lines that cannot be read is a row without values, and a fault that names the line.
+A line of CSV or JSON lines that cannot be read becomes a row without values, with a fault that names the line.
 """
 
 import base64
@@ -29,26 +29,26 @@ from router.errors import RouterError
 FORMATS = (".csv", ".jsonl", ".parquet")
 CSV = (".csv", ".tsv")
 DELIMITERS = ",;\t"
-"""What may stand between a CSV's fields: spreadsheets write semicolons where the comma is the decimal mark."""
+"""Delimiters of a CSV. Spreadsheets write semicolons in countries whose decimal mark is a comma."""
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536
 TABLE_BYTES = 64 << 20
-"""About the most that is held of a list whose rows are large, such as one that holds its images."""
+"""About the most bytes in memory of a list with large rows, such as one that holds its images."""
 LINE_CHARACTERS = 16 << 20
 COLUMNS = 10_000
 EXACT = 2**53
-"""Up to here, float64 holds every integer."""
+"""Float64 holds every integer up to this one."""
 JSON_TEXT = {b"pear": b"json"}
-"""Metadata of a column of JSON lines whose values are of unlike types: it is held as JSON texts."""
+"""Metadata of a column of JSON lines whose values have different types. Such a column is held as JSON texts."""
 FAULT = pa.field("", pa.string())
 Image = str | bytes
 
 
 class OutputError(RouterError):
-    """An output that is not written, or not replaced."""
+    """An output is not written, or not replaced."""
 
 
 class ListError(RouterError):
-    """A list that cannot be read, or not be written in the wanted format."""
+    """A list cannot be read, or cannot be written in the wanted format."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -59,17 +59,17 @@ class Rows:
     """Some rows of a list."""
 
     table: pa.Table
-    """What the output keeps of them, with the list's schema."""
+    """The columns that the output keeps, with the list's schema."""
     images: list[Image | None]
-    """Paths and URLs as the list has them, or encoded images."""
+    """Paths and URLs as in the list, or encoded images."""
     tasks: list[str | None]
     faults: list[str | None]
-    """Why a row cannot be served at all."""
+    """Why a row cannot be served. None if it can."""
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """A list's columns and row count, found by reading it through once; `digest` is of its bytes."""
+    """A list's columns and number of rows, found by reading it once. `digest` is the sha256 of its bytes."""
 
     path: Path
     schema: pa.Schema
@@ -77,19 +77,19 @@ class ImageList:
     digest: str
     encoding: str
     source: pa.Schema
-    """The columns as they are in the file. Images that a list holds are not in `schema`: their paths are."""
+    """The columns of the file. For images that the list holds, `schema` has their paths instead."""
     most_rows: int
-    """How many rows fit into a table."""
+    """Most rows of a table in memory."""
     signature: tuple[int, ...]
 
     @property
     def folder(self) -> Path:
-        """Where relative paths begin."""
+        """The folder where relative paths start."""
         return self.path.parent
 
     @classmethod
     def scan(cls, path: Path, needed: Iterable[str], encoding: str = "utf-8-sig") -> "ImageList":
-        """Raises a ListError for what cannot be read to its end, or lacks a column."""
+        """Reads a list once. Raises a ListError if it cannot be read to its end, or lacks a column of `needed`."""
         with _reading(path), _open(path) as file:
             signature = _signature(file)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -106,25 +106,25 @@ class ImageList:
         return cls(path, schema, rows, digest, encoding, source, most_rows, signature)
 
     def parts(self, rows: int) -> Iterator[Rows]:
-        """The list in parts of that many rows, or fewer where rows are large; the last one is shorter."""
+        """The list in parts of `rows` rows, or of fewer if rows are large. The last part may be shorter."""
         with _reading(self.path):
             for table in recut(self._tables(), min(rows, self.most_rows)):
                 yield self._rows(table)
             with _open(self.path) as file:
                 if _signature(file) != self.signature:
-                    raise ValueError("it was changed while it was read")
+                    raise ValueError("it was changed while it was read: run the command again")
 
     def tasks(self, table: pa.Table) -> list[str | None]:
-        """The column `task` of rows of the output, as texts."""
+        """The column `task` of rows of the output, as text."""
         return self.texts(table, "task")
 
     def texts(self, table: pa.Table, column: str) -> list[str | None]:
-        """A column of rows with the list's schema, as texts."""
+        """A column of rows with the list's schema, as text."""
         texts, _ = _texts_asked(table.column(column), self.schema.field(column))
         return texts
 
     def _tables(self) -> Iterator[pa.Table]:
-        """Tables of the list's own columns, then the rows' faults."""
+        """Tables of the list's own columns, with a last column of faults."""
         if ending(self.path) == ".parquet":
             with _open(self.path) as file:
                 batches = _parquet(file).iter_batches(batch_size=min(CHUNK_ROWS, self.most_rows))
@@ -156,7 +156,7 @@ class ImageList:
 
 
 def recut(tables: Iterable[pa.Table], rows: int, most_bytes: int | None = None) -> Iterator[pa.Table]:
-    """The same rows in tables of that many, or where they have more than `most_bytes`, of fewer."""
+    """The same rows in tables of `rows` rows, or of fewer if those would have more than `most_bytes`."""
     held: pa.Table | None = None
     for table in tables:
         held = table if held is None else pa.concat_tables([held, table])
@@ -172,10 +172,10 @@ def recut(tables: Iterable[pa.Table], rows: int, most_bytes: int | None = None) 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns whatever a reader raises into a ListError."""
+    """Turns every error of a reader into a ListError."""
     try:
         yield
-    except PearStoreError as error:  # the file cannot be opened; its text names it
+    except PearStoreError as error:  # the file cannot be opened; the message names it
         raise OutputError(str(error)) from None
     except (pa.ArrowException, ValueError, OSError, OverflowError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())
@@ -195,10 +195,10 @@ def _signature(file: BinaryIO) -> tuple[int, ...]:
 
 
 def _check_column(path: Path, schema: pa.Schema, name: str, needed: Iterable[str]) -> pa.Schema:
-    """The schema, where images are paths only.
+    """The schema, with images replaced by paths.
 
     Raises:
-        ListError: the column is missing, or holds something else than what it is for.
+        ListError: the column is missing, or has a type that does not fit.
     """
     if name not in schema.names:
         found = ", ".join(f"{name:.40}" if name.isprintable() else f"{name!r:.40}" for name in schema.names[:20])
@@ -219,7 +219,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column holds encoded images, alone or as Hugging Face's structs of bytes and path."""
+    """Whether a column holds encoded images, either plain or in Hugging Face's structs of bytes and path."""
     if not pa.types.is_struct(kind):
         return _is_binary(kind)
     fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -233,7 +233,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 def _images_asked(
     column: pa.ChunkedArray, field: pa.Field
 ) -> tuple[list[Image | None], pa.ChunkedArray | None, list[str | None]]:
-    """Images; their paths where the column holds images; and rows' faults."""
+    """The images, their paths if the column holds encoded images (else None), and the rows' faults."""
     if not _holds_images(field.type):
         texts, faults = _texts_asked(column, field)
         return list(texts), None, faults
@@ -246,7 +246,7 @@ def _images_asked(
 
 
 def _texts_asked(column: pa.ChunkedArray, field: pa.Field) -> tuple[list[str | None], list[str | None]]:
-    """A column as texts, and rows' faults."""
+    """A column as text, and the rows' faults."""
     if not _is_json_text(field):
         texts = column.cast(pa.string()).to_pylist()
         return texts, [None] * len(texts)
@@ -290,7 +290,7 @@ def _scan_parquet(path: Path) -> tuple[pa.Schema, int, int]:
 
 
 def _parquet(file: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # pages, not whole column chunks, in memory
+    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # keeps pages in memory, not whole columns
 
 
 def _twice(names: Iterable[str]) -> str | None:
@@ -298,7 +298,7 @@ def _twice(names: Iterable[str]) -> str | None:
 
 
 def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
-    """The type, views as what they are views of (rows of views cannot be taken), extensions as what holds them."""
+    """The type in memory. Views become plain types, because rows of views cannot be taken; extensions their storage."""
     if isinstance(kind, pa.BaseExtensionType):
         return _held_as(name, kind.storage_type)
     if pa.types.is_struct(kind):
@@ -318,7 +318,7 @@ def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Bytes that are not of the encoding come as lone surrogates; a long line comes in pieces."""
+    """Numbered lines. Bytes outside of the encoding come as lone surrogates. A long line comes in pieces."""
     with (
         _open(path) as binary,
         open(binary.fileno(), encoding=encoding, errors="surrogateescape", newline="", closefd=False) as file,
@@ -331,7 +331,7 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def _foreign_byte(line: str) -> tuple[int, int] | None:
-    """The first byte that is not of the encoding, and at which character of the line, counted from 1."""
+    """The first byte outside of the encoding, and the number of its character in the line, from 1."""
     if line.isascii():
         return None
     return next(((ord(c) - 0xDC00, i) for i, c in enumerate(line, 1) if "\udc80" <= c <= "\udcff"), None)
@@ -341,7 +341,7 @@ def _foreign_byte(line: str) -> tuple[int, int] | None:
 
 
 def _scan_csv(path: Path, encoding: str) -> tuple[pa.Schema, int]:
-    """A column is of numbers where the numbers, written back, give the very text; else it is text."""
+    """The schema and the number of rows. A column holds numbers only if writing them back gives the same text."""
     names, chunks = _csv_chunks(path, encoding)
     kinds = {name: [pa.int64(), pa.float64()] if name not in ("image", "task") else [] for name in names}
     rows = 0
@@ -360,7 +360,7 @@ def _is_written_as(column: pa.Array, kind: pa.DataType) -> bool:
 
 
 def _csv_chunks(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[list[pa.Array], pa.Array]]]:
-    """The header; and of some rows at a time, the columns as text and the faults."""
+    """The header, and the rows in chunks: their columns as text, and their faults."""
     records = _csv_records(path, encoding)
     names = next(records)[0] or []
     twice = _twice(names)
@@ -378,7 +378,7 @@ def _csv_chunks(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[li
 
 
 def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, str | None]]:
-    """The header, then rows: each its fields, or why they cannot be told."""
+    """The header, then the rows. Each has its fields, or the reason why they cannot be read."""
     lines = _csv_lines(path, encoding)
     header = next(lines, "")
     reader = csv.reader(chain([header] if header else [], lines), strict=True, delimiter=_delimiter(header))
@@ -394,19 +394,19 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, 
             if "unexpected end" in reason or "field larger" in reason:
                 limit = csv.field_size_limit()
                 reason = (
-                    f"a quote that never closes, or a field of more than {limit} characters (JSON lines can have those)"
+                    f"a quote never closes, or a field has more than {limit} characters (JSON lines can have those)"
                 )
             raise ValueError(f"line {first}: {reason}") from None
         if width is None:
             if any("\0" in name for name in row):
                 raise ValueError(
-                    "line 1 holds NUL bytes: it is no text, or of another encoding; save the list as UTF-8 "
+                    "line 1 holds NUL bytes, so it is not text, or has another encoding: save the list as UTF-8 "
                     "(pear-infer also takes --encoding utf-16)"
                 )
             width = len(row)
             yield row, None
         elif row and len(row) != width:
-            yield None, f"line {first} of the list has {len(row)} fields, the header {width}"
+            yield None, f"line {first} of the list: expected {width} fields, as in the header, found {len(row)}"
         elif any("\0" in field for field in row):
             yield None, f"line {first} of the list holds NUL bytes"
         elif row:
@@ -416,7 +416,7 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[list[str] | None, 
 
 
 def _delimiter(header: str) -> str:
-    """What stands between the fields: that by which one of them is the column image; else a comma."""
+    """The delimiter by which the header has a column image, else a comma."""
     for delimiter in DELIMITERS:
         with suppress(csv.Error, StopIteration):
             if "image" in next(csv.reader([header], delimiter=delimiter)):
@@ -425,7 +425,7 @@ def _delimiter(header: str) -> str:
 
 
 def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
-    """Raises a ValueError for a line of another encoding, or one that is too long."""
+    """The lines. Raises a ValueError for a line in another encoding, or one that is too long."""
     for number, line in _lines(path, encoding):
         found = _foreign_byte(line)
         if found is not None:
@@ -433,7 +433,7 @@ def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
             name = "UTF-8" if encoding == "utf-8-sig" else encoding
             other = "utf-16" if number == at == 1 and byte in (0xFE, 0xFF) else "latin-1"
             raise ValueError(
-                f"line {number} is not {name}: byte 0x{byte:02x} at character {at}; "
+                f"line {number} is not {name}: byte 0x{byte:02x} at character {at}: "
                 f"save the list as UTF-8 (pear-infer also takes --encoding {other})"
             )
         if len(line) >= LINE_CHARACTERS:
@@ -446,7 +446,7 @@ def _csv_lines(path: Path, encoding: str) -> Iterator[str]:
 
 def _scan_jsonl(path: Path, encoding: str, needed: Iterable[str]) -> tuple[pa.Schema, int]:
     kinds: dict[str, pa.DataType | None] = {}
-    """None for unlike types."""
+    """Column -> its type. None if its values have different types."""
     large: set[str] = set()
     """Columns with integers that float64 cannot hold."""
     rows, faults, first = 0, 0, ""
@@ -462,9 +462,9 @@ def _scan_jsonl(path: Path, encoding: str, needed: Iterable[str]) -> tuple[pa.Sc
             found = _json_type(values)
             kinds[name] = _both(kinds[name], found) if name in kinds else found
         if len(kinds) > COLUMNS:
-            raise ValueError(f"more than {COLUMNS} names: expected rows that have their names in common")
+            raise ValueError(f"more than {COLUMNS} names: expected rows with the same names")
     if rows and faults == rows:
-        raise ValueError(f"none of {rows} lines is a row; {first}")
+        raise ValueError(f"none of {rows} lines can be read; {first}")
     if not rows:
         kinds = dict.fromkeys(needed, pa.string())
     for name in large:
@@ -493,7 +493,7 @@ def _both(first: pa.DataType | None, second: pa.DataType | None) -> pa.DataType 
 
 
 def _has_empty_struct(kind: pa.DataType) -> bool:
-    """Parquet has none."""
+    """Whether a type has a struct without fields, which Parquet cannot hold."""
     if pa.types.is_struct(kind):
         return not kind.num_fields or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
     return bool(pa.types.is_list(kind)) and _has_empty_struct(kind.value_type)
@@ -506,7 +506,7 @@ def _json_column(field: pa.Field, values: list[Any]) -> pa.Array:
 
 
 def _jsonl_chunks(path: Path, encoding: str) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
-    """Some rows at a time: each its values and, if it has none, why."""
+    """The rows in chunks. Each row has its values, and the reason if it could not be read."""
     rows = _jsonl_rows(path, encoding)
     return iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
 
@@ -524,11 +524,11 @@ def _jsonl_rows(path: Path, encoding: str) -> Iterator[tuple[dict[str, Any], str
                 yield _json_row(line), None
             except (ValueError, RecursionError) as error:
                 found = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                yield {}, f"line {number} of the list is no JSON object: {found or unreadable(error)}"
+                yield {}, f"line {number} of the list: expected a JSON object: {found or unreadable(error)}"
 
 
 def _json_row(line: str) -> dict[str, Any]:
-    """Raises a ValueError or RecursionError for what is none, or cannot be written again."""
+    """A row. Raises a ValueError or RecursionError if the line is not a row, or could not be written again."""
     found = _foreign_byte(line)
     if found is not None:
         raise ValueError(f"byte 0x{found[0]:02x} at character {found[1]} is not UTF-8")
@@ -536,14 +536,14 @@ def _json_row(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"found {_shown(row):.40}")
     if "\\u" in line:
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
     return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the name {_twice(name for name, _ in pairs)!r:.60} is there twice")
+        raise ValueError(f"the name {_twice(name for name, _ in pairs)!r:.60} comes twice")
     return found
 
 
@@ -551,28 +551,32 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_writable(path: Path, schema: pa.Schema) -> None:
-    """Raises a ListError if a list of that schema cannot be written to such a file."""
+    """Raises a ListError if the file's format cannot hold a list of that schema."""
     if ending(path) not in (".csv", ".jsonl"):
         try:
             pq.write_table(schema.empty_table(), BytesIO())
         except pa.ArrowException as error:
-            raise ListError(path, f"cannot be written as .parquet: {error}; choose .jsonl or .csv") from None
+            raise ListError(path, f"cannot be written as .parquet: {error}: choose .jsonl or .csv") from None
 
 
 def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Raises a ListError for values that the format cannot hold."""
+    """Writes a list. Raises a ListError for values that the format cannot hold.
+
+    Args:
+        suffix: the format: .csv, .jsonl or .parquet.
+    """
     try:
         _write(file, suffix, schema, tables)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}; choose another format") from None
+        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}: choose another format") from None
 
 
 def write_folder(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> list[Path]:
-    """Writes numbered Parquet files, in order; returns them.
+    """Writes numbered Parquet files, in order, and returns their paths.
 
     Raises:
-        ListError: a value that the format cannot hold.
+        ListError: the format cannot hold a value.
     """
     folder.mkdir()
     files = []
@@ -607,7 +611,7 @@ def _write(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table
 
 
 def _unquoted(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    """The column; one of JSON texts has those of texts as these themselves."""
+    """The column to write. In a column of JSON texts, a JSON string becomes its plain text."""
     if not _is_json_text(field):
         return column
     values = [(text, _from_json_text(text)) for text in column.to_pylist()]
@@ -626,7 +630,7 @@ def _dumped(value: object) -> str:
 
 
 def _values(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
-    """Values that JSON can hold: bytes as base64, numbers that are not finite as null, times as text."""
+    """The values in a form that JSON can hold: bytes as base64, non-finite numbers as null, times as text."""
     kind, types = field.type, pa.types
     if types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of the Open Inference Protocol."""
+"""The part of the OpenAPI document for the Open Inference Protocol."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ def test_a_class_that_is_never_recognised_is_named_with_its_counts() -> None:
     training = {"images": {"train": [285, 15], "val": [28, 2]}, "recall": {"val": [1.0, 0.0]}}
     told = by_class(["common", "rare"], training)
     assert list(recall_warnings(told)) == [
-        "class 'rare': none of its 2 val images is recognised; it has 15 of 300 training images"
+        "class 'rare': none of its 2 val images is recognised. It has 15 of 300 training images"
     ]
     assert recall_rows(told)[1] == {"class": "rare", "train": 15, "val": 2, "val recall %": "0.0"}
     assert by_class(["a"], {}) == {"a": {"images": {}, "recall": {}}}  # of a checkpoint without them
@@ -78,7 +78,7 @@ def test_the_command_reports_each_class(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "classes   train/val/test: common 46/23/23, rare 2/1/1" in done.stderr
     assert "uneven classes: 46 training images of 'common', 2 of 'rare'" in done.stderr
-    assert "class 'rare': none of its 1 val images is recognised; it has 2 of 48 training images" in done.stderr
+    assert "class 'rare': none of its 1 val images is recognised. It has 2 of 48 training images" in done.stderr
     assert "val recall %" in done.stdout and "rare" in done.stdout
     training = read_checkpoint(tmp_path / "t").record["training"]
     assert training["images"] == {"train": [46, 2], "val": [23, 1], "test": [23, 1]}

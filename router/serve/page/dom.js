@@ -1,4 +1,4 @@
-// Elements and numbers.
+// Makes elements and formats numbers.
 
 export { bar, byId, element } from "./elements.js";
 

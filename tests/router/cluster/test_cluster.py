@@ -162,7 +162,7 @@ def test_a_batch_that_kills_its_workers_ends_the_run_with_its_name(work: Path, c
     assert (process.returncode, out) == (1, "")
     said = errors.splitlines()[-1]
     assert said.startswith(
-        f"Error: workers died 6 times with a batch that begins with {work}/deadly.png: finished parts"
+        f"Error: workers died 6 times with a batch that begins with {work}/deadly.png: see Ray's logs"
     )
     assert len(list((work / "there.parts").glob("0*.parquet"))) >= 10
 
@@ -279,4 +279,5 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line(work: Path) -> None:
     args = [write_list(work, 10), work / "out", "--store", work / "s", "--ray", "127.0.0.1:1"]
     done = CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "Error: Ray at 127.0.0.1:1: cannot be reached: Connection refused\n"
+    said = "Ray at 127.0.0.1:1: cannot be reached: Connection refused: check the address, or start Ray"
+    assert done.stderr == f"Error: {said}\n"

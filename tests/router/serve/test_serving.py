@@ -191,11 +191,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 is reached from other machines: give a token"),
-        (["--host", "::"], 2, "is reached from other machines"),
-        (["--host", "example.org"], 2, "is reached from other machines"),
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0: other machines can reach it: give a token"),
+        (["--host", "::"], 2, "other machines can reach it"),
+        (["--host", "example.org"], 2, "other machines can reach it"),
         (["--token-file", "nowhere"], 1, "nowhere: cannot be read"),
-        (["--token-file", "empty"], 1, "line 1: no token"),
+        (["--token-file", "empty"], 1, "line 1: expected a token"),
         (["--token-file", "short"], 1, "line 1: expected a token of at least 16 printable"),
         (["--store", "nowhere"], 3, "no store there"),
         (["--backbone", "no_such_model"], 1, "no_such_model"),
