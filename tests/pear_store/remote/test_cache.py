@@ -759,7 +759,7 @@ def test_what_would_change_it_says_to_clone(client: Client, opener: Opener) -> N
     ):  # fmt: skip
         with pytest.raises(PearStoreError, match="a remote is only read; to change it, clone it"):
             act()
-    with pytest.raises(PearStoreError, match="a URL names a remote"):
+    with pytest.raises(PearStoreError, match="expected a store's directory, found a URL"):
         Store("s3://user:secret@bucket/store")
 
 
@@ -813,7 +813,7 @@ def test_commands_that_read(directory: str, tmp_path: Path, monkeypatch: pytest.
     changing = (("add", str(tmp_path / "t3.safetensors")), ("rm", "t3", "--yes"), ("gc",), ("verify",), ("push",))
     for change in changing:
         refused = run(*there, *change)
-        assert refused.exit_code == 1 and "clone the remote first" in refused.stderr
+        assert refused.exit_code == 1 and "found a URL; clone the remote" in refused.stderr
     assert run("--store", f"file://{tmp_path}/nowhere", "ls").exit_code == 12
 
 
