@@ -90,7 +90,7 @@ def test_a_task_s_requests_reach_one_replica_whatever_form_they_have(proxy: Prox
                 f"/v1/predict?tasks={name}",
                 f"/v1/predict?top=1&tasks={name}@prod,other",
                 f"/v1/predict?tasks={name}%2Cother",
-                f"/v1/predict?tasks={name}&top=1&tasks=other",
+                f"/v1/predict?top=1&tasks={name}&tasks=other",
                 f"/v2/models/{name}/infer",
                 f"/v2/models/{name}/versions/2/infer",
             ):
