@@ -11,6 +11,7 @@ export const names = new Set();
 let starts = [""]; // the name before each page, up to the page that is shown
 let page = null;
 let asked = 0;
+let touched = false; // whether the user has chosen anything yet
 let changed = () => {};
 let failed = () => {};
 
@@ -24,13 +25,14 @@ export async function watch(whenChanged, whenFailed) {
   byId("before").addEventListener("click", () => turn(starts.slice(0, -1)));
   byId("after").addEventListener("click", () => turn([...starts, page.next]));
   byId("none").addEventListener("click", () => {
+    touched = true;
     names.clear();
     mark();
   });
   byId("all").addEventListener("click", chooseAll);
   byId("range").textContent = "reading the list …"; // slow at first: the server looks at every task
   await turn([""]);
-  if (page && page.total <= FEW) {
+  if (!touched && page && page.total <= FEW) {
     for (const task of page.tasks) names.add(task.name);
     if (page.next) await chooseAll();
     mark();
@@ -91,6 +93,7 @@ function row(task) {
   box.type = "checkbox";
   box.value = task.name;
   box.addEventListener("change", () => {
+    touched = true;
     if (box.checked) names.add(task.name);
     else names.delete(task.name);
     mark();

@@ -310,6 +310,21 @@ def test_names_and_labels_stay_text(address: str, visit: Callable[..., Any]) -> 
 
 
 @in_chromium
+def test_a_choice_that_is_made_before_the_list_is_there_counts(address: str, visit: Callable[..., Any]) -> None:
+    page = visit(address)
+    held: list[Any] = []
+    page.route("**/v1/tasks?*", lambda route: held.append(route), times=1)
+    page.reload()
+    while not held:
+        page.wait_for_timeout(10)
+    page.click("#none")
+    held[0].continue_()
+    expect(page.locator("#rows tr")).to_have_count(8)
+    page.wait_for_load_state("networkidle")
+    assert page.locator("#rows input:checked").count() == 0
+
+
+@in_chromium
 def test_the_token_is_asked_for_and_kept_for_the_tab_only(router: Router, visit: Callable[..., Any]) -> None:
     with serving(router, use_token=TOKEN) as address:
         page = visit(address)
