@@ -3,14 +3,16 @@
 A caller keeps one `Access` and hands it down. Only a command reads options and the environment to build one.
 """
 
+import errno
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
 from pear_store.files import ending, open_regular_file, read_whole
@@ -76,6 +78,30 @@ def open_source(
         yield file
 
 
+@contextmanager
+def open_copy(source: str | Path, access: Access | None = None) -> Iterator[BufferedReader]:
+    """Opens a path or URL of any size, to be read from anywhere in it. What a URL names is copied to a file first.
+
+    The copy lies in the folder for temporary files, and goes when it is closed.
+
+    Raises:
+        NotFoundError, SourceError: as :func:`open_source`.
+    """
+    access = access or Access()
+    path = _local_path(source, access)
+    if path is not None:
+        with open_regular_file(path, access.root) as file:
+            yield file
+        return
+    url = str(source)
+    with tempfile.NamedTemporaryFile(prefix="pear-") as copy:
+        with _errors_named(url):
+            files, path = _file_system(url)
+            files.get_file(path, copy.name)  # in one request: blocks would need a server that serves ranges
+        with open(copy.name, "rb") as file:
+            yield file
+
+
 def read_source(source: str | Path, access: Access | None = None, most_bytes: int = MAX_SOURCE_BYTES) -> bytes:
     """All bytes of a path or URL.
 
@@ -125,9 +151,16 @@ def _download(url: str, most_bytes: int) -> bytes:
         return read_hub(url, most_bytes)
     import fsspec  # here: its import takes longer than most commands
 
+    with _errors_named(url), fsspec.open(url, "rb", expand=False) as file:
+        data: bytes = file.read(most_bytes + 1)
+    return data
+
+
+@contextmanager
+def _errors_named(url: str) -> Iterator[None]:
+    """Turns whatever a file system of fsspec raises into an error that names the URL."""
     try:
-        with fsspec.open(url, "rb", expand=False) as file:
-            data: bytes = file.read(most_bytes + 1)
+        yield
     except PearStoreError:
         raise
     except Exception as error:  # each file system has its own
@@ -135,13 +168,106 @@ def _download(url: str, most_bytes: int) -> bytes:
             error = error.__cause__  # fsspec's HTTP calls any failure that
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
             raise NotFoundError(f"{url}: no such file") from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = tempfile.gettempdir()
+            raise SourceError(
+                url, f"its copy has no room in {folder}: free some, or name another folder in TMPDIR"
+            ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(url, f"cannot be read: {reason}") from None
-    return data
 
 
 def _is_hub(url: str) -> bool:
     return url.startswith(HUB) and "::" not in url
+
+
+# ---- the path within a URL ----------------------------------------------------------------------
+
+
+def path_in_url(url: str) -> str:
+    """The link of a chain that names a path, with its protocol and without a web address's query."""
+    link = _links(url)[1]
+    return re.split("[?#]", link)[0] if _is_web(link) else link
+
+
+def is_url_pattern(url: str) -> bool:
+    """Whether a URL has a pattern for its path, such as ``s3://bucket/lists/*.csv``. A web address's ``?`` is none."""
+    return _pattern_at(_links(url)[1]) is not None
+
+
+def url_folder(url: str) -> str:
+    """The URL of the folder that a URL's file lies in."""
+    before, _, after = _links(url)
+    protocol, slashes, path = path_in_url(url).partition("://")
+    return before + protocol + slashes + path.rpartition("/")[0] + after
+
+
+def url_below(folder: str, path: str) -> str:
+    """The URL of what has that path from a folder."""
+    before, link, after = _links(folder)
+    protocol, slashes, start = link.partition("://")
+    return before + protocol + slashes + os.path.normpath(os.path.join(start, path)) + after
+
+
+def files_at(url: str, access: Access | None = None) -> list[str]:
+    """URLs of the files that match a URL's pattern, or that lie right in the folder that it names.
+
+    Raises:
+        NotFoundError, SourceError: as :func:`open_source`.
+    """
+    check_url(url, access or Access())
+    before, link, after = _links(url)
+    pattern_at = _pattern_at(link)
+    with _errors_named(url):
+        files, path = _file_system(url)
+        files.invalidate_cache()
+        if pattern_at is None:
+            folder = link if link.endswith("/") else f"{link}/"
+            found = files.ls(path, detail=True)
+        elif files.isfile(path):
+            return [url]
+        else:
+            folder = link[:pattern_at].rpartition("/")[0] + "/"
+            found = files.glob(path, detail=True).values()
+        root = _file_system(before + folder + after)[1].strip("/")
+        start = f"{root}/" if root else ""
+        paths = [entry["name"].strip("/") for entry in found if entry["type"] != "directory"]
+        return [before + folder + path.removeprefix(start) + after for path in paths if path.startswith(start)]
+
+
+def _links(url: str) -> tuple[str, str, str]:
+    """A chain's links before the one that names a path, that one, and those after it. Lone words name none."""
+    links = url.split("::")
+    at = next((at for at, link in enumerate(links) if "://" in link), 0)
+    return "".join(f"{link}::" for link in links[:at]), links[at], "".join(f"::{link}" for link in links[at + 1 :])
+
+
+def _pattern_at(link: str) -> int | None:
+    found = re.search(r"[*[]" if _is_web(link) else r"[*?[]", link)
+    return None if found is None else found.start()
+
+
+def _is_web(link: str) -> bool:
+    return link.startswith(("http://", "https://"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of fsspec for a URL, and its path there.
+
+    A web server's file may take as long as bytes come: of itself, fsspec's HTTP gives up after 5 minutes.
+    """
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if _is_web(url):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    found: tuple[Any, str] = url_to_fs(url, **options)
+    return found
+
+
+# ---- tasks --------------------------------------------------------------------------------------
 
 
 def label(source: Source) -> str:

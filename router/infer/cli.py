@@ -1,4 +1,4 @@
-"""Run tasks on a list of images of any length: each image through its own task, or through several.
+"""Run tasks on lists of images of any length: each image through its own task, or through several.
 
 The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet, or .CSV and so on). A CSV
 may have commas, semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or
@@ -13,8 +13,16 @@ the answer is unknown: `known` is false and `label` is empty. `probability` and 
 
 A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
 
-In place of a list, give a folder of pictures with all its sub-folders, or a pattern in quotes ('pictures/*.jpg'), and
-the task with --task. The output then has a row for each picture; below a folder its path in the folder.
+Several lists are read as one: give their folder, or a pattern in quotes ('lists/*.parquet'). They are read in natural
+order, part-2 before part-10, and rows are counted through all of them. They have one format and the same columns. (In
+JSON lines, what a row does not name is empty.) Each relative path begins in the folder of its own list.
+
+A list, a folder or a pattern may be a URL, such as s3://bucket/lists/*.parquet or https://host/list.csv. Each file is
+copied to $TMPDIR while it is read.
+
+In place of lists, give a folder of pictures with all its sub-folders, or a pattern in quotes ('pictures/*.jpg'), and
+the task with --task. The output then has a row for each picture; below a folder its path in the folder. A folder that
+has any picture is one of pictures. Of a folder of lists, those of its sub-folders are not read.
 
 If a row cannot be served, only that row fails: `error` says why. A line of the list that cannot be read is such a row.
 If no row at all could be served, or if more fail than --max-errors allows, the exit code is 1. The output is written
@@ -33,7 +41,7 @@ no store is needed.
 
 The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
 goes on after the last finished part, with the tasks' versions that it began with. OUT.run.json says which run wrote
-OUT. If that was the same run (the same list, options, store and backbone), there is nothing to do. If it was another,
+OUT. If that was the same run (the same lists, options, store and backbone), there is nothing to do. If it was another,
 OUT is replaced only with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
 
 OUT without an ending is a folder of Parquet files. Their rows are in the list's order; the column `row` numbers them.
@@ -43,12 +51,15 @@ Ray on this machine, until the run ends.
 
     pear-infer list.csv predictions.parquet --store pear.store --backbone pear_tiny
 
+    pear-infer 's3://bucket/lists/*.parquet' predictions --store s3://bucket/pear
+
     pear-infer pictures/ predictions.csv --task dtd
 """
 
 import codecs
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
@@ -61,6 +72,7 @@ import click
 import pyarrow as pa
 import torch
 from platformdirs import user_data_path
+from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
 from pear_store.files import ending
@@ -68,8 +80,9 @@ from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import NamedPath, allow_option, echo, printable, version_option
 from router import Router, RouterError
-from router.infer.folder import ImageFolder, is_folder_or_pattern
-from router.infer.lists import CSV, FORMATS, ImageList
+from router.infer.folder import ImageFolder
+from router.infer.lists import FORMATS, ImageList
+from router.infer.source import Source, find
 from router.infer.work import Job, infer
 from router.pictures import MAX_PIXELS
 from router.predictions import Threshold, read_threshold
@@ -99,7 +112,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @version_option
-@click.argument("source", type=NamedPath(path_type=Path))
+@click.argument("source", type=NamedPath())
 @click.argument("out", type=NamedPath(path_type=Path))
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
@@ -173,15 +186,12 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def main(
-    source: Path, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
+    source: str, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
     weights: str | None, batch_size: int, top: int, threshold: Threshold, embeddings: bool, device: str | None,
     dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int,
     max_errors: int | None, allowed: tuple[str, ...], address: str | None, workers: int | None,
     cpus_per_worker: int | None, decode: str, restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    whole = is_folder_or_pattern(source)
-    if not whole and ending(source) not in {*FORMATS, *CSV}:
-        raise click.UsageError(f"{source}: expected a folder, or a file ending in {', '.join((*FORMATS, '.tsv'))}")
     if ending(out) not in ("", *FORMATS):
         raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
     if not out.name:
@@ -190,18 +200,21 @@ def main(
         raise click.UsageError("--threshold: embeddings are no classes: without --embeddings")
     if embeddings and address is not None:
         raise click.UsageError("--embeddings: not with --ray yet")
-    if whole and not tasks and not embeddings:
-        raise click.UsageError(f"{source}: pictures without a list: say their task with --task NAME")
-    if whole and root is not None:
-        raise click.UsageError(f"{source}: pictures without a list: --root is for lists")
     if address is None and (workers or cpus_per_worker or decode != "auto"):
         raise click.UsageError("--workers, --cpus-per-worker and --decode are for a cluster: give --ray, too")
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
-        if source.exists() and out.exists() and out.samefile(source):
+        if os.path.exists(source) and out.exists() and out.samefile(source):
             raise click.UsageError(f"{out}: is the list itself; choose another output")
-        listed = _scan(source, whole, ["image"] if tasks or embeddings else ["image", "task"], encoding)
+        found = find(source, out, Access(allowed=frozenset(allowed)))
+        for note in found.notes:
+            echo(note, err=True)
+        if found.kind == "pictures" and not tasks and not embeddings:
+            raise click.UsageError(f"{source}: pictures without a list: say their task with --task NAME")
+        if found.kind == "pictures" and root is not None:
+            raise click.UsageError(f"{source}: pictures without a list: --root is for lists")
+        listed = _scan(found, ["image"] if tasks or embeddings else ["image", "task"], encoding, allowed)
         alone = embeddings and not tasks and "task" not in listed.schema.names
         with ExitStack() as stack:
             if address is not None:
@@ -255,13 +268,12 @@ def main(
         )
 
 
-def _scan(source: Path, whole: bool, needed: list[str], encoding: str) -> ImageList | ImageFolder:
-    if not whole:
-        return ImageList.scan(source, needed, encoding)
-    found = ImageFolder.scan(source)
-    if found.left_out:
-        echo(f"{source}: {found.left_out} files are no pictures by their endings, and are left out", err=True)
-    return found
+def _scan(found: Source, needed: list[str], encoding: str, allowed: tuple[str, ...]) -> ImageList | ImageFolder:
+    if found.kind == "pictures":
+        return ImageFolder.scan(found)
+    few = len(found.files) == 1
+    with tqdm(found.files, "looking through lists", unit="list", file=sys.stderr, disable=few) as files:
+        return ImageList.scan(found.name, needed, encoding, files=files, allowed=allowed)
 
 
 def _cluster() -> ModuleType:

@@ -1,68 +1,44 @@
-"""Pictures of a folder, or those that a pattern matches, in place of a list."""
+"""Pictures in place of a list: those of a folder, or that a pattern matches."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import has_magic, iglob
-from pathlib import Path
 
 import pyarrow as pa
 
-from router.infer.lists import ROW_GROUP_ROWS, ListError, Rows
-from router.pictures import extensions
+from router.infer.lists import ROW_GROUP_ROWS, Rows
+from router.infer.source import Source
 
 SCHEMA = pa.schema([("image", pa.string())])
 
 
-def is_folder_or_pattern(source: Path) -> bool:
-    """Whether a source is a folder, or a pattern such as ``pictures/*.jpg``. A file of that very name wins."""
-    return os.path.isdir(source) or (has_magic(str(source)) and not os.path.lexists(source))
-
-
 @dataclass(frozen=True)
 class ImageFolder:
-    """The pictures of a folder by their endings, or the files that a pattern matches, in order of names.
+    """Pictures by their names, in the order that `source` found.
 
     It is asked as an `ImageList` is. `digest` is of names, sizes and times: if a picture comes, goes or changes, it is
     another run.
     """
 
-    path: Path
-    folder: Path
+    path: str
+    folder: str
     """Where relative paths begin."""
     names: tuple[str, ...]
     digest: str
-    left_out: int = 0
-    """Files of the folder that are no pictures by their endings."""
     schema: pa.Schema = SCHEMA
     encoding: str = "utf-8"
     most_rows: int = ROW_GROUP_ROWS
     """Of a part."""
 
     @classmethod
-    def scan(cls, path: Path) -> "ImageFolder":
-        """Looks through all sub-folders; names that begin with a dot are passed over, links to folders not followed.
-
-        Raises:
-            ListError: there is no picture.
-            OSError: a folder cannot be looked into.
-        """
-        if os.path.isdir(path):
-            folder, found = path, list(_files_below(path))
-            names = [name for name in found if os.path.splitext(name)[1].lower() in extensions()]
-        else:
-            folder = Path()
-            names = found = [name for name in iglob(str(path), recursive=True) if os.path.isfile(name)]
-        if not names:
-            there = f"{len(found)} files of other kinds" if found else "nothing"
-            raise ListError(path, f"no picture is there: found {there}")
-        names.sort(key=os.fsencode)
+    def scan(cls, source: Source) -> "ImageFolder":
+        """Raises an OSError for a picture whose size and time cannot be known."""
         digest = hashlib.sha256()
-        for name in names:
-            status = os.stat(folder / name)
+        for name in source.files:
+            status = os.stat(os.path.join(source.folder, name))
             digest.update(os.fsencode(name) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
-        return cls(path, folder, tuple(names), digest.hexdigest(), len(found) - len(names))
+        return cls(source.name, os.path.realpath(source.folder), source.files, digest.hexdigest())
 
     @property
     def rows(self) -> int:
@@ -77,21 +53,9 @@ class ImageFolder:
                 None if name == text else "its name is not UTF-8: rename it"
                 for name, text in zip(names, shown, strict=True)
             ]
-            yield Rows(pa.table([pa.array(shown)], schema=SCHEMA), list(names), [None] * len(names), list(faults))
+            table, folders = pa.table([pa.array(shown)], schema=SCHEMA), [self.folder] * len(names)
+            yield Rows(table, list(names), folders, [None] * len(names), list(faults))
 
     def tasks(self, table: pa.Table) -> list[str | None]:
         """None names a task of its own."""
         return [None] * table.num_rows
-
-
-def _files_below(path: Path) -> Iterator[str]:
-    """Files by their paths below a folder."""
-    for folder, folders, files in os.walk(path, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), path)
-
-
-def _fail(error: OSError) -> None:
-    raise error

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
 from pear_store import PearStoreError, ReadableStore
-from pear_store.local.sources import Access
+from pear_store.local.sources import Access, is_url, url_below
 from router import Batch, ImageError, Limits, Preprocess, Router, RouterError, decode
 from router.batches import put_together
 from router.infer.lists import Image, Rows
@@ -163,17 +162,19 @@ def gather(
     tasks: Tasks,
     every: list[str],
     size: int,
-    place: Callable[[Image], ImageLike],
+    place: Callable[[str, Image], ImageLike],
 ) -> Iterator[list[Ask] | Part]:
     """Of each numbered part of a list: what each batch asks, then the part that the batches make up.
 
-    A batch is filled with rows of the same preprocessings. `place` says where an image of the list is.
+    A batch is filled with rows of the same preprocessings. `place` says where an image of the list is, whose
+    relative path begins in that folder.
     """
     for number, rows in numbered:
         tasks.expect(every or rows.tasks)
         part = Part(number, rows, [])
         groups: dict[tuple[object, ...], list[list[Ask]]] = {}
-        for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
+        asked_of = zip(rows.images, rows.folders, rows.tasks, rows.faults, strict=True)
+        for image, folder, name, fault in asked_of:
             asks: dict[object, Ask] = {}
             for asked in every or (name,):
                 part.results.append(result := dict.fromkeys(tasks.results.names))
@@ -185,7 +186,7 @@ def gather(
                 if not image:
                     result["error"] = "no image is named"
                     continue
-                ask = asks.setdefault(way.key, Ask(place(image), way, [], []))
+                ask = asks.setdefault(way.key, Ask(place(folder, image), way, [], []))
                 ask.tasks.append(task)
                 ask.results.append(result)
             if asks:
@@ -202,7 +203,7 @@ def batches(
     every: list[str],
     size: int,
     device: torch.device,
-    place: Callable[[Image], ImageLike],
+    place: Callable[[str, Image], ImageLike],
     times: Times,
 ) -> Iterator[Work | Part]:
     """As `gather`, with the images of each batch decoded and on the device."""
@@ -232,10 +233,12 @@ def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: 
         yield Work([asks[row] for row in batch.rows], batch)
 
 
-def find_image(folder: Path, access: Access, image: Image) -> Image:
-    """The image as it can be opened from here: relative paths begin in the folder."""
+def find_image(access: Access, folder: str, image: Image) -> Image:
+    """The image as it can be opened from here: relative paths begin in the folder, which may be a URL."""
     if isinstance(image, bytes) or access.root is not None:
         return image  # with a root, `access` lets them begin there
+    if is_url(folder):
+        return image if "://" in image or "::" in image or os.path.isabs(image) else url_below(folder, image)
     here = os.path.join(folder, image)
     return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
 
