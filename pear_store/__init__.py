@@ -1,4 +1,4 @@
-"""A content-addressed store of tasks: each distinct tensor once, across tasks and versions."""
+"""A content-addressed store of tasks. It keeps each distinct tensor once, across tasks and versions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ _LATER = {
     "Rebuilt": "rebuild", "rebuild": "rebuild", "Repaired": "repair", "repair": "repair",
     "Damage": "verify", "Report": "verify", "verify": "verify",
 }  # fmt: skip
-"""By the modules that few programs and commands need, which are imported when they are"""
+"""Names, with their modules in pear_store.local, that are imported at first use: few programs need them"""
 
 
 def __getattr__(name: str) -> Any:

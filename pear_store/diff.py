@@ -1,4 +1,4 @@
-"""How two versions of tasks differ."""
+"""Compares two versions, of one task or of two."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +10,20 @@ from pear_store.format.record import Matrix
 from pear_store.local.references import Version
 
 Change = Literal["equal", "scale", "changed", "added", "removed"]
-"""What became of a position; scale: the same tensors, other scales"""
+"""What became of a position. "scale": it uses the same tensors with other scales"""
 
 
 @dataclass(frozen=True)
 class PositionDiff:
-    """What two versions use at one position; bytes are those of its adapters' matrices, each distinct one once."""
+    """How two versions, a and b, differ at one position. Each distinct matrix counts once.
+
+    Args:
+        position: a module path of the backbone.
+        change: "added" and "removed" are seen from a to b.
+        shared_bytes: matrices that both use here.
+        a_bytes: all that a uses here, shared ones included.
+        b_bytes: all that b uses here, shared ones included.
+    """
 
     position: str
     change: Change
@@ -26,13 +34,21 @@ class PositionDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """How two versions differ; bytes are tensor bytes, each tensor once."""
+    """How two versions, a and b, differ. Bytes are tensor bytes; each distinct tensor counts once.
+
+    Args:
+        positions: every position of either version, by name.
+        fields: the records' fields that differ, without adapters, positions and head.
+        head: whether the two heads name the same tensors.
+        shared_bytes: tensors that both have.
+        only_a_bytes: tensors that only a has.
+        only_b_bytes: tensors that only b has.
+    """
 
     a: Version
     b: Version
     positions: tuple[PositionDiff, ...]
     fields: tuple[str, ...]
-    """The fields of the records that differ, adapters and positions aside"""
     head: Literal["equal", "changed"]
     shared_bytes: int
     only_a_bytes: int
@@ -43,14 +59,14 @@ def compare(a: Version, b: Version, task_a: Task, task_b: Task) -> Diff:
     sizes = {tensor.digest: tensor.size_bytes for task in (task_a, task_b) for tensor in task.tensors.values()}
 
     def used(matrix: Matrix, task: Task) -> Iterator[str]:
-        """The digests of what a matrix is read from: of a stack, of its own part."""
+        """The digests of what a matrix is read from. Of a stack, that is the matrix's own part."""
         for tensor in (matrix.tensor(task.tensors), matrix.scales(task.tensors)):
             if tensor is not None:
                 sizes[tensor.digest] = tensor.size_bytes
                 yield tensor.digest
 
     def uses(task: Task) -> dict[str, list[tuple[tuple[str, ...], float]]]:
-        """Position -> its branches as the digests of their matrices and their scales."""
+        """By position: each branch's digests (of its matrices) and scale."""
         names = {
             name: tuple(sorted({digest for matrix in adapter.matrices for digest in used(matrix, task)}))
             for name, adapter in task.adapters.items()

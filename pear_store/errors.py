@@ -4,9 +4,9 @@ PearStoreError            exit code 1
 ├── NotFoundError         3   no such file, store, task, version or tag
 │   └── AbsentError           no such object on a remote
 ├── CheckpointError       4   a file that is no valid task checkpoint
-├── DamagedError          5   stored bytes that are not what was stored
-│   ├── DamagedIndexError     the index itself; a rebuild makes it anew from the packs
-│   └── DamagedRemoteError    what lies on a remote
+├── DamagedError          5   stored bytes that differ from what was stored, or are missing
+│   ├── DamagedIndexError     the index itself; a rebuild makes a new one from the packs
+│   └── DamagedRemoteError    the bytes of a remote
 ├── DiskFullError         6   no space left where the store lives
 ├── NameTakenError        7   a task name that differs from a stored one in case only
 ├── FormatError           8   a store written by a newer Pear, or a directory that is no store
@@ -14,17 +14,20 @@ PearStoreError            exit code 1
 ├── SourceError          10   a file or URL that is not opened: no regular file, no permission, a protocol not allowed
 ├── AccessError          11   the system does not let this process read or write the store
 ├── PlaceError           12   a remote that cannot be reached, or does not do what was asked
-└── ClashError           13   what another store has pushed contradicts what this one would push
+└── ClashError           13   another store has pushed something that contradicts what this one would push
 """
 
 import errno
+import sys
 from pathlib import Path
 from typing import Any
 
 
 class PlainError(Exception):
-    """Is pickled as it stands: the constructor of a leaf takes other arguments than the text, and a pool of processes
-    hangs for ever at an error that it cannot read."""
+    """An error that can be pickled, whatever arguments its constructor takes.
+
+    Python would call the constructor with the text alone. A pool of processes hangs at an error that it cannot read.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_again, (type(self), *self.args), self.__dict__
@@ -34,18 +37,35 @@ def _made_again(kind: type[PlainError], *args: object) -> PlainError:
     return kind.__new__(kind, *args)
 
 
+def unreadable(error: Exception) -> str:
+    """What a parser found wrong with a text, in one line. Of a long number, Python's own text advises programmers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    most = sys.get_int_max_str_digits()
+    return f"a number has more than {most:,} digits" if "sys.set_int_max_str_digits" in text else text
+
+
 class PearStoreError(PlainError):
-    """Base of all errors of pear_store; its text is one line for a person."""
+    """Base of all errors of pear_store. Its text is one line for a person.
+
+    A command that ends with it exits with its class's `exit_code`.
+    """
 
     exit_code = 1
 
 
 class NotFoundError(PearStoreError, LookupError):
+    """There is no such file, store, task, version or tag."""
+
     exit_code = 3
 
 
 class CheckpointError(PearStoreError):
-    """A task checkpoint that is not accepted: where, which field, what was expected and found."""
+    """A task checkpoint that is not accepted.
+
+    Args:
+        where: the file, or what else messages call it.
+        problem: which field or tensor, what was expected, and what was found.
+    """
 
     exit_code = 4
 
@@ -56,7 +76,12 @@ class CheckpointError(PearStoreError):
 
 
 class DamagedError(PearStoreError):
-    """Bytes in the store that do not hash to their digest, or are missing."""
+    """Bytes in the store that do not hash to their digest, or are missing.
+
+    Args:
+        what: which tensor, manifest, pack or row.
+        found: what is wrong with it.
+    """
 
     exit_code = 5
     remedy = "'pear-store verify' says what is hit and how to mend it"
@@ -67,6 +92,8 @@ class DamagedError(PearStoreError):
 
 
 class DamagedIndexError(DamagedError):
+    """The index cannot be read, or contradicts itself or the packs."""
+
     remedy = "'pear-store rebuild' makes it anew from the packs"
 
     def __init__(self, path: Path, found: str) -> None:
@@ -84,6 +111,8 @@ class DiskFullError(PearStoreError):
 
 
 class NameTakenError(PearStoreError):
+    """The store has a task whose name differs from the new one in case only."""
+
     exit_code = 7
 
     def __init__(self, name: str, taken: str) -> None:
@@ -92,7 +121,7 @@ class NameTakenError(PearStoreError):
 
 
 class OutOfNumbersError(PearStoreError):
-    """A task that had version 2^32 - 1, the last one there can be."""
+    """The task had version 2^32 - 1, the last possible one."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"task {name!r} has used up its version numbers, the last is {2**32 - 1}; use another name")
@@ -100,11 +129,13 @@ class OutOfNumbersError(PearStoreError):
 
 
 class FormatError(PearStoreError):
+    """A newer Pear wrote the store, or the directory holds something else."""
+
     exit_code = 8
 
 
 class TaggedError(PearStoreError):
-    """A tagged version is removed only after it was untagged."""
+    """A version that may not be removed, because it has a tag."""
 
     exit_code = 9
 
@@ -116,7 +147,7 @@ class TaggedError(PearStoreError):
 
 
 class SourceError(PearStoreError):
-    """A file or URL of the user's that is not opened or cannot be read."""
+    """A file or URL of the user's that is not opened, or cannot be read."""
 
     exit_code = 10
 
@@ -126,7 +157,7 @@ class SourceError(PearStoreError):
 
 
 class AccessError(PearStoreError):
-    """A store, or a part of it, that this process may not read or write."""
+    """This process may not read or write a store, or a part of it."""
 
     exit_code = 11
 
@@ -146,7 +177,7 @@ class AbsentError(NotFoundError):
 
 
 class DamagedRemoteError(DamagedError):
-    """What a remote gave is not what its log says, or breaks the rules of the format."""
+    """A remote gave bytes that differ from what its log says, or that break the rules of the format."""
 
     remedy = "nothing of it was taken"
 
@@ -156,7 +187,13 @@ class DamagedRemoteError(DamagedError):
 
 
 class PlaceError(PearStoreError):
-    """A remote that cannot be reached, refuses, or cannot do what a remote must; `again`: another try may help."""
+    """A remote that cannot be reached, that refuses, or that cannot do what a remote must.
+
+    Args:
+        place: the remote's URL.
+        problem: what went wrong.
+        again: whether another try may help.
+    """
 
     exit_code = 12
 
@@ -166,7 +203,11 @@ class PlaceError(PearStoreError):
 
 
 class ClashError(PearStoreError):
-    """What is on a remote contradicts what would be pushed; nothing of that was pushed."""
+    """What is on a remote contradicts what would be pushed. Nothing was pushed.
+
+    Args:
+        clashes: one line for each. The text shows the first five.
+    """
 
     exit_code = 13
 
@@ -177,7 +218,12 @@ class ClashError(PearStoreError):
 
 
 def from_os_error(error: OSError, path: Path, failed: str = "") -> PearStoreError:
-    """An operating system's error at a store, or at what it writes, as one of ours; `failed` says at what."""
+    """The operating system's error as one of ours.
+
+    Args:
+        path: the store, or the file that is written.
+        failed: what was tried, for the message.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -1,4 +1,4 @@
-"""Opens the local files that a user names: regular files, links followed. It never waits for a pipe."""
+"""Opens the local files that a user names. Only regular files are opened; links are followed. No pipe is waited for."""
 
 import codecs
 import os
@@ -21,7 +21,7 @@ def ending(path: str | Path) -> str:
 
 
 def is_lfs_pointer(start: bytes | memoryview) -> bool:
-    """Whether a file that begins like this is what Git LFS leaves in the place of a large file."""
+    """Whether a file that begins with these bytes is a pointer of Git LFS in place of a large file."""
     return bytes(start[: len(_LFS_START)]) == _LFS_START
 
 
@@ -30,7 +30,7 @@ def open_regular_file(path: str | Path, root: Path | None = None) -> BufferedRea
 
     Raises:
         NotFoundError: there is nothing at the path.
-        SourceError: it is a directory, a pipe, a device or a socket; may not be read; or lies outside of `root`.
+        SourceError: it is a directory, a pipe, a device or a socket; it may not be read; or it lies outside of `root`.
     """
     try:
         return open_regular(path if root is None else _inside(path, root), path)
@@ -43,7 +43,7 @@ def open_regular_file(path: str | Path, root: Path | None = None) -> BufferedRea
 
 
 def open_regular(path: str | Path, name: str | Path) -> BufferedReader:
-    """Like :func:`open_regular_file`, with the system's own errors; `name` is what messages call the file."""
+    """Like :func:`open_regular_file`, but raises the system's own errors. Messages call the file `name`."""
     _check_regular(os.stat(path), name)  # first: opening a device can do something
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -56,7 +56,7 @@ def open_regular(path: str | Path, name: str | Path) -> BufferedReader:
 
 
 def read_whole(file: BinaryIO, name: str | Path, most_bytes: int) -> bytes:
-    """All bytes of an open file; `name` is what messages call it.
+    """All bytes of an open file. Messages call it `name`.
 
     Raises:
         SourceError: it cannot be read, has more than `most_bytes`, or is a Git LFS pointer.
@@ -73,11 +73,11 @@ def read_whole(file: BinaryIO, name: str | Path, most_bytes: int) -> bytes:
 
 
 def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file, without the mark (BOM) that some editors begin one with.
+    """The text of a UTF-8 file. A byte order mark (BOM) at its beginning is dropped.
 
     Raises:
-        NotFoundError, SourceError: as :func:`open_regular_file` and :func:`read_whole`; or the text is not UTF-8: names
-            the line and the remedy.
+        NotFoundError: there is no such file.
+        SourceError: it cannot be read, has more than `most_bytes`, or is not UTF-8. Then the message names the line.
     """
     with open_regular_file(source) as file:
         data = read_whole(file, source, most_bytes).removeprefix(codecs.BOM_UTF8)
@@ -95,7 +95,7 @@ def read_text(source: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def _inside(path: str | Path, root: Path) -> str:
-    """The path with links resolved; a SourceError where that leaves `root`."""
+    """The path with links resolved. Raises a SourceError if it lies outside of `root`."""
     resolved_root = os.path.realpath(root)
     resolved = os.path.realpath(os.path.join(resolved_root, path))
     if os.path.commonpath([resolved_root, resolved]) != resolved_root:

@@ -1,4 +1,4 @@
-"""Lists of tasks: filtered, sorted, and with what their records say. What a question does not need is not read."""
+"""Lists tasks: filters them, sorts them, and adds what their records say. Reads no more than a query needs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,14 +29,16 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Query:
-    """Which versions, and in what order.
+    """Which versions to list, and in what order.
 
     Args:
-        patterns: of names, such as ``dtd*``; none: all. A name without ``*``, ``?`` or ``[`` must be there.
-        tag: only tasks with this tag.
-        backbone: a pattern of the backbone's name.
-        every: every version, not only the newest.
-        sort: what is not known goes last in either order.
+        patterns: patterns of task names, such as ``dtd*``. Empty: all tasks. A name without ``*``, ``?`` or ``[`` must
+            exist.
+        tag: only tasks that have this tag. With `every`: only versions that have it.
+        backbone: only tasks whose backbone's name matches this pattern.
+        every: list every version, not only the newest.
+        sort: what to sort by. Versions whose value is not known come last, in either order.
+        reverse: from the last to the first.
     """
 
     patterns: tuple[str, ...] = ()
@@ -52,9 +54,9 @@ class Row:
     """A version in a list.
 
     Args:
-        older_tags: tags of the task's other versions, where only the newest is listed.
-        summary: what its record says, or why that cannot be read.
-        new_bytes: what no older version has; None: not known.
+        older_tags: tags of the task's other versions, if only the newest version is listed.
+        summary: what its record says, or why the record cannot be read.
+        new_bytes: tensor bytes that no older version has. None: not known.
     """
 
     version: Version
@@ -64,7 +66,7 @@ class Row:
 
 
 class Listing:
-    """The versions of a store as it was when they were first asked for; what was read of records is kept."""
+    """The versions of a store. Each part is read when it is first asked for, then kept."""
 
     def __init__(self, store: ReadableStore) -> None:
         self._store = store
@@ -74,7 +76,7 @@ class Listing:
 
     @cached_property
     def uses(self) -> Uses | None:
-        """Which tensors each version names; None: `problem` says why that is not known."""
+        """Which tensors each version names. None if that is not known: then `problem` says why."""
         try:
             return self._store.uses()
         except PearStoreError as error:
@@ -97,10 +99,10 @@ class Listing:
         return {tag: number for tag, number in self.tags.get(version.task, {}).items() if number != version.version}
 
     def versions(self, query: Query) -> Iterator[Version]:
-        """What a query finds, in its order. Records are read only where it filters or sorts by them.
+        """The versions that a query asks for, in its order. Records are read only if it filters or sorts by them.
 
         Raises:
-            NotFoundError: a name that is no pattern, of no task.
+            NotFoundError: there is no task of a name that is no pattern.
         """
         found = self._store.versions() if query.every else self.newest
         if query.patterns:
@@ -131,7 +133,7 @@ class Listing:
         return (one for one, summary in self._with_summaries(found) if _is_of(summary, pattern))
 
     def rows(self, versions: Iterable[Version], is_every: bool = False) -> Iterator[Row]:
-        """What lists say of versions, read as it is asked for."""
+        """The rows of a list. Each is read when it is asked for."""
         for version, summary in self._with_summaries(versions):
             older = {} if is_every else self.older_tags(version)
             yield Row(version, older, summary, self.new_bytes.get(_numbered(version)))
@@ -156,7 +158,7 @@ def _is_of(summary: Summary | PearStoreError, pattern: str) -> bool:
 
 
 def _sorted(versions: list[Version], key: Callable[[Version], Any], reverse: bool) -> list[Version]:
-    """By what is known; the rest behind it."""
+    """Sorts by `key`. Versions whose key is None come last."""
     keys = [(key(version), version) for version in versions]
     known = [pair for pair in keys if pair[0] is not None]
     known.sort(key=lambda pair: pair[0], reverse=reverse)
@@ -164,7 +166,7 @@ def _sorted(versions: list[Version], key: Callable[[Version], Any], reverse: boo
 
 
 def version_json(version: Version, older_tags: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """A version as JSON that others rely on: keys are added, never changed."""
+    """A version as JSON. Other programs rely on it: keys may be added, but not changed."""
     row: dict[str, Any] = {"task": version.task, "version": version.version, "bytes": version.size_bytes}
     if version.tags:
         row["tags"] = list(version.tags)

@@ -1,4 +1,4 @@
-"""A picture of a store: what tasks share, grouped by backbone, and what that saves."""
+"""Draws a picture of a store: what tasks share, grouped by backbone, and what that saves."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
 _STRIPES = 4
-"""Of more branches at one position, only some are drawn"""
+"""Branches that are drawn at one position. If it has more, some are left out."""
 _LABELS = 60
-"""More columns than this are drawn without their names"""
+"""If there are more columns than this, they are drawn without names"""
 _LINE = 0.16
-"""Inches of a task's line that has its name beside it"""
+"""Height in inches of a task's line, if the task's name is drawn beside it"""
 _PANELS = 6
-"""Backbones that have a map; bars show up to `_BARS` of them"""
+"""Backbones that get a map. Up to `_BARS` backbones get a bar."""
 _BARS = 12
 _COLOURS = (
     "#d1495b", "#2a9d5c", "#e9a03b", "#7b5cc4", "#17a2b8", "#b5651d", "#d65db1", "#6b8e23", "#f2684a", "#2f5fd0",
 )  # fmt: skip
 _BETWEEN, _WITHIN, _ONCE = "#56606e", "#a7b4c6", "#dededa"
-"""Adapters without a colour of their own: those that several tasks use, those that one task uses often, and others"""
+"""Adapters without a colour of their own: used by several tasks, used repeatedly by one task, used once"""
 _NEW, _ABOVE, _SAVED = "#4472a8", "#9db8d6", "#dfe5ec"
-"""Of bars: new bytes; those that tasks above have, too; what else a task would take"""
+"""Parts of a bar: new bytes; bytes that a task above has, too; bytes that sharing within the task saves"""
 
 
 @dataclass
@@ -40,9 +40,11 @@ class _Row:
     """What is drawn of a task.
 
     Args:
-        cells: of each position, the identities of the adapters of its branches.
-        sizes: of its tensors, by digest.
-        within: bytes that it would take besides if each branch had an adapter of its own.
+        cells: by position, the identity of each branch's adapter.
+        sizes: the bytes of each of its tensors, by digest.
+        within: the bytes that it would take on top if each branch had its own adapter.
+        new: the bytes that no task above has.
+        above: the bytes that a task above has, too.
     """
 
     name: str
@@ -56,7 +58,7 @@ class _Row:
 
 @dataclass
 class _Key:
-    """Adapters that have one colour: one pair of tensors, or all that the same tasks use."""
+    """Adapters that have the same colour: one pair of tensors, or all that the same tasks use."""
 
     adapters: list[str] = field(default_factory=list)
     uses: int = 0
@@ -67,19 +69,24 @@ class _Key:
 def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ()) -> None:
     """Draws what tasks share to a .png or .svg file.
 
-    Bars at the top say for each backbone what its tasks take, and what they would take without sharing. Below, each
-    backbone has a map of tasks x positions. A cell has a stripe for each branch. What saves most has a colour, which
-    the legend explains: one colour is one pair of tensors, in whatever task and position; where there are too many of
-    these, it is all that the same tasks use. A branch's own core has no say.
+    Bars at the top show for each backbone what its tasks take, and what they would take without sharing. Below, each
+    backbone has a map of tasks x positions. A cell has a stripe for each branch. The adapters that save most have a
+    colour, which the legend explains. One colour is one pair of tensors, in any task and position. If there are too
+    many pairs, one colour is all pairs that the same tasks use. Cores are ignored.
+
+    Args:
+        path: the file. One that is there is replaced.
+        references: which tasks or versions to draw, in this order. Empty: the newest version of every task.
 
     Raises:
-        NotFoundError: no such task.
-        PearStoreError: another ending, or the file cannot be written.
+        NotFoundError: there is no such task.
+        PearStoreError: the path has another ending, there is nothing to draw, or the file cannot be written.
+        ImportError: matplotlib is not installed.
     """
     path = Path(path)
     if ending(path) not in FORMATS:
         raise PearStoreError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
-    from matplotlib.figure import Figure  # not pyplot: a caller's own figures and backend stay as they are
+    from matplotlib.figure import Figure  # not pyplot, which would change the caller's figures and backend
 
     given = list(references)
     names = given or [version.task for version in store.tasks()]
@@ -121,7 +128,7 @@ def plot(store: ReadableStore, path: str | Path, references: Iterable[str] = ())
 
 
 def _row(name: str, task: Task, pair_bytes: dict[str, int]) -> _Row:
-    """Adds to `pair_bytes` what each of the task's adapters takes without its core."""
+    """What is drawn of a task. Adds to `pair_bytes` the bytes of each of its adapters, without cores."""
     identities = {}
     for adapter in {branch.adapter for branches in task.positions.values() for branch in branches}:
         parts = task.adapters[adapter]
@@ -135,7 +142,7 @@ def _row(name: str, task: Task, pair_bytes: dict[str, int]) -> _Row:
 
 
 def _shared_within(task: Task) -> int:
-    """Bytes that a task would take besides if each branch had `down` and the part that reaches d_out for itself."""
+    """Bytes that a task would take on top if each branch had its own `down` and `up`."""
     adapters = task.adapters
     alone = sum(
         part.tensor(task.tensors).size_bytes
@@ -152,7 +159,10 @@ def _shared_within(task: Task) -> int:
 
 
 def _keys(rows: Sequence[_Row], pair_bytes: Mapping[str, int]) -> list[_Key]:
-    """What is used more than once, by what it saves: each adapter by itself, or those of the same tasks together."""
+    """Adapters that are used more than once, those that save most first.
+
+    Each has its own key. If there are more of them than colours, adapters of the same tasks have one key.
+    """
     uses = Counter(adapter for row in rows for branches in row.cells.values() for adapter in branches)
     tasks: dict[str, dict[str, None]] = {}
     for row in rows:
@@ -165,12 +175,12 @@ def _keys(rows: Sequence[_Row], pair_bytes: Mapping[str, int]) -> list[_Key]:
         key.adapters.append(adapter)
         key.uses += uses[adapter]
         key.saved_bytes += (uses[adapter] - 1) * pair_bytes[adapter]
-    several_first = len(keys) > len(_COLOURS)  # what tasks have in common says more than what each has for itself
+    several_first = len(keys) > len(_COLOURS)  # sharing between tasks is more interesting than sharing within one
     return sorted(keys.values(), key=lambda key: (several_first and len(key.tasks) < 2, -key.saved_bytes, key.tasks))
 
 
 def _panels(rows: Iterable[_Row], colours: Mapping[str, str], is_sorted: bool) -> dict[tuple[str, str], list[_Row]]:
-    """Tasks by backbone, those of most tasks first; tasks with the same colours stand together."""
+    """Tasks by backbone; the backbone of most tasks comes first. If `is_sorted`, tasks of like colours are adjacent."""
     panels: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         panels.setdefault(row.backbone, []).append(row)
@@ -200,7 +210,7 @@ def _count_new(panels: Iterable[Sequence[_Row]]) -> None:
 
 
 def _heights(counts: Sequence[int]) -> list[float]:
-    """Inches of the maps: a line for each task where all can be named, else a share of a page."""
+    """Heights of the maps in inches: one line for each task if all names fit, else a share of a page."""
     if sum(counts) <= 2 * _LABELS:
         return [max(0.45, 1.2 * _LINE * count) for count in counts]
     return [max(0.8, 12 * count / sum(counts)) for count in counts]
@@ -216,7 +226,7 @@ def _positions(members: Sequence[_Row]) -> list[str]:
 
 
 def _draw_bars(axes: "Axes", panels: Mapping[tuple[str, str], Sequence[_Row]]) -> None:
-    """What each backbone's tasks take, and what sharing saves."""
+    """Draws what each backbone's tasks take, and what sharing saves."""
     taken = {key: [sum(getattr(row, part) for row in rows) for part in _PARTS] for key, rows in panels.items()}
     shown = list(taken.items())[:_BARS]
     most = max(sum(sizes) for _, sizes in shown)
@@ -300,7 +310,7 @@ def _used_by_several(members: Iterable[_Row]) -> set[str]:
 
 
 def _draw_bytes(axes: "Axes", members: Sequence[_Row], most: int, is_named: bool, is_last: bool) -> None:
-    """Each task's bytes beside its row of the map, in all maps at the scale of the largest."""
+    """Draws each task's bytes beside its row of the map. All maps have the same scale."""
     import numpy as np
 
     text, unit = next((text, unit) for text, unit in _UNITS if most >= unit or unit == 1)

@@ -1,4 +1,4 @@
-"""What a store offers to readers, be it a directory (store.py) or a remote read through a cache (remote/lazy.py)."""
+"""The reading half of a store: a directory (store.py), or a remote read through a cache (remote/lazy.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -19,20 +19,22 @@ from pear_store.local.uses import Uses
 class ReadableStore(ABC):
     """Tasks by name. Any number of threads and processes may read at once, also after a fork.
 
-    Every tensor handed out has been checked against its digest in this process.
+    This process has checked each tensor that it returns against the tensor's digest.
+
+    A *reference* is a task's name (its newest version), ``name@version`` or ``name@tag``.
     """
 
     is_remote = False
-    """Whether to read a task may take a request to another machine"""
+    """Whether reading a task may need a request to another machine"""
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """Its directory from the root on, or its URL: what `Store.open` takes."""
+        """The store's absolute directory, or the remote's URL. `Store.open` takes either."""
 
     @abstractmethod
     def close(self) -> None:
-        """Releases what is open; buffers handed out stay valid."""
+        """Releases what is open. Tensors that were returned stay valid."""
 
     def __enter__(self) -> Self:
         return self
@@ -44,59 +46,67 @@ class ReadableStore(ABC):
 
     @abstractmethod
     def get(self, reference: str, copy: bool = True) -> Task:
-        """A task by ``name`` (its newest version), ``name@version`` or ``name@tag``.
+        """Reads a task: its record, and its tensors by digest.
 
         Args:
-            copy: give tensors their own memory; else they are read-only views, valid as long as they are held.
+            reference: ``name`` (the newest version), ``name@version`` or ``name@tag``.
+            copy: True: tensors have their own memory, which may be written to. False: tensors are read-only views of
+                the store's files. They stay valid as long as they are held.
 
         Raises:
-            NotFoundError: no such task, version or tag.
+            NotFoundError: there is no such task, version or tag.
             DamagedError: stored bytes do not match their digest.
-            PlaceError: they are elsewhere, and that cannot be reached.
+            PlaceError: the task is on a remote that cannot be reached.
         """
 
     @abstractmethod
     def record(self, reference: str) -> Mapping[str, Any]:
-        """A task's record without its tensors, which are named by digest. Raises as :meth:`get`."""
+        """A task's record: its JSON, which names tensors by digest (docs/formats.md). No tensor is read.
+
+        Raises:
+            NotFoundError: there is no such task, version or tag.
+            DamagedError: the record does not match its hash.
+            PlaceError: the record is on a remote that cannot be reached.
+        """
 
     @abstractmethod
     def iter_tasks(self) -> Iterator[Version]:
-        """Like :meth:`tasks`, one by one."""
+        """The newest version of every task, by name. Reads them one by one."""
 
     @abstractmethod
     def versions(self, task: str | None = None) -> list[Version]:
-        """Every version, of one task or of all, by name and number.
+        """Every version of one task, or of all tasks, sorted by name and number.
 
         Raises:
-            NotFoundError: the named task has no version.
+            NotFoundError: there is no such task.
         """
 
     @abstractmethod
     def tags(self) -> dict[str, dict[str, int]]:
-        """Every task's tags: {task: {tag: version}}."""
+        """The tags of every task that has some: {task: {tag: version}}."""
 
     @abstractmethod
     def resolve(self, reference: str) -> Version:
-        """The version that a reference stands for now.
+        """The version that a reference names now.
 
         Raises:
-            NotFoundError: none.
+            NotFoundError: there is no such task, version or tag.
         """
 
     @abstractmethod
     def stats(self) -> Stats | CacheStats:
-        """Counts and sizes of what is stored."""
+        """Counts and sizes: `Stats` of a directory, `CacheStats` of a remote."""
 
     @abstractmethod
     def summaries(self, versions: Iterable[Version]) -> Iterator[Summary | PearStoreError]:
-        """What lists say of each of some versions, in their order, read as it is asked for; or why it cannot be read.
+        """What lists say of versions, in the same order. A version that cannot be read gives its error instead.
 
-        No tensor is read, and nothing of a remote's is fetched but its log.
+        Each is read when it is asked for. No tensor is read, and only the log of a remote is fetched.
         """
 
     @abstractmethod
     def uses(self) -> Uses:
-        """Which tensors each version names: what sharing is counted by.
+        """Which tensors each version names. Sharing is counted by this.
 
         Raises:
             DamagedError: the index cannot be trusted.
@@ -105,32 +115,44 @@ class ReadableStore(ABC):
     @property
     @abstractmethod
     def state(self) -> Hashable:
-        """Equal as long as nothing changed."""
+        """A value that stays equal as long as nothing in the store changes."""
 
     def tasks(self) -> list[Version]:
         """The newest version of every task, by name."""
         return list(self.iter_tasks())
 
     def export(self, reference: str, path: str | Path) -> int:
-        """Writes a stored version as a task checkpoint, its tensors bit-identical; returns the file's bytes."""
+        """Writes a version as a task checkpoint. Its tensors are bit-identical. A file that is there is replaced.
+
+        Returns:
+            the file's size in bytes.
+
+        Raises:
+            NotFoundError, DamagedError, PlaceError: as :meth:`get`.
+            PearStoreError: the file cannot be written.
+        """
         return write_checkpoint(path, with_plain_names(self.get(reference, copy=False)))
 
     def diff(self, a: str, b: str) -> Diff:
-        """Which positions use other adapters in two versions, which share theirs, and the bytes of each.
+        """Compares two versions: which positions differ, which share their adapters, and the bytes of each.
+
+        Args:
+            a: a reference, as :meth:`get` takes it.
+            b: another one. It may be of another task.
 
         Raises:
-            NotFoundError: one of them is not there.
+            NotFoundError, DamagedError, PlaceError: as :meth:`get`.
         """
         versions = (self.resolve(a), self.resolve(b))
         tasks = [self.get(f"{v.task}@{v.version}", copy=False) for v in versions]
         return compare(*versions, *tasks)
 
     def refresh(self) -> None:  # noqa: B027 (a directory is always looked at as it is)
-        """Asks now what is new, where that is not asked each time.
+        """Asks a remote now what is new. Does nothing for a directory, which is always read as it is.
 
         Raises:
-            PlaceError, DamagedRemoteError: there was no answer that can be used; what was known stays known.
+            PlaceError, DamagedRemoteError: there was no usable answer. What was known before stays known.
         """
 
     def prefetch(self, references: Collection[str]) -> None:  # noqa: B027 (a directory has all at hand)
-        """Begins to bring tasks here that will be asked for soon, and does not wait. What fails is said by `get`."""
+        """Begins to fetch tasks that will be read soon, and does not wait. `get` reports what failed."""

@@ -1,4 +1,4 @@
-"""What versions share, and what that saves: counted on the tensors that each of them names (local/uses.py)."""
+"""Counts what versions share and what that saves, by the tensors that each version names (local/uses.py)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,12 +8,19 @@ from pear_store.local.references import Version
 from pear_store.local.uses import Uses
 
 Numbered = tuple[str, int]
-"""A version: its task and number"""
+"""A version: its task's name and its number"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A store after a version was added: how many there were, their bytes, and those of each tensor once."""
+    """A store right after a version was added.
+
+    Args:
+        time_ns: when that was, in nanoseconds since the epoch.
+        versions: how many there were.
+        logical_bytes: tensor bytes of all versions.
+        unique_bytes: the same, each distinct tensor counted once.
+    """
 
     time_ns: int
     versions: int
@@ -23,7 +30,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A task of which some version shares tensors with the one asked for, and the bytes of those."""
+    """A task that shares tensors with a version of another task, and the bytes of those tensors."""
 
     task: str
     shared_bytes: int
@@ -31,7 +38,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Shared:
-    """What of a version's bytes other tasks have, too, and which tasks: those that share most first."""
+    """How much of a version other tasks have, too.
+
+    Args:
+        shared_bytes: of the version's tensors, those that some other task names.
+        size_bytes: all of the version's distinct tensors.
+        neighbours: these other tasks. Those that share most come first.
+    """
 
     shared_bytes: int
     size_bytes: int
@@ -40,7 +53,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that the same tasks name, and no other: places of these tasks in the list asked for, and the bytes."""
+    """Tensors that exactly these tasks name.
+
+    Args:
+        tasks: the tasks' places in the list that :func:`groups` was given.
+        tensors: how many tensors.
+        size_bytes: their bytes, each counted once.
+    """
 
     tasks: tuple[int, ...]
     tensors: int
@@ -52,7 +71,7 @@ class Group:
 
 
 def new_bytes(uses: Uses) -> dict[Numbered, int]:
-    """Of each version, the bytes that no older one has. They add up to what the store's tensors take."""
+    """The bytes of each version that no older version has. Their sum is what the store's tensors take."""
     found: dict[Numbered, int] = {}
     seen: set[int] = set()
     for use in uses.versions:
@@ -63,7 +82,7 @@ def new_bytes(uses: Uses) -> dict[Numbered, int]:
 
 
 def growth(uses: Uses, most: int = 200) -> list[Stage]:
-    """How the versions that are there came: at most so many stages, the last one among them."""
+    """How the store grew, by the versions that are there now: at most `most` stages, the last one included."""
     stages: list[Stage] = []
     logical = unique = 0
     new = new_bytes(uses)
@@ -77,7 +96,7 @@ def growth(uses: Uses, most: int = 200) -> list[Stage]:
 
 
 def shared_with_others(uses: Uses, version: Version) -> Shared:
-    """What a version shares with other tasks, in whatever version of theirs."""
+    """What a version shares with any version of other tasks."""
     own: set[int] = set()
     by_task: dict[str, set[int]] = {}
     for use in uses.versions:
@@ -96,10 +115,11 @@ def shared_with_others(uses: Uses, version: Version) -> Shared:
 
 
 def groups(tensors: Sequence[Sequence[int]], size_bytes: Mapping[int, int]) -> list[Group]:
-    """Tensors by which tasks name them, those that save most first.
+    """Groups tensors by the tasks that name them. Groups that save most come first.
 
     Args:
-        tensors: of each task.
+        tensors: for each task, the numbers of its tensors.
+        size_bytes: the bytes of each tensor, by number.
     """
     named: dict[int, list[int]] = {}
     for place, numbers in enumerate(tensors):

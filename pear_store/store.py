@@ -1,4 +1,4 @@
-"""The store: many tasks in one directory, each distinct tensor once."""
+"""The store: many tasks in one directory. Each distinct tensor is stored once."""
 
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -50,22 +50,27 @@ if TYPE_CHECKING:  # a command that needs no remote starts without them
 class Store(ReadableStore):
     """A directory of tasks. Any number of threads and processes may read and add at once, also after a fork.
 
-    What `add` has returned is durable. Every tensor handed out has been checked against its digest in this process.
+    When `add` returns, the task is safely on disk. This process has checked each tensor that it returns against the
+    tensor's digest.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Opens an existing store.
 
+        Args:
+            path: the store's directory. A leading ``~`` is the home directory.
+
         Raises:
             NotFoundError: there is no store at `path`.
-            FormatError: another Pear wrote it.
+            FormatError: another version of Pear wrote it, in a format that this one does not read.
             DamagedIndexError: its index cannot be opened.
-            PearStoreError: it is a URL.
+            AccessError: this process may not read it.
+            PearStoreError: `path` is a URL.
         """
         if "://" in str(path):
             raise PearStoreError(
-                "a URL names a remote, which is only read here (Store.open); to change it, clone it first "
-                "('pear-store clone URL DIR'), and push"
+                "expected a store's directory, found a URL; Store.open reads a remote by its URL; to change a remote, "
+                "clone it ('pear-store clone URL DIR'), change the clone and push"
             )
         self.path = store_path(path)
         with Operation(__name__, "open", self.path) as operation:
@@ -78,15 +83,20 @@ class Store(ReadableStore):
     def open(
         where: str | Path, *, options: Mapping[str, str] | None = None, cache: "CacheSettings | None" = None
     ) -> ReadableStore:
-        """Opens a store's directory, or a remote by its URL, which is then read through a cache on this machine.
+        """Opens a store's directory, or a remote by its URL. A remote is only read, through a cache on this machine.
 
         Args:
-            options: of the remote's place, such as ``endpoint``; never a secret (docs/remotes.md).
-            cache: where the cache is, how large it may grow, and how often the remote is asked.
+            where: a directory, or a URL (docs/remotes.md lists the kinds).
+            options: options of the remote's place, such as ``endpoint``. Never a secret (docs/remotes.md).
+            cache: where the cache is, how large it may grow, and how often the remote is asked what is new.
+
+        Returns:
+            A `Store` for a directory.
 
         Raises:
             NotFoundError: there is no store, or no remote.
-            PlaceError: the remote cannot be reached, and nothing is known of it.
+            PlaceError: the remote cannot be reached, and nothing is known of it from before.
+            PearStoreError: as `Store` for a directory.
         """
         if "://" not in str(where):
             return Store(where)
@@ -100,10 +110,14 @@ class Store(ReadableStore):
 
     @classmethod
     def create(cls, path: str | Path) -> "Store":
-        """Makes an empty store, or opens the one that is there.
+        """Makes an empty store, or opens the store that is there.
+
+        Args:
+            path: the directory. It and its parents are made if they are missing.
 
         Raises:
             FormatError: the directory holds something else.
+            DiskFullError, AccessError: it cannot be written.
         """
         path = store_path(path)
         make_store(path)
@@ -115,14 +129,22 @@ class Store(ReadableStore):
     # ---- adding -------------------------------------------------------------------------------
 
     def add(self, source: Source, name: str | None = None, access: Access | None = None) -> Added:
-        """Adds one task, under another name if given; durable when it returns.
+        """Adds one task. When it returns, the task is safely on disk.
+
+        Tensors that are already stored take no extra space. A task whose newest version is the same gets no new
+        version: then `changed` is False in the result.
 
         Args:
-            source: a task, a path, an fsspec URL, or a binary file object of a task checkpoint.
-            access: which URLs may be opened, where the default is not enough.
+            source: a task, or a task checkpoint as a path, an fsspec URL or a binary file object.
+            name: the name to store it under. None: its own.
+            access: which files and URLs may be opened. None: any file, and URLs of common protocols.
 
         Raises:
-            PearStoreError: the source is refused, or the disk is full; nothing was changed.
+            NotFoundError: there is nothing at the path or URL.
+            SourceError: the source is not opened, or cannot be read.
+            CheckpointError: it is no valid task checkpoint, or `name` is no valid name.
+            NameTakenError: a stored task's name differs in case only.
+            DiskFullError: there is no space left. After every error, the store is as it was before.
         """
         (result,) = self.add_many([source], name, access)
         if isinstance(result, Refused):
@@ -132,15 +154,20 @@ class Store(ReadableStore):
     def add_many(
         self, sources: Iterable[Source], name: str | None = None, access: Access | None = None
     ) -> Iterator[Added | Refused]:
-        """Adds tasks in groups, one result for each source in order; a bad source costs only its own result.
+        """Adds tasks in groups, and gives one result for each source, in order. A bad source only fails its own result.
 
-        A group is added when its results are asked for: nothing is added before the first.
+        A group is added when its first result is asked for. So nothing is added if no result is asked for.
 
-        A list or tuple of many local files is read ahead by forked processes, if this one has no threads, numpy's and
-        torch's included; other iterables are read one by one as they give their sources.
+        Forked processes read a list or tuple of many local files ahead. They do so only if this process has no other
+        threads; those of numpy and torch count. Other iterables are read one by one.
+
+        Args:
+            sources: each as :meth:`add` takes it.
+            name: the name to store them all under. None: each one's own.
+            access: as in :meth:`add`.
 
         Raises:
-            DiskFullError: the group that did not fit is not there, all before it are.
+            DiskFullError: there is no space left. The group that did not fit is not stored; all groups before it are.
         """
         found_good = FoundGood()
         with Operation(__name__, "add", self.path) as operation:
@@ -202,19 +229,26 @@ class Store(ReadableStore):
         return self._open.look(lambda view: view.state)
 
     def beginning(self, text: str) -> list[str]:
-        """References that begin with a text: tasks, and after ``@`` a task's versions and tags. For completion.
+        """References that begin with a text, for completion in a shell: tasks, or after ``@`` versions and tags.
 
-        Where very many tasks do, the next letters of their names stand for them.
+        If very many tasks match, the list has the beginnings that their names share, one letter longer.
         """
         return self._open.look(lambda view: beginning(view, text))
 
     # ---- tags ---------------------------------------------------------------------------------
 
     def tag(self, reference: str, tag: str) -> Version:
-        """Names a version ``task@tag``; a tag that stood for another version of the task is moved.
+        """Tags a version, so that ``task@tag`` names it. A tag of another version of the same task is moved.
+
+        Args:
+            reference: the version, as :meth:`get` takes it.
+            tag: a lower-case letter, then up to 31 of a-z, 0-9 and '-'.
+
+        Returns:
+            the version, with all its tags.
 
         Raises:
-            NotFoundError: no such version.
+            NotFoundError: there is no such version.
             PearStoreError: the tag is no valid name.
         """
         if not TAG_NAME.fullmatch(tag):
@@ -222,10 +256,13 @@ class Store(ReadableStore):
         return set_tag(self._open, reference, tag, delete=False)
 
     def untag(self, reference: str) -> Version:
-        """Removes a tag, given as ``task@tag``; the version stays.
+        """Removes the tag ``task@tag``. The version stays.
+
+        Returns:
+            the version, with the tags that are left.
 
         Raises:
-            NotFoundError: no such tag.
+            NotFoundError: there is no such tag.
         """
         _, tag = parse_reference(reference)
         if not isinstance(tag, str):
@@ -235,11 +272,17 @@ class Store(ReadableStore):
     # ---- removing -----------------------------------------------------------------------------
 
     def remove(self, *references: str, dry_run: bool = False) -> list[Version]:
-        """Removes versions (``T@n``) or all of a task (``T``); the tensors go with the next gc.
+        """Removes versions (``task@number``) or all versions of a task (``task``). The next gc frees their bytes.
+
+        Args:
+            dry_run: return what would be removed, and remove nothing.
+
+        Returns:
+            the versions that were removed.
 
         Raises:
-            NotFoundError: no such task or version; nothing was removed.
-            TaggedError: a tag holds one of them; nothing was removed.
+            NotFoundError: there is no such task or version. Nothing was removed.
+            TaggedError: one of them has a tag. Nothing was removed.
         """
         return remove(self._open, references, dry_run)
 
@@ -250,18 +293,20 @@ class Store(ReadableStore):
         keep: int | None = None,
         older_than_s: float | None = None,
     ) -> gc.GcResult:
-        """Removes what no version needs: rows at once, then dead packs, then packs that are mostly dead are rewritten.
+        """Frees the space of tensors that no version needs. Others may read and add meanwhile.
 
-        Runs while others read and add. `dead_bytes` are what is left in packs that are worth keeping as they are;
-        `repack_all` leaves none and merges small packs.
+        Packs that hold nothing needed are deleted. Packs that are mostly dead are rewritten. Other packs keep their
+        dead bytes, which the result counts as `dead_bytes`.
 
         Args:
-            keep: first remove versions beyond the newest `keep` of their task (at least 1) ...
-            older_than_s: ... that were added longer ago than this, in seconds. Given one of both, only that counts.
-                Neither removes a newest or a tagged version.
+            dry_run: return what would be removed, and remove nothing.
+            repack_all: leave no dead bytes, and merge small packs.
+            keep: first remove old versions: all but the newest `keep` of each task. At least 1.
+            older_than_s: first remove versions that were added longer ago than this, in seconds. With `keep`, a version
+                is removed only if both say so. A task's newest version and tagged versions always stay.
 
         Raises:
-            DamagedError: something cannot be trusted, so nothing may be called dead.
+            DamagedError: something in the store cannot be trusted, so nothing may be called dead.
         """
         return gc.collect(self._open, dry_run, repack_all, keep, older_than_s)
 
@@ -273,13 +318,17 @@ class Store(ReadableStore):
         tasks: Collection[str] = (),
         progress: Callable[[int, int, int], None] = lambda done, all_, moved_bytes: None,
     ) -> "Pushed":
-        """Sends versions, removals and tags that a remote lacks, of some tasks or of all; what it returned is there.
+        """Sends versions, removals and tags that a remote lacks. When it returns, they are on the remote.
 
-        None is the remote ``origin``, or the only one. `progress` is told versions done, all of them, and bytes moved.
+        Args:
+            remote: its name. None: ``origin``, or the only one.
+            tasks: names of tasks. Empty: all.
+            progress: called with the versions done, all versions to send, and the bytes sent.
 
         Raises:
-            ClashError: what another store pushed contradicts what would be sent.
-            PlaceError: the remote cannot be reached or written; the same again goes on.
+            NotFoundError: there is no such task or remote.
+            ClashError: another store pushed something that contradicts what would be sent.
+            PlaceError: the remote cannot be reached or written. The same call again goes on.
         """
         from pear_store.remote import remotes
 
@@ -291,25 +340,34 @@ class Store(ReadableStore):
         references: Collection[str] = (),
         progress: Callable[[int, int, int], None] = lambda done, all_, moved_bytes: None,
     ) -> "Pulled":
-        """Takes versions, removals and tags from a remote, of some tasks or versions or of all it was added for.
+        """Takes versions, removals and tags from a remote.
+
+        Args:
+            remote: its name. None: ``origin``, or the only one.
+            references: tasks or versions, as :meth:`get` takes them. Empty: all tasks that match the remote's patterns.
+            progress: called with the versions done, all versions to take, and the bytes read.
 
         Raises:
-            NotFoundError: the remote has no such task or version.
-            DamagedRemoteError, CheckpointError: what it gave is not what its log says; all before that was taken.
-            PlaceError: the remote cannot be reached; the same again goes on.
+            NotFoundError: the remote has no such task or version, or there is no such remote.
+            DamagedRemoteError, CheckpointError: what the remote gave differs from what its log says. All versions
+                before that were taken.
+            PlaceError: the remote cannot be reached. The same call again goes on.
         """
         from pear_store.remote import remotes
 
         return remotes.pull(self._open, remote, references, progress)
 
     def remote_status(self, remote: str | None = None) -> "Changes":
-        """What a push and a pull would do."""
+        """What a push and a pull would do. Raises as :meth:`pull`."""
         from pear_store.remote import remotes
 
         return remotes.status(self._open, remote)
 
     def remote_stats(self, remote: str | None = None) -> dict[str, str | int]:
-        """What a remote holds: entries, tasks, versions, packs and their bytes."""
+        """What a remote holds: its name and URL, and how many log entries, tasks, versions, packs and bytes.
+
+        Raises as :meth:`pull`.
+        """
         from pear_store.remote import remotes
 
         return remotes.stats(self._open, remote)
@@ -323,22 +381,34 @@ class Store(ReadableStore):
         dry_run: bool = False,
         progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
     ) -> "RemoteGc":
-        """Removes from a remote what no version there needs, while others push and pull; safe to cut off and repeat.
+        """Removes from a remote what no version there needs. Others may push and pull meanwhile.
+
+        It may be interrupted at any time. The same call again goes on.
 
         Args:
-            keep, older_than_s: which versions are removed there first, as with :meth:`gc`; a pull takes that over.
-            grace_s: how long objects stay after the entry that drops them, for readers that know an older log.
-            progress: told what is done, how much of it, and all of it.
+            remote: its name. None: ``origin``, or the only one.
+            keep: which versions are removed there first, as with :meth:`gc`. Stores take that over when they pull.
+            older_than_s: the same, in seconds.
+            grace_s: seconds that an object stays after the log entry that drops it, for readers with an older log.
+            dry_run: return what would be removed, and remove nothing.
+            progress: called with the name of a step, how much of it is done, and all of it.
 
         Raises:
-            PlaceError: the remote cannot be reached, listed or written; the same again goes on.
+            PlaceError: the remote cannot be reached, listed or written.
         """
         from pear_store.remote import upkeep
 
         return upkeep.gc(self._open, remote, keep, older_than_s, grace_s, dry_run, progress)
 
     def remote_log(self, remote: str | None = None, most: int | None = None) -> "list[Logged]":
-        """What a remote's newest entries did, newest first; `most`: so many of them."""
+        """What each entry of a remote's log did, newest first.
+
+        Args:
+            remote: its name. None: ``origin``, or the only one.
+            most: only the newest so many entries. None: all.
+
+        Raises as :meth:`pull`.
+        """
         from pear_store.remote import upkeep
 
         return upkeep.history(self._open, remote, most)
@@ -349,10 +419,15 @@ class Store(ReadableStore):
         subset: tuple[int, int] = (1, 1),
         progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
     ) -> "RemoteReport":
-        """Checks a remote's log, and reads the packs of the n-th of t parts; names each fault with the versions hit.
+        """Checks a remote's log, packs and tensors. Names each fault with the versions that cannot be read.
+
+        Args:
+            remote: its name. None: ``origin``, or the only one.
+            subset: (n, t): only the packs of the n-th of t parts, n from 1. The log is always checked whole.
+            progress: called with the name of a step, how much of it is done, and all of it.
 
         Raises:
-            DamagedRemoteError: it is not the remote that this store knows.
+            DamagedRemoteError: it is another remote than the one that this store knows.
             PlaceError: the remote cannot be reached.
         """
         from pear_store.remote import upkeep
@@ -365,15 +440,18 @@ class Store(ReadableStore):
         copies: Collection[str | Path] = (),
         progress: Callable[[str, int, int], None] = lambda what, done, all_: None,
     ) -> "RemoteRepaired":
-        """Mends what :meth:`remote_verify` finds, from good copies in this store and in others.
+        """Repairs what :meth:`remote_verify` finds, from good copies in this store and in others.
 
         Args:
+            remote: its name. None: ``origin``, or the only one.
             copies: directories of other stores.
+            progress: called with the name of a step, how much of it is done, and all of it.
 
         Raises:
-            NotFoundError: one of `copies` is no store; nothing was repaired.
-            PlaceError: the remote cannot be reached or written; the same again goes on.
+            NotFoundError: one of `copies` is no store. Nothing was repaired.
+            PlaceError: the remote cannot be reached or written. The same call again goes on.
         """
+
         from pear_store.remote import upkeep
 
         return upkeep.repair(self._open, remote, copies, progress)

@@ -1,5 +1,5 @@
-"""What reaches a terminal: lines without control characters, which all commands print through here; and the options
-that commands of all packages share."""
+"""Prints lines without control characters, for all commands. Also holds the options that several packages' commands
+share."""
 
 import json
 import math
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def printable(value: object) -> str:
-    r"""A value's text on one line: what a terminal would obey or could not show is escaped, as ``\x1b``."""
+    r"""A value's text on one line. Characters that a terminal would obey or cannot show are escaped, as ``\x1b``."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
@@ -31,7 +31,7 @@ def _escaped(character: str) -> str:
 
 
 def echo(line: object = "", err: bool = False) -> None:
-    """Prints one line; characters that the stream's encoding lacks are escaped, too."""
+    """Prints one line. Characters that the stream's encoding lacks are escaped, too."""
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
@@ -42,7 +42,7 @@ def echo_json(value: Any) -> None:
 
 
 def echo_json_rows(rows: Iterable[Row]) -> None:
-    """Prints one JSON list, in ASCII, as its rows come."""
+    """Prints one JSON list, in ASCII. Each row is printed when it comes."""
     before = "["
     for row in rows:
         click.echo(f"{before}{json.dumps(row, allow_nan=False)}", nl=False)
@@ -51,7 +51,7 @@ def echo_json_rows(rows: Iterable[Row]) -> None:
 
 
 def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **settings: Any) -> None:
-    """Prints rows under their keys; by default the first column is aligned left, the others right."""
+    """Prints rows under their keys. By default, the first column is aligned left and the others right."""
     from tabulate import tabulate
 
     shown = [{printable(key): printable(value) for key, value in row.items()} for row in rows]
@@ -61,10 +61,10 @@ def echo_table(rows: Sequence[Row], colalign: Sequence[str] | None = None, **set
 
 
 def echo_long_table(rows: Iterable[Row], left: Collection[str]) -> None:
-    """Prints a table of any length as its rows come. Columns are as wide as the first thousand rows need.
+    """Prints a table of any length, a thousand rows at a time. Columns are as wide as the first thousand rows need.
 
     Args:
-        left: the columns that are aligned left; others are aligned right.
+        left: the columns that are aligned left. The others are aligned right.
     """
     waiting = iter(rows)
     widths: dict[str, int] = {}
@@ -84,7 +84,7 @@ version_option = click.version_option(__version__)
 
 
 class NamedPath(click.Path):
-    """A path that names something. An empty text, as of a shell variable that is not set, would be the folder here."""
+    """A path that is not empty. An empty text, as of an unset shell variable, would mean the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -93,7 +93,7 @@ class NamedPath(click.Path):
 
 
 class NumberRange(click.FloatRange):
-    """A range that NaN does not lie in. By comparisons alone it is neither below nor above."""
+    """A range that refuses NaN. click compares only, and NaN is neither below nor above any bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -101,7 +101,7 @@ class NumberRange(click.FloatRange):
 
 
 class PrintableGroup(click.Group):
-    """A group of commands whose usage errors, too, are printable."""
+    """A group of commands. Its usage errors contain no control characters."""
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         try:

@@ -1,4 +1,4 @@
-"""The files of a page that a package brings along, and what a browser lets them do."""
+"""The files of a web page that a package contains, and its Content-Security-Policy."""
 
 from importlib import resources
 from typing import NamedTuple
@@ -7,23 +7,26 @@ _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg"
 
 
 class PageFile(NamedTuple):
-    """A file, and its media type."""
+    """A file's bytes and its media type."""
 
     data: bytes
     kind: str
 
 
 def page_files(package: str) -> dict[str, PageFile]:
-    """The files in a package's folder `page`, by name."""
+    """The files in a package's folder `page`, by name, and those that the pages of all packages share.
+
+    Files of other kinds than `_KINDS` are left out."""
     return {
         file.name: PageFile(file.read_bytes(), _KINDS[ending])
-        for file in (resources.files(package) / "page").iterdir()
+        for folder in ("pear_store", package)
+        for file in (resources.files(folder) / "page").iterdir()
         if (ending := file.name.rpartition(".")[2]) in _KINDS
     }
 
 
 def page_policy(images: str = "'self'") -> str:
-    """The Content-Security-Policy of a page: nothing from another host, nothing inline, no text that becomes HTML."""
+    """A page's Content-Security-Policy: nothing from other hosts, nothing inline, and no text is parsed as HTML."""
     return "; ".join(
         (
             "default-src 'none'",

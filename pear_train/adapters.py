@@ -18,20 +18,21 @@ from router.tensors import fake_quantise
 
 @dataclass
 class TrainedBranch:
-    """One use of an adapter: its name, a scale that is a number or a trained 0-dim parameter, and maybe a core of this
-    position's own, [rank, rank], between its down and up."""
+    """One use of an adapter at a position."""
 
     adapter: str
     scale: float | nn.Parameter
+    """A number, or a trained parameter of 0 dimensions."""
     core: nn.Parameter | None = None
+    """This position's own [rank, rank] matrix between the adapter's `down` and `up`."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenAdapter:
     """An adapter that does not train: `down` [d_in, rank] and `up` [rank, d_out], float32, as they will be read back.
 
-    One from a store (role bank, base or bases) is written as it was found: `entry`, with its `tensors`, of a stack the
-    whole one; a knowledge checkpoint as float16, or as codes of `bits`.
+    An adapter from a store (role bank, base or bases) is written as it was found: its `entry` and its `tensors`. Of a
+    stack that is the whole stack. A knowledge checkpoint is written as float16, or as codes of `bits`.
     """
 
     role: Role
@@ -41,22 +42,25 @@ class FrozenAdapter:
     entry: Mapping[str, Any] | None = None
     tensors: Mapping[str, RawTensor] = field(default_factory=dict)
     place: int | None = None
-    """Which of a stack it is."""
+    """Its place in a stack."""
 
     def to(self, device: torch.device) -> "FrozenAdapter":
         return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
 class AdapterSet(nn.Module):
-    """An adapter at every position to begin with; pruning rewrites `branches`.
+    """The adapters of one task. It starts with one adapter at every position; pruning rewrites `branches`.
 
-    `down` is uniform in ±1/√d_in, `up` zero, so that training starts from the backbone's own function.
+    `down` starts uniform in ±1/√d_in, `up` at zero. So training starts from the backbone's own function.
 
     Args:
         widths: position -> (d_in, d_out), in forward order.
-        common_down: freeze `down` at values that depend on the position and its shape only.
-        bits, core_bits: train matrices, cores as codes of so many bits, rounded in each step, gradients passed straight
-            through; None: as is.
+        rank: of every adapter.
+        scale: factor of every branch.
+        generator: draws `down`.
+        common_down: freeze `down` at values that depend only on the position and its shape.
+        bits, core_bits: train matrices and cores as codes of this many bits. They are rounded in each step, and
+            gradients pass straight through the rounding. None: no rounding.
     Source: straight-through rounding, Bengio et al., arXiv:1308.3432; low-bit adapters, Jie et al., arXiv:2307.16867.
     """
 
@@ -92,14 +96,14 @@ class AdapterSet(nn.Module):
             self.branches[position] = [TrainedBranch(f"a{i}", scale)]
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(down, up) of a trained or frozen adapter, as they are kept."""
+        """(down, up) of a trained or frozen adapter, not rounded to codes."""
         if adapter in self.frozen:
             frozen = self.frozen[adapter]
             return frozen.down, frozen.up
         return self.down[adapter], self.up[adapter]
 
     def _written(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(down, up) as they will be written, where that is in codes."""
+        """(down, up), rounded if they will be written as codes."""
         down, up = self.matrices(adapter)
         if self.bits is None or adapter in self.frozen:
             return down, up
@@ -109,7 +113,8 @@ class AdapterSet(nn.Module):
         return core if self.core_bits is None else fake_quantise(core, self.core_bits, rank_axis=0)
 
     def position_weights(self) -> dict[str, PositionWeights]:
-        """What each position adds: a core in common bases as it is, all else concatenated along the rank."""
+        """What each position adds. A core in common bases stays apart; all other branches are concatenated along the
+        rank."""
         used = {adapter: self._written(adapter) for adapter in self.used()}
         weights = {}
         for position, branches in self.branches.items():
@@ -126,7 +131,7 @@ class AdapterSet(nn.Module):
     def _concatenated(
         self, branches: Sequence[TrainedBranch], used: Mapping[str, tuple[Tensor, Tensor]]
     ) -> PositionWeights | None:
-        """Branches side by side, cores and scales in `up`; None of none."""
+        """Branches concatenated along the rank, with cores and scales multiplied into `up`. None if there are none."""
         if not branches:
             return None
         downs = [used[branch.adapter][0] for branch in branches]
@@ -152,11 +157,11 @@ class AdapterSet(nn.Module):
                 del self.frozen[name]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What trains of the matrices, by name."""
+        """The matrices that train, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def scales(self) -> dict[str, nn.Parameter]:
-        """The trained scales, by position and number of the branch."""
+        """The trained scales. A key is the position and the branch's number."""
         return {
             f"{position} {i}": branch.scale
             for position, i, branch in self._every_branch()
@@ -164,7 +169,7 @@ class AdapterSet(nn.Module):
         }
 
     def cores(self) -> dict[str, nn.Parameter]:
-        """The cores, by position and number of the branch."""
+        """The cores. A key is the position and the branch's number."""
         return {f"{p} {i}": branch.core for p, i, branch in self._every_branch() if branch.core is not None}
 
     def _every_branch(self) -> list[tuple[str, int, TrainedBranch]]:
@@ -172,9 +177,10 @@ class AdapterSet(nn.Module):
 
 
 def make_common_down(position: str, d_in: int, rank: int) -> Tensor:
-    """The `down` [d_in, rank], uniform in ±1/√d_in, that all tasks have in common at a position, in float16's values.
+    """The `down` [d_in, rank] that all tasks share at a position, float32, uniform in ±1/√d_in.
 
-    From raw bits of a generator that is specified, so that every machine and version makes the same bytes.
+    Float16 holds its values exactly. They come from the raw bits of PCG64, so every machine and every version makes the
+    same bytes.
     """
     seed = int.from_bytes(hashlib.sha256(f"{position} {d_in} {rank}".encode()).digest()[:8], "little")
     raw = np.random.PCG64(seed).random_raw(d_in * rank) >> np.uint64(40)

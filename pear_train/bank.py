@@ -17,17 +17,17 @@ from router import AdaptedBackbone
 class Bank:
     """The adapters of stored tasks, by the positions that use them.
 
-    Tasks of another backbone or activation are passed over, and so is what stands at other positions than this run's,
-    or has not their widths: it means nothing here.
+    The bank skips tasks of another backbone or activation. It also skips adapters at positions that this run does not
+    have, and adapters of other widths.
 
     Args:
-        cores: adapters are borrowed with a new core: offer them without the one that a stored task has for them.
+        cores: whether a borrower gets a new core. If so, adapters are offered without the core of the stored task.
     """
 
     def __init__(self, tasks: Sequence[Task], adapted: AdaptedBackbone, activation: Activation, cores: bool) -> None:
         self.cores = cores
         self.adapters: dict[str, FrozenAdapter] = {}
-        """By name: every distinct one."""
+        """Every distinct adapter, by name."""
         self._at: dict[str, dict[str, None]] = {}
         names: dict[tuple[str, ...], str] = {}
         for task in tasks:
@@ -53,17 +53,20 @@ class Bank:
         losses: Callable[[], Iterable[Callable[[], Tensor]]],
         count: int,
     ) -> dict[str, list[str]]:
-        """For each position, the `count` stored adapters by which this task's loss would fall most once it is empty.
+        """Chooses for each position the `count` stored adapters that would lower this task's loss most steeply.
 
             scale:  |mean over batches of ∂L/∂s|² / |down · up|²       s: the scale of a branch added at s = 0
             core:   |mean over batches of ∂L/∂C|²                      C: the core of one added at C = 0, its down and
                                                                        up made orthonormal
 
-        the squared slope of the loss along the steepest branch of norm 1 that the adapter allows. Candidates are what
-        stored tasks use at that position.
+        This is the squared slope of the loss along the steepest branch of norm 1 that the adapter allows. While slopes
+        are measured, all given positions are empty. Candidates are the adapters that stored tasks use at a position.
 
         Args:
-            losses: for every batch, what computes its mean loss from `adapters`; its branches are put back afterwards.
+            adapters: the task's own. Their branches change while slopes are measured, and are put back afterwards.
+            losses: for every batch, a function that computes its mean loss from `adapters`.
+        Returns:
+            position -> names in `self.adapters`, the steepest first.
         """
         candidates = {p: list(self._at.get(p, ())) for p in positions}
         before = {p: adapters.branches[p] for p in candidates}
@@ -97,7 +100,7 @@ class Bank:
         return chosen
 
     def _unit(self, adapter: FrozenAdapter) -> FrozenAdapter:
-        """An adapter's directions with norm 1: of all that a core allows, or of its one matrix."""
+        """The adapter scaled to norm 1. With cores, `down` and `up` are made orthonormal instead."""
         down, up = adapter.down, adapter.up
         if self.cores:
             return FrozenAdapter("bank", torch.linalg.qr(down).Q, torch.linalg.qr(up.t()).Q.t().contiguous())
@@ -111,8 +114,13 @@ def widths_of(task: Task, adapter: str) -> tuple[int, int]:
 
 
 def stored_adapter(task: Task, name: str, role: Role, with_core: bool = True) -> FrozenAdapter:
-    """An adapter of a task as it will be written again, tensor for tensor, with or without its core; one of a stack
-    leaves the others there."""
+    """An adapter of a stored task, to be written again tensor for tensor.
+
+    Args:
+        with_core: whether it keeps its core.
+    Returns:
+        The adapter. One of a stack comes alone, without the others.
+    """
     entry, adapter = dict(task.entry(name)[0]), task.adapters[name]
     entry.pop("stack", None)
     if adapter.core is not None and not with_core:

@@ -20,33 +20,42 @@ class BaseAdapters:
     """What a base set gives a new task."""
 
     frozen: Mapping[str, list[Branch]]
-    """Positions that use the base's adapters as they are, with its scales."""
+    """Positions that use the base's adapters frozen, with the base's scales."""
     adapters: Mapping[str, FrozenAdapter]
     start: Mapping[str, tuple[Tensor, Tensor]]
-    """Where the adapters of the other positions start: down, and up times its scale."""
+    """Where the other positions' adapters start: `down`, and `up` times its scale."""
 
 
 def base_adapters(base: Task, adapted: AdaptedBackbone, positions: Sequence[str], config: TrainConfig) -> BaseAdapters:
     """Divides a base set at the input of block number `config.base_blocks`.
 
     Raises:
-        ConfigError: it is for another backbone, or its adapters do not fit the configuration.
+        ConfigError: the base is for another backbone, or its adapters do not fit the configuration.
     """
     name = f"base {base.name!r}"
     if base.backbone_digest != adapted.backbone.digest:
-        raise ConfigError(f"{name}: made for {base.backbone_model} {base.backbone_digest[:19]}…: another backbone")
+        raise ConfigError(
+            f"{name}: expected a base of {adapted.backbone.name} {adapted.backbone.digest[:19]}…, "
+            f"found one of {base.backbone_model} {base.backbone_digest[:19]}…: make a base with this backbone"
+        )
     if base.activation != config.activation:
         raise ConfigError(f"{name}: its activation is {base.activation!r}: train with it, not {config.activation!r}")
     if strangers := [p for p in base.positions if p not in positions]:
-        raise ConfigError(f"{name}: has adapters at {strangers[0]!r}: not among the positions {config.positions!r}")
+        raise ConfigError(
+            f"{name}: has an adapter at {strangers[0]!r}, which is not among the positions {config.positions!r}: "
+            "choose the positions that the base was made with"
+        )
     for position, branches in base.positions.items():
         if (found := widths_of(base, branches[0].adapter)) != adapted.widths[position]:
-            raise ConfigError(f"{name}: widths {found} at {position!r}: the backbone's are {adapted.widths[position]}")
+            raise ConfigError(
+                f"{name}: expected widths {adapted.widths[position]} at {position!r}, found {found}: "
+                "make a base with this backbone"
+            )
     level, blocks = adapted.levels.of, len(adapted.levels.blocks)
     if config.base_blocks >= blocks:
         raise ConfigError(
-            f"base blocks {config.base_blocks}: {adapted.backbone.name} has {blocks} blocks at which tasks may part: "
-            "expected fewer than that"
+            f"base blocks {config.base_blocks}: expected fewer than {blocks}, "
+            f"the blocks of {adapted.backbone.name} at which tasks may part"
         )
     lower = [p for p in positions if level.get(p, 0) <= config.base_blocks]
     frozen = {p: base.positions[p] for p in lower if p in base.positions}
@@ -60,7 +69,7 @@ def base_adapters(base: Task, adapted: AdaptedBackbone, positions: Sequence[str]
         adapter = base.adapters[branches[0].adapter]
         if len(branches) > 1 or adapter.rank != config.rank or config.down == "common":
             raise ConfigError(
-                f"{name}: {len(branches)} branch(es) of rank {adapter.rank} at {position!r}: to start from it, "
+                f"{name}: found {len(branches)} branch(es) of rank {adapter.rank} at {position!r}: to start there, "
                 f"expected one of rank {config.rank} and down 'own'"
             )
         values = matrix_values(adapter.down, base.tensors), up_values(adapter, base.tensors)

@@ -1,8 +1,8 @@
-"""Common bases: two matrices at each position that many tasks stand on, each with cores of its own.
+"""Common bases: two matrices at each position that many tasks use. Each task has cores of its own between them.
 
     y = f(x) + scale · ((x · D) · C) · U        D [d_in, R] and U [R, d_out]: of all tasks; C [R, R]: of this one
 
-A checkpoint of bases is a task without a head, whose adapters are D and U, at scale 0: as a task it adds nothing.
+A checkpoint of bases is a task without a head. Its adapters are D and U at scale 0, so as a task it adds nothing.
 pear_train/make_bases.py makes one.
 """
 
@@ -27,47 +27,58 @@ def is_bases(task: Task) -> bool:
 
 
 def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> None:
-    """Checks what can be known before a position is attached.
+    """Checks all that can be checked before a position is attached.
 
     Raises:
-        ConfigError: they are no bases, are of another backbone, or do not go with the options.
+        ConfigError: `bases` is an ordinary task, is for another backbone, or does not fit the options.
     """
     name = f"bases {bases.name!r}"
     if not is_bases(bases):
-        raise ConfigError(f"{name}: this is a task, not common bases: expected what --make-bases wrote")
+        raise ConfigError(f"{name}: expected common bases, found a task: give a checkpoint that --make-bases wrote")
     if bases.backbone_digest != adapted.backbone.digest:
-        raise ConfigError(f"{name}: made for {bases.backbone_model} {bases.backbone_digest[:19]}…: another backbone")
+        raise ConfigError(
+            f"{name}: expected bases of {adapted.backbone.name} {adapted.backbone.digest[:19]}…, "
+            f"found ones of {bases.backbone_model} {bases.backbone_digest[:19]}…: make bases with this backbone"
+        )
     if config.method != "pear":
-        raise ConfigError(f"{name}: method {config.method!r} has no use for them: expected 'pear'")
+        raise ConfigError(f"{name}: expected method 'pear', found {config.method!r}, which cannot use common bases")
     if config.activation != bases.activation:
         raise ConfigError(f"{name}: its activation is {bases.activation!r}: train with it, not {config.activation!r}")
     if config.own_bytes is not None and config.knowledge not in ("fold", "none"):
-        raise ConfigError(f"{name}: knowledge {config.knowledge!r}: expected 'fold' or 'none' on common bases")
+        raise ConfigError(f"{name}: expected knowledge 'fold' or 'none' on common bases, found {config.knowledge!r}")
     ranks = {bases.adapters[branches[0].adapter].rank for branches in bases.positions.values()}
     if config.rank != OPTIONS["rank"].default and ranks != {config.rank}:
         shown = " and ".join(map(str, sorted(ranks)))
-        raise ConfigError(f"{name}: rank {config.rank}: theirs is {shown}: leave rank out, or choose other bases")
+        raise ConfigError(f"{name}: expected rank {shown}, found {config.rank}: leave rank out, or choose other bases")
 
 
 def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> dict[str, FrozenAdapter]:
-    """D and U of each position, as they will be written again.
+    """Each position's D and U, as they will be written again.
 
     Raises:
-        ConfigError: the bases lack a position, or do not fit it.
+        ConfigError: the bases lack a position, or their widths differ from the backbone's.
     """
     name = f"bases {bases.name!r}"
     found: dict[str, FrozenAdapter] = {}
     for position in positions:
         branches = bases.positions.get(position, [])
         if not branches:
-            raise ConfigError(f"{name}: have nothing at {position!r}: leave positions out, or choose among theirs")
+            raise ConfigError(
+                f"{name}: have nothing at {position!r}: leave positions out, or choose some that they have"
+            )
         adapter = branches[0].adapter
         if len(branches) > 1 or bases.adapters[adapter].core is not None:
-            raise ConfigError(f"{name}: expected one adapter without a core at {position!r}")
+            raise ConfigError(
+                f"{name}: expected one adapter without a core at {position!r}: give a checkpoint that --make-bases "
+                "wrote"
+            )
         if (widths := widths_of(bases, adapter)) != adapted.widths[position]:
-            raise ConfigError(f"{name}: widths {widths} at {position!r}: the backbone's are {adapted.widths[position]}")
+            raise ConfigError(
+                f"{name}: expected widths {adapted.widths[position]} at {position!r}, found {widths}: "
+                "make bases with this backbone"
+            )
         frozen, (entry, place) = stored_adapter(bases, adapter, "bases"), bases.entry(adapter)
-        if place is not None:  # a task on bases names the same stacks
+        if place is not None:  # a task on these bases names the same stacks
             stack = {name: bases.tensors[name] for _, name in entry_names(entry)}
             frozen = replace(frozen, entry=entry, tensors=stack, place=place)
         found[position] = frozen
@@ -75,7 +86,7 @@ def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) ->
 
 
 def stand_on(adapters: AdapterSet, bases: dict[str, FrozenAdapter], scale: float, device: torch.device) -> None:
-    """Gives each position the common bases with a core of zeros, before what it has of its own."""
+    """Puts the common bases, with a core of zeros, before each position's own branches."""
     adapters.on_bases = True
     own, adapters.branches = adapters.branches, {}
     for i, (position, frozen) in enumerate(bases.items()):  # in forward order
@@ -85,7 +96,7 @@ def stand_on(adapters: AdapterSet, bases: dict[str, FrozenAdapter], scale: float
 
 
 def share_bases(adapters: AdapterSet, others: AdapterSet) -> None:
-    """Makes equal bases of two runs the same tensors, so that a step of both multiplies by them once."""
+    """Gives `adapters` the tensors of `others` where their bases are equal. A step of both then multiplies once."""
     if not (adapters.on_bases and others.on_bases):
         return
     for position, (branch, *_) in adapters.branches.items():
@@ -96,5 +107,5 @@ def share_bases(adapters: AdapterSet, others: AdapterSet) -> None:
 
 
 def bases_key(bases: FrozenAdapter) -> tuple[tuple[str, ...], int | None]:
-    """Equal for equal bases: the digests of their tensors, and their place in a stack."""
+    """A key that is equal for equal bases: the digests of their tensors, and their place in a stack."""
     return tuple(tensor.digest for tensor in bases.tensors.values()), bases.place

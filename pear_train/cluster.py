@@ -1,7 +1,7 @@
 """Many tasks over many machines: processes of a Ray cluster train them (docs/cluster.md).
 
-The process that was started decides what is to train, and hands tasks out. A worker writes a task's state and its
-checkpoint where the process that was started would, so all machines see the output's folder.
+The main process, the one that a user started, decides which tasks are left to train and hands them out. A worker writes
+a task's state and checkpoint to the path that the main process would use. So all machines must see the output's folder.
 """
 
 import socket
@@ -29,13 +29,13 @@ from router import Backbone, load_backbone
 from router.cluster import ClusterError, has_gpus, reason_of, room, session
 
 ATTEMPTS = 6
-"""How often a task's worker may die without an epoch that ended in between."""
+"""How many times in a row a task's worker may die before it ends another epoch."""
 ALONE_AFTER = 3
-"""After so many such deaths, tasks that trained together are tried one by one: one of them may be what kills."""
+"""After this many such deaths, tasks that trained together are tried one by one. One of them may kill the worker."""
 WAITING = 64
-"""Groups that Ray knows of beside those that it has room for, so that an autoscaler sees that machines are wanted."""
+"""Groups submitted to Ray beyond those it has room for. From them an autoscaler sees that more machines are wanted."""
 SECONDS_PER_STEP = 1.0
-"""A worker tells of steps within an epoch at most this often."""
+"""A worker reports steps within an epoch at most this often."""
 __all__ = ["Assignment", "Party", "Setup", "has_gpus", "session"]
 _LOST = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
@@ -47,7 +47,7 @@ class Setup:
     backbone: str
     weights: str | None
     digest: str
-    """Of the backbone as the run began with it."""
+    """Digest of the backbone in the main process."""
     data_root: Path | None
     on_gpus: bool
     base: Task | None = None
@@ -57,7 +57,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A task to train, as any machine may be told it."""
+    """A task to train, in a form that can be sent to any machine."""
 
     entry: TaskEntry
     out: Path
@@ -72,7 +72,7 @@ class Began:
 
 
 Event: TypeAlias = Began | Step | Result | Failed | str
-"""What a worker tells; a text is a line for a person."""
+"""What a worker reports. A str is a line for a person."""
 
 
 # ---- on a worker ----------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def trained(assignments: Sequence[Assignment], setup: Setup, threads: int | None
     """Trains tasks together, each from where an earlier worker left it.
 
     Args:
-        threads: that a step computes with; None: as torch has it.
+        threads: number of threads for a step; None: torch's default.
 
     Raises:
         ClusterError: this machine has another backbone.
@@ -95,7 +95,10 @@ def trained(assignments: Sequence[Assignment], setup: Setup, threads: int | None
         yield Began(assignment.entry.config.task, host)
     backbone = _backbone(setup.backbone, setup.weights)
     if backbone.digest != setup.digest:
-        raise ClusterError(f"backbone {setup.backbone}: {host} has other weights than the run began with")
+        raise ClusterError(
+            f"backbone {setup.backbone}: expected digest {setup.digest[:19]}…, {host} has {backbone.digest[:19]}…: "
+            "give all machines the same weights"
+        )
     events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
     Thread(target=_train, args=(assignments, setup, backbone, events.put), daemon=True).start()
     while (event := events.get()) is not None:
@@ -110,7 +113,7 @@ def _train(
     backbone: Backbone,
     tell: Callable[[Event | BaseException | None], None],
 ) -> None:
-    """Trains in a thread beside the one that sends what is told."""
+    """Trains. It runs in a thread of its own, beside the one that sends events."""
     jobs = [Job(job.entry.config, partial(_open, job.entry, setup.data_root, tell), job.out) for job in assignments]
     try:
         for ended in train_many(
@@ -131,12 +134,12 @@ def _open(entry: TaskEntry, root: Path | None, tell: Callable[[str], None]) -> D
 
 @lru_cache(1)
 def _backbone(name: str, weights: str | None) -> Backbone:
-    """Ray gives a process one task after the other."""
+    """The backbone. The cache helps because Ray gives one process several tasks in turn."""
     return load_backbone(name, weights)
 
 
 class _Pace:
-    """Tells of each epoch's end, and of steps now and then."""
+    """Reports each epoch's end, and other steps at most every SECONDS_PER_STEP."""
 
     def __init__(self, tell: Callable[[Step], None]) -> None:
         self._tell, self._told = tell, 0.0
@@ -148,28 +151,28 @@ class _Pace:
             self._tell(step)
 
 
-# ---- in the process that was started --------------------------------------------------------------
+# ---- in the main process --------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class _Group:
-    """Tasks that train together; those that ended are taken out."""
+    """Tasks that train together. A task that ended is removed."""
 
     left: dict[str, Assignment]
     deaths: int = 0
-    """Since an epoch ended."""
+    """Of its workers, since the last epoch that ended."""
 
 
 class Audience(Protocol):
-    """Who is told what goes on."""
+    """Receives progress."""
 
     def began(self, task: str, host: str) -> None:
-        """A task's turn has come on this machine, or has come again."""
+        """A task starts on this machine, or starts again."""
 
     def show(self, step: Step) -> None: ...
 
     def say(self, line: str) -> None:
-        """Takes lines for a person."""
+        """Receives a line for a person."""
 
 
 class Party:
@@ -177,11 +180,11 @@ class Party:
 
     Args:
         together: tasks that one worker trains at once.
-        workers: the most workers at once; None: as the cluster has room.
-        cpus_per_worker: cores that each takes; None: see :func:`router.cluster.room`.
+        workers: the most workers at once; None: as many as the cluster has room for.
+        cpus_per_worker: cores for each worker; None: see :func:`router.cluster.room`.
 
     Raises:
-        ClusterError: the cluster has room for none.
+        ClusterError: the cluster has room for no worker.
     """
 
     def __init__(
@@ -195,7 +198,7 @@ class Party:
         self._audience, self._together, self._workers, self._on_gpus = audience, together, workers, setup.on_gpus
         _, self._cpus = room(setup.on_gpus, cpus_per_worker)
         self._threads = None if setup.on_gpus else self._cpus
-        self._setup = ray.put(setup)  # once, whatever base and bank hold
+        self._setup = ray.put(setup)  # sent once, because base and bank may be large
         train: Any = ray.remote(trained)
         self._train = train.options(
             num_cpus=self._cpus, num_gpus=int(setup.on_gpus), num_returns="streaming", max_retries=0,
@@ -206,10 +209,10 @@ class Party:
         self._hosts: dict[str, str] = {}
 
     def train(self, assignments: Sequence[Assignment]) -> Iterator[Result | Failed]:
-        """Trains tasks, in any order.
+        """Trains tasks. Results come in the order in which tasks end.
 
         Raises:
-            ClusterError: a worker cannot work at all. Tasks that ended are kept, and states of the others.
+            ClusterError: a worker cannot work at all. Checkpoints and states that were written stay on disk.
         """
         for start in range(0, len(assignments), self._together):
             self._waiting.append(_Group({a.entry.config.task: a for a in assignments[start : start + self._together]}))
@@ -222,11 +225,11 @@ class Party:
                 yield from self._take(stream)
 
     def _most(self) -> int:
-        """Groups that Ray is told of. Machines may have come."""
+        """The most groups to submit to Ray. Asked anew each time, because machines may have joined."""
         return self._workers or room(self._on_gpus, self._cpus)[0] + WAITING
 
     def _take(self, stream: Any) -> Iterator[Result | Failed]:
-        """One thing that a worker told, or its end."""
+        """Handles one event of a worker, or its end."""
         group = self._running[stream]
         try:
             event: Event = ray.get(next(stream))
@@ -260,17 +263,17 @@ class Party:
                 yield event
 
     def _again(self, group: _Group) -> Iterator[Failed]:
-        """Puts tasks first in line whose worker died; gives up those that had too many."""
+        """Puts the tasks of a dead worker first in line. Gives them up after ATTEMPTS deaths."""
         if not group.left:  # all of them had ended
             return
         group.deaths += 1
         names = ", ".join(group.left)
         if group.deaths >= ATTEMPTS:
-            why = f"its worker died {ATTEMPTS} times without an epoch's end; Ray's logs say why"
+            why = f"its worker died {ATTEMPTS} times before it ended an epoch: see Ray's logs for the reason"
             yield from (Failed(task, why) for task in group.left)
             return
-        again = "others, one for each, go" if group.deaths >= ALONE_AFTER and len(group.left) > 1 else "another goes"
-        self._audience.say(f"{names}: the worker died; {again} on after the last epoch that was ended")
+        again = "a worker for each goes" if group.deaths >= ALONE_AFTER and len(group.left) > 1 else "another goes"
+        self._audience.say(f"{names}: the worker died; {again} on from the last epoch that ended")
         if group.deaths >= ALONE_AFTER:
             self._waiting.extendleft(_Group({task: job}, group.deaths) for task, job in group.left.items())
         else:

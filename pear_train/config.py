@@ -26,93 +26,107 @@ from pear_train.options import check_option, kinds, parse_augment
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one run; docs/training.md says how to choose them."""
+    """Options of one run. docs/training.md says how to choose them.
+
+    Raises:
+        ConfigError: a value has the wrong type or range, or two options contradict each other.
+    """
 
     task: str
+    """Name of the task: up to 100 letters, digits, '.', '_', '-'."""
     method: Method = "pear"
-    """pear (prune and share), adapters (no pruning) or linear (head only)."""
+    """pear (prune and share), adapters (no pruning) or linear (only the head)."""
     epochs: int = 20
     prune_epoch: int | None = None
-    """Epochs before pruning; None for two fifths of all."""
+    """Epochs before pruning. None: two fifths of all."""
     positions: str = "auto"
-    """Comma-separated presets (blocks, attn, mlp, qkv, linear, whole, pointwise) or patterns of module paths; auto:
-    the first of qkv,mlp; blocks; whole; pointwise that a backbone has and runs."""
+    """Comma-separated presets (blocks, attn, mlp, qkv, linear, whole, pointwise) or patterns of module paths. auto: the
+    first of these that the backbone has and runs: qkv,mlp; blocks; whole; pointwise."""
     rank: int = 12
-    """Of an adapter; of a run on common bases, theirs is."""
+    """Rank of an adapter. A run on common bases uses their rank."""
     activation: Activation = "identity"
+    """Function between an adapter's `down` and `up`: identity, relu or gelu."""
     scale: float = 1.0
     """Factor of a branch."""
     ratio: float = 0.92
-    """Share of the adapters of each shape that is pruned, below 1."""
+    """Share of the adapters of each shape that is pruned, at least 0 and below 1."""
     down: Down = "own"
-    """own: trained; common: frozen, the same for all tasks of a backbone, so that only `up` is new to a store."""
+    """own: trained. common: frozen, the same for all tasks of a backbone, so a store keeps it once."""
     importance: Importance = "taylor"
-    """What ranks adapters (pear_train/importance.py), or random as a control."""
+    """How adapters are ranked (pear_train/importance.py). random and first are controls."""
     sharing: Sharing = "nearest"
-    """How a pruned position finds the kept adapter that it borrows; none leaves it empty."""
+    """Which kept adapter a pruned position borrows: nearest, top, similar (pear_train/prune.py) or none."""
     borrow: Borrow = "core"
-    """What a borrowed branch has of its own: a core, a matrix of rank x rank between down and up, or only a scale."""
+    """What a borrowed branch trains of its own: a core [rank, rank] between down and up, or only a scale."""
     borrowed_scale: float = 0.0
-    """Where a borrowed branch's scale starts, as a multiple of `scale`; with a core, where that starts as so many times
-    the identity. A fold says itself where they start."""
+    """Start of a borrowed branch's scale, as a multiple of `scale`. A core starts as this multiple of the identity. A
+    fold computes the start itself."""
     train_borrowed_scale: bool = True
+    """Whether a borrowed branch's scale is trained."""
     scale_lr: float = 10.0
     """Learning rate of trained scales, as a multiple of `lr`."""
     knowledge: Knowledge = "fold"
-    """What is preserved of a pruned adapter at its own position."""
+    """What a pruned position keeps of its adapter: none, fold, lowbit or exact (pear_train/knowledge.py)."""
     knowledge_bits: KnowledgeBits = 1
     """Bits of a low-bit knowledge checkpoint: 1 or 4."""
     lr: float = 1e-2
+    """Highest learning rate of AdamW."""
     weight_decay: float = 1.0
-    """Of AdamW: a step shrinks weights by the learning rate times this."""
+    """Of AdamW: each step shrinks a weight by the learning rate times this."""
     warmup: float = 0.3
-    """Share of the steps over which the learning rate rises; it then falls along a cosine."""
+    """Share of the steps, 0 to 1, in which the learning rate rises. After them it falls along a cosine."""
     max_grad_norm: float = 1.0
-    """Gradients of all weights together are scaled down to this norm."""
+    """Largest norm of all gradients together. Larger ones are scaled down to it."""
     drop_branch: float = 0.0
-    """Probability that a position's branches are left out of a training step."""
+    """Probability that a training step leaves a position's branches out, at least 0 and below 1."""
     augment: str = "none"
-    """What training images undergo: none, or of flip, crop, rotate, zoom, color and mixup some joined by +."""
+    """Random changes of training images: none, or some of flip, crop, rotate, zoom, color and mixup, joined by +."""
     balance: Balance = "none"
-    """Of uneven classes: weights (in the loss, as if all were equally frequent) or sampling (rare ones come more
-    often); none takes them as they are."""
+    """What is done about rare classes. none: nothing. weights: they weigh more in the loss, as if all classes were
+    equally frequent. sampling: they come more often."""
     label_smoothing: float = 0.0
-    """Share of each label that is spread evenly over all classes."""
+    """Share of each label that is spread evenly over all classes, at least 0 and below 1."""
     batch_size: int = 32
+    """Images per step."""
     seed: int = 0
+    """Seed of every random choice."""
     img_size: int | None = None
-    """Pixels of a side; None for the backbone's own."""
+    """Height and width of images in pixels. None: the backbone's own."""
     device: str | None = None
+    """Device of torch, such as cuda:0. None: a GPU if there is one."""
     dtype: Dtype = "auto"
     """Precision of the forward in training: float32, bfloat16 (autocast), or auto: bfloat16 where it is faster."""
     tensor_dtype: TensorDtype = "F16"
-    """What adapters are written in: F32, F16, BF16, or codes of 8, 4, 2 or 1 bits (Q8, Q4, Q2, Q1), trained as such."""
+    """How adapters are written: F32, F16, BF16, or codes of 8, 4, 2 or 1 bits (Q8, Q4, Q2, Q1). Codes are trained as
+    such."""
     core_dtype: CoreDtype = "auto"
-    """What cores are written in: auto (as adapters are, or F16 beside codes), floats, or codes of 8, 4 or 2 bits."""
+    """How cores are written: floats, codes of 8, 4 or 2 bits, or auto: the floats of the adapters, or F16 if those are
+    codes."""
     head_dtype: HeadDtype = "F16"
-    """What the head is written in: F32, F16, BF16, or a weight of codes of 8, 4 or 2 bits (Q8, Q4, Q2)."""
+    """How the head is written: F32, F16, BF16, or a weight of codes of 8, 4 or 2 bits (Q8, Q4, Q2)."""
     select: Select = "best"
-    """The epoch that is kept: best (top-1 on val), macro_f1 (on val), or last. Of those after pruning; of equals, the
-    later."""
+    """The epoch to keep: best (by top-1 on val), macro_f1 (by macro F1 on val), or last. Only epochs after pruning
+    count. Of equal ones the later is kept."""
     patience: int | None = None
-    """Stop after so many epochs without a better val (by what `select` looks at, counted after pruning); None never."""
+    """Stop after this many epochs without a better val, by the figure that `select` names. Epochs before pruning do not
+    count. None: never stop early."""
     threshold_accuracy: float | None = None
-    """How often answers are to be right: the task gets the lowest confidence, `threshold`, from which its answers on
-    val are. None: no threshold."""
+    """Share of answers, above 0 and at most 1, that must be right. The task's `threshold` becomes the lowest confidence
+    at which that holds on val. None: no threshold."""
     base_blocks: int = 4
-    """Of a run with a base set: how many of the lowest blocks take the base's adapters frozen."""
+    """With a base set: how many of the lowest blocks use the base's adapters frozen."""
     bank_share: int = 1
-    """Of a run with a bank: stored adapters that a pruned position borrows."""
+    """With a bank: how many stored adapters a pruned position borrows."""
     own_rank: int = 0
-    """Of a run on common bases: rank of the adapters that positions have of their own beside their cores; 0: none, or
-    1 where `own_bytes` is given."""
+    """On common bases: rank of the adapters that each position has beside its core. 0: none, or rank 1 if `own_bytes`
+    is given."""
     own_bytes: int | None = None
-    """Of a run on common bases: bytes that these adapters may take as written. The most important are kept, as many as
-    fit; None: all."""
+    """On common bases: bytes that these adapters may take as written. The most important that fit are kept. None: all
+    are kept."""
     core_lr: float = 2.0
-    """Learning rate of cores in common bases, and of adapters beside them, as a multiple of `lr`."""
+    """On common bases: learning rate of cores and of the adapters beside them, as a multiple of `lr`."""
     bases_lr: float = 0.3
-    """Learning rate of common bases that are trained on, as a multiple of `lr`."""
+    """While common bases are made: their learning rate, as a multiple of `lr`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str) or not TASK_NAME.fullmatch(self.task):
@@ -131,8 +145,8 @@ class TrainConfig:
             raise ConfigError("epochs 1: method 'pear' needs at least 2, before and after pruning")
         if not 0 < self.pruned_after < self.epochs:
             raise ConfigError(
-                f"prune epoch {self.pruned_after} of {self.epochs} epochs: expected at least 1 before it (scores are 0 "
-                "while nothing is trained) and 1 after it"
+                f"prune epoch {self.pruned_after} of {self.epochs} epochs: expected at least 1 epoch before it "
+                "(untrained adapters all score 0) and 1 after it"
             )
         if self.knowledge == "fold" and self.activation != "identity":
             raise ConfigError(
@@ -142,10 +156,10 @@ class TrainConfig:
             raise ConfigError("knowledge 'fold' rewrites down, which down 'common' forbids: choose knowledge 'none'")
 
     def unused(self, base: bool, bank: bool, bases: bool = False) -> list[str]:
-        """Options that differ from their defaults and say nothing in such a run.
+        """Names of options that differ from their defaults although such a run ignores them.
 
         Args:
-            base, bank, bases: whether the run is given a base set, stored adapters, common bases.
+            base, bank, bases: whether the run uses a base set, stored adapters, common bases.
         """
         silent: set[str] = {"bases_lr"} if bank else {"bases_lr", "bank_share"}
         silent |= set() if base else {"base_blocks"}
@@ -173,16 +187,16 @@ class TrainConfig:
 
     @property
     def pruned_after(self) -> int:
-        """Epochs before pruning."""
+        """Epochs before pruning, the default resolved."""
         return default_prune_epoch(self.epochs) if self.prune_epoch is None else self.prune_epoch
 
 
 def default_prune_epoch(epochs: int) -> int:
-    """Epochs before pruning, where nothing is said."""
+    """Epochs before pruning if the option is not given."""
     return max(1, round(0.4 * epochs))
 
 
 OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainConfig) if field.name != "task"}
-"""Every option by its name; each has a default."""
+"""Every option but `task`, by its name. Each has a default."""
 
 _BORROWING = ("borrow", "borrowed_scale", "train_borrowed_scale", "scale_lr", "knowledge_bits")

@@ -1,4 +1,4 @@
-"""How runs learn, for other programs: a CSV file, or a folder that TensorBoard reads."""
+"""Training curves for other programs: a CSV file, or a folder that TensorBoard reads."""
 
 import csv
 import os
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 _FIRST = "epoch"
 _GROUPS = {"loss": "loss/train", "train_top1": "top1/train", "val_top1": "top1/val", "val_macro_f1": "macro_f1/val"}
-"""What TensorBoard calls an epoch's figures."""
+"""TensorBoard's tag for each figure of an epoch."""
 
 History = Sequence[Mapping[str, float]]
 
 
 def write_csv(path: Path, history: History) -> None:
-    """A row for each epoch. Raises a ResourceError where it cannot be written."""
+    """Writes a row for each epoch. Raises a ResourceError if the file cannot be written."""
     names = [name for name in _GROUPS if history and name in history[0]]
     try:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -36,12 +36,12 @@ def write_csv(path: Path, history: History) -> None:
 
 
 def check_csv(path: Path) -> None:
-    """Raises a ConfigError where no such file can be written, or something else lies."""
+    """Raises a ConfigError if the file cannot be written, or if `path` holds something else than such a file."""
     check_target("--curves", path, lambda start: start.startswith(f"{_FIRST},loss,".encode()))
 
 
 def check_tensorboard(folder: Path, tasks: Iterable[str]) -> None:
-    """Raises a ConfigError where the package is missing, or the folder of a task cannot be made."""
+    """Raises a ConfigError if tensorboard is not installed, or if a task's folder cannot be made."""
     try:
         import_module("tensorboard")
     except ImportError:
@@ -49,18 +49,18 @@ def check_tensorboard(folder: Path, tasks: Iterable[str]) -> None:
     for place in [folder, *(folder / task for task in tasks)]:
         there = next(above for above in (place, *place.absolute().parents) if os.path.lexists(above))
         if not os.path.isdir(there):
-            raise ConfigError(f"--tensorboard {folder}: {there} is no folder: expected one, or nothing there")
+            raise ConfigError(f"--tensorboard {folder}: {there} is not a folder: name another place")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"--tensorboard {folder}: folder {there} takes no file: Permission denied")
 
 
 class Curves:
-    """Writes each epoch of each run where it was asked for, as soon as it ends.
+    """Writes the figures of each epoch as soon as the epoch ends.
 
     Args:
-        csv_path: a CSV file of one run.
-        folder: of TensorBoard; each task has a folder in it.
-        tasks: their names.
+        csv_path: the CSV file of one run; None: no CSV file.
+        folder: TensorBoard's folder, in which each task gets a folder; None: no such folder.
+        tasks: names of the tasks.
     """
 
     def __init__(self, csv_path: Path | None, folder: Path | None, tasks: Iterable[str] = ()) -> None:
@@ -72,12 +72,12 @@ class Curves:
             check_tensorboard(folder, tasks)
 
     def show(self, step: Step) -> None:
-        """Writes what an epoch's last step says."""
+        """Writes an epoch's figures, if the step is the last of its epoch."""
         if step.history:
             self._write(step.task, step.history, len(step.history))
 
     def whole(self, result: Result) -> None:
-        """Writes a run that was trained before."""
+        """Writes all epochs of a run that was trained before."""
         if result.history:
             self._write(result.task, result.history, 1)
 

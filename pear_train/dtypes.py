@@ -1,4 +1,4 @@
-"""What tensors are written in: floats, or codes of a few bits."""
+"""How tensors are written: as floats, or as codes of a few bits."""
 
 import math
 from typing import TypeAlias
@@ -18,7 +18,7 @@ def code_bits(dtype: Written) -> int | None:
 
 
 def written_bytes(shape: tuple[int, int], dtype: TensorDtype, rank_axis: int) -> int:
-    """What a matrix takes as written, its scales counted."""
+    """Bytes of a matrix as written, its scales included."""
     numbers, bits = math.prod(shape), code_bits(dtype)
     if bits is None:
         return numbers * float_dtype(dtype).itemsize
@@ -26,12 +26,12 @@ def written_bytes(shape: tuple[int, int], dtype: TensorDtype, rank_axis: int) ->
 
 
 def float_dtype(dtype: Written) -> torch.dtype:
-    """What the floats are written in; beside codes (scales, cores, biases) that is float16."""
+    """The dtype of floats. Floats beside codes (scales, cores, biases) are float16."""
     return _FLOATS.get(dtype, torch.float16)
 
 
 def core_dtype(core: CoreDtype, adapter: TensorDtype) -> CoreDtype:
-    """What cores are written in, `auto` resolved."""
+    """How cores are written, with `auto` resolved."""
     if core != "auto":
         return core
     return adapter if adapter in ("F16", "BF16", "F32") else "F16"

@@ -1,4 +1,4 @@
-"""How good a task is on a split: the trainer's weights while they train, the written file at the end."""
+"""How good a task is on a split: with the trainer's weights while they train, from the written file at the end."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def in_batches(pixels: Pixels, size: int = EVAL_BATCH) -> list[Tensor]:
 
 @torch.no_grad()
 def predicted_classes(pixels: Pixels, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """The likeliest class of each image, int64; None if a logit is not finite, so that it means nothing.
+    """The likeliest class of each image, int64 [image]. None if a logit is not finite.
 
     Args:
-        logits: of the rows with these numbers.
+        logits: computes the logits [row, class] of rows by their numbers.
     """
     found = []
     for rows in in_batches(pixels):
@@ -34,10 +34,12 @@ def predicted_classes(pixels: Pixels, logits: Callable[[Tensor], Tensor]) -> Ten
 
 
 def probabilities(router: Router, task: str, pixels: Pixels, lr: float) -> Tensor:
-    """float32 [image, class]: what the router answers.
+    """The router's probabilities, float32 [image, class].
 
+    Args:
+        lr: the run's learning rate, for the error.
     Raises:
-        DivergedError: a logit is not finite, so that the likeliest class means nothing.
+        DivergedError: a logit is not finite.
     """
     found = []
     for rows in in_batches(pixels):
@@ -49,12 +51,17 @@ def probabilities(router: Router, task: str, pixels: Pixels, lr: float) -> Tenso
     return torch.cat(found)
 
 
+def calibrated(right: Tensor, confidence: Tensor, wanted: float) -> float | None:
+    """The threshold of a task whose answers on val are these: 0 if no answer need be unknown, None if none is found."""
+    return 0.0 if float(right.double().mean()) >= wanted else threshold_for(right, confidence, wanted)
+
+
 def threshold_for(right: Tensor, confidence: Tensor, wanted: float) -> float | None:
-    """The lowest confidence from which answers are right so often; None if none is.
+    """The lowest confidence such that a share `wanted` of the answers from it upwards is right. None if none does.
 
     Args:
-        right: bool [image].
-        confidence: float [image], of the answers.
+        right: bool [image], whether the answer is right.
+        confidence: float [image], of the answer.
     """
     order = torch.argsort(confidence, descending=True, stable=True)
     ordered = confidence[order]

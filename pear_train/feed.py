@@ -1,4 +1,4 @@
-"""What a run's steps look at: which images come, what they undergo, and what their mistakes count."""
+"""The batches of a run: which images come, how they are changed, and how much their loss weighs."""
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ class Feed:
         loss = mean over the batch of  w[y] * cross_entropy(logits, y),  over the mean of w[y]
 
     Args:
-        generator: of the batches' order, and of what images undergo.
+        generator: draws the order of images, and their changes.
     """
 
     def __init__(self, config: TrainConfig, pixels: Pixels, classes: int, generator: torch.Generator) -> None:
         self._config, self._pixels, self._classes, self._generator = config, pixels, classes, generator
         self._mixes = "mixup" in parse_augment(config.augment)
         self._mixed: tuple[Tensor, Tensor] | None = None
-        """Rows of the batch whose images were mixed last, and the classes' shares in them."""
+        """The rows whose images were mixed last, and each class's share in them, float [row, class]."""
         counts = torch.bincount(pixels.targets, minlength=classes).float()
         self.weights = len(pixels) / (counts > 0).sum() / counts.clamp_min(1)
-        """Of each class: 1 if all had equally many images."""
+        """Weight of each class, float [class]. All are 1 if classes have equally many images."""
 
     def order(self) -> Tensor:
-        """Row numbers of an epoch: each once; or drawn so that all classes come equally often."""
+        """Row numbers of an epoch: each once, or with `balance` sampling drawn so that classes come equally often."""
         count = len(self._pixels)
         if self._config.balance == "sampling":
             chances = self.weights[self._pixels.targets]
@@ -37,7 +37,7 @@ class Feed:
         return torch.randperm(count, generator=self._generator)
 
     def images(self, rows: Tensor) -> Tensor:
-        """Normalised float32 [batch, 3, h, w], after all that they undergo."""
+        """Images after all random changes, normalised, float32 [batch, 3, h, w]."""
         pixels = augment(self._pixels.raw(rows), self._config.augment, self._generator)
         images = self._pixels.normalise(pixels)
         if self._mixes:
@@ -46,12 +46,12 @@ class Feed:
         return images
 
     def targets(self, rows: Tensor) -> Tensor:
-        """Classes of a batch: int64 [batch]; of mixed images float [batch, class]."""
+        """Classes of a batch, int64 [batch]. For mixed images the shares of classes, float [batch, class]."""
         if self._mixed is not None and self._mixed[0] is rows:
             return self._mixed[1]
         return self._pixels.targets[rows]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The batch's mean loss."""
+        """The batch's mean loss, a scalar."""
         weights = self.weights.to(logits) if self._config.balance == "weights" else None
         return F.cross_entropy(logits, targets, weights, label_smoothing=self._config.label_smoothing)

@@ -1,4 +1,4 @@
-"""A step of several runs at once: one batch of each, one forward of the backbone, gradients for each of its own."""
+"""A step of several runs at once: one batch of each run, one forward of the backbone, separate gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from router import PositionWeights
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a step of one run needs: its images, or for a run without adapters their features."""
+    """A batch of one run: row numbers, and either their images or, for a run without adapters, their features."""
 
     rows: Tensor
     images: Tensor | None
@@ -30,12 +30,12 @@ def next_batch(run: TaskRun) -> Batch:
 
 
 def batch_key(run: TaskRun) -> tuple[Any, ...]:
-    """Runs of one key can step together."""
+    """Runs of equal keys can step together."""
     return (bool(run.adapters.branches), run.preprocess["input_size"], run.config.activation, str(run.autocast))
 
 
 def step_together(group: Sequence[tuple[TaskRun, Batch]]) -> None:
-    """Gradients of one batch of each run; all are of one key, on one backbone."""
+    """Computes the gradients of one batch of each run. All runs have equal keys and one backbone."""
     for run, _ in group:
         run.before_step()
     run, batch = group[0]
@@ -55,7 +55,8 @@ def step_together(group: Sequence[tuple[TaskRun, Batch]]) -> None:
 
 
 def mixed_features(group: Sequence[tuple[TaskRun, Batch]]) -> list[Tensor]:
-    """Features of each run's batch from one forward; shorter batches are filled up with rows that do not count."""
+    """Features of each run's batch, [row, d] each, from one forward. Shorter batches are padded with rows that are
+    then dropped."""
     images = [batch.images for _, batch in group if batch.images is not None]
     longest = max(map(len, images))
     filled = torch.cat([torch.cat([i, i[:1].expand(longest - len(i), *i.shape[1:])]) for i in images])
@@ -66,9 +67,9 @@ def mixed_features(group: Sequence[tuple[TaskRun, Batch]]) -> list[Tensor]:
 
 
 def stack_weights(weights: Sequence[dict[str, PositionWeights]]) -> dict[str, PositionWeights]:
-    """What each position adds to equal runs of rows, one a task; all of one activation.
+    """What each position adds, for rows that come in equal runs, one run per task. All tasks have one activation.
 
-    Common bases stay common, with a core of each task [task, R, R]; all else is `down` [task, d_in, rank] and `up`
+    Common bases stay common, with the tasks' cores [task, R, R]. All else becomes `down` [task, d_in, rank] and `up`
     [task, rank, d_out].
     """
     stacked = {}
@@ -87,7 +88,7 @@ def stack_weights(weights: Sequence[dict[str, PositionWeights]]) -> dict[str, Po
 
 
 def _multiplied(added: PositionWeights) -> PositionWeights:
-    """The same as one pair: a core multiplied into `up`, what is beside concatenated along the rank."""
+    """The same weights as one pair. A core is multiplied into `up`; `beside` is concatenated along the rank."""
     up = added.up if added.core is None else added.core @ added.up
     if added.beside is None:
         return PositionWeights(added.down, up, added.activation)
@@ -96,9 +97,9 @@ def _multiplied(added: PositionWeights) -> PositionWeights:
 
 
 def _stacked(every: Sequence[PositionWeights | None]) -> PositionWeights | None:
-    """Pairs of each task, None where it adds nothing; None if none adds anything.
+    """Stacks the pairs of all tasks. A task that adds nothing is None. The result is None if no task adds anything.
 
-    Ranks are filled up with zeros, which add nothing whatever the activation, and have no gradient to give.
+    Ranks are padded with zeros. With every activation they add nothing, and they get no gradient.
     """
     there = [added for added in every if added is not None]
     if not there:

@@ -1,4 +1,4 @@
-"""What a run depends on: its options, its backbone, its data, and what it was given."""
+"""What a run depends on: its options, its backbone, its data, and its base set, bank or common bases."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ from pear_train.data import Dataset, preprocess_record
 from router import Backbone
 
 BASES = "bases"
-"""The method of what makes common bases."""
+"""The `method` that a checkpoint of common bases records."""
 
 Identity: TypeAlias = dict[str, Any]
-"""What a run depends on. Runs of equal identities give equal files on one machine."""
+"""What a run depends on. On one machine, runs of equal identities give equal files."""
 
 
 def identity(
@@ -27,7 +27,7 @@ def identity(
     Args:
         backbone: the backbone's digest.
         data: the data set's fingerprint.
-        given: digest of base set, bank and common bases, if there are any.
+        given: digest of base set, bank and common bases; None without any.
     """
     options = {key: value for key, value in asdict(config).items() if key != "device"}
     told = {**options, "backbone": backbone, "preprocess": dict(preprocess), "data": data, "given": given}
@@ -36,13 +36,13 @@ def identity(
 
 
 def run_identity(config: TrainConfig, backbone: Backbone, dataset: Dataset, given: str | None) -> Identity:
-    """What a run to come depends on. Reads the data."""
+    """The identity of a run that has not begun. Reads the data."""
     preprocess = preprocess_record(backbone, config.img_size)
     return identity(config, backbone.digest, preprocess, dataset.fingerprint, given)
 
 
 def given_digest(base: Task | None, bank: Sequence[Task], bases: Task | None = None) -> str | None:
-    """A sha256 of what base, bank and common bases are; None without any."""
+    """A sha256 of the manifests of base set, bank and common bases. None without any."""
     lines = [f"bank {manifest_hash(to_manifest(task)).hex()}" for task in bank]
     if base is not None:
         lines.append(f"base {manifest_hash(to_manifest(base)).hex()}")
@@ -57,7 +57,7 @@ def fingerprint(run: Identity) -> str:
 
 
 def identity_of(task: Task) -> Identity:
-    """The identity of the run that wrote a task checkpoint; keys that an older Pear did not record are absent."""
+    """The identity of the run that wrote a task checkpoint. Keys that an older Pear did not record are absent."""
     training = task.record["training"]
     options = {key: training[key] for key in OPTIONS if key in training and key not in ("device", "importance")}
     if "importance_score" in training:
@@ -78,11 +78,11 @@ _SAID = {
 _LATER = (
     "core_dtype", "own_rank", "own_bytes", "core_lr", "bases_lr", "balance", "label_smoothing", "threshold_accuracy",
 )  # fmt: skip
-"""Options that came after checkpoints without them: at their defaults, runs are what they were."""
+"""Options that older checkpoints do not record. At its default, such an option changes nothing."""
 
 
 def differences(there: Identity, now: Identity) -> list[str]:
-    """What of a run differs from the one to come, each in a few words."""
+    """How the run that is there differs from the one to come, each difference in a few words."""
     found = []
     for key, wanted in now.items():
         if key in _LATER and key not in there and wanted == OPTIONS[key].default:

@@ -11,18 +11,20 @@ from pear_train.choices import GradientScore
 def gradient_scores(
     kind: GradientScore, ups: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, float]:
-    """What removing each adapter would do to the loss, from its gradient; each adapter as one group of weights.
+    """Scores each adapter by its gradient: how much its removal would change the loss. An adapter is one group.
 
         taylor:      I_k = mean over batches of ⟨up_k, ∂L/∂up_k⟩²
         taylor_abs:  I_k = mean over batches of |⟨up_k, ∂L/∂up_k⟩|
         gradient:    I_k = mean over batches of |∂L/∂up_k|²
 
-    The inner product is the loss's first-order change when the adapter is removed; for identity and relu it equals
-    `down`'s, as the branch is linear in each.
+    The inner product is the loss's first-order change when the adapter is removed. For identity and relu, `down` has
+    the same inner product, because the branch is linear in each.
 
     Args:
         ups: `up` [rank, d_out] of each adapter, requiring grad.
-        losses: for every batch, what computes its mean loss.
+        losses: for every batch, a function that computes its mean loss.
+    Returns:
+        name -> score, at least 0.
     Source: Molchanov et al., arXiv:1906.10771, equation 8; grouped by adapter as Pear, arXiv:2409.19733.
     """
     totals = dict.fromkeys(ups, 0.0)
@@ -41,13 +43,13 @@ def gradient_scores(
 
 
 def place_scores(positions: Iterable[str]) -> dict[str, float]:
-    """The earlier, the higher: what the first blocks are worth, whatever was learnt there."""
+    """The earlier a position, the higher its score. A control that ignores what was learnt."""
     places = list(positions)
     return {position: float(len(places) - i) for i, position in enumerate(places)}
 
 
 def magnitude_scores(adapters: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The Frobenius norm of each adapter's matrix down · up, without forming it."""
+    """The Frobenius norm of each adapter's down · up. The product is never formed."""
     return {
         name: float(((down.t() @ down) * (up @ up.t())).sum().clamp_min(0).sqrt())
         for name, (down, up) in adapters.items()

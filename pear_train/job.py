@@ -1,4 +1,4 @@
-"""One task from its options to its file: how a run is begun, carried on after a stop, and ended."""
+"""One task from its options to its file: how a run starts, resumes after an interruption, and ends."""
 
 import logging
 import time
@@ -11,9 +11,9 @@ from pear_store import Task, write_checkpoint
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
 from pear_train.errors import DivergedError
-from pear_train.evaluate import probabilities, threshold_for
+from pear_train.evaluate import calibrated, probabilities
 from pear_train.output import check_out, check_room, partial_path, rehearse
-from pear_train.recall import scores_of
+from pear_train.recall import metrics_of, scores_of
 from pear_train.report import Result, Step, result_of
 from pear_train.run import TaskRun
 from pear_train.state import resume_state, save_state, state_bytes
@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A task to train: options, where its data comes from (opened when its turn comes), and where its file goes."""
+    """A task to train."""
 
     config: TrainConfig
     dataset: Callable[[], Dataset]
+    """Opens the data. It is called when the task's turn comes."""
     out: Path
+    """The task checkpoint to write."""
 
 
 @dataclass
@@ -51,12 +53,12 @@ class ActiveJob:
         bases: Task | None = None,
         say: Callable[[str], None] | None = None,
     ) -> "ActiveJob":
-        """A run at its beginning, or where it was interrupted; checks that its end will have what it needs."""
+        """Starts a run, or resumes it where it was interrupted. Checks first that its files can be written."""
         began, task = time.perf_counter(), job.config.task
         check_out(job.out)
         run = TaskRun(job.config, adapted, job.dataset(), base, bank, bases)
         check_room(job.out, state_bytes(run))
-        rehearse(job.out, to_task(run, {}))  # the record, labels and all, and the file are found good or refused now
+        rehearse(job.out, to_task(run, {}))  # a record or a file that cannot be written fails now, not at the end
         here = run.machines
         if resume_state(run, job.out):
             logger.info("%s: goes on after epoch %d of %d", task, run.epoch - 1, job.config.epochs)
@@ -64,14 +66,14 @@ class ActiveJob:
                 say(f"{task}: goes on after epoch {run.epoch - 1} of {job.config.epochs}")
                 if run.machines != here:
                     say(
-                        f"{task}: began elsewhere, with {_shown(run.machines[0])} instead of {_shown(here[0])}: "
-                        "the file may differ in rounding from one of an uninterrupted run"
+                        f"{task}: began on another machine, with {_shown(run.machines[0])} instead of "
+                        f"{_shown(here[0])}: the file may differ in rounding from that of an uninterrupted run"
                     )
         logger.debug("%s: ready to train in %.2f s", task, time.perf_counter() - began)
         return cls(job, run, began)
 
     def after_step(self) -> bool:
-        """Moves the weights; returns whether an epoch ended. The state of a run that diverged leads nowhere."""
+        """Moves the weights. Returns whether an epoch ended. A run that diverges loses its state, which is useless."""
         try:
             return self.run.after_step()
         except DivergedError:
@@ -79,7 +81,11 @@ class ActiveJob:
             raise
 
     def progress(self, ended: bool) -> Step:
-        """Where the run stands, after a step that ended an epoch or did not."""
+        """The run's progress after a step.
+
+        Args:
+            ended: whether the step ended an epoch.
+        """
         run = self.run
         epoch, batch = (run.epoch - 1, run.batches) if ended else (run.epoch, run.batch)
         val = run.history[-1]["val_top1"] if ended else None
@@ -90,11 +96,11 @@ class ActiveJob:
         )  # fmt: skip
 
     def keep(self) -> None:
-        """Writes the state, from which the same job goes on after an interruption."""
+        """Writes the state, from which the same job resumes after an interruption."""
         save_state(self.run, self.job.out)
 
     def finish(self) -> Result:
-        """Writes the checkpoint, and evaluates it as it was written."""
+        """Writes the checkpoint. Figures come from the written form."""
         run, out = self.run, self.job.out
         if run.config.select != "last":
             run.restore(run.best_state)
@@ -110,23 +116,20 @@ class ActiveJob:
         return result_of(task, file_bytes, seconds)
 
     def _evaluate(self, written: Task) -> dict[str, float]:
-        """Figures of each split but train, through the router; keeps those of classes, and calibrates the threshold."""
+        """Figures of val and test through the router. Also keeps the classes' figures and calibrates the threshold."""
         began, run = time.perf_counter(), self.run
         router = Router(run.adapted.backbone, device=run.device)
         router.add(written)
-        metrics: dict[str, float] = {}
         for split, pixels in run.pixels.items():
             if split == "train":
                 continue
             confidence, predicted = probabilities(router, written.name, pixels, run.config.lr).max(1)
-            scores = run.scores[split] = scores_of(predicted, pixels.targets, len(written.labels))
-            metrics |= {f"{split}_top1": scores.top1, f"{split}_macro_f1": scores.macro_f1}
+            run.scores[split] = scores_of(predicted, pixels.targets, len(written.labels))
             wanted = run.config.threshold_accuracy
             if split == "val" and wanted is not None:
-                enough = scores.top1 >= wanted  # then no answer need be unknown
-                run.threshold = 0.0 if enough else threshold_for(predicted == pixels.targets, confidence, wanted)
+                run.threshold = calibrated(predicted == pixels.targets, confidence, wanted)
         logger.debug("%s: evaluated the written task in %.2f s", written.name, time.perf_counter() - began)
-        return metrics
+        return metrics_of(run.scores)
 
 
 def _shown(machine: dict[str, Any]) -> str:

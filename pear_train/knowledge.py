@@ -1,4 +1,4 @@
-"""What is preserved of pruned adapters: the knowledge checkpoint."""
+"""What a position keeps of its pruned adapter: the knowledge checkpoint."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,13 @@ from router.tensors import dequantise, quantise
 
 
 def lowbit_copy(down: Tensor, up: Tensor, bits: int) -> FrozenAdapter:
-    """A frozen copy as its 1-bit or 4-bit form will be read back; quantising it again gives the same codes."""
+    """A frozen copy, quantised and read back. Quantising it again gives the same codes.
+
+    Args:
+        down: [d_in, rank].
+        up: [rank, d_out].
+        bits: 1 or 4.
+    """
     packed_down, packed_up = quantise(down, bits, rank_axis=1), quantise(up, bits, rank_axis=0)
     return FrozenAdapter(
         "knowledge",
@@ -21,22 +27,24 @@ def lowbit_copy(down: Tensor, up: Tensor, bits: int) -> FrozenAdapter:
 
 
 def exact_copy(down: Tensor, up: Tensor) -> FrozenAdapter:
-    """A frozen float16 copy."""
+    """A frozen copy, rounded to float16 and kept as float32."""
     return FrozenAdapter("knowledge", down.detach().half().float(), up.detach().half().float())
 
 
 def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Tensor, Tensor, list[float]]:
-    """One adapter of the first's rank, and a scale for each position, that stand for several adapters best.
+    """Fits one adapter, and a scale for each position, to several adapters.
 
         minimise over down, up and s:    Σ_j | down_j · up_j - s_j · down · up |²      (Frobenius)
 
-    by alternating the best rank-r matrix for given scales and the best scales for a given matrix, from s = 1 for the
-    first and 0 for the others (so the first is kept where the others are unlike it). Descends in every step.
+    It alternates between the best rank-r matrix for given scales and the best scales for a given matrix. It starts at
+    s = 1 for the first and 0 for the others, so the first is kept if the others are unlike it. No step increases the
+    error.
 
     Args:
-        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of those it will stand for.
+        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of the positions that will borrow it.
+        steps: number of alternations.
     Returns:
-        down and up, their norms balanced, and the scales in the order of `adapters`.
+        down [d_in, rank] and up [rank, d_out], float32, with balanced norms; the scales in the order of `adapters`.
     """
     rank = adapters[0][0].shape[1]
     left, right, cores = _in_bases(adapters)
@@ -62,17 +70,18 @@ def fold(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 20) -> tuple[Te
 
 
 def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One adapter of the first's rank, and a core for each position, that stand for several adapters best.
+    """Fits one adapter, and a core for each position, to several adapters.
 
         minimise over down, up and C:    Σ_j | down_j · up_j - down · C_j · up |²      (Frobenius)
 
-    by alternating the best basis on each side for the other (a Tucker decomposition along two modes). The columns of
-    `down` have norm 1, the rows of `up` the largest singular value of all cores, whose largest is then 1.
+    It alternates: the best `down` for a given `up`, then the best `up` for a given `down` (a Tucker decomposition along
+    two modes). Columns of `down` have norm 1. `up` is scaled so that the largest singular value of all cores is 1.
 
     Args:
-        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of those it will stand for.
+        adapters: (down [d_in, rank], up [rank, d_out]) of the source, then of the positions that will borrow it.
+        steps: number of alternations.
     Returns:
-        down, up, and cores [rank, rank] in the order of `adapters`.
+        down [d_in, rank], up [rank, d_out], and cores [rank, rank] in the order of `adapters`; all float32.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000; shared factors with a core for each layer as in
         FacT, arXiv:2212.03145.
     """
@@ -90,15 +99,16 @@ def fold_cores(adapters: Sequence[tuple[Tensor, Tensor]], steps: int = 10) -> tu
 
 
 def common_bases(adapters: Sequence[tuple[Tensor, Tensor]], rank: int, steps: int = 10) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases, one for each side, in which cores stand for several adapters best.
+    """Fits two orthonormal bases to several adapters, each of which has a core of its own.
 
         minimise over D, U and C:    Σ_j | down_j · up_j - D · C_j · U |²      (Frobenius)
 
-    by alternating the best basis on each side for the other. Directions come in the order of what they hold.
+    It alternates: the best D for a given U, then the best U for a given D. The directions that hold most come first.
 
     Args:
         adapters: (down [d_in, r], up [r, d_out]) of each task; ranks may differ.
-        rank: of the bases, at most the number of directions that all adapters have together on each side.
+        rank: of the bases; at most the number of directions that all adapters have together on each side.
+        steps: number of alternations.
     Returns:
         D [d_in, rank] and U [rank, d_out], float32.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
@@ -113,9 +123,13 @@ def common_bases(adapters: Sequence[tuple[Tensor, Tensor]], rank: int, steps: in
 
 
 def in_common_bases(down: Tensor, up: Tensor, d: Tensor, u: Tensor) -> Tensor:
-    """The core [R, R] by which common bases d [d_in, R] and u [R, d_out] come nearest to down · up.
+    """The core [R, R], float32, that brings d · C · u nearest to down · up (Frobenius).
 
-    C = d⁺ · down · up · u⁺
+        C = d⁺ · down · up · u⁺
+
+    Args:
+        down, up: [d_in, r] and [r, d_out].
+        d, u: common bases [d_in, R] and [R, d_out].
     """
     left = torch.linalg.pinv(d.double()) @ down.detach().double()
     core: Tensor = left @ (up.detach().double() @ torch.linalg.pinv(u.double()))
@@ -123,8 +137,10 @@ def in_common_bases(down: Tensor, up: Tensor, d: Tensor, u: Tensor) -> Tensor:
 
 
 def _in_bases(adapters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Orthonormal bases, float64, of all downs and of all ups, [d_in, k] and [d_out, k], and each adapter's matrix in
-    them: of at most n · rank squared entries instead of d_in x d_out."""
+    """Orthonormal bases [d_in, k] of all downs and [d_out, k] of all ups, and each adapter's matrix in them; float64.
+
+    k is at most the number of adapters times their rank. So these matrices are smaller than d_in x d_out.
+    """
     pairs = [(down.detach().double(), up.detach().double()) for down, up in adapters]
     left, _ = torch.linalg.qr(torch.cat([down for down, _ in pairs], 1))
     right, _ = torch.linalg.qr(torch.cat([up for _, up in pairs]).t())

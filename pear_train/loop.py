@@ -1,4 +1,4 @@
-"""Training tasks, alone or several at once: whose turn it is, and what happens to one that fails."""
+"""Trains tasks, alone or several at once: which task steps next, and what happens if one fails."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,22 +31,30 @@ def train(
     bases: Task | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Result:
-    """Trains one task and writes its checkpoint; evaluates from the written file, through the router.
+    """Trains one task, writes its checkpoint, and evaluates the written file through the router.
 
-    A fixed seed and dtype give the same file on one machine. `config.select` says which epoch is kept; test is looked
-    at once, at the end. After every epoch the run's state is kept in ``OUT.partial``, from which the same call goes on
-    after an interruption, to the same file; it is removed at the end.
+    On one machine, a fixed seed and dtype give the same file. `config.select` says which epoch is kept. The test split
+    is evaluated once, at the end. After every epoch the run's state is written to ``OUT.partial``. After an
+    interruption, the same call resumes from it and gives the same file. The state is removed at the end.
 
-    What the end needs is checked before the first epoch: that the checkpoint can be written at `out` and read back, and
-    that the disk has room. A task checkpoint at `out` is replaced, another run's state begun anew; nothing else is.
+    Before the first epoch, it checks that the checkpoint can be written at `out` and read back, and that the disk has
+    room. It replaces a task checkpoint at `out`, and another run's state beside it. It replaces nothing else.
 
     Args:
-        say: receives lines for a person: that a run goes on, and what it then cannot promise.
-        base: a task whose adapters the lowest blocks use frozen, and the others start from.
+        out: the task checkpoint to write.
+        progress: is called after every step.
+        base: a base set. The lowest blocks use its adapters frozen; the other positions start from them.
         bank: stored tasks whose adapters pruned positions may borrow, frozen and bit-identical.
-        bases: common bases as :func:`make_bases` made them; the task has a core in them at every position.
+        bases: common bases, as :func:`make_bases` makes them. The task gets a core in them at every position.
+        say: receives lines for a person, such as that a run resumes.
     Raises:
-        PearTrainError, RouterError, PearStoreError: options, data, backbone or disk do not allow it.
+        ConfigError: options contradict each other, the backbone, or a file at `out`.
+        DataError: the data cannot be used.
+        DivergedError: weights, loss or logits are no longer finite.
+        ResourceError: the disk or the memory is too small.
+        RouterError: the backbone lacks the positions, or the device cannot be used.
+        PearStoreError: the checkpoint cannot be written or read back.
+    Source: after Prune and Share (Pear), arXiv:2409.19733; docs/method.md says where it differs.
     """
     job = Job(config, lambda: dataset, out)
     for done in train_many([job], backbone, progress, base=base, bank=bank, bases=bases, on_error="raise", say=say):
@@ -67,14 +75,21 @@ def train_many(
     on_error: OnError = "report",
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Result | Failed]:
-    """Trains many tasks, up to `together` of them at once: one backbone forward for a batch of each.
+    """Trains many tasks, up to `together` at once. One forward of the backbone serves a batch of each of them.
 
-    Every task has its own batches, schedule and optimiser; rounding apart, it comes out as if trained alone. When one
-    is done the next takes its place. All must name the same device.
+    Every task has its own batches, schedule and optimiser. Except for rounding, it gets the weights that it would get
+    alone. When a task ends, the next one takes its place. All tasks must name the same device.
 
     Args:
-        on_error: "report": a task that fails gives a :class:`Failed`, and the others go on; "raise": the error of the
-            first that fails is raised.
+        jobs: the tasks; each is taken when its turn comes.
+        progress, base, bank, bases, say: as for :func:`train`.
+        together: most tasks at once, at least 1.
+        on_error: "report": a task that fails gives a :class:`Failed`, and the others go on. "raise": the first error
+            is raised.
+    Yields:
+        A result or a failure for each job, in the order in which they end.
+    Raises:
+        PearTrainError, RouterError, PearStoreError: as for :func:`train`, only if `on_error` is "raise".
     """
     loop = _Loop(iter(jobs), backbone, progress, base, bank, bases, on_error, say)
     while True:
@@ -87,7 +102,7 @@ def train_many(
 
 
 class _Loop:
-    """The tasks that train now. `ended` holds results and failures until they are taken."""
+    """The tasks that train now. `ended` holds results and failures until the caller takes them."""
 
     def __init__(
         self,
@@ -112,7 +127,7 @@ class _Loop:
         return taken
 
     def start_next(self, together: int) -> bool:
-        """Starts a waiting task if a place is free; returns whether there was one to start."""
+        """Starts a waiting task if a place is free. Returns whether it tried to."""
         if len(self.active) >= together or (job := next(self.waiting, None)) is None:
             return False
         with self._failing_alone(job):
@@ -124,7 +139,7 @@ class _Loop:
         return True
 
     def step(self) -> None:
-        """One step of every active task, of tasks that can share a forward together."""
+        """Makes one step of every active task. Tasks of equal keys share a forward."""
         ready: list[tuple[ActiveJob, Batch]] = []
         for task in list(self.active):
             with self._failing_alone(task.job):
@@ -151,7 +166,7 @@ class _Loop:
 
     @contextmanager
     def _failing_alone(self, *jobs: Job) -> Iterator[None]:
-        """An error inside ends these tasks and no other, where errors are reported."""
+        """An error inside ends only these tasks, if errors are reported."""
         try:
             with memory_named(", ".join(job.config.task for job in jobs)):
                 yield

@@ -1,4 +1,4 @@
-"""The machine that a run goes on on: its device, its precision, and what rounding depends on."""
+"""The machine of a run: its device, its precision, and what rounding depends on."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from router.precision import fast_precision
 
 
 def on_device(backbone: Backbone, device: str | None) -> AdaptedBackbone:
-    """A backbone to train adapters on; the device is a GPU where there is one, if none is named."""
+    """The backbone on its device, ready to train adapters. If `device` is None, a GPU is taken if there is one."""
     opened = open_device(device or default_device())
     return AdaptedBackbone(backbone, opened, torch.float32, for_training=True)
 
 
 def choose_precision(dtype: Dtype, device: torch.device) -> Precision:
-    """Of the forward; `auto` takes bfloat16 where the device is faster in it."""
+    """The precision of the forward. `auto` gives bfloat16 if the device is faster in it."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if fast_precision(device) == torch.bfloat16 else "float32"
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """What the forward is cast to; None for float32, which is not cast."""
+    """The dtype of autocast. None for float32, which needs no cast."""
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What rounding depends on besides a run's identity: another one may give other bytes."""
+    """What rounding depends on besides the run's identity. On another machine, the file's bytes may differ."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return {**found, "gpu": torch.cuda.get_device_name(device)}

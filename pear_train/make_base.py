@@ -1,4 +1,4 @@
-"""A base set: one adapter set trained for several tasks at once, for others to start from and to share."""
+"""A base set: one adapter set, trained for several tasks at once. New tasks start from it and share it."""
 
 import hashlib
 import json
@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """What making a base set gave: val top-1 of each of its tasks with their heads, which are not kept."""
+    """What :func:`train_base` measured."""
 
     val_top1: dict[str, float]
+    """Top-1 on val, 0 to 1, of each task with its own head. Heads are not kept."""
     file_bytes: int
     seconds: float
+    """Duration of the whole call."""
 
 
 def train_base(
@@ -42,14 +44,19 @@ def train_base(
     out: Path,
     progress: Callable[[Step], None] | None = None,
 ) -> Base:
-    """Trains the first configuration's adapters on all data sets, each with its own head; writes them without heads.
+    """Trains one adapter set on all data sets, with a head for each. Writes the adapter set without heads.
 
-    A step takes a batch of every task, and their mean loss; an epoch is as many steps as the largest task's. Nothing is
-    pruned: every position keeps its own adapter, so that tasks may start from it.
+    A step takes a batch of every task and follows their mean loss. An epoch has as many steps as the largest task's.
+    Nothing is pruned: every position keeps its own adapter, so that tasks can start from it.
 
+    Args:
+        configs: options of each task. All but task, batch_size, seed, augment and img_size must be equal.
+        datasets: data of each task, in the order of `configs`.
+        out: the checkpoint to write.
+        progress: is called after every step, with the task "base".
     Raises:
-        ConfigError: tasks of different input sizes, or of different options that all must have in common.
-        PearTrainError, RouterError, PearStoreError: as for :func:`pear_train.train`.
+        ConfigError: tasks have different input sizes, or differ in options that must be equal.
+        PearTrainError, RouterError, PearStoreError: as for :func:`train`.
     """
     began = time.perf_counter()
     check_configs(configs)
@@ -83,7 +90,7 @@ def _since(began: float) -> float:
 
 
 def _start(configs: Sequence[TrainConfig], adapted: AdaptedBackbone, datasets: Sequence[Dataset]) -> list[TaskRun]:
-    """A run for each task, all with the first one's adapters, whose optimiser trains them and every head."""
+    """A run for each task. All use the first run's adapters; its optimiser trains them and every head."""
     runs = [  # a base set is never tested
         TaskRun(config, adapted, replace(dataset, test=None)) for config, dataset in zip(configs, datasets, strict=True)
     ]
@@ -91,7 +98,7 @@ def _start(configs: Sequence[TrainConfig], adapted: AdaptedBackbone, datasets: S
     for run in runs[1:]:
         if run.preprocess["input_size"] != first.preprocess["input_size"]:
             sizes = f"{run.preprocess['input_size'][1:]} and {first.preprocess['input_size'][1:]}"
-            raise ConfigError(f"base set: tasks of one input size expected, found {sizes}")
+            raise ConfigError(f"base set: expected tasks of one input size, found {sizes}: give all the same img_size")
         run.adapters = first.adapters
     parameters = [*first.adapters.trained().values(), *(p for run in runs for p in run.head.parameters())]
     first.optimiser = torch.optim.AdamW(parameters, lr=first.config.lr, weight_decay=first.config.weight_decay)
@@ -99,7 +106,11 @@ def _start(configs: Sequence[TrainConfig], adapted: AdaptedBackbone, datasets: S
 
 
 def _step(runs: Sequence[TaskRun], batches: Sequence[int]) -> float:
-    """A step along the mean loss of one batch of each task; `batches` are their numbers. Returns the loss."""
+    """Makes a step along the mean loss of one batch of each task, and returns that loss.
+
+    Args:
+        batches: number of each task's batch within its epoch.
+    """
     first = runs[0]
     first.before_step()
     rows = []
@@ -131,20 +142,20 @@ def base_identity(configs: Sequence[TrainConfig], backbone: Backbone, datasets: 
 
 
 def check_configs(configs: Sequence[TrainConfig]) -> None:
-    """Raises a ConfigError unless the tasks of a base set agree in what it takes from the first alone."""
-    apart = {"task", "batch_size", "seed", "augment", "img_size"}  # of which each task has its own
+    """Raises a ConfigError unless the tasks of a base set agree in all options that it takes from the first task."""
+    apart = {"task", "batch_size", "seed", "augment", "img_size"}  # each task may have its own
     for config in configs[1:]:
         for name in OPTIONS.keys() - apart:
             one, other = getattr(configs[0], name), getattr(config, name)
             if one != other:
                 raise ConfigError(
-                    f"base set: {name.replace('_', ' ')} {one} of task {configs[0].task!r}, {other} of task "
-                    f"{config.task!r}: expected one for all tasks"
+                    f"base set: {name.replace('_', ' ')}: expected one value for all tasks, found {one} for "
+                    f"{configs[0].task!r} and {other} for {config.task!r}"
                 )
 
 
 def _task(first: TaskRun, identity: Identity, val_top1: dict[str, float]) -> Task:
-    """The base set as it stands, without heads."""
+    """The base set as a task, without heads."""
     metrics = {"val_top1": sum(val_top1.values()) / len(val_top1)} if val_top1 else {}
     task = to_task(first, metrics)
     record = {**task.record, "task": "base", "head": None, "labels": []}

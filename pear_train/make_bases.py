@@ -1,4 +1,4 @@
-"""Common bases from tasks that are there: what their adapters have in common, and what joint training makes of it."""
+"""Makes common bases: fits them to the adapters of stored tasks, then trains them further on data sets."""
 
 import hashlib
 import json
@@ -38,21 +38,23 @@ from router.tensors import from_torch
 logger = logging.getLogger(__name__)
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-"""Position -> `down` [d_in, r] and `up` [r, d_out] of all that a task, or bases, have there."""
+"""Position -> `down` [d_in, r] and `up` [r, d_out] of a task or of bases, all branches there together."""
 
 
 @dataclass(frozen=True)
 class Bases:
-    """What making common bases gave."""
+    """What :func:`make_bases` measured."""
 
     energy: dict[str, float]
-    """Of each task that they are made from: the share of its adapters, by squared norm, that they hold."""
+    """The share, 0 to 1, of each stored task's adapters that the bases hold, by squared norm."""
     val_top1: dict[str, float]
-    """Of each task that they were trained on for, with its cores and its head, which are not kept."""
+    """Top-1 on val, 0 to 1, of each task that the bases were trained for. Its cores and its head are not kept."""
     rank: int
     positions: int
+    """Number of positions."""
     file_bytes: int
     seconds: float
+    """Duration of the whole call."""
 
 
 def make_bases(
@@ -65,23 +67,27 @@ def make_bases(
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Bases:
-    """Makes common bases of rank `config.rank` from stored tasks, and trains them on for others, if any are given.
+    """Makes common bases of rank `config.rank` from stored tasks. Given data sets, it then trains them further.
 
-    At each position the tasks' adapters are fitted by higher-order orthogonal iteration; each task counts the same.
-    Then a step takes a batch of every data set and their mean loss, which moves cores, heads and, slowly, the bases.
-    Bases are written orthonormal, in float16, as a task without a head whose branches have the scale 0.
+    At each position the bases are fitted to all tasks' adapters; each task counts the same. In training, a step takes
+    a batch of every data set. The mean loss moves cores, heads and, more slowly, the bases. Bases are written
+    orthonormal, as a task without a head whose branches have the scale 0.
 
     Args:
-        sources: tasks; those of another backbone, another activation or other positions are passed over.
-        configs, datasets: of the tasks that the bases are trained on for.
-        say: receives lines for a person: which tasks were passed over.
+        config: options of the bases; its `task` is their name.
+        sources: stored tasks. Those of another backbone, activation or other positions are skipped.
+        out: the checkpoint to write.
+        configs, datasets: options and data of each task to train for; they may be empty.
+        progress: is called after every step, with the task "bases".
+        say: receives lines for a person: which tasks were skipped.
     Raises:
-        ConfigError: no task fits, or together they have fewer directions than `config.rank`.
-        PearTrainError, RouterError, PearStoreError: as for :func:`pear_train.train`.
+        ConfigError: no stored task fits, or together they have fewer directions than `config.rank`.
+        PearTrainError, RouterError, PearStoreError: as for :func:`train`.
+    Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """
     began = time.perf_counter()
     if config.activation != "identity":
-        raise ConfigError(f"bases: activation {config.activation!r}: cores need 'identity'")
+        raise ConfigError(f"bases: expected activation 'identity', which cores need, found {config.activation!r}")
     check_configs(configs)
     check_out(out)
     adapted = on_device(backbone, config.device)
@@ -101,7 +107,7 @@ def make_bases(
 
 
 def bases_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Bases:
-    """What making them gave, as their checkpoint says."""
+    """What their checkpoint records of how they were made."""
     training = task.record["training"]
     positions = len(task.positions)
     return Bases(training["energy"], training["val_top1"], training["rank"], positions, file_bytes, seconds)
@@ -113,10 +119,10 @@ def fitting_tasks(
     positions: Sequence[str],
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Pairs]:
-    """The adapters of each task that fits, at the positions that it has of those asked.
+    """The adapters of each task that fits, at those of `positions` that it has.
 
     Raises:
-        ConfigError: no task fits, or none has a position.
+        ConfigError: no task fits, or a position is in none of them.
     """
     found: dict[str, Pairs] = {}
     for task in sources:
@@ -132,16 +138,19 @@ def fitting_tasks(
             found[task.name if task.name not in found else f"{task.name} {len(found)}"] = pairs
             continue
         if say is not None:
-            say(f"note      {task.name} is passed over: {problem}")
+            say(f"note      {task.name} is skipped: {problem}")
     if not found:
-        raise ConfigError(f"bases: none of {len(sources)} stored tasks fits {adapted.backbone.name} and the positions")
+        raise ConfigError(
+            f"bases: none of {len(sources)} stored tasks fits {adapted.backbone.name} and the positions: give tasks "
+            "that were trained on this backbone at these positions"
+        )
     if lacking := [position for position in positions if not any(position in pairs for pairs in found.values())]:
         raise ConfigError(f"bases: no stored task has an adapter at {lacking[0]!r}: choose other positions")
     return found
 
 
 def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pairs:
-    """Branches of one position concatenated along the rank, scales and cores in `up`."""
+    """Each position's branches concatenated along the rank, with scales and cores multiplied into `up`."""
     found: Pairs = {}
     for position in positions:
         branches = task.positions.get(position, [])
@@ -158,7 +167,7 @@ def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pa
 
 
 def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -> Pairs:
-    """D [d_in, rank] and U [rank, d_out] of each position, orthonormal; each task's adapters are scaled to norm 1.
+    """Orthonormal D [d_in, rank] and U [rank, d_out] of each position. Each task's adapters are first scaled to norm 1.
 
     Raises:
         ConfigError: the tasks have fewer directions than `rank` at a position.
@@ -173,20 +182,20 @@ def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -
         directions = min(every, first_down.shape[0], first_up.shape[1])
         if directions < rank:
             raise ConfigError(
-                f"bases: rank {rank}: {len(scaled)} task(s) have {directions} directions at {position!r}: give more "
-                "tasks, or a smaller rank"
+                f"bases: expected at least {rank} directions, the rank, at {position!r}, found {directions} in "
+                f"{len(scaled)} task(s): give more tasks, or a smaller rank"
             )
         bases[position] = common_bases(scaled, rank)
     return bases
 
 
 def _energy(pairs: Pairs) -> float:
-    """The squared norm of all down · up, without forming them."""
+    """The squared norm of all down · up. The products are never formed."""
     return sum(float(((down.t() @ down) * (up @ up.t())).sum().clamp_min(0)) for down, up in pairs.values())
 
 
 def held_energy(pairs: Pairs, bases: Pairs) -> float:
-    """The share of a task's adapters, by squared norm, that common bases hold."""
+    """The share, 0 to 1, of a task's adapters that common bases hold, by squared norm."""
     cores = {p: in_common_bases(*pair, *bases[p]) for p, pair in pairs.items()}
     held = sum(float((bases[p][0] @ core @ bases[p][1]).square().sum()) for p, core in cores.items())
     return held / (_energy(pairs) or 1.0)
@@ -202,8 +211,11 @@ def _train_on(
     datasets: Sequence[Dataset],
     progress: Callable[[Step], None] | None,
 ) -> tuple[Pairs, dict[str, float]]:
-    """Trains bases, cores and heads along the mean loss of one batch of each data set; returns the bases, orthonormal
-    again, and top-1 on val."""
+    """Trains bases, cores and heads along the mean loss of one batch of each data set.
+
+    Returns:
+        The bases, made orthonormal again, and each task's top-1 on val.
+    """
     alone = [
         replace(config, own_rank=0, own_bytes=None) for config in configs
     ]  # all that is learnt goes into the bases
@@ -212,7 +224,8 @@ def _train_on(
         for config, dataset in zip(alone, datasets, strict=True)
     ]
     if len(sizes := {tuple(run.preprocess["input_size"][1:]) for run in runs}) > 1:
-        raise ConfigError(f"bases: tasks of one input size expected, found {' and '.join(map(str, sorted(sizes)))}")
+        shown = " and ".join(map(str, sorted(sizes)))
+        raise ConfigError(f"bases: expected tasks of one input size, found {shown}: give all the same img_size")
     common = _share_bases(runs)
     config, own = runs[0].config, [run.batches for run in runs]
     steps, step = config.epochs * max(own), 0
@@ -252,7 +265,7 @@ def _train_on(
 
 
 def _share_bases(runs: Sequence[TaskRun]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Makes the bases of all runs the same parameters; returns them by position."""
+    """Gives all runs the same parameters as bases. Returns them by position."""
     first, shared = runs[0].adapters, {}
     for position, (branch, *_) in first.branches.items():
         frozen = first.frozen[branch.adapter]
@@ -264,7 +277,7 @@ def _share_bases(runs: Sequence[TaskRun]) -> dict[str, tuple[nn.Parameter, nn.Pa
 
 
 def _orthonormal(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of what cores can reach."""
+    """Orthonormal bases that span the same spaces."""
     down, up = down.detach().cpu(), up.detach().cpu()
     return torch.linalg.qr(down).Q, torch.linalg.qr(up.t()).Q.t().contiguous()
 
@@ -283,7 +296,7 @@ def bases_identity(
     configs: Sequence[TrainConfig] = (),
     datasets: Sequence[Dataset] = (),
 ) -> Identity:
-    """What common bases depend on: options, stored tasks, and the data that they are trained on for."""
+    """What common bases depend on: options, stored tasks, and the data that they are trained on."""
     told = [
         [{k: v for k, v in asdict(one).items() if k != "device"}, dataset.fingerprint]
         for one, dataset in zip(configs, datasets, strict=True)
@@ -302,7 +315,7 @@ def _task(
     identity: Identity,
     val_top1: dict[str, float],
 ) -> Task:
-    """Bases as a task without a head, whose branches have the scale 0."""
+    """The bases as a task without a head, whose branches have the scale 0."""
     tensors: dict[str, RawTensor] = {}
     entries: dict[str, Any] = {}
     positions: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What each option takes: its type, its choices, its range. Judged here, whoever says it."""
+"""What each option takes: its type, its choices, its range. All callers check options here."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,14 @@ from pear_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Range:
-    """What a number may be. Beyond it lies a slip of the pen, which would end in an overflow or fill the memory."""
+    """Allowed values of a number. Values outside are typing errors: they would overflow or fill the memory."""
 
     low: float
     high: float
     above: bool = False
-    """The low end itself is not allowed."""
+    """Whether `low` itself is excluded."""
     below: bool = False
-    """The high end itself is not allowed."""
+    """Whether `high` itself is excluded."""
 
     def __contains__(self, value: float) -> bool:
         inside = self.low <= value <= self.high  # a NaN is in no range
@@ -33,29 +33,29 @@ class _Range:
 
 _RANGES = {
     "epochs": _Range(1, 100_000),
-    "prune_epoch": _Range(0, 100_000),  # whether it fits the epochs is said apart
-    "rank": _Range(1, 4_096),  # an adapter of more is larger than the matrices beside it
+    "prune_epoch": _Range(0, 100_000),  # TrainConfig checks it against the epochs
+    "rank": _Range(1, 4_096),  # a larger adapter would exceed the matrices beside it
     "scale": _Range(0, 1e6, above=True),  # a base's adapters are divided by it
-    "ratio": _Range(0, 1, below=True),  # of 1, nothing would be kept to borrow from
+    "ratio": _Range(0, 1, below=True),  # at 1, no adapter would be kept to borrow from
     "borrowed_scale": _Range(-1e6, 1e6),
     "scale_lr": _Range(0, 1e6, above=True),
     "lr": _Range(0, 1_000, above=True),  # AdamW moves a weight by about so much in a step
     "weight_decay": _Range(0, 1_000),
     "warmup": _Range(0, 1),  # a share
     "max_grad_norm": _Range(0, 1e12, above=True),
-    "drop_branch": _Range(0, 1, below=True),  # what stays is divided by one minus this
+    "drop_branch": _Range(0, 1, below=True),  # the other branches are divided by 1 minus this
     "label_smoothing": _Range(0, 1, below=True),
     "threshold_accuracy": _Range(0, 1, above=True),
     "batch_size": _Range(1, 1_000_000),
-    "seed": _Range(0, 2**63 - 1),  # what torch takes, and what a checkpoint can hold
-    "img_size": _Range(1, 16_384),  # what a task checkpoint allows
+    "seed": _Range(0, 2**63 - 1),  # the limit of torch and of a checkpoint
+    "img_size": _Range(1, 16_384),  # the limit of a task checkpoint
     "patience": _Range(1, 100_000),
     "base_blocks": _Range(0, 10_000),
     "bank_share": _Range(1, 1_000),
     "own_rank": _Range(0, 4_096),
-    "own_bytes": _Range(0, 2**32),  # what a task checkpoint holds
+    "own_bytes": _Range(0, 2**32),  # the limit of a task checkpoint
     "core_lr": _Range(0, 1e6, above=True),
-    "bases_lr": _Range(0, 1e6),  # 0: they stay as they are
+    "bases_lr": _Range(0, 1e6),  # 0: the bases do not change
 }
 
 _AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
@@ -64,12 +64,12 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "st
 
 
 def choices(option: Field[Any]) -> tuple[Any, ...]:
-    """The values of an option whose type is a Literal; none for another."""
+    """The values of an option whose type is a Literal. Empty for other types."""
     return get_args(option.type) if get_origin(option.type) is Literal else ()
 
 
 def kinds(option: Field[Any]) -> list[str]:
-    """The types of an option's values, by name; None is not named."""
+    """The names of the types of an option's values, without None."""
     if fixed := choices(option):
         return list(dict.fromkeys(type(value).__name__ for value in fixed))
     types = get_args(option.type) or (option.type,)
@@ -80,9 +80,9 @@ def check_option(shown: str, option: Field[Any], value: Any) -> None:
     """Checks the value of one option.
 
     Args:
-        shown: what the message calls the option.
+        shown: the option's name in messages.
     Raises:
-        ConfigError: it has another type than the option, or is not among what the option allows.
+        ConfigError: the value has the wrong type, or the option does not allow it.
     """
     name = option.name
     if value is None and option.default is None:
@@ -98,10 +98,12 @@ def check_option(shown: str, option: Field[Any], value: Any) -> None:
 
 
 def checked_options(where: str, options: Mapping[str, Any], known: Mapping[str, Field[Any]]) -> dict[str, Any]:
-    """Options by their names as fields of `known`, each checked alone.
+    """Checks each option alone. Returns the options by their names in `known`.
 
+    Args:
+        where: the start of every message.
     Raises:
-        ConfigError: beginning with `where`: an option that there is not, or a value that it does not take.
+        ConfigError: an option is unknown, or does not allow its value.
     """
     checked = {}
     for key, value in options.items():
@@ -117,10 +119,12 @@ def checked_options(where: str, options: Mapping[str, Any], known: Mapping[str, 
 
 
 def parse_settings(where: str, settings: Iterable[str], known: Mapping[str, Field[Any]]) -> dict[str, Any]:
-    """Options from texts ``name=value``, as a command line has them; ``none`` where an option may be None.
+    """Parses options from texts ``name=value``, as on a command line. ``none`` is None if the option allows it.
 
+    Args:
+        where: the start of every message.
     Raises:
-        ConfigError: beginning with `where`: no ``=``, a name twice, an unknown name, or a value that is not taken.
+        ConfigError: a text has no ``=``, a name comes twice or is unknown, or an option does not allow its value.
     """
     values: dict[str, Any] = {}
     for setting in settings:
@@ -129,13 +133,13 @@ def parse_settings(where: str, settings: Iterable[str], known: Mapping[str, Fiel
         if not equals:
             raise ConfigError(f"{where}: {_short(setting)}: expected name=value, such as rank=8")
         if name in values:
-            raise ConfigError(f"{where}: {name} is set twice")
+            raise ConfigError(f"{where}: {name} is set twice: set it once")
         values[name] = _parsed(text.strip(), known[name]) if name in known else text
     return checked_options(where, values, known)
 
 
 def _parsed(text: str, option: Field[Any]) -> Any:
-    """A text as a value of the option's type, if it is one; else the text, which the check then refuses."""
+    """The text as a value of the option's type. Any other text is returned unchanged, and the check then refuses it."""
     allowed = kinds(option)
     if option.default is None and "str" not in allowed and text.lower() == "none":
         return None
@@ -156,12 +160,12 @@ def _short(value: Any) -> str:
 
 
 def parse_augment(text: str) -> tuple[Augmentation, ...]:
-    """The words of an option such as ``flip+color``, in the order in which they are done; none of "none".
+    """The words of an option such as ``flip+color``, in the order in which they are applied. Empty for "none".
 
     Raises:
-        ConfigError: another word, or one twice.
+        ConfigError: a word is unknown, or comes twice.
     """
     said = [] if text == "none" else text.split("+")
     if len(set(said)) < len(said) or not set(said) <= set(_AUGMENTATIONS):
-        raise ConfigError(f"augment {_short(text)}: expected none, or of {', '.join(_AUGMENTATIONS)} some joined by +")
+        raise ConfigError(f"augment {_short(text)}: expected none, or some of {', '.join(_AUGMENTATIONS)} joined by +")
     return tuple(word for word in _AUGMENTATIONS if word in said)

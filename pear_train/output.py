@@ -1,4 +1,4 @@
-"""What lies where a run is to write: the same run's file, another's, or something that is no run's at all."""
+"""What is already at the path where a run will write: the same run's file, another run's, or something else."""
 
 import json
 import os
@@ -23,11 +23,11 @@ def is_finished(out: Path, run: Callable[[], Identity], overwrite: bool = False)
     """Whether the checkpoint at `out` is the one that a run of this identity gives.
 
     Args:
-        run: gives the identity; asked only where there is something to compare, for it reads the data.
-
+        run: gives the identity. It is called only if there is a file to compare with, because it reads the data.
+        overwrite: accept another run's checkpoint or state, to be replaced later.
     Raises:
-        ConfigError: another run's checkpoint or interrupted state lies there, and `overwrite` does not allow to replace
-            it: says what differs; or what lies there is no run's at all.
+        ConfigError: without `overwrite`, another run's checkpoint or state is there: says what differs. Or, always,
+            something that no run wrote is there.
     """
     task, state = checkpoint_at(out), state_at(out)
     if task is None and state is None:
@@ -38,31 +38,31 @@ def is_finished(out: Path, run: Callable[[], Identity], overwrite: bool = False)
         if not different and now["method"] != BASES and "val_top1" not in task.record["metrics"]:
             different = ["no top-1 on val"]
         if not different:
-            partial_path(out).unlink(missing_ok=True)  # of a run that was killed between its last two steps
+            partial_path(out).unlink(missing_ok=True)  # left by a run that was killed after it wrote its checkpoint
             return True
         if not overwrite:
             raise ConfigError(
-                f"{out}: trained already, but otherwise: {'; '.join(different)}. --overwrite trains again and replaces "
-                "it; another --out keeps both"
+                f"{out}: trained already, but differently: {'; '.join(different)}. --overwrite trains again and "
+                "replaces it; another --out keeps both"
             )
     if state is not None and not overwrite and (different := differences(state.get("identity", {}), now)):
         raise ConfigError(
-            f"{partial_path(out)}: the state of an interrupted run, but of another one: {'; '.join(different)}. The "
-            "same command goes on with it; --overwrite begins anew and replaces it"
+            f"{partial_path(out)}: holds the state of another interrupted run: {'; '.join(different)}. That run's own "
+            "command resumes it; --overwrite starts anew and replaces it"
         )
     return False
 
 
 def partial_path(out: Path) -> Path:
-    """Where the state of the run that will write `out` is kept."""
+    """The file that keeps the state of the run that will write `out`."""
     return out.with_name(out.name + ".partial")
 
 
 def checkpoint_at(out: Path) -> Task | None:
-    """The task checkpoint that lies where a run is to write one, if any does.
+    """The task checkpoint at `out`. None if there is nothing, or an empty file.
 
     Raises:
-        ConfigError: something else lies there, which is not replaced.
+        ConfigError: something else is there; it is never replaced.
     """
     if not _holds_something(out):
         return None
@@ -70,21 +70,21 @@ def checkpoint_at(out: Path) -> Task | None:
         return read_checkpoint(out)
     except PearStoreError as error:
         raise ConfigError(
-            f"--out {out}: there is something that is no task checkpoint, and it is not replaced ({error}). Move it "
-            "away, or name another --out"
+            f"--out {out}: what is there is not a task checkpoint, so it is not replaced ({error}). Move it away, or "
+            "name another --out"
         ) from None
 
 
 def state_at(out: Path) -> dict[str, Any] | None:
-    """The record of an interrupted run's state, if there is one beside `out`.
+    """The record of an interrupted run's state beside `out`. None if there is none.
 
     Raises:
-        ConfigError: something else lies there, which is not replaced.
+        ConfigError: something else is there; it is never replaced.
     """
     path = partial_path(out)
     if not _holds_something(path):
         return None
-    problem: object = "no state of a run"
+    problem: object = "not a run's state"
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {}).get("run", "{}"))
@@ -92,11 +92,14 @@ def state_at(out: Path) -> dict[str, Any] | None:
             return dict(record)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         problem = error
-    raise ConfigError(f"{path}: a run keeps its state there, but finds {problem}. Move it away, or name another --out")
+    raise ConfigError(
+        f"{path}: expected nothing or a run's state, found something else: {problem}. Move it away, or name another "
+        "--out"
+    )
 
 
 def epochs_ended(config: TrainConfig, out: Path) -> int:
-    """Epochs of a run with these options that its state holds; 0 without one."""
+    """How many epochs the state of a run with these options has. 0 without a state."""
     try:
         state = state_at(out) or {}
     except ConfigError:
@@ -106,8 +109,8 @@ def epochs_ended(config: TrainConfig, out: Path) -> int:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is anything at a path but an empty file; a ConfigError where that is no regular file."""
-    if not os.path.exists(path):  # nothing, or a link to nothing
+    """Whether a path holds anything but an empty file. Raises a ConfigError if it is not a regular file."""
+    if not os.path.exists(path):  # nothing, or a dangling link
         return False
     try:
         with open_regular_file(path) as file:
@@ -117,10 +120,10 @@ def _holds_something(path: Path) -> bool:
 
 
 def check_out(out: Path) -> None:
-    """Checks, before anything is trained, that a run's files can be written: the folder, their names, what lies there.
+    """Checks, before training, that a run's files can be written: their folder, their names, what is already there.
 
     Raises:
-        ConfigError: they cannot: says why.
+        ConfigError: they cannot be written; says why.
     """
     try:
         folder = stat.S_ISDIR(os.stat(out.parent).st_mode)
@@ -129,10 +132,10 @@ def check_out(out: Path) -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: folder {out.parent} cannot be used: {error.strerror}") from None
     if not folder:
-        raise ConfigError(f"--out {out}: {out.parent} is no folder")
+        raise ConfigError(f"--out {out}: {out.parent} is not a folder: name another --out")
     checkpoint_at(out)
     state_at(out)
-    trial = temporary_path(out)  # the longest of the names
+    trial = temporary_path(out)  # the longest name of all files
     try:
         with open(trial, "wb") as file:
             file.write(b"\0")
@@ -142,10 +145,10 @@ def check_out(out: Path) -> None:
 
 
 def rehearse(out: Path, task: Task) -> Task:
-    """A task as it comes back from a file beside `out`, which is removed. At `out` it would say that the run is done.
+    """Writes the task to a file beside `out`, reads it back and removes the file. A file at `out` means a finished run.
 
     Raises:
-        PearStoreError: the disk or the record does not allow it.
+        PearStoreError: the disk is full, or the record is not valid.
     """
     looked_at = _evaluated_path(out)
     try:
@@ -156,12 +159,12 @@ def rehearse(out: Path, task: Task) -> Task:
 
 
 def temporary_path(out: Path) -> Path:
-    """Where a run's state is written before it replaces the last one."""
+    """The file where a run's state is written before it replaces the last one."""
     return out.with_name(f".{partial_path(out).name}.tmp")
 
 
 def files_beside(out: Path) -> list[Path]:
-    """The files that a run has beside `out` before it is written."""
+    """All files that a run may have beside `out`."""
     return [partial_path(out), temporary_path(out), _evaluated_path(out)]
 
 
@@ -170,14 +173,14 @@ def _evaluated_path(out: Path) -> Path:
 
 
 def check_room(out: Path, needed_bytes: int) -> None:
-    """Checks that the disk has room.
+    """Checks that the disk of `out` has `needed_bytes` free.
 
     Raises:
-        ResourceError: it has not.
+        ResourceError: it has less.
     """
     free_bytes = shutil.disk_usage(out.parent).free
     if free_bytes < needed_bytes:
         raise ResourceError(
-            f"{out.parent}: a run keeps up to {needed_bytes:,} bytes there, and the disk has {free_bytes:,} free: make "
+            f"{out.parent}: the run needs up to {needed_bytes:,} bytes there, the disk has {free_bytes:,} free: make "
             "room, or name another --out"
         )

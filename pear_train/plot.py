@@ -1,4 +1,4 @@
-"""A run as a picture: what was pruned and why, and how it learnt. Needs matplotlib."""
+"""A run as a picture: the importance of each position, what was pruned, and the learning curve. Needs matplotlib."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SOFTWARE = "pear-train"
-"""In a picture's metadata: what says so may be replaced."""
-WHY_PASSED_OVER = "pruned, although some that are kept matter less: of each kind of adapter (by its widths) one is kept"
+"""Marks a picture's metadata. Only a picture with this mark may be replaced."""
+WHY_PASSED_OVER = "pruned, although some kept ones matter less: at least one adapter of each shape is kept"
 
 
 def plot_path(out: Path) -> Path:
-    """Where the picture of the run that writes `out` goes: beside it, by its name."""
+    """The picture of the run that writes `out`: beside it, with the ending .png."""
     return out.with_name(out.name.removesuffix(".safetensors") + ".png")
 
 
 def check_plot(path: Path) -> None:
-    """Checks, before anything is trained, that a picture can be drawn there.
+    """Checks, before training, that a picture can be written at `path`.
 
     Raises:
-        ConfigError: matplotlib is not installed, or something lies there that is no picture of a run.
+        ConfigError: matplotlib is not installed, or `path` holds something else than a run's picture.
     """
     try:
         import_module("matplotlib.figure")
@@ -35,15 +35,17 @@ def check_plot(path: Path) -> None:
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raises a ConfigError where a picture cannot be written, or something lies that is no picture of a run."""
+    """Raises a ConfigError if a picture cannot be written, or if `path` holds something else than a run's picture."""
     check_target(option, path, lambda start: start.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in start)
 
 
 def plot_result(result: Result, path: Path) -> None:
-    """Draws the importance of every position beside the learning curve.
+    """Draws the importance of every position beside the learning curve. Needs matplotlib.
 
+    Args:
+        path: the PNG file to write. An earlier picture of a run is replaced, anything else is not.
     Raises:
-        ConfigError: as :func:`check_plot`.
+        ConfigError: matplotlib is not installed, or `path` holds something else than a run's picture.
         ResourceError: the file cannot be written.
     """
     check_plot(path)

@@ -1,4 +1,4 @@
-"""A sheet of training pictures as the network gets them: resized, augmented, mixed."""
+"""A sheet of training pictures as the network sees them: resized, augmented, mixed."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels, preprocess_record
 from pear_train.errors import ConfigError, ResourceError
 from pear_train.feed import Feed
+from pear_train.memory import check_batch
 from pear_train.plot import SOFTWARE, check_picture
 from router import Backbone, Preprocess
 
@@ -19,20 +20,22 @@ _COLUMNS, _SIDE, _TEXT, _GAP = 8, 160, 34, 8
 
 
 def write_preview(config: TrainConfig, backbone: Backbone, dataset: Dataset, path: Path) -> None:
-    """Draws up to 48 training pictures with their classes, some of each class, after what a step does to them.
+    """Draws up to 48 training pictures with their classes, some of each class, as a training step would see them.
 
-    Training is not changed by it: what happens to the pictures is drawn anew.
+    It does not change training: it has its own random generator.
 
     Raises:
-        ConfigError: something lies there that pear-train did not draw, or no picture can be read.
+        ConfigError: `path` holds something that pear-train did not draw, or no picture can be read.
         ResourceError: the file cannot be written.
     """
     check_picture("--preview", path)
     record = preprocess_record(backbone, config.img_size)
     rows = some_of_each(dataset.train.targets, MOST, torch.Generator().manual_seed(config.seed))
-    pixels = Pixels.readable(dataset.train.subset(rows), Preprocess(record, dataset.limits))
+    preprocess = Preprocess(record, dataset.limits)
+    check_batch(f"--preview {path}", len(rows), preprocess.size, torch.device("cpu"))
+    pixels = Pixels.readable(dataset.train.subset(rows), preprocess)
     if not len(pixels):
-        raise ConfigError(f"--preview {path}: not one of {len(rows)} training pictures can be read")
+        raise ConfigError(f"--preview {path}: none of {len(rows)} training pictures can be read: check the data")
     feed = Feed(config, pixels, len(dataset.classes), torch.Generator().manual_seed(config.seed))
     shown = torch.arange(len(pixels))
     images, targets = feed.images(shown), feed.targets(shown)
@@ -48,7 +51,7 @@ def write_preview(config: TrainConfig, backbone: Backbone, dataset: Dataset, pat
 
 
 def some_of_each(targets: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Row numbers: in turn one of each class, drawn at random."""
+    """Up to `most` row numbers: one of each class in turn, drawn at random."""
     order = torch.randperm(len(targets), generator=generator)
     seen: dict[int, int] = {}
     turns = []
@@ -60,7 +63,7 @@ def some_of_each(targets: Tensor, most: int, generator: torch.Generator) -> Tens
 
 
 def _named(target: Tensor, classes: tuple[str, ...]) -> list[str]:
-    """A picture's class; of a mixed one both, with their shares."""
+    """A picture's class. For a mixed picture, each class with its share."""
     if not target.ndim:
         return [classes[int(target)]]
     shares = sorted(((float(share), name) for share, name in zip(target, classes, strict=True) if share > 0))

@@ -10,10 +10,17 @@ from pear_train.choices import Sharing
 
 
 def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[int, int]], ratio: float) -> list[str]:
-    """The positions whose adapters are pruned, least important first.
+    """The positions whose adapters are pruned.
 
-    Within each group of equal (d_in, d_out), the `ratio` least important, rounded down; at least one is kept. Ties
-    go to the earlier position.
+    In each group of equal (d_in, d_out), a share `ratio` is pruned, rounded down; at least one is kept. The least
+    important go first. Of equal ones the earlier position goes first.
+
+    Args:
+        importance: of every position, in forward order.
+        widths: position -> (d_in, d_out).
+        ratio: at least 0 and below 1.
+    Returns:
+        Positions group by group, the least important first in each.
     """
     groups: dict[tuple[int, int], list[str]] = {}
     for position in importance:
@@ -28,12 +35,13 @@ def choose_pruned(importance: Mapping[str, float], widths: Mapping[str, tuple[in
 def choose_within(importance: Mapping[str, float], sizes: Mapping[str, int], limit: int) -> list[str]:
     """The positions whose adapters are pruned so that the others take at most `limit` bytes, in forward order.
 
-    The most important are kept, one after another. One that no longer fits is passed over; a smaller one may follow.
-    Ties go to the earlier position.
+    Adapters are kept in order of importance. One that no longer fits is skipped; a smaller one after it may still fit.
+    Of equal ones the earlier position is kept first.
 
     Args:
         importance: of every position, in forward order.
         sizes: bytes of each position's adapter.
+        limit: bytes.
     """
     left, pruned = limit, set()
     for position in sorted(importance, key=lambda position: -importance[position]):
@@ -51,13 +59,17 @@ def choose_sources(
     widths: Mapping[str, tuple[int, int]],
     similarity: Callable[[str, str], float] | None = None,
 ) -> dict[str, str]:
-    """For each pruned position, the kept position whose adapter it borrows, of the same (d_in, d_out).
+    """Chooses for each pruned position the kept position, of the same (d_in, d_out), whose adapter it borrows.
 
     Args:
-        rule: ``top``: the i-th most important kept serves the i-th least important, round and round; ``nearest``: the
-            kept one nearest in forward order, of the same kind of module (last part of the path) if there is one;
-            ``similar``: the kept one of largest `similarity(pruned, kept)`; ``none``: none.
+        rule: ``top``: the i-th most important kept position serves the i-th least important pruned one, round and
+            round. ``nearest``: the nearest kept position in forward order, if possible one of the same kind of module
+            (last part of its path). ``similar``: the kept position of largest `similarity(pruned, kept)`. ``none``:
+            no position borrows.
         importance: of every position, in forward order.
+        widths: position -> (d_in, d_out).
+    Returns:
+        pruned position -> kept position.
     """
     if rule == "none":
         return {}
@@ -85,7 +97,7 @@ def choose_sources(
 
 
 def matrix_similarity(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """⟨Δ, Δ'⟩ / |Δ| |Δ'| of two adapters' matrices Δ = down · up, without forming them."""
+    """⟨Δ, Δ'⟩ / |Δ| |Δ'| of two adapters' matrices Δ = down · up. The products are never formed."""
 
     def inner(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
         return ((a[0].t() @ b[0]) * (a[1] @ b[1].t())).sum()
@@ -95,5 +107,5 @@ def matrix_similarity(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) 
 
 
 def output_similarity(one: Tensor, other: Tensor) -> float:
-    """Cosine of two branches' outputs on the same inputs, as one vector each."""
+    """Cosine of two branches' outputs on the same inputs, each flattened to one vector."""
     return float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))

@@ -1,4 +1,4 @@
-"""What a run does at its prune epoch: scores its adapters, prunes some, and gives their positions others to borrow."""
+"""The prune epoch of a run: it scores adapters, prunes some, and gives their positions kept ones to borrow."""
 
 import logging
 import time
@@ -23,27 +23,27 @@ from router import AdaptedBackbone, PositionWeights, add_branch
 logger = logging.getLogger(__name__)
 
 SCORE_BATCH = 50
-"""Images of one Taylor term; fixed, because the mean of squares depends on it."""
+"""Images of one Taylor term. It is fixed because the mean of squares depends on it."""
 SIMILARITY_IMAGES = 200
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What was decided."""
+    """What was pruned, and what it borrows."""
 
     positions: list[str]
-    """Those that lost their adapter."""
+    """Positions that lost their adapter."""
     sources: dict[str, str]
-    """The kept position that each of them borrows from, if there is one."""
+    """Pruned position -> the kept position that it borrows from."""
     banked: dict[str, list[str]]
-    """The stored adapters that each of them borrows: names as `bank` gives them."""
+    """Pruned position -> the stored adapters that it borrows, by their names in the bank."""
     changed: set[Tensor]
-    """Weights that others use now, too."""
+    """Weights that other positions now use, too."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The prune epoch of one run: `score`, then `prune`, which rewrites `adapters`."""
+    """The prune epoch of one run: first `score`, then `prune`, which rewrites `adapters`."""
 
     config: TrainConfig
     adapted: AdaptedBackbone
@@ -73,7 +73,7 @@ class Pruning:
         return scores
 
     def prune(self, importance: Mapping[str, float]) -> Pruned:
-        """Prunes the least important, shares what is kept, preserves what was lost."""
+        """Prunes the least important adapters. Their positions borrow kept ones, and keep a knowledge checkpoint."""
         began = time.perf_counter()
         config, adapters = self.config, self.adapters
         if adapters.on_bases:
@@ -94,7 +94,8 @@ class Pruning:
 
     @torch.no_grad()
     def _prune_on_bases(self, importance: Mapping[str, float]) -> Pruned:
-        """Keeps own adapters within their bytes; the cores take over what they can of the others."""
+        """Keeps the most important own adapters that fit `own_bytes`. With knowledge 'fold', the cores absorb the rest
+        as far as they can."""
         config, adapters = self.config, self.adapters
         assert config.own_bytes is not None
         sizes = {position: self._written_bytes(name) for position, name in adapters.own.items()}
@@ -117,7 +118,7 @@ class Pruning:
         dtype = self.config.tensor_dtype
         return written_bytes((down[0], down[1]), dtype, 1) + written_bytes((up[0], up[1]), dtype, 0)
 
-    # ---- what scores and similarity look at -----------------------------------------------------
+    # ---- inputs of scores and similarity --------------------------------------------------------
 
     def _losses(self) -> Iterator[Callable[[], Tensor]]:
         """The loss of every batch of the train split, in order, float32."""
@@ -132,7 +133,7 @@ class Pruning:
 
     @torch.no_grad()
     def _similarity(self, pruned: list[str]) -> Callable[[str, str], float]:
-        """similarity(pruned position, kept position): of matrices for identity, else of outputs on train images."""
+        """similarity(pruned, kept): the cosine of matrices for identity, else of outputs on train images."""
         adapters = self.adapters
         pairs = {
             position: (adapters.down[name].detach(), adapters.up[name].detach())
@@ -151,7 +152,7 @@ class Pruning:
 
         return lambda p, k: output_similarity(branch(p, p), branch(p, k))
 
-    # ---- what positions use from now on ---------------------------------------------------------
+    # ---- new branches of positions --------------------------------------------------------------
 
     @torch.no_grad()
     def _rewrite_branches(self, pruned: list[str], sources: Mapping[str, str], banked: Mapping[str, list[str]]) -> None:
@@ -163,7 +164,7 @@ class Pruning:
             elif position in sources:
                 branches.append(self._borrow(self.adapters.own[sources[position]]))
             self.adapters.branches[position] = branches + self._kept_knowledge(position)
-        for position, branch in folded.items():  # a fold changes what sources use, too
+        for position, branch in folded.items():  # a fold also changes the branches of sources
             if position not in pruned:
                 self.adapters.branches[position] = [branch]
 
@@ -172,7 +173,7 @@ class Pruning:
         return self._borrow(name)
 
     def _borrow(self, adapter: str) -> TrainedBranch:
-        """A branch that borrows, before it has learnt anything."""
+        """A borrowed branch at its start."""
         config = self.config
         if config.borrow == "scale":
             return TrainedBranch(adapter, self._scale(config.borrowed_scale * config.scale))
@@ -181,13 +182,13 @@ class Pruning:
         return TrainedBranch(adapter, config.scale, nn.Parameter(core))
 
     def _scale(self, value: float) -> float | nn.Parameter:
-        """A borrowed branch's scale, in the branch's own units."""
+        """A borrowed branch's scale: a parameter if it is trained, else a number."""
         if not self.config.train_borrowed_scale:
             return value
         return nn.Parameter(torch.tensor(float(value), device=self.adapted.device))
 
     def _kept_knowledge(self, position: str) -> list[TrainedBranch]:
-        """A frozen copy of a pruned adapter at its own position, where the configuration wants one."""
+        """A frozen copy of a pruned adapter at its own position, for knowledge 'lowbit' and 'exact'."""
         config, own = self.config, self.adapters.own[position]
         down, up = self.adapters.matrices(own)
         if config.knowledge == "lowbit":
@@ -201,7 +202,7 @@ class Pruning:
         return [TrainedBranch(name, config.scale)]
 
     def _fold(self, sources: Mapping[str, str]) -> dict[str, TrainedBranch]:
-        """Folds pruned adapters into their sources; what every position concerned uses from now on."""
+        """Folds pruned adapters into their sources. Returns the new branch of every position concerned."""
         config, adapters = self.config, self.adapters
         branches: dict[str, TrainedBranch] = {}
         for source in dict.fromkeys(sources.values()):

@@ -1,4 +1,4 @@
-"""Moves a task to other common bases without training, and measures what that costs it."""
+"""Moves a task to other common bases without training, and measures how much worse it becomes."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pear_store import RawTensor, Task, make_task, write_checkpoint
@@ -19,11 +19,12 @@ from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, Pixels, read_pictures
 from pear_train.dtypes import code_bits
 from pear_train.errors import ConfigError
-from pear_train.evaluate import in_batches
+from pear_train.evaluate import calibrated, in_batches
 from pear_train.identity import given_digest, identity_of
 from pear_train.knowledge import in_common_bases
 from pear_train.machine import on_device
 from pear_train.output import check_out
+from pear_train.recall import Scores, in_record, metrics_of, scores_of
 from pear_train.report import bases_bytes, stored_bytes
 from pear_train.to_task import write_adapters
 from router import AdaptedBackbone, Backbone, Preprocess, Router
@@ -31,15 +32,18 @@ from router import AdaptedBackbone, Backbone, Preprocess, Router
 
 @dataclass(frozen=True)
 class Rebased:
-    """What moving a task gave; of two figures the first is of the task as it was, the second of it as it is written."""
+    """The figures of a task that was moved. Pairs are (before, after)."""
 
     task: str
     bases: str
     held: float
-    """The share of what cores added, by squared norm, that the new bases hold."""
+    """The share, 0 to 1, of the cores' sum that the new bases hold, by squared norm."""
     loss: dict[str, tuple[float, float]]
-    """Cross-entropy on val, and on test where there is one."""
+    """Cross-entropy on val, and on test if there is one."""
     top1: dict[str, tuple[float, float]]
+    """Top-1, 0 to 1, on the same splits."""
+    threshold: tuple[float | None, float | None]
+    """The second one is calibrated anew on val; None if no confidence is enough, or the task was trained without."""
     adapter_bytes: int
     head_bytes: int
     bases_bytes: int
@@ -49,17 +53,24 @@ class Rebased:
 def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: Path, name: str = "") -> Rebased:
     """Writes a task with the nearest cores in other bases: C = D⁺ · down · core · up · U⁺ at each position.
 
-    Its own adapters, its head and its options stay as they are. Both are evaluated on the data, through the router.
+    Its own adapters, its head and its options do not change. The old and the new task are both evaluated on the data,
+    through the router.
 
     Args:
-        name: of the new task [default: the same].
+        bases: the new common bases.
+        dataset: data of the task's classes; val and test are evaluated.
+        out: the checkpoint to write.
+        name: name of the new task; empty: the same name.
     Raises:
-        ConfigError: the task stands on no common bases, or the new ones or the data do not fit.
+        ConfigError: the task has no common bases, or the new bases or the data do not fit it.
     """
     if is_bases(task) or "bases" not in task.record["training"]:
-        raise ConfigError(f"task {task.name!r}: stands on no common bases: expected what --bases trained")
+        raise ConfigError(f"task {task.name!r}: it uses no common bases: give a task that was trained with --bases")
     if list(task.labels) != list(dataset.classes):
-        raise ConfigError(f"task {task.name!r}: its {len(task.labels)} classes are not those of the data")
+        raise ConfigError(
+            f"task {task.name!r}: expected data of its {len(task.labels)} classes, found {len(dataset.classes)} "
+            "classes, and not the same: give the data that it was trained on"
+        )
     check_out(out)
     training = task.record["training"]
     options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
@@ -78,20 +89,27 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
     splits = {split: one for split, one in pixels.items() if split != "train"}
     before = _measure(task, backbone, splits)
     after = _measure(make_task(record, tensors, config.task), backbone, splits)
-    loss = {split: (before[split][0], after[split][0]) for split in splits}
-    top1 = {split: (before[split][1], after[split][1]) for split in splits}
-    record["metrics"] = {**task.record["metrics"], **{f"{split}_top1": new for split, (_, new) in top1.items()}}
+    loss = {split: (before[split].loss, after[split].loss) for split in splits}
+    scores = {split: after[split].scores for split in splits}
+    top1 = {split: (before[split].scores.top1, scores[split].top1) for split in splits}
+    record["metrics"] = {**task.record["metrics"], **metrics_of(scores)}
+    threshold = task.record.get("threshold"), after["val"].threshold(config.threshold_accuracy)
+    record.pop("threshold", None)
+    if threshold[1] is not None:
+        record["threshold"] = threshold[1]
     told = {"from": training["bases"], "held": held, "loss": loss, "top1": top1}
-    given = given_digest(task, (), bases)  # another than of a run on these bases: this is no such run's file
-    record["training"] = {**training, "bases": bases.name, "given": given, "rebased": told}
+    given = given_digest(task, (), bases)  # so that no run on these bases takes this file for its own
+    record["training"] = {**training, **in_record(scores), "bases": bases.name, "given": given, "rebased": told}
     written = make_task(json.loads(json.dumps(record)), tensors, config.task)
     file_bytes = write_checkpoint(out, written)
     adapter, _, head_bytes = stored_bytes(written)
-    return Rebased(config.task, bases.name, held, loss, top1, adapter, head_bytes, bases_bytes(written), file_bytes)
+    return Rebased(
+        config.task, bases.name, held, loss, top1, threshold, adapter, head_bytes, bases_bytes(written), file_bytes
+    )
 
 
 def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> tuple[AdapterSet, float]:
-    """The task's adapters with the nearest cores in `bases`; and the share of the squared norm that these hold."""
+    """The task's adapters with the nearest cores in `bases`, and the share of the squared norm that these hold."""
     bits = code_bits(config.tensor_dtype), code_bits(config.core_dtype)
     adapters = AdapterSet({}, 0, config.activation, config.scale, torch.Generator(), False, *bits)
     stand_on(adapters, bases_at(bases, adapted, list(task.positions)), 1.0, adapted.device)
@@ -111,14 +129,30 @@ def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfi
     return adapters, kept / (whole or 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What a task answers to a split: the mean loss, figures, which answers are right, and how confident each is."""
+
+    loss: float
+    scores: Scores
+    right: Tensor
+    confidence: Tensor
+
+    def threshold(self, wanted: float | None) -> float | None:
+        return None if wanted is None else calibrated(self.right, self.confidence, wanted)
+
+
 @torch.no_grad()
-def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, tuple[float, float]]:
-    """The mean loss and the top-1 of each split, through the router."""
+def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, _Measured]:
+    """Of each split, through the router."""
     router, found = Router(backbone), {}
     router.add(task)
     for split, pixels in splits.items():
         parts = [router.run(pixels.images(rows), task.name).logits for rows in in_batches(pixels)]
         logits = torch.cat([torch.stack(list(part)) for part in parts]).cpu()
-        right = int((logits.argmax(1) == pixels.targets).sum())
-        found[split] = float(F.cross_entropy(logits, pixels.targets)), right / len(pixels)
+        confidence, predicted = logits.softmax(1).max(1)
+        found[split] = _Measured(
+            float(F.cross_entropy(logits, pixels.targets)), scores_of(predicted, pixels.targets, len(task.labels)),
+            predicted == pixels.targets, confidence,
+        )  # fmt: skip
     return found

@@ -1,4 +1,4 @@
-"""How each class fares: top-1 hides a rare class that is never recognised."""
+"""Figures of each class. Top-1 alone hides a rare class that is never recognised."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,26 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_store.format.checkpoint import shown_label
+
 _RECORDED = {"images": "images", "recall": "recall", "class_precision": "precision", "f1": "f1"}
-"""What a task's training record says of each class by split, and what people call it; `precision` there is another."""
+"""Keys of a task's training record, and their names for people. The record's own `precision` means the dtype."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of a split. Lists have a value for each class, to 4 places; None where nothing can be said."""
+    """Figures of a split, from 0 to 1. Lists have a value for each class, to 4 places. None: not defined."""
 
     top1: float
     macro_f1: float
-    """The mean over the classes that the split has images of."""
+    """Mean F1 of the classes of which the split has images."""
     recall: list[float | None]
-    """Of a class's images, the share that was recognised."""
+    """The share of a class's images that were recognised."""
     precision: list[float | None]
-    """Of the images that were taken for a class, the share that is of it."""
+    """The share of the answers of a class that were right."""
     f1: list[float | None]
 
 
 def scores_of(predicted: Tensor, targets: Tensor, classes: int) -> Scores:
-    """Figures of predicted classes, int64 [image]."""
+    """Figures of predictions.
+
+    Args:
+        predicted, targets: classes, int64 [image].
+        classes: number of classes.
+    """
     images = torch.bincount(targets, minlength=classes).double()
     taken = torch.bincount(predicted, minlength=classes).double()
     right = torch.bincount(targets[predicted == targets], minlength=classes).double()
@@ -40,23 +47,28 @@ def scores_of(predicted: Tensor, targets: Tensor, classes: int) -> Scores:
     )
 
 
+def metrics_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """What a task's metrics say, by split."""
+    return {f"{split}_{name}": getattr(one, name) for split, one in scores.items() for name in ("top1", "macro_f1")}
+
+
 def _rounded(values: Tensor) -> list[float | None]:
     return [None if value != value else round(value, 4) for value in values.tolist()]
 
 
 def by_class(labels: Sequence[str], training: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a task's training record says of each class: counts of images and figures, by split."""
+    """Each class's number of images and figures by split, from a task's training record."""
     told: dict[str, dict[str, Any]] = {label: {"images": {}, "recall": {}} for label in labels}
     for key, name in _RECORDED.items():
         of_splits = training.get(key, {})
-        for split in [split for split in ("train", "val", "test") if split in of_splits]:  # a file has them by name
+        for split in [split for split in ("train", "val", "test") if split in of_splits]:  # the file sorts by name
             for label, value in zip(labels, of_splits[split], strict=True):
                 told[label].setdefault(name, {})[split] = value
     return told
 
 
 def in_record(scores: Mapping[str, Scores]) -> dict[str, dict[str, list[float | None]]]:
-    """Figures of classes for the training record, by split."""
+    """The classes' figures by split, in the form of the training record."""
     told = {split: asdict(one) for split, one in scores.items()}
     return {
         key: {split: one[name] for split, one in told.items()} for key, name in _RECORDED.items() if name != "images"
@@ -67,7 +79,7 @@ def recall_rows(classes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     """A table of all classes: images in each split, recall and F1 in %."""
     rows = []
     for label, told in classes.items():
-        row: dict[str, Any] = {"class": label, **told["images"]}
+        row: dict[str, Any] = {"class": shown_label(label), **told["images"]}
         for split, recall in told["recall"].items():
             row[f"{split} recall %"] = _percent(recall)
             if split in told.get("f1", {}):
@@ -87,6 +99,6 @@ def recall_warnings(classes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for split, recall in told["recall"].items():
             if recall == 0:
                 yield (
-                    f"class {label!r}: none of its {told['images'][split]} {split} images is recognised; it has "
-                    f"{told['images']['train']} of {whole} training images"
+                    f"class {shown_label(label)!r}: none of its {told['images'][split]} {split} images is recognised. "
+                    f"It has {told['images']['train']} of {whole} training images"
                 )

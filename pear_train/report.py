@@ -1,4 +1,4 @@
-"""What a caller is told of a run: each step, the result, or why there is none."""
+"""What a run reports: each step, the result, or why it failed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,76 +12,93 @@ from pear_train.recall import by_class
 
 @dataclass(frozen=True)
 class Step:
-    """Progress, given to the callback after every batch; `val_top1` and `history` after the last batch of an epoch."""
+    """Progress of a run. The callback gets one after every step."""
 
     task: str
     epoch: int
+    """Number of the epoch, from 1."""
     epochs: int
+    """Epochs of the whole run."""
     batch: int
+    """Steps of this epoch so far."""
     batches: int
+    """Steps of an epoch."""
     loss: float
+    """Mean loss of this epoch so far."""
     train_top1: float
+    """Top-1 on the train images of this epoch so far, 0 to 1."""
     val_top1: float | None
+    """Top-1 on val, 0 to 1, after the last step of an epoch; else None."""
     history: Sequence[Mapping[str, float]] = ()
-    """Of all epochs so far."""
+    """Figures of all epochs so far, after the last step of an epoch; else empty. Keys are those of `Result.history`."""
     finished: bool = False
-    """This was the last step, be it that val got no better."""
+    """Whether this was the run's last step, also if it stops early."""
     precision: str = ""
-    """Of the forward, such as float32."""
+    """Precision of the forward, such as float32."""
     device: str = ""
+    """Device of torch, such as cuda:0."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave. Bytes are of the tensors as written, each distinct one once; top-1 in 0..1, from the file."""
+    """The result of a run. Bytes count each distinct tensor once. Top-1 is measured from the written file."""
 
     task: str
     method: Method
     val_top1: float
+    """0 to 1."""
     test_top1: float | None
+    """0 to 1; None without a test split."""
     trainable_params: int
     adapter_bytes: int
-    """But for common bases: what is this task's own."""
+    """Bytes of the task's own adapters and cores, without common bases."""
     knowledge_bytes: int
+    """Bytes of knowledge checkpoints."""
     head_bytes: int
     file_bytes: int
+    """Size of the checkpoint file."""
     epochs: int
+    """Epochs that were trained."""
     best_epoch: int
+    """The epoch that was kept, from 1."""
     seconds: float
     importance: dict[str, float]
+    """Score of every position. Empty if nothing was scored."""
     borrowed: dict[str, str]
-    """Source position of each pruned position that borrows from this task."""
+    """Pruned position -> the position of this task that it borrows from."""
     banked: dict[str, list[str]]
-    """What each pruned position borrows from the bank."""
+    """Pruned position -> the adapters that it borrows from the bank."""
     pruned: list[str]
+    """Positions that lost their adapter."""
     history: list[dict[str, float]]
-    """For each epoch: loss, train_top1 (while it went on), val_top1 (at its end)."""
+    """Figures of each epoch: loss and train_top1 over its steps, val_top1 and val_macro_f1 at its end."""
     classes: dict[str, dict[str, Any]]
-    """For each class, `images` and `recall` by split; recall is None where a split has no image of the class."""
+    """Class -> `images`, `recall`, `precision` and `f1`, each by split. A figure is None if it is not defined."""
     bases_bytes: int = 0
-    """Of common bases, which a store keeps once for all tasks on them."""
+    """Bytes of common bases. A store keeps them once for all tasks that use them."""
     prune_epoch: int | None = None
-    """The epoch at whose end it was pruned."""
+    """The epoch after which adapters were pruned; None if none were."""
     threshold: float | None = None
-    """The confidence from which answers on val are right as often as was asked."""
+    """The lowest confidence at which a share `threshold_accuracy` of answers on val is right."""
 
     @property
     def passed_over(self) -> list[str]:
-        """Pruned positions that are more important than some that are kept, of another kind."""
+        """Pruned positions that are more important than some kept position of another shape."""
         kept = [score for position, score in self.importance.items() if position not in self.pruned]
         return [position for position in self.pruned if kept and self.importance[position] > min(kept)]
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A task that could not be trained; the others were."""
+    """A task that could not be trained."""
 
     task: str
     error: str
+    """Why, in one line."""
 
 
 def result_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Result:
-    """What the run gave that wrote a checkpoint, as the checkpoint says."""
+    """The result of the run that wrote a checkpoint, from the checkpoint's own record."""
     training, metrics = task.record["training"], task.record["metrics"]
     adapter_bytes, knowledge_bytes, head_bytes = stored_bytes(task)
     return Result(
@@ -101,13 +118,13 @@ def _prune_epoch(training: Mapping[str, Any]) -> int | None:
 
 
 def stored_bytes(task: Task) -> tuple[int, int, int]:
-    """(adapter, knowledge, head) tensor bytes of a task, each distinct tensor once; common bases are not counted."""
+    """(adapter, knowledge, head) tensor bytes of a task. Each distinct tensor counts once, common bases do not."""
     parts = _bytes_by_part(task)
     return parts["adapter"], parts["knowledge"], parts["head"]
 
 
 def bases_bytes(task: Task) -> int:
-    """Tensor bytes of the common bases that a task stands on."""
+    """Tensor bytes of the common bases that a task uses."""
     return _bytes_by_part(task)["bases"]
 
 

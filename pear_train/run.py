@@ -19,6 +19,7 @@ from pear_train.evaluate import in_batches, predicted_classes
 from pear_train.feed import Feed
 from pear_train.identity import given_digest, run_identity
 from pear_train.machine import autocast_dtype, choose_precision, describe_machine
+from pear_train.memory import check_batch
 from pear_train.optimiser import make_optimiser, move, rate_factor, set_rate, train_what_is_there
 from pear_train.pruning import Pruning
 from pear_train.recall import Scores, scores_of
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """Sums over the batches of the epoch that goes on."""
+    """Sums over the batches of the current epoch so far."""
 
     loss: float = 0.0
     right: int = 0
@@ -38,13 +39,13 @@ class Tally:
 
 
 class TaskRun:
-    """What training one task takes, a batch at a time; who calls computes the features (pear_train/group.py).
+    """One task in training, a batch at a time. The caller computes the features (pear_train/group.py).
 
     Args:
-        adapted: the backbone on its device; may be shared by several runs.
-        base: a task whose adapters the lowest `config.base_blocks` blocks use frozen, and the others start from.
+        adapted: the backbone on its device; several runs may share it.
+        base: a base set. The lowest `config.base_blocks` blocks use its adapters frozen; the others start from them.
         bank: stored tasks whose adapters pruned positions may borrow.
-        bases: common bases, in which every position has a core.
+        bases: common bases, in which every position gets a core.
     """
 
     def __init__(
@@ -59,9 +60,9 @@ class TaskRun:
         self.config, self.adapted, self.device = config, adapted, adapted.device
         self.preprocess = preprocess_record(adapted.backbone, config.img_size)
         self.precision = choose_precision(config.dtype, self.device)
-        """Of the forward; a run that goes on keeps it, whatever is fast where it does."""
+        """Precision of the forward. A run that resumes keeps it, also on another machine."""
         self.machines = [describe_machine(self.device)]
-        """Where the run went on, in order: with one, the same options and seed give the same bytes there."""
+        """Machines that the run was on, in order. If it is one, the same options and seed give the same bytes there."""
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dropping = torch.Generator().manual_seed(config.seed)
         self.given = given_digest(base, bank, bases)
@@ -72,7 +73,9 @@ class TaskRun:
         self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.dataset, self.pixels = read_pictures(dataset, Preprocess(self.preprocess, dataset.limits))
+        preprocess = Preprocess(self.preprocess, dataset.limits)
+        check_batch(config.task, min(config.batch_size, len(dataset.train)), preprocess.size, self.device)
+        self.dataset, self.pixels = read_pictures(dataset, preprocess)
         self.train_pixels, self.val_pixels = self.pixels["train"], self.pixels["val"]
         self.feed = Feed(config, self.train_pixels, len(dataset.classes), self.generator)
         self.batches = -(-len(self.train_pixels) // config.batch_size)
@@ -83,13 +86,13 @@ class TaskRun:
         self.sources: dict[str, str] = {}
         self.banked: dict[str, list[str]] = {}
         self.pruned: list[str] = []
-        """With the three above, what pear_train/pruning.py decided."""
+        """This and the three above are the results of pear_train/pruning.py."""
         self.scores: dict[str, Scores] = {}
-        """Of each split that was evaluated at the end."""
+        """Figures of each split that was evaluated at the end."""
         self.threshold: float | None = None
-        """The confidence from which answers on val are right as often as was asked."""
+        """The lowest confidence at which a share `threshold_accuracy` of answers on val is right."""
         self.history: list[dict[str, float]] = []
-        """For each epoch: loss and top-1 on train while it went on, top-1 and macro F1 on val at its end."""
+        """Figures of each epoch: loss and top-1 on train over its steps, top-1 and macro F1 on val at its end."""
         self.epoch, self.batch, self.order = 1, 0, torch.empty(0, dtype=torch.long)
         self.best, self.best_epoch, self.best_state = -1.0, 0, self.state()
         self.finished = False
@@ -98,18 +101,18 @@ class TaskRun:
     # ---- a step -------------------------------------------------------------------------------
 
     def next_rows(self) -> Tensor:
-        """Row numbers of the batch to come."""
+        """Row numbers of the next batch."""
         if self.batch == 0:
             self.order = self.feed.order()
             self._tally, self._epoch_began = Tally(), time.perf_counter()
         return self.order[self.batch * self.config.batch_size : (self.batch + 1) * self.config.batch_size]
 
     def images(self, rows: Tensor) -> Tensor:
-        """Normalised float32 [batch, 3, h, w] of train, augmented."""
+        """Train images, augmented and normalised, float32 [batch, 3, h, w]."""
         return self.feed.images(rows)
 
     def step_weights(self) -> dict[str, PositionWeights]:
-        """What positions add in a training step: some are left out where the configuration says so."""
+        """What positions add in a training step. `drop_branch` leaves some out at random."""
         weights = self.adapters.position_weights()
         drop = self.config.drop_branch
         if not drop:
@@ -127,7 +130,7 @@ class TaskRun:
         self.optimiser.zero_grad(set_to_none=True)
 
     def loss(self, features: Tensor, rows: Tensor) -> Tensor:
-        """The batch's mean loss, counted into the epoch's."""
+        """The batch's mean loss. Adds it to the epoch's sums."""
         logits, targets = self.head(features), self.feed.targets(rows).to(self.device)
         loss = self.feed.loss(logits, targets)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
@@ -137,10 +140,12 @@ class TaskRun:
         return loss
 
     def after_step(self) -> bool:
-        """Moves the weights; at an epoch's end evaluates, prunes, keeps the best. Returns whether an epoch ended.
+        """Moves the weights. At an epoch's end it evaluates, prunes and keeps the best weights.
 
+        Returns:
+            Whether an epoch ended.
         Raises:
-            DivergedError: the loss, a weight or a logit is no finite number any more.
+            DivergedError: the loss, a weight or a logit is no longer finite.
         """
         if not math.isfinite(self.running_loss):
             raise self._diverged(f"the loss became {self.running_loss} in epoch {self.epoch}")
@@ -152,7 +157,7 @@ class TaskRun:
         return True
 
     def move(self) -> None:
-        """A step of the optimiser along the gradients, which are clipped."""
+        """Clips gradients and makes a step of the optimiser."""
         move(self.optimiser, self.config.max_grad_norm)
 
     # ---- an epoch's end -----------------------------------------------------------------------
@@ -174,7 +179,7 @@ class TaskRun:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def prune(self) -> None:
-        """Scores, prunes, shares, preserves; moments of what changed roles are forgotten."""
+        """Scores adapters and prunes. Weights that other positions now use start with fresh optimiser moments."""
         pruning = Pruning(
             self.config, self.adapted, self.adapters, self.head, self.train_pixels, self.bank, self.generator
         )
@@ -186,13 +191,13 @@ class TaskRun:
         train_what_is_there(self.optimiser, self.adapters, self.head, pruned.changed)
 
     def _stalled(self) -> int:
-        """Epochs since val got better than it had ever been (after pruning)."""
+        """Epochs since the best val after pruning."""
         first = self.config.pruned_after if self.prunes else 0
         values = [epoch[self.judged_by] for epoch in self.history[first:]]
         return len(values) - 1 - values.index(max(values))
 
     def check_finite(self) -> None:
-        """Raises a DivergedError unless all that trains is finite, also in the precision that it is written in."""
+        """Raises a DivergedError unless every trained weight is finite, also in the dtype that it is written in."""
         for name, tensor in self.tensors().items():
             dtype: Written = self.config.head_dtype if name.startswith("head.") else self.config.tensor_dtype
             if name.startswith("scale."):
@@ -205,11 +210,11 @@ class TaskRun:
     def _diverged(self, found: str) -> DivergedError:
         return DivergedError(self.config.task, found, self.config.lr)
 
-    # ---- what it knows ------------------------------------------------------------------------
+    # ---- properties and evaluation ------------------------------------------------------------
 
     @property
     def prunes(self) -> bool:
-        """Whether an epoch ends with pruning: on common bases only what adapters may take is limited, if anything."""
+        """Whether adapters are pruned. On common bases, that is so only if `own_bytes` limits them."""
         return self.config.method == "pear" and (self.bases is None or self.config.own_bytes is not None)
 
     @property
@@ -226,7 +231,7 @@ class TaskRun:
 
     @property
     def judged_by(self) -> str:
-        """What of an epoch's history says how good it is."""
+        """The key of an epoch's history that says how good the epoch is."""
         return "val_macro_f1" if self.config.select == "macro_f1" else "val_top1"
 
     def look_at_val(self) -> dict[str, float]:
@@ -235,14 +240,14 @@ class TaskRun:
         return {"val_top1": scores.top1, "val_macro_f1": scores.macro_f1}
 
     def accuracy(self, pixels: Pixels) -> float:
-        """Top-1 of the weights as they are. Raises as :meth:`evaluate`."""
+        """Top-1 of the current weights. Raises as :meth:`evaluate`."""
         return self.evaluate(pixels).top1
 
     def evaluate(self, pixels: Pixels) -> Scores:
-        """Figures of the weights as they are.
+        """Figures of the current weights.
 
         Raises:
-            DivergedError: a logit is not finite, so that the likeliest class means nothing.
+            DivergedError: a logit is not finite.
         """
         predicted = predicted_classes(pixels, lambda rows: self.head(self.features(pixels, rows)))
         if predicted is None:
@@ -250,7 +255,7 @@ class TaskRun:
         return scores_of(predicted, pixels.targets, len(self.dataset.classes))
 
     def features(self, pixels: Pixels, rows: Tensor) -> Tensor:
-        """Pooled features of this task alone, as evaluation computes them; without adapters computed but once."""
+        """Pooled features [row, d] of this task alone, for evaluation. Without adapters they are computed only once."""
         if self.adapters.branches:
             weights = self.adapters.position_weights()
             return self.adapted.features(pixels.images(rows), weights, self.autocast)
@@ -261,7 +266,7 @@ class TaskRun:
         return self._frozen_features[id(pixels)][rows.to(self.device)]
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Everything that trains, by name."""
+        """Every trained weight, by name."""
         named = dict(self.adapters.named_parameters())
         named.update({f"scale.{name}": scale for name, scale in self.adapters.scales().items()})
         named.update({f"core.{name}": core for name, core in self.adapters.cores().items()})

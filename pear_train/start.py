@@ -1,4 +1,4 @@
-"""What a run starts from: its positions, and the adapters there: new ones, those of a base set, or common bases."""
+"""The start of a run: its positions, and the adapters there: new ones, those of a base set, or common bases."""
 
 import torch
 
@@ -12,15 +12,15 @@ from pear_train.errors import ConfigError
 from router import AdaptedBackbone, BackboneError, choose_positions
 
 DEFAULTS = ("qkv,mlp", "blocks", "whole", "pointwise")
-"""Of positions, the first that a backbone has and runs: of transformers whose qkv runs, of others, of convolutional
-networks with residual blocks, of others."""
+"""Default positions; the first that the backbone has and runs is taken. In turn they suit: transformers whose qkv runs,
+other transformers, convolutional networks with residual blocks, other convolutional networks."""
 
 
 def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
-    """The positions of a choice, attached; of `auto` those of the first of DEFAULTS that the backbone has and runs.
+    """Attaches the positions of a choice and returns them. `auto` takes the first of DEFAULTS that fits.
 
     Raises:
-        BackboneError: a position is none; or no default fits: says what to do.
+        BackboneError: a position does not exist or does not run, or no default fits.
     """
     reason = ""
     for one in DEFAULTS if choice == "auto" else (choice,):
@@ -33,8 +33,8 @@ def attached(adapted: AdaptedBackbone, choice: str) -> list[str]:
                 raise
             reason = str(error)
     raise BackboneError(
-        f"backbone {adapted.backbone.name} has none of the default positions: name modules of it with positions "
-        f"(--positions), or take a family of docs/backbones.md. Of the last default: {reason}"
+        f"backbone {adapted.backbone.name} has none of the default positions: name its modules with --positions, or "
+        f"take a backbone of docs/backbones.md. The last default failed: {reason}"
     )
 
 
@@ -48,20 +48,23 @@ def start_adapters(
     """The adapters of a run before its first step, on the backbone's device.
 
     Raises:
-        ConfigError: the base set or the common bases do not fit, or leave nothing to train; or the rank is too high.
+        ConfigError: the base set or the common bases do not fit, nothing is left to train, or the rank is too high.
     """
     if bases is not None:
         if base is not None:
-            raise ConfigError(f"bases {bases.name!r}: not beside a base set, found {base.name!r}: choose one of them")
+            raise ConfigError(f"bases {bases.name!r}: cannot be used with base {base.name!r}: choose one of them")
         return _start_on_bases(config, adapted, bases, generator)
     positions = [] if config.method == "linear" else attached(adapted, config.positions)
     given = None if base is None else base_adapters(base, adapted, positions, config)
     trained = [position for position in positions if given is None or position not in given.frozen]
     if positions and not trained:
-        raise ConfigError(f"positions {config.positions!r}: all lie in blocks that take the base set frozen")
+        raise ConfigError(
+            f"positions {config.positions!r}: all lie in the {config.base_blocks} blocks that use the base set frozen: "
+            "lower base blocks"
+        )
     widths = {position: adapted.widths[position] for position in trained}
     for position, sides in widths.items() if config.method == "pear" else ():
-        if config.rank > min(sides):  # more than the matrix has: nothing to fold kept ones into
+        if config.rank > min(sides):  # a fold needs as many directions as the rank
             raise ConfigError(f"rank {config.rank}: expected at most {min(sides)}, the smaller side at {position}")
     common, bits = config.down == "common", (code_bits(config.tensor_dtype), code_bits(config.core_dtype))
     adapters = AdapterSet(widths, config.rank, config.activation, config.scale, generator, common, *bits)
@@ -74,7 +77,7 @@ def start_adapters(
 def _start_from(
     given: BaseAdapters, adapters: AdapterSet, positions: list[str], scale: float, device: torch.device
 ) -> None:
-    """Puts a base set's adapters in place: frozen in the lowest blocks, as starting values above."""
+    """Puts a base set's adapters in place: frozen in the lowest blocks, as starting values in the others."""
     for position, (down, up) in given.start.items():
         adapters.down[adapters.own[position]].copy_(down)
         adapters.up[adapters.own[position]].copy_(up / scale)
@@ -91,7 +94,7 @@ def _start_from(
 def _start_on_bases(
     config: TrainConfig, adapted: AdaptedBackbone, bases: Task, generator: torch.Generator
 ) -> AdapterSet:
-    """A core of zeros in the common bases at every position, and adapters of its own beside it where they are asked."""
+    """A core of zeros in the common bases at every position, with an own adapter beside it if `own_rank` is above 0."""
     check_bases(bases, adapted, config)
     chosen = config.positions if config.positions != "auto" else ",".join(bases.positions)
     positions = attached(adapted, chosen)

@@ -1,4 +1,4 @@
-"""A run that was interrupted: its whole state in one file beside the task checkpoint to be, after every epoch."""
+"""Interrupted runs: after every epoch, a run's whole state is written to one file beside its future checkpoint."""
 
 import errno
 import json
@@ -27,22 +27,27 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def state_bytes(run: TaskRun) -> int:
-    """About what a run's files take at most: two states, for one replaces the other, and two checkpoints."""
+    """About how many bytes a run's files take at most: two states (one replaces the other) and two checkpoints."""
     numbers = sum(parameter.numel() for parameter in run.tensors().values())
     numbers += sum(one.down.numel() + one.up.numel() for one in run.adapters.frozen.values())
     return 4 * numbers * (2 * 4 + 2) + 1_000_000  # float32: weights, the best ones, two moments; and a record
 
 
 def save_state(run: TaskRun, out: Path) -> None:
-    """Writes the state at an epoch's end, whole or not at all.
+    """Writes the state at an epoch's end, as a whole or not at all.
 
     Raises:
-        ResourceError, PearTrainError: the disk is full, or does not allow it; an older state is untouched.
+        ResourceError: the disk is full. The older state stays.
+        PearTrainError: the file cannot be written for another reason. The older state stays.
     """
     began, path, temporary = time.perf_counter(), partial_path(out), temporary_path(out)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(run).items()}
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, {"run": json.dumps(_record(run))})
+        temporary.chmod(mode)  # safetensors makes files for their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         size_bytes = temporary.stat().st_size
@@ -51,8 +56,8 @@ def save_state(run: TaskRun, out: Path) -> None:
         temporary.unlink(missing_ok=True)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise ResourceError(
-                f"{path}: the run's state cannot be written: the disk is full. Free some, and the same command goes on "
-                "after the last epoch that was kept"
+                f"{path}: the run's state cannot be written: the disk is full. Make room; then the same command "
+                "resumes after the last epoch that was kept"
             ) from None
         raise PearTrainError(f"{path}: the run's state cannot be written: {error}") from None
     seconds = time.perf_counter() - began
@@ -60,7 +65,7 @@ def save_state(run: TaskRun, out: Path) -> None:
 
 
 def _tensors(run: TaskRun) -> dict[str, Tensor]:
-    """Weights as they are and as they were best, moments, generators, and adapters that do not train."""
+    """The current and the best weights, optimiser moments, generators, and frozen adapters."""
     tensors: dict[str, Tensor] = {f"now {name}": tensor for name, tensor in run.state().items()}
     tensors.update({f"best {name}": tensor for name, tensor in run.best_state.items()})
     for name, parameter in run.tensors().items():
@@ -75,7 +80,7 @@ def _tensors(run: TaskRun) -> dict[str, Tensor]:
 
 
 def _record(run: TaskRun) -> dict[str, Any]:
-    """What is no tensor."""
+    """The part of the state that is not tensors."""
     return {
         "format": STATE_FORMAT,
         "identity": run.identity,
@@ -102,12 +107,12 @@ def _record(run: TaskRun) -> dict[str, Any]:
 
 
 def _frozen(run: TaskRun) -> dict[str, FrozenAdapter]:
-    """The adapters that do not train, but for common bases: those are given anew to a run that goes on."""
+    """The frozen adapters but for common bases. A run that resumes is given those anew."""
     return {name: adapter for name, adapter in run.adapters.frozen.items() if adapter.role != "bases"}
 
 
 def resume_state(run: TaskRun, out: Path) -> bool:
-    """Brings a fresh run to where an interrupted one of the same identity stood, if there is one."""
+    """Brings a fresh run to the state of an interrupted run of the same identity. Returns whether there was one."""
     began, path = time.perf_counter(), partial_path(out)
     try:
         with safe_open(path, "pt") as file:
@@ -157,7 +162,7 @@ def _restore_adapters(run: TaskRun, record: dict[str, Any], tensors: dict[str, T
 
 
 def _restore_weights(run: TaskRun, tensors: dict[str, Tensor]) -> None:
-    """Weights and their moments."""
+    """Puts back the weights and their optimiser moments."""
     device = run.device
     run.restore({name: tensors[f"now {name}"] for name in run.tensors()})
     run.best_state = {name: tensors[f"best {name}"].to(device) for name in run.tensors() if f"best {name}" in tensors}

@@ -1,4 +1,4 @@
-"""Where pictures, reports and curves may be written, and that no file is meant twice: judged before any work."""
+"""Checks, before any work, where pictures, reports and curves may be written, and that no two outputs are one file."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -10,18 +10,18 @@ from pear_store.files import open_regular_file
 from pear_train.errors import ConfigError
 
 Named = tuple[str, Path]
-"""A path, and the option that says it."""
+"""An option, and the path that it names."""
 
 
 def check_target(option: str, path: Path, is_ours: Callable[[bytes], bool], maker: str = "pear-train") -> None:
-    """Checks that a file can be written there, and replaces nothing but an earlier one of its kind.
+    """Checks that a file can be written at `path`, and that at most an earlier file of the same kind is replaced.
 
     Args:
-        option: what messages call it.
-        is_ours: tells by the first bytes of what lies there; an empty file is replaced.
+        option: the option's name in messages.
+        is_ours: whether the first bytes of an existing file show the same kind. An empty file may always be replaced.
         maker: the command that writes such files.
     Raises:
-        ConfigError: something else lies there; or its folder is missing, or takes no file.
+        ConfigError: `path` holds something else, or its folder is missing or not writable.
     """
     if not os.path.isdir(path.parent):
         raise ConfigError(f"{option} {path}: folder {path.parent} does not exist; make it first")
@@ -32,7 +32,7 @@ def check_target(option: str, path: Path, is_ours: Callable[[bytes], bool], make
         except PearStoreError as error:
             raise ConfigError(f"{option} {error}") from None
         if start and not is_ours(start):
-            raise ConfigError(f"{option} {path}: there is something that {maker} did not write, and it is not replaced")
+            raise ConfigError(f"{option} {path}: {maker} did not write this file, so it is not replaced: name another")
     beside = beside_of(path)
     try:
         beside.touch()
@@ -43,18 +43,18 @@ def check_target(option: str, path: Path, is_ours: Callable[[bytes], bool], make
 
 
 def beside_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The path where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def check_apart(outputs: Iterable[Named], inputs: Iterable[Named]) -> None:
-    """Checks that each output is a file of its own, by what links lead to.
+    """Checks that no output is also an input or another output. Links are followed.
 
     Args:
-        outputs: files, or folders, to be written.
-        inputs: files and folders that are read.
+        outputs: files and folders to write.
+        inputs: files and folders to read.
     Raises:
-        ConfigError: names the two options.
+        ConfigError: two options name one file; the message has both options.
     """
     read: dict[object, Named] = {}
     for option, path in inputs:
@@ -64,9 +64,11 @@ def check_apart(outputs: Iterable[Named], inputs: Iterable[Named]) -> None:
     for option, path in files:
         for place in _places(path):
             if place in read:
-                raise ConfigError(f"{option} {path}: is what {read[place][0]} names, and would be replaced")
+                raise ConfigError(
+                    f"{option} {path}: {read[place][0]} reads this file, so it is not replaced: name another"
+                )
             if place in written:
-                raise ConfigError(f"{option} {path}: {written[place][0]} is written there, too: name another file")
+                raise ConfigError(f"{option} {path}: {written[place][0]} writes this file, too: name another")
         written |= dict.fromkeys(_places(path), (option, path))
     for option, path in files:
         for above in Path(os.path.realpath(path)).parents:
@@ -78,9 +80,9 @@ def check_apart(outputs: Iterable[Named], inputs: Iterable[Named]) -> None:
 
 
 def _places(path: Path) -> list[object]:
-    """What only paths to one file have in common: where links lead, and, of a file that is there, its own number."""
+    """Keys that paths have in common only if they are one file: the path without links, and a file's inode."""
     places: list[object] = []
-    with suppress(OSError, ValueError):  # nothing is there, or nothing can be
+    with suppress(OSError, ValueError):  # no such file, or not a possible path
         places.append(Path(os.path.realpath(path)))
         status = path.stat()
         places.append((status.st_dev, status.st_ino))

@@ -1,4 +1,4 @@
-"""A file of tasks to train: TOML."""
+"""A TOML file of tasks to train."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import read_text
 from pear_store.format.checkpoint import TASK_NAME
 from pear_train.config import OPTIONS, TrainConfig
@@ -22,22 +23,31 @@ DATA_OPTIONS: dict[str, Field[Any]] = {option.name: option for option in fields(
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One task of a file: where its data lies, and its options."""
+    """One task of a file of tasks."""
 
     config: TrainConfig
     data: str
+    """Path or name of its data, as :func:`open_dataset` takes it."""
     data_options: DataOptions = field(default_factory=DataOptions)
+    """How the data is read."""
 
     @classmethod
     def of(cls, task: str, data: str, options: Mapping[str, Any]) -> "TaskEntry":
-        """From options of the run and of the data together."""
+        """Makes an entry.
+
+        Args:
+            task: name of the task.
+            options: options of :class:`TrainConfig` and of the data together, by name.
+        Raises:
+            ConfigError: an option does not allow its value.
+        """
         of_data = {name: value for name, value in options.items() if name in DATA_OPTIONS}
         others = {name: value for name, value in options.items() if name not in DATA_OPTIONS}
         return cls(TrainConfig(task=task, **others), data, DataOptions(**of_data))
 
 
 def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
-    """The tasks that a file names.
+    """Reads a file of tasks.
 
         epochs = 30                     # options of all tasks: those of pear-train, with _ for -
 
@@ -46,9 +56,13 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         ratio = 0.75                    # of this task alone
 
     Args:
-        given: options that the file may override.
+        path: the TOML file.
+        given: options by name, which the file may override.
+    Returns:
+        The tasks in the file's order.
     Raises:
-        ConfigError: no such file, no TOML, an unknown key, a bad name or value: which task, and what was expected.
+        ConfigError: the file does not exist or is not TOML, or a key, name or value is wrong. The message says which
+            task, and what was expected.
     """
     try:
         record = tomllib.loads(read_text(path))
@@ -57,7 +71,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
     except ValueError as error:  # wrong TOML, or a number of more digits than Python reads
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+        raise ConfigError(f"{path}: not a readable TOML file: {unreadable(error)}") from None
     tasks = record.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ConfigError(f'{path}: names no task: expected tables such as [tasks.dtd] with data = "…"')
@@ -68,7 +82,7 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
         if not TASK_NAME.fullmatch(name):
             raise ConfigError(f"{path}: {where}: expected up to 100 letters, digits, '.', '_', '-'")
         if name.casefold() in folded:
-            raise ConfigError(f"{path}: {where}: another task's name but for its case")
+            raise ConfigError(f"{path}: {where}: another task has the same name except for case: rename one of them")
         folded.add(name.casefold())
         if not isinstance(table, dict) or not isinstance(table.get("data"), str) or not table["data"]:
             raise ConfigError(f'{path}: {where}: expected data = "a folder, an .npz file or a name"')

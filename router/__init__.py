@@ -1,4 +1,4 @@
-"""One frozen backbone, any number of tasks, any mix of them in a batch."""
+"""Runs any number of tasks on one frozen backbone. A batch may mix tasks."""
 
 from pear_store.version import __version__ as __version__
 from router.adapted import AdaptedBackbone

@@ -1,4 +1,4 @@
-"""A backbone on a device, to whose positions each forward may add branches."""
+"""A backbone on a device. Each forward may add branches at its positions."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -19,17 +19,24 @@ from router.ops import PositionWeights, add_branch, channels_last
 from router.positions import measure
 
 PART_BYTES = 5 * 2**20
-"""On a CPU, a block whose input has more bytes takes it in parts: what it computes on the way then stays in
-caches, and in memory that the allocator keeps. Found with 2 threads (benchmarks/README.md, the router)."""
+"""On a CPU, a block takes a larger input in parts. Its intermediate results then stay in caches, and in memory that
+the allocator keeps. The value was found with 2 threads (benchmarks/README.md, the router)."""
 
 
 class AdaptedBackbone:
-    """A backbone on a device, to whose positions each forward may add branches.
+    """A backbone on a device. Each forward may add branches at its positions.
 
-    Thread-safe: forwards take turns. Positions are measured beside them.
+    Thread-safe: forwards take turns. Positions are measured while forwards run.
 
     Args:
-        compile: a torch.compile backend's name; None to run eagerly.
+        backbone: the frozen model.
+        device: where it runs.
+        dtype: compute precision of forwards without autocast.
+        for_training: on a CPU, switch off timm's fused attention, whose backward is slower.
+        compile: name of a torch.compile backend; None: run eagerly.
+    Raises:
+        BackboneError: the backbone gives no pooled features.
+        ForkedError: this process was forked from one that has used a backbone.
     """
 
     def __init__(
@@ -45,15 +52,15 @@ class AdaptedBackbone:
         self.widths: dict[str, tuple[int, int]] = {}
         """(d_in, d_out) of each attached position."""
         self.turn = threading.RLock()
-        """Held by a forward. Whoever holds it meanwhile keeps others from the device."""
+        """Held by each forward. Its holder keeps other threads from the device."""
         self._attaching = threading.Lock()
         self._unfused = for_training and device.type == "cpu"
         self._sized: dict[tuple[int, int], _Sized] = {}
-        """The modules of each image size. One that is being changed is not here: interrupted, it is made anew."""
+        """Image size -> its module. It is not here while it is changed, so after an interruption it is made anew."""
         self._compile = compile
         self._pass = Pass()
         self._lent: dict[nn.Module, nn.Parameter] = {}
-        """The weights of modules that have another one for this forward."""
+        """Modules with a lent weight in this forward -> their own weight."""
         self._owned: set[str] = set()
         """Positions whose output may be written to."""
         self._maps: set[str] = set()
@@ -67,17 +74,19 @@ class AdaptedBackbone:
 
     @cached_property
     def levels(self) -> Levels:
-        """Where this backbone's batches may grow."""
+        """The blocks at whose inputs a batch of this backbone may grow."""
         return find_levels(self.backbone, self._blocks)
 
     def attach(self, positions: Iterable[str]) -> None:
-        """Makes positions usable: one dry forward must run each exactly once, and measures its widths.
+        """Makes positions usable: measures their widths in one dry forward, which must run each exactly once.
 
         Forwards of other threads go on meanwhile.
 
+        Args:
+            positions: module paths of the backbone.
         Raises:
-            BackboneError: a position that is no module of this backbone, never runs, runs twice, or whose output is not
-                of its input's axes.
+            BackboneError: a position is not a module of this backbone, never runs, runs twice, changes its input, or
+                returns other axes than its input has.
         """
         with self._attaching:
             new = [position for position in positions if position not in self.widths]
@@ -104,16 +113,21 @@ class AdaptedBackbone:
         compiled: bool = False,
         in_parts: bool = False,
     ) -> Tensor:
-        """Pooled features [batch, d] of normalised images [batch, 3, h, w], with branches at the given positions.
+        """Pooled features of images, with branches at the given positions.
 
         Args:
-            grow: block of `levels` -> int64, the row that each row from there on continues.
-            matrices: position -> weight to use in place of its Linear's own, this time.
+            images: normalised floats [batch, 3, h, w].
+            weights: attached position -> its branches.
+            autocast: dtype of torch.autocast; None: no autocast.
+            grow: block of `levels` -> int64 [row]: for each row from this block on, the earlier row that it continues.
+            matrices: position -> a weight that replaces its Linear's own in this forward.
+            compiled: run through torch.compile.
             in_parts: blocks may take a large batch in parts.
-
+        Returns:
+            float32 [batch, d] on the device.
         Raises:
-            ImageError: a size that this backbone cannot take.
-            BackboneError: it does not compile into one graph.
+            ImageError: this backbone cannot take images of this size.
+            BackboneError: the backbone does not compile into one graph.
         """
         with self.turn:
             module = self._module((images.shape[2], images.shape[3]))
@@ -137,10 +151,10 @@ class AdaptedBackbone:
         in_parts: bool,
         in_place: bool,
     ) -> None:
-        """Says what this forward adds, and readies the module for it."""
+        """Sets what this forward adds, and prepares the module for it."""
         size = (images.shape[2], images.shape[3])
         most = PART_BYTES if in_parts and self.device.type == "cpu" else None
-        # a first block's input has about as many bytes as the images
+        # the first block's input has about as many bytes as the images
         if grow or (most is not None and images.numel() * self.dtype.itemsize > most):
             self._ready_blocks(size, bool(grow))
         forward = self._pass
@@ -164,14 +178,14 @@ class AdaptedBackbone:
         return self._pass
 
     def _lend(self, module: nn.Module, matrices: Mapping[str, nn.Parameter]) -> None:
-        """Puts matrices in the place of Linears' own."""
+        """Replaces the weights of Linears by these matrices."""
         linears = {module.get_submodule(position): matrix for position, matrix in matrices.items()}
         self._lent = {linear: linear.get_parameter("weight") for linear in linears}
         for linear, matrix in linears.items():
             linear._parameters["weight"] = matrix
 
     def _give_back(self) -> None:
-        """Gives modules their own weights again; the next forward does so, too, should this be interrupted."""
+        """Gives modules their own weights back. If this is interrupted, the next forward does it again."""
         for linear, parameter in self._lent.items():
             linear._parameters["weight"] = parameter
         self._lent = {}
@@ -182,19 +196,29 @@ class AdaptedBackbone:
         one = self._sized[images.shape[2], images.shape[3]]
         if one.compiled is None:
             assert self._compile is not None
-            # a graph that breaks within a module leaves its hooks out, and with them what tasks add: one or none
+            # a graph that breaks within a module would skip its hooks, which add the branches: so one whole graph
             one.compiled = torch.compile(one.module, fullgraph=True, dynamic=False, backend=self._compile)
         try:
-            with config.patch(recompile_limit=64):  # 8 by default: fewer than there are buckets of batches
+            with config.patch(recompile_limit=64):  # the default of 8 is less than the number of batch sizes
                 return one.compiled(images)
         except exc.Unsupported as error:
             reason = str(error).splitlines()[0]
-            raise BackboneError(f"backbone {self.backbone.name} does not compile into one graph: {reason}") from None
+            raise BackboneError(
+                f"backbone {self.backbone.name} does not compile into one graph: {reason}: make the router without "
+                "compile"
+            ) from None
 
     def inputs(
         self, images: Tensor, weights: Mapping[str, PositionWeights], positions: Iterable[str]
     ) -> dict[str, Tensor]:
-        """What the branches at some positions are given in a forward, channels last."""
+        """The inputs of the branches at some positions in a forward, channels last.
+
+        Args:
+            images: normalised floats [batch, 3, h, w].
+            weights: attached position -> its branches.
+        Returns:
+            position -> [batch, ..., d_in].
+        """
         module = self._module((images.shape[2], images.shape[3]))
         found: dict[str, Tensor] = {}
         handles = []
@@ -211,14 +235,14 @@ class AdaptedBackbone:
         one = self._sized.get(size)
         if one is None:
             module = self.backbone.sized(size)
-            # the device's copy of the weights serves every size; what depends on the size was resampled just now
+            # all sizes share the device's copy of the weights; only weights that depend on the size were resampled
             shared = dict(self._base.named_parameters())
             for name, value in list(module.named_parameters()):
                 if name in shared and shared[name].shape == value.shape:
                     owner, _, leaf = name.rpartition(".")
                     setattr(module.get_submodule(owner), leaf, shared[name])
             module = module.to(device=self.device, dtype=self.dtype)
-            if self._unfused:  # its backward was the faster one in a first try at 37 tokens; no benchmark
+            if self._unfused:  # the unfused backward was faster in a first try at 37 tokens; there is no benchmark
                 for part in module.modules():
                     if hasattr(part, "fused_attn"):
                         cast(Any, part).fused_attn = False
@@ -251,7 +275,7 @@ class AdaptedBackbone:
 
 @dataclass(eq=False)
 class _Sized:
-    """A module for one image size, and what was done to it."""
+    """A module for one image size, and how it was changed."""
 
     module: nn.Module
     grows: bool = False

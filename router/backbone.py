@@ -1,4 +1,4 @@
-"""Backbones: frozen timm models, how they are loaded, and the digest that tells one from another."""
+"""Backbones: frozen timm models, how they are loaded, and the digest that identifies one."""
 
 import copy
 import difflib
@@ -27,13 +27,15 @@ from router.threads import computing_alone
 class Backbone:
     """A frozen timm model without classifier: its module, name and digest.
 
-    The module is a copy of the given one's structure; weights are shared, never changed.
+    `module` copies the structure of the given module and shares its weights. They are never changed.
 
     Args:
-        source: the timm name and the weights' file, if it has one, by which another process can load it again; None
-            where the module was given.
+        module: a timm model in float32.
+        name: its name in messages and in task checkpoints.
+        source: (timm name, file of weights or None), by which another process can load it again. None: the module was
+            given.
     Raises:
-        BackboneError: it is no timm model, or a weight is NaN or infinite.
+        BackboneError: the module is not a timm model, or a weight is NaN or infinite.
     """
 
     def __init__(self, module: nn.Module, name: str, source: tuple[str, str | None] | None = None) -> None:
@@ -47,7 +49,7 @@ class Backbone:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """How the model's own weights were evaluated, as a task's record says it: timm's crop, mean and std."""
+        """timm's evaluation transform of this model (crop, mean and std), in the form of a task's `preprocess`."""
         return {
             "input_size": [3, *self.input_size],
             "mean": list(self.config.get("mean", IMAGENET_DEFAULT_MEAN)),
@@ -64,8 +66,10 @@ class Backbone:
         return sum(4 * parameter.numel() for parameter in self.module.parameters())
 
     def sized(self, size: tuple[int, int]) -> nn.Module:
-        """The module for [batch, 3, *size] images, position embeddings resampled; weights shared.
+        """The module for images [batch, 3, *size]. It shares the weights, except for resampled position embeddings.
 
+        Args:
+            size: (height, width) in pixels.
         Raises:
             ImageError: this model cannot take that size.
         """
@@ -87,11 +91,14 @@ class Backbone:
 
 @computing_alone()
 def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | None = None) -> Backbone:
-    """A backbone by timm name, with pretrained weights through timm or from a file; or around a timm module.
+    """Loads a backbone by its timm name, or makes one of a timm module.
 
+    Args:
+        backbone: a timm name, a timm module in float32 at its native size, or a Backbone, which is returned.
+        weights: a safetensors file with the weights of a backbone given by name. None: timm loads pretrained ones.
     Raises:
-        BackboneError: no such model, weights that do not fit it, or a module that is not at its native precision
-            and size.
+        BackboneError: timm has no such model, the weights do not fit it or are not finite, or the module is not in
+            float32 at its native size.
         ForkedError: this process was forked from one that has used a backbone.
     """
     check_process()
@@ -118,7 +125,7 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
     except Exception as error:  # whatever a download can raise: hub, requests, urllib, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"backbone {backbone!r}: its pretrained weights could not be loaded ({reason}); "
+            f"backbone {backbone!r}: its pretrained weights could not be loaded ({reason}): "
             "give a local file of them with weights (--weights)"
         ) from None
     cast(Any, module).reset_classifier(0)
@@ -128,11 +135,13 @@ def load_backbone(backbone: str | nn.Module | Backbone, weights: str | Path | No
 
 def _load_weights(module: nn.Module, name: str, path: Path) -> None:
     if not os.path.isfile(path):
-        raise BackboneError(f"{path}: no such file; expected the weights of {name}")
+        raise BackboneError(f"{path}: no such file: expected the weights of {name}")
     try:
         state = load_file(path)
     except Exception as error:  # safetensors raises a bare Exception type of its own
-        raise BackboneError(f"{path}: not a whole safetensors file (pickles are never read): {error}") from None
+        raise BackboneError(
+            f"{path}: expected a whole safetensors file (pickles are never read): {error}: take a good copy"
+        ) from None
     expected = module.state_dict()
     for key, value in expected.items():
         if key not in state:
@@ -144,14 +153,14 @@ def _load_weights(module: nn.Module, name: str, path: Path) -> None:
     prefixes = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
     for key in state.keys() - expected.keys():
         if not key.startswith(prefixes):
-            raise BackboneError(f"{path}: tensor {key!r} is none of {name}'s; are these another model's weights?")
+            raise BackboneError(f"{path}: {name} has no tensor {key!r}; are these another model's weights?")
     module.load_state_dict({key: state[key] for key in expected})
 
 
 def backbone_digest(module: nn.Module) -> Digest:
-    """sha256 over the lines ``{name} {tensor digest}\\n``, sorted by name, of a state dict without classifier.
+    """The digest of a backbone without classifier: sha256 over lines ``{name} {tensor digest}\\n``, sorted by name.
 
-    Floating tensors are hashed as F32, integers as I64.
+    Floats are hashed as F32, integers as I64.
     """
     lines = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -181,13 +190,13 @@ def _check_native(module: nn.Module, name: str) -> None:
     built = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if built is not None and tuple(built) != tuple(native):
         raise BackboneError(
-            f"backbone {name}: built for {built[0]} x {built[1]} pixels, native are {native[0]} x {native[1]}: give "
-            "the native module, images of other sizes are taken as they come"
+            f"backbone {name}: expected a module for its native {native[0]} x {native[1]} pixels, found one for "
+            f"{built[0]} x {built[1]}: give the native module, which takes images of other sizes, too"
         )
 
 
 def share(module: nn.Module) -> nn.Module:
-    """A copy of the structure whose parameters and buffers are the original's memory, frozen, in eval mode."""
+    """A frozen copy in eval mode. Its parameters and buffers share the original's memory."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     memo.update({id(buffer): buffer for buffer in module.buffers()})
     return copy.deepcopy(module, memo).eval()
@@ -196,6 +205,6 @@ def share(module: nn.Module) -> nn.Module:
 def _without_classifier(module: nn.Module) -> nn.Module:
     module = share(module)
     if not hasattr(module, "reset_classifier"):
-        raise BackboneError(f"{type(module).__name__}: expected a timm model (it lacks reset_classifier)")
+        raise BackboneError(f"{type(module).__name__}: expected a timm model, found one without reset_classifier")
     cast(Any, module).reset_classifier(0)
     return module

@@ -1,4 +1,4 @@
-"""From images and tasks to batches that a backbone runs: what is decoded together, and what a forward takes at once."""
+"""Makes batches of images and tasks: which images are decoded together, and which rows run in one forward."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,42 +16,43 @@ from router.preprocess import Preprocess, decode
 from router.sharing import Ints
 
 PIXELS = 512 * 224 * 224
-"""Most pixels of the images that are decoded together, and of one forward: longer lists go in parts."""
+"""Most pixels of images that are decoded together, and of one forward. Longer lists run in parts."""
 SHARED_ROWS, SHARED_PIXELS_CPU = 512, 64 * 224 * 224
-"""Most rows of one forward in which images are shared: more would only cost memory. On a CPU, whose caches hold few,
-rows of several images have together at most so many pixels; rows of one, whose trunk runs once, may have more."""
+"""Limits of a forward in which rows share images. It has at most SHARED_ROWS rows; more would only cost memory. On a
+CPU, rows of several images have together at most SHARED_PIXELS_CPU pixels, because caches are small. Rows of one image
+may have more, because its trunk runs once."""
 
 Images = Tensor | ImageLike | Sequence[ImageLike]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one size, and the rows that ask for them."""
+    """Images of one size, and the rows that ask for them. Several rows may ask for one image."""
 
     images: Tensor
-    """float32 [image, 3, h, w], normalised."""
+    """Normalised images, float32 [image, 3, h, w]."""
     rows: Ints
-    """int64 [row], the numbers of the rows, ascending."""
+    """Numbers of the rows in the caller's list, int64 [row], ascending."""
     image_of: Ints
-    """int64 [row], indices into `images`."""
+    """Each row's image, as an index into `images`, int64 [row]."""
 
     def parts(self, on_cpu: bool) -> Iterator[Ints]:
-        """int64 [row], places in `rows`: those of each forward, so that none has too many pixels."""
+        """The rows of each forward, as indices into `rows`, int64 [row]. No forward has too many pixels."""
         pixels = self.images.shape[2] * self.images.shape[3]
         most = max(1, PIXELS // pixels)
         shared = min(SHARED_ROWS, most)
         return _parts(self.image_of, min(shared, SHARED_PIXELS_CPU // pixels) if on_cpu else shared, shared, most)
 
     def part(self, places: Ints) -> "Batch":
-        """The batch of some of its rows."""
+        """The batch of some rows, given as indices into `rows`, int64 [row]."""
         return Batch(self.images, self.rows[places], self.image_of[places])
 
 
 def as_images(images: Images) -> Tensor | list[ImageLike]:
-    """A batch of images: what was given, or a list of it if it is one image.
+    """A batch of images. One image alone becomes a batch of one.
 
     Raises:
-        ImageError: it is neither.
+        ImageError: `images` is neither an image nor a batch of images.
     """
     if isinstance(images, Tensor):
         batch = images.unsqueeze(0) if images.ndim == 3 else images
@@ -61,7 +62,7 @@ def as_images(images: Images) -> Tensor | list[ImageLike]:
         return batch
     if isinstance(images, np.ndarray):
         if images.ndim == 4:
-            return list(images)  # of views, which are told apart by id: held as long as the list
+            return list(images)  # views, which are compared by id, so the list must keep them alive
         if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):
             return [images]
         raise ImageError(
@@ -76,9 +77,9 @@ def as_images(images: Images) -> Tensor | list[ImageLike]:
 
 
 def same_images(images: Tensor | list[ImageLike]) -> Ints:
-    """int64 [image]: the first of its like for each, which is the same object, path or bytes.
+    """For each image the number of the first equal one, int64 [image]. Equal are the same object, path or bytes.
 
-    Images of a tensor are alike where it was expanded along the batch.
+    Images of a tensor are equal if it was expanded along the batch.
     """
     count = len(images)
     if isinstance(images, Tensor):
@@ -94,11 +95,12 @@ def _likeness(image: object) -> object:
 
 
 def check_size(images: Tensor, ways: Sequence[Preprocess], tasks: Sequence[str]) -> None:
-    """That normalised images are what tasks expect.
+    """Checks that normalised images have the size that all tasks expect.
 
     Args:
+        images: [batch, 3, h, w].
         ways: each task's preprocessing.
-
+        tasks: their names.
     Raises:
         ImageError: the tasks differ in preprocessing, or expect another size.
     """
@@ -108,17 +110,17 @@ def check_size(images: Tensor, ways: Sequence[Preprocess], tasks: Sequence[str])
     size = ways[0].size
     if tuple(images.shape[2:]) != size:
         found = f"{images.shape[2]} x {images.shape[3]}"
-        raise ImageError(f"images of {found} pixels: the tasks expect {size[0]} x {size[1]}")
+        raise ImageError(f"images: expected {size[0]} x {size[1]} pixels, found {found}: resize them")
 
 
 def batches(
     images: list[ImageLike], image_of: Ints, ways: Sequence[Preprocess], device: torch.device
 ) -> Iterator[tuple[list[Batch], dict[int, ImageError]]]:
-    """Rows in parts of what is decoded together: their batches, and why rows are in none.
+    """Decodes rows part by part. Yields the batches of each part, and the error of each row that failed.
 
     Args:
-        image_of: int64 [row], the image of each row.
-        ways: how each row's image is prepared.
+        image_of: each row's image, as an index into `images`, int64 [row].
+        ways: each row's preprocessing.
     """
     sizes = {way.key: way.size for way in ways}
     for rows in _decoded_together(image_of, sum(height * width for height, width in sizes.values())):
@@ -132,9 +134,16 @@ def batches(
 def prepare(
     images: Sequence[ImageLike], ways: Sequence[Preprocess], device: torch.device | str = "cpu"
 ) -> tuple[list[Batch], dict[int, ImageError]]:
-    """Images, each prepared in its own way: a batch for each size, and an error for each that cannot be read.
+    """Decodes and normalises images, each with its own preprocessing.
 
-    An image is decoded once, and prepared once in each way; in its batch it is there once.
+    An image that comes several times is decoded once, and prepared once per preprocessing. Its batch holds it once.
+
+    Args:
+        images: PIL images, arrays, paths, URLs, files' bytes or open files.
+        ways: each image's preprocessing.
+        device: where the batches go.
+    Returns:
+        A batch for each image size, and the error of each image that cannot be read, by its number.
     """
     found = decode(images, ways)
     errors = {row: error for row, error in enumerate(found) if isinstance(error, ImageError)}
@@ -145,11 +154,11 @@ def prepare(
 def put_together(
     pixels: Mapping[int, Tensor], ways: Sequence[Preprocess], device: torch.device | str = "cpu"
 ) -> list[Batch]:
-    """Decoded images as batches on the device, one for each size. A tensor that several rows have is there once.
+    """Makes batches of decoded images on the device, one for each size. A tensor of several rows is stored once.
 
     Args:
-        pixels: row -> uint8 [3, h, w], as `decode` gives it; or float32, normalised already.
-        ways: how each row's image was prepared.
+        pixels: row -> uint8 [3, h, w], as `decode` gives it, or float32 that is already normalised.
+        ways: each row's preprocessing.
     """
     sizes: dict[tuple[int, int], dict[int, tuple[Preprocess, Tensor, list[int]]]] = {}
     for row, image in pixels.items():
@@ -174,20 +183,20 @@ def put_together(
 
 
 def to_device(way: Preprocess, pixels: Tensor, device: torch.device) -> Tensor:
-    """Normalised float32 [batch, 3, h, w] on the device, from uint8; on CUDA while other work runs there."""
-    if pixels.is_floating_point():  # normalised already
+    """Normalised float32 [batch, 3, h, w] on the device, from uint8 [batch, 3, h, w]. On CUDA other work goes on."""
+    if pixels.is_floating_point():  # already normalised
         return pixels.to(device)
     if device.type != "cuda":
         return way.normalise(pixels).to(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         images = way.normalise(pixels.pin_memory().to(device, non_blocking=True))
-    stream.synchronize()  # holds up this thread only
+    stream.synchronize()  # blocks only this thread
     return images
 
 
 def _decoded_together(image_of: Ints, image_pixels: int) -> list[Ints]:
-    """Rows whose images are decoded together: all, or those of as many images as PIXELS allow."""
+    """Sets of rows whose images are decoded together: all rows, or as many images at a time as PIXELS allows."""
     most, count = max(1, PIXELS // image_pixels), len(image_of)
     if count <= most:
         return [np.arange(count)]
@@ -196,8 +205,8 @@ def _decoded_together(image_of: Ints, image_pixels: int) -> list[Ints]:
 
 
 def _parts(image_of: Ints, together: int, shared: int, most: int) -> Iterator[Ints]:
-    """Rows of each forward: up to `most` of unlike images; where images repeat, of whole images up to `together`, or of
-    one up to `shared`."""
+    """The rows of each forward. If all images differ: up to `most` rows. If images repeat: all rows of several images,
+    up to `together`, or rows of one image, up to `shared`."""
     count = len(image_of)
     if count <= together or len(np.unique(image_of)) == count:
         yield from (np.arange(start, min(start + most, count)) for start in range(0, count, most))

@@ -1,7 +1,7 @@
-"""Blocks: children of a backbone's lists, such as a ViT's `blocks.3`, at whose inputs a batch may grow or part.
+"""Blocks: children of a backbone's lists of modules, such as a ViT's `blocks.3`.
 
-A batch grows where tasks that had all in common part: rows are repeated at the input of a block. On a CPU a block may
-take a large batch in parts, so that what it computes on the way stays in caches.
+A batch may grow at the input of a block: where tasks stop agreeing, rows are repeated. On a CPU a block may take a
+large batch in parts, so that its intermediate results stay in caches.
 """
 
 import re
@@ -21,59 +21,59 @@ from router.ops import PositionWeights
 
 @dataclass(frozen=True)
 class Levels:
-    """Where a batch may grow on its way through a backbone: at the inputs of blocks that nothing bypasses."""
+    """The blocks at whose inputs a batch may grow. No tensor bypasses them."""
 
     blocks: tuple[str, ...]
-    """In forward order; level 0 lies before the first, level i + 1 begins with blocks[i]."""
+    """In forward order. Level 0 is before the first block; level i + 1 begins with blocks[i]."""
     of: Mapping[str, int]
-    """The level of each module."""
+    """Module path -> its level."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Children of lists of modules that run once, and take one tensor of the batch's rows."""
+    """Children of lists of modules that run once in a forward and take a tensor of the batch's rows."""
 
     order: list[str]
     """All modules, in the order in which they run."""
     alone: list[str]
-    """Blocks that are given no other tensor of the batch's rows."""
+    """Blocks that take no other tensor of the batch's rows."""
     in_parts: list[str]
-    """Those that return one tensor of as many rows, and hold no other block."""
+    """Those of them that return one tensor of as many rows and contain no other block."""
 
 
 @dataclass(eq=False)
 class Pass:
-    """One forward: what is added and what grows on its way."""
+    """One forward: which branches it adds, and where its batch grows."""
 
     weights: Mapping[str, PositionWeights] = field(default_factory=dict)
     """Position -> its branches."""
     grow: Mapping[str, Tensor] = field(default_factory=dict)
-    """Block -> int64, the row that each row from there on continues."""
+    """Block -> int64 [row]: for each row from this block on, the earlier row that it continues."""
     in_place: bool = False
-    """Branches may be added to the memory of a position's output."""
+    """Whether branches may be added in the memory of a position's output."""
     most_bytes: int | None = None
-    """The largest input that a block takes as one."""
+    """Bytes of the largest input that a block takes as a whole. None: no limit."""
     part: tuple[int, int, int] | None = None
-    """The rows that a block is given at present: first, end, and of how many."""
+    """The rows that a block computes now: (first, end, number of all rows). None: all."""
 
     def weights_at(self, position: str) -> PositionWeights | None:
-        """The branches there, of the rows that are given at present."""
+        """The branches at a position for the rows that are computed now."""
         weights = self.weights.get(position)
         return weights if weights is None or self.part is None else weights.of_rows(*self.part)
 
 
 Now = Callable[[], Pass]
-"""The forward under way."""
+"""Gives the current forward."""
 
 
 def hook_growth(module: nn.Module, levels: Levels, blocks: Blocks, now: Now) -> None:
-    """Lets a batch grow at the inputs of blocks."""
+    """Adds hooks that let a batch grow at the inputs of blocks."""
     for block in levels.blocks:
         module.get_submodule(block).register_forward_pre_hook(_grower(block, blocks, now))
 
 
 def divide(module: nn.Module, blocks: Blocks, now: Now) -> None:
-    """Lets blocks take a batch in parts."""
+    """Changes blocks so that they can take a batch in parts."""
     for block in blocks.in_parts:
         part = cast(Any, module.get_submodule(block))
         part.forward = _by_parts(block, part.forward, blocks, now)
@@ -90,9 +90,9 @@ def _grower(block: str, blocks: Blocks, now: Now) -> Any:
 
 
 def _grows_within(block: str, blocks: Blocks, forward: Pass) -> bool:
-    """Whether a block's own forward grows its input, part by part, so that it never lies in memory as a whole.
+    """Whether the block's own forward grows its input part by part. The grown input is then never whole in memory.
 
-    A block that is a position itself is given it grown: its branches need it.
+    A block that is itself a position gets a grown input, because its branches need it.
     """
     return block in blocks.in_parts and block not in forward.weights
 
@@ -123,8 +123,11 @@ def _by_parts(block: str, run: Callable[..., Tensor], blocks: Blocks, now: Now) 
 
 
 def _part_rows(block: str, count: int, row_bytes: int, forward: Pass) -> int:
-    """How many rows a block takes at once: of a batch that is too large, equal parts, which end where the runs of
-    rows do that one task's branches serve, or divide them."""
+    """Rows per part, or `count` if the whole input fits `most_bytes`.
+
+    Parts are equal. No part cuts a run of rows that share one task's weights, unless one run alone is too large: then
+    parts divide the run.
+    """
     parts = 1 if forward.most_bytes is None else min(count, -(-count * row_bytes // forward.most_bytes))
     rows = -(-count // parts)
     if parts > 1:
@@ -136,25 +139,25 @@ def _part_rows(block: str, count: int, row_bytes: int, forward: Pass) -> int:
 
 
 def _room(rows: int, like: Tensor) -> Tensor:
-    """Memory on the CPU for [rows, ...] of a tensor's type and shape but for the first axis, not yet written.
+    """Unwritten CPU memory for a tensor [rows, ...]. Its dtype and its other axes are those of `like`.
 
-    By way of NumPy, which asks the system for huge pages: with small ones, the first use of so much costs far more.
+    NumPy allocates it, because NumPy asks the system for huge pages. With small pages the first use is much slower.
     """
     room = np.empty(rows * like[:1].nbytes, np.uint8)
     return torch.from_numpy(room).view(like.dtype).view(rows, *like.shape[1:])
 
 
 _IMAGES = 11
-"""In a dry run: no number that models' own sizes are likely to be multiples of."""
+"""Batch size of a dry run. The sizes of models are rarely multiples of it."""
 
 
 def find_blocks(backbone: Backbone) -> Blocks:
-    """A backbone's blocks; none where they cannot be found."""
+    """A backbone's blocks. Empty if they cannot be found."""
     try:
         return _find_blocks(share(backbone.module).to("meta"), backbone.input_size)
     except MemoryError:
         raise
-    except Exception:  # whatever a model may do that the meta device cannot
+    except Exception:  # whatever a model raises on the meta device
         return Blocks([], [], [])
 
 
@@ -193,9 +196,9 @@ def _find_blocks(module: nn.Module, size: tuple[int, int]) -> Blocks:
 
 
 def find_levels(backbone: Backbone, found: Blocks) -> Levels:
-    """Where a backbone's batches may grow, found by growing one on the meta device.
+    """Finds where a backbone's batches may grow, by growing one on the meta device.
 
-    No blocks where that fails: then only the images, but no part of the forward, are shared.
+    If that fails there are no blocks. Then rows share images, but no part of the forward.
     """
     module = share(backbone.module)
     order, blocks = found.order or [name for name, _ in module.named_modules()], found.alone
@@ -203,7 +206,7 @@ def find_levels(backbone: Backbone, found: Blocks) -> Levels:
     may_grow = partial(_may_grow, module, backbone.input_size)
     if not may_grow(blocks):
         kinds: dict[str, list[str]] = {}
-        for block in blocks:  # layer1.0 and layer2.3 are of one kind, layer1.0.downsample.0 is of another
+        for block in blocks:  # layer1.0 and layer2.3 are one kind, layer1.0.downsample.0 is another
             kinds.setdefault(re.sub(r"\d+", "*", block), []).append(block)
         growing = {block for kind in kinds.values() if may_grow(kind) for block in kind}
         blocks = [block for block in blocks if block in growing]
@@ -217,7 +220,7 @@ def find_levels(backbone: Backbone, found: Blocks) -> Levels:
 
 
 def _may_grow(module: nn.Module, size: tuple[int, int], blocks: Collection[str]) -> bool:
-    """Whether a batch of two images on the meta device may get one more row from each block on."""
+    """Whether a batch of two images on the meta device can get one more row at each of these blocks."""
 
     def grow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return torch.cat([args[0], args[0][-1:]]), *args[1:]
@@ -229,7 +232,7 @@ def _may_grow(module: nn.Module, size: tuple[int, int], blocks: Collection[str])
             return len(module(torch.zeros(2, 3, *size, device="meta"))) == 2 + len(blocks)
     except MemoryError:
         raise
-    except Exception:  # whatever a module raises whose input has grown while something else has not
+    except Exception:  # whatever a module raises if its input has grown and another tensor has not
         return False
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""One call of a router: rows, each an image and a task, from what was asked to what is answered."""
+"""One call of a router: its rows, each an image and a task, from the request to the answers."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -21,19 +21,18 @@ Failure = RouterError | PearStoreError
 
 
 class Call:
-    """Rows of a call, and what becomes of them.
+    """The rows of a call, and their answers or errors.
 
     Args:
-        find: what a name means.
-        names: the task of each row, as it was asked for: a name, or what one meant when it was looked up.
+        find: looks a task's name up.
+        names: each row's task: a name, or a task that was looked up before.
         on_error: "raise" the first failure, or "return" it in the predictions of its rows.
         in_parts: tasks that do not fit into the slots together take turns.
-        without_heads: answers are features, which heads would take, and have no classes.
-        threshold: of all rows, or "stored": each task's own.
-
+        without_heads: answers are features, without heads and classes.
+        threshold: for all rows, or "stored": each task's own.
     Raises:
-        RouterError: there is no row, or another value for `on_error` or `threshold`.
-        RouterError, PearStoreError: of a task, where failures are raised.
+        RouterError: there is no row, or `on_error` or `threshold` has a bad value.
+        RouterError, PearStoreError: a task cannot be found or run, if failures are raised.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Call:
             raise ImageError("no images: expected at least one")
         self._engine, self._raises, self._without_heads = engine, on_error == "raise", without_heads
         self._names = [name if isinstance(name, str) else name.task.name for name in names]
-        # what was looked up before may be of no use already
+        # a task that was looked up before may already be stale
         self._since = None if any(isinstance(name, Known) for name in names) else engine.changes
         self._failures: dict[int, Failure] = {}
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -78,7 +77,8 @@ class Call:
         """Runs all rows.
 
         Args:
-            image_of: int64 [row], the image of each row.
+            images: a batch as `as_images` gives it.
+            image_of: each row's image, as an index into `images`, int64 [row].
         """
         rows = self._left(np.arange(len(self._names)))
         known = [one for one in self._known if one is not None]
@@ -98,7 +98,7 @@ class Call:
                 self.run(Batch(batch.images, rows[batch.rows], batch.image_of))
 
     def run(self, batch: Batch) -> None:
-        """Runs rows of prepared images."""
+        """Runs the rows of a prepared batch."""
         for turn in self._turns:
             mine = (
                 batch if len(self._turns) == 1 else batch.part(np.flatnonzero(np.isin(self._use_of[batch.rows], turn)))
@@ -107,7 +107,7 @@ class Call:
                 self._forward(mine.part(places))
 
     def predictions(self, rows: slice) -> Predictions:
-        """What became of a run of rows."""
+        """The answers and errors of a run of rows."""
         number = range(len(self._names))[rows]
         numbers = self._name_of[rows].tolist()
         classes = [() if known is None or self._without_heads else known.task.labels for known in self._known]
@@ -129,7 +129,7 @@ class Call:
         return known.task.threshold if self._threshold == "stored" else self._threshold
 
     def _take_turns(self, in_parts: bool) -> list[Ints]:
-        """Sets of tasks that fit into the slots together."""
+        """Sets of tasks, as indices, each of which fits into the slots."""
         everything = np.arange(len(self._uses))
         if all(use.key in self._engine.slots for use in self._uses):
             return [everything]
@@ -150,11 +150,11 @@ class Call:
         return turns
 
     def _left(self, rows: Ints) -> Ints:
-        """Those of some rows that have not failed."""
+        """The given rows without those that failed."""
         return rows[[row not in self._failures for row in rows.tolist()]] if self._failures else rows
 
     def _forward(self, batch: Batch) -> None:
-        """Runs some rows together; each task's by themselves, where that fails and failures are returned."""
+        """Runs rows in one forward. If that fails and failures are returned, runs each task's rows alone."""
         if self._failures:
             batch = batch.part(np.flatnonzero(np.isin(batch.rows, self._left(batch.rows))))
         numbers, task_of = np.unique(self._use_of[batch.rows], return_inverse=True)
@@ -177,7 +177,7 @@ class Call:
         return self._raises or isinstance(error, ClosedError | ForkedError | ImageError)
 
     def _fail(self, rows: Ints, error: Failure) -> None:
-        """Notes why rows have no answer, or raises that."""
+        """Records the error of rows, or raises it."""
         if self._raises or isinstance(error, ClosedError | ForkedError):
             raise error
         self._failures.update(dict.fromkeys(rows.tolist(), error))

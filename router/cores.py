@@ -1,8 +1,8 @@
-"""Branches on common bases: what a batch multiplies once for all rows, and the core of each row.
+"""Branches on common bases. All rows of a batch share the products with the bases; each row has its task's core.
 
     y + φ(x · D) · C · U            D [d_in, R] and U [S, d_out]: of all rows; C [R, S]: of a row's task
 
-Where tasks of a batch stand on several bases, these lie side by side, and a core is zero where its task does not stand.
+If the tasks of a batch use several bases, these lie side by side. A core is zero at bases that its task does not use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,26 +17,26 @@ from torch import Tensor
 from router.layout import Bases, Ints, LoadedTask, Stands, Use
 
 WIDER = 2
-"""Bases lie side by side for all rows if their ranks together are at most so many times what one task needs there."""
+"""Bases lie side by side for all rows if their total rank is at most this many times the rank that one task needs."""
 
 Pair = tuple[int, int]
-"""Along R and along S."""
+"""A number along R, and one along S."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What the cores of a batch span at one position.
+    """The size of a batch's cores at one position.
 
     Args:
-        ranks: [R, S].
-        apart: each run of rows has bases of its own, because the batch has too many; else all have the same.
+        ranks: (R, S).
+        apart: whether each run of rows has its own bases, because the batch uses too many. Else all rows share theirs.
     """
 
     ranks: Pair
     apart: bool = False
 
     def over(self, other: "Span | None") -> "Span":
-        """What holds both, its ranks rounded up to powers of two."""
+        """The smallest span that holds both. The own ranks are rounded up to powers of two."""
         first, second = ((1 << (rank - 1).bit_length()) for rank in self.ranks)
         if other is None:
             return Span((first, second), self.apart)
@@ -48,7 +48,7 @@ Spans = tuple[tuple[str, Span], ...]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where cores on some bases lie in the span of their position."""
+    """The place of cores on some bases within their position's span."""
 
     position: str
     start: Pair
@@ -57,9 +57,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cored:
-    """What branches on bases need at a position: `down` [d_in, R], `core` [R, S] and `up` [S, d_out].
+    """The branches on bases at a position: `down` [d_in, R], `core` [R, S] and `up` [S, d_out].
 
-    The core, and bases that are apart, have an axis of runs of rows before these.
+    The core has a first axis of runs of rows. So have bases that are apart.
     """
 
     down: Tensor
@@ -67,7 +67,7 @@ class Cored:
     up: Tensor
 
     def take(self, other: "Cored") -> None:
-        """Copies another's values into this one's memory."""
+        """Copies the values of `other` into this memory."""
         for kept, made in ((self.down, other.down), (self.core, other.core), (self.up, other.up)):
             kept.copy_(made)
 
@@ -77,25 +77,25 @@ class Cored:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the cores of a batch lie, from what its tasks stand on."""
+    """The places of a batch's cores and bases. It depends only on the bases that tasks use."""
 
     spans: dict[str, Span] = field(default_factory=dict)
     blocks: dict[Block, int] = field(default_factory=dict)
-    """With their numbers."""
+    """Block -> its number."""
     columns: list[list[int]] = field(default_factory=list)
-    """For each of the batch's `Stands`, the block of each of its branches."""
+    """For each `Stands` of the batch, the block number of each of its branches."""
     laid: dict[str, list[tuple[tuple[Block, Bases], ...]]] = field(default_factory=dict)
-    """Position -> the bases side by side, of each of the `Stands` where they are apart."""
+    """Position -> the bases side by side; if they are apart, one entry for each `Stands`."""
 
 
 class Cores:
-    """The branches on bases of a router's batches. Not thread-safe.
+    """Gathers the branches on bases for a router's batches. Not thread-safe.
 
     Args:
-        dtype: of the compute.
+        dtype: compute precision.
         widths: position -> (d_in, d_out).
-        select: the rows [row, width] of a pool of cores in the compute dtype, multiplied by a scale each, from the
-            pool's width, the rows' numbers and the scales, both in parts.
+        select: gives rows [row, width] of a pool of cores, each multiplied by a scale, in the compute precision. It
+            takes the pool's width, the rows' numbers and the scales; both in parts.
     """
 
     def __init__(
@@ -109,14 +109,15 @@ class Cores:
         self._ever: dict[str, Span] = {}
 
     def remember(self, use: Use) -> None:
-        """Counts a task among those that padded batches have room for."""
+        """Makes padded batches large enough for this task."""
         self._widen(_lay((use.stands,), frozenset()).spans)
 
     def spans(self, tasks: Sequence[LoadedTask], padded: bool) -> Spans:
-        """What cores span at each position of a batch.
+        """The span of cores at each position of a batch.
 
         Args:
-            padded: every position that some task used since the router was made, its largest ranks rounded up.
+            padded: give every position that any task has used since the router was made, with its largest ranks
+                rounded up.
         """
         found = self._plan(tasks, padded)[0].spans
         if not padded:
@@ -127,11 +128,11 @@ class Cores:
     def gather(
         self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], spans: Spans, padded: bool
     ) -> dict[str, Cored]:
-        """What each position adds on bases.
+        """The branches on bases at each position.
 
         Args:
-            tasks, units: see `Matrices.gather`.
-            spans: what `spans` gave for these tasks.
+            tasks, units: as for `Matrices.gather`.
+            spans: the result of `spans` for these tasks.
         """
         if not spans:
             return {}
@@ -151,7 +152,7 @@ class Cores:
                     for one in plan.laid.get(position, [()] * len(plan.columns))
                 ]
                 if span.apart:
-                    laid.append(self._laid(size, []))  # of the rows that add nothing
+                    laid.append(self._laid(size, []))  # for the rows that add nothing
                     sides.append(torch.stack([laid[kinds[run]] for run in runs.tolist()]))
                 else:
                     sides.append(laid[0])
@@ -166,7 +167,7 @@ class Cores:
             self._ever[position] = span.over(self._ever.get(position))
 
     def _plan(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[_Plan, list[int]]:
-        """How cores lie; and for each task, and for none, the number of what it stands on."""
+        """The plan, and for each task (and last for no task) the number of its `Stands`."""
         numbers: dict[int, int] = {}
         kinds = [numbers.setdefault(id(loaded.use.stands), len(numbers)) for loaded in tasks]
         stands = {id(loaded.use.stands): loaded.use.stands for loaded in tasks}
@@ -176,13 +177,13 @@ class Cores:
     def _gather_cores(
         self, tasks: Sequence[LoadedTask], units: Mapping[str, Ints], plan: _Plan, kinds: Sequence[int]
     ) -> dict[str, list[tuple[Block, Tensor]]]:
-        """Position -> blocks, and what lies there of each run of rows [runs, R, S]."""
-        rows = np.zeros((len(tasks) + 1, len(plan.blocks)), np.int64)  # the last task has none: what -1 picks
+        """Position -> its blocks, each with the cores of all runs of rows [runs, R, S]."""
+        rows = np.zeros((len(tasks) + 1, len(plan.blocks)), np.int64)  # the last entry is empty; -1 selects it
         scale = np.zeros((len(tasks) + 1, len(plan.blocks)), np.float32)
         for i, loaded in enumerate(tasks):
             columns = plan.columns[kinds[i]]
             rows[i, columns], scale[i, columns] = loaded.cores, loaded.use.core_scale
-        alike: dict[int, dict[int, list[tuple[Block, int]]]] = {}  # by width of the pool, and by what the units are
+        alike: dict[int, dict[int, list[tuple[Block, int]]]] = {}  # by width of the pool, then by identity of units
         for block, column in plan.blocks.items():
             width = block.ranks[0] * block.ranks[1]
             alike.setdefault(width, {}).setdefault(id(units[block.position]), []).append((block, column))
@@ -200,7 +201,7 @@ class Cores:
         return found
 
     def _spanned(self, runs: int, ranks: Pair, blocks: Sequence[tuple[Block, Tensor]]) -> Tensor:
-        """[runs, R, S], zero where no block lies."""
+        """Cores [runs, R, S] made of blocks, zero elsewhere."""
         if len(blocks) == 1 and blocks[0][0].ranks == ranks:
             return blocks[0][1]
         core = torch.zeros(runs, *ranks, device=self._device, dtype=self._dtype)
@@ -210,7 +211,11 @@ class Cores:
         return core
 
     def _laid(self, size: Pair, bases: Sequence[tuple[int, Tensor | Ints]]) -> Tensor:
-        """[rank, width] of bases, each with its first row; the very tensor where there is but one."""
+        """Bases side by side, [rank, width]. One that fills it alone is returned itself, without a copy.
+
+        Args:
+            bases: (first row, values) of each.
+        """
         parts = [(start, base) for start, base in bases if isinstance(base, Tensor)]
         if len(parts) == 1 and parts[0][1].shape == size:
             return parts[0][1]
@@ -222,10 +227,10 @@ class Cores:
 
 @lru_cache(1024)
 def _lay(stands: tuple[Stands, ...], apart: frozenset[str]) -> _Plan:
-    """How the cores of tasks lie.
+    """Plans the places of the cores of tasks.
 
     Args:
-        apart: positions whose bases are apart in any case.
+        apart: positions whose bases are always apart.
     """
     plan = _Plan(columns=[[] for _ in stands])
     for position in sorted({position for one in stands for position, _ in one}):
@@ -245,7 +250,7 @@ def _lay(stands: tuple[Stands, ...], apart: frozenset[str]) -> _Plan:
 
 
 _Numbered = tuple[tuple[Bases, int], ...]
-"""Bases, told apart where a task has several cores on the same."""
+"""Bases, each with a number that distinguishes several cores of a task on the same bases."""
 
 
 def _numbered(bases: Sequence[Bases]) -> _Numbered:
@@ -253,7 +258,7 @@ def _numbered(bases: Sequence[Bases]) -> _Numbered:
 
 
 def _ranks(bases: _Numbered) -> Pair:
-    """[R, S] of bases side by side."""
+    """(R, S) of bases side by side."""
     return sum(one.ranks[0] for one, _ in bases), sum(one.ranks[1] for one, _ in bases)
 
 

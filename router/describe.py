@@ -1,4 +1,4 @@
-"""What a timm model is to an exchange of adapters: names, widths, its classifier and its own preprocessing."""
+"""Describes a timm model for the exchange of adapters: names, widths, its classifier and its own preprocessing."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from router.backbone import load_backbone
 
 
 def describe(model: str, weights: str | Path | None = None) -> dict[str, Any]:
-    """Describes a backbone; pear_store finds this function by its entry point and never imports router.
+    """Describes a backbone. pear_store finds this function by its entry point, because it never imports router.
 
     Args:
         model: a timm name.
-        weights: a local safetensors file with its weights; None to load them through timm.
+        weights: a local safetensors file with its weights; None: timm loads them.
     Returns:
         "model", "digest", "head" (the classifier's module path in the whole timm model; None if it has several),
         "linears" ({module path: (d_in, d_out)} of the backbone), "preprocess" (the model's own evaluation transform,

@@ -1,4 +1,4 @@
-"""One backbone on a device and the tasks loaded there: how rows of images and tasks run through it."""
+"""One backbone on a device and the tasks loaded there: runs rows, each an image and a task."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,18 @@ from router.sharing import Ints, Walk, bucket, by_level, plan
 from router.slots import Slots
 
 Way = Literal["shared", "alone", "apart", "compiled", "recorded"]
-"""How a batch runs: images shared until tasks part; one task, merged; rows apart, eager, compiled or recorded."""
+"""How a batch runs. shared: rows share images. alone: one task, merged. apart, compiled, recorded: rows share nothing,
+and the forward is eager, through torch.compile, or a CUDA graph."""
 _TRIES = 4
-"""How often a batch loads what others evict, before it holds them up to load it."""
+"""How many times a batch loads its tasks. In the last try it keeps other threads from evicting them."""
 
 
 class Engine:
-    """Runs rows of images and tasks. Thread-safe: forwards take turns, what they need is read and loaded beside them.
+    """Runs rows, each an image and a task. Thread-safe: forwards take turns; tasks are read and loaded meanwhile.
 
     Args:
-        compiled: batches that share no image run through torch.compile, padded to powers of two.
-        graphs: on a GPU, small batches that share no image are recorded and replayed, padded likewise.
+        compiled: batches without shared images run through torch.compile, padded to powers of two.
+        graphs: on a GPU, small batches without shared images are recorded and replayed, padded in the same way.
     """
 
     def __init__(
@@ -46,32 +47,32 @@ class Engine:
         self.adapted, self.slots, self._merger, self._registry = adapted, slots, merger, registry
         self._compiled = compiled
         self._end: Any = None
-        """On a GPU, an event after the last forward: memory that batches share is then free."""
+        """On a GPU, an event after the last forward. After it, memory that batches share is free."""
         self._graphs = Graphs(self._features, adapted.device, adapted.dtype) if graphs else None
 
     @property
     def changes(self) -> int:
-        """How often names of tasks came to mean something else; see `drop_stale`."""
+        """How many times names of tasks changed their meaning; see `drop_stale`."""
         return self._registry.changes
 
     def width(self, use: Use, without_heads: bool = False) -> int:
-        """How many logits, or features, a task gives."""
+        """The number of logits, or of features, that a task gives."""
         head = None if without_heads else use.task.head
         return self.adapted.feature_width if head is None else head.weight.shape[0]
 
     def check(self, uses: Sequence[Use]) -> None:
-        """That tasks fit into the slots together, beside what is pinned.
+        """Checks that tasks fit into the slots together with pinned tasks.
 
         Raises:
-            SlotBudgetError: they do not.
+            SlotBudgetError: they do not fit.
         """
         self.slots.check(uses, self._registry.pinned_keys())
 
     def drop_stale(self, since: int | None, keys: Sequence[Hashable]) -> None:
-        """Gives up those of some tasks that no name means any more.
+        """Unloads those of the given tasks that no name means any more.
 
         Args:
-            since: nothing can be stale if `changes` still has this value.
+            since: an earlier value of `changes`; if it is still the same, nothing is stale. None: check in any case.
         """
         if since is not None and since == self.changes:
             return
@@ -82,10 +83,10 @@ class Engine:
             self._merger.forget()
 
     def load(self, uses: Sequence[Use]) -> None:
-        """Loads tasks, one by one; forwards go on meanwhile.
+        """Loads tasks, one by one. Forwards go on meanwhile.
 
         Raises:
-            SlotBudgetError: beside what is pinned they do not fit; nothing was evicted or loaded.
+            SlotBudgetError: they do not fit together with pinned tasks; nothing was evicted or loaded.
             RouterError, PearStoreError: one of them cannot be read.
         """
         missing = [use for use in uses if use.key not in self.slots]
@@ -100,20 +101,19 @@ class Engine:
     def run(
         self, images: Tensor, image_of: Ints, uses: Sequence[Use], task_of: Ints, without_heads: bool = False
     ) -> list[tuple[Ints, Tensor]]:
-        """The answers of rows, each an image and a task.
+        """Runs rows, each an image and a task.
 
         Args:
-            images: [image, 3, h, w], normalised.
-            image_of: int64 [row], indices into `images`.
+            images: normalised, [image, 3, h, w].
+            image_of: each row's image, as an index into `images`, int64 [row].
             uses: distinct tasks.
-            task_of: int64 [row], indices into `uses`.
-            without_heads: features, which heads would take.
+            task_of: each row's task, as an index into `uses`, int64 [row].
+            without_heads: give features instead of logits.
         Returns:
-            Rows, and their logits float32 [row, classes] on the CPU; as many pairs as there are widths of logits.
-
+            Pairs of rows and their logits, float32 [row, classes] on the CPU. Each pair has one number of classes.
         Raises:
             ClosedError: the router was closed meanwhile.
-            SlotBudgetError, RouterError, PearStoreError: see `load`.
+            SlotBudgetError, RouterError, PearStoreError: as for `load`.
         """
         self.slots.count(uses)
         if len(uses) > 1:
@@ -136,7 +136,7 @@ class Engine:
                     self._note_end()
                     break
         assert answers is not None
-        return answers.fetch()  # a GPU may begin with the next batch meanwhile
+        return answers.fetch()  # outside of the turn, so a GPU may start the next batch meanwhile
 
     def _way(self, images: Tensor, image_of: Ints, merged: bool) -> Way:
         if len(np.unique(image_of)) < len(image_of):
@@ -149,10 +149,10 @@ class Engine:
         return "compiled" if self._compiled else "apart"
 
     def _gather(self, uses: Sequence[Use], walk: Walk, way: Way, images: Tensor, last: bool) -> "_Ready | None":
-        """The tasks and what they add; None if another thread evicted one.
+        """The loaded tasks and their gathered weights. None if another thread evicted a task.
 
         Args:
-            last: then it is loaded again, while everybody waits.
+            last: load evicted tasks again while other threads wait.
         """
         level = self.adapted.levels.of if way == "shared" else {}
         units = {position: walk.units[level.get(position, 0)] for position in self.adapted.widths}
@@ -178,7 +178,7 @@ class Engine:
         without_heads: bool,
     ) -> "_Answers":
         eager = way in ("alone", "apart", "shared")
-        if not eager or not np.array_equal(walk.start, np.arange(len(images))):  # dynamo tells copies apart
+        if not eager or not np.array_equal(walk.start, np.arange(len(images))):  # always a copy for dynamo
             images = images.index_select(0, torch.from_numpy(walk.start).to(images.device))
         if way == "recorded":
             assert self._graphs is not None
@@ -202,7 +202,7 @@ class Engine:
         return self.adapted.features(images, gathered.weights)
 
     def _after_the_last(self) -> None:
-        """Lets a GPU's stream wait for the forward before, which another thread may have put into another stream."""
+        """Lets this GPU stream wait for the last forward, which may be in another thread's stream."""
         if self._end is not None:
             torch.cuda.current_stream(self.adapted.device).wait_event(self._end)
 
@@ -211,7 +211,7 @@ class Engine:
             self._end = torch.cuda.current_stream(self.adapted.device).record_event()
 
     def clear(self) -> None:
-        """Gives the slots' memory back, after the forward under way."""
+        """Frees the slots' memory, after the current forward."""
         with self.adapted.turn:
             self.slots.clear()
             self._merger.forget()
@@ -219,7 +219,7 @@ class Engine:
                 self._graphs.clear()
 
     def _adds(self, use: Use, number: int, shared: bool) -> list[Hashable]:
-        """What a task adds at each level; where no image is shared, tasks need not be compared."""
+        """What a task adds at each level. Without shared images tasks are not compared, so its number will do."""
         if not shared:
             return [number]
         levels = self.adapted.levels
@@ -231,7 +231,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a forward needs besides its images."""
+    """What a forward needs besides images."""
 
     tasks: list[LoadedTask]
     gathered: Gathered
@@ -239,13 +239,13 @@ class _Ready:
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """Task by task, its rows and their logits [row, classes] on the device."""
+    """For each task its rows, and their logits [row, classes] on the device."""
 
     rows: list[Ints]
     logits: list[Tensor]
 
     def fetch(self) -> list[tuple[Ints, Tensor]]:
-        """Rows, and their logits on the CPU, in one copy."""
+        """Rows and their logits on the CPU. All logits are copied at once."""
         if len({values.shape[1] for values in self.logits}) == 1:
             return [(np.concatenate(self.rows), torch.cat(self.logits).cpu())]
         on_cpu = torch.cat([values.flatten() for values in self.logits]).cpu()

@@ -1,30 +1,30 @@
 """What can go wrong while routing.
 
 RouterError
-├── BackboneError          a backbone, its weights or a position of it that cannot be used
-├── WrongBackboneError     a task made for another backbone
-├── UnknownTaskError       a task or version that is not there
-├── TaskError              a task that does not fit the backbone's positions or widths
-├── ImageError             images of a wrong kind, shape or size
-│   └── TooManyPixelsError     one that is larger than may be decoded
-├── SlotBudgetError        tasks of one batch that do not fit into slot_bytes
-├── ClosedError            a router that was closed
-└── ForkedError            a router in a process that was forked from the one that made it
+├── BackboneError          a backbone, its weights, a position or a device cannot be used
+├── WrongBackboneError     a task was made for another backbone
+├── UnknownTaskError       there is no such task or version
+├── TaskError              a task does not fit the backbone's positions or widths, or its tensors are bad
+├── ImageError             an image cannot be read, or has the wrong type, shape or size
+│   └── TooManyPixelsError     a picture has more pixels than the limit
+├── SlotBudgetError        the tasks of one batch do not fit into slot_bytes
+├── ClosedError            the router was closed
+└── ForkedError            a backbone or router is used in a process that was forked after it was made
 """
 
 from pear_store.errors import PlainError
 
 
 class RouterError(PlainError):
-    """Base of all errors of router; its text is one line for a person."""
+    """Base of all errors of router. Its text is one line for a person."""
 
 
 class BackboneError(RouterError):
-    pass
+    """A backbone, its weights, a position or a device cannot be used."""
 
 
 class WrongBackboneError(RouterError):
-    """A task never runs on another backbone than its own."""
+    """A task was made for another backbone. It never runs on any but its own."""
 
     def __init__(self, task: str, expected: str, expected_digest: str, found: str, found_digest: str) -> None:
         super().__init__(
@@ -35,49 +35,60 @@ class WrongBackboneError(RouterError):
 
 
 class UnknownTaskError(RouterError, LookupError):
-    pass
+    """There is no such task or version."""
 
 
 class TaskError(RouterError):
+    """A task does not fit the backbone's positions or widths, or its tensors are bad. `task` is its name."""
+
     def __init__(self, task: str, problem: str) -> None:
         super().__init__(f"task {task!r}: {problem}")
         self.task = task
 
 
 class ImageError(RouterError):
-    pass
+    """An image cannot be read, or has the wrong type, shape or size."""
 
 
 class TooManyPixelsError(ImageError):
+    """A picture has more pixels than `max_pixels`. It was not decoded."""
+
     def __init__(self, name: str, width: int, height: int, max_pixels: int) -> None:
         super().__init__(
-            f"{name}: {width} x {height} pixels, the limit is {max_pixels}: if you trust where it comes from, give "
-            f"max_pixels (--max-pixels) of at least {height * width}, else make it smaller"
+            f"{name}: {width} x {height} pixels, the limit is {max_pixels}: if you trust its source, set max_pixels "
+            f"(--max-pixels) to at least {height * width}, else make it smaller"
         )
         self.width, self.height, self.max_pixels = width, height, max_pixels
 
 
 class SlotBudgetError(RouterError):
+    """The tasks of one batch, and pinned ones, do not fit into `slot_bytes`."""
+
     def __init__(self, needed_bytes: int, budget_bytes: int) -> None:
         super().__init__(
             f"the tasks of this batch need {needed_bytes:,} bytes of slots, slot_bytes is {budget_bytes:,}: "
-            "raise it, or send fewer tasks at once"
+            "raise it, or run fewer tasks at once"
         )
         self.needed_bytes, self.budget_bytes = needed_bytes, budget_bytes
 
 
 class ClosedError(RouterError):
+    """The router was closed."""
+
     def __init__(self) -> None:
         super().__init__("this router is closed: make another")
 
 
 class ForkedError(RouterError):
-    """torch's threads do not come along when a process is forked: what waits for them waits for ever."""
+    """A backbone or router is used in a process that was forked after it was made.
 
-    def __init__(self, text: str = "") -> None:  # DataLoader hands on what its worker raised by a text of its own
+    A fork does not copy torch's threads. To wait for them would block for ever.
+    """
+
+    def __init__(self, text: str = "") -> None:  # DataLoader makes a worker's error again with a text of its own
         super().__init__(
             text
-            or "this process was forked from one that has a router, and torch's threads did not come along: start "
-            "processes by spawn (multiprocessing.get_context('spawn'), DataLoader(multiprocessing_context='spawn')); "
-            "a router that is sent there is made anew"
+            or "this process was forked from one that has a router, without its torch threads: start processes by "
+            "spawn (multiprocessing.get_context('spawn'), DataLoader(multiprocessing_context='spawn')); a router that "
+            "is sent to a spawned process is made anew there"
         )

@@ -1,4 +1,4 @@
-"""Whether a task fits a backbone."""
+"""Checks that a task fits a backbone."""
 
 from pear_store import Task
 from router.adapted import AdaptedBackbone
@@ -7,14 +7,13 @@ from router.pictures import check_reading
 
 
 def check_fit(adapted: AdaptedBackbone, name: str, task: Task) -> None:
-    """That a task runs on a backbone; its positions are attached.
+    """Checks that a task runs on a backbone, and attaches its positions.
 
     Args:
-        name: what the task was asked for by.
-
+        name: the reference by which the task was asked for.
     Raises:
-        WrongBackboneError: it was made for another one.
-        TaskError: a position or a width is not the backbone's, or its pictures are read in a way that is not known.
+        WrongBackboneError: the task was made for another backbone.
+        TaskError: a position or a width is not the backbone's, or the rule for reading its pictures is unknown.
     """
     backbone = adapted.backbone
     if task.backbone_digest != backbone.digest:
@@ -28,7 +27,7 @@ def check_fit(adapted: AdaptedBackbone, name: str, task: Task) -> None:
     for position, branches in task.positions.items():
         found, expected = task.adapters[branches[0].adapter].shape, adapted.widths[position]
         if found != expected:
-            raise TaskError(name, f"position {position!r}: widths {found}, the backbone's are {expected}")
+            raise TaskError(name, f"position {position!r}: expected the backbone's widths {expected}, found {found}")
     width = adapted.feature_width
     if task.head is not None and (takes := task.head.weight.shape[1]) != width:
-        raise TaskError(name, f"its head takes {takes} features, the backbone gives {width}")
+        raise TaskError(name, f"its head: expected the backbone's {width} features, found {takes}")

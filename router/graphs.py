@@ -1,9 +1,9 @@
 """Forwards of small batches on a GPU, recorded as CUDA graphs.
 
-A small batch takes a GPU less time than Python takes to launch its kernels. A graph is all launches of a forward,
-recorded once and launched as one. It reads and writes the memory that it was recorded with: images and matrices are
-copied there. So batches are padded to powers of two, and to the ranks of all tasks loaded so far: then one graph serves
-every mix.
+For a small batch, Python takes longer to launch the kernels than the GPU takes to run them. A graph is all launches of
+a forward, recorded once and launched as one. It reads and writes the memory that it was recorded with, so images and
+matrices are copied there. Batches are padded to powers of two, and to the ranks of all tasks loaded so far. So one
+graph serves every mix of tasks.
 """
 
 import logging
@@ -19,13 +19,13 @@ from torch import Tensor
 from router.matrices import Gathered
 
 PIXELS = 32 * 224 * 224
-"""Most pixels of a batch that is recorded: a larger one keeps a GPU busy longer than its launches take."""
+"""Most pixels of a batch that is recorded. With a larger batch the GPU takes longer than the launches."""
 MOST = 16
-"""Graphs that are kept, the least recently used first out. They share their memory, but for a batch's images."""
+"""Most graphs that are kept. The least recently used one goes first. They share all memory but that of images."""
 
 log = logging.getLogger(__name__)
 Forward = Callable[[Tensor, Gathered], Tensor]
-"""Features [row, d] of images [row, 3, h, w]."""
+"""Gives features [row, d] of images [row, 3, h, w]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +50,17 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._pool: Any = None
         self.refused: str | None = None
-        """Why this backbone cannot be recorded, once that is known."""
+        """Why this backbone cannot be recorded. None: it can, or that is not known yet."""
 
     def __len__(self) -> int:
         return len(self._recorded)
 
     def held(self, form: Hashable, key: Hashable) -> Gathered | None:
-        """The memory to gather into for a batch; None where none is recorded.
+        """The memory into which to gather for a batch. None if no such batch is recorded.
 
         Args:
-            form: of the adapters: with another one, all that was recorded is of no use any more.
-            key: of the images: rows and size.
+            form: form of the adapters. If it differs from the last one, all graphs are dropped.
+            key: number of rows, and size of the images.
         """
         if form != self._form:
             self._form = form
@@ -70,12 +70,14 @@ class Graphs:
         return None if recorded is None else recorded.gathered
 
     def features(self, key: Hashable, images: Tensor, gathered: Gathered) -> Tensor:
-        """Features of a batch: replayed, or run eagerly, and recorded when its key comes for the second time.
+        """Features of a batch, [row, d]. It replays a graph or runs eagerly, and records a key at its second time.
 
-        What is returned is written to by the next batch of that key.
+        The next batch of the same key overwrites the result.
 
         Args:
-            gathered: for the form that `held` was asked for last, and into what it gave.
+            key: number of rows, and size of the images.
+            images: normalised, [row, 3, h, w].
+            gathered: weights of the form last given to `held`, in the memory that `held` returned.
         """
         recorded = self._recorded.get(key)
         if recorded is None and self.refused is None and key in self._seen:
@@ -89,7 +91,7 @@ class Graphs:
         return recorded.features
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self._recorded.clear()
         self._seen.clear()
         self._pool = None
@@ -102,7 +104,7 @@ class Graphs:
         try:
             side = torch.cuda.Stream(self._device)
             side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(side):  # once outside of the graph: libraries make their plans, kernels are compiled
+            with torch.cuda.stream(side):  # a first run outside of the graph lets libraries plan and compile kernels
                 self._forward(static, gathered)
             torch.cuda.current_stream(self._device).wait_stream(side)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -111,7 +113,7 @@ class Graphs:
                 features = self._forward(static, gathered)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # a model that waits for the GPU on its way, or copies to the CPU
+        except RuntimeError as error:  # a model that waits for the GPU or copies to the CPU
             self.refused = " ".join(str(error).split())[:200]
             log.info("small batches are not recorded as CUDA graphs: %s", self.refused)
             return None

@@ -1,8 +1,8 @@
-"""The branch op as one Triton kernel, and when to use it.
+"""The branch op as one Triton kernel, and the choice between it and the plain op.
 
-The plain op is two launches, and writes φ(x · down) to memory and reads it back. The kernel keeps φ(x · down) in
-registers. Whether it is the faster one depends on the GPU and the shapes, so :func:`use_fused` times both at the first
-call with a shape and keeps to the winner. Without Triton, or off CUDA, it says no.
+The plain op is two launches; it writes φ(x · down) to memory and reads it back. The kernel keeps φ(x · down) in
+registers. Which one is faster depends on the GPU and the shapes. So :func:`use_fused` times both at the first call with
+a shape, and keeps the faster one. Without Triton or CUDA it always chooses the plain op.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from router.ops import PositionWeights, add_branch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # pragma: no cover  (where torch comes without it)
+except ImportError:  # pragma: no cover  (torch without Triton)
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,19 +67,21 @@ if triton is not None:
             total = tl.dot(h, up_tile.to(x.dtype.element_ty).to(DOT), total, input_precision="ieee")
             tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
-    # Triton's interpreter multiplies the bits of bfloat16: there products are of float32
+    # Triton's interpreter multiplies the bits of bfloat16, so it gets float32 instead
     _INTERPRETED = not isinstance(_branch, triton.JITFunction)
 
 
 def add_branch_fused(y: Tensor, x: Tensor, weights: PositionWeights, in_place: bool = False) -> Tensor:
-    """Adds a position's branches to its module's output, in one kernel; summed in float32, rounded once.
+    """Adds a position's branches to its module's output in one kernel. Sums are float32, rounded once.
 
         y + φ(x · down) · up
 
-    Takes what :func:`router.ops.add_branch` takes, where :func:`can_fuse` says so. Not differentiable.
+    It takes the arguments of :func:`router.ops.add_branch` for which :func:`can_fuse` is true. Not differentiable.
 
     Args:
-        in_place: write the sum into `y`, where it is contiguous, and return it; else mutate nothing.
+        y: output of the module, [batch, ..., d_out].
+        x: input of the module, [batch, ..., d_in].
+        in_place: write the sum into `y` if that is contiguous, and return it. Else nothing is mutated.
     """
     down, up = weights.down, weights.up
     if down.ndim == 2:
@@ -106,15 +108,15 @@ def add_branch_fused(y: Tensor, x: Tensor, weights: PositionWeights, in_place: b
 
 
 def _row_codes(activation: Any) -> Tensor:
-    """int32 [batch]: each row's activation."""
+    """Each row's activation as a code, int32 [batch]."""
     codes = [mask.view(-1).to(torch.int32) * _CODES[name] for name, mask in activation.items()]
     return torch.stack(codes).sum(0, dtype=torch.int32)
 
 
 def can_fuse(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
-    """Whether the kernel takes this: on CUDA, without gradients, one of three dtypes, a rank of at most MAX_RANK.
+    """Whether the kernel can be used: on CUDA, without gradients, one of DTYPES, a rank of at most MAX_RANK.
 
-    It knows no cores, and nothing beside.
+    It supports neither cores nor branches beside.
     """
     return (
         triton is not None
@@ -130,10 +132,10 @@ def can_fuse(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
 
 
 def use_fused(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
-    """Whether :func:`add_branch_fused` takes this and is faster than :func:`router.ops.add_branch`.
+    """Whether :func:`add_branch_fused` can be used and is faster than :func:`router.ops.add_branch`.
 
-    Measured at the first call with tensors like these on their device. While a CUDA graph is captured nothing is
-    measured: the plain op stays, unless it is known to be the slower one. In what torch.compile sees it always stays.
+    The first call with such shapes on a device measures both. While a CUDA graph is captured, nothing is measured: the
+    plain op is used unless it is known to be slower. Within torch.compile the plain op is always used.
     """
     return not torch.compiler.is_compiling() and can_fuse(y, x, weights) and _fused_is_faster(y, x, weights)
 
@@ -154,7 +156,7 @@ def _fused_is_faster(y: Tensor, x: Tensor, weights: PositionWeights) -> bool:
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    """A call's time on the GPU, the least of some."""
+    """A call's time on the GPU: the least of several."""
     call()  # compiles
     times: list[float] = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""How a task lies in slots: which matrices it needs there, under which keys, and how its positions use them."""
+"""The layout of a task in slots: which matrices it needs, under which keys, and how its positions use them."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -16,46 +16,47 @@ from pear_store.format.record import Adapter
 
 DOWN, UP, HEAD, BASE_DOWN, BASE_UP, CORE = range(6)
 POOLED = (DOWN, UP, CORE)
-"""What lies in pools, as rows; all else is a tensor of its own."""
+"""Sides that lie in pools, as rows. The other sides are tensors of their own."""
 Key = tuple[int, str]
-"""One of these sides, and the digests of what is stored."""
+"""A side, and the digests of the stored tensors."""
 Ints = NDArray[np.int64]
 Ranks = tuple[tuple[str, int], ...]
-"""Positions, and the rank of all branches there together; those without branches are left out."""
+"""Positions, and the total rank of the branches there. Positions without branches are left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bases:
-    """A `down` and an `up` that stay what they are, with a core between."""
+    """A `down` and an `up` with a separate core between them."""
 
     down: Key
     up: Key
     ranks: tuple[int, int]
-    """Of the core: [R, S]."""
+    """Shape (R, S) of the core."""
 
 
 Stands = tuple[tuple[str, tuple[Bases, ...]], ...]
-"""Positions, and the bases that a task stands on there."""
+"""Positions, and the bases that a task uses there."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A task as it is to lie in slots, worked out once: what it needs there, and how its positions use that."""
+    """A task's layout in slots, computed once: which matrices it needs, and how its positions use them."""
 
     key: Hashable
     task: Task
     """Its tensors may lack their bytes, see `without_bytes`."""
     dtype: torch.dtype
-    """Of the compute, in which `down` and bases are kept; what scales are applied to before the cast is float32."""
+    """Compute precision, in which `down` and bases are kept. `up`, cores and heads are float32, because scales are
+    applied before the cast."""
     read: Callable[[], Task] = field(repr=False)
-    """The task with its tensors' bytes. Drop it soon: it may hold maps of the store's packs, and so descriptors."""
+    """Reads the task with its tensors' bytes. Drop the result soon: it may hold maps of packs, and so descriptors."""
 
     @cached_property
     def on_bases(self) -> frozenset[str]:
-        """The adapters whose core stays a core: those whose `down` and `up` serve one position, through cores alone.
+        """The adapters whose core stays apart: their `down` and `up` serve only one position, and only with cores.
 
-        So common bases are. What a task brings for several positions of its own, nobody else has: with the core
-        multiplied into `up`, such a branch runs together with the plain ones.
+        Common bases are of this kind. A `down` and `up` that serve several positions belong to one task alone. There
+        the core is multiplied into `up`, so the branch runs together with plain ones.
         """
         adapters, tensors = self.task.adapters, self.task.tensors
         pairs = {name: (adapter.down.key(tensors), adapter.up.key(tensors)) for name, adapter in adapters.items()}
@@ -68,7 +69,7 @@ class Use:
 
     @cached_property
     def _keys(self) -> dict[str, tuple[Key, ...]]:
-        """Of each adapter: of its `down` and `up`, and of a core that stays one."""
+        """Adapter -> the keys of its `down` and `up`, and of its core if that stays apart."""
         found: dict[str, tuple[Key, ...]] = {}
         tensors = self.task.tensors
         for name, adapter in self.task.adapters.items():
@@ -82,7 +83,7 @@ class Use:
 
     @cached_property
     def _sources(self) -> dict[Key, str]:
-        """The adapter that gives each key its values; "" for the head."""
+        """Key -> the adapter that gives its values; "" for the head."""
         found: dict[Key, str] = {}
         for name, keys in self._keys.items():
             for key in keys:
@@ -93,7 +94,7 @@ class Use:
 
     @cached_property
     def shapes(self) -> dict[Key, tuple[int, int]]:
-        """[rank, width] of an adapter's side as rows; [1, R * S] of a core; [classes, features] of the head."""
+        """Key -> shape: (rank, width) of an adapter's side, (1, R * S) of a core, (classes, features) of the head."""
         found = {}
         for (side, stored), name in self._sources.items():
             if side == HEAD:
@@ -116,7 +117,7 @@ class Use:
 
     @cached_property
     def sizes(self) -> dict[Key, int]:
-        """Bytes on the device."""
+        """Key -> bytes on the device."""
         return {key: count * self.dtype_of(key[0]).itemsize for key, count in self.elements.items()}
 
     def dtype_of(self, side: int) -> torch.dtype:
@@ -124,7 +125,7 @@ class Use:
 
     @cached_property
     def branches(self) -> dict[str, tuple[tuple[Key, Key, float], ...]]:
-        """Position -> its branches without a core: the keys of `down` and `up`, and the scale."""
+        """Position -> its branches without a separate core, as (key of `down`, key of `up`, scale)."""
         found = {}
         for position, branches in self.task.positions.items():
             keys = [(self._keys[one.adapter], one.scale) for one in branches]
@@ -133,7 +134,7 @@ class Use:
 
     @cached_property
     def cored(self) -> dict[str, tuple[tuple[Bases, Key, float], ...]]:
-        """Position -> its branches on bases: these, the key of the core, and the scale."""
+        """Position -> its branches on bases, as (bases, key of the core, scale)."""
         found = {}
         for position, branches in self.task.positions.items():
             cored = []
@@ -147,23 +148,23 @@ class Use:
 
     @cached_property
     def stands(self) -> Stands:
-        """The bases at each position, without what is this task's own."""
+        """The bases at each position, without the task's own cores and scales."""
         stands = ((position, tuple(bases for bases, _, _ in branches)) for position, branches in self.cored.items())
         return _same(tuple(sorted(stands, key=lambda one: one[0])))
 
     @cached_property
     def cores(self) -> tuple[tuple[Key, float], ...]:
-        """Of each branch on bases the core's key and the scale, in the order of `stands`."""
+        """(key of the core, scale) of each branch on bases, in the order of `stands`."""
         return tuple((core, scale) for position, _ in self.stands for _, core, scale in self.cored[position])
 
     @cached_property
     def core_scale(self) -> NDArray[np.float32]:
-        """[branch]"""
+        """Scales of the branches on bases, float32 [branch]."""
         return np.array([scale for _, scale in self.cores], np.float32)
 
     @cached_property
     def adds(self) -> dict[str, Hashable]:
-        """What each position adds: equal where two tasks add the same."""
+        """Position -> a value that is equal for two tasks if they add the same there."""
         return {
             position: (self.branches.get(position, ()), self.cored.get(position, ()), self.task.activation)
             for position in self.task.positions
@@ -171,19 +172,23 @@ class Use:
 
     @cached_property
     def ranks(self) -> Ranks:
-        """Rank rows at each position."""
+        """The number of rank rows at each position."""
         return tuple(
             (position, sum(self.shapes[up][0] for _, up, _ in branches)) for position, branches in self.branches.items()
         )
 
     @cached_property
     def scale(self) -> NDArray[np.float32]:
-        """[rank] of all rank rows, position after position."""
+        """Scales of all rank rows, position after position, float32 [rank]."""
         every = [(scale, self.shapes[up][0]) for branches in self.branches.values() for _, up, scale in branches]
         return np.repeat(np.array([scale for scale, _ in every], np.float32), [rank for _, rank in every])
 
     def write(self, key: Key, task: Task, out: NDArray[np.float32]) -> None:
-        """The values of a key of the task as read into [elements]: rows of rank, or a head's weight, then its bias."""
+        """Writes the values of a key into `out` [elements]: rank rows, or a head's weight and then its bias.
+
+        Args:
+            task: the task with its tensors' bytes.
+        """
         if key[0] == HEAD:
             head = self.task.head
             assert head is not None
@@ -191,7 +196,7 @@ class Use:
             out[: weight.size].reshape(weight.shape)[...] = weight
             out[weight.size :] = bias
         else:
-            adapter = self.task.adapters[self._sources[key]]  # parsed already; the task as read is not
+            adapter = self.task.adapters[self._sources[key]]  # self.task is already parsed, `task` is not
             out.reshape(self.shapes[key])[...] = _values(key[0], adapter, task)
 
 
@@ -201,17 +206,17 @@ class LoadedTask:
 
     use: Use
     rows: Ints
-    """int64 [2, rank]: rows in the pools of `down` and of `up`, position after position."""
+    """Rows in the pools of `down` and of `up`, position after position, int64 [2, rank]."""
     head: tuple[Tensor, Tensor] | None
-    """float32 weight [classes, features] and bias [classes]."""
+    """Weight [classes, features] and bias [classes], float32."""
     cores: Ints
-    """int64 [branch]: rows in the pools of cores, in the order of the task's `stands`."""
+    """Rows in the pools of cores, in the order of the task's `stands`, int64 [branch]."""
     values: Mapping[Key, Tensor | Ints] = field(repr=False)
-    """What each of its keys has: rows of a pool, or the head or the base itself."""
+    """Key -> its rows in a pool, or the head or base itself."""
 
 
 def _values(side: int, adapter: Adapter, task: Task) -> NDArray[np.floating[Any]]:
-    """What a side of an adapter is as rows."""
+    """A side of an adapter as rows."""
     if side in (DOWN, BASE_DOWN):
         return matrix_values(adapter.down, task.tensors).T
     if side == CORE:
@@ -222,12 +227,12 @@ def _values(side: int, adapter: Adapter, task: Task) -> NDArray[np.floating[Any]
 
 @lru_cache(4096)
 def _same(stands: Stands) -> Stands:
-    """One object for all tasks that stand on the same, so that they are told apart fast."""
+    """One object for all equal values, so that comparing them is fast."""
     return stands
 
 
 def without_bytes(task: Task) -> Task:
-    """A task that says all but the values of its tensors, and keeps no map of a pack alive."""
+    """The task without its tensors' values. So it keeps no map of a pack alive."""
     tensors = {key: RawTensor.checked(raw.dtype, raw.shape, b"", raw.digest) for key, raw in task.tensors.items()}
     return Task(task.record, tensors)
 
@@ -249,6 +254,6 @@ def rounded(ranks: Ranks) -> Ranks:
 
 @lru_cache(4096)
 def columns_of(own: Ranks, of: Ranks) -> Ints:
-    """Where a task's rows lie among those of a batch."""
+    """The places of a task's rank rows among those of a batch, int64 [rank]."""
     starts = dict(zip((position for position, _ in of), np.cumsum([0, *(rank for _, rank in of)]), strict=False))
     return np.concatenate([np.arange(starts[p], starts[p] + rank) for p, rank in own] or [np.arange(0)])

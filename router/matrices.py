@@ -1,8 +1,8 @@
 """Matrices on the device: pools of rank rows, and what a batch gathers from them.
 
-A pool holds rank rows of one side and width; row 0 is zero. A branch is a list of row numbers and a scale. So
-concatenation, mixed ranks and scales of a position are index operations, and a batch is one gather for each pool.
-A core is one row of its pool; what it stands between is no business of pools (router/cores.py).
+A pool holds rank rows of one side and width; its row 0 is zero. A branch is a list of row numbers and a scale. So
+concatenation, mixed ranks and scales are index operations, and a batch needs one gather per pool. A core is one row of
+its pool. router/cores.py handles its bases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from router.ops import PositionWeights
 
 
 class Pool:
-    """[capacity, width] on the device, with the rows that are free; grows by half."""
+    """Rows [capacity, width] on the device. It knows which are free, and grows by half when needed."""
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = torch.zeros(64, width, device=device, dtype=dtype)
         self._free = np.arange(1, 64)
 
     def take(self, count: int) -> Ints:
-        """The numbers of free rows, to be filled."""
+        """Takes free rows and returns their numbers, int64 [count]."""
         old = len(self.rows)
         if len(self._free) < count:
             more = max(old // 2, count)
@@ -37,7 +37,7 @@ class Pool:
         return taken
 
     def run(self, taken: Ints) -> Tensor | None:
-        """The memory of rows that lie one behind the other, as rows that were freed together do; else None."""
+        """The memory of the rows if they are consecutive, else None. Rows that were freed together often are."""
         if len(taken) and taken[-1] - taken[0] == len(taken) - 1 and (taken[1:] > taken[:-1]).all():
             return self.rows[taken[0] : taken[-1] + 1]
         return None
@@ -60,7 +60,7 @@ class Matrices:
     """The pools of a router. Not thread-safe.
 
     Args:
-        dtype: of the compute, in which `down` is kept; `up` is float32, because scales are applied before the cast.
+        dtype: compute precision, in which `down` is kept. `up` is float32, because scales are applied before the cast.
         widths: position -> (d_in, d_out).
     """
 
@@ -68,7 +68,7 @@ class Matrices:
         self.device = device
         self._dtype, self._widths = dtype, widths
         self.pools: dict[tuple[int, int], Pool] = {}
-        """By side and width."""
+        """(side, width) -> its pool."""
         self._host = torch.empty(0)
         self._cores = Cores(device, dtype, widths, self._select_cores)
         self._ever: Ranks = ()
@@ -82,7 +82,7 @@ class Matrices:
         return pool
 
     def staging(self, count: int) -> Tensor:
-        """float32 [count] on the host, to be filled and copied: pinned for a GPU, else one buffer used again."""
+        """Host memory, float32 [count], to fill and copy. For a GPU it is pinned, else it is one reused buffer."""
         if self.device.type == "cuda":
             return torch.empty(count, pin_memory=True)
         if len(self._host) < count:
@@ -90,22 +90,21 @@ class Matrices:
         return self._host[:count]
 
     def copy(self, host: Tensor) -> Tensor:
-        """The values on the device; a GPU copies pinned ones while this goes on."""
+        """The values on the device. A GPU copies pinned values in the background."""
         return host.to(self.device, non_blocking=self.device.type == "cuda")
 
     def remember(self, use: Use) -> None:
-        """Counts a task among those that padded batches have room for."""
+        """Makes padded batches large enough for this task."""
         self._ever = union(frozenset((self._ever, rounded(use.ranks))))
         self._cores.remember(use)
         self._activations.add(use.task.activation)
 
     def form(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[Ranks, Spans, tuple[str, ...]]:
-        """The positions of a batch with their ranks, what cores span there, and its activations: what its shapes follow
-        from.
+        """What a batch's shapes depend on: the rank of each position, the spans of cores, and the activations.
 
         Args:
-            padded: every position that some task used since the router was made, its largest rank rounded up to a power
-                of two: so that form and shapes do not tell which tasks these are.
+            padded: give every position that any task has used since the router was made, with its largest rank rounded
+                up to a power of two. Then form and shapes do not depend on the tasks.
         """
         spans = self._cores.spans(tasks, padded)
         if padded:
@@ -120,13 +119,13 @@ class Matrices:
         padded: bool = False,
         into: "Gathered | None" = None,
     ) -> "Gathered":
-        """What each position adds, gathered once for a forward; positions that no row uses are left out.
+        """Gathers the weights of each position for one forward. Positions that no row uses are left out.
 
         Args:
             tasks: the distinct tasks of the batch.
-            units: position -> index into `tasks` of each equal run of rows there; -1 for rows that add nothing.
-            padded: see `form`.
-            into: what an earlier batch of the same form and units gathered: its memory is written to.
+            units: position -> for each equal run of rows, its task as an index into `tasks`; -1: it adds nothing.
+            padded: as for `form`.
+            into: the result for an earlier batch of the same form and units, whose memory is overwritten.
         """
         ranks, spans, activations = self.form(tasks, padded)
         flat: dict[tuple[int, int], Tensor] = {} if into is None else into.flat
@@ -155,7 +154,7 @@ class Matrices:
     def _rows(self, tasks: Sequence[LoadedTask], ranks: Ranks) -> tuple[Ints, NDArray[np.float32]]:
         """The rows of `down` and `up` [2, task, rank], position after position, and their scales [task, rank]."""
         count = sum(rank for _, rank in ranks)
-        rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last task has none: what -1 picks
+        rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last entry is empty; -1 selects it
         scale = np.zeros((len(tasks) + 1, count), np.float32)
         for i, loaded in enumerate(tasks):
             columns = columns_of(loaded.use.ranks, ranks)
@@ -169,7 +168,7 @@ class Matrices:
     def _scaled(
         self, side: int, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]] | None = None
     ) -> Tensor:
-        """[row, width] of a pool, each row multiplied by its scale."""
+        """Rows [row, width] of a pool, each multiplied by its scale."""
         found = self.pool(side, width).rows.index_select(0, self._to_device(rows))
         return found if scales is None else found.mul_(self._to_device(scales).unsqueeze(1))
 
@@ -182,12 +181,12 @@ class Matrices:
         scale: NDArray[np.float32],
         flat: dict[tuple[int, int], Tensor],
     ) -> dict[str, Tensor]:
-        """[units, rank, width] of each position, in the compute dtype: one index_select for each width.
+        """Position -> [units, rank, width] in the compute precision, with one index_select for each width.
 
         Args:
-            flat: by side and width, [row, width]; made here, or written to.
+            flat: (side, width) -> [row, width]. It is filled here, or its memory is overwritten.
         """
-        places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, and by what the units are
+        places: dict[int, dict[int, list[tuple[str, int, int]]]] = {}  # by width, then by identity of the units
         start = 0
         for position, rank in ranks:
             alike = places.setdefault(self._widths[position][side], {}).setdefault(id(units[position]), [])
@@ -219,7 +218,7 @@ class Matrices:
         return self.copy(host.pin_memory() if self.device.type == "cuda" else host)
 
     def _masks(self, tasks: Sequence[LoadedTask], units: Ints, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Of each activation, the rows that have it; none where there is but one."""
+        """Activation -> a mask of the rows that have it, bool [row, 1, 1]. Empty if there is only one activation."""
         if len(names) == 1:
             return {}
         found = np.array([*(loaded.use.task.activation for loaded in tasks), "identity"])[units]
@@ -228,19 +227,19 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """What a batch gathered."""
+    """The gathered weights of a batch."""
 
     weights: dict[str, PositionWeights]
-    """Position -> what it adds: views of the rest."""
+    """Position -> its branches. They are views of the fields below."""
     flat: dict[tuple[int, int], Tensor]
-    """By side and width: [row, width]."""
+    """(side, width) -> [row, width]."""
     masks: dict[int, dict[str, Tensor]]
-    """By what the units are, and by activation: which of them have it."""
+    """Identity of the units -> activation -> mask of the units that have it."""
     cored: dict[str, Cored]
-    """Position -> its branches on bases. The bases may be the very tensors of the slots."""
+    """Position -> its branches on bases. Bases may be the slots' own tensors."""
 
     def take(self, cored: Mapping[str, Cored], masks: Sequence[Mapping[str, Tensor]]) -> None:
-        """Takes in the cores, bases and masks of another batch of this form. Only for memory of its own, see `own`."""
+        """Copies the cores, bases and masks of another batch of this form. The memory must be its own, see `own`."""
         for kept, made in zip(self.masks.values(), masks, strict=True):
             for name, mask in made.items():
                 kept[name].copy_(mask)
@@ -248,13 +247,13 @@ class Gathered:
             self.cored[position].take(part)
 
     def own(self) -> "Gathered":
-        """The same, in memory that nobody else has."""
+        """The same weights, with cores and bases in memory of their own."""
         cored = {position: part.own() for position, part in self.cored.items()}
         return replace(self, weights={p: _with(w, cored.get(p)) for p, w in self.weights.items()}, cored=cored)
 
 
 def _with(weights: PositionWeights, cored: Cored | None) -> PositionWeights:
-    """The weights of a position, with these branches on bases in place of its own."""
+    """The weights of a position, with its branches on bases replaced by these."""
     if cored is None:
         return weights
     if weights.beside is not None:

@@ -1,8 +1,8 @@
-"""A hot task merged into copies of the backbone's matrices.
+"""Merges a hot task into copies of the backbone's matrices.
 
-Where every position of a task is a Linear and φ is the identity, W + (Σ scale · down · up)ᵀ in W's place gives the
-task at the bare backbone's cost. The sum is taken in float32 from the pristine matrices and rounded once; a forward
-borrows the copies, and the pristine ones are never written to.
+If every position of a task is a Linear and φ is the identity, W is replaced by W + (Σ scale · down · up)ᵀ. Then the
+task costs no more than the bare backbone. The sum is computed in float32 from the original matrices and rounded once. A
+forward uses the copies; the originals are never changed.
 """
 
 import logging
@@ -22,24 +22,24 @@ from router.layout import Use
 from router.positions import is_linear
 
 Merge = bool | Literal["auto"]
-"""Merge a task that runs alone at once, never, or when it has run alone often enough."""
+"""When a task that runs alone is merged: at once (True), never (False), or when it has run alone often ("auto")."""
 AUTO_ROWS = 512
-"""Images that a task must have run alone, less those of other batches since, until it is merged.
+"""With "auto", a task is merged after this many images in batches of its own. Images of other batches count against it.
 
-For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images; benchmarks/README.md has what it saves."""
+For ViT-B's 48 Linears on a CPU, a merge takes as long as 3 images. benchmarks/README.md says what it saves."""
 
 log = logging.getLogger(__name__)
 
 
 class _UnderWay:
-    """Lives as long as a merge."""
+    """Exists as long as a merge is under way."""
 
 
 class Merger:
-    """Holds the merged matrices of at most one task. Thread-safe: tasks are read and merged while forwards go on.
+    """Holds the merged matrices of at most one task. Thread-safe: tasks are read and merged while forwards run.
 
     Args:
-        read: gives a task with its tensors' bytes.
+        read: reads a task with its tensors' bytes.
     """
 
     def __init__(self, adapted: AdaptedBackbone, merge: Merge, read: Callable[[Use], Task]) -> None:
@@ -48,11 +48,11 @@ class Merger:
         self._rows: dict[Hashable, int] = {}
         self._held: tuple[Hashable, dict[str, nn.Parameter]] | None = None
         self._merging: Callable[[], _UnderWay | None] = lambda: None
-        """What the call that merges now holds, if there is one: it is gone with the call, however that ends."""
+        """A weak reference to the object of the merge under way. It is gone when that call ends, also by an error."""
         self.merges = 0
 
     def matrices(self, use: Use, rows: int) -> Mapping[str, nn.Parameter]:
-        """Position -> matrix for a batch of one task; empty where it runs unmerged.
+        """Position -> merged matrix for a batch of one task. Empty if it runs unmerged.
 
         Args:
             rows: images in the batch.
@@ -67,7 +67,7 @@ class Merger:
             self._rows[key] = self._rows.get(key, 0) + rows
             if self._merging() is not None or (self._merge == "auto" and self._rows[key] < AUTO_ROWS):
                 return {}
-            self._held = None  # its memory first
+            self._held = None  # frees its memory first
             under_way = _UnderWay()
             self._merging = weakref.ref(under_way)
         began = time.perf_counter()
@@ -79,19 +79,19 @@ class Merger:
         return held[1]
 
     def ran(self, rows: int) -> None:
-        """Counts a batch of several tasks against each."""
+        """Counts a batch of several tasks against all of them."""
         if self._merge is not False:
             with self._lock:
                 self._ran(rows)
 
     @property
     def held(self) -> Hashable:
-        """The key of the task whose matrices are held; None where there is none."""
+        """The key of the merged task. None if there is none."""
         held = self._held
         return None if held is None else held[0]
 
     def forget(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         with self._lock:
             self._held, self._rows = None, {}
 
@@ -107,17 +107,17 @@ class Merger:
 
 
 def unmergeable(backbone: nn.Module, task: Task) -> list[str]:
-    """The positions whose branches cannot become part of a matrix: they are no Linears, or φ is not the identity."""
+    """The positions that cannot be merged: they are neither Linears nor 1x1 convolutions, or φ is not the identity."""
     if task.activation != "identity":
         return list(task.positions)
     return [position for position in task.positions if not is_linear(backbone.get_submodule(position))]
 
 
 def merged_weight(backbone: nn.Module, task: Task, position: str) -> Tensor:
-    """W + (Σ scale · down · up)ᵀ at a position, in the memory of its own and the precision of W.
+    """W + (Σ scale · down · up)ᵀ at a position, as a new tensor of W's shape and dtype.
 
     Args:
-        task: with its tensors' bytes.
+        task: the task with its tensors' bytes.
     """
     weight = backbone.get_submodule(position).get_parameter("weight").detach().clone()
     for branch in task.positions[position]:

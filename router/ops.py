@@ -1,4 +1,4 @@
-"""The maths of a branch, used by router and trainer alike. Functions on tensors, no state.
+"""The maths of a branch, for router and trainer. These are functions on tensors, without state.
 
 Axes: batch, token, dim (d_in or d_out), rank.
 """
@@ -12,35 +12,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Activation = str | Mapping[str, Bool[Tensor, "batch 1 1"]]
-"""identity, relu or gelu; or, where the rows of a batch differ, the mask of rows of each."""
+"""identity, relu or gelu. If the rows of a batch differ: activation -> mask of its rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionWeights:
-    """The branches at one position: those of one form, concatenated along the rank, and maybe others beside them.
+    """The branches at one position, concatenated along the rank. Branches of another form are in `beside`.
 
-        φ(x · down) · up            scales multiplied into `up`
-        φ(x · down) · core · up     on common bases: scales multiplied into `core`
+        φ(x · down) · up            scales are multiplied into `up`
+        φ(x · down) · core · up     on common bases: scales are multiplied into `core`
 
-    A matrix is [dim, rank], core [rank, rank] and up [rank, dim], where every row of the batch uses the same, or has an
-    axis before these where each row, or each of so many equal runs of rows, has its own. One may be common, and another
-    each row's own.
+    Matrices are 2-dimensional if all rows of the batch use the same. They have a first axis if each row, or each of
+    several equal runs of rows, has its own. One matrix may be common while another is not.
     """
 
     down: Tensor
+    """[d_in, rank], or [run, d_in, rank]."""
     up: Tensor
+    """[rank, d_out], or [run, rank, d_out]."""
     activation: Activation
     core: Tensor | None = None
+    """[rank, rank], or [run, rank, rank]."""
     beside: "PositionWeights | None" = None
+    """Further branches at the position, which are added, too."""
 
     @property
     def runs(self) -> int | None:
-        """Into how many equal runs the rows of a batch fall; None where all rows use the same."""
+        """The number of equal runs of rows that have their own matrices. None if all rows use the same."""
         own = (len(matrix) for matrix in (self.down, self.core, self.up) if matrix is not None and matrix.ndim == 3)
         return next(own, None if self.beside is None else self.beside.runs)
 
     def of_rows(self, start: int, stop: int, count: int) -> "PositionWeights":
-        """The weights of the rows from `start` to `stop` of a batch of `count`."""
+        """The weights of the rows from `start` up to, but without, `stop` of a batch of `count` rows."""
         if (runs := self.runs) is None:
             return self
         run = count // runs
@@ -51,7 +54,7 @@ class PositionWeights:
         return self._of_units(units)
 
     def times(self, factor: float) -> "PositionWeights":
-        """What adds `factor` times as much."""
+        """The weights that add `factor` times as much."""
         beside = self.beside and self.beside.times(factor)
         if self.core is None:
             return replace(self, up=self.up * factor, beside=beside)
@@ -70,7 +73,7 @@ class PositionWeights:
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
-    """φ(h), elementwise; rows by mask where they differ."""
+    """φ(h), elementwise. If rows differ in activation, masks choose."""
     if not isinstance(activation, str):
         out = h
         for name, rows in activation.items():
@@ -85,17 +88,21 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
 def add_branch(
     y: Float[Tensor, "..."], x: Float[Tensor, "..."], weights: PositionWeights, in_place: bool = False
 ) -> Float[Tensor, "..."]:
-    """Adds a position's branches to its module's output.
+    """Adds a position's branches to its module's output. Differentiable in all tensors.
 
-        y + φ(x · down) · up, or with a core y + φ(x · down) · core · up; and so what is beside
+        y + φ(x · down) · up            or with a core: y + φ(x · down) · core · up
+                                        plus the same for `beside`
 
-    `x` is [batch, ..., d_in] and `y` [batch, ..., d_out], channels last. With weights of each row, the first axis may
-    be a multiple of theirs: the windows of a row, as Swin has them, or a run of rows of one task. Differentiable in
-    all tensors. What all rows have in common is one product for the whole batch.
+    If rows have their own weights, the first axis of `x` may be a multiple of theirs. Such rows are the windows of an
+    image, as in Swin, or a run of rows of one task. Common matrices take one product for the whole batch.
 
     Args:
-        in_place: write the sum into `y`, where it is contiguous, and return it; else mutate nothing.
-
+        y: output of the module, [batch, ..., d_out], channels last.
+        x: input of the module, [batch, ..., d_in], channels last.
+        weights: the branches; they are cast to the dtype of `x`.
+        in_place: write the sum into `y` if that is contiguous, and return it. Else nothing is mutated.
+    Returns:
+        The sum, in the shape of `y`.
     Source: LoRA, arXiv:2106.09685, section 4.1; AdaptFormer, arXiv:2205.13535, section 3.2; a core between, LoRA-XS,
         arXiv:2405.17604, section 3.
     """
@@ -117,7 +124,7 @@ def add_branch(
 
 
 def strides(x: torch.Size, y: torch.Size) -> tuple[int, int] | None:
-    """Every how many pixels a map y [..., h, w] has one of x [..., H, W]; None where it has others."""
+    """The strides (down, right) by which a map y [..., h, w] keeps pixels of x [..., H, W]. None if there are none."""
     across = [-(-large // small) for large, small in zip(x[-2:], y[-2:], strict=True)]
     fits = all(-(-large // stride) == small for large, stride, small in zip(x[-2:], across, y[-2:], strict=True))
     return (across[0], across[1]) if fits else None
@@ -126,7 +133,7 @@ def strides(x: torch.Size, y: torch.Size) -> tuple[int, int] | None:
 def channels_last(
     y: Float[Tensor, "batch out h w"], x: Float[Tensor, "batch dim H W"]
 ) -> tuple[Float[Tensor, "batch h w out"], Float[Tensor, "batch h w dim"]]:
-    """Views of a module's output and input as `add_branch` takes them; of the input those pixels that strides keep.
+    """Views of a module's output and input for `add_branch`. The input has only the pixels that the stride keeps.
 
     So a branch beside a convolution of stride s is a 1x1 convolution of stride s.
     """
@@ -135,7 +142,7 @@ def channels_last(
 
 
 def _matched(x: Tensor, matrix: Tensor) -> Tensor:
-    """[rows, dim] for a matrix that all rows have in common; [runs, rows, dim] for one of each run of rows."""
+    """`x` as [rows, dim] for a matrix that all rows share, or as [runs, rows, dim] for one matrix per run of rows."""
     return x.reshape(-1, x.shape[-1]) if matrix.ndim == 2 else x.reshape(len(matrix), -1, x.shape[-1])
 
 

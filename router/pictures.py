@@ -1,11 +1,12 @@
-"""The one way in which anything becomes an RGB picture. docs/pictures.md says what happens to each kind.
+"""Makes an RGB picture of any kind of image. docs/pictures.md says what happens to each kind.
 
-A task's record says by which rule its pictures were read (`preprocess`, key `reading`), and is served by the same one:
+A task's record says by which rule its training pictures were read (`preprocess`, key `reading`). The same rule is used
+to serve it:
 
     0   Pillow's convert("RGB"), as timm and torchvision read; for records without the key
     1   upright, all of a 16-bit range, transparency on white, colours in sRGB
-    2   as 1, and faster: a JPEG of many more pixels than are needed is decoded at a half, a quarter or an eighth of its
-        size; pictures are made smaller by torch (router/preprocess.py)
+    2   as 1, but faster: a JPEG much larger than needed is decoded at a half, a quarter or an eighth of its size, and
+        torch makes pictures smaller (router/preprocess.py)
 """
 
 import os
@@ -30,47 +31,48 @@ from pear_store.files import LFS_POINTER, is_lfs_pointer
 from pear_store.local.sources import Access, open_source
 from router.errors import ImageError, RouterError, TooManyPixelsError
 
-with suppress(ImportError):  # whoever has it can read HEIC
+with suppress(ImportError):  # with this package installed, HEIC can be read
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
 ImageLike = Image.Image | NDArray[Any] | str | PathLike[str] | bytes | BinaryIO
 """A PIL image; a uint8 or uint16 array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; a path or URL; a file's bytes; or a
-file that is open to read bytes from, which is read from its start."""
+file that is open for reading bytes, which is read from its start."""
 
 READINGS = (0, 1, 2)
 """The rules that this Pear knows."""
 READING = 2
 """The rule for new tasks."""
 SPARE = 2
-"""By rule 2 the shorter side of a JPEG keeps at least so many times the pixels that are needed of it."""
+"""By rule 2, the shorter side of a decoded JPEG keeps at least this many times the needed pixels."""
 
 MAX_PIXELS = 80_000_000
-"""Larger pictures are refused unless asked for, because a file of 200 KB can hold more. Decoded, it takes up to 1 GB.
-It is below Pillow's own limit of 89 million."""
+"""Larger pictures are refused by default, because a file of 200 KB can hold more. Decoded, this many pixels take up to
+1 GB. The limit is below Pillow's own of 89 million."""
 PIXELS_IN_FLIGHT = max(128_000_000, 16_000_000 * (os.cpu_count() or 1))
-"""Pictures that are decoded at the same time have at most so many pixels together, unless there is only one."""
+"""Most pixels of all pictures that are decoded at the same time, unless there is only one picture."""
 
 _FORMATS = (
     "JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "HEIF", "MPO", "DDS", "PSD", "QOI",
     "SGI", "SUN", "PCX", "TGA",
 )  # fmt: skip
-"""Of Pillow's formats those that are pictures. Others run a program (EPS), decode before their size can be checked
-(icons), or are no pictures (HDF5, MPEG)."""
+"""Pillow's formats that are read. Others run a program (EPS), decode before their size can be checked (icons), or are
+not pictures (HDF5, MPEG)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be opened as a picture.
+    """Limits for opening pictures.
 
-    Args:
-        max_pixels: width times height; larger pictures are refused before they are decoded.
-        access: which paths and URLs may be opened.
+    Raises:
+        ImageError: `max_pixels` is below 1.
     """
 
     max_pixels: int = MAX_PIXELS
+    """Most pixels (width times height). Larger pictures are refused before they are decoded."""
     access: Access = field(default_factory=Access)
+    """Which paths and URLs may be opened."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -78,11 +80,11 @@ class Limits:
 
 
 LIMITS = Limits()
-"""Of those who ask for no others."""
+"""The default limits."""
 
 
 class Picture:
-    """A picture whose header has been read; its pixels are decoded by the first call of :meth:`rgb`."""
+    """A picture whose header has been read. The first call of :meth:`rgb` decodes its pixels."""
 
     def __init__(self, name: str, source: Image.Image | NDArray[Any], file: BinaryIO | None = None) -> None:
         self.name = name
@@ -92,11 +94,11 @@ class Picture:
         self._read: dict[tuple[int, int], Image.Image] = {}
 
     def rgb(self, reading: int, needed: int | None = None) -> Image.Image:
-        """The picture in mode RGB, by one of READINGS. What is given out is not for changing.
+        """The picture in mode RGB. Do not change it: it is kept for the next call.
 
         Args:
-            needed: pixels of a side that it will be resized to; None: it stays as large as it is.
-
+            reading: one of READINGS.
+            needed: pixels of the longer side to which it will be resized; None: it keeps its size.
         Raises:
             ImageError: it cannot be decoded, or has pixels that this rule refuses.
         """
@@ -111,14 +113,14 @@ class Picture:
         return self._read[key]
 
     def _shrinks(self, needed: int) -> int:
-        """By what a JPEG's file can be shrunk as it is decoded: 8, 4, 2, or 1 for not at all."""
+        """The factor by which a JPEG can be shrunk while it is decoded: 8, 4, 2, or 1 for none."""
         source = self._source
         if self._file is None or not isinstance(source, Image.Image) or source.format not in ("JPEG", "MPO"):
             return 1
         return next((factor for factor in (8, 4, 2) if min(self.size) >= SPARE * needed * factor), 1)
 
     def _shrunk(self, factor: int) -> Image.Image:
-        """The file opened again, to be decoded at that part of its size: what was decoded already is of another."""
+        """The file opened anew, to be decoded at 1 / factor of its size. An earlier result may have another size."""
         assert self._file is not None
         image = _open_file(self._file, self.name)
         width, height = image.size
@@ -126,20 +128,19 @@ class Picture:
         return image
 
     def forget(self) -> None:
-        """Lets the pixels go, whoever still holds this."""
+        """Frees the pixels, even if something still refers to this picture."""
         self._read.clear()
         del self._source, self._file
 
 
 @contextmanager
 def opened(image: ImageLike, limits: Limits = LIMITS, clock: "Clock | None" = None) -> Iterator[Picture]:
-    """Reads a picture's header. As long as it is open, its pixels count towards PIXELS_IN_FLIGHT.
+    """Opens a picture and reads its header. While it is open, its pixels count towards PIXELS_IN_FLIGHT.
 
     Args:
-        clock: is told the time that reading takes, until the picture is closed.
-
+        clock: measures the time that reading takes until the picture is closed.
     Raises:
-        ImageError: it is no picture, cannot be read, or is larger than `limits` allow.
+        ImageError: it is not a picture, cannot be read, or is larger than `limits` allow.
     """
     name = _name(image)
     with ExitStack() as files:
@@ -154,7 +155,7 @@ def opened(image: ImageLike, limits: Limits = LIMITS, clock: "Clock | None" = No
 
 
 class Clock:
-    """Adds up how long reading a file takes: its opening, and each time that a decoder asks for more of it."""
+    """Adds up the time of reading a file: of its opening, and of each read by a decoder."""
 
     def __init__(self) -> None:
         self.read_s = 0.0
@@ -169,7 +170,7 @@ class Clock:
 
 
 class _Timed(BufferedIOBase):
-    """A file whose reading is timed."""
+    """A file whose reads are timed."""
 
     def __init__(self, file: BinaryIO, clock: Clock) -> None:
         self._file, self._clock = file, clock
@@ -192,10 +193,14 @@ class _Timed(BufferedIOBase):
 
 
 def open_image(image: ImageLike, *, reading: int = READING, limits: Limits = LIMITS) -> Image.Image:
-    """An RGB PIL image, by one of READINGS.
+    """Reads any kind of image as an RGB PIL image.
 
+    Args:
+        image: a PIL image, an array, a path, a URL, a file's bytes or an open file.
+        reading: the rule for reading: 2, or 0 or 1 for tasks that were trained with these (docs/pictures.md).
+        limits: most pixels, and which paths and URLs may be opened.
     Raises:
-        ImageError: what is given is no image, cannot be read, or is larger than `limits` allow.
+        ImageError: it is not an image, cannot be read, or is larger than `limits` allow.
     """
     with opened(image, limits) as picture:
         return picture.rgb(reading)
@@ -204,25 +209,27 @@ def open_image(image: ImageLike, *, reading: int = READING, limits: Limits = LIM
 def check_reading(preprocess: Mapping[str, Any]) -> int:
     """The rule by which a task's pictures are read.
 
+    Args:
+        preprocess: of a task's record.
     Raises:
-        RouterError: this Pear does not know it.
+        RouterError: this Pear does not know the rule.
     """
     reading: int = preprocess.get("reading", 0)
     if reading not in READINGS:
         known = " or ".join(map(str, READINGS))
-        raise RouterError(f"field 'preprocess', 'reading': expected {known}, found {reading!r}: a newer Pear knows it")
+        raise RouterError(f"field 'preprocess', 'reading': expected {known}, found {reading!r}: use a newer Pear")
     return reading
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """What the names of picture files end in, in lower case with the dot."""
+    """The endings of picture files, in lower case with the dot."""
     return frozenset(ext for ext, kind in Image.registered_extensions().items() if kind in _formats())
 
 
 @contextmanager
 def errors_named(name: str) -> Iterator[None]:
-    """Turns whatever Pillow or a file system raises for a picture into an ImageError that names it."""
+    """Turns every error of Pillow or a file system into an ImageError that names the picture."""
     try:
         yield
     except ImageError:
@@ -234,7 +241,7 @@ def errors_named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: cannot be read: {reason}") from None
 
 
-# ---- from what is given to a PIL image or an array --------------------------------------------
+# ---- from any image to a PIL image or an array ------------------------------------------------
 
 
 def _name(image: object) -> str:
@@ -252,16 +259,16 @@ def _name(image: object) -> str:
 def _source(
     image: ImageLike, name: str, limits: Limits, files: ExitStack, clock: Clock | None
 ) -> tuple[Image.Image | NDArray[Any], BinaryIO | None]:
-    """What is decoded, and the file that it is in, if it is in one."""
+    """The PIL image or array to decode, and its file if it has one."""
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ImageError(f"{name} is empty")
+            raise ImageError(f"{name}: expected pixels, found an empty image")
         return image, None
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ImageError(f"{name}: {_ARRAYS}")
         if 0 in image.shape:
-            raise ImageError(f"{name} is empty")
+            raise ImageError(f"{name}: expected pixels, found an empty image")
         return image, None
     if not isinstance(image, str | PathLike | bytes) and hasattr(image, "read"):
         image = _bytes_of(image, name)
@@ -285,16 +292,16 @@ def _bytes_of(file: BinaryIO, name: str) -> bytes:
         file.seek(0)
     found = file.read()
     if not isinstance(found, bytes):
-        raise ImageError(f"{name}: gives {type(found).__name__}, not bytes: open it with mode 'rb'")
+        raise ImageError(f"{name}: expected a file of bytes, found one of {type(found).__name__}: open it with 'rb'")
     return found
 
 
 def _open_file(file: BinaryIO, name: str) -> Image.Image:
     file.seek(0)
     start = file.read(16)
-    for kind in _formats():  # as Image.open does, whose own limit of pixels comes too late or too early
+    for kind in _formats():  # like Image.open, but that checks its own limit of pixels
         factory, accepts = Image.OPEN[kind]
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this kind after all
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # it is not of this kind after all
             if accepts is None or accepts(start) is True:
                 file.seek(0)
                 return factory(file, "")
@@ -309,7 +316,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _what(start: bytes) -> str:
-    """What a file is that Pillow cannot read, by its first bytes."""
+    """Describes a file that Pillow cannot read, by its first bytes."""
     if is_lfs_pointer(start):
         return LFS_POINTER
     if not start:
@@ -353,7 +360,7 @@ class _InFlight:
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        with self._turn, self._freed:  # in turn: small pictures do not overtake a large one for ever
+        with self._turn, self._freed:  # in turn, so that small pictures cannot overtake a large one for ever
             self._freed.wait_for(lambda: self._pixels == 0 or self._pixels + pixels <= self._most)
             self._pixels += pixels
         try:
@@ -369,7 +376,7 @@ def _in_flight() -> _InFlight:
     return _InFlight(PIXELS_IN_FLIGHT)
 
 
-os.register_at_fork(after_in_child=_in_flight.cache_clear)  # a child decodes none of its parent's pictures
+os.register_at_fork(after_in_child=_in_flight.cache_clear)  # a child does not decode its parent's pictures
 
 
 # ---- rules 1 and 2 -----------------------------------------------------------------------------------
@@ -384,7 +391,7 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture of each EXIF orientation upright."""
+"""EXIF orientation -> the transposition that makes the picture upright."""
 
 
 def _from_array(array: NDArray[Any], name: str, reading: int) -> Image.Image:
@@ -407,7 +414,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: a camera's raw file (DNG); Pillow reads only its thumbnail: develop it first")
     if any(kind != 1 for kind in tiff.get(339, (1,))) and image.mode != "F":
         raise ImageError(f"{name}: signed integer pixels have no fixed range: scale them to 8 or 16 bits")
-    inverted = tiff.get(262) == 0 and image.mode.startswith("I;16")  # Pillow does so for all other depths
+    inverted = tiff.get(262) == 0 and image.mode.startswith("I;16")  # Pillow inverts all other depths itself
     image.load()
     profile: bytes = image.info.get("icc_profile") or b""
     turn = _orientation(image)
@@ -419,13 +426,13 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         colours = _on_white(colours, alpha)
     if turn is not None:
         colours = colours.transpose(turn)
-        for told in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # that it is still to be turned
+        for told in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # these would turn it once more
             colours.info.pop(told, None)
     return colours
 
 
 def _sample_depth(image: Image.Image) -> int:
-    """Bits that a sample has in a PNG or TIFF file; 0 where it is not known."""
+    """Bits of a sample in a PNG or TIFF file. 0 if that is not known."""
     if image.format == "TIFF":
         return int(getattr(image, "tag_v2", {}).get(258, (0,))[0])
     if image.format == "PNG" and (tiles := getattr(image, "tile", [])):
@@ -437,15 +444,15 @@ def _sample_depth(image: Image.Image) -> int:
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # EXIF that cannot be parsed says nothing
+    except Exception:  # EXIF that cannot be parsed is ignored
         return None
 
 
 def _eight_bits(image: Image.Image, name: str, depth: int) -> tuple[Image.Image, Image.Image | None]:
-    """Colours of 8 bits in mode L, RGB or CMYK, and the alpha channel if it hides anything."""
+    """The colours with 8 bits, in mode L, RGB or CMYK, and the alpha channel if it hides anything."""
     mode, key = image.mode, image.info.get("transparency")
     alpha = None
-    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):  # these two: 16 bits, by their standards
+    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):  # PNG and PPM have at most 16 bits
         kind = "floating-point" if mode == "F" else "32-bit integer"
         raise ImageError(f"{name}: {kind} pixels have no fixed range: scale them to 8 or 16 bits per channel")
     if mode == "I" or mode.startswith("I;16"):
@@ -470,12 +477,15 @@ def _eight_bits(image: Image.Image, name: str, depth: int) -> tuple[Image.Image,
 
 
 def _upper_bits(values: NDArray[Any], depth: int) -> NDArray[np.uint8]:
-    """The 8 upper bits of `depth`: 0 to 0, the largest value to 255; as Pillow reads colours of 16 bits."""
+    """The upper 8 of `depth` bits, as Pillow reads colours of 16 bits. The largest value becomes 255."""
     return (values >> (depth - 8)).astype(np.uint8)
 
 
 def _keyed(image: Image.Image, key: Any, depth: int) -> Image.Image:
-    """Alpha where one colour is transparent (PNG's tRNS). Pillow scales pixels to 8 bits, but not the key."""
+    """The alpha channel of a picture with one transparent colour (PNG's tRNS).
+
+    Pillow scales pixels to 8 bits, but not this colour.
+    """
     top = 2**depth - 1 if 0 < depth < 8 else 255
     scaled = [value >> 8 if depth == 16 else min(value * 255 // top, 255) for value in np.atleast_1d(key).tolist()]
     values = np.atleast_3d(np.asarray(image.convert("L") if image.mode == "1" else image))
@@ -483,7 +493,7 @@ def _keyed(image: Image.Image, key: Any, depth: int) -> Image.Image:
 
 
 def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
-    """The picture on white; on black if white shapes would vanish on white."""
+    """The picture on white, or on black if its shapes are white, too."""
     flat = Image.new("RGB", colours.size, "white")
     flat.paste(colours, mask=alpha)
     if ImageChops.invert(flat).getbbox() is None and len(set(alpha.getextrema())) == 2:
@@ -496,7 +506,7 @@ def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
 
 
 def _srgb(colours: Image.Image, profile: bytes) -> Image.Image:
-    """Mode RGB in sRGB; colours without a usable profile are taken for sRGB."""
+    """The picture in mode RGB and sRGB. Without a usable profile, colours count as sRGB."""
     if profile and (transform := _transform(profile, colours.mode)) is not None:
         return transform.apply(colours)
     return colours.convert("RGB") if colours.mode != "RGB" else colours
@@ -504,9 +514,15 @@ def _srgb(colours: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """To sRGB; None if the profile is broken, of other colours, or sRGB: moves no level of 255 by more than 2."""
+    """The transform from a profile to sRGB.
+
+    None if the profile is broken, is for other colours, or is sRGB (it moves no level of 255 by more than 2).
+    """
     if not features.check("littlecms2"):
-        raise OSError("it has a colour profile, and this Pillow was built without LittleCMS, which applies those")
+        raise OSError(
+            "it has a colour profile, and this Pillow was built without LittleCMS, which applies it: install a Pillow "
+            "with LittleCMS"
+        )
     try:
         found = ImageCms.ImageCmsProfile(BytesIO(profile))
         if found.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):

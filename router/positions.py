@@ -1,4 +1,4 @@
-"""Positions: the modules of a backbone whose outputs tasks may add to; how they are chosen, and what they are."""
+"""Positions: the modules of a backbone to whose outputs tasks may add; how they are chosen and measured."""
 
 import fnmatch
 import re
@@ -26,9 +26,9 @@ PRESETS = {
     "attn": r".*blocks\.\d+\.attn",
     "mlp": r".*blocks\.\d+\.mlp",
     "qkv": r".*blocks\.\d+\.attn\.qkv",
-    "linear": r".*blocks\.\d+\..*",  # narrowed to nn.Linear
+    "linear": r".*blocks\.\d+\..*",  # only nn.Linear
     "whole": "|".join(_WHOLE),
-    "pointwise": r".*",  # narrowed to 1x1 convolutions
+    "pointwise": r".*",  # only 1x1 convolutions
 }
 
 
@@ -49,10 +49,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def choose_positions(module: nn.Module, choice: str) -> list[str]:
-    """The module paths that comma-separated presets and shell patterns select, in forward order of blocks.
+    """The module paths that presets and shell patterns select.
 
+    Args:
+        module: a backbone's module.
+        choice: comma-separated presets (blocks, attn, mlp, qkv, linear, whole, pointwise) and patterns of module paths.
+    Returns:
+        Paths in the order in which the modules are registered.
     Raises:
-        BackboneError: one of them matches nothing.
+        BackboneError: a preset or pattern matches nothing.
     """
     named = [(name, m) for name, m in module.named_modules() if name]
     wanted = [part.strip() for part in choice.split(",")]
@@ -60,64 +65,68 @@ def choose_positions(module: nn.Module, choice: str) -> list[str]:
         if not any(_selects(one, name, part) for name, part in named):
             presets = ", ".join(PRESETS)
             some = ", ".join(n for n, m in named if is_linear(m))[:120]
-            raise BackboneError(f"positions {one!r} match no module; presets: {presets}; or a pattern over {some}, …")
+            raise BackboneError(
+                f"positions {one!r} match no module: expected one of the presets {presets}, or a pattern over {some}, …"
+            )
     return [name for name, part in named if any(_selects(one, name, part) for one in wanted)]
 
 
 @dataclass(frozen=True)
 class Position:
-    """What a module is given and returns: [..., d_in] and [..., d_out]; or maps with their channels in axis 1."""
+    """The measured widths of a module that takes [..., d_in] and returns [..., d_out], or maps of channels first."""
 
     d_in: int
     d_out: int
     owned: bool
-    """Its output is memory of its own, which may be written to."""
+    """Whether its output has memory of its own, which may be written to."""
     channels_first: bool
-    """Its axes are [batch, channel, height, width]."""
+    """Whether its axes are [batch, channel, height, width]."""
 
 
 def measure(
     backbone: Backbone, module: nn.Module, positions: Iterable[str], device: torch.device, dtype: torch.dtype
 ) -> tuple[int, dict[str, Position]]:
-    """How wide the backbone's features are, and each position, by one forward of a black image.
+    """Measures positions and the width of the features, in one forward of a black image.
 
     Args:
-        module: the backbone's module on the device; nobody else runs it meanwhile.
-
+        module: the backbone's module on the device. No other thread may run it meanwhile.
+        positions: module paths.
+    Returns:
+        The width of the pooled features, and each position.
     Raises:
-        BackboneError: a position that is no module of this backbone, never runs, runs twice, changes its input, or
-            returns other axes than it is given; or the backbone gives no pooled features.
+        BackboneError: a position is not a module of this backbone, never runs, runs twice, changes its input, or
+            returns other axes than its input has; or the backbone gives no pooled features.
     """
     modules = dict(module.named_modules())
     wanted = list(positions)
     for position in wanted:
         if position not in modules:
-            raise BackboneError(f"backbone {backbone.name} has no module {position!r}")
+            raise BackboneError(f"backbone {backbone.name} has no module {position!r}: choose other positions")
     with torch.inference_mode(False), torch.no_grad(), _calls(module, wanted) as calls:
         features = module(torch.zeros(1, 3, *backbone.input_size, device=device, dtype=dtype))
     if features.ndim != 2:
         found = list(features.shape)
-        raise BackboneError(f"backbone {backbone.name}: its output is {found}: expected pooled features")
+        raise BackboneError(f"backbone {backbone.name}: expected pooled features [batch, d], found an output {found}")
     maps = [position for position, seen in calls.items() if seen and _axes(seen[0].x) == 4]
     at_double_size = _calls_at_double_size(backbone, maps)
     measured = {}
     for position, seen in calls.items():
         where = f"position {position!r} of {backbone.name}"
         if len(seen) != 1:
-            raise BackboneError(f"{where} runs {len(seen)} times in a forward: expected once")
+            raise BackboneError(f"{where} runs {len(seen)} times in a forward, expected once: choose other positions")
         call = seen[0]
         if not (isinstance(call.x, Tensor) and isinstance(call.y, Tensor)) or call.x.ndim < 2:
-            raise BackboneError(f"{where}: expected a module that is given one tensor, and returns one")
+            raise BackboneError(f"{where}: expected a module that takes one tensor and returns one")
         if call.changed:
             raise BackboneError(
-                f"{where} changes its input in place: expected a module that leaves it; take its parent"
+                f"{where} changes its input in place: expected a module that does not; choose its parent"
             )
         large = at_double_size.get(position, call)
         first = call.x.ndim == 4 and (isinstance(modules[position], nn.Conv2d) or large.x.shape[-1] != call.x.shape[-1])
         if not (_keeps_pixels(call, large) if first else call.x.shape[:-1] == call.y.shape[:-1]):
             raise BackboneError(
-                f"{where} makes {list(call.y.shape)} of {list(call.x.shape)}: expected equal axes but for the "
-                "channels, or a map whose sides are those of its input over a stride"
+                f"{where} makes {list(call.y.shape)} of {list(call.x.shape)}: expected equal axes except for channels, "
+                "or a map with the sides of its input divided by a stride; choose other positions"
             )
         axis = 1 if first else -1
         owned = not _aliases(call.y, call.x, modules[position])
@@ -136,7 +145,7 @@ class _Call:
 
 @contextmanager
 def _calls(module: nn.Module, positions: Iterable[str]) -> Iterator[dict[str, list[_Call]]]:
-    """Each call of each position, as long as it is open."""
+    """Records each call of each position inside the block."""
     seen: dict[str, list[_Call]] = {position: [] for position in positions}
     with ExitStack() as hooks:
         for position, calls in seen.items():
@@ -158,7 +167,7 @@ def _calls(module: nn.Module, positions: Iterable[str]) -> Iterator[dict[str, li
 
 
 def _version(x: object) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
+    """How many times a tensor was written to. 0 for inference tensors, which do not count."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
@@ -167,16 +176,17 @@ def _axes(x: object) -> int:
 
 
 def _keeps_pixels(*calls: _Call) -> bool:
-    """Whether a module's output is a map of its input's pixels, or of every so many, for two sizes of image."""
+    """Whether a module's output keeps its input's pixels, or every s-th, with the same stride in all calls."""
     found = {strides(call.x.shape, call.y.shape) if _axes(call.y) == 4 else None for call in calls}
     first = calls[0]
     return None not in found and len(found) == 1 and first.x.shape[0] == first.y.shape[0]
 
 
 def _calls_at_double_size(backbone: Backbone, positions: list[str]) -> dict[str, _Call]:
-    """How positions with feature maps run for an image of twice the side, where the model takes that.
+    """Calls of positions with feature maps for an image of twice the side. Empty if the model does not take that.
 
-    An axis that grows with the image is no channel axis. On the meta device, where nothing is computed, if it can be.
+    An axis that grows with the image is not the channel axis. The forward runs on the meta device if possible, where
+    nothing is computed.
     """
     if not positions:
         return {}
@@ -190,7 +200,7 @@ def _calls_at_double_size(backbone: Backbone, positions: list[str]) -> dict[str,
             return {position: seen[0] for position, seen in calls.items() if seen}
         except MemoryError:
             raise
-        except Exception:  # whatever a model does that the meta device, or this size, cannot
+        except Exception:  # whatever a model raises on the meta device or for this size
             continue
     return {}
 

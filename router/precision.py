@@ -1,4 +1,4 @@
-"""Which precision a device computes fastest: one answer for training and for routing."""
+"""The precision that a device computes fastest, for training and for routing."""
 
 import time
 from functools import cache
@@ -6,16 +6,16 @@ from functools import cache
 import torch
 
 AMX_GAIN, BF16_GAIN = 1.0, 1.5
-"""How many times as fast a CPU must prove to be in bfloat16. The first is for one that reports tiles (AMX), the second
-for one that reports only vector instructions, or an instruction set that we do not know."""
+"""How many times faster a CPU must measure in bfloat16, so that it is taken. The first is for a CPU that reports AMX
+tiles, the second for one that reports only vector instructions, or whose instructions are not known."""
 _ROUNDS = 20
 
 
 def fast_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes it faster than float32, else float32.
+    """bfloat16 if the device computes it faster than float32, else float32.
 
-    A GPU is believed what it reports; emulation does not count. A CPU that reports no bfloat16 instructions takes
-    float32 unmeasured. Any other CPU is measured once in a process.
+    For a GPU, its own report decides; emulation does not count. A CPU without bfloat16 instructions gets float32. Any
+    other CPU is measured once per process.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -27,7 +27,7 @@ def fast_precision(device: torch.device) -> torch.dtype:
 
 
 def _needed_gain() -> float | None:
-    """The gain from which bfloat16 is taken on this CPU; None where it reports that it has no such instructions."""
+    """The gain from which bfloat16 is taken on this CPU. None if it reports no bfloat16 instructions."""
     if torch.cpu._is_amx_tile_supported():
         return AMX_GAIN
     x86 = torch.cpu._is_avx2_supported()
@@ -36,10 +36,10 @@ def _needed_gain() -> float | None:
 
 @cache
 def _measured_gain() -> float:
-    """How many times as fast this CPU multiplies matrices in bfloat16 as in float32.
+    """How many times faster this CPU multiplies matrices in bfloat16 than in float32.
 
-    What its instructions promise does not say: a CPU with AVX-512 BF16 and without AMX may be half as fast in it. The
-    rounds of both precisions alternate, so other load slows both; the best round of each counts.
+    The instruction set alone does not tell: a CPU with AVX-512 BF16 but without AMX may be half as fast in bfloat16.
+    Rounds of both precisions alternate, so that other load slows both. The best round of each counts.
     """
     factors = {
         dtype: (torch.ones(1024, 192, dtype=dtype), torch.ones(192, 192, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What tasks say of images."""
+"""The answers of tasks for images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,8 @@ from router.errors import RouterError
 from router.layout import Ints
 
 Threshold = float | None | Literal["stored"]
-"""The probability that the likeliest class must have, else the answer is unknown: a number from 0 to 1, None for none,
-or what each task has stored."""
+"""The probability that the likeliest class must reach, else the answer is unknown: a number from 0 to 1, None for no
+threshold, or "stored" for each task's own."""
 
 
 def check_threshold(threshold: object) -> None:
@@ -27,10 +27,10 @@ def check_threshold(threshold: object) -> None:
 
 
 def read_threshold(text: str) -> float | None:
-    """What a user's text says: ``none``, or a number from 0 to 1.
+    """Parses a user's text: ``none``, or a number from 0 to 1.
 
     Raises:
-        RouterError: anything else.
+        RouterError: the text is something else.
     """
     try:
         threshold = None if text == "none" else float(text)
@@ -42,28 +42,30 @@ def read_threshold(text: str) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a task says of one image.
+    """A task's answer for one image.
 
-    The answer is unknown where the likeliest class has a probability below `threshold`: `known` is False then, and
-    there is no `label`. `topk` gives the likeliest classes all the same.
+    The answer is unknown if the likeliest class has a probability below `threshold`. Then `known` is False and `label`
+    is None. `topk` still gives the likeliest classes.
     """
 
     task: str
     """The reference that was asked for, such as ``dtd`` or ``dtd@prod``."""
     version: int | None
-    """The task's version in the store; None if it was added to the router, or not found."""
+    """The task's version in the store. None if the task was added to the router, or not found."""
     logits: Tensor
-    """float32 [classes]; for a task without head, its features. NaN where the row failed."""
+    """float32 [classes]; for a task without head its features, float32 [d]. NaN if the row failed."""
     classes: tuple[str, ...]
-    """The names of the classes; none for a task without head."""
+    """The names of the classes. Empty for a task without head."""
     error: str | None
-    """Why there is no answer; None where there is one."""
+    """Why there is no answer. None if there is one."""
     threshold: float | None = field(default=None, kw_only=True)
-    """The probability below which the likeliest class counts as unknown; None: it never does."""
+    """The probability, 0 to 1, below which the likeliest class counts as unknown. None: never."""
 
     def with_threshold(self, threshold: float | None) -> Self:
-        """The same with another threshold, or None.
+        """The same answer with another threshold.
 
+        Args:
+            threshold: from 0 to 1; None: no threshold.
         Raises:
             RouterError: it is not from 0 to 1.
         """
@@ -72,24 +74,26 @@ class Prediction:
 
     @property
     def probs(self) -> Tensor:
-        """float32 [classes]: softmax of the logits."""
+        """Softmax of the logits, float32 [classes]."""
         return self.logits.softmax(-1)
 
     @property
     def known(self) -> bool | None:
-        """Whether the likeliest class counts; None for a task without head, and where there is an error."""
+        """Whether the likeliest class reaches the threshold. None for a task without head, and after an error."""
         if not self.classes or self.error is not None:
             return None
         return self.threshold is None or float(self.probs.max()) >= self.threshold
 
     @property
     def label(self) -> str | None:
-        """The likeliest class's name; None for a task without head, where there is an error, and if it is unknown."""
+        """The likeliest class's name. None if `known` is not True."""
         return self.classes[int(self.logits.argmax())] if self.known else None
 
     def topk(self, k: int) -> list[tuple[str, float]]:
-        """The k likeliest classes with their probabilities, best first, also of an unknown; none where `known` is None.
+        """The k likeliest classes with their probabilities, best first. Unknown answers have them, too.
 
+        Returns:
+            At most k pairs (class, probability). Empty if `known` is None.
         Raises:
             RouterError: k is below 1.
         """
@@ -101,25 +105,26 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Predictions(Sequence[Prediction]):
-    """What tasks say of a batch of images, in the images' order. A sequence of `Prediction`.
+    """The answers for a batch of images, in the images' order. A sequence of `Prediction`.
 
-    `logits` is a float32 tensor [batch, classes] where all rows have equally many classes, else a list of [classes];
-    for a task without head, they are its features. `classes` are each row's class names.
-
-    A row whose numbers are not finite, because they overflowed or the image held NaN, has no label: `errors` says so,
-    and no other row is touched by it. Nor has one that failed, where `run` was asked to return errors. A row whose
-    likeliest class has a probability below the row's threshold is unknown: `known` is False, and it has no label.
+    A row has an entry in `errors`, and no label, if it failed or if its logits are not finite. Logits are not finite if
+    numbers overflowed or the image held NaN. One row's error affects no other row. A row is unknown, and has no label,
+    if its likeliest class has a probability below the row's threshold.
     """
 
     logits: Tensor | list[Tensor]
+    """float32 [batch, classes] if all rows have equally many classes, else a list of [classes]. For a task without
+    head, its features."""
     tasks: list[str]
+    """Each row's task, as it was asked for."""
     classes: list[tuple[str, ...]]
+    """Each row's class names."""
     versions: list[int | None]
-    """Each row's version of its task in the store; None if the task was added to the router, or not found."""
+    """Each row's version of its task in the store. None if the task was added to the router, or not found."""
     failures: Mapping[int, Exception] = field(default_factory=lambda: MappingProxyType({}))
-    """Row -> the RouterError or PearStoreError for which it was not run."""
+    """Row -> the RouterError or PearStoreError that stopped it."""
     thresholds: Sequence[float | None] = ()
-    """Each row's; empty if no row has one."""
+    """Each row's threshold. Empty if no row has one."""
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -142,14 +147,14 @@ class Predictions(Sequence[Prediction]):
 
     @property
     def probs(self) -> Tensor | list[Tensor]:
-        """Softmax of the logits, in the same form."""
+        """Softmax of the logits, in the same form as `logits`."""
         if isinstance(self.logits, Tensor):
             return self.logits.softmax(-1)
         return [row.softmax(-1) for row in self.logits]
 
     @cached_property
     def finite(self) -> list[bool]:
-        """Whether all logits of a row are numbers, neither NaN nor infinite."""
+        """Whether all logits of each row are finite."""
         if isinstance(self.logits, Tensor):
             flags: list[bool] = self.logits.isfinite().all(-1).tolist()
             return flags
@@ -157,8 +162,8 @@ class Predictions(Sequence[Prediction]):
 
     @cached_property
     def errors(self) -> list[str | None]:
-        """Why a row has no answer; None where it has one."""
-        reason = "gives NaN or infinity for this image: use dtype float32, or mend the image"
+        """Why each row has no answer. None if it has one."""
+        reason = "gives NaN or infinity for this image: use dtype float32, or repair the image"
         said: list[str | None] = [
             None if finite else f"task {task!r} {reason}" for task, finite in zip(self.tasks, self.finite, strict=True)
         ]
@@ -168,16 +173,16 @@ class Predictions(Sequence[Prediction]):
 
     @property
     def known(self) -> list[bool | None]:
-        """Whether each row's likeliest class counts; None for a task without head, and where `errors` has something."""
+        """Whether each row's likeliest class reaches its threshold. None without a head, and after an error."""
         return [one.known for one in self]
 
     @property
     def labels(self) -> list[str | None]:
-        """The likeliest class's name of each image; None where `known` is not True."""
+        """The name of each image's likeliest class. None if `known` is not True."""
         return [one.label for one in self]
 
     def topk(self, k: int) -> list[list[tuple[str, float]]]:
-        """The k likeliest classes of each image with their probabilities, best first; none where `known` is None.
+        """The k likeliest classes of each image with their probabilities, best first. Empty where `known` is None.
 
         Raises:
             RouterError: k is below 1.
@@ -186,10 +191,10 @@ class Predictions(Sequence[Prediction]):
 
 
 class Answers:
-    """The logits of rows as forwards give them, on the CPU.
+    """Collects the logits of rows on the CPU. Rows that get none stay NaN.
 
     Args:
-        widths: int64 [row], how many logits each row has. A row that no forward answers has NaN.
+        widths: number of logits of each row, int64 [row].
     """
 
     def __init__(self, widths: Ints) -> None:
@@ -199,7 +204,7 @@ class Answers:
         self._same = int(widths[0]) if len(widths) and (widths == widths[0]).all() else 0
 
     def put(self, rows: Ints, logits: Tensor) -> None:
-        """Keeps the logits [row, classes] of some rows, all of that width."""
+        """Stores the logits [row, classes] of rows that all have this width."""
         if self._same:
             self._flat.view(-1, self._same)[torch.from_numpy(rows)] = logits
         else:
@@ -207,7 +212,7 @@ class Answers:
             self._flat[torch.from_numpy(places)] = logits
 
     def of(self, rows: slice) -> Tensor | list[Tensor]:
-        """The logits of a run of rows: [row, classes] where they are equally wide, else a list of [classes]."""
+        """The logits of a run of rows: [row, classes] if all have one width, else a list of [classes]."""
         widths = self._widths[rows]
         if not len(widths):
             return []

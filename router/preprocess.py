@@ -1,7 +1,7 @@
-"""From images to normalised tensors, as a task's record says.
+"""Makes normalised tensors of images, as a task's record says.
 
-Images are decoded and resized in worker threads (Pillow releases the GIL). Work that rows have in common is done once:
-an image asked for several times is opened once, and prepared once for each preprocessing.
+Worker threads decode and resize images, because Pillow releases the GIL. An image that comes several times is opened
+once, and prepared once for each preprocessing.
 """
 
 import math
@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from os import PathLike, fspath
@@ -22,25 +21,25 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torch.nn import functional as F
 
+from pear_store.pools import ThreadPool
 from router.errors import ImageError
 from router.pictures import LIMITS, Clock, ImageLike, Limits, Picture, check_reading, errors_named, opened
 from router.threads import side_threads
 
 _BY_TORCH = ("bilinear", "bicubic")
-"""Interpolations that torch has for 8 bits, with the antialiasing of Pillow."""
+"""Interpolations of 8-bit images that torch has with the antialiasing of Pillow."""
 MAX_ASPECT = 256
-"""Of pictures that are resized in proportion; to 224 pixels in height, such a one has 13 megapixels."""
+"""Largest aspect ratio of pictures that are resized in proportion. At 224 pixels in height, that is 13 megapixels."""
 
 
 class Preprocess:
-    """A task's way to read pictures, then timm's evaluation transform: to pixels of the input size, then normalised.
+    """Reads pictures by a task's rule, resizes them by timm's evaluation transform, and normalises them.
 
     Args:
-        record: a task's `preprocess`.
-        limits: what may be opened as a picture.
-
+        record: a task's `preprocess`, such as :attr:`Backbone.preprocess`.
+        limits: most pixels, and which paths and URLs may be opened.
     Raises:
-        RouterError: the record asks for a way of reading that this Pear does not know.
+        RouterError: this Pear does not know the record's rule for reading.
     """
 
     def __init__(self, record: Mapping[str, Any], limits: Limits = LIMITS) -> None:
@@ -69,7 +68,7 @@ class Preprocess:
         )
 
     def pixels(self, image: ImageLike) -> Tensor:
-        """uint8 [3, h, w] of the input size.
+        """Reads and resizes an image: uint8 [3, h, w] of the input size.
 
         Raises:
             ImageError: the image cannot be read.
@@ -78,7 +77,7 @@ class Preprocess:
             return self.resized(picture)
 
     def resized(self, picture: Picture) -> Tensor:
-        """uint8 [3, h, w] of the input size.
+        """Resizes an opened picture: uint8 [3, h, w] of the input size.
 
         Raises:
             ImageError: the picture cannot be decoded, or is too long to be resized.
@@ -86,27 +85,27 @@ class Preprocess:
         rgb = picture.rgb(self.reading, max(self._resized))
         if not self._can_resize(*rgb.size):
             raise ImageError(
-                f"{picture.name}: {rgb.width} x {rgb.height} pixels are too long: this task keeps "
-                "proportions, and cannot resize such to its input size: cut it into pieces"
+                f"{picture.name}: {rgb.width} x {rgb.height} pixels are too long to resize, because this task keeps "
+                "proportions: cut it into pieces"
             )
         with errors_named(picture.name):
             pixels: Tensor = self._transform(self._shrunk(rgb) if self._shrinks(rgb) else rgb)
         return pixels
 
     def _shrinks(self, rgb: Image.Image) -> bool:
-        """Whether torch makes the picture smaller. What is enlarged is left to Pillow: small pictures take no time."""
+        """Whether torch makes the picture smaller. Pillow enlarges pictures; small ones are fast anyway."""
         smaller = rgb.height >= self._resized[0] and rgb.width >= self._resized[1]
         return self.reading >= 2 and self._mode == "squash" and self._interpolation in _BY_TORCH and smaller
 
     def _shrunk(self, rgb: Image.Image) -> Tensor:
-        """uint8 [3, h, w] of the size that it is resized to. Levels differ from Pillow's by one at most."""
+        """The picture made smaller by torch, uint8 [3, h, w]. Levels differ from Pillow's by at most one."""
         pixels = (
             torch.from_numpy(np.array(rgb)).permute(2, 0, 1).unsqueeze(0)
-        )  # channels last, as torch's kernel is fast
+        )  # channels last in memory, for which torch's kernel is fast
         return F.interpolate(pixels, self._resized, mode=self._interpolation, antialias=True).squeeze(0)
 
     def _can_resize(self, width: int, height: int) -> bool:
-        """Whether resizing in proportion leaves a pixel of either side, and no more memory than MAX_ASPECT allows."""
+        """Whether resizing in proportion leaves at least a pixel on each side, and stays within MAX_ASPECT."""
         if self._mode == "squash":
             return True
         ratios = (width / self._resized[1], height / self._resized[0])
@@ -115,15 +114,15 @@ class Preprocess:
         return min(sides) >= 1 and sides[0] * sides[1] <= MAX_ASPECT * self._resized[0] * self._resized[1]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """float32 [batch, 3, h, w] from uint8 [batch, 3, h, w], on its device."""
+        """Normalised float32 [batch, 3, h, w] from uint8 [batch, 3, h, w], on the same device."""
         mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def __call__(self, images: Sequence[ImageLike]) -> Tensor:
-        """float32 [batch, 3, h, w].
+        """Reads, resizes and normalises images: float32 [batch, 3, h, w].
 
         Raises:
-            ImageError: the first image that cannot be read.
+            ImageError: an image cannot be read; the first one's error.
         """
         pixels = []
         for found in decode(images, [self] * len(images)):
@@ -135,10 +134,10 @@ class Preprocess:
 
 @dataclass
 class Spent:
-    """Where the time of decoding went, in seconds of all threads together."""
+    """The time of decoding, in seconds, summed over all threads."""
 
     read_s: float = 0.0
-    """Files and URLs that images are in."""
+    """Reading files and URLs."""
     decode_s: float = 0.0
     """Decoding and resizing."""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -152,14 +151,18 @@ class Spent:
 def decode(
     images: Sequence[ImageLike], ways: Sequence[Preprocess], spent: Spent | None = None
 ) -> list[Tensor | ImageError]:
-    """Pixels, uint8 [3, h, w], of each image prepared in its own way; of one that cannot be read, the error.
+    """Reads and resizes images in parallel, each with its own preprocessing.
 
-    Rows with the same image (one object, or equal paths) and preprocessing are given the same tensor.
+    Equal images (one object, or equal paths) with the same preprocessing get the same tensor.
 
     Args:
-        spent: is told where the time went.
+        images: PIL images, arrays, paths, URLs, files' bytes or open files.
+        ways: each image's preprocessing.
+        spent: the time of reading and of decoding is added to it.
+    Returns:
+        For each image its pixels, uint8 [3, h, w], or its error if it cannot be read.
     """
-    images = list(images)  # an array's rows are made anew at each look: hold them, for they are told apart by id
+    images = list(images)  # images are compared by id, and an array makes its rows anew at each access: hold them
     asked: dict[Hashable, tuple[ImageLike, Limits, dict[Hashable, Preprocess]]] = {}
     sources = [fspath(image) if isinstance(image, str | PathLike) else id(image) for image in images]
     names = [(source, way.limits) for source, way in zip(sources, ways, strict=True)]
@@ -199,7 +202,7 @@ def _pixels_of(
 
 
 @cache
-def _workers() -> ThreadPoolExecutor:
+def _workers() -> ThreadPool:
     return side_threads(None, "pear-decode")
 
 

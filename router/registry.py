@@ -1,4 +1,4 @@
-"""What names of tasks mean: their versions until the next refresh, the tasks that were added, and what is pinned."""
+"""The meaning of tasks' names: their versions until the next refresh, the added tasks, and the pinned ones."""
 
 import json
 import logging
@@ -22,25 +22,25 @@ from router.preprocess import Preprocess
 from router.tensors import all_finite
 
 KNOWN_TASKS = 4096
-"""Of some 50 KB each: most tasks that stay looked up although they are not loaded."""
+"""Most tasks that are kept after a look-up although they are not loaded. Each takes about 50 KB."""
 NAMES = 2**17
-"""Of some 300 bytes each: most references whose version is kept until the next refresh."""
+"""Most references whose version is kept until the next refresh. Each takes about 300 bytes."""
 READ_AHEAD = 16
-"""Most tasks that are held as read from the store; each may hold the map of a pack, and a descriptor."""
+"""Most tasks that are held with their bytes until they are loaded. Each may hold a pack's map, and a descriptor."""
 
 log = logging.getLogger(__name__)
 Ident = tuple[str, int, int]
-"""Task, version and time: what tells one version of a store from all others."""
+"""Task, version and time, which identify a version of a store."""
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What a name means now. Whoever keeps it runs this version, whatever the name comes to mean."""
+    """The meaning of a name when it was looked up. It stays this version, even if the name later means another one."""
 
     use: Use
     preprocess: Preprocess
     version: Version | None
-    """What the store had when it was looked up; None for a task that was added."""
+    """The version in the store at the time of the look-up. None for an added task."""
 
     @property
     def key(self) -> Hashable:
@@ -54,12 +54,14 @@ class Known:
 
 
 class Registry:
-    """What names of tasks mean. Thread-safe: its lock is held for moments, never while something is read.
+    """The meaning of tasks' names. Thread-safe: its lock is only held for moments, never while something is read.
 
     Args:
-        store: to look tasks up in; may be None.
-        check: raises what speaks against running a task on the backbone.
-        in_use: whether a key's task is loaded, and so not worth forgetting.
+        store: where tasks are looked up; None: only added tasks are known.
+        limits: limits for opening pictures.
+        dtype: compute precision.
+        check: raises an error if a task cannot run on the backbone.
+        in_use: whether a key's task is loaded, so that it should not be forgotten.
     """
 
     def __init__(
@@ -73,34 +75,38 @@ class Registry:
         self.store = store
         self.closed = False
         self.changes = 0
-        """How often names came to mean something else."""
+        """How many times names changed their meaning."""
         self.lock = threading.Lock()
         self._limits, self._dtype, self._check, self._in_use = limits, dtype, check, in_use
         self._added: dict[str, Known] = {}
-        """Tasks that were added, which come before the store's."""
+        """Added tasks. They hide tasks of the store with the same name."""
         self._known: dict[str, Known] = {}
-        """Tasks of the store as they were looked up, the oldest first."""
+        """Looked-up tasks of the store, the oldest first."""
         self._versions: dict[str, Version] = {}
-        """What references stand for until the next refresh, the oldest first."""
+        """Reference -> its version until the next refresh, the oldest first."""
         self._read: dict[Hashable, tuple[Use, Task]] = {}
-        """Tasks that were looked up just now and will be loaded next."""
+        """Tasks that were just looked up and will probably be loaded next."""
         self._uses: WeakValueDictionary[Hashable, Use] = WeakValueDictionary()
-        """Whatever is held somewhere, by the hash of its manifest, and by its version."""
+        """Every layout that still exists, by the hash of its manifest and by its version."""
         self.pinned: frozenset[str] = frozenset()
 
     def added(self) -> list[Task]:
-        """The tasks that were added."""
+        """The added tasks."""
         return [known.task for known in self._added.values()]
 
     def add(self, name: str, task: Task) -> Hashable:
-        """Makes a task known that is in no store; returns the key that the name had before, None if it had none.
+        """Adds a task that is in no store.
 
+        Returns:
+            The key that the name had before. None if it had none.
         Raises:
-            RouterError: it cannot run on this backbone.
+            RouterError: the task cannot run on this backbone.
         """
         for key, raw in task.tensors.items():
             if len(raw.data) != raw.size_bytes:
-                raise TaskError(name, f"tensor {key!r} has {len(raw.data)} bytes: its shape takes {raw.size_bytes}")
+                raise TaskError(
+                    name, f"tensor {key!r}: expected {raw.size_bytes} bytes for its shape, found {len(raw.data)}"
+                )
         self._check(name, task)
         known = Known(Use(_hash(task), task, self._dtype, lambda: task), self._preprocess(task), None)
         with self.lock:
@@ -112,7 +118,7 @@ class Registry:
         return before and before.key
 
     def bare(self, model: str, digest: str, preprocess: Mapping[str, Any]) -> Known:
-        """A task that adds nothing to a backbone, and has no head. No name means it."""
+        """The backbone alone, as a task without adapters and head. It has no name."""
         task = make_task(
             {
                 "format": FORMAT, "task": "backbone", "backbone": {"model": model, "digest": digest},
@@ -123,16 +129,16 @@ class Registry:
         return Known(Use(_hash(task), task, self._dtype, lambda: task), self._preprocess(task), None)
 
     def known(self, name: str) -> Known | None:
-        """What a reference means, if that was looked up and is kept; nothing is read."""
+        """The meaning of a reference, if it is kept from an earlier look-up. Reads nothing."""
         return self._added.get(name) or self._known.get(name)
 
     def find(self, name: str) -> Known:
-        """What a reference means, looked up once and kept until refresh; meanwhile nobody else has to wait.
+        """The meaning of a reference. It is looked up once and kept until `refresh`. Other threads do not wait.
 
         Raises:
-            UnknownTaskError: neither the store nor `add` knows it.
-            RouterError: it cannot run on this backbone.
-            PearStoreError: the store cannot be read, or what it has is refused.
+            UnknownTaskError: the task is neither in the store nor added.
+            RouterError: the task cannot run on this backbone.
+            PearStoreError: the store cannot be read, or its task is refused.
         """
         while (known := self.known(name)) is None:
             changes = self.changes
@@ -141,12 +147,12 @@ class Registry:
             with self.lock:
                 if self.closed:
                     raise ClosedError
-                if changes == self.changes:  # else a newer version may be there since
+                if changes == self.changes:  # else there may be a newer version by now
                     return self._enter(name, version, found)
         return known
 
     def _enter(self, name: str, version: Version, found: Known) -> Known:
-        """Enters a task as known, unless another thread did, and forgets the oldest that is not loaded."""
+        """Keeps a looked-up task, unless another thread already did. Forgets the oldest one that is not loaded."""
         if (known := self.known(name)) is not None:
             return known
         self._versions[name] = version
@@ -164,7 +170,7 @@ class Registry:
         return found
 
     def _look_up(self, name: str, version: Version) -> Known:
-        """A version of the store, as held somewhere or read and judged."""
+        """A version of the store. It is read and checked unless its layout still exists."""
         use = self._uses.get(_ident(version))
         if use is None:
             began = time.perf_counter()
@@ -187,17 +193,16 @@ class Registry:
                 del self._read[next(iter(self._read))]
 
     def read(self, use: Use) -> Task:
-        """A task with its tensors' bytes, as read just now or anew."""
+        """A task with its tensors' bytes: kept from the look-up, or read anew."""
         with self.lock:
             held = self._read.pop(use.key, None)
         return held[1] if held is not None and held[0] is use else use.read()
 
     def refresh(self) -> dict[str, int | None]:
-        """Takes up what changed in the store; what did not change is kept.
+        """Takes over changes of the store. References that did not change are kept.
 
         Returns:
-            The references that changed, and the version that each stands for now; None where there is none any more.
-
+            Each changed reference -> its version now; None if it no longer exists.
         Raises:
             PearStoreError: the store cannot be read; nothing changed.
         """
@@ -206,20 +211,20 @@ class Registry:
         before = {name: version for name, version in dict(self._versions).items() if name not in self._added}
         versions = {name: self._version(name) for name in before}
         changed = {name: now for name, now in versions.items() if not _same(before[name], now)}
-        with self.lock:  # what came meanwhile is looked up again: it may be older than this call
+        with self.lock:  # names that came meanwhile are dropped: they may have been looked up before this refresh
             self.changes += 1
             self._known = {n: one for n, one in self._known.items() if n in before and n not in changed}
             self._versions = {n: version for n, version in before.items() if n not in changed}
         return {name: None if now is None else now.version for name, now in changed.items()}
 
     def stale(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """Those of some keys that no name means any more."""
+        """Those of the keys that no name means any more."""
         with self.lock:
             live = {known.key for names in (self._known, self._added) for known in names.values()}
         return [key for key in keys if key not in live]
 
     def pinned_keys(self) -> list[Hashable]:
-        """Of the pinned tasks that are known."""
+        """The keys of the pinned tasks that are known."""
         known = map(self.known, self.pinned)
         return [one.key for one in known if one is not None]
 
@@ -231,14 +236,14 @@ class Registry:
 
     def _resolve(self, name: str) -> Version:
         if self.store is None:
-            raise UnknownTaskError(f"no task {name!r}: this router has no store, and it was not added")
+            raise UnknownTaskError(f"no task {name!r}: it was not added, and this router has no store: add it")
         try:
             return self.store.resolve(name)
         except NotFoundError as error:
             raise UnknownTaskError(str(error)) from None
 
     def _version(self, name: str) -> Version | None:
-        """What a reference stands for in the store now."""
+        """The version of a reference in the store now. None if there is none."""
         assert self.store is not None
         try:
             return self.store.resolve(name)
@@ -250,7 +255,7 @@ class Registry:
         try:
             return self.store.get(f"{version.task}@{version.version}", copy=False)
         except NotFoundError as error:
-            raise UnknownTaskError(f"{error}; refresh() takes up what the store has now") from None
+            raise UnknownTaskError(f"{error}; call refresh() to take over the store's changes") from None
 
     def _preprocess(self, task: Task) -> Preprocess:
         return _preprocess(json.dumps(dict(task.preprocess), sort_keys=True), self._limits)
@@ -258,12 +263,12 @@ class Registry:
 
 @lru_cache(256)
 def _preprocess(record: str, limits: Limits) -> Preprocess:
-    """A preprocessing from its JSON: most tasks have the same one."""
+    """The preprocessing for a record as JSON. It is cached because most tasks have the same one."""
     return Preprocess(json.loads(record), limits)
 
 
 def _hash(task: Task) -> bytes:
-    """The hash of a task's manifest, as a store has it: equal where the tasks are."""
+    """The hash of a task's manifest, as in a store. Equal tasks have equal hashes."""
     return manifest_hash(to_manifest(task))
 
 
@@ -272,12 +277,12 @@ def _ident(version: Version) -> Ident:
 
 
 def _same(a: Version | None, b: Version | None) -> bool:
-    """Whether both are one version, whatever its tags; numbers are never used twice."""
+    """Whether both are one version. Tags do not matter."""
     return a is not None and b is not None and _ident(a) == _ident(b)
 
 
 def _check_stored(name: str, task: Task) -> None:
-    """Raises a TaskError for what an `add` refuses, but a pack made by somebody else may hold."""
+    """Raises a TaskError for a task that `add` would refuse. A pack that others made may hold such a task."""
     try:
         check_record(task.record, {key: (raw.dtype, raw.shape) for key, raw in task.tensors.items()}, "its record")
     except PearStoreError as error:

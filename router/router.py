@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pear_store import PearStoreError, RawTensor, ReadableStore, Store, Task, make_task, read_checkpoint
 from pear_store.local.sources import Access
+from pear_store.pools import ThreadPool
 from router.adapted import AdaptedBackbone
 from router.backbone import Backbone, load_backbone
 from router.batches import Batch, Images, as_images, same_images
@@ -34,44 +35,43 @@ from router.slots import Slots, SlotStats
 from router.threads import computing_alone, side_threads
 
 AHEAD = 4
-"""Threads that preload: a task that is slow to read does not hold up the others"""
+"""Number of threads that preload. A task that is slow to read then does not block the others."""
 
 
 class Router:
     """Runs any mix of tasks on one frozen backbone.
 
-    Thread-safe: calls from several threads take turns on the device. A context manager, which closes it.
+    Thread-safe: calls from several threads take turns on the device. As a context manager it closes itself.
 
-    A router can be sent to a spawned process if its backbone was given by name. It is made anew there, from the same
-    store, weights and options, and with the tasks that were added. A forked process cannot use it.
+    A router can be sent to a spawned process if its backbone was given by name. It is made anew there, with the same
+    store, weights, options and added tasks. A forked process cannot use it.
 
     Args:
-        backbone: a timm name, a timm module at native size in float32, or a loaded Backbone.
-        store: a store's directory, the URL of a remote that is then read through a cache, or an open store of either
-            kind: where tasks are looked up.
+        backbone: a timm name, a timm module in float32 at its native size, or a loaded Backbone.
+        store: where tasks are looked up: a store's directory, a remote's URL (read through a cache), or an open store
+            of either kind. None: only added tasks are known.
         weights: a local safetensors file with the weights of a backbone given by name.
-        device: such as "cpu", "cuda" or "mps"; None: of a backbone given by name the GPU where there is one, else
-            the CPU; of another its own.
-        dtype: compute precision: torch.float32 (default), bfloat16 or float16; "auto": bfloat16 where the device is
-            faster in it, else float32.
-        slot_bytes: the most bytes that loaded tasks may take on the device, heads included; None for no limit.
-        merge: "auto" merges a task that runs alone often into copies of the backbone's matrices, where its positions
-            are Linears without activation; True does so at once, False never. One task at a time; the copies are
-            not counted in slot_bytes.
-        compile: run mixed batches through torch.compile; a string names its backend. Batches are padded to powers
-            of two. Nothing is merged, and batches that share images run eagerly.
-        graphs: on a GPU, batches of few pixels, which take it less time than their launches take Python, are recorded
-            as CUDA graphs when their like comes for the second time; padded to powers of two. Not with `compile`. New:
-            its tests have not run on a GPU yet, and nothing was measured.
+        device: such as "cpu", "cuda" or "mps". None: for a backbone given by name a GPU if there is one, else the CPU;
+            for another one its own device.
+        dtype: compute precision: torch.float32, bfloat16 or float16. "auto": bfloat16 if the device is faster in it,
+            else float32. None: float32.
+        slot_bytes: the most bytes that loaded tasks may take on the device, with their heads. None: no limit.
+        merge: merges a task into copies of the backbone's matrices. "auto": if it runs alone often; True: as soon as it
+            runs alone; False: never. Its positions must be Linears without activation. Only one task is merged at a
+            time. slot_bytes does not count the copies.
+        compile: run mixed batches through torch.compile; a string names its backend. Batches are padded to powers of
+            two. Nothing is merged, and batches that share images run eagerly.
+        graphs: on a GPU, record small batches as CUDA graphs. A size is recorded when it comes for the second time, and
+            is padded to a power of two. It has no effect with `compile`. New: its tests have not run on a GPU yet, and
+            nothing was measured.
         max_pixels: pictures with more pixels are refused before they are decoded.
-        access: which paths and URLs of pictures may be opened; by default all files, and URLs of usual protocols.
-
+        access: which paths and URLs of pictures may be opened. None: all files, and URLs of the usual protocols.
     Raises:
-        RouterError: the backbone cannot be loaded.
+        RouterError: the backbone cannot be loaded, the device cannot be used, or an argument has a bad value.
         PearStoreError: there is no such store.
     """
 
-    @computing_alone()  # else another thread's forwards would be slower from then on
+    @computing_alone()  # else other threads' forwards would stay slower afterwards
     def __init__(
         self,
         backbone: str | nn.Module | Backbone,
@@ -115,7 +115,7 @@ class Router:
             compiled=backend is not None, graphs=graphs and backend is None and self.device.type == "cuda",
         )  # fmt: skip
         self._pin_lock = threading.Lock()
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: ThreadPool | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +128,7 @@ class Router:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.backbone.source is None:
             raise RouterError(
-                f"this router cannot be pickled: its backbone {self.backbone.name} was given as a module; give its "
+                f"this router cannot be pickled: its backbone {self.backbone.name} was given as a module: give its "
                 "timm name, and weights= for a file of weights, or make a router in each process"
             )
         store = self.store.path.absolute() if isinstance(self.store, Store) else self.store
@@ -137,7 +137,7 @@ class Router:
 
     @property
     def store(self) -> ReadableStore | None:
-        """Where tasks are looked up."""
+        """The store where tasks are looked up. None if there is none."""
         return self._registry.store
 
     @store.setter
@@ -145,7 +145,7 @@ class Router:
         self._registry.store = store
 
     def close(self) -> None:
-        """Gives the slots' memory back, after calls under way; later calls raise a ClosedError."""
+        """Waits for calls under way and frees the slots' memory. Later calls raise a ClosedError."""
         if self._process != os.getpid():
             return
         self._registry.close()
@@ -157,11 +157,15 @@ class Router:
             self.store.close()
 
     def add(self, task: Task | str | Path) -> str:
-        """Makes a task known that is in no store, from a checkpoint; returns its name.
+        """Adds a task that is in no store. It hides a task of the store with the same name.
 
+        Args:
+            task: a Task, or the path of a task checkpoint.
+        Returns:
+            Its name.
         Raises:
             PearStoreError: the checkpoint is refused.
-            RouterError: it is for another backbone.
+            RouterError: the task cannot run on this backbone.
         """
         self._check_usable()
         task = make_task(task.record, task.tensors) if isinstance(task, Task) else read_checkpoint(task)
@@ -171,43 +175,54 @@ class Router:
         return task.name
 
     def added(self) -> list[str]:
-        """The names of the tasks that were added, which come before the store's."""
+        """The names of the added tasks. They hide tasks of the store with the same name."""
         return [task.name for task in self._registry.added()]
 
     def check(self, tasks: str | Known | Iterable[str | Known]) -> None:
-        """Raises what `run` would raise for these tasks together, before any image is given."""
+        """Checks that tasks exist, fit the backbone, and fit into the slots together. Needs no image.
+
+        Raises:
+            RouterError, PearStoreError: the error that `run` would raise for these tasks together.
+        """
         self._engine.check([self._find(task).use for task in _tasks(tasks)])
 
     def lookup(self, task: str) -> Known:
-        """What a name means now: its version, its record and how its images are prepared.
+        """Looks up what a name means now: its version, its record and its preprocessing.
 
-        `check`, `is_loaded`, `preload` and `run_batch` take what this returns in place of the name. Then they use that
-        version, whatever `refresh` takes up meanwhile.
+        `check`, `is_loaded`, `preload` and `run_batch` take the result instead of the name. Then they use this version,
+        even if `refresh` takes over a newer one meanwhile.
 
         Raises:
-            UnknownTaskError, WrongBackboneError, TaskError, PearStoreError: see `run`.
+            UnknownTaskError, WrongBackboneError, TaskError, PearStoreError: as for `run`.
         """
         return self._find(task)
 
     def is_near(self, task: str) -> bool:
-        """Whether `lookup` asks no remote: the name was looked up and is kept, or the store is a directory."""
+        """Whether `lookup` would not ask a remote: the name is kept from before, or the store is a directory."""
         return self.store is None or not self.store.is_remote or self._registry.known(task) is not None
 
     def is_loaded(self, task: str | Known) -> bool:
-        """Whether a task is in the slots now, so that a batch with it need not load it."""
+        """Whether a task is loaded now, so that a batch need not load it.
+
+        Raises:
+            UnknownTaskError, WrongBackboneError, TaskError, PearStoreError: as for `run`.
+        """
         return self._find(task).key in self._slots
 
     @torch.inference_mode()
     def warm_up(self, tasks: str | Iterable[str] = (), batch_sizes: Iterable[int] = (1,)) -> None:
-        """Runs the backbone once, on zeros of its native size, so that the first batch finds it ready.
+        """Runs the backbone once, on zeros of its native size, so that the first batch is not slower.
 
-        With tasks, these are loaded, and zeros run through them in batches of each size. With `compile`, the graphs are
-        made so: later batches of these sizes, rounded up to powers of two, compile nothing, whatever their mix of the
-        tasks is.
+        Given tasks, it also loads them and runs zeros through them in batches of each size. With `compile`, this
+        compiles the graphs. Later batches of these sizes, rounded up to powers of two, then compile nothing, with any
+        mix of these tasks.
 
+        Args:
+            tasks: names of tasks; it may be empty.
+            batch_sizes: numbers of rows, each at least 1.
         Raises:
-            RouterError: the backbone does not run; this router is closed; a size is below 1.
-            RouterError, PearStoreError: of a task, see `run`.
+            RouterError: the backbone does not run, this router is closed, or a size is below 1.
+            RouterError, PearStoreError: a task cannot be run, as for `run`.
         """
         names, sizes = _names(tasks), list(batch_sizes)
         for size in sizes:
@@ -215,7 +230,7 @@ class Router:
                 raise RouterError(f"batch size {size!r:.80}: expected a whole number of at least 1")
         self._check_usable()
         self._adapted.features(torch.zeros(1, 3, *self.backbone.input_size), {}).cpu()
-        self._load(names)  # all of them first: a graph is of the positions of all that are loaded
+        self._load(names)  # all of them first, because a graph has the positions of all loaded tasks
         alike: dict[tuple[int, int], list[str]] = {}
         for name in names:
             alike.setdefault(self._find(name).preprocess.size, []).append(name)
@@ -226,14 +241,12 @@ class Router:
 
     @computing_alone()
     def refresh(self) -> dict[str, int | None]:
-        """Takes up what changed in the store: newer versions, moved tags, removals; what did not change is kept.
+        """Takes over changes of the store: newer versions, moved tags, removals. Unchanged tasks stay loaded.
 
-        A newer version of a pinned task is loaded at once; should that fail, its next `run` says why.
+        A newer version of a pinned task is loaded at once. If that fails, the next `run` of the task says why.
 
         Returns:
-            The references that changed, as `run` was given them, and the version that each stands for now; None where
-            there is none any more.
-
+            Each changed reference, as `run` was given it -> its version now; None if it no longer exists.
         Raises:
             PearStoreError: the store cannot be read; nothing changed.
         """
@@ -246,10 +259,10 @@ class Router:
         return changed
 
     def preload(self, tasks: str | Known | Iterable[str | Known]) -> Future[None]:
-        """Loads tasks in the background, while batches run, so that the next batch finds them in their slots.
+        """Loads tasks in the background while batches run, so that the next batch need not load them.
 
         Returns:
-            A future, done when they are loaded; its result() raises what `run` would raise for them.
+            A future that is done when they are loaded. Its result() raises the error that `run` would raise for them.
         """
         names = _tasks(tasks)
         self._check_usable()
@@ -258,21 +271,26 @@ class Router:
                 raise ClosedError
             if self._ahead is None:
                 self._ahead = side_threads(AHEAD, "router-preload")
-            return self._ahead.submit(self._load, names)
+            ahead = self._ahead
+        try:
+            return ahead.submit(self._load, names)
+        except RuntimeError:  # it was closed meanwhile
+            raise ClosedError from None
 
     def pin(self, tasks: str | Iterable[str]) -> None:
-        """Loads tasks and keeps them loaded until `unpin`, whatever else asks for their slots; so their newer versions.
+        """Loads tasks and keeps them loaded until `unpin`. `refresh` does the same with their newer versions.
 
         Raises:
-            UnknownTaskError: a task that neither the store nor `add` knows; nothing is pinned.
-            SlotBudgetError: they do not fit beside what is pinned; nothing is pinned.
+            UnknownTaskError: a task is neither in the store nor added; nothing is pinned.
+            SlotBudgetError: they do not fit together with the pinned tasks; nothing is pinned.
+            RouterError, PearStoreError: a task cannot be loaded, as for `run`; nothing is pinned.
         """
         names = _names(tasks)
         self._check_usable()
         with self._pin_lock:
             self._engine.check([self._find(name).use for name in names])
             before = self._registry.pinned
-            self._registry.pinned = before.union(names)  # first: what is loaded is not evicted again
+            self._registry.pinned = before.union(names)  # first, so that the next load does not evict the last one
             try:
                 self._load(names)
             except BaseException:
@@ -280,7 +298,7 @@ class Router:
                 raise
 
     def unpin(self, tasks: str | Iterable[str]) -> None:
-        """Lets pinned tasks go when their slots are needed; names that are not pinned are passed over."""
+        """Lets pinned tasks be evicted again. Names that are not pinned are ignored."""
         names = _names(tasks)
         if self._process != os.getpid():
             raise ForkedError
@@ -288,7 +306,7 @@ class Router:
             self._registry.pinned = self._registry.pinned.difference(names)
 
     def stats(self) -> SlotStats:
-        """What is loaded now, and counts of hits, misses, loads and evictions."""
+        """The number and bytes of loaded tasks, and counts of hits, misses, loads and evictions."""
         if self._process != os.getpid():
             raise ForkedError
         return self._slots.stats
@@ -302,27 +320,32 @@ class Router:
         on_error: OnError = "raise",
         threshold: Threshold = "stored",
     ) -> Predictions:
-        """Predictions of one task for all images, or of one task for each image.
+        """Predicts all images with one task, or each image with a task of its own.
 
-        An image that is given for several tasks is decoded once, and its forward shared until they part: the same
-        object, path or bytes again in a list, or a tensor expanded along the batch.
+        An image that comes several times, for different tasks, is decoded once. Its forward is shared until the tasks
+        differ. Equal are the same object, path or bytes in a list, and the images of a tensor expanded along the batch.
 
         Args:
             images: a list of PIL images, uint8 or uint16 arrays [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], paths, URLs,
-                files' bytes or open files, to which each task's own preprocessing is applied; or a float tensor
-                [batch, 3, h, w], normalised. One image need not be put into a list.
-            task: ``name``, ``name@version`` or ``name@tag``; or one for each image.
-            on_error: "raise" what is wrong with the first image or task that fails; "return" it in the predictions of
-                its rows, and run all others. Then tasks that do not fit into slot_bytes together run in parts.
-            threshold: the probability below which the likeliest class counts as unknown: "stored", each task's own if
-                it has one; a number from 0 to 1 for all tasks; or None for none.
-
+                files' bytes or open files; each task's own preprocessing is applied. Or normalised floats
+                [batch, 3, h, w]. One image alone need not be in a list.
+            task: ``name``, ``name@version`` or ``name@tag``; or a list with one for each image.
+            on_error: "raise": raise the error of the first image or task that fails. "return": put errors into the
+                predictions of their rows, and run all others. Then tasks that do not fit into slot_bytes together run
+                in parts.
+            threshold: the probability below which the likeliest class counts as unknown. "stored": each task's own, if
+                it has one; a number from 0 to 1: for all tasks; None: no threshold.
+        Returns:
+            Predictions in the order of the images. All logits are float32 on the CPU.
         Raises:
-            UnknownTaskError: a task that neither the store nor `add` knows.
-            WrongBackboneError: a task made for another backbone.
-            ImageError: images of a wrong kind or shape, or normalised ones for tasks of unlike preprocessing.
+            UnknownTaskError: a task is neither in the store nor added.
+            WrongBackboneError: a task was made for another backbone.
+            TaskError: a task does not fit the backbone, or its tensors are bad.
+            ImageError: an image cannot be read, has a wrong type or shape, or is normalised for tasks whose
+                preprocessing differs.
             SlotBudgetError: the tasks do not fit into slot_bytes together.
-            PearStoreError: a task that the store cannot read.
+            ClosedError, ForkedError: this router is closed, or this process was forked.
+            PearStoreError: the store cannot read a task.
         """
         given = as_images(images)
         if not isinstance(task, str) and not (isinstance(task, list | tuple) and all(isinstance(t, str) for t in task)):
@@ -336,15 +359,16 @@ class Router:
 
     @torch.inference_mode()
     def features(self, images: Images, task: str | Sequence[str] | None = None) -> Tensor:
-        """float32 [batch, width]: the pooled features of images, on the CPU, as heads take them.
+        """The pooled features of images, which heads take as input.
 
         Args:
-            images: see `run`.
-            task: whose adapters and preprocessing are used, or one for each image; None: those of the backbone alone,
-                which is given images as timm says.
-
+            images: as for `run`.
+            task: the task whose adapters and preprocessing are used, or a list with one for each image. None: the bare
+                backbone with timm's preprocessing.
+        Returns:
+            float32 [batch, d] on the CPU.
         Raises:
-            See `run`.
+            RouterError, PearStoreError: as for `run`.
         """
         given = as_images(images)
         names: list[str | Known]
@@ -362,7 +386,7 @@ class Router:
 
     @cached_property
     def bare(self) -> Known:
-        """The backbone alone, as a task without adapters and head; its pictures are prepared as timm says."""
+        """The backbone alone, as a task without adapters and head, with timm's preprocessing."""
         return self._registry.bare(self.backbone.name, self.backbone.digest, self.backbone.preprocess)
 
     @torch.inference_mode()
@@ -374,9 +398,17 @@ class Router:
         on_error: OnError = "raise",
         threshold: Threshold = "stored",
     ) -> dict[str, Predictions]:
-        """Every image through every task: {task: predictions}. See `run` for arguments and errors.
+        """Predicts every image with every task. Work that tasks have in common is done once.
 
-        What tasks have in common is computed once. Tasks that do not fit into slot_bytes together run in parts.
+        Tasks that do not fit into slot_bytes together run in parts.
+
+        Args:
+            images, on_error, threshold: as for `run`.
+            tasks: names of tasks; a repeated name counts once.
+        Returns:
+            task -> predictions in the order of the images.
+        Raises:
+            RouterError, PearStoreError: as for `run`.
         """
         given = as_images(images)
         if isinstance(tasks, str):
@@ -400,16 +432,17 @@ class Router:
         without_heads: bool = False,
         threshold: Threshold = "stored",
     ) -> Predictions:
-        """Predictions of a batch that `prepare` made, for whoever decodes images ahead of their turn.
+        """Predicts a batch that `prepare` made. So images can be decoded ahead of time.
 
         Args:
-            tasks: one for each of the batch's rows: a name, or what `lookup` returned. The images are taken to be
-                prepared as these expect.
-            without_heads: give features, as `features` does, in place of logits.
-            threshold: see `run`.
-
+            tasks: a task for each row of the batch: a name, or a result of `lookup`. The caller has prepared the images
+                as these tasks expect; that is not checked.
+            on_error, threshold: as for `run`.
+            without_heads: give features instead of logits.
+        Returns:
+            Predictions in the order of the batch's rows.
         Raises:
-            See `run`.
+            RouterError, PearStoreError: as for `run`.
         """
         names = _tasks(tasks)
         if len(names) != len(batch.rows):
@@ -419,7 +452,7 @@ class Router:
         return call.predictions(slice(None))
 
     def _check_usable(self) -> None:
-        """Raises where this router was closed, or is in a forked process, in which its locks may be held for ever."""
+        """Raises an error if this router is closed or in a forked process, where its locks may be held for ever."""
         if self._process != os.getpid():
             raise ForkedError
         if self._registry.closed:
@@ -448,7 +481,7 @@ def _precision(dtype: object, device: torch.device) -> torch.dtype:
 
 
 def _own_memory(task: Task) -> Task:
-    """A task whose tensors share no memory with a map, which no pickle can hold."""
+    """The task with its own copy of its tensors, because a map cannot be pickled."""
     tensors = {key: RawTensor(raw.dtype, raw.shape, bytes(raw.data)) for key, raw in task.tensors.items()}
     return Task(dict(task.record), tensors)
 
@@ -462,10 +495,13 @@ def _make_again(
     options: dict[str, Any],
     added: list[Task],
 ) -> Router:
-    """A router as another process made it."""
+    """Makes the router of another process anew."""
     router = kind(backbone, store, weights=weights, **options)
     if router.backbone.digest != digest:
-        raise BackboneError(f"backbone {backbone}: its weights are not those of the process that this router came from")
+        raise BackboneError(
+            f"backbone {backbone}: expected the weights of the process that this router came from, found others: give "
+            "both processes the same weights"
+        )
     for task in added:
         router.add(task)
     return router

@@ -1,8 +1,8 @@
-"""What rows of a batch have in common is computed once.
+"""Plans forwards in which work that rows have in common is done once.
 
-A row is an image and a task. Two tasks agree up to a level of the backbone if all their branches before it do; rows
-of one image whose tasks agree are one row until they part. So a forward starts with few rows, and grows at the input
-of the blocks where tasks part: a trie over tasks, walked level by level.
+A row is an image and a task. Two tasks agree up to a level of the backbone if all their branches before it are equal.
+Rows of one image are one row as long as their tasks agree. So a forward starts with few rows, and grows at the inputs
+of blocks where tasks stop agreeing. It is a walk, level by level, through a trie of tasks.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,28 +16,28 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """How a batch runs through the levels of a backbone."""
+    """The way of a batch through the levels of a backbone. All arrays are int64."""
 
     start: Ints
     """The image of each row at level 0."""
     grow: dict[int, Ints]
-    """Level -> the row of the level before that each row continues."""
+    """Level -> for each row from this level on, the row of the level before that it continues."""
     units: list[Ints]
     """For each level, the task of each equal run of rows."""
     end: Ints
-    """The row in which each row that was asked for ends."""
+    """For each requested row, the last level's row that holds its result."""
 
 
 def plan(images: Ints, tasks: Ints, branches: Sequence[Sequence[Hashable]]) -> Walk:
-    """The walk of rows, each an image and a task.
+    """Plans the walk of rows, each an image and a task.
 
     Args:
-        images: int64 [row].
-        tasks: int64 [row], indices into `branches`.
-        branches: for each task, what it adds at each level; equal where two tasks add the same. At least one level.
+        images: each row's image, int64 [row].
+        tasks: each row's task, as an index into `branches`, int64 [row].
+        branches: for each task a value per level, equal if two tasks add the same there. There is at least one level.
     """
     same = _prefixes(branches)
-    if len(np.unique(images)) == len(images):  # nothing is in common: one level, a task's rows side by side
+    if len(np.unique(images)) == len(images):  # rows share nothing: one level, with each task's rows side by side
         same = same[:, -1:]
     start, end = images, np.arange(len(images))
     grow: dict[int, Ints] = {}
@@ -46,7 +46,7 @@ def plan(images: Ints, tasks: Ints, branches: Sequence[Sequence[Hashable]]) -> W
     parted = 0
     for level, prefix in enumerate(same.T):
         apart = len(np.unique(prefix[tasks]))
-        if apart == parted:  # nobody parts here
+        if apart == parted:  # no tasks stop agreeing here
             units.append(units[-1])
             continue
         parted = apart
@@ -62,14 +62,14 @@ def plan(images: Ints, tasks: Ints, branches: Sequence[Sequence[Hashable]]) -> W
 
 
 def bucket(images: Ints, tasks: Ints) -> Walk:
-    """The walk that shares nothing, filled up to a power of two with rows of no task: shapes for compiled graphs."""
+    """A walk that shares nothing, padded to a power of two with rows of no task. Compiled graphs need such shapes."""
     more = (1 << (len(images) - 1).bit_length()) - len(images)
     start = np.concatenate([images, np.repeat(images[:1], more)])
     return Walk(start, {}, [np.concatenate([tasks, np.full(more, -1)])], np.arange(len(images)))
 
 
 def _prefixes(branches: Sequence[Sequence[Hashable]]) -> Ints:
-    """int64 [task, level]: equal numbers where tasks agree up to and at a level."""
+    """Numbers that are equal if tasks agree up to and at a level, int64 [task, level]."""
     known: dict[Hashable, int] = {}
     found = np.zeros((len(branches), len(branches[0])), np.int64)
     for task, levels in enumerate(branches):
@@ -81,7 +81,12 @@ def _prefixes(branches: Sequence[Sequence[Hashable]]) -> Ints:
 
 
 def by_level(branches: Mapping[str, Hashable], levels: Mapping[str, int], count: int) -> list[Hashable]:
-    """What a task adds at each of `count` levels, as :func:`plan` takes it, from what it adds at each position."""
+    """What a task adds at each of `count` levels, in the form of :func:`plan`.
+
+    Args:
+        branches: position -> what the task adds there.
+        levels: position -> its level.
+    """
     added: list[list[Hashable]] = [[] for _ in range(count)]
     for position in sorted(branches):
         added[levels[position]].append((position, branches[position]))

@@ -1,6 +1,6 @@
-"""Slots: which tasks are loaded on the device, and which goes when another needs its room.
+"""Slots: which tasks are loaded on the device, and which one is evicted when another needs its memory.
 
-A tensor lies there once, whatever number of tasks and positions use it.
+A tensor is stored once, also if many tasks and positions use it.
 """
 
 import logging
@@ -25,36 +25,40 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SlotStats:
-    """What the slots hold now, and counters since the router was made.
-
-    A hit is a task of a batch that was loaded already, a miss one that had to be; loads count misses, preloads and
-    pins; `size_bytes` are those of adapters and heads that are loaded.
-    """
+    """The contents of the slots now, and counters since the router was made."""
 
     hits: int
+    """Tasks of batches that were already loaded. A task counts once per batch."""
     misses: int
+    """Tasks of batches that had to be loaded."""
     loads: int
+    """Tasks that were loaded, by misses, preloads and pins."""
     evictions: int
+    """Tasks that were evicted because others needed their memory."""
     tasks: int
+    """Tasks that are loaded now."""
     tensors: int
+    """Distinct matrices, cores and heads that are loaded now."""
     size_bytes: int
+    """Bytes of these on the device."""
     budget_bytes: int | None
+    """The router's slot_bytes."""
 
 
 @dataclass(eq=False)
 class _Entry:
     values: Tensor | Ints
-    """The rows of a pool that hold it; the head or the base itself."""
+    """Its rows in a pool, or the head or base itself."""
     size_bytes: int
     uses: int = 0
 
 
 class Slots:
-    """Loaded tasks, least recently used first out when `budget_bytes` is reached. Thread-safe.
+    """The loaded tasks. When `budget_bytes` is reached, the least recently used one is evicted. Thread-safe.
 
-    `_tasks` is the truth: a task is entered last, when its values are there, and taken out first. The entries, the free
-    rows and the bytes follow from it. A change that is interrupted, by Ctrl-C or want of memory, leaves `_sound` False;
-    then the next call derives them anew.
+    `_tasks` decides what is loaded. A task is entered last, after its values, and removed first. Entries, free rows and
+    bytes follow from it. If a change is interrupted, by Ctrl-C or too little memory, `_sound` stays False. Then the
+    next call computes them anew.
     """
 
     def __init__(self, matrices: Matrices, budget_bytes: int | None) -> None:
@@ -77,10 +81,10 @@ class Slots:
             )  # fmt: skip
 
     def check(self, wanted: Sequence[Use], pinned: Collection[Hashable] = ()) -> None:
-        """That these tasks fit together, beside what is pinned.
+        """Checks that these tasks fit together with the pinned ones.
 
         Raises:
-            SlotBudgetError: they do not.
+            SlotBudgetError: they do not fit.
         """
         if self._budget is None:
             return
@@ -98,7 +102,7 @@ class Slots:
             self._misses += len(wanted) - hits
 
     def find(self, wanted: Sequence[Use]) -> list[LoadedTask] | None:
-        """The tasks, as used just now; None unless all are loaded."""
+        """The loaded tasks, which become the most recently used. None unless all are loaded."""
         with self.lock:
             self._mend()
             if not all(use.key in self._tasks for use in wanted):
@@ -109,14 +113,13 @@ class Slots:
 
     @torch.inference_mode()
     def load(self, use: Use, task: Task, stay: Collection[Hashable] = ()) -> None:
-        """Loads a task, unless it is loaded.
+        """Loads a task, unless it is already loaded.
 
         Args:
-            task: as it was read, with its tensors' bytes.
-            stay: keys of tasks that are not evicted for it.
-
+            task: the task with its tensors' bytes.
+            stay: keys of tasks that must not be evicted.
         Raises:
-            SlotBudgetError: without evicting one of those it does not fit.
+            SlotBudgetError: it does not fit without evicting one of those.
         """
         with self.lock:
             self._mend()
@@ -133,7 +136,7 @@ class Slots:
             log.debug("loaded task %s: %d bytes in %.4f s", use.task.name, size, seconds)
 
     def keys(self) -> list[Hashable]:
-        """Of all loaded tasks."""
+        """The keys of all loaded tasks."""
         with self.lock:
             return list(self._tasks)
 
@@ -141,7 +144,7 @@ class Slots:
         return key in self._tasks
 
     def evict(self, key: Hashable) -> None:
-        """Forgets a task; tensors that no other loaded task uses give up their rows."""
+        """Unloads a task. Frees the tensors that no other loaded task uses."""
         with self.lock:
             self._mend()
             self._sound = False
@@ -164,7 +167,7 @@ class Slots:
             pool.free(rows)
 
     def _mend(self) -> None:
-        """Derives entries, free rows and bytes from the loaded tasks, where a change to them was interrupted."""
+        """Computes entries, free rows and bytes anew from the loaded tasks, if a change was interrupted."""
         if self._sound:
             return
         entries: dict[Key, _Entry] = {}
@@ -191,7 +194,7 @@ class Slots:
             self._evictions += 1
 
     def clear(self) -> None:
-        """Gives all memory back."""
+        """Frees all memory."""
         with self.lock:
             self._sound = False
             self._tasks.clear()
@@ -202,7 +205,7 @@ class Slots:
         return sum(size for key, size in use.sizes.items() if key not in self._entries)
 
     def _put(self, use: Use, task: Task) -> LoadedTask:
-        """Lays what is missing into the pools: written there where they are float32 on the CPU, else copied at once."""
+        """Puts missing tensors into the pools. Float32 pools on the CPU are written directly; others get one copy."""
         missing: dict[tuple[int, int], list[Key]] = {}
         for key, (_, width) in use.shapes.items():
             if key not in self._entries:
@@ -236,7 +239,7 @@ class Slots:
         """Copies adapters and heads to the device in one piece.
 
         Args:
-            parts: the head or a base, or a pool and its rows; the keys that go there, and how many elements they are.
+            parts: (key of the head or of a base, or the pool; its rows; the keys to write; their number of elements).
         """
         if not parts:
             return
@@ -273,7 +276,7 @@ class Slots:
 
 
 def _write(use: Use, task: Task, keys: Sequence[Key], out: NDArray[np.float32]) -> None:
-    """Some keys' values, one behind the other."""
+    """Writes the values of several keys into `out`, one after another."""
     start = 0
     for key in keys:
         end = start + use.elements[key]

@@ -1,4 +1,4 @@
-"""Between a store's raw tensors and torch, and the quantised form of adapters."""
+"""Converts between a store's raw tensors and torch, and quantises adapters."""
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def to_torch(raw: RawTensor) -> Tensor:
-    """A CPU tensor with memory of its own."""
+    """The raw tensor as a CPU tensor with its own memory."""
     dtype = _DTYPES[raw.dtype]
     if not len(raw.data):
         return torch.empty(raw.shape, dtype=dtype)
@@ -29,12 +29,12 @@ def to_torch(raw: RawTensor) -> Tensor:
 
 
 def all_finite(raw: RawTensor) -> bool:
-    """Whether no element is NaN or infinite; codes never are."""
+    """Whether no element is NaN or infinite. Codes are always finite."""
     return raw.dtype not in FLOATS or bool(np.isfinite(to_numpy(raw)).all())
 
 
 def from_torch(tensor: Tensor) -> RawTensor:
-    """The bytes of a tensor, copied off its device."""
+    """The tensor as a raw tensor, copied from its device."""
     tensor = tensor.detach().to("cpu").contiguous()
     data = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
@@ -46,14 +46,14 @@ def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]
         1 bit:   w ≈ scale · (2 code - 1)                      scale = mean |w|, the least squares choice
         b bits:  w ≈ scale · (2 code - top) / top              scale = max |w|, top = 2^b - 1
 
-    Codes lie row-major, the first in the lowest bits of its byte; the last byte is padded with zeros.
+    Codes are row-major, the first one in the lowest bits of its byte. The last byte is padded with zeros.
 
     Args:
-        matrix: float [d_in, rank] or [rank, d_out]; of a head [classes, features], with its classes as rank axis.
+        matrix: float [d_in, rank] or [rank, d_out], or [classes, features] of a head, whose rank axis is its classes.
         bits: 1, 2, 4 or 8.
         rank_axis: 1 for `down`, 0 for `up` and a head.
     Returns:
-        uint8 [ceil(numel * bits / 8)] and float16 [rank].
+        Packed codes, uint8 [ceil(numel * bits / 8)], and scales, float16 [rank].
     """
     matrix = matrix.detach().float().cpu()
     codes, scale = _codes(matrix, bits, rank_axis)
@@ -65,7 +65,7 @@ def quantise(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]
 
 
 def _codes(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
-    """Codes as float32 of the matrix's shape, and its scales, rounded to float16, along the other axis of length 1."""
+    """Codes as float32 in the matrix's shape, and scales rounded to float16, with length 1 along the other axis."""
     magnitude, across, top = matrix.abs(), 1 - rank_axis, 2**bits - 1
     scale = magnitude.mean(across, keepdim=True) if bits == 1 else magnitude.amax(across, keepdim=True)
     scale = scale.half().float()
@@ -75,7 +75,7 @@ def _codes(matrix: Tensor, bits: int, rank_axis: int) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantise(matrix: Tensor, bits: int, rank_axis: int) -> Tensor:
-    """What :func:`quantise` and :func:`dequantise` make of a matrix; its gradient passes through unchanged."""
+    """The matrix after :func:`quantise` and :func:`dequantise`. Gradients pass through unchanged."""
     with torch.no_grad():
         codes, scale = _codes(matrix.float(), bits, rank_axis)
         top = 2**bits - 1

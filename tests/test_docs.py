@@ -8,16 +8,36 @@ from typing import Any
 import click
 import pytest
 
+import pear_store.errors
 import pear_train.cli
 import pear_train.evaluation.cli
 import router.infer.cli
 import router.serve.cli
 from pear_store import Store
 from pear_store.cli import main
+from pear_store.errors import PearStoreError
 from tests.helpers.makers import floats, small_task
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+EXIT_CODES = {
+    0: "done",
+    1: "another error",
+    2: "wrong usage",
+    3: "a task, version or tag was not found",
+    4: "a file is not a valid checkpoint",
+    5: "stored bytes are damaged",
+    6: "the disk is full",
+    7: "the name is taken",
+    8: "not a store that this Pear reads",
+    9: "the version is tagged",
+    10: "a file or URL is not opened, or cannot be read",
+    11: "a store may not be read or written",
+    12: "a remote cannot be reached or used",
+    13: "another store pushed something that contradicts this one",
+    130: "Ctrl-C ended a push, pull, clone, pear-train, pear-eval or pear-infer",
+}
+"""What the errors of pear_store.errors, click and Ctrl-C exit with"""
 
 
 def store_commands() -> dict[str, click.Command]:
@@ -33,12 +53,10 @@ def store_commands() -> dict[str, click.Command]:
 def reference() -> str:
     """docs/reference.md, as the commands' own help says it."""
     parts = [
-        "# pear-store: reference\n\nWritten by `python -m tests.test_docs`; a test holds it against `--help`. "
-        "Exit codes: "
-        "0 done, 1 other errors, 2 usage,\n3 not found, 4 no valid checkpoint, 5 damage, 6 disk full, 7 name taken, "
-        "8 not a store that this Pear reads, 9 tagged,\n10 a file or URL that is not opened, 11 a store that may not "
-        "be read or written,\n12 a remote that cannot be reached or used, "
-        "13 what another store pushed contradicts this one.\n"
+        "# All commands\n\nThis page has what each command says with `--help`. `python -m tests.test_docs` writes it, "
+        "and a test compares the two.\nThe [glossary](glossary.md) explains the words.\n\n## Exit codes\n\n"
+        "All commands use these. `pear-eval` also has 20: [a gate failed](evaluate.md#a-gate-against-regressions).\n\n"
+        "| code | meaning |\n|---|---|\n" + "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items())
     ]
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
     commands += [(f"pear-store {name}", command) for name, command in store_commands().items()]
@@ -53,6 +71,12 @@ def reference() -> str:
 
 def test_the_reference_is_what_help_says() -> None:
     assert (DOCS / "reference.md").read_text() == reference(), "run: python -m tests.test_docs"
+
+
+def test_the_reference_has_every_exit_code_of_an_error() -> None:
+    errors = [error for error in vars(pear_store.errors).values() if isinstance(error, type)]
+    codes = {error.exit_code for error in errors if issubclass(error, PearStoreError)}
+    assert codes == EXIT_CODES.keys() - {0, 2, 130}
 
 
 @pytest.mark.parametrize("name", store_commands())

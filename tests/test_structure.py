@@ -43,7 +43,13 @@ def test_imports_run_one_way(package: str) -> None:
             assert "click" not in imports(file), f"{file}: only a cli imports click, and what it prints through"
 
 
-LEAVES = {"errors", "files"}
+def test_only_one_module_has_pools_that_fail_where_threads_are_few() -> None:
+    for file in [file for package in ALLOWED for file in (ROOT / package).rglob("*.py")]:
+        if file.name != "pools.py":
+            assert "concurrent.futures.ThreadPoolExecutor" not in modules(file), f"{file}: expected pools.ThreadPool"
+
+
+LEAVES = {"errors", "files", "pools"}
 WINGS = {
     "format": LEAVES | {"format"},
     "local": LEAVES | {"format", "local"},

@@ -1,6 +1,6 @@
-"""Tries timm's families as backbones: which positions adapters have there by default, and whether mixed batches agree.
+"""Tries timm's families as backbones: their default positions, and whether mixed batches equal their rows alone.
 
-Weights are random, so this says what runs, not how good it is. `python -m tools.backbones` writes docs/backbones.md.
+Weights are random, so it says what runs, not how good it is. `python -m tools.backbones` writes docs/backbones.md.
 """
 
 from pathlib import Path
@@ -18,27 +18,28 @@ from router import AdaptedBackbone, Backbone, Router, RouterError, choose_positi
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
 TOLERANCE = 1e-4
-"""Largest difference between a row of a mixed batch and that row alone, of logits up to 1; else of the largest."""
+"""Largest allowed difference between a row of a mixed batch and that row alone. With logits above 1, relative to the
+largest one."""
 SMALL = ("atto", "femto", "pico", "xxs", "xx_small", "nano", "_050", "_035", "xs", "tiny", "_t", "small", "b0", "18",
          "lite", "s0", "_s")  # fmt: skip
-"""What small models of a family are called, the smallest first."""
+"""Parts of the names of small models, the smallest first."""
 MOST = 100_000_000
-"""Parameters of a model that is tried."""
+"""Most parameters of a model to try."""
 
 
 class Found(NamedTuple):
-    """What became of one model."""
+    """The result for one model."""
 
     family: str
     model: str
     preset: str
-    """Of DEFAULTS; "" where none fits."""
+    """One of DEFAULTS; "" if none fits."""
     positions: int
     problem: str
 
 
 def smallest(family: str) -> str | None:
-    """A small model of one of timm's modules, without building all of them."""
+    """A small model of a timm module. Only a few models are built to find it. None if there is none."""
     names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
     if not names:
         return None
@@ -50,12 +51,12 @@ def _parameters(model: str) -> float:
     try:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in timm.create_model(model, num_classes=0).parameters())
-    except Exception:  # whatever a model does that the meta device cannot
+    except Exception:  # whatever a model raises on the meta device
         return float("inf")
 
 
 def random_module(name: str, seed: int = 0) -> torch.nn.Module:
-    """A model without classifier, whose every layer does something: running statistics and zero scales, too."""
+    """A model without classifier and with random weights. Every layer has an effect, because none is left at zero."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     module: torch.nn.Module = timm.create_model(name, num_classes=0).eval()
@@ -92,7 +93,7 @@ def _chosen(module: torch.nn.Module, preset: str) -> list[str] | None:
 
 
 def _mixed_problem(backbone: Backbone, adapted: AdaptedBackbone, positions: list[str]) -> str:
-    """What is wrong with a mixed batch; "" if nothing is."""
+    """The fault of a mixed batch; "" if there is none."""
     names = ["a", "b", "a"]
     with Router(backbone, merge=False) as router:
         for seed, name in enumerate("ab"):
@@ -137,21 +138,22 @@ def _random_task(backbone: Backbone, adapted: AdaptedBackbone, positions: list[s
 
 HEAD = """# Which backbones work
 
-Written by `python -m tools.backbones` (timm {timm}, torch {torch}); a test holds it on some.
+Written by `python -m tools.backbones` (timm {timm}, torch {torch}). A test checks it on some of them.
 
-From each of timm's modules it takes a small model with random weights, attaches the default positions of `pear-train`,
-and runs two tasks in a mixed batch. A model works if each row's features equal those of the row alone to 1e-4, and the
-tasks differ. It does not say how good a task becomes there: that needs pretrained weights.
+This program takes a small model with random weights from each of timm's modules. It attaches the default positions of
+`pear-train` (places where adapters are added), and runs two tasks in a mixed batch. A model works if each row's
+features equal those of the row alone to 1e-4, and the tasks differ. This does not say how good a task becomes there,
+because that needs pretrained weights.
 
 Default positions are the first of these that a backbone has, and that run once in a forward:
 
-- `qkv,mlp`: the fused qkv, and the MLP as a whole;
-- `blocks`: attention and MLP, each as a whole;
-- `whole`: each residual block of a convolutional network as a whole;
+- `qkv,mlp`: the fused qkv, and the MLP as a whole.
+- `blocks`: attention and MLP, each as a whole.
+- `whole`: each residual block of a convolutional network as a whole.
 - `pointwise`: all 1x1 convolutions. These can be merged into weights, as Linears can.
 
-Where none fits, name modules: `pear-train --positions 'PATTERN'`. A position is a module that is given one tensor and
-returns one. Its channels come last, or its axes are [batch, channel, height, width]. There it may have a stride.
+If none fits, name modules: `pear-train --positions 'PATTERN'`. A position is a module that takes one tensor and returns
+one. Its channels come last, or its axes are [batch, channel, height, width]. In that second form it may have a stride.
 
 {works} of {all} families work by default.
 
@@ -161,7 +163,7 @@ returns one. Its channels come last, or its axes are [batch, channel, height, wi
 
 
 def page(found: list[Found]) -> str:
-    """docs/backbones.md."""
+    """The text of docs/backbones.md."""
     works = sum(not one.problem for one in found)
     rows = [
         f"| {one.family} | {one.model} | {f'`{one.preset}`' if one.preset else '–'} | {one.positions or '–'} | "
@@ -177,7 +179,7 @@ def page(found: list[Found]) -> str:
 
 @click.command(help=__doc__)
 @click.argument("families", nargs=-1)
-@click.option("--write", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="The page.")
+@click.option("--write", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="Page to write.")
 def main(families: tuple[str, ...], write: Path) -> None:
     found = []
     for family in families or sorted(timm.list_modules()):

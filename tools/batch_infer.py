@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The command pear-infer, for those who call it by its earlier name."""
+"""The command pear-infer under its earlier name."""
 
 from router.infer.__main__ import main
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The whole of Pear in a few minutes: five tasks on real images, one store, one backbone, one mixed batch.
+"""Shows all of Pear in a few minutes: five tasks on real images, one store, one backbone, one mixed batch.
 
-The images come with scikit-learn and scikit-image; the backbone with Pear. Nothing is downloaded.
+The images come with scikit-learn and scikit-image, the backbone with Pear. Nothing is downloaded.
 
     python tools/demo.py --out demo-out
 """
@@ -29,11 +29,11 @@ from router import Router, load_backbone, open_image
 
 Picture = NDArray[np.uint8]
 Labelled = dict[str, list[tuple[Picture, str]]]
-"""Pictures with their class names, by split."""
+"""Split -> pictures with their class names."""
 METHODS = ("linear", "adapters", "pear")
 SIDE = 48
 MARK = ".pear-demo"
-"""A file that says that the demo made its folder."""
+"""Name of a file that marks a folder of the demo."""
 
 
 # ---- real images from installed packages ------------------------------------------------------
@@ -61,7 +61,7 @@ def faces() -> Labelled:
 
 
 def _cells(image: Picture, side: int, rng: np.random.Generator) -> dict[str, list[Picture]]:
-    """An image cut into cells of `side` pixels, dealt out to the splits: no two splits share a pixel."""
+    """Cuts an image into cells of `side` pixels and divides them among the splits. No two splits share a pixel."""
     height, width = image.shape[:2]
     cells = [
         image[y : y + side, x : x + side]
@@ -74,7 +74,7 @@ def _cells(image: Picture, side: int, rng: np.random.Generator) -> dict[str, lis
 
 
 def _by_source(names: tuple[str, ...], side: int, most: int, grey: bool) -> Labelled:
-    """Which image does a cell come from?"""
+    """Cells of images. The class of a cell is the image that it comes from."""
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
@@ -128,7 +128,7 @@ TASKS: dict[str, Callable[[], Labelled]] = {
 
 
 def write_folder(root: Path, labelled: Labelled) -> None:
-    """An image folder: split/class/number.png."""
+    """Writes an image folder: split/class/number.png."""
     for split, pictures in labelled.items():
         for i, (picture, label) in enumerate(pictures):
             folder = root / split / label
@@ -140,20 +140,20 @@ def write_folder(root: Path, labelled: Labelled) -> None:
 
 
 def empty_folder(out: Path) -> None:
-    """Makes the demo's folder, or removes what an earlier demo left there.
+    """Makes the demo's folder, or removes the files of an earlier demo.
 
     Raises:
         ClickException: the folder holds something else.
     """
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / MARK).is_file():
-        raise click.ClickException(f"{out}: holds files, and the demo did not make it: choose another --out")
+        raise click.ClickException(f"{out}: holds files that the demo did not make: choose another --out")
     own = {MARK, "data", "pear.store", "table.txt", "adapters.png"}
     own |= {f"{task}-{method}.safetensors" for task in TASKS for method in METHODS}
     strange = sorted(path.name for path in out.iterdir() if path.name not in own)
     if strange:
         raise click.ClickException(
-            f"{out}: holds {strange[0]!r}, which is not the demo's: move it, or choose another --out"
+            f"{out}: holds {strange[0]!r}, which is not the demo's: move it away, or choose another --out"
         )
     (out / MARK).touch()
     for path in out.iterdir():
@@ -168,7 +168,7 @@ def heading(text: str) -> None:
 
 
 def call(command: click.Command, name: str, *args: object, quiet: bool = False) -> str:
-    """Runs one of our commands in this process, as the shell would, and returns what it printed."""
+    """Runs one of Pear's commands in this process, as a shell would, and returns its output."""
     words = [str(arg) for arg in args]
     if not quiet:
         click.secho(f"$ {shlex.join([name, *words])}", fg="cyan")

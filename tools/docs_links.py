@@ -1,4 +1,4 @@
-"""Of the site: links to files that are no pages of it lead to the repository."""
+"""A hook of the documentation site: links to files outside of docs/ lead to the repository."""
 
 import os
 import re
@@ -8,7 +8,7 @@ LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """A relative link out of docs/ becomes one to the repository, or loses its target where no repository is named."""
+    """Turns each relative link out of docs/ into a link to the repository."""
 
     def lead(match: re.Match[str]) -> str:
         folder = os.path.dirname(page.file.src_uri)

@@ -80,7 +80,7 @@ class Painter:
         self.frequency = frequency
 
     def colours(self, n: int) -> NDArray[np.float64]:
-        """n RGB colours in 0..255, at times nearly grey, at times of one hue."""
+        """n RGB colours in 0..255, sometimes nearly grey, sometimes of one hue."""
         rng = self.rng
         base = rng.uniform(0, 255, 3)
         colours = base + rng.normal(0, rng.choice([25, 70, 140]), (n, 3))
@@ -97,7 +97,7 @@ class Painter:
         return np.stack([np.interp(t, stops, colours[:, c]) for c in range(3)], -1).astype(np.uint8)
 
     def noise_field(self) -> NDArray[np.float32]:
-        """1/f^a noise, at times stretched along one axis or folded into ridges."""
+        """1/f^a noise, sometimes stretched along one axis or folded into ridges."""
         rng = self.rng
         spectrum = rng.normal(size=self.frequency.shape) + 1j * rng.normal(size=self.frequency.shape)
         stretch = 1.0
@@ -202,7 +202,7 @@ class Painter:
         return np.asarray(crop)
 
     def fill(self) -> Picture:
-        """What a shape or a ground is filled with."""
+        """The filling of a shape or of a ground."""
         kind = self.rng.random()
         if kind < 0.3:
             return np.broadcast_to(self.colours(1).astype(np.uint8), (SIDE, SIDE, 3)).copy()
@@ -211,7 +211,7 @@ class Painter:
         return self.photo() if kind < 0.85 else self.grating()
 
     def shape(self) -> Image.Image:
-        """A mask: an ellipse, a polygon, a stroke or a ring; small ones are the likelier."""
+        """A mask: an ellipse, a polygon, a stroke or a ring. Small ones are more likely."""
         rng = self.rng
         mask = Image.new("L", (SIDE, SIDE))
         draw = ImageDraw.Draw(mask)
@@ -280,7 +280,7 @@ class Painter:
 
 
 def paint(seed: int, count: int) -> Picture:
-    """count pictures [count, SIDE, SIDE, 3], a function of the seed."""
+    """Pictures, uint8 [count, SIDE, SIDE, 3], which depend only on the seed."""
     painter = Painter(seed)
     return np.stack([painter() for _ in range(count)])
 
@@ -316,12 +316,12 @@ def student_from_teacher(teacher: nn.Module) -> nn.Module:
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """uint8 [n, h, w, 3] to float [n, 3, h, w] as ImageNet models expect."""
+    """Normalises uint8 [n, h, w, 3] to float [n, 3, h, w], as ImageNet models expect."""
     return (pictures.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
 def smooth(images: Tensor) -> Tensor:
-    """Half the side, by averaging."""
+    """Halves height and width by averaging."""
     return F.avg_pool2d(images, 2)
 
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """VTAB-1k: trains all 19 tasks from the standard folders and prints the standard table.
 
-DIR holds a folder for each task, as the benchmark is passed around: cifar/train800val200.txt, cifar/test.txt,
-cifar/images/…. One set of options for all tasks, the last epoch, test looked at once; tune them with --tune, which
-trains on 800 images and reports val of the other 200, never test. What is trained already is not trained again.
+DIR holds a folder for each task, in the benchmark's usual form: cifar/train800val200.txt, cifar/test.txt,
+cifar/images/…. All tasks have the same options, the last epoch is kept, and test is evaluated once. To choose options,
+use --tune: it trains on 800 images and reports val of the other 200, never test. A trained task is not trained again.
 
     python -m tools.vtab1k vtab-1k --out vtab-out                    # vit_base_patch16_224.augreg_in21k
     python -m tools.vtab1k vtab-1k --out tune --tune --set ratio=0.75    # options are pear-train's
 """
 
 import json
+import os
 import sys
 from collections.abc import Container
 from dataclasses import replace
@@ -37,23 +38,23 @@ GROUPS = {
 }  # fmt: skip
 CONVENTIONS: dict[str, Any] = {"epochs": 100, "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 64, "warmup": 0.1,
                                "select": "last"}  # fmt: skip
-"""Those of the published numbers."""
+"""The options of the published figures."""
 PUBLISHED = {"linear": 60.5, "LoRA": 75.2, "FacT-TK": 75.7, "RepAdapter": 75.8, "AdaptFormer": 76.0, "Convpass": 76.4}
-"""Average of the three group means; ViT-B/16 in21k, a uniform re-run: tuned on val, last epoch."""
+"""Published averages of the three group means, of ViT-B/16 in21k: uniform re-runs, tuned on val, last epoch."""
 
 
 @click.command(help=__doc__)
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where task checkpoints go.")
-@click.option("--backbone", default="vit_base_patch16_224.augreg_in21k", show_default=True)
-@click.option("--weights", type=click.Path(path_type=Path))
-@click.option("--tasks", help="Comma-separated; all 19 by default.")
-@click.option("--tune", is_flag=True, help="Train on 800 images, report val of 200.")
-@click.option("--together", default=1, show_default=True, type=click.IntRange(1), help="Tasks in one batch.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for task checkpoints.")
+@click.option("--backbone", default="vit_base_patch16_224.augreg_in21k", show_default=True, help="A timm model's name.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Local safetensors file of the backbone's weights.")
+@click.option("--tasks", help="Comma-separated tasks [default: all 19].")
+@click.option("--tune", is_flag=True, help="Train on 800 images and report val of 200.")
+@click.option("--together", default=1, show_default=True, type=click.IntRange(1), help="Tasks to train at once.")
 @click.option(
-    "--set", "changes", multiple=True, metavar="OPTION=VALUE", help="An option of pear-train's, such as ratio=0.75."
+    "--set", "changes", multiple=True, metavar="OPTION=VALUE", help="An option of pear-train, such as ratio=0.75."
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def main(
     folder: Path, out: Path, backbone: str, weights: Path | None, tasks: str | None, tune: bool, together: int,
     changes: tuple[str, ...], as_json: bool,
@@ -61,8 +62,8 @@ def main(
     names = tasks.split(",") if tasks else [name for group in GROUPS.values() for name in group]
     try:
         for name in names:
-            if not (folder / name).is_dir():
-                raise click.ClickException(f"{folder / name}: no such folder: expected VTAB-1k's task {name!r} there")
+            if not os.path.isdir(folder / name):
+                raise click.ClickException(f"{folder / name}: no such folder: put VTAB-1k's task {name!r} there")
         options = {**CONVENTIONS, **parse_settings("--set", changes, OPTIONS)}
         configs = {name: TrainConfig(task=name, **options) for name in names}
         loaded = load_backbone(backbone, weights)
@@ -97,7 +98,7 @@ def _open(path: Path, tune: bool) -> Dataset:
 
 
 def score(done: Container[str], names: list[str], out: Path, metric: str) -> dict[str, Any]:
-    """Top-1 of each task in %, the means of the groups, and their average; None where a task is missing."""
+    """Top-1 of each task in %, the means of the groups, and their average. None if a task is missing."""
     found: dict[str, Any] = {}
     for name in names:
         path = out / f"{name}.safetensors"
@@ -110,7 +111,7 @@ def score(done: Container[str], names: list[str], out: Path, metric: str) -> dic
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Rounded to 0.01; None where one is missing."""
+    """The mean, rounded to 0.01. None if a value is missing."""
     there = [value for value in values if value is not None]
     return round(sum(there) / len(there), 2) if len(there) == len(values) else None
 

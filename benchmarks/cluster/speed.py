@@ -8,6 +8,7 @@ random weights. Rounds take turns with
     alone      pear-infer, with a thread for each core
     one        --ray, one worker of all cores
     each       --ray, a worker of one core for each core
+    single     --ray, one worker of one core, pinned to one core with all of Ray: with `each` the scaling
 
 `running` is images a second once it runs: of `alone` all images over its seconds, which begin when the backbone is
 loaded; of the others all images but one batch a worker, over the seconds after the first answer. `whole` is images over
@@ -45,7 +46,9 @@ CASES = {
     "alone": [],
     "one": ["--ray", "--workers", "1", "--cpus-per-worker", str(CORES)],
     "each": ["--ray", "--workers", str(CORES), "--cpus-per-worker", "1"],
+    "single": ["--ray", "--workers", "1", "--cpus-per-worker", "1"],
 }
+PINNED = {"single": ["taskset", "--cpu-list", "0"]}
 
 
 def make_files(work: Path, rows: int) -> None:
@@ -68,9 +71,9 @@ def run(case: str, work: Path, rows: int) -> dict[str, Any]:
     """One process; what it reported, with the rates."""
     out = work / f"{case}-{time.monotonic_ns()}.parquet"
     command = [
-        sys.executable, "-m", "router.infer", str(work / "list.csv"), str(out), "--store", str(work / "store"),
-        "--backbone", MODEL, "--weights", str(work / "weights.safetensors"), "--batch-size", str(BATCH), "--json",
-        *CASES[case],
+        *PINNED.get(case, []), sys.executable, "-m", "router.infer", str(work / "list.csv"), str(out),
+        "--store", str(work / "store"), "--backbone", MODEL, "--weights", str(work / "weights.safetensors"),
+        "--batch-size", str(BATCH), "--json", *CASES[case],
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(CORES)}
     began = time.perf_counter()
@@ -103,13 +106,14 @@ def main(out: Path, rows: int, rounds: int) -> None:
         make_files(work, rows)
         for number in range(rounds):
             names = list(CASES)
-            for case in names[number % 3 :] + names[: number % 3]:
+            for case in names[number % len(names) :] + names[: number % len(names)]:
                 found[case].append(run(case, work, rows))
                 click.echo(f"{case}: {found[case][-1]}", err=True)
     running = {case: [one["running"] for one in runs] for case, runs in found.items()}
     over = {
         case: statistics.median(mine / alone for mine, alone in zip(running[case], running["alone"], strict=True))
-        for case in ("one", "each")
+        for case in CASES
+        if case != "alone"
     }
     packages = ("ray", "torch", "timm", "pyarrow")
     report = {

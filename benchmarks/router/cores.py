@@ -8,6 +8,9 @@ runs interleaved in one process; times are medians in seconds, ratios medians ov
 """
 
 import argparse
+import os
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -146,6 +149,58 @@ class Bench(speed.Bench):
         }
         return found
 
+    def loaded(self) -> dict[str, Any]:
+        """Thousands of loaded tasks: their bytes, and what a switch and a miss take with few and with many of them.
+
+        A switch is a run of one image for another task than before, beside one for the same. A miss is the load of a
+        task that lies in memory.
+        """
+        forms: dict[str, tuple[Callable[[int], Task], tuple[int, ...]]] = {
+            "cores": (lambda i: self.tasks.on_bases(f"t{i}", i, self.args.rank), (100, 1_000, 10_000)),
+            "pear": (lambda i: pear(self.tasks, i), (100, 1_000)),
+        }
+        found: dict[str, Any] = {}
+        for form, (make, counts) in forms.items():
+            router, loaded, before = self.router([], slot_bytes=16 << 30), 0, resident_bytes()
+            rows = []
+            for count in counts:
+                for i in range(loaded, count):
+                    router.add(make(i))
+                router.preload([f"t{i}" for i in range(loaded, count)]).result()
+                loaded = count
+                taken = {"slots": router.stats().size_bytes // count}
+                if form == "cores":  # the first: a process keeps what it freed
+                    taken["process"] = (resident_bytes() - before) // count
+                times = {**self.switches(router, count), **self.misses(router, make, count)}
+                rows.append({"tasks": count, "bytes_a_task": taken, **times})
+            found[form] = rows
+        return found
+
+    def switches(self, router: Router, count: int) -> dict[str, float]:
+        image, draw = self.images[:1], np.random.default_rng(0)
+        same, other = [], []
+        router.run(image, "t0")
+        for turn in range(20 * self.args.repeats):
+            name = f"t{draw.integers(1, count)}"
+            began = time.perf_counter()
+            router.run(image, name)
+            switched = time.perf_counter()
+            router.run(image, name)
+            if turn >= 10:
+                other.append(switched - began)
+                same.append(time.perf_counter() - switched)
+        beyond = [a - b for a, b in zip(other, same, strict=True)]
+        return {"same_ms": median_ms(same), "switch_ms": median_ms(beyond)}
+
+    def misses(self, router: Router, make: Callable[[int], Task], count: int) -> dict[str, float]:
+        times = []
+        for i in range(1_000_000 + count, 1_000_030 + count):
+            router.add(make(i))
+            began = time.perf_counter()
+            router.preload([f"t{i}"]).result()
+            times.append(time.perf_counter() - began)
+        return {"miss_ms": median_ms(times)}
+
     def micro(self) -> dict[str, Any]:
         """One Linear with branches on bases after it, with `down` or `up` beside its weight, or with `up` before it."""
         found = {}
@@ -189,6 +244,14 @@ class Bench(speed.Bench):
         return {"seconds": times.median(), "over_bare": {name: times.ratio(name, "bare") for name in calls}}
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def median_ms(seconds: list[float]) -> float:
+    return round(1000 * statistics.median(seconds), 3)
+
+
 def same_memory(model: nn.Module, other: nn.Module) -> None:
     """Lets a model use another's weights: where they lie in memory changes its speed by percents."""
     found = dict(other.named_parameters())
@@ -214,7 +277,7 @@ def pear(tasks: BasedTasks, seed: int) -> Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["mixed", "compiled", "bytes", "micro"])
+    parser.add_argument("parts", nargs="+", choices=["mixed", "compiled", "bytes", "loaded", "micro"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--positions", default="blocks", help="see router.choose_positions")

@@ -157,16 +157,19 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
 
     return f"""# The study: accuracy per byte
 
-Written by `python -m benchmarks.study.report` from `benchmarks/results/study.jsonl`. Bytes are of float16 tensors, adapters with
-their cores; the head comes on top, the same for all. Runs: {one["machine"]}, bfloat16 autocast{exceptions(every)}, gradients clipped at
-norm 1, for peers as for ours.
+Written by `python -m benchmarks.study.report` from `benchmarks/results/study.jsonl`. Bytes are those of adapters with their cores,
+as float16 tensors. The head is not counted, and has the same size for all. Peers ran in the same way as Pear. Gradients were clipped at norm 1.
+
+Machine and precision: {one["machine"]}, bfloat16 autocast{exceptions(every)}.
 
 ## Final table
 
-Test top-1 in %, DeiT-tiny (ImageNet-1k) at 96 pixels, {one["options"]["epochs"]} epochs, {len(best.seeds)} seed(s), the last epoch, test looked at once.
-Sets: {", ".join(best.sets)}. Learning rate, weight decay and warm-up were chosen by the mean val top-1 of all 12 sets at seed 0 (below): of six tries each for Pear r=12 0.92 and LoRA, five for
-unpruned r=8, two or three for the others; Pear's controls have Pear's, Pear r=8 has unpruned r=8's. One choice for all sets. The linear probe
-has 60 epochs.
+The table has test top-1 in %, of DeiT-tiny (ImageNet-1k) at 96 pixels, with {one["options"]["epochs"]} epochs, {len(best.seeds)} seed(s). The last epoch is evaluated, and test was looked at once.
+The sets are {", ".join(best.sets)}.
+
+Learning rate, weight decay and warm-up were chosen by the mean val top-1 of all 12 sets at seed 0 (below). Each choice holds for all sets. Pear r=12 0.92 and
+LoRA had six tries each, unpruned r=8 had five, and the others two or three. Pear's controls have Pear's choice, and Pear r=8 has that of unpruned r=8. The
+linear probe has 60 epochs.
 
 {show(best.table())}
 
@@ -180,14 +183,14 @@ Differences with 95 % intervals from a paired bootstrap over test images{" and s
 
 ## How the table's options were chosen
 
-Val, 12 sets, seed 0, the last epoch (200 images a set).
+The table has val of 12 sets at seed 0, after the last epoch (200 images a set).
 
 {show(recipes(every))}
 
 ## The same with a weight decay of 1e-4
 
-An earlier table, {len(final.seeds)} seed(s): learning rates chosen on val of four sets, weight decay and warm-up (0.1) by nobody, for peers as for ours.
-Test was looked at again for the table above; its options were chosen on val alone.
+{len(final.seeds)} seed(s) were run for this earlier table. Learning rates were chosen on val of four sets. Nobody chose weight decay and warm-up (0.1), neither for peers nor
+for Pear. Test was looked at again for the table above. Its options were chosen on val alone.
 
 {show(final.table())}
 
@@ -195,35 +198,35 @@ Test was looked at again for the table above; its options were chosen on val alo
 
 ## What a pruned position has
 
-Rank 12, ratio 0.92, the rest as in the earlier table (learning rate 0.005, weight decay 1e-4, warm-up 0.1); one seed, val (200 images a set: differences of a point are not
-established; losses say more). All rows but those scored otherwise share the epochs before pruning.
+Rank is 12, ratio is 0.92, and the rest is as in the earlier table (learning rate 0.005, weight decay 1e-4, warm-up 0.1). It is val with one seed. With 200
+images a set, differences of a point are not established, and losses say more. All rows share the epochs before pruning, but for those with another score.
 
 {show(sweep(every, "sharing", "a pruned position has"))}
 
 ## One option at a time
 
-From what was the default then (positions qkv,mlp, rank 12, ratio 0.92, lr 0.005, weight decay 1e-4, warm-up 0.1), four sets, one seed, val. Rows that differ only after pruning share
-the epochs before it.
+Each row changes one option of the earlier default (positions qkv,mlp, rank 12, ratio 0.92, lr 0.005, weight decay 1e-4, warm-up 0.1). It is val of four
+sets, with one seed. Rows that differ only after pruning share the epochs before it.
 
 {show(sweep(every, "knobs", "what is turned"))}
 
 ## How adapters start, and q and v alone
 
-Pear r=12 0.92 as in the final table, four sets, one seed, val; by default `down` is uniform in ±1/√d_in and `up` is 0. Random `up`: normal, a
-tenth of `down`'s deviation. q and v alone: k's columns of `up` at the fused qkv stay 0 (bytes as written, with the zeros).
+This is Pear r=12 0.92 as in the final table, on val of four sets with one seed. By default `down` is uniform in ±1/√d_in and `up` is 0. A random `up` is
+normal, with a tenth of `down`'s deviation. With q and v alone, k's columns of `up` at the fused qkv stay 0. Bytes are as written, with the zeros.
 
 {show(sweep(every, "init", "start"))}
 
 ## Learning rate and weight decay together
 
-The first tries, on four sets: the last rows of the table above and these turn weight decay, for LoRA as for ours; val.
+These are the first tries, on val of four sets. The last rows of the table "One option at a time" and these change weight decay, for LoRA as for Pear.
 
 {show(sweep(every, "decay", "what"))}
 
 ## Forms of other papers
 
-At about the default's bytes; from their papers, in a few lines of hooks (`benchmarks/study/peers.py`), without dropout and
-drop path; val. The plot shows all peers, each with the best of its learning rates (one to three, weight decay 1e-4, warm-up 0.1).
+These forms are written after their papers, in a few lines of hooks (`benchmarks/study/peers.py`), without dropout and drop path. They have about as many
+bytes as the default. The table has val. The plot shows all peers, each with the best of its learning rates (one to three, weight decay 1e-4, warm-up 0.1).
 
 ![Mean val top-1 of four sets over adapter bytes, all peers](study_peers.png)
 
@@ -231,44 +234,47 @@ drop path; val. The plot shows all peers, each with the best of its learning rat
 
 ## 224 pixels
 
-Three sets, one seed, test; options of the final table at 96 pixels, nothing tuned again. The intervals do not hold the spread between seeds.
+This is test of three sets with one seed. Options are those of the final table at 96 pixels, and nothing was tuned again. The intervals do not hold the spread
+between seeds.
 
 {show(large)}
 
 ## Tasks upon others
 
-The 12 tasks added one after another, as Pear r=12 0.92 of the final table, seed 0; "earlier options": as that of the earlier table, beside its rows. Bank: pruned positions also borrow from the tasks before, in three
-orders. Base: an adapter set trained for all 12 or for four of them (a task of each group: {", ".join(UPON["base of 4 tasks"].base)}) together, whose lowest
-four blocks all tasks share and keep frozen, and from which they start above. Differences with 95 %
-intervals over images and orders, not over seeds. New bytes: float16, what a store has to add, the head left out.
+The 12 tasks were added one after another, as Pear r=12 0.92 of the final table, with seed 0. "Earlier options" are those of the earlier table, beside its rows.
+
+- **Bank**: pruned positions also borrow from the tasks before, in three orders.
+- **Base**: an adapter set is trained for all 12 tasks together, or for four of them (a task of each group: {", ".join(UPON["base of 4 tasks"].base)}). All tasks share its lowest
+  four blocks and keep them frozen. In higher blocks they start from it.
+
+Differences have 95 % intervals over images and orders, not over seeds. New bytes are float16 tensors that a store has to add, without the head.
 
 {show(across)}
 
 ## Common bases
 
-Bases from the unpruned adapters of eight sets, tasks on the four sets that had no part in them; "random": orthonormal bases of chance.
-"afterwards": cores and head of the row above it rounded to codes after training. Options are those that a first try on four sets had, nothing tuned
-for a row. Bases come on top, once for all tasks. Complete rows only.
+Bases are made from the unpruned adapters of eight sets. Tasks are on the four sets that had no part in them. "Random" means random orthonormal bases.
+"Afterwards" means that cores and head of the row above were rounded to codes after training. Options are those of a first try on four sets, and nothing was
+tuned for a row. Bases are not counted, because they are stored once for all tasks. Only complete rows are shown.
 
 {show(on_bases)}
 
-Own parts beside the cores, placed by the importance score, at random, and in the first blocks, on the sets and seeds that have all three; test.
-Intervals over images, not over seeds.
+The next table has own parts beside the cores. They are placed by the importance score, at random, and in the first blocks. It is test, on the sets and seeds that
+have all three. Intervals are over images, not over seeds.
 
 {show(score)}
 
 ## Few bits
 
-The same at seed 0 with adapters trained as codes of 8, 4 or 1 bits and heads rounded to codes. The intervals do not hold the spread
-between seeds.
+This is the same at seed 0. Adapters are trained as codes of 8, 4 or 1 bits, and heads are rounded to codes. The intervals do not hold the spread between seeds.
 
 {show(codes)}
 
 ## What was tried on val
 
-Val top-1 in %, the last epoch, 200 images a set: a difference of two points between two rows may be the seed's. Named by positions, rank,
-ratio, learning rate and what else differs from the earlier table's settings. These rows chose its positions, ranks and learning rates, for
-peers as for ours.
+The table has val top-1 in % after the last epoch, with 200 images a set. A difference of two points between two rows may come from the seed. A row's name has
+positions, rank, ratio, learning rate, and what else differs from the earlier table's settings. These rows chose that table's positions, ranks and learning
+rates, for peers as for Pear.
 
 {show(sweep(every, "shape", "what", "seed"))}
 """  # noqa: E501 (Markdown, as wide as the other documents)

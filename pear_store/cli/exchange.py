@@ -1,4 +1,4 @@
-"""Verbs that read and write other people's formats."""
+"""Commands that read and write the formats of other programs."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.argument("folder", type=NamedPath(path_type=Path))
 @click.option("--name", help="The task's name [default: pear.json's].")
 @click.option("--backbone", help="timm name of the backbone [default: pear.json's].")
-@click.option("--digest", help="The backbone's digest, where timm or its weights are not at hand.")
+@click.option("--digest", help="The backbone's digest, if timm or the weights are not installed here.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @click.option("--labels", type=click.Path(path_type=Path), help="UTF-8 file of class names, one a line.")
 @click.option("--preprocess", metavar="timm|FILE", help="The model's own preprocessing (timm), or a JSON file of it.")
@@ -36,8 +36,8 @@ def import_peft(
     """Add a LoRA that Hugging Face PEFT saved for a timm model.
 
     Reads FOLDER's adapter_config.json and adapter_model.safetensors. Name, backbone, labels and preprocessing come from
-    the options, else from a pear.json beside them, as export-peft writes. What neither says is asked for: with another
-    preprocessing than in training, a task can lose most of its accuracy.
+    the options, else from a pear.json beside them, as export-peft writes. If one of these is missing, the command says
+    so and adds nothing. Preprocessing is never guessed: with the wrong one, a task can lose most of its accuracy.
 
     The JSON of --preprocess, here for a LoRA that was trained on whole pictures at 96 pixels:
 
@@ -57,7 +57,7 @@ def import_peft(
         if described is None:
             raise PearStoreError(f"backbone {backbone!r}: nothing installed here can hash it; give --digest")
     if preprocess == "timm" and not (described and "preprocess" in described):
-        raise click.UsageError("--preprocess timm asks timm for the model: give --backbone MODEL, without --digest")
+        raise click.UsageError("--preprocess timm needs the model in timm: give --backbone MODEL, without --digest")
     task = peft.import_peft(
         folder, name=name, backbone=described, labels=peft.read_labels(labels) if labels else None,
         preprocess=_preprocess(preprocess, described), features_only=features_only,
@@ -84,9 +84,9 @@ def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
 def export_peft(reference: str, folder: Path, weights: str | None) -> None:
     """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model.
 
-    PEFT's LoRA lies at Linear modules and has no activation. So tasks that import-peft added can go, and tasks that
-    were trained with 'pear-train --positions qkv' or '--positions linear' and the activation identity (the default).
-    The default positions of pear-train include whole mlp blocks, which are no Linears: such a task cannot go.
+    PEFT's LoRA is at Linear modules and has no activation. So this command takes tasks that import-peft added. It also
+    takes tasks trained with 'pear-train --positions qkv' or '--positions linear' and the activation identity (the
+    default). It refuses tasks trained at pear-train's default positions: whole mlp blocks are no Linear modules.
     """
     from pear_store.exchange import peft
 
@@ -118,11 +118,12 @@ def export_hub(
 ) -> None:  # fmt: skip
     """Write a task as a folder for the Hugging Face Hub, to be uploaded as it is.
 
-    DIR gets pear.safetensors (what 'export' writes), the model card README.md, picture.png, and peft/ where the task
-    can be a LoRA of PEFT's. The command says what it leaves out. 'pear-store add hf://OWNER/NAME' takes the task back.
+    DIR gets pear.safetensors (what 'export' writes), the model card README.md and picture.png. If the task can be a
+    LoRA of PEFT's, DIR gets peft/, too. The command says what it leaves out. 'pear-store add hf://OWNER/NAME' adds the
+    task to a store again.
 
-    An earlier export of the same task is replaced; other files in DIR, such as .git, stay. The checkpoint holds the
-    whole training record, also the names of the data and the machine.
+    An earlier export of the same task is replaced. Other files in DIR, such as .git, stay. The checkpoint holds the
+    whole training record, which names the data and the machine.
     """
     from pear_store.exchange import hub
     from pear_store.exchange.card import Publication
@@ -146,7 +147,7 @@ def export_hub(
 
 
 def model_options(command: F) -> F:
-    """What the exports of whole models take."""
+    """Adds the arguments and options of the commands that export whole models."""
     options = [
         click.argument("reference", metavar="TASK[@VERSION]", shell_complete=complete_task),
         click.argument("file", type=NamedPath(dir_okay=False, path_type=Path)),
@@ -180,9 +181,10 @@ def export_timm(reference: str, file: Path, weights: str | None, force: bool, as
 def export_onnx(reference: str, file: Path, weights: str | None, force: bool, as_json: bool) -> None:
     """Write a task as an ONNX file, for phones, browsers and other runtimes.
 
-    Takes any task: what cannot be merged into weights is in the graph. Input "images" is float32 [batch, 3, height,
-    width], normalised; output "logits" is [batch, classes]. The batch may have any size. Labels and preprocessing are
-    in the file's metadata and in FILE.json. First the logits in onnxruntime are compared with the router's.
+    Takes any task. Adapters that cannot be merged into weights become nodes of the graph. Input "images" is float32
+    [batch, 3, height, width], normalised; output "logits" is [batch, classes]. The batch may have any size. Labels and
+    preprocessing are in the file's metadata and in FILE.json. First the logits in onnxruntime are compared with the
+    router's.
 
     Needs onnx, onnxscript and onnxruntime: pip install 'pear-adapters[onnx]'.
     """

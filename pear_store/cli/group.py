@@ -43,7 +43,7 @@ def store_option(command: F) -> F:
     """--store DIR, before or after the verb."""
     return click.option(
         "--store", type=click.Path(readable=False), callback=_keep_store, expose_value=False, metavar="DIR",
-        help="The store's directory. Commands that only read take a remote's URL, too "
+        help="The store's directory. Commands that only read also take a remote's URL "
         "[default: $PEAR_STORE, else the user's data directory].",
     )(command)  # fmt: skip
 
@@ -53,7 +53,7 @@ def yes_option(command: F) -> F:
 
 
 def dry_run_option(command: F) -> F:
-    return click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")(command)
+    return click.option("--dry-run", is_flag=True, help="Say what would be removed; remove nothing.")(command)
 
 
 def _chosen_store(ctx: click.Context | None) -> str | None:
@@ -66,31 +66,31 @@ def store_directory(ctx: click.Context | None = None) -> Path:
     chosen = _chosen_store(ctx)
     if chosen and "://" in chosen:
         raise PearStoreError(
-            "--store is a URL: this command works on a directory; clone the remote first ('pear-store clone URL DIR')"
+            "--store: this command expects a directory, found a URL; clone the remote ('pear-store clone URL DIR')"
         )
     return store_path(chosen) if chosen else user_data_path("pear") / "store"
 
 
 def open_store() -> ReadableStore:
-    """For commands that only read: a directory, or a remote through a cache."""
+    """Opens the store for a command that only reads: a directory, or a remote through a cache."""
     chosen = _chosen_store(None)
     return Store.open(chosen if chosen and "://" in chosen else store_directory())
 
 
 def complete_task(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
-    """Names of tasks, and after ``@`` their versions and tags."""
+    """Completes names of tasks, and after ``@`` their versions and tags."""
     return _beginning(ctx, start)
 
 
 def complete_tag(ctx: click.Context, param: click.Parameter, start: str) -> list[str]:
-    """Tags of the task that the command was given before."""
+    """Completes tags of the task that the command line names before."""
     task = str(ctx.params.get("reference") or "").partition("@")[0]
     tags = [name.partition("@")[2] for name in _beginning(ctx, f"{task}@{start}")] if task else []
     return [tag for tag in tags if not tag.isdigit()]
 
 
 def _beginning(ctx: click.Context, start: str) -> list[str]:
-    """References that begin so. Whatever goes wrong is nothing to offer: a shell asks in the middle of a line."""
+    """References that begin with a text. After any error there are none: a shell asks while the user types."""
     try:
         with warnings.catch_warnings(action="ignore"), Store(store_directory(ctx)) as store:
             return store.beginning(start)
@@ -103,4 +103,4 @@ def _beginning(ctx: click.Context, start: str) -> list[str]:
 @click.option("store_from_env", "--store-from-env", envvar="PEAR_STORE", hidden=True, type=click.Path(readable=False))
 @version_option
 def main(store_from_env: str | None) -> None:
-    """Keep many tasks of one backbone in one store, each distinct tensor once."""
+    """Keep many tasks in one store. Each distinct tensor is stored once."""

@@ -1,4 +1,4 @@
-"""Upkeep of remotes."""
+"""Commands for the upkeep of remotes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ name_argument = click.argument("name", required=False, metavar="[NAME]", shell_c
 
 @contextmanager
 def _steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each step, where that is a terminal."""
+    """Shows a progress bar for each step, if stderr is a terminal."""
     from tqdm import tqdm
 
     with tqdm(disable=None, leave=False) as bar:
@@ -49,7 +49,7 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
 )
 @click.option(
     "--grace", type=Duration(), default="7d", show_default=True,
-    help="How long dropped files stay, for readers that know an older log.",
+    help="How long dropped files stay, for readers whose copy of the log is older.",
 )  # fmt: skip
 @store_option
 @json_option
@@ -60,8 +60,8 @@ def gc_command(
 ) -> None:
     """Remove from a remote what no version there needs; with --keep or --older-than, old versions first.
 
-    Never removes a task's newest version or a tagged one. Others may push and pull meanwhile. Stores take removals
-    over with their next pull. Asks only before versions are removed.
+    Never removes a task's newest version or a tagged one. Others may push and pull meanwhile. A store takes these
+    removals over with its next pull. The command only asks before it removes versions.
     """
     with Store(store_directory()) as store, _steps() as progress:
         if not (dry_run or yes) and (keep is not None or older_than is not None):
@@ -102,9 +102,9 @@ def _numbered(versions: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
 @json_option
 @click.pass_context
 def verify_command(ctx: click.Context, name: str | None, subset: tuple[int, int], as_json: bool) -> None:
-    """Check a remote: its log, its packs and each tensor. Name each fault with the versions it hits.
+    """Check a remote: its log, its packs and each tensor. Name each fault with the versions that it hits.
 
-    The log is always checked whole. Nothing is written.
+    The log is always checked whole. Nothing is changed.
     """
     with Store(store_directory()) as store, _steps() as progress:
         report = interruptible("remote verify", lambda: store.remote_verify(name, subset, progress))
@@ -138,7 +138,7 @@ def _print_faults(faults: "list[Fault]") -> None:
 @name_argument
 @click.option(
     "--from", "copies", multiple=True, type=click.Path(), metavar="STORE",
-    help="Another store that may have good copies; may be repeated. The store itself is always looked at.",
+    help="Another store that may have good copies. May be repeated. This store is always searched.",
 )  # fmt: skip
 @store_option
 @json_option
@@ -146,8 +146,8 @@ def _print_faults(faults: "list[Fault]") -> None:
 def repair_command(ctx: click.Context, name: str | None, copies: tuple[str, ...], as_json: bool) -> None:
     """Mend what 'remote verify' finds, from good copies in this store and in others.
 
-    Packs: what versions need goes to new packs, and damaged ones are dropped. Log: entries and indexes are put back
-    as they were, if a store that read them before proves what they were.
+    Tensors that versions need move from damaged packs to new ones, and the damaged packs are dropped. Damaged entries
+    and indexes of the log are restored, if a store that read them earlier has a copy.
     """
     with Store(store_directory()) as store, _steps() as progress:
         result = interruptible("remote repair", lambda: store.remote_repair(name, copies, progress))
@@ -170,7 +170,7 @@ def repair_command(ctx: click.Context, name: str | None, copies: tuple[str, ...]
 @store_option
 @json_option
 def log_command(name: str | None, most: int, as_json: bool) -> None:
-    """Say what each entry of a remote's log did, newest first."""
+    """Show what each entry of a remote's log did, newest first."""
     with Store(store_directory()) as store:
         found = store.remote_log(name, most)
     if as_json:

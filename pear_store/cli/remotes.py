@@ -1,4 +1,4 @@
-"""Verbs that share a store with others."""
+"""Commands that share a store through remotes."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def _options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...])
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
-            raise click.BadParameter("expected KEY=VALUE")  # not what it was: it may hold a secret
+            raise click.BadParameter("expected KEY=VALUE")  # the value is not shown: it may hold a secret
         found[key] = value
     return found
 
@@ -60,7 +60,7 @@ def complete_remote(ctx: click.Context, param: click.Parameter, start: str) -> l
 
 @main.group(cls=PrintableGroup)
 def remote() -> None:
-    """Name the places that this store is shared through."""
+    """Manage the remotes that this store is shared through."""
 
 
 @remote.command("init")
@@ -76,7 +76,7 @@ def init_command(
 ) -> None:
     """Make an empty remote at a directory, s3://, gs://, az:// or sftp:// URL, and add it.
 
-    A place is refused if several stores cannot write to it without loss. With --single-writer it is taken.
+    A place is refused if two stores that write to it at once could lose data. --single-writer takes it all the same.
     """
     from pear_store.remote.remotes import Remote, add_remote, init_remote
 
@@ -137,7 +137,7 @@ def ls_command(as_json: bool) -> None:
 @store_option
 @json_option
 def rm_command(name: str, as_json: bool) -> None:
-    """Forget a remote; what lies there stays."""
+    """Forget a remote. Nothing at its URL is changed."""
     from pear_store.remote.remotes import remove_remote
 
     with Store(store_directory()) as store:
@@ -164,18 +164,18 @@ def show_command(name: str | None, as_json: bool) -> None:
 
 
 def _split(store: Store, given: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The remote and the tasks: the first argument is a remote if it is the name of one."""
+    """Splits arguments into the remote and the tasks. The first argument is a remote if the store knows that name."""
     from pear_store.remote.remotes import find_remote, remotes
 
     known = {one.name for one in remotes(store.path)}
     if given and not known:
-        find_remote(store.path, given[0])  # which says that there is none
+        find_remote(store.path, given[0])  # raises: the store has no remotes
     return (given[0], given[1:]) if given and given[0] in known else (None, given)
 
 
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar in bytes on stderr, where that is a terminal. How many there will be is reckoned from the versions done."""
+    """Shows a progress bar in bytes, if stderr is a terminal. The total is estimated from the versions done."""
     from tqdm import tqdm
 
     with tqdm(desc=verb, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
@@ -189,8 +189,11 @@ def _progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
 
 
 def interruptible(verb: str, act: Callable[[], T]) -> T:
-    """Runs a verb so that Ctrl-C ends the command at once, whatever it waits for: the process goes without a word to
-    its threads, as after a kill, from which nothing is half done."""
+    """Runs a command so that Ctrl-C ends it at once, even while it waits.
+
+
+    The process exits without waiting for its threads. That is safe: a command that is killed leaves nothing half done.
+    """
     from concurrent.futures import Future  # here: it imports logging, and most commands do without
 
     done: Future[T] = Future()
@@ -202,14 +205,17 @@ def interruptible(verb: str, act: Callable[[], T]) -> T:
             done.set_exception(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more
+            work()
         while thread.is_alive():
-            thread.join(0.1)  # a signal that reached another thread wakes nobody: look for it ten times a second
+            thread.join(0.1)  # a signal that another thread received does not wake join: look ten times a second
         return done.result()
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            echo(err=True)  # the bar's line is left
+            echo(err=True)  # ends the progress bar's line
         echo(f"Error: {verb} interrupted; the same command goes on", err=True)
         sys.stdout.flush()
         os._exit(130)
@@ -222,9 +228,9 @@ def interruptible(verb: str, act: Callable[[], T]) -> T:
 def push(given: tuple[str, ...], as_json: bool) -> None:
     """Send versions, removals and tags that a remote lacks: of some tasks, or of all.
 
-    The remote is 'origin', or the only one, if the first argument is not a remote's name. If another store pushed
-    another version under the same number, the version is named and nothing is sent. 'pull' then gives yours another
-    number.
+    If the first argument is not a remote's name, the remote is 'origin', or the only one. If another store pushed
+    another version under the same number, the command names that version and sends nothing. 'pull' then gives yours
+    another number.
     """
     with Store(store_directory()) as store, _progress("push") as progress:
         name, tasks = _split(store, given)
@@ -260,7 +266,7 @@ def _numbered(versions: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
 def pull(given: tuple[str, ...], as_json: bool) -> None:
     """Take versions, removals and tags from a remote: of some tasks, or of all.
 
-    If another store has used the number of a version that is only here, that version gets the next free number.
+    If another store pushed another version under the number of one of yours, yours gets the next free number.
     """
     with Store(store_directory()) as store, _progress("pull") as progress:
         name, references = _split(store, given)
@@ -301,7 +307,7 @@ def _report_pulled(result: "Pulled", as_json: bool) -> None:
 def clone(url: str, directory: str | None, options: dict[str, str], patterns: tuple[str, ...], as_json: bool) -> None:
     """Make a store of what a remote holds, in DIRECTORY [default: the last part of the URL].
 
-    The remote is named 'origin' there. The same command goes on with a clone that was cut off.
+    The new store knows the remote as 'origin'. After an interruption, run the same command again: it goes on.
     """
     from pear_store.remote.remotes import Remote, clone_store
 

@@ -1,4 +1,4 @@
-"""Verbs on tasks and their versions."""
+"""Commands on tasks and their versions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from pear_store.cli.group import (
     yes_option,
 )
 from pear_store.errors import PearStoreError
-from pear_store.format.checkpoint import natural_key
+from pear_store.format.checkpoint import natural_key, shown_label
 from pear_store.format.digest import ITEM_BYTES
 from pear_store.format.summary import Origin, Summary
 from pear_store.listing import Listing, Query, Row, SortKey, listed_json, version_json
@@ -52,7 +52,7 @@ from pear_store.terminal import (
 @store_option
 @json_option
 def init(as_json: bool) -> None:
-    """Make an empty store; an existing one is left as it is."""
+    """Make an empty store. An existing store is not changed."""
     path = store_directory()
     with Store.create(path):
         pass
@@ -74,12 +74,12 @@ def add(ctx: click.Context, given: tuple[str, ...], name: str | None, allowed: t
 
     hf://OWNER/NAME[@REVISION] is a task on the Hugging Face Hub, as 'export-hub' writes it.
 
-    If a file is refused, the others are added all the same, and the exit code says so.
+    If a file is refused, the others are still added, and the exit code is not 0.
     """
     access = Access(allowed=frozenset(allowed))
     files = list(sources.expand(given, access))
     if name is not None and len(files) > 1:
-        raise click.UsageError(f"--name goes with one task, there are {len(files)}")
+        raise click.UsageError(f"--name: expected one task, found {len(files)}")
     rows: list[dict[str, Any]] = []
     exit_code = 0
     stop: PearStoreError | None = None
@@ -117,12 +117,12 @@ def added_line(result: Added) -> str:
 @main.command()
 @click.argument("patterns", nargs=-1, metavar="[PATTERN]...", shell_complete=complete_task)
 @click.option("--all", "every", is_flag=True, help="Every version, not only the newest.")
-@click.option("--backbone", metavar="PATTERN", help="Only tasks of such a backbone, as 'vit_*'.")
+@click.option("--backbone", metavar="PATTERN", help="Only tasks whose backbone matches, such as 'vit_*'.")
 @click.option("--tag", metavar="TAG", help="Only tasks with this tag; with --all, only the versions that have it.")
-@click.option("--sort", type=click.Choice(get_args(SortKey)), default="name", show_default=True, help="By what.")
-@click.option("--reverse", is_flag=True, help="The other way round.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many.")
-@click.option("--short", is_flag=True, help="Only what needs no record: much faster where there are very many tasks.")
+@click.option("--sort", type=click.Choice(get_args(SortKey)), default="name", show_default=True, help="Sort by this.")
+@click.option("--reverse", is_flag=True, help="Sort the other way round.")
+@click.option("--limit", type=click.IntRange(1), help="List at most so many.")
+@click.option("--short", is_flag=True, help="Leave out what records say. Much faster with very many tasks.")
 @store_option
 @json_option
 def ls(
@@ -131,8 +131,8 @@ def ls(
 ) -> None:  # fmt: skip
     """List the tasks, or those whose names match a PATTERN such as 'flowers-*'.
 
-    NEW are the bytes that no older version has; they add up to what the store's tensors take. BYTES are all that the
-    version needs. VAL TOP-1 is in percent. Tags of older versions are shown as TAG@2.
+    NEW are the bytes that no older version has. Their sum is what the store's tensors take. BYTES are the bytes of all
+    tensors of the version. VAL TOP-1 is in percent. Tags of older versions are shown as TAG@2.
     """
     query = Query(patterns, tag, backbone, every, sort, reverse)
     with open_store() as store:
@@ -207,7 +207,7 @@ def show(reference: str, as_json: bool) -> None:
     with open_store() as store:
         version = store.resolve(reference)
         task = store.get(f"{version.task}@{version.version}", copy=False)
-        shared = None if store.is_remote else _shared(store, version)  # of a remote, it would take the whole log
+        shared = None if store.is_remote else _shared(store, version)  # a remote's whole log would be read for it
     origin = Origin.of(task.record)
     if as_json:
         row = {**version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)}
@@ -218,7 +218,8 @@ def show(reference: str, as_json: bool) -> None:
         echo(f"tags        {' '.join(version.tags)}")
     echo(f"backbone    {task.backbone_model} {task.backbone_digest}")
     echo(f"activation  {task.activation}")
-    echo(f"labels      {len(task.labels)}: {', '.join(task.labels[:8])}{', …' if len(task.labels) > 8 else ''}")
+    labels = ", ".join(map(shown_label, task.labels[:8]))
+    echo(f"labels      {len(task.labels)}: {labels}{', …' if len(task.labels) > 8 else ''}")
     for key, value in task.record["metrics"].items():
         echo(f"{key:<11} {value}")
     for heading, values in (("data", origin.data), ("given", origin.given), ("training", origin.options)):
@@ -238,7 +239,7 @@ def show(reference: str, as_json: bool) -> None:
 
 
 def _shared(store: ReadableStore, version: Version) -> Shared | None:
-    """None where another task is damaged: that is no reason not to show this one."""
+    """What the version shares. None, with a warning, if another task is damaged: this one is shown all the same."""
     try:
         return shared_with_others(store.uses(), version)
     except PearStoreError as error:
@@ -247,7 +248,7 @@ def _shared(store: ReadableStore, version: Version) -> Shared | None:
 
 
 def _echo_values(heading: str, values: Mapping[str, Any]) -> None:
-    """Values in lines of some 100 characters, under one heading."""
+    """Prints values under one heading, in lines of about 100 characters."""
     line = f"{heading:<11}"
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -320,7 +321,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 @store_option
 @json_option
 def tag(reference: str, tag: str | None, delete: bool, as_json: bool) -> None:
-    """Name a version TASK@TAG; gc and rm keep a tagged version. A tag that is there is moved."""
+    """Tag a version, so that TASK@TAG names it. gc and rm keep tagged versions. An existing tag is moved."""
     if delete == (tag is not None):
         raise click.UsageError("expected 'tag TASK[@VERSION] TAG' or 'tag --delete TASK@TAG'")
     with Store(store_directory()) as store:
@@ -339,7 +340,7 @@ def tag(reference: str, tag: str | None, delete: bool, as_json: bool) -> None:
 @dry_run_option
 @yes_option
 def rm(references: tuple[str, ...], as_json: bool, dry_run: bool, yes: bool) -> None:
-    """Remove versions, or all versions of tasks; 'gc' then frees what nothing else needs."""
+    """Remove versions, or all versions of tasks. 'gc' then frees the space that nothing else needs."""
     with Store(store_directory()) as store:
         found = store.remove(*references, dry_run=True)
         names = ", ".join(f"{version.task}@{version.version}" for version in found)

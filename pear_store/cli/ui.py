@@ -1,4 +1,4 @@
-"""The store as a page."""
+"""The command that shows the store as a web page."""
 
 import click
 
@@ -13,7 +13,7 @@ from pear_store.terminal import echo
     default=8091,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Where to listen; 0: any free one.",
+    help="The port to listen on. 0: any free one.",
 )
 @store_option
 def ui(port: int) -> None:

@@ -1,4 +1,4 @@
-"""Verbs on a store as a whole."""
+"""Commands on a store as a whole."""
 
 import math
 from dataclasses import asdict
@@ -24,7 +24,7 @@ from pear_store.terminal import NamedPath, allow_option, echo, echo_json, json_o
 
 
 class Duration(click.ParamType[float]):
-    """A time as 90d, 12h, 30m, 45s or 2w, in seconds."""
+    """A time such as 90d, 12h, 30m, 45s or 2w. Its value is in seconds."""
 
     name = "age"
 
@@ -117,7 +117,7 @@ def verify(
     COPIES, for --repair: other stores, task checkpoints, directories of them, fsspec URLs.
     """
     if copies and not mend:
-        raise click.UsageError("COPIES go with --repair")
+        raise click.UsageError("COPIES are only used with --repair")
     if mend:
         mended = pear_store.repair(store_directory(), copies, Access(allowed=frozenset(allowed)))
         echo(f"healed {len(mended.healed)}, wrote {mended.packs} damaged packs anew", err=True)
@@ -148,7 +148,7 @@ def _print_damage(kind: str, found: "list[pear_store.Damage]") -> None:
 @store_option
 @json_option
 def rebuild(as_json: bool) -> None:
-    """Make the index anew from the packs alone; the old one is kept beside it."""
+    """Make the index anew from the packs alone. The old index is kept beside it."""
     found = pear_store.rebuild(store_directory())
     if as_json:
         echo_json(asdict(found))
@@ -164,7 +164,7 @@ def rebuild(as_json: bool) -> None:
 @store_option
 @json_option
 def stats(as_json: bool) -> None:
-    """Count tasks, versions, tensors and bytes; of a remote, also what of it is cached here."""
+    """Count tasks, versions, tensors and bytes. For a remote, also count what is cached here."""
     with open_store() as store:
         result = store.stats()
     if as_json:
@@ -179,9 +179,9 @@ def stats(as_json: bool) -> None:
 @click.argument("references", nargs=-1, metavar="[TASK[@VERSION]]...", shell_complete=complete_task)
 @store_option
 def plot(file: Path, references: tuple[str, ...]) -> None:
-    """Draw what tasks share, by backbone, and what that saves, to a .png or .svg FILE.
+    """Draw what tasks share, and what that saves, to a .png or .svg FILE.
 
-    Each backbone has a map of tasks x positions. What saves most has a colour, which the legend explains.
+    Each backbone has a map of tasks x positions. Adapters that save most have a colour, which the legend explains.
 
     Needs matplotlib (pip install 'pear-adapters[demo]').
     """
@@ -200,7 +200,8 @@ def plot(file: Path, references: tuple[str, ...]) -> None:
 def completion(shell: str) -> None:
     """Print a shell's completion script: eval "$(pear-store completion bash)".
 
-    For zsh likewise, after compinit. For fish: pear-store completion fish >
+    For zsh do the same after compinit. For fish: pear-store completion fish >
+
     ~/.config/fish/completions/pear-store.fish
     """
     from click.shell_completion import get_completion_class

@@ -1,1 +1,1 @@
-"""Other people's formats."""
+"""Formats of other programs: PEFT, the Hugging Face Hub, timm and ONNX."""

@@ -1,6 +1,6 @@
 """A task's model card for the Hugging Face Hub: metadata by huggingface_hub, then Markdown.
 
-What a record says may be a stranger's. It is shortened and escaped: shown as text, and as nothing else.
+A record may be a stranger's. Its texts are shortened and escaped, so a page only shows them as text.
 """
 
 import json
@@ -17,15 +17,18 @@ _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _SIMPLE = re.compile(r"[A-Za-z0-9 ._:/+,\[\]-]{1,200}")
 _ACCURACY = re.compile(r"(train|val|test)_top([1-9])")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")
-_JOINERS = "\u200c\u200d"  # some scripts and emoji are wrong without them
+_JOINERS = "\u200c\u200d"  # zero-width joiners, which some scripts and emoji need
 _MOST_TEXT, _MOST_ROWS, _MOST_LABELS, _FOLDED = 200, 100, 10_000, 20
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What a record does not say: a license, the backbone on the Hub, and the repository that the folder is for.
+    """What a record does not say. A field that is None is left out of the card.
 
-    What is None is left out.
+    Args:
+        license: the Hub's name of it, such as ``apache-2.0``.
+        base_model: the backbone's repository on the Hub, OWNER/NAME.
+        repository: where the folder will be uploaded, OWNER/NAME.
     """
 
     license: str | None = None
@@ -33,11 +36,16 @@ class Publication:
     repository: str | None = None
 
     def check(self) -> None:
-        """Raises a PearStoreError for what the Hub would not take, an ImportError if its package is missing or old."""
-        from huggingface_hub import parse_hf_uri  # noqa: F401  the newest name that is needed here
+        """Checks that the Hub accepts the fields.
+
+        Raises:
+            PearStoreError: it does not.
+            ImportError: huggingface_hub is missing or too old.
+        """
+        from huggingface_hub import parse_hf_uri  # noqa: F401  the newest name that this module needs
 
         if self.license is not None and not _LICENSE.fullmatch(self.license):
-            raise PearStoreError(f"license {self.license!r}: expected the Hub's name of one, as apache-2.0")
+            raise PearStoreError(f"license {self.license!r}: expected the Hub's name of a license, such as apache-2.0")
         for what, name in (("base model", self.base_model), ("repository", self.repository)):
             if name is not None and not is_repository(name):
                 raise PearStoreError(f"{what} {name!r}: expected OWNER/NAME, as the Hub takes it")
@@ -53,7 +61,13 @@ def is_repository(name: str) -> bool:
 
 
 def make_card(task: Task, publication: Publication, file_bytes: int, picture: str | None, lora: str | None) -> str:
-    """The text of README.md; `picture` and `lora` are a file and a folder beside it, where there are such."""
+    """The text of README.md.
+
+    Args:
+        file_bytes: the checkpoint's size.
+        picture: the name of a picture beside README.md, if there is one.
+        lora: the name of the folder with the LoRA, if there is one.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     results = list(_results(task))
@@ -140,7 +154,7 @@ def _use(task: Task, publication: Publication) -> str:
 
 
 def _repository(task: Task, publication: Publication) -> str:
-    """Where the folder will be: a task's name need not be one that the Hub takes."""
+    """Where the folder will be uploaded, or a guess. The Hub does not accept every task's name."""
     guess = f"OWNER/{task.name}"
     return publication.repository or (guess if is_repository(guess) else "OWNER/NAME")
 
@@ -156,7 +170,7 @@ def _results(task: Task) -> Iterable[Any]:
         yield EvalResult(
             task_type="image-classification",
             dataset_type="custom",
-            dataset_name=task.name,  # the folder's own name is nobody's business
+            dataset_name=task.name,  # not the data folder's name, which is private
             dataset_split=splits[accuracy[1]] if accuracy else None,
             metric_type="accuracy" if accuracy else _plain(key) or "unnamed",
             metric_name=f"top-{accuracy[2]} on {accuracy[1]}" if accuracy else None,
@@ -165,7 +179,7 @@ def _results(task: Task) -> Iterable[Any]:
 
 
 def _is_option(key: str, value: object) -> bool:
-    """Plain options; not what names folders and machines of whoever trained."""
+    """Whether a field is an option to publish. Fields that name the trainer's folders and machines are not."""
     return isinstance(value, str | int | float) and not key.startswith("data") and "fingerprint" not in key
 
 
@@ -193,12 +207,12 @@ def _value(value: object) -> str:
 
 
 def code(text: str) -> str:
-    """Plain names and numbers as code; anything else as text."""
+    """Shows plain names and numbers as code, and anything else as text."""
     return f"`{text}`" if _SIMPLE.fullmatch(text) else shown(text)
 
 
 def shown(text: str) -> str:
-    """A text as Markdown that shows just that text, on one line, shortened."""
+    """Markdown that shows a text as it is: on one line, shortened, nothing in it interpreted."""
     return _PUNCTUATION.sub(r"\\\1", _plain(text)) or "*(empty)*"
 
 

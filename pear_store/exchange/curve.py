@@ -1,4 +1,4 @@
-"""A task's training curve as a picture, where its record has one. Needs matplotlib."""
+"""Draws the training curve that a task's record has. Needs matplotlib."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ _MOST_EPOCHS = 10_000
 
 
 def curve_of(training: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Accuracies of each epoch in percent, by split; empty where the record has none, or no numbers."""
+    """The accuracy of each epoch in percent, by split. Empty if the record has none, or values that are no numbers."""
     history = training.get("history")
     if not isinstance(history, list) or not 1 < len(history) <= _MOST_EPOCHS:
         return {}

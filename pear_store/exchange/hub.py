@@ -1,9 +1,9 @@
-"""A task as a folder for the Hugging Face Hub: checkpoint, model card, picture, and a LoRA of PEFT's where it is one.
+"""Writes a task as a folder for the Hugging Face Hub.
 
 README.md             the model card
 pear.safetensors      what `pear-store export` writes; `pear-store add hf://OWNER/NAME` takes it back
 picture.png           the training curve, or what the caller draws
-peft/                 what `pear-store export-peft` writes
+peft/                 what `pear-store export-peft` writes, if the task can be a LoRA of PEFT's
 """
 
 import os
@@ -25,12 +25,17 @@ from pear_store.format.manifest import with_plain_names
 CARD, PICTURE = "README.md", "picture.png"
 _LORA_FILES = tuple(f"{HUB_LORA}/{name}" for name in (peft.CONFIG, peft.WEIGHTS, peft.SIDECAR))
 OURS = (*_LORA_FILES, PICTURE, CARD, HUB_CHECKPOINT)
-"""All that is ever written into a folder, in this order"""
+"""All files that are ever written into a folder, in the order in which they are moved there"""
 
 
 @dataclass
 class HubFolder:
-    """What was written: bytes by file; and `notes`, on what is not there and why."""
+    """What was written.
+
+    Args:
+        files: the bytes of each file.
+        notes: what was left out, and why.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -45,16 +50,19 @@ def export_hub(
     draw: Callable[[Path], None] | None = None,
     force: bool = False,
 ) -> HubFolder:
-    """Writes a folder that can be uploaded to the Hugging Face Hub as it is. A new folder is there whole or not at all.
+    """Writes a folder that can be uploaded to the Hugging Face Hub as it is. A new folder is made whole or not at all.
 
     Args:
-        folder: is made, or empty, or an export of the same task: then only files of :data:`OURS` are replaced.
-        publication: license, backbone and repository; a backbone that timm loads from the Hub is found without.
+        folder: a new folder, an empty one, or an earlier export of the same task. Only files of :data:`OURS` are
+            replaced in it.
+        publication: license, backbone and repository. If timm loads the backbone from the Hub, the backbone need not
+            be given.
         weights: a local safetensors file of the backbone's weights.
-        draw: draws the picture of a task whose record has no training curve.
-        force: write into any folder.
+        draw: draws a picture to a path, for a task whose record has no training curve.
+        force: write into a folder that holds something else.
+
     Raises:
-        PearStoreError: the folder holds something else; huggingface_hub is not installed; a file cannot be written.
+        PearStoreError: the folder holds something else, huggingface_hub is not installed, or a file cannot be written.
     """
     folder, publication, result = Path(folder), publication or Publication(), HubFolder()
     try:
@@ -66,9 +74,9 @@ def export_hub(
     if publication.base_model is None and weights is None and described:
         publication = replace(publication, base_model=described.get("hub"))
     if publication.base_model is None:
-        result.notes.append("no base_model: whether the backbone is on the Hub is not known; --base-model says it")
+        result.notes.append("no base_model: the backbone may not be on the Hub; if it is, name it with --base-model")
     if publication.license is None:
-        result.notes.append("no license: --license says it, as apache-2.0")
+        result.notes.append("no license: name one with --license, such as apache-2.0")
     temporary = folder.parent / f".{uuid4().hex}.tmp"
     try:
         temporary.mkdir()
@@ -91,14 +99,14 @@ def export_hub(
 
 
 def _check_folder(folder: Path, task: Task, force: bool) -> None:
-    """Raises unless the folder may be written into."""
+    """Raises a PearStoreError unless the folder may be written into."""
     try:
         if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
             return
         if not folder.is_dir():
             raise PearStoreError(f"{folder}: exists and is no folder; name another")
         if (folder / HUB_LORA).is_symlink():
-            raise PearStoreError(f"{folder / HUB_LORA}: a link: expected a folder")
+            raise PearStoreError(f"{folder / HUB_LORA}: expected a folder, found a link; remove the link")
     except OSError as error:
         raise from_os_error(error, folder) from None
     if force:
@@ -114,7 +122,7 @@ def _check_folder(folder: Path, task: Task, force: bool) -> None:
 
 
 def _describe(task: Task, weights: str | Path | None) -> tuple[dict[str, Any] | None, str]:
-    """The task's backbone as timm has it; None, and why."""
+    """The task's backbone as :func:`peft.describe_backbone` gives it; or None, and why there is none."""
     try:
         described = peft.describe_backbone(task.backbone_model, weights)
     except PearStoreError as error:
@@ -160,6 +168,6 @@ def _move(temporary: Path, folder: Path) -> None:
         if (temporary / name).exists():
             os.replace(temporary / name, folder / name)
         else:
-            (folder / name).unlink(missing_ok=True)  # of an export before
+            (folder / name).unlink(missing_ok=True)  # from an earlier export
     with suppress(OSError):
         (folder / HUB_LORA).rmdir()

@@ -1,8 +1,8 @@
-"""LoRA adapters of Hugging Face PEFT on timm models, in and out of tasks.
+"""Imports LoRA adapters that Hugging Face PEFT made for timm models as tasks, and exports tasks to PEFT.
 
-A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; Pear adds ``pear.json`` with what those
-cannot say: {"task", "backbone": {"model", "digest"}, "labels", "preprocess", "metrics", "training"}. PEFT's
-matrices are those of a Linear, ours are transposed:
+A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Pear adds ``pear.json`` with what those
+cannot say: {"task", "backbone": {"model", "digest"}, "labels", "preprocess", "metrics", "training"}. PEFT's matrices
+have the orientation of a Linear's weight; ours are transposed:
 
     down = lora_A.weight.T [d_in, r]        up = lora_B.weight.T [r, d_out]        scale = lora_alpha / r
 
@@ -43,8 +43,8 @@ _LORA_KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _MAX_PATTERN, _MAX_PATTERNS, _PATTERN_BYTES = 200, 1000, 1 << 18
 _MAX_NAME, _MAX_MATCHES = 500, 1_000_000
 
-# What the outputs of a trained LoRA do not depend on, and what import_peft itself looks at. Any other field that is
-# set is some variant of LoRA, refused: this list is of PEFT 0.21, and a newer one's variants are in none of it.
+# Fields that import_peft reads, and fields that a trained LoRA's outputs do not depend on, as of PEFT 0.21. Any other
+# field that is set is refused: it may turn on a variant of LoRA.
 _KNOWN_FIELDS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
@@ -56,7 +56,7 @@ _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # the othe
 
 
 class _Pair(NamedTuple):
-    """A position's tensors as PEFT has them: lora_A [r, d_in], lora_B [d_out, r]; and the branch's scale."""
+    """A position's tensors as PEFT has them, lora_A [r, d_in] and lora_B [d_out, r], and the branch's scale."""
 
     a: RawTensor
     b: RawTensor
@@ -64,11 +64,17 @@ class _Pair(NamedTuple):
 
 
 def describe_backbone(model: str, weights: str | Path | None = None) -> dict[str, Any] | None:
-    """What PEFT exchange needs to know of a timm model; loads it, weights included.
+    """Loads a timm model with its weights, and says what exchange with PEFT needs to know of it.
+
+    Args:
+        model: its timm name.
+        weights: a local safetensors file of its weights. None: timm loads them.
 
     Returns:
-        "model", "digest", "head" (the classifier's module path), "linears" ({module path: (d_in, d_out)}) and
-        "preprocess" (the model's own, as a task's record has it); None if nothing that knows timm is installed.
+        "model", "digest", "head" (the classifier's module path; None: there are several), "linears" ({module path:
+        (d_in, d_out)}) and "preprocess" (the model's own, as in a task's record). None: no package that knows timm is
+        installed.
+
     Raises:
         PearStoreError: the model cannot be loaded.
     """
@@ -77,16 +83,17 @@ def describe_backbone(model: str, weights: str | Path | None = None) -> dict[str
     for entry in entry_points(group=BACKBONES, name="timm"):
         try:
             return dict(entry.load()(model, weights))
-        except Exception as error:  # whatever another package can raise
+        except Exception as error:  # another package may raise anything
             raise PearStoreError(" ".join(str(error).split()) or type(error).__name__) from error
     return None
 
 
 def read_labels(path: str | Path) -> list[str]:
-    """Class names from a UTF-8 file, one a line.
+    """Reads class names from a UTF-8 file, one per line.
 
     Raises:
-        NotFoundError, SourceError: it cannot be read; a line is empty, or holds control characters.
+        NotFoundError: there is no such file.
+        SourceError: it cannot be read, or a line is empty or holds control characters.
     """
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     labels = lines[:-1] if lines[-1] == "" else lines
@@ -106,24 +113,27 @@ def import_peft(
     preprocess: Mapping[str, Any] | None = None,
     features_only: bool = False,
 ) -> Task:
-    """The task that a folder written by PEFT's ``save_pretrained`` holds.
+    """Makes a task of a folder that PEFT's ``save_pretrained`` wrote.
 
     Positions whose two tensors are equal byte for byte use one adapter, each with its own scale. The classifier is
-    the one module of ``modules_to_save``; a missing bias becomes zeros; without one the task has no head.
+    the one module of ``modules_to_save``. If it has no bias, the bias is zeros. Without a classifier, the task has no
+    head.
 
     Args:
-        folder: with ``adapter_config.json``, ``adapter_model.safetensors`` and, optionally, ``pear.json``.
-        name: the task's; where None, as ``pear.json`` says. So too for the rest.
-        backbone: as :func:`describe_backbone` gives it; "model" and "digest" suffice, with "linears" and "head"
-            positions and classifier are checked.
+        folder: holds ``adapter_config.json``, ``adapter_model.safetensors`` and perhaps ``pear.json``. That says name,
+            backbone, labels and preprocess wherever the argument is None.
+        name: the task's name.
+        backbone: as :func:`describe_backbone` returns it. "model" and "digest" are enough. If "linears" and "head" are
+            there, positions and classifier are checked against them.
         labels: one for each row of the classifier.
-        preprocess: as in a task's record: what the LoRA was trained with. The model's own is the "preprocess" of
-            :func:`describe_backbone`; it is never assumed.
-        features_only: takes a LoRA without a classifier, whose task gives features and no labels.
+        preprocess: what the LoRA was trained with, as in a task's record. It is never guessed. The model's own is in
+            what :func:`describe_backbone` returns.
+        features_only: accept a LoRA without a classifier. Its task gives features and no labels.
+
     Raises:
-        NotFoundError: the folder, or its ``adapter_config.json``, is not there.
-        CheckpointError: anything that is not plain LoRA on Linear modules and one linear classifier, or that a task
-            checkpoint may not hold; names the file, the field or tensor, what was expected and found.
+        NotFoundError: there is no such folder, or no ``adapter_config.json`` in it.
+        CheckpointError: the folder holds more than plain LoRA on Linear modules and one linear classifier; or something
+            that a task checkpoint may not hold.
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
@@ -148,7 +158,7 @@ def import_peft(
             "features_only (--features-only) if that is what you want",
         )
     if features_only and head:
-        raise CheckpointError(folder, f"holds classifier {next(iter(head))!r}: features only was asked for")
+        raise CheckpointError(folder, f"expected no classifier (features only), found {next(iter(head))!r}")
     preprocess = sidecar.get("preprocess") if preprocess is None else preprocess
     if preprocess is None:
         raise CheckpointError(
@@ -176,35 +186,36 @@ def import_peft(
 def export_peft(
     task: Task, folder: str | Path, *, linears: Mapping[str, tuple[int, int]] | None, head: str = "head"
 ) -> None:
-    """Writes a folder that PEFT's ``PeftModel.from_pretrained`` loads, with equal outputs; whole or not at all.
+    """Writes a folder that PEFT's ``PeftModel.from_pretrained`` loads, with equal outputs. Whole or not at all.
 
     Load it onto ``timm.create_model(model, pretrained=True, num_classes=classes)``. An unquantised adapter that is
     alone at its position keeps its bytes, and its scale is lora_alpha / r. Several branches at one position become
-    one of the summed rank, each `up` times its scale, and quantised adapters are dequantised: both in float32.
-    Shared adapters are written once for each position; ``pear.json`` and :func:`import_peft` restore the rest.
+    one branch of the summed rank: each `up` is multiplied by its scale, in float32. Quantised adapters are dequantised
+    to float32. A shared adapter is written once for each position. :func:`import_peft` makes it one adapter again.
 
     Args:
-        task: with the activation "identity".
-        folder: is made; may exist if it is empty.
-        linears: {module path: (d_in, d_out)} of the backbone's Linear modules, see :func:`describe_backbone`; None to
-            trust that positions are Linears.
+        task: its activation must be "identity".
+        folder: a new folder, or an empty one.
+        linears: {module path: (d_in, d_out)} of the backbone's Linear modules, see :func:`describe_backbone`. None:
+            positions are not checked.
         head: the classifier's module path in the timm model.
+
     Raises:
-        CheckpointError: the task has an activation, no adapter, or a position that is no Linear.
+        CheckpointError: the task has an activation, no adapter, or a position that is no Linear module.
         PearStoreError: `folder` is not empty, or cannot be written.
     """
     folder, positions = Path(folder), task.positions
     if task.activation != "identity":
         found = f"field 'activation': expected 'identity', found {task.activation!r}"
-        raise CheckpointError(task.name, f"{found}: PEFT LoRA has no activation between down and up")
+        raise CheckpointError(task.name, f"{found}: PEFT's LoRA has no activation between down and up")
     if not positions:
-        raise CheckpointError(task.name, "field 'positions': empty: PEFT loads no LoRA without an adapter")
+        raise CheckpointError(task.name, "field 'positions': expected an adapter, found none: PEFT loads no empty LoRA")
     if linears is not None and (foreign := sorted(positions.keys() - linears.keys(), key=natural_key)):
         some = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise CheckpointError(
             task.name,
-            f"positions {some}: no Linear of {task.backbone_model}: PEFT LoRA needs one; "
-            "such a task cannot go, train it with 'pear-train --positions linear' for that",
+            f"positions {some}: expected Linear modules of {task.backbone_model}, which PEFT's LoRA needs; "
+            "to export to PEFT, train the task with 'pear-train --positions linear'",
         )
     tensors: dict[str, RawTensor] = {}
     ranks: dict[str, int] = {}
@@ -262,7 +273,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raises unless the config is of plain LoRA, whose numbers make sense."""
+    """Raises a CheckpointError unless the config is of plain LoRA with valid numbers."""
 
     def expect(good: bool, key: str, expected: str) -> None:
         if not good:
@@ -291,7 +302,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, _Pair], dict[str, dict[str, RawTensor]]]:
-    """The LoRA pairs by position, in natural order, and the saved classifier: {} or {its path: {leaf: tensor}}."""
+    """The LoRA pairs by position, in natural order; and the saved classifier: {} or {its path: {leaf: tensor}}."""
     path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
@@ -365,11 +376,11 @@ def _check_saved(saved: Mapping[str, Mapping[str, RawTensor]], config: Mapping[s
 def _describe(
     folder: Path, sidecar: Mapping[str, Any], name: str | None, backbone: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The record as far as the weights have no say in it."""
+    """The parts of the record that do not depend on the weights."""
     told = sidecar.get("backbone")
     if backbone is None:
         if told is None:
-            raise CheckpointError(folder, f"field 'backbone': nothing says it: give backbone, or write it to {SIDECAR}")
+            raise CheckpointError(folder, f"field 'backbone' is missing: give backbone, or write it to {SIDECAR}")
         identity = told
     else:
         identity = {"model": backbone["model"], "digest": backbone["digest"]}
@@ -382,7 +393,7 @@ def _describe(
             )
     name = sidecar.get("task") if name is None else name
     if name is None:
-        raise CheckpointError(folder, f"field 'task': nothing says it: give name (--name), or write it to {SIDECAR}")
+        raise CheckpointError(folder, f"field 'task' is missing: give name (--name), or write it to {SIDECAR}")
     return {
         "format": FORMAT,
         "task": name,
@@ -398,7 +409,7 @@ def _describe(
 
 
 def _check_modules(pairs: Mapping[str, _Pair], head: Iterable[str], backbone: Mapping[str, Any], path: Path) -> None:
-    """Raises if a position or the classifier is another module than the backbone's description has."""
+    """Raises a CheckpointError if a position or the classifier does not match the backbone's description."""
     classifier = backbone.get("head")
     for module in head:
         if classifier is not None and module != classifier:
@@ -430,13 +441,14 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """PEFT's patterns for the values that are not the default, each of one whole path."""
+    """PEFT's patterns for values that differ from the default. Each pattern is one whole path."""
     return {f"^{re.escape(position)}": value for position, value in values.items() if value != default}
 
 
 @lru_cache(2 * _MAX_PATTERNS)
 def _compiled(pattern: str) -> Any:
-    """The pattern as PEFT anchors it, by RE2, whose time is linear whatever the pattern; None if it is none."""
+    """The pattern, anchored as PEFT does it. None if it is invalid. RE2 takes linear time for any pattern."""
+
     import re2
 
     options = re2.Options()

@@ -1,1 +1,1 @@
-"""What bytes mean: digests, containers, checkpoints, manifests, packs' records. Knows no directory and no index."""
+"""Formats of bytes: digests, containers, checkpoints, manifests, packs' records. Knows no directory and no index."""

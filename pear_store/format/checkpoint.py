@@ -292,6 +292,14 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
     return size
 
 
+MOST_OF_LABEL = 60
+
+
+def shown_label(label: str) -> str:
+    """A label as tables and lines show it: cut where it would fill them. JSON and files have it whole."""
+    return label if len(label) <= MOST_OF_LABEL else f"{label[: MOST_OF_LABEL - 1]}…"
+
+
 def natural_key(position: str) -> list[tuple[int, str]]:
     """Sort key that puts blocks.2 before blocks.10, and words before numbers."""
     parts = ((part, part.lstrip("0")) for part in position.split("."))

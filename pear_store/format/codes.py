@@ -1,4 +1,4 @@
-"""From stored tensors and codes to numbers (docs/design.md, section 5)."""
+"""Turns stored tensors and codes into numbers (docs/design.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pear_store.format.digest import RawTensor
 from pear_store.format.record import Adapter, Matrix
 
-if TYPE_CHECKING:  # numpy only where numbers are needed: commands that move bytes start without it
+if TYPE_CHECKING:  # numpy is imported only for numbers: commands that only move bytes start faster without it
     import numpy as np
     from numpy.typing import NDArray
 
@@ -46,7 +46,7 @@ def dequantise(
 
 
 def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
-    """A floating tensor as a float16 or float32 array on the raw tensor's own memory, or of bfloat16 as a new one."""
+    """A floating tensor as an array: float16 or float32 on the raw tensor's own memory; bfloat16 as a new float32."""
     import numpy as np
 
     if raw.dtype == "BF16":  # the upper half of a float32
@@ -56,7 +56,7 @@ def to_numpy(raw: RawTensor) -> NDArray[np.floating[Any]]:
 
 
 def matrix_values(matrix: Matrix, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:
-    """float [rows, columns], dequantised; never write to it."""
+    """A matrix's numbers: float [rows, columns], dequantised. Never write to it: it may be the tensor's own memory."""
     tensor, scales = matrix.tensor(tensors), matrix.scales(tensors)
     if scales is None or matrix.bits is None:
         return to_numpy(tensor)
@@ -64,7 +64,7 @@ def matrix_values(matrix: Matrix, tensors: Mapping[str, RawTensor]) -> NDArray[n
 
 
 def up_values(adapter: Adapter, tensors: Mapping[str, RawTensor]) -> NDArray[np.floating[Any]]:
-    """[rank, d_out]: what stands beside `down`, the core multiplied in; never write to it."""
+    """[rank, d_out]: core @ up in float32, or up alone if there is no core. Never write to it."""
     up = matrix_values(adapter.up, tensors)
     if adapter.core is None:
         return up

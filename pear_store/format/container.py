@@ -16,7 +16,7 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pear_store.errors import CheckpointError, SourceError
+from pear_store.errors import CheckpointError, SourceError, unreadable
 from pear_store.files import LFS_POINTER, is_lfs_pointer, open_regular_file, read_text
 from pear_store.format.digest import ITEM_BYTES, RawTensor
 
@@ -64,12 +64,15 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without duplicate keys, NaN and infinities; else a ValueError."""
-
+    """JSON without duplicate keys, NaN, infinities and numbers of thousands of digits; else a ValueError."""
     try:
         return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(unreadable(error)) from None
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:

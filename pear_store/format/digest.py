@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """A property that is computed once for each object.
 
-    functools.cached_property has one lock for all objects of a class before Python 3.12: a child forked while another
-    thread computes one would wait for that lock for ever.
+    Before Python 3.12, functools.cached_property has one lock for all objects of a class. If a process forks while
+    another thread computes such a property, the child waits for that lock for ever.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -36,13 +36,13 @@ class Kept(Generic[T]):
 
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
-"""The dtypes that a store holds, in safetensors' names, with the bytes of one element."""
+"""The dtypes that a store holds, by safetensors' names, and the bytes of one element"""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def fresh_name() -> str:
-    """32 random hex digits: no two are alike."""
+    """32 random hex digits. No two results are alike."""
     return os.urandom(16).hex()
 
 
@@ -51,17 +51,26 @@ def is_digest(text: object) -> bool:
 
 
 def to_digest(raw: bytes) -> Digest:
-    """The written form of a 32-byte hash."""
+    """A 32-byte hash as a digest: ``sha256:`` and 64 hex digits."""
     return Digest("sha256:" + raw.hex())
 
 
 def from_digest(digest: Digest) -> bytes:
-    """The 32-byte hash of a written digest."""
+    """The 32-byte hash of a digest."""
     return bytes.fromhex(digest[7:])
 
 
 def tensor_digest(dtype: str, shape: Iterable[int], data: bytes | bytearray | memoryview) -> Digest:
-    """sha256 over ``"{dtype} {d0},{d1}\\n"`` (ASCII), then the little-endian bytes."""
+    """The digest of a tensor: sha256 over ``"{dtype} {d0},{d1}\\n"`` (ASCII), then the data.
+
+    Args:
+        dtype: "F32", "F16", "BF16", "I8" or "U8".
+        shape: the tensor's sizes. Empty for a scalar.
+        data: the elements, row-major and little-endian.
+
+    Returns:
+        ``sha256:`` and 64 hex digits.
+    """
     return to_digest(raw_digest(dtype, tuple(shape), data))
 
 
@@ -73,7 +82,7 @@ def raw_digest(dtype: str, shape: tuple[int, ...], data: bytes | bytearray | mem
 
 
 def begin_digest(dtype: str, shape: tuple[int, ...]) -> "hashlib._Hash":
-    """A digest that waits for the tensor's bytes."""
+    """A hash that has taken dtype and shape. The caller updates it with the tensor's bytes."""
     return _started(dtype, shape).copy()
 
 
@@ -84,7 +93,13 @@ def _started(dtype: str, shape: tuple[int, ...]) -> "hashlib._Hash":
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor as bytes: dtype in safetensors' names, shape, and row-major little-endian data."""
+    """A tensor as bytes.
+
+    Args:
+        dtype: "F32", "F16", "BF16", "I8" or "U8".
+        shape: its sizes. Empty for a scalar.
+        data: the elements, row-major and little-endian.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -96,13 +111,14 @@ class RawTensor:
 
     @Kept
     def digest(self) -> Digest:
+        """See :func:`tensor_digest`."""
         return tensor_digest(self.dtype, self.shape, self.data)
 
     @classmethod
     def unchecked(
         cls, dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview, size_bytes: int
     ) -> "RawTensor":
-        """A tensor whose size is known; three times faster to make than by the constructor."""
+        """A tensor whose size is known. Three times faster than the constructor."""
         made = object.__new__(cls)
         made.__dict__.update(dtype=dtype, shape=shape, data=data, size_bytes=size_bytes)
         return made
@@ -111,7 +127,7 @@ class RawTensor:
     def checked(
         cls, dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview, digest: Digest
     ) -> "RawTensor":
-        """A tensor whose digest is known, for hot reads."""
+        """A tensor whose digest is known: no hash is computed."""
         made = object.__new__(cls)
         made.__dict__.update(dtype=dtype, shape=shape, data=data, digest=digest)
         return made

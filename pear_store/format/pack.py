@@ -6,6 +6,8 @@ version numbers are never used twice, a removal outweighs the version it names, 
 
 import hashlib
 import json
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,9 +17,13 @@ from typing import Any
 from pear_store.errors import DamagedError
 from pear_store.format.checkpoint import TAG_NAME, TASK_NAME
 from pear_store.format.container import strict_json
+from pear_store.format.deflate import deflated, inflated
 from pear_store.format.digest import Kept, fresh_name
 
-FORMAT = "pear-pack/1"
+FORMAT, PLAIN_FORMAT = "pear-pack/2", "pear-pack/1"
+"""Of a pack whose manifests are deflated, and of one in which they are plain text: read, not written any more"""
+MAX_MANIFESTS_BYTES = 64 << 20
+"""Manifests of one pack, inflated: four times what is written, for few bytes can say that they stand for terabytes"""
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ class Records:
 
 
 def pack_metadata(records: Records, commit: Commit) -> dict[str, str]:
-    """The pack's `__metadata__`: the record, its checksum, and each manifest under its hash."""
-    metadata = {v.hash.hex(): v.manifest.decode("utf-8") for v in records.versions}
+    """The pack's `__metadata__`: the record, its checksum, and each manifest under its hash, deflated, in base 64."""
+    metadata = {v.hash.hex(): b64encode(deflated(v.manifest)).decode() for v in records.versions}
     record: dict[str, Any] = {
         "format": FORMAT,
         "id": fresh_name(),  # no two packs are one file, so that a healed tensor never lands where a damaged one was
@@ -124,7 +130,8 @@ def records_in(path: Path, metadata: dict[str, str]) -> tuple[Records, list[str]
         sound = hashlib.sha256(text.encode("utf-8")).hexdigest() == metadata.get("pear.sha256")
         records, problems = _parse(strict_json(text), metadata) if sound else (Records(), [])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"pack {path.stem}", "its record is not as 'pear-pack/1' is") from None
+        expected = f"{FORMAT!r} or {PLAIN_FORMAT!r}"
+        raise DamagedError(f"pack {path.stem}", f"its record is not as {expected} is") from None
     if not sound:
         raise DamagedError(f"pack {path.stem}", "its record does not match its checksum")
     return records, problems
@@ -132,14 +139,15 @@ def records_in(path: Path, metadata: dict[str, str]) -> tuple[Records, list[str]
 
 def _parse(record: Any, metadata: Mapping[str, str]) -> tuple[Records, list[str]]:
     """The records, and what of them is damaged; a ValueError, KeyError, TypeError or AttributeError, if it is none."""
-    if record["format"] != FORMAT:
-        raise ValueError
+    read = {FORMAT: _inflated, PLAIN_FORMAT: _plain}[record["format"]]
     found, problems = Records(commit=_commit(record)), []
     manifests: dict[str, bytes] = {}  # many versions may name one
+    left = MAX_MANIFESTS_BYTES
     for entry in record["versions"]:
         task, number, name = _task(entry["task"]), _number(entry["version"]), entry["manifest"]
         if name not in manifests:
-            manifest = metadata.get(name, "").encode("utf-8", "replace")
+            manifest = read(metadata.get(name, ""), left)
+            left -= len(manifest)
             manifests[name] = manifest if hashlib.sha256(manifest).hexdigest() == name else b""
         if manifests[name]:
             moved_from = _count(entry["commit"]) if "commit" in entry else None
@@ -162,6 +170,18 @@ def _parse(record: Any, metadata: Mapping[str, str]) -> tuple[Records, list[str]
     for task, number in record.get("highest", {}).items():
         found.highest[_task(task)] = max(_number(number), found.highest.get(task, 0))
     return found, problems
+
+
+def _inflated(text: str, most_bytes: int) -> bytes:
+    """A manifest as a pack has it; empty if it is none, or longer than that."""
+    try:
+        return inflated(b64decode(text, validate=True), most_bytes) if most_bytes > 0 else b""
+    except (ValueError, zlib.error):
+        return b""
+
+
+def _plain(text: str, most_bytes: int) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
 def _commit(record: Any) -> Commit:

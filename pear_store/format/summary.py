@@ -1,4 +1,4 @@
-"""What lists say of a task, from its record. That may be a stranger's: what is not as expected is left out."""
+"""What lists say of a task, from its record. A record may be a stranger's, so unexpected values are left out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,14 @@ from typing import Any, TypeGuard
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """None: the record does not say. `val_top1`: the share of the validation images that was right."""
+    """A task in a list. None: the record does not say.
+
+    Args:
+        backbone: its timm name.
+        backbone_digest: its digest.
+        classes: how many labels the task has.
+        val_top1: the share of the validation images that were classified right, 0 to 1.
+    """
 
     backbone: str | None
     backbone_digest: str | None
@@ -27,12 +34,18 @@ class Summary:
 
 
 COURSE = ("history", "importance", "pruned", "borrowed", "banked", "images", "unreadable", "machines")
-"""Of a training record: what came of the options, not what was chosen"""
+"""Fields of a training record that say how the training went. They are no options."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a task came from: the data it was trained on, what it was given to start from, and every plain option."""
+    """Where a task came from, by its training record.
+
+    Args:
+        data: what says which images it was trained on.
+        given: the tasks or bases that it started from.
+        options: every other option that is a text or a number.
+    """
 
     data: Mapping[str, Any]
     given: Mapping[str, Any]

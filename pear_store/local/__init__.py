@@ -1,1 +1,1 @@
-"""One store in a directory of this machine: its index, its packs, and the verbs on them."""
+"""A store in a directory of this machine: its index, its packs, and what can be done with them."""

@@ -1,4 +1,4 @@
-"""Adds tasks: what is new of a group becomes one pack, and one commit to the index."""
+"""Adds tasks in groups. The new tensors of a group become one pack, and one commit to the index enters them."""
 
 import time
 from contextlib import suppress
@@ -20,7 +20,15 @@ _KEPT_ROWS = 50_000
 
 @dataclass(frozen=True)
 class Added:
-    """What `add` did with one task; bytes are tensor bytes."""
+    """What `add` did with one task.
+
+    Args:
+        task: the name that it has in the store.
+        version: the new version, or the newest one if nothing changed.
+        changed: whether there is a new version.
+        new_bytes: tensor bytes that were not stored before.
+        shared_bytes: tensor bytes that were stored before.
+    """
 
     task: str
     version: int
@@ -31,8 +39,15 @@ class Added:
 
 @dataclass
 class _Plan:
-    """What one commit would write: tensors that no good copy is stored of, of these the numbers of those that have a
-    damaged one, and versions. `stored` are the rows of the good ones that the group needs."""
+    """What one commit would write.
+
+    Args:
+        tensors: those that have no good stored copy.
+        damaged: those among them that have a damaged copy, and their numbers.
+        stored: the rows of good copies that the group needs.
+        versions: new versions.
+        healed: tasks that are unchanged, but whose stored manifest is damaged.
+    """
 
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     damaged: dict[Digest, int] = field(default_factory=dict)
@@ -48,7 +63,7 @@ class _Plan:
 
     @property
     def sizes(self) -> dict[bytes, int]:
-        """Tensor bytes of the versions, by manifest"""
+        """Tensor bytes of the versions, by their manifests' hashes"""
         return {loaded.hash: loaded.size_bytes for _, loaded in self.versions}
 
     def same_pack(self, other: "_Plan") -> bool:
@@ -57,15 +72,14 @@ class _Plan:
 
 @dataclass
 class FoundGood:
-    """Encoded rows of tensors that one `add` wrote, or compared with its own, as of a commit and an environment: as
-    long as nobody else commits, they need no second look."""
+    """Encoded rows of tensors that one `add` wrote, or compared with its own. They hold until somebody else commits."""
 
     rows: dict[Digest, StoredTensor] = field(default_factory=dict)
     as_of: State | None = None
 
 
 def add_group(opened: OpenStore, group: Group, found_good: FoundGood) -> list[Added | Refused]:
-    """Adds what can be added of a group in one commit; one result for each of its tasks, in order.
+    """Adds what can be added of a group, in one commit. Returns one result for each of its tasks, in order.
 
     Raises:
         DiskFullError, AccessError: nothing of the group was added.
@@ -171,14 +185,21 @@ def _make_plan(opened: OpenStore, view: View, group: Group, found_good: FoundGoo
 def good_row(
     opened: OpenStore, view: View, digest: Digest, tensor: RawTensor, seen: set[bytes], damaged: dict[Digest, int]
 ) -> StoredTensor | None:
-    """The encoded row of a stored copy that equals the tensor byte for byte; None if there is none, or a damaged
-    one, whose number goes into `damaged`. `seen` are the packs whose files were looked at."""
+    """The encoded row of a stored copy that equals the tensor byte for byte. None if there is no good copy.
+
+    Args:
+        seen: packs whose files were looked at. More are added.
+        damaged: gets the tensor's number, if there is a damaged copy.
+
+    Raises:
+        DamagedIndexError: the row is damaged.
+    """
     found = view.tensors.stored(digest)
     if found is None:
         return None
     try:
         row = view.tensors.decode(digest, found)
-    except DamagedError as error:  # without its number, gc could not tell who needs the tensor
+    except DamagedError as error:  # without the row's number, gc could not tell who needs the tensor
         raise DamagedIndexError(opened.path / "index", f"{error.what}: {error.found}") from None
     with suppress(DamagedError):
         if (row.dtype, row.shape, row.length) == (tensor.dtype, tensor.shape, tensor.size_bytes):
@@ -186,7 +207,7 @@ def good_row(
                 opened.forget_replaced(row.pack)
             mapped = opened.map_of(view, row.pack)
             seen.add(row.pack)
-            # two bytes objects compare by memcmp, memory views item by item
+            # bytes objects are compared by memcmp, memory views item by item
             if bytes(mapped.view[row.offset : row.offset + row.length]) == bytes(tensor.data):
                 return found
     damaged[digest] = row.number
@@ -194,7 +215,7 @@ def good_row(
 
 
 def is_intact(view: View, loaded: Loaded) -> bool:
-    """Whether the stored manifest and what the index says of it are whole."""
+    """Whether the stored manifest, and its row in the index, are undamaged."""
     try:
         row = view.manifests.get(loaded.hash)
         return row is not None and view.manifests.text(loaded.hash) == loaded.manifest

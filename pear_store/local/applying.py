@@ -1,5 +1,4 @@
-"""Enters packs that lie in their places already, whoever wrote them. What they contradict one another in is settled by
-contests.py."""
+"""Enters packs that lie in their places already in the index. contests.py settles their contradictions."""
 
 import json
 from collections.abc import Container, Iterable
@@ -21,24 +20,27 @@ from pear_store.local.rows import NO_PACK, ContentsRow, NameRow, PackRow, Remove
 
 @dataclass
 class Settled:
-    """What had to be decided because packs contradict one another, or hold what no store accepts."""
+    """What had to be decided because packs contradict each other, or hold what no store accepts."""
 
     problems: list[str] = field(default_factory=list)
     contradicted: set[bytes] = field(default_factory=set)
-    """Packs that record what the index says otherwise: the caller has them written anew (`repair.rewrite_packs`)"""
+    """Packs whose records differ from the index now. The caller rewrites them (`repair.rewrite_packs`)."""
     refused: dict[bytes, str] = field(default_factory=dict)
-    """What is wrong with manifests that no store accepts. Their versions are left out"""
+    """Manifests that no store accepts, and what is wrong with each. Their versions are left out."""
 
 
 class Applying:
     """Enters packs that lie in their places, in one transaction: :meth:`apply` for each, then :meth:`settle`.
 
-    The same packs give the same rows, in whatever order they come, and in however many transactions. Only this may
-    differ, and nobody is handed it: tensors' and manifests' numbers, which of several good copies of a tensor is used,
-    what of unneeded manifests is left, and whether the next commit follows more packs than it has to.
+    The same packs give the same rows, in any order and in any number of transactions. Only these internals may differ:
 
-    So where a new pack says something of a task that the index knows, all packs are asked again: what rows say of that
-    task was settled without the new one. That reads the header of each pack in the index.
+    - the numbers of tensors and manifests;
+    - which of several good copies of a tensor is used;
+    - which unneeded manifests are left;
+    - whether the next commit follows more packs than it must.
+
+    So if a new pack says something of a task that the index knows, all packs are read again: that task's rows were
+    settled without the new pack. This reads the header of each pack in the index.
     """
 
     def __init__(self, path: Path, view: View) -> None:
@@ -46,24 +48,24 @@ class Applying:
         self._view = view
         self._facts = Facts()
         self._is_first = not len(view.packs)
-        """Whether the index had no packs. Then all tasks are settled, and what packs record is entered as they come."""
+        """Whether the index had no packs. Then all tasks are settled, and records are entered as packs come."""
         self._touched: set[str] = set()
-        """Else: case-folded names of the tasks to settle ..."""
+        """If it had packs: the tasks to settle, by their case-folded names"""
         self._spellings: set[str] = set()
-        """... as they are written"""
+        """The same tasks, as their names are written"""
         self._new: dict[bytes, Commit] = {}
         self._entered: set[bytes] = set()
         """Manifests that have no numbers yet"""
         self._renumbered: set[bytes] = set()
-        """Other manifests, of whose tensors more may be known now"""
+        """Other manifests, whose tensors may have been found since"""
         self._found_again: set[int] = set()
-        """Numbers of tensors that no pack had so far"""
+        """Numbers of tensors that no pack had before"""
         self._settled = Settled()
 
     # ---- one pack
 
     def apply(self, pack: bytes, header: Header, records: Records) -> None:
-        """Enters what a pack holds and records. One that the index has already changes nothing."""
+        """Enters what a pack holds and records. A pack that the index has already changes nothing."""
         if pack in self._view.packs:
             return
         self._new[pack] = records.commit
@@ -140,11 +142,11 @@ class Applying:
     # ---- all together
 
     def settle(self) -> Settled:
-        """Settles what the packs contradict one another in, and completes the rows.
+        """Settles what the packs contradict each other in, and completes the rows.
 
         Raises:
-            DamagedError: a pack that the index had before cannot be read, or a row cannot be trusted. The transaction
-                must not be committed.
+            DamagedError: a pack that the index had before cannot be read, or a row cannot be trusted. The caller must
+                not commit the transaction.
         """
         if not self._is_first:
             self._enter_touched()
@@ -159,7 +161,7 @@ class Applying:
         return self._settled
 
     def _enter_touched(self) -> None:
-        """Enters what packs record of the tasks that are touched: of new tasks the new packs, of others all."""
+        """Enters what packs record of the tasks to settle. New tasks are in new packs only; for others all are read."""
         view = self._view
         for pack in {pack for commit in self._new.values() for pack in commit.after} - self._new.keys():
             if pack in view.packs:
@@ -188,7 +190,7 @@ class Applying:
             self._enter_records(pack, records)
 
     def _unsettled_by(self, pack: bytes) -> set[str]:
-        """Tasks of which a pack may keep more than it did, now that it is known to have been acknowledged."""
+        """Tasks of which a pack may now keep more versions, because its commit is known to have succeeded."""
         tasks = set()
         for version in read_records_alone(pack_path(self._path, pack)).versions:
             row = self._view.versions.get(version.task, version.version)
@@ -199,7 +201,7 @@ class Applying:
         return tasks
 
     def _forget(self) -> None:
-        """Deletes what rows say of the tasks that are touched."""
+        """Deletes the rows of the tasks to settle."""
         view, tasks = self._view, self._touched
         spellings = {name.name for task in tasks if (name := view.names.get(task)) is not None}
         for spelling in spellings | self._spellings:
@@ -213,7 +215,7 @@ class Applying:
             view.names.delete(task)
 
     def _enter_commits(self) -> None:
-        """The store's id is that of its latest commit; what follows next follows all that nothing follows yet."""
+        """Notes the store's id, which is that of its latest commit, and the packs that the next commit follows."""
         now, followed = self._view.next_commit(), self._facts.followed
         last = max(self._new.values(), key=lambda commit: (commit.number, commit.store), default=NO_COMMIT)
         if (last.number, last.store) > (now.number - 1, now.store if now.number > 1 else ""):
@@ -225,9 +227,9 @@ class Applying:
     # ---- rows are completed
 
     def _complete(self, contests: Contests) -> None:
-        """Numbers manifests; enters versions' bytes and tasks' newest versions; unsets tags of what is not there."""
+        """Numbers manifests. Enters versions' bytes and tasks' newest versions. Unsets tags of missing versions."""
         view, refused = self._view, self._settled.refused
-        if self._found_again:  # what their manifests' versions take, and whether they are accepted, is known now
+        if self._found_again:  # versions that need these tensors can be checked, and their bytes counted, only now
             for key, manifest in view.manifests.every():
                 if not self._found_again.isdisjoint(manifest.tensors):
                     self._renumbered.add(key)
@@ -250,7 +252,7 @@ class Applying:
         _settle_tags(view, self._facts, contests, self._settled)
 
     def _number_manifests(self) -> dict[bytes, int]:
-        """Enters manifests' numbers; returns the bytes of their tensors. Those that no store accepts are refused."""
+        """Enters manifests' numbers, and refuses manifests that no store accepts. Returns their tensors' bytes."""
         view = self._view
         missing: list[int] = []
         sizes: dict[bytes, int] = {}
@@ -272,7 +274,7 @@ class Applying:
 
 
 def _settle_tags(view: View, facts: Facts, contests: Contests, settled: Settled) -> None:
-    """Has tags go with versions that got another number, and unsets those of what is not there."""
+    """Moves tags with versions that got another number, and unsets tags of missing versions."""
     for task, text, tag in list(view.tags.rows()):
         meant = facts.tagged.get((task, text))
         moved = contests.moved.get((task, tag.version, meant or b""))
@@ -280,12 +282,13 @@ def _settle_tags(view: View, facts: Facts, contests: Contests, settled: Settled)
             view.tags.put(task, text, tag._replace(version=moved))
             settled.contradicted.add(tag.pack)
             continue
-        if (task, tag.version) in contests.shared and meant is None:  # an older record has only the number
+        if (task, tag.version) in contests.shared and meant is None:  # an older record names no manifest
             settled.problems.append(
-                f"tag {task}@{text}: two versions are recorded as {task}@{tag.version}; see which one it should be"
+                f"tag {task}@{text}: two versions are recorded as {task}@{tag.version}; check that it is on the right "
+                "one"
             )
         if tag.version and not view.versions.has(task, tag.version):
-            settled.problems.append(f"tag {task}@{text}: its version {tag.version} is not there any more")
+            settled.problems.append(f"tag {task}@{text}: its version {tag.version} is missing; the tag was removed")
             view.tags.put(task, text, TagRow(0, tag.time_ns, tag.pack))
             settled.contradicted.add(tag.pack)
 
@@ -294,7 +297,7 @@ def _number_of(view: View, key: bytes) -> int:
     """The number of a manifest that was entered earlier.
 
     Raises:
-        DamagedError: it is not as it was then.
+        DamagedError: the manifest is missing, or its hash differs.
     """
     row = view.manifests.get(key)
     if row is None or manifest_hash(view.manifests.text(key)) != key:
@@ -303,11 +306,13 @@ def _number_of(view: View, key: bytes) -> int:
 
 
 def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) -> int:
-    """Enters a manifest's number and those of its tensors; returns the tensors' bytes. Appends the numbers of those
-    that no pack has to `missing`.
+    """Enters the numbers of a manifest and its tensors. Returns the tensors' bytes.
+
+    Args:
+        missing: gets the numbers of tensors that no pack has.
 
     Raises:
-        CheckpointError: it is not what a store accepts.
+        CheckpointError: no store accepts the manifest.
     """
     manifest = view.manifests.text(key)
     record = json.loads(manifest)  # it was checked when it was entered
@@ -315,7 +320,7 @@ def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) ->
     rows = []
     for name in names:
         found = view.tensors.stored(name)
-        if found is None:  # no pack has it: listed as missing, so that its place is known when it comes back
+        if found is None:  # no pack has it: it is listed as missing, and gets its place when a pack brings it
             missing.append(view.take_numbers(1))
             found = view.tensors.put(name, TensorRow(missing[-1], NO_PACK, 0, 0, "U8", ()))
         rows.append(found)
@@ -328,12 +333,12 @@ def _number_manifest(view: View, key: bytes, number: int, missing: list[int]) ->
 
 
 def _tasks_in(records: Records) -> set[str]:
-    """The case-folded names of the tasks that records say something of."""
+    """The case-folded names of all tasks in records."""
     return {task.casefold() for task in (*records.highest_numbers(), *(tag.task for tag in records.tags))}
 
 
 def _only(records: Records, tasks: Container[str]) -> Records:
-    """What records say of some tasks, by their case-folded names."""
+    """The records of some tasks, which are given by their case-folded names."""
     return replace(
         records,
         versions=[version for version in records.versions if version.task.casefold() in tasks],
@@ -344,7 +349,7 @@ def _only(records: Records, tasks: Container[str]) -> Records:
 
 
 def _is_good(path: Path, digest: Digest, row: TensorRow) -> bool:
-    """Whether a tensor can be read where its row says, and has that digest."""
+    """Whether the bytes at the place that a tensor's row names have its digest."""
     try:
         with open_pack(pack_path(path, row.pack)) as file:
             found = PackReader(file).digest(row.dtype, row.shape, row.offset, row.length)

@@ -1,14 +1,13 @@
-"""What a pack's records do to the index, and what the index says of a pack: the one place for both.
+"""Keeps the index and the packs' records in step. Only this module, applying.py and contests.py change rows.
 
-- :func:`enter` enters a pack that was just written here; applying.py enters packs that lie in their places already.
-- :func:`leave` takes out packs that nothing needs, and :func:`forget_manifests` manifests; :func:`take_out` is what a
-  removal does to versions.
-- :func:`rows_of` and :func:`records_of` give what rows name a pack for, so that another pack can record it.
+- :func:`enter` enters a pack that was just written here. applying.py enters packs that lie in their places already.
+- :func:`leave` takes out packs that nothing needs, and :func:`forget_manifests` takes out manifests.
+- :func:`take_out` takes out versions, for a removal.
+- :func:`rows_of` and :func:`records_of` return the records for which rows name a pack, so that another pack can record
+  them.
 
-No other module but contests.py, which settles what packs contradict one another in, changes a row.
-
-A pack may record what the index never had: it came from a copy of the store, or the index is an old one from a backup.
-recorded.py tells. No such pack is ever deleted.
+A pack may record something that the index never had: the pack came from a copy of the store, or the index from an old
+backup. recorded.py finds such packs. They are never deleted.
 """
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
@@ -39,12 +38,12 @@ def enter(
     listed: Container[Digest] = frozenset(),
     sizes: Mapping[bytes, int] = MappingProxyType({}),
 ) -> dict[Digest, StoredTensor]:
-    """Places a pack that was just written and enters what it holds and records.
+    """Places a pack that was just written, and enters what it holds and records.
 
     Args:
-        numbers: the tensors' numbers. Those of `listed` may have rows, which are replaced.
-        sizes: tensor bytes by manifest, of versions that are new. The other versions that the pack records have rows,
-            which from now on name this pack.
+        numbers: the tensors' numbers.
+        listed: tensors that may have rows, which are replaced.
+        sizes: tensor bytes of new versions, by manifest. The pack's other versions have rows, which now name this pack.
 
     Returns:
         the tensors' rows, encoded.
@@ -91,8 +90,11 @@ def enter(
 def enter_manifest(
     view: View, key: bytes, text: bytes, tensors: Iterable[Digest], rows: Mapping[Digest, StoredTensor]
 ) -> None:
-    """Enters a manifest under its hash, or anew where its row is damaged; `rows` are those of its tensors, and may be
-    of more."""
+    """Enters a manifest under its hash, or replaces its row if that is damaged.
+
+    Args:
+        rows: the rows of its tensors, and perhaps of others.
+    """
     own = None
     with suppress(DamagedError):
         own = view.manifests.get(key)
@@ -104,7 +106,7 @@ def enter_manifest(
 
 
 def take_out(view: View, versions: Iterable[tuple[str, int]]) -> Records:
-    """Takes versions out of the index; returns what a pack has to record of that."""
+    """Takes versions out of the index. Returns the records of this for a pack."""
     records = Records(removed=sorted(versions))
     for task, number in records.removed:
         row = view.versions.get(task, number)
@@ -120,7 +122,7 @@ def take_out(view: View, versions: Iterable[tuple[str, int]]) -> Records:
 
 
 def free(view: View, task: str, number: int) -> RemovedRow | None:
-    """Forgets that a version was removed, for another one is to have its number; returns what was known of it."""
+    """Forgets that a version was removed, because another one gets its number. Returns the removal's row, if any."""
     gone = view.removed.get(task, number)
     if gone is not None:
         view.removed.delete(task, number)
@@ -134,12 +136,15 @@ def leave(
     headers: Mapping[bytes, Header] = MappingProxyType({}),
     recorded: Recorded | None = None,
 ) -> None:
-    """Deletes the rows of packs that nothing needs any more, and of the tensors that they hold; with `recorded`, looks
-    whether all is known that they record. `headers` are those of packs that were read already. Their files go after the
-    commit.
+    """Deletes the rows of packs that nothing needs, and of their tensors. Their files are deleted after the commit.
+
+    Args:
+        headers: headers of packs that were read already.
+        recorded: if given, checks that the index knows all that the packs record.
 
     Raises:
-        DamagedError: a tensor's row names such a pack, the pack's own row does not list it; or it is not known.
+        DamagedError: a tensor's row names a pack whose own row does not list the tensor.
+        DamagedIndexError: the index does not know all that a pack records.
     """
     unread: dict[bytes, set[int]] = {}
     for pack in packs:
@@ -171,7 +176,7 @@ def leave(
 
 
 def _read(file: Path) -> tuple[Header | None, Records]:
-    """A pack's header and records, as far as they can be read."""
+    """As much of a pack's header and records as can be read."""
     try:
         header, records, _ = read_records(file)
     except DamagedError:
@@ -187,20 +192,20 @@ def _check_listed(row: TensorRow | None, listed: set[int]) -> None:
 
 
 def forget_manifests(view: View, marks: bytearray) -> None:
-    """Deletes the manifests that no version has. Those that one has were found whole when they were marked."""
+    """Deletes manifests that no version has. The others were found undamaged when they were marked."""
 
     def dead(number: int, checked: Callable[[], ManifestRow]) -> bool:
         if number < len(marks) and marks[number] == MANIFEST:
             return False
         if checked().number >= len(marks):
-            raise DamagedError("the index's count of numbers", "too small")
+            raise DamagedError("the index's count of numbers", "lower than a number in use")
         return True
 
     view.manifests.delete_where(dead)
 
 
 def settled_removals(path: Path) -> Callable[[RemovedRow], bool]:
-    """Whether a removal is of a version that no file records any more; nothing could bring that back."""
+    """Returns a check: whether a removal is settled, because no pack that could bring the version back exists."""
     there: dict[bytes, bool] = {}
 
     def is_settled(row: RemovedRow) -> bool:
@@ -213,13 +218,16 @@ def settled_removals(path: Path) -> Callable[[RemovedRow], bool]:
 
 
 def forget_removals(view: View, packs: Collection[bytes]) -> None:
-    """Forgets the removals that packs record which have left. No sooner, though settled: a version that gets such a
-    number again has to know of all that record its removal."""
+    """Forgets the removals that these packs record; the packs have left.
+
+    Settled removals are kept until then. If another version gets the number, all packs that record the removal must be
+    known.
+    """
     view.removed.delete_where(lambda row: row.pack in packs)
 
 
 def list_marked(view: View, marked: Marked) -> None:
-    """Enters what packs that stay hold, by what was marked: tensors whose rows went are not listed any more."""
+    """Updates the contents of packs that stay, by the marks. Tensors whose rows were deleted are listed no longer."""
     for pack, use in marked.packs.items():
         if use.contents is not None and use.needed:
             view.contents.put(pack, use.contents)
@@ -233,8 +241,7 @@ def list_marked(view: View, marked: Marked) -> None:
 def rows_of(
     view: View, pack: bytes, records: Records, is_settled: Callable[[RemovedRow], bool] = lambda row: False
 ) -> Records:
-    """Those of a pack's records that a row names this pack for, as another pack would record them; none of removals
-    that are settled."""
+    """The records of a pack for which rows name it, without settled removals, as another pack would record them."""
     current = Records(removed_manifests=records.removed_manifests)
     for version in records.versions:
         row = view.versions.get(version.task, version.version)
@@ -256,8 +263,11 @@ def rows_of(
 
 
 def records_of(view: View, packs: Container[bytes], damaged: set[bytes]) -> Records:
-    """What rows name some packs for, by the index alone: for packs that cannot be read. Adds to `damaged` those that
-    record a version whose manifest the index has lost."""
+    """The records for which rows name some packs, by the index alone. This is for packs that cannot be read.
+
+    Args:
+        damaged: gets the packs that record a version whose manifest the index has lost.
+    """
     records = Records()
     for task, number, row in view.versions.rows():
         if row.pack in packs:

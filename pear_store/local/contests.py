@@ -1,7 +1,7 @@
-"""Which of several versions keeps a number, and what becomes of the others.
+"""Decides which of several versions keeps a number, and which numbers the others get.
 
-Packs contradict one another where copies of a store were put together, or where a commit never came. What is decided
-here depends on what the packs record, not on the order in which they are read. Where all else is equal, hashes decide.
+Packs contradict each other if copies of a store were put together, or if a commit never came. The decision depends on
+what the packs record, not on the order in which they are read. If all else is equal, hashes decide.
 """
 
 import json
@@ -16,8 +16,11 @@ from pear_store.local.rows import NameRow, RemovedRow, VersionRow
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version that a pack records. Of two of one number, the greater one keeps it: the one that is known to have been
-    acknowledged, else the one of the later commit. Time and hashes only make the order one and the same for all."""
+    """A version that a pack records. Of two with one number, the one of the greater `rank` keeps the number.
+
+    That is a version whose commit is known to have succeeded, else the version of the later commit. Times and hashes
+    only make the order the same for everybody.
+    """
 
     acknowledged: bool
     commit: int
@@ -31,22 +34,22 @@ class Candidate:
 
 
 _Homeless = list[tuple[str, str, int, Candidate]]
-"""Versions whose number is another's: the task's name as it is now, the name and number recorded"""
+"""Versions whose number belongs to another version: the task's name now, the recorded name, the recorded number"""
 
 
 @dataclass
 class Facts:
-    """What packs record beside the rows made so far."""
+    """What packs record, beyond the rows made so far."""
 
     commits: dict[bytes, Commit] = field(default_factory=dict)
     followed: set[bytes] = field(default_factory=set)
-    """Packs that a later commit names: theirs were acknowledged"""
+    """Packs that a later commit names, so their own commits succeeded"""
     contested: dict[tuple[str, int], list[VersionRow]] = field(default_factory=dict)
-    """Versions whose number has a row already, of another version or the same one"""
+    """More versions of numbers that have a row. They may be the same version as the row's."""
     removed: dict[tuple[str, int], set[bytes | None]] = field(default_factory=dict)
-    """The manifests of removed versions; None: whatever had the number"""
+    """The manifests of removed versions, by number. None: any version of that number"""
     tags: dict[tuple[str, str], tuple[int, int, int, bytes]] = field(default_factory=dict)
-    """Rank of what each tag's row says"""
+    """The rank of each tag's row"""
     tagged: dict[tuple[str, str], bytes | None] = field(default_factory=dict)
     """The manifest that each tag's record names"""
 
@@ -55,13 +58,13 @@ class Facts:
         self.followed.update(commit.after)
 
     def candidate(self, row: VersionRow) -> Candidate:
-        """A row that :func:`unsettled` or :meth:`Contests._put` made."""
+        """The candidate that a row of :func:`unsettled` or :meth:`Contests._put` stands for."""
         was_moved, commit = row.size_bytes & 1, row.size_bytes >> 1
         return Candidate(bool(was_moved) or row.pack in self.followed, commit, row.time_ns, row.manifest, row.pack)
 
 
 def unsettled(pack: bytes, version: PackedVersion, commit: Commit) -> VersionRow:
-    """A version's row until it is settled. Its place for the bytes holds the commit, and whether it was moved."""
+    """A version's row until it is settled. Its field for bytes holds the commit's number, and whether it was moved."""
     number = commit.number if version.moved_from is None else version.moved_from
     return VersionRow(version.hash, pack, version.time_ns, number << 1 | (version.moved_from is not None))
 
@@ -79,15 +82,15 @@ class Contests:
         self._tasks = tasks
         self.problems: list[str] = []
         self.contradicted: set[bytes] = set()
-        """Packs that record what the rows say otherwise"""
+        """Packs whose records differ from the rows"""
         self.shared: set[tuple[str, int]] = set()
-        """Numbers that several versions were recorded under"""
+        """Numbers under which several versions were recorded"""
         self.moved: dict[tuple[str, int, bytes], int] = {}
-        """Of versions of those numbers, by their manifests: the numbers that they have now"""
+        """The new numbers of versions with such a number, by task, old number and manifest"""
         self.renamed: set[bytes] = set()
-        """Manifests of tasks whose name changed ..."""
+        """Manifests under a task's new name"""
         self.made: set[bytes] = set()
-        """... and those of them that were not there before"""
+        """Those of them that were not there before"""
 
     def settle(self) -> None:
         self._give_numbers(self._settle_removed() + self._settle_contested() + self._settle_names())
@@ -102,8 +105,7 @@ class Contests:
                 yield task, number, row
 
     def _settle_removed(self) -> _Homeless:
-        """Takes removed versions out. What another copy of the store has under a removed number is not what was
-        removed."""
+        """Takes removed versions out. Another version that a copy of the store has under such a number stays."""
         view = self._view
         homeless: _Homeless = []
         for (task, number), manifests in self._facts.removed.items():
@@ -119,7 +121,7 @@ class Contests:
                 removed = view.removed.get(task, number)
                 assert removed is not None
                 view.removed.put(task, number, RemovedRow(max(gone), removed.pack))
-            if len(gone) > 1:  # the row names one of them: once that is deleted, another would bring the version back
+            if len(gone) > 1:  # the row names one pack: after its deletion, another would bring the version back
                 self.contradicted |= gone
         return homeless
 
@@ -136,13 +138,13 @@ class Contests:
         return homeless
 
     def _distinct(self, rows: list[VersionRow]) -> list[Candidate]:
-        """What was recorded under one number, the greatest last. Rows of one manifest are one version."""
+        """The versions recorded under one number, the greatest last. Rows with the same manifest are one version."""
         by_rank = sorted(map(self._facts.candidate, rows), key=lambda one: one.rank)
         greatest = {one.manifest: one for one in by_rank}
         return sorted(greatest.values(), key=lambda one: one.rank)
 
     def _settle_names(self) -> _Homeless:
-        """Of names that differ in case only, one stays; versions of the others become versions of that."""
+        """Keeps one of several names that differ in case only. Versions of the others become versions of that task."""
         view = self._view
         spellings: dict[str, list[str]] = {}
         before = ""
@@ -167,8 +169,7 @@ class Contests:
         self._view.versions.put(task, number, row)
 
     def _give_numbers(self, homeless: _Homeless) -> None:
-        """Gives each version whose number is another's the next free one. One that has been given its own before is
-        passed over."""
+        """Gives the next free number to each version whose number belongs to another, unless it has got one before."""
         there: dict[str, dict[tuple[bytes, int], int]] = {}
         for task, was, number, one in sorted(homeless, key=lambda item: (*item[:3], item[3].rank)):
             self.contradicted.add(one.pack)
@@ -181,7 +182,9 @@ class Contests:
             known = self._view.names.get(task)
             fresh = known.highest + 1 if known else 1
             if fresh >> 32:
-                self.problems.append(f"version {was}@{number} of pack {one.pack.hex()}: no number is left for it")
+                self.problems.append(
+                    f"version {was}@{number} of pack {one.pack.hex()}: left out, for the task has no number left"
+                )
                 continue
             there[task][manifest, one.time_ns] = fresh
             self._move(task, was, number, one, fresh)
@@ -197,7 +200,7 @@ class Contests:
             self.moved[task, number, one.manifest] = fresh
 
     def _under_name(self, manifest: bytes, task: str, was: str) -> bytes:
-        """The hash of a manifest under the task's name as it is now."""
+        """The hash of a manifest after the task was renamed. Enters the new manifest if it is not there."""
         if task == was:
             return manifest
         record = json.loads(self._view.manifests.text(manifest))

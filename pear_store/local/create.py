@@ -21,13 +21,15 @@ def make_store(path: Path) -> None:
     if is_store(path):
         return
     fresh = path / f"index-{fresh_name()}"
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     try:
-        # what a killed or a simultaneous create leaves is ours, too
-        if path.exists() and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
-            raise FormatError(f"{path}: neither a store nor an empty directory; choose another place")
+        # these parts may be from a `create` that was killed or is running
+        if os.path.exists(path) and not all(p.name in _PARTS or p.name[:5] == "index" for p in path.iterdir()):
+            raise FormatError(
+                f"{path}: expected a store or an empty directory, found other files; choose another place"
+            )
         if any((path / "packs").glob("*/*.safetensors")):
-            raise FormatError(f"{path}: packs without an index; 'pear-store rebuild' makes it anew from them")
+            raise FormatError(f"{path}: found packs without an index; 'pear-store rebuild' makes it anew from them")
         path.mkdir(parents=True, exist_ok=True)
         with open_folder(path) as root:
             for part in ("packs", "tmp", fresh.name):
@@ -36,11 +38,11 @@ def make_store(path: Path) -> None:
             os.close(root.open("lock", os.O_RDWR | os.O_CREAT))
             release_index(open_index(fresh, create=True))
             sync_directory(fresh)
-            root.rename(fresh.name, "index")  # whole or not at all; fails if another process was first
+            root.rename(fresh.name, "index")  # whole or not at all; fails if another process has done it
         for folder in {path, path.parent, *(folder.parent for folder in new)}:
             sync_directory(folder)
     except NotADirectoryError:
-        raise FormatError(f"{path}: not a directory; choose another place") from None
+        raise FormatError(f"{path}: expected a directory, found a file; choose another place") from None
     except OSError as error:
         if not is_store(path):
             raise from_os_error(error, path) from None

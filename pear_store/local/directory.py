@@ -1,7 +1,7 @@
-"""A store's own folders and files: opened without following links, and changed relative to the open folder.
+"""Opens a store's own folders and files without following links. Changes are relative to the open folder.
 
-What lies in a store may have come with a copy or an archive: a link in the place of a folder, a pipe in the place of a
-file. Nothing behind a link is created, renamed or deleted. Only regular files with Pear's own names are deleted.
+A copy or an archive of a store may hold a link instead of a folder, or a pipe instead of a file. Nothing behind a link
+is created, renamed or deleted. Only regular files with Pear's own names are deleted.
 """
 
 import os
@@ -15,15 +15,15 @@ from pear_store.errors import FormatError, NotFoundError, PearStoreError, from_o
 PACK_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 INTENT_NAME = re.compile(r"[0-9a-f]{64}\.placing")
 WRITTEN_NAME = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.safetensors|[0-9a-f]{64}\.placing")
-"""Of files in tmp/"""
+"""Names of files in tmp/"""
 FAN_NAME = re.compile(r"[0-9a-f]{2}")
-"""Of the folders in packs/"""
+"""Names of the folders in packs/"""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INDEX_FILES = ("data.mdb", "lock.mdb")
 
 
 class Folder:
-    """An open folder of a store, closed at the end of its context; its methods take names of what lies in it."""
+    """An open folder of a store. The end of its context closes it. Methods take names of entries in it."""
 
     __slots__ = ("descriptor", "path")
 
@@ -41,25 +41,25 @@ class Folder:
         return sorted(os.listdir(self.descriptor))
 
     def look(self, name: str) -> os.stat_result:
-        """Of the entry itself, not of what a link leads to."""
+        """The status of an entry. A link is not followed."""
         return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
 
     def is_file(self, name: str) -> bool:
-        """Whether it is a regular file, and no link to one."""
+        """Whether an entry is a regular file. A link to one is not."""
         return stat.S_ISREG(self.look(name).st_mode)
 
     def is_folder(self, name: str) -> bool:
         return stat.S_ISDIR(self.look(name).st_mode)
 
     def open(self, name: str, flags: int) -> int:
-        """The descriptor of a regular file.
+        """Opens a regular file, and returns its descriptor.
 
         Raises:
-            FormatError: it is something else.
+            FormatError: the entry is something else.
         """
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
         with suppress(FileNotFoundError):
-            self.check(name)  # first: opening a device can do something
+            self.check(name)  # first, because opening a device may have effects
         descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -67,7 +67,7 @@ class Folder:
         return descriptor
 
     def unlink(self, name: str) -> bool:
-        """Deletes a regular file; says whether there was one."""
+        """Deletes a regular file. Returns whether there was one."""
         try:
             if not self.is_file(name):
                 return False
@@ -84,14 +84,15 @@ class Folder:
         os.link(name, to, src_dir_fd=self.descriptor, dst_dir_fd=folder.descriptor, follow_symlinks=False)
 
     def sync(self) -> None:
-        """Makes renames and new files in it durable."""
+        """Makes renames and new files in this folder durable."""
         os.fsync(self.descriptor)
 
     def folder(self, name: str, create: bool = False) -> "Folder":
-        """Opens a folder in this one; made durably if it is not there and may be created.
+        """Opens a folder in this one. If it is missing and `create` is set, makes it durably.
 
         Raises:
-            FormatError: a link or something else is in its place.
+            FileNotFoundError: it is missing.
+            FormatError: the entry is a link, or something else that is no folder.
         """
         try:
             descriptor = self._open_folder(name)
@@ -112,19 +113,19 @@ class Folder:
             raise
 
     def check(self, name: str, kind: int = stat.S_IFREG) -> None:
-        """Raises a FormatError if there is something of another kind, a link included."""
+        """Raises a FormatError if the entry is of another kind. A link always is."""
         found = stat.S_IFMT(self.look(name).st_mode)
         if found != kind:
             raise FormatError(
                 f"{self.path / name}: {_KINDS.get(found, 'a device')}, expected {_KINDS[kind]} of the store's own; "
-                "nothing behind it was touched: put the right one in its place, or move it away"
+                "nothing was changed; put the right one in its place, or move it away"
             )
 
     def remove_index(self, name: str) -> None:
         """Deletes the folder of an index that is not in use.
 
         Raises:
-            PearStoreError: there is something else in it, which stays.
+            PearStoreError: it holds another file, which stays.
         """
         try:
             with self.folder(name) as index:
@@ -138,11 +139,16 @@ class Folder:
 
 
 def open_folder(root: Path, *names: str, create: bool = False) -> Folder:
-    """Opens a store's directory, which may be a link, or a folder in it, which may not; `create`: the last one.
+    """Opens a store's directory, or a folder in it. The directory itself may be a link, the folders may not.
+
+    Args:
+        root: the store's directory.
+        names: the path of the folder in it, one name after the other.
+        create: make the last folder if it is missing.
 
     Raises:
-        FileNotFoundError: there is none.
-        FormatError: a link or something else is in its place.
+        FileNotFoundError: there is no such folder.
+        FormatError: an entry is a link, or something else that is no folder.
     """
     found = Folder(root, os.open(root, _FOLDER))
     for depth, name in enumerate(names, 1):
@@ -152,10 +158,10 @@ def open_folder(root: Path, *names: str, create: bool = False) -> Folder:
 
 
 def check_index(path: Path) -> None:
-    """That an index is a folder of its own with regular files, or is not there.
+    """Checks that an index is a folder with regular files, or is missing.
 
     Raises:
-        FormatError: it is not.
+        FormatError: it is a link, or something else.
     """
     with suppress(FileNotFoundError), open_folder(path.parent, path.name) as index:
         for name in _INDEX_FILES:
@@ -167,7 +173,7 @@ def store_path(path: str | Path) -> Path:
     """A store's path as a user gave it: a leading ``~`` is the home directory.
 
     Raises:
-        PearStoreError: it names the home of a user whom the system does not know.
+        PearStoreError: it begins with ``~`` and a name that is no user of this system.
     """
     expanded = os.path.expanduser(path)
     if str(expanded).startswith("~"):
@@ -177,11 +183,17 @@ def store_path(path: str | Path) -> Path:
 
 
 def require_packs(path: Path) -> None:
-    """Raises a NotFoundError where there are no packs, an AccessError where one may not look."""
+    """Checks that a store has packs.
+
+    Raises:
+        NotFoundError: it has none.
+        AccessError: this process may not look.
+    """
     try:
         os.listdir(path / "packs")
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{path}: no store there: expected a folder 'packs'") from None
+        raise NotFoundError(f"{path}: no store there: expected a folder 'packs'; name a store's directory") from None
+
     except OSError as error:
         raise from_os_error(error, path) from None
 

@@ -1,4 +1,4 @@
-"""Takes versions out of a store that is a cache: whole versions, and then the bytes that only they needed."""
+"""Evicts versions from a store that is a cache: first the versions, then the bytes that only they needed."""
 
 from collections.abc import Collection
 
@@ -12,7 +12,7 @@ from pear_store.local.sync import Numbered
 
 
 def pack_bytes(opened: OpenStore) -> int:
-    """Of all packs, by the index."""
+    """The bytes of all packs, by the index."""
     return opened.look(lambda view: sum(row.file_bytes for _, row in view.packs.every()))
 
 
@@ -22,7 +22,7 @@ def versions_in(opened: OpenStore) -> list[Version]:
 
 
 def evict(opened: OpenStore, chosen: Collection[Numbered], repack_all: bool) -> GcResult:
-    """Removes versions, as far as they are there, and what nothing else needs. What is mapped stays readable.
+    """Removes those of the chosen versions that are there, and what nothing else needs. Open maps stay readable.
 
     Raises:
         DamagedError: something cannot be trusted, so nothing may be called dead.

@@ -1,7 +1,7 @@
-"""Garbage collection: what versions need is marked, the rest is swept, and packs that are mostly dead are rewritten.
+"""Garbage collection: marks what versions need, sweeps the rest, and rewrites packs that are mostly dead.
 
-A tensor that no version needs keeps its row as long as its pack stays, for a later add may need it again; it counts as
-removed.
+A tensor that no version needs counts as removed. It keeps its row as long as its pack stays, because a later add may
+need it again.
 """
 
 import time
@@ -24,7 +24,18 @@ from pear_store.local.sweep import clear_tmp, set_aside, unknown_packs
 
 @dataclass(frozen=True)
 class GcResult:
-    """What a gc removed and what is left, in tensors and tensor bytes."""
+    """What a gc removed and what is left. Bytes are tensor bytes.
+
+    Args:
+        removed_versions: old versions that `keep` and `older_than_s` named.
+        removed_tensors: tensors that no version needs, and that no earlier gc has counted.
+        removed_bytes: their bytes. Packs that stay may still hold some of them.
+        kept_tensors: tensors that versions need.
+        kept_bytes: their bytes.
+        dead_bytes: what is not needed, in packs that stay.
+        dry_run: True: nothing was removed; the figures say what would be.
+        foreign: paths in the store's folders that are not Pear's, links included. They were not changed.
+    """
 
     removed_versions: int
     removed_tensors: int
@@ -34,11 +45,10 @@ class GcResult:
     dead_bytes: int
     dry_run: bool
     foreign: tuple[str, ...] = ()
-    """What lies in the store's folders and is not Pear's, links included; it was left alone"""
 
 
 def expired(view: View, keep: int | None, older_than_s: float | None) -> Iterator[tuple[str, int]]:
-    """Versions beyond the newest `keep` that are older than a time; never a newest or a tagged one."""
+    """Versions beyond a task's newest `keep` that are older than `older_than_s`. Never a newest or a tagged one."""
     if keep is None and older_than_s is None:
         return
     before = time.time_ns() - int((older_than_s or 0) * 1e9)
@@ -64,7 +74,7 @@ def _collect(
     opened: OpenStore, dry_run: bool, repack_all: bool, keep: int | None, older_than_s: float | None
 ) -> GcResult:
     if keep is not None and keep < 1:
-        raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
+        raise PearStoreError(f"keep {keep}: expected 1 or more, because the newest version of a task always stays")
     packs: list[WrittenPack] = []
 
     as_of: State | None = None
@@ -101,7 +111,7 @@ def _collect(
         removed, marked = opened.look(plan)
     else:
         removed, marked = opened.write_packs(sweep, packs)
-        opened.unlink_doomed()  # not before the rows' going is durable
+        opened.unlink_doomed()  # only after the deletion of their rows is durable
         if gone:
             swept = sum(marked.packs[pack].row.file_bytes for pack in gone if pack in marked.packs)
             info(__name__, "gc %s: deleted %d packs of %d bytes", opened.path, len(gone), swept)

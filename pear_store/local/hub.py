@@ -1,7 +1,7 @@
-"""What lies on the Hugging Face Hub, read through huggingface_hub's file system: ``hf://owner/name[@revision][/file]``.
+"""Reads files on the Hugging Face Hub, through huggingface_hub's file system: ``hf://owner/name[@revision][/file]``.
 
-A repository is a stranger's. One path is asked for, its size is looked at first, and no more than the caller's limit is
-read. No folder is listed: one may hold a million files.
+A repository may be a stranger's. Only one path is asked for. Its size is checked first, and no more than the caller's
+limit is read. No folder is listed, because it may hold a million files.
 """
 
 from pear_store.errors import NotFoundError, PearStoreError, SourceError
@@ -12,7 +12,7 @@ HUB = "hf://"
 
 
 def checkpoint_url(url: str) -> str:
-    """The URL of a task checkpoint: where a repository or a folder is named, of the file that `export-hub` writes."""
+    """The URL of a task checkpoint. For a repository or a folder, that is the file in it that `export-hub` writes."""
     return url if ending(url) == ".safetensors" else f"{url.rstrip('/')}/{HUB_CHECKPOINT}"
 
 
@@ -20,7 +20,7 @@ def read_hub(url: str, most_bytes: int) -> bytes:
     """All bytes of a file on the Hub. Credentials are huggingface_hub's own (``hf auth login``, ``HF_TOKEN``).
 
     Raises:
-        NotFoundError: there is no such repository, revision or file, or it is a private one.
+        NotFoundError: there is no such repository, revision or file, or the repository is private.
         SourceError: it cannot be read, is a folder, or has more than `most_bytes`.
     """
     try:
@@ -29,18 +29,18 @@ def read_hub(url: str, most_bytes: int) -> bytes:
     except ImportError:
         raise SourceError(url, "needs the package huggingface_hub: pip install 'pear-adapters[hub]'") from None
     try:
-        # expand_info asks for the one path; without it, all of its folder is listed
+        # expand_info asks for the one path only; without it, the whole folder is listed
         files = HfFileSystem(expand_info=True, skip_instance_cache=True)
         found = files.info(url)
         if found["type"] != "file":
-            raise SourceError(url, "a folder: expected a file")
+            raise SourceError(url, "expected a file, found a folder")
         if found["size"] > most_bytes:
             raise SourceError(url, f"more than {most_bytes} bytes: larger files are not read")
-        with files.open(url, "rb", block_size=0) as file:  # 0: a stream, which ends at what is asked for
+        with files.open(url, "rb", block_size=0) as file:  # 0: a stream, which reads no more than is asked for
             data: bytes = file.read(most_bytes + 1)
     except PearStoreError:
         raise
-    except Exception as error:  # its own, httpx2's, and whatever a strange answer leads to
+    except Exception as error:  # huggingface_hub's own errors, its HTTP client's, and those of unexpected answers
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
         if isinstance(cause, theirs.GatedRepoError):
             raise SourceError(url, "the repository is gated: ask for access on its page, then log in") from None

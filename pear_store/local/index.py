@@ -1,4 +1,4 @@
-"""The index: an LMDB environment that says what a store holds and where (rows.py and tables.py say in what form)."""
+"""The index: an LMDB environment that says what a store holds and where. rows.py and tables.py have its format."""
 
 import atexit
 import errno
@@ -21,28 +21,34 @@ from pear_store.local.locks import no_fork, write_lock
 from pear_store.local.rows import sealed, unsealed
 from pear_store.local.tables import Contents, Manifests, Names, Packs, Removed, Tags, Tensors, Versions
 
-INDEX_FORMAT = b"4"
+INDEX_FORMAT = b"5"
+OLDER_FORMATS = (b"3", b"4")
+"""Read as they are; the first write makes one the format of today"""
 UNSEALED_FORMAT = b"3"
+"""The rows of its table `meta` have no checksum"""
 """Like 4, but the rows of `meta` have no checksum. The first write adds it."""
 TABLES = ("tensors", "packs", "contents", "manifests", "versions", "names", "tags", "removed", "meta")
-_MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map is address space only; smaller where the system limits that
-_FULL_BYTES = 4 << 20  # LMDB reports a full disk as an input/output error; below this much free space we believe it is
+_MAP_BYTES = (1 << 40, 1 << 34, 1 << 30)  # a map only takes address space; smaller if the system limits that
+_FULL_BYTES = 4 << 20
+"""LMDB reports a full disk as an input/output error. With less free space than this, the disk counts as full."""
 _LOCK_BYTES = 128 << 10  # a header and 64 bytes for each of 1,024 readers
 _MOST_HEADS = 64
-"""Packs that a commit follows; more than one only where several processes add at once"""
+"""Packs that a commit follows. There is more than one only if several processes add at once."""
 T = TypeVar("T")
 
 
 State = tuple[tuple[int, int], int]
-"""An environment and a commit to it"""
+"""An environment (device and inode of its file), and the number of a commit to it"""
 
 
 class _Inherited:
-    """In a forked child, what stands for a transaction of its parent: ending that one would free the parent's place
-    among LMDB's readers, and what it reads may be overwritten."""
+    """Stands for a transaction of the parent in a forked child, which must not end it.
+
+    That would free the parent's place among LMDB's readers. Writers could then overwrite what the parent reads.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        raise PearStoreError("this began before the process was forked: begin it again in the child")
+        raise PearStoreError("this view began before the process was forked; begin a new one in the child")
 
 
 class View:
@@ -58,14 +64,14 @@ class View:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this process was forked since this view was begun, so that it is the parent's."""
+        """Whether the view is the parent's, because this process was forked after it began."""
         return isinstance(self._txn, _Inherited)
 
     def begin(self, environment: lmdb.Environment, write: bool) -> None:
         self._txn = environment.begin(write=write)
 
     def check_own(self) -> None:
-        """Raises a PearStoreError in a child that was forked since this view was begun."""
+        """Raises a PearStoreError in a child that was forked after this view began."""
         if self.is_inherited:
             self.commit()
 
@@ -73,31 +79,32 @@ class View:
         self._txn.commit()
 
     def end(self) -> None:
-        """Ends the transaction; what was not committed is undone."""
+        """Ends the transaction. Changes that were not committed are undone."""
         if not self.is_inherited:
             self._txn.abort()
 
     def forget(self) -> lmdb.Transaction:
-        """Leaves the transaction to the parent of this process; returns it, for it may not be destroyed."""
+        """Leaves the transaction to the parent of this process. Returns it, because it must not be destroyed here."""
         txn, self._txn = self._txn, cast(lmdb.Transaction, _Inherited())
         return txn
 
     @property
     def id(self) -> int:
-        """The last commit that a reader sees; a writer's own, which counts only if it writes something: else the next
-        writer has it, too."""
+        """The number of the last commit that a reader sees, or of a writer's own commit.
+
+        A writer that writes nothing makes no commit: the next writer gets the same number.
+        """
         number: int = self._txn.id()
         return number
 
     @property
     def state(self) -> State:
-        """What this view sees if it reads, what the next will see if it is a writer that wrote something: equal states
-        hold equal rows."""
+        """The state that a reader sees, or that a writer's changes lead to. Equal states have equal rows."""
         return self.environment, self.id
 
     @property
     def before(self) -> State:
-        """What a writer began with."""
+        """The state that a writer began with."""
         return self.environment, self.id - 1
 
     @property
@@ -132,7 +139,7 @@ class View:
     def manifests(self) -> Manifests:
         return Manifests(self)
 
-    # What follows is of bytes, for the tables alone.
+    # The rest works on bytes, and is for the tables only.
 
     def get(self, table: str, key: bytes) -> bytes | None:
         return cast(bytes | None, self._txn.get(key, db=self._tables[table]))
@@ -150,7 +157,7 @@ class View:
         return entries
 
     def rows(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values in key order, from the first that starts with the prefix to the last that does."""
+        """Keys and values in key order: those whose key starts with the prefix."""
         cursor: Any = self._txn.cursor(db=self._tables[table])
         if not (cursor.set_range(prefix) if prefix else cursor.first()):
             return
@@ -184,7 +191,7 @@ class View:
         return None
 
     def next(self, table: str, key: bytes) -> tuple[bytes, bytes] | None:
-        """The first row from a key on."""
+        """The first row whose key is not less than this one."""
         cursor: Any = self._txn.cursor(db=self._tables[table])
         return (cursor.key(), cursor.value()) if cursor.set_range(key) else None
 
@@ -201,7 +208,7 @@ class View:
                 found = cursor.next()
 
     def take_numbers(self, count: int) -> int:
-        """The first of `count` tensor numbers that were never used."""
+        """Takes `count` numbers that were never used, for tensors or manifests. Returns the first."""
         first = self.next_number()
         if first + count > 1 << 32:
             raise PearStoreError("the index has used up its 2^32 numbers; 'pear-store rebuild' counts them anew")
@@ -235,27 +242,30 @@ class View:
         self.put("meta", key, sealed(key, body))
 
     def next_commit(self) -> Commit:
-        """What a commit after all that this view sees is."""
+        """The number and the predecessors of a commit that follows all that this view sees."""
         body = self.meta(b"commit")
         packs = tuple(body[at : at + 32] for at in range(8, len(body), 32))
         return Commit(self.meta(b"id").decode("ascii", "replace"), int.from_bytes(body[:8], "little") + 1, packs)
 
     def enter_commit(self, pack: bytes, commit: Commit) -> None:
-        """Makes a pack one that the next commit follows, in the place of those that it follows itself. What another
-        process wrote meanwhile stays, for nothing follows that yet."""
+        """Has the next commit follow this pack instead of the packs that this one follows.
+
+        Packs that another process wrote meanwhile stay in the list, because nothing follows them yet.
+        """
         now = self.next_commit()
         self.put_commit(max(now.number - 1, commit.number), [p for p in now.after if p not in commit.after] + [pack])
 
     def put_commit(self, number: int, packs: Sequence[bytes]) -> None:
         self.put_meta(b"commit", number.to_bytes(8, "little") + b"".join(packs[-_MOST_HEADS:]))
 
-    def seal_meta(self) -> None:
-        """Makes an index of format 3 one of format 4.
+    def upgrade(self) -> None:
+        """Makes an index of an older format one of today's: versions of Pear that cannot read new rows refuse it then.
 
         Raises:
-            DamagedError: the count of numbers, which had no checksum, contradicts the numbers in use.
+            DamagedError: of format 3, the count of numbers, which had no checksum, contradicts the numbers in use.
         """
         if not self._is_unsealed:
+            self.put("meta", b"format", INDEX_FORMAT)
             return
         number, store = self.next_number(), self.meta(b"id")
         for _, contents in self.contents.every():
@@ -273,7 +283,7 @@ class View:
 
 
 def _reserve_lock(path: Path) -> None:
-    """Gives LMDB's lock file its space: LMDB writes to it through a map, and on a full disk that kills the process."""
+    """Reserves disk space for LMDB's lock file. LMDB writes to it through a map, which kills us if the disk is full."""
     if path.exists() or not path.parent.exists():
         return
     with open(path, "wb") as file:
@@ -292,23 +302,24 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _code(error: Exception) -> int | None:
-    """The number of an error of the system's, of LMDB's too."""
+    """The system's number of an error. LMDB's errors may only have its text."""
     code = getattr(error, "code", None) or getattr(error, "errno", None)
     known = {os.strerror(number): number for number in (*_DENIED, errno.ENOENT)}
     return code or next((number for text, number in known.items() if str(error).endswith(text)), None)
 
 
 class OvertakenError(PearStoreError):
-    """What a reader saw that may not lock the index may have been overwritten meanwhile: it has to look again."""
+    """A reader that may not lock the index may have read overwritten pages. It must look again."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path}: writers were faster than this reader, which may not write and so cannot lock; run again later"
+            f"{path}: others wrote while this process read, and it may not lock the index; run again later, or get "
+            "write permission"
         )
 
 
 class IndexReplacedError(Exception):
-    """The directory holds another environment now: a rebuild has put it there."""
+    """The directory holds another environment now, because a rebuild has replaced it."""
 
 
 class Index:
@@ -331,7 +342,7 @@ class Index:
                 if _code(error) == errno.ENOENT:
                     raise IndexReplacedError from None
                 raise
-            if before not in (None, self.identity):  # a rebuild replaced it meanwhile, and which of both is open?
+            if before not in (None, self.identity):  # a rebuild replaced it meanwhile: either of the two may be open
                 self._env.close()
                 raise IndexReplacedError
             self._env.reader_check()
@@ -343,13 +354,13 @@ class Index:
                     txn.put(b"next_number", sealed(b"next_number", bytes(8)))
             with self._env.begin(db=meta) as txn:
                 found_format = cast(bytes, txn.get(b"format", b"unknown"))
-            self._sealed = found_format == INDEX_FORMAT
-            if not self._sealed and found_format != UNSEALED_FORMAT:
+            self._is_upgraded = found_format == INDEX_FORMAT
+            if not self._is_upgraded and found_format not in OLDER_FORMATS:
                 self._env.close()
                 older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
                 remedy = "'pear-store rebuild' makes it anew from the packs"
                 if not older:
-                    remedy = f"use the Pear that wrote it; if none did, it is damaged, and {remedy}"
+                    remedy = f"use the newer Pear that wrote it; if there is none, it is damaged, and {remedy}"
                 raise FormatError(
                     f"{path.parent}: index format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
                     f"{INDEX_FORMAT.decode()!r}; {remedy}"
@@ -358,9 +369,9 @@ class Index:
         _processes.indexes.add(self)
 
     def _open(self, create: bool) -> bool:
-        """Opens the environment, to be read only where it may not be written; says whether even without LMDB's lock.
+        """Opens the environment; read-only if this process may not write it. Returns whether it has no LMDB lock.
 
-        Writers do not know of a reader without the lock, and overwrite what it reads: see :meth:`_check_overtaken`.
+        Writers do not see a reader without the lock, and may overwrite what it reads: see :meth:`_check_overtaken`.
         """
         try:
             _reserve_lock(self.path / "lock.mdb")
@@ -383,11 +394,14 @@ class Index:
                     metasync=True, readahead=False,  # a fault would read megabytes around a page
                     **options,
                 )  # fmt: skip
-        raise PearStoreError(f"{self.path.parent}: the system gives no address space for its index")
+        raise PearStoreError(
+            f"{self.path.parent}: the system gives less than {_MAP_BYTES[-1]} bytes of address space for the index; "
+            "raise the limit ('ulimit -v')"
+        )
 
     @property
     def is_current(self) -> bool:
-        """Whether the environment is still the one that the directory holds."""
+        """Whether the directory still holds this environment."""
         try:
             return self._found() == self.identity
         except OSError:
@@ -395,7 +409,7 @@ class Index:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the disk: the file is sparse where it was never written. 0, while a rebuild replaces it."""
+        """The disk space that it takes: less than its file's length, which has holes. 0 while a rebuild replaces it."""
         with suppress(FileNotFoundError):
             return os.stat(self._file).st_blocks * 512
         return 0
@@ -405,29 +419,30 @@ class Index:
         return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """Closes the environment, once the last view of it has ended."""
+        """Closes the environment after its last view has ended."""
         self._closed = True
-        with no_fork():  # LMDB frees an environment twice that two threads close
+        with no_fork():  # if two threads close an environment, LMDB frees it twice
             if not self._views and self in _processes.indexes:
                 self._env.close()
-                _processes.indexes.discard(self)  # last: a child forked before would close the parent's environment
+                # last: a child that is forked before this would close the parent's environment
+                _processes.indexes.discard(self)
 
     def forget(self) -> list[Any]:
-        """In a forked child: leaves all to the parent. Returns what may not be destroyed in here."""
+        """Leaves everything to the parent, in a forked child. Returns what must not be destroyed here."""
         left = [self._env, *(view.forget() for view in self._views)]
         self._views.clear()
         return left
 
     def read(self) -> AbstractContextManager[View]:
-        """A consistent view, untouched by writers. It begins at once; the caller enters it at once.
+        """A consistent view, which writers do not change. It begins now, so the caller must enter it now.
 
         Raises:
-            IndexReplacedError: it was closed, because another took its place.
+            IndexReplacedError: this index was closed, because another one took its place.
         """
         with self._translated:
             try:
                 view = self._begin()
-            except lmdb.MapResizedError:  # not before all views of this process have ended
+            except lmdb.MapResizedError:  # possible only after all views of this process have ended
                 self._env.set_mapsize(0)
                 view = self._begin()
         return _Within(self, view)
@@ -436,7 +451,7 @@ class Index:
         view = View(cast(lmdb.Transaction, None), self._tables, self.identity)
         self._views.add(view)
         try:
-            if self._closed:  # seen by now, or else its closing sees this view
+            if self._closed:  # if it closes later than this look, `close` sees this view
                 raise IndexReplacedError
             view.begin(self._env, write)
         except BaseException:
@@ -450,7 +465,7 @@ class Index:
             self.close()
 
     def end(self, view: View) -> None:
-        """Ends a view; what it wrote and did not commit is undone.
+        """Ends a view. Changes that were not committed are undone.
 
         Raises:
             OvertakenError: what it read may have been overwritten.
@@ -464,29 +479,34 @@ class Index:
                 self._discard(view)
 
     def _check_overtaken(self, view: View) -> None:
-        """LMDB reuses a page two commits after the one that freed it, unless it knows of a reader before that."""
+        """Raises if a view's pages may have been reused.
+
+        LMDB reuses a page two commits after it was freed, unless it knows of a reader that needs the page.
+        """
         if not view.is_inherited and self._env.info()["last_txnid"] > view.id + 1:
             raise OvertakenError(self.path.parent)
 
     def write(self, change: Callable[[View], T]) -> T:
-        """Runs `change` in the one write transaction there can be, and commits; again, if the map had to grow.
+        """Runs `change` in a write transaction and commits. Only one exists at a time, among all processes.
+
+        If the map is too small, it grows and `change` runs again.
 
         Raises:
-            IndexReplacedError: nothing was done; open the index anew.
+            IndexReplacedError: nothing was done. The caller opens the index anew.
         """
         with self._translated, write_lock(self.path.parent):
             if not self.is_current:
                 raise IndexReplacedError
-            if not self._sealed:
+            if not self._is_upgraded:
                 try:
-                    self.fill(View.seal_meta)
+                    self.fill(View.upgrade)
                 except DamagedError as error:
                     raise DamagedIndexError(self.path, f"{error.what}: {error.found}") from None
-                self._sealed = True
+                self._is_upgraded = True
             return self.fill(change)
 
     def fill(self, change: Callable[[View], T]) -> T:
-        """Like :meth:`write`, for an index that no other process can know of: without the lock."""
+        """Like :meth:`write`, but without the lock: for an index that no other process knows."""
         with self._translated:
             while True:
                 try:
@@ -500,7 +520,7 @@ class Index:
                     self._env.set_mapsize(0)
 
     def translate(self, error: BaseException) -> None:
-        """Raises LMDB's and the system's errors as ours."""
+        """Raises errors of LMDB and of the system as ours."""
         if isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
             return
         if isinstance(error, _DAMAGE):
@@ -524,8 +544,10 @@ _DAMAGE = (
 
 
 class _Translated:
-    """In its context, LMDB's and the system's errors become ours. These two are classes, for every read enters them,
-    and a generator takes three times as long."""
+    """A context in which errors of LMDB and of the system become ours.
+
+    This and `_Within` are classes, because every read enters them, and a generator takes three times as long.
+    """
 
     __slots__ = ("_index",)
 
@@ -560,22 +582,22 @@ class _Within:
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 #
-# A forked child has copies of its parent's environments and transactions. It uses none and ends none:
+# A forked child has copies of its parent's environments and transactions. It must not use or end them:
 #
-# - to close an environment would wait for ever for threads that the child does not have;
-# - to end a transaction would free the parent's place among the readers, whose pages a writer then overwrites.
+# - Closing an environment would wait for ever, for threads that the child does not have.
+# - Ending a transaction would free the parent's place among the readers. A writer could then overwrite its pages.
 
 
 @dataclass
 class _Processes:
-    """What this process has open, and what it must never destroy because it is its parent's."""
+    """What this process has open, and what it must never destroy because it belongs to the parent."""
 
     open: dict[tuple[int, int, int], tuple[Index, int]] = field(default_factory=dict)
-    """Environments by process and file, and how many stores use each"""
+    """Environments by process and file, each with the number of stores that use it"""
     indexes: set[Index] = field(default_factory=set)
-    """All that are not closed, those included that wait for their last view"""
+    """All that are not closed, including those that wait for their last view to end"""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Of `open`"""
+    """Guards `open`"""
     parents: list[Any] = field(default_factory=list)
 
     def after_fork(self) -> None:
@@ -590,7 +612,7 @@ class _Processes:
 
 
 def _keep_for_ever(objects: list[Any]) -> None:
-    """Gives each a reference that nobody owns: the end of the interpreter would destroy, that is close, them."""
+    """Gives each object a reference that is never released. Else the interpreter would close them when it ends."""
     import ctypes
 
     for one in objects:
@@ -602,8 +624,11 @@ os.register_at_fork(after_in_child=lambda: _processes.after_fork())
 
 
 def _open_environment(path: bytes, **options: Any) -> lmdb.Environment:
-    """lmdb.open, also in a forked child: py-lmdb refuses what it believes this process to have open, and in a child it
-    believes that of what the parent has open."""
+    """Calls lmdb.open, also in a forked child.
+
+    py-lmdb refuses to open an environment twice in a process. In a child it also refuses those that the parent had
+    open, so its check is turned off for this call.
+    """
     if not _processes.parents:
         return lmdb.open(path, **options)
     identity: Any = importlib.import_module("lmdb._envid")
@@ -616,7 +641,7 @@ def _open_environment(path: bytes, **options: Any) -> lmdb.Environment:
 
 
 def open_index(path: Path, create: bool = False) -> Index:
-    """This process's environment for the directory, opened once however many stores use it.
+    """This process's environment for the directory. All stores of a process share one.
 
     Raises:
         IndexReplacedError: there is none at this moment, or it was replaced while it was opened.
@@ -635,7 +660,7 @@ def open_index(path: Path, create: bool = False) -> Index:
 
 
 def release_index(index: Index) -> None:
-    """Closes the environment when its last user has released it."""
+    """Gives the environment back. Its last user closes it."""
     with _processes.lock:
         key = (index.pid, *index.identity)
         if key not in _processes.open:  # the parent's

@@ -1,7 +1,7 @@
-"""Reads what `add` is given, in groups, many files in processes of their own.
+"""Reads the sources of an `add`, in groups. Many files are read by worker processes.
 
-Reading a task checkpoint is mostly Python's work and hashing. Where there are many local files and this process may be
-forked, workers read them into memory shared with this one; elsewhere they are read here. Either gives the same.
+Reading a task checkpoint is mostly Python's work and hashing. If there are many local files and this process may be
+forked, workers read them into shared memory. Otherwise they are read here. The results are the same.
 """
 
 import mmap
@@ -27,16 +27,24 @@ GROUP_TASKS = 200
 """Tasks that one `add` commits together: a commit costs a few fsyncs, whatever its size."""
 GROUP_BYTES = 32 * 1024 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-"""The largest manifest accepted, and how many bytes of them one commit takes before it is full."""
+"""The largest manifest that is accepted. A commit is full once its manifests have this many bytes."""
 _WORKERS = 4
-_REQUEST_CHARACTERS = 8000  # of two requests, in a pipe of 64 KiB: asking must not wait for a worker that waits for us
+_REQUEST_CHARACTERS = 8000
+"""Two requests must fit a pipe of 64 KiB, or we block writing to a worker that blocks writing to us."""
 _SLOTS = 2
-"""Groups that a worker may be ahead"""
+"""How many groups a worker may be ahead"""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source of `add`, read and checked: its distinct tensors and their bytes, its manifest and that one's hash."""
+    """A source of `add`, read and checked.
+
+    Args:
+        tensors: its distinct tensors.
+        size_bytes: their bytes.
+        manifest: its manifest.
+        hash: the manifest's hash.
+    """
 
     name: str
     tensors: Mapping[Digest, RawTensor]
@@ -47,7 +55,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why `add` left one source alone."""
+    """A source that `add_many` did not add. `error` says why."""
 
     error: PearStoreError
 
@@ -58,17 +66,17 @@ Group = list[Loaded | Refused]
 def load_groups(given: Iterable[Source], name: str | None, access: Access | None = None) -> Iterator[Group]:
     """The sources in order, in groups of what one commit takes.
 
-    A group's tensors are good until the next group is asked for. Only a list or tuple is read ahead: what comes from
-    elsewhere may be gone, or another, when the next is asked for.
+    A group's tensors are valid until the next group is asked for. Only a list or tuple is read ahead. A source of
+    another iterable may be gone, or changed, when the next one is asked for.
     """
     with Loader(name, access) as loader:
         yield from loader.load(given)
 
 
 class Loader:
-    """What one `add` reads with: what it found good in the files before, and its workers. Closed with the `add`.
+    """Reads for one `add`: keeps what earlier files had in common, and the workers.
 
-    This process keeps nothing of it. Workers end, and their memory goes, also where an `add` is not finished.
+    It is closed with the `add`, also if that is not finished. Workers and their memory then end.
     """
 
     def __init__(self, name: str | None, access: Access | None) -> None:
@@ -97,12 +105,12 @@ class Loader:
             if len(first) < len(given):
                 try:
                     self._workers = _Workers(min(count, _WORKERS), self._name, self._access, self._known)
-                except OSError:  # there can be no process more
+                except OSError:  # the system gives no more processes
                     pass
                 else:
                     yield from self._workers.load(chain([first], chunks))
                     return
-        alone = isinstance(given, list | tuple) and len(given) == 1  # nothing comes that it would be known for
+        alone = isinstance(given, list | tuple) and len(given) == 1  # no later source could use what is known
         known = None if alone else self._known
         yield from _split(load(source, self._name, known, self._access) for source in given)
 
@@ -123,7 +131,7 @@ def _take(pending: Iterator[Source]) -> Iterator[Source]:
 
 
 def _file_bytes(source: Source) -> int | None:
-    """Of a local regular file; None for any other source."""
+    """The size of a local regular file. None for any other source."""
     if not isinstance(source, str | os.PathLike) or is_url(source):
         return None
     try:
@@ -134,7 +142,7 @@ def _file_bytes(source: Source) -> int | None:
 
 
 def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
-    """Groups that one commit takes."""
+    """Splits results into groups that one commit takes."""
     group: Group = []
     size = manifest_bytes = 0
     for one in results:
@@ -152,7 +160,7 @@ def _split(results: Iterable[Loaded | Refused]) -> Iterator[Group]:
 def load(
     source: Source, name: str | None, known: ReadBefore | None = None, access: Access | None = None
 ) -> Loaded | Refused:
-    """One source, read and checked, under another name if given."""
+    """Reads and checks one source. `name`, if given, replaces the task's name."""
     try:
         return _loaded(sources.read_task(source, known, access), name, sources.label(source))
     except PearStoreError as error:
@@ -162,11 +170,11 @@ def load(
 def _loaded(task: Task, name: str | None, where: str) -> Loaded:
     if name is not None:
         if not TASK_NAME.fullmatch(name):
-            raise CheckpointError(where, f"task name {name!r}: expected up to 100 letters, digits, '.', '_', '-'")
+            raise CheckpointError(where, f"task name {name!r}: expected up to 100 of letters, digits, '.', '_' and '-'")
         task = Task({**task.record, "task": name}, task.tensors)
     manifest = to_manifest(task)
     if len(manifest) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(where, f"its record takes {len(manifest)} bytes: at most {MAX_MANIFEST_BYTES} are stored")
+        raise CheckpointError(where, f"record: expected at most {MAX_MANIFEST_BYTES} bytes, found {len(manifest)}")
     tensors = {tensor.digest: tensor for tensor in task.tensors.values()}
     size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
     return Loaded(task.name, tensors, size_bytes, manifest, manifest_hash(manifest))
@@ -175,13 +183,13 @@ def _loaded(task: Task, name: str | None, where: str) -> Loaded:
 _Placed = tuple[str, tuple[int, ...], int, int]
 """A tensor in a slot: dtype, shape, offset and length in bytes"""
 _Read = tuple[str, dict[Digest, _Placed], int, bytes, bytes]
-"""A file as a worker read it: a `Loaded` whose tensors lie at places in the slot"""
+"""A file that a worker read: the fields of a `Loaded`, with places in the slot instead of tensors"""
 _Answer = list[_Read | None]
-"""One for each file; None where it is refused or does not fit, for this process to look at it"""
+"""One for each file. None: the worker refused it or had no room; this process reads it."""
 
 
 class _InSlot(Mapping[Digest, RawTensor]):
-    """Tensors in shared memory, made when they are asked for: most are stored already."""
+    """Tensors in shared memory. Each is made when it is asked for, because most are stored already."""
 
     def __init__(self, places: dict[Digest, _Placed], slot: memoryview) -> None:
         self._places, self._slot = places, slot
@@ -198,7 +206,7 @@ class _InSlot(Mapping[Digest, RawTensor]):
 
 
 class _Workers:
-    """Processes that read groups of files into slots of shared memory, each ahead by a slot or two."""
+    """Processes that read groups of files into slots of shared memory. Each may be ahead by two slots."""
 
     def __init__(self, count: int, name: str | None, access: Access | None, known: ReadBefore) -> None:
         self._name, self._access, self._known = name, access, known
@@ -241,7 +249,7 @@ class _Workers:
         data = memoryview(b"")
         if place is not None:
             data = memoryview(self._slots[place[0]][place[1]])
-            with suppress(WorkerDiedError):  # whatever it died of, the files are read here
+            with suppress(WorkerDiedError):  # then the files are read here
                 answer = self._workers[place[0]].answer()
         yield from _split(
             load(source, self._name, self._known, self._access)
@@ -251,7 +259,7 @@ class _Workers:
         )
 
     def _read(self, slots: list[mmap.mmap], request: tuple[int, list[str]]) -> _Answer:
-        """In the worker: reads files one behind the other into a slot."""
+        """Reads files into a slot, one behind the other. This runs in the worker."""
         slot, paths = request
         memory = memoryview(slots[slot])
         answer: _Answer = []
@@ -279,5 +287,6 @@ class _Workers:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """For what was a regular file when it was looked at, and may be a pipe by now."""
+    """Opens a file that may have been replaced by a pipe since it was looked at."""
+
     return os.open(path, flags | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""Locks on files. The system frees them when their holder dies, and a forked child never holds its parent's."""
+"""Locks on files. The system frees a lock when its holder dies. A forked child never holds its parent's locks."""
 
 import fcntl
 import math
@@ -18,7 +18,7 @@ _POLL_S = 0.02
 
 @dataclass(eq=False)
 class _Open:
-    """A lock's file; -1: not open in this process."""
+    """A lock's open file. A handle of -1 means that this process does not have it open."""
 
     handle: int = -1
 
@@ -30,11 +30,11 @@ class _Open:
 
 @dataclass
 class _Process:
-    """What this process has open.
+    """The lock files that this process has open.
 
-    A lock is one for all copies of its open file, so a forked child closes its own. It must know of them all: no fork
-    begins while one is opened or closed. A signal's handler may still fork there, in the same thread. What its child
-    then keeps is harmless, since a lock is freed by name before its file is closed.
+    All copies of an open file share its lock, so a forked child closes its copies. It must know them all: so no fork
+    begins while a file is opened or closed. A signal handler may still fork then, in the same thread. A copy that its
+    child keeps is harmless, because the lock is released explicitly before the file is closed.
     """
 
     files: set[_Open] = field(default_factory=set)
@@ -57,18 +57,18 @@ os.register_at_fork(
 
 
 def no_fork() -> AbstractContextManager[object]:
-    """In its context, which one thread enters at a time, no other thread begins to fork."""
+    """A context during which no other thread begins to fork. One thread at a time may enter it."""
     guard: AbstractContextManager[object] = _process.guard
     return guard
 
 
 @contextmanager
 def locked(open_file: Callable[[], int], wait_s: float = math.inf) -> Iterator[bool]:
-    """Whether a file's lock is this context's alone: always, unless another holds it for longer than it is waited for.
+    """Locks a file for the context. Gives True, or False if somebody else holds the lock for longer than `wait_s`.
 
     Args:
-        open_file: returns the file's handle; it is closed at the end.
-        wait_s: seconds; 0 does not wait.
+        open_file: opens the file and returns its handle. The end of the context closes it.
+        wait_s: seconds to wait. 0: do not wait.
 
     Raises:
         OSError: the file cannot be opened or locked.
@@ -81,7 +81,7 @@ def locked(open_file: Callable[[], int], wait_s: float = math.inf) -> Iterator[b
         yield _take(file.handle, wait_s)
     finally:
         with no_fork():
-            if file.handle >= 0:  # else it is the parent's
+            if file.handle >= 0:  # else this is a forked child, and the lock is the parent's
                 fcntl.flock(file.handle, fcntl.LOCK_UN)
             file.close()
             _process.files.discard(file)
@@ -104,7 +104,7 @@ def _take(handle: int, wait_s: float) -> bool:
 def write_lock(root: Path) -> AbstractContextManager[bool]:
     """Excludes all other writers of a store.
 
-    LMDB has a lock of its own, but in the environment that a rebuild replaces.
+    LMDB's own lock is not enough: it is in the environment, which a rebuild replaces.
     """
 
     def open_file() -> int:

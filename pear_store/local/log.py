@@ -1,9 +1,9 @@
-"""One line at DEBUG for each operation, and rarely one at INFO, to the standard library's loggers.
+"""Logs each operation: one line at DEBUG, and rarely one at INFO, to the standard library's loggers.
 
 Each module has the logger of its name, such as `pear_store.local.gc`. No handler, level or filter is set here. A record
-has its figures as attributes, too: `operation`, `seconds` and `size_bytes`.
+also has its figures as attributes: `operation`, `seconds` and `size_bytes`.
 
-`logging` takes 3 ms to import. Nobody can ask for records who has not imported it, so nothing here imports it first.
+Importing `logging` takes 3 ms. A program that wants records has imported it, so this module does not import it first.
 """
 
 import sys
@@ -25,23 +25,23 @@ def _logger(module: str) -> "logging.Logger":
 
 
 def is_on(module: str, level: int = _DEBUG) -> bool:
-    """Whether somebody wants a module's records. Takes a quarter of a microsecond."""
+    """Whether a module's records at this level are wanted. Takes a quarter of a microsecond."""
     return "logging" in sys.modules and _logger(module).isEnabledFor(level)
 
 
 def info(module: str, message: str, *values: object) -> None:
-    """What somebody who keeps a store wants to know even of a command that went well."""
+    """Logs what an administrator wants to know even if all went well."""
     if is_on(module, _INFO):
         _logger(module).info(message, *values)
 
 
 class Operation:
-    """Logs how long its context took, and the bytes that were counted in it.
+    """A context that logs how long it took, and the bytes that were counted in it.
 
     Args:
-        module: whose logger.
+        module: the module whose logger is used.
         what: the operation, such as "gc".
-        on: what it was done to: a store, a task.
+        on: the store or task.
     """
 
     __slots__ = ("_away_s", "_began_s", "_module", "_on", "_what", "size_bytes")
@@ -58,7 +58,7 @@ class Operation:
         return self
 
     def leave(self) -> None:
-        """The time from here on is the caller's, not the operation's."""
+        """Stops the clock, until :meth:`come_back`: the caller works now."""
         self._away_s -= time.perf_counter()
 
     def come_back(self) -> None:

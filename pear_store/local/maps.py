@@ -1,4 +1,4 @@
-"""Files as read-only memory that holds no descriptor."""
+"""Maps files into memory, read-only, without keeping a descriptor."""
 
 import mmap
 import os
@@ -10,7 +10,7 @@ _MAP_FIXED = 0x10  # on Linux, macOS and the BSDs
 
 @cache
 def _system() -> Any:
-    import ctypes  # here, for many commands map nothing
+    import ctypes  # here, because many commands map nothing
 
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
@@ -21,13 +21,13 @@ def _system() -> Any:
 
 
 def map_file(descriptor: int, size_bytes: int) -> mmap.mmap:
-    """A file's bytes, to be read only; it stays valid when the descriptor is closed.
+    """Maps a file. Only read the map: a write ends the process. It stays valid after the descriptor is closed.
 
-    A map that Python makes of a file keeps a copy of its descriptor, and a process may have few of them. So Python
-    makes one of nothing, and the system puts the file in its place.
+    Python's map of a file keeps a copy of its descriptor, and a process may only have few. So Python makes an anonymous
+    map here, and the system replaces it by the file's.
 
     Raises:
-        OSError: the system lacks address space or has too many maps.
+        OSError: there is no address space left, or the process has too many maps.
     """
     import ctypes
 

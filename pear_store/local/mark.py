@@ -1,4 +1,4 @@
-"""Marks what the versions need: one byte for each tensor and manifest ever numbered; no list of either is held."""
+"""Marks what versions need. This takes one byte for each number of a tensor or manifest, and no list of either."""
 
 from array import array
 from collections import Counter
@@ -14,8 +14,14 @@ from pear_store.local.rows import NO_PACK, ContentsRow, PackRow, RemovedRow, Ten
 
 @dataclass
 class PackUse:
-    """How much of a pack is needed: live tensor bytes, and whether anything else in it is. `contents` is its new row
-    where what counts as removed has changed."""
+    """How much of a pack is needed.
+
+    Args:
+        row: the pack's row.
+        live_bytes: bytes of its tensors that versions need.
+        needed: whether versions need a tensor of it, or rows name it for its records.
+        contents: its new row of contents, if other tensors count as removed now.
+    """
 
     row: PackRow
     live_bytes: int = 0
@@ -29,12 +35,12 @@ class PackUse:
 
 @dataclass
 class Marked:
-    """What the versions need, and what they do not; bytes are tensor bytes."""
+    """What versions need and what they do not need. Bytes are tensor bytes."""
 
     marks: bytearray
     packs: dict[bytes, PackUse] = field(default_factory=dict)
     recorded: Counter[bytes] = field(default_factory=Counter)
-    """How many rows name each pack as the one that records what they say"""
+    """How many rows name each pack as the one that records them"""
     versions: int = 0
     logical_bytes: int = 0
     kept_tensors: int = 0
@@ -42,9 +48,9 @@ class Marked:
     removed_tensors: int = 0
     removed_bytes: int = 0
     lost: ContentsRow | None = None
-    """Of NO_PACK, as `PackUse.contents`"""
+    """The new row of NO_PACK, as `PackUse.contents`"""
     is_settled: Callable[[RemovedRow], bool] = lambda row: False
-    """Which removals need no pack; always the same, whatever was deleted since"""
+    """Says which removals need no pack. Its answers stay the same, even if packs are deleted later."""
 
 
 def mark(
@@ -52,7 +58,11 @@ def mark(
     dropped: Set[tuple[str, int]] = frozenset(),
     is_settled: Callable[[RemovedRow], bool] = lambda row: False,
 ) -> Marked:
-    """Marks what all versions but the dropped ones need, and counts. Removals that are settled need no pack.
+    """Marks and counts what versions need.
+
+    Args:
+        dropped: versions that are left out.
+        is_settled: says of a removal whether it needs no pack.
 
     Raises:
         DamagedError: an index row cannot be trusted, so nothing may be called dead.
@@ -97,7 +107,7 @@ def mark(
             for number in manifest.tensors:
                 marks[number] = TENSOR
         except IndexError:
-            raise DamagedError("the index's count of numbers", "too small") from None
+            raise DamagedError("the index's count of numbers", "lower than a number in use") from None
     recorded.update(_recording(view, newest, is_settled))
     for pack in recorded:
         need(pack)
@@ -109,14 +119,14 @@ def mark(
                 raise DamagedError(f"index number {number}", "both a tensor and a manifest have it")
             marks[number] = MANIFEST
     except IndexError:
-        raise DamagedError("the index's count of numbers", "too small") from None
+        raise DamagedError("the index's count of numbers", "lower than a number in use") from None
     for pack, listed in view.contents.every():
         try:
             live = bytes(map(marks.__getitem__, listed.numbers))
         except IndexError:
-            raise DamagedError("the index's count of numbers", "too small") from None
+            raise DamagedError("the index's count of numbers", "lower than a number in use") from None
         if pack not in packs or MANIFEST in live:
-            raise DamagedError(f"contents of pack {pack.hex()}", "it lists what is no tensor, or no pack")
+            raise DamagedError(f"contents of pack {pack.hex()}", "it lists a manifest, or the pack has no row")
         if count := live.count(TENSOR):
             use = need(pack)
             use.live_bytes = sum(compress(listed.lengths, live))
@@ -135,9 +145,9 @@ def mark(
 
 
 _MARKS, _NUMBERS_A_ROW = 1 << 28, 1000
-"""So many numbers are believed, or so many for each tensor and manifest; a mark is a byte"""
+"""The highest count of numbers that is believed: this, or so many for each tensor and manifest. A mark is a byte."""
 TENSOR, MANIFEST = 1, 2
-"""What a mark says of a number that a version needs"""
+"""Marks of numbers that a version needs"""
 
 
 def is_needed(marks: bytearray, row: TensorRow) -> bool:
@@ -145,8 +155,10 @@ def is_needed(marks: bytearray, row: TensorRow) -> bool:
 
 
 def _recording(view: View, newest: dict[str, int], is_settled: Callable[[RemovedRow], bool]) -> list[bytes]:
-    """The packs that record names, tags and removals that are not settled, one for each; `newest` are the tasks' newest
-    versions.
+    """The packs that record names, tags and unsettled removals; one item for each of these.
+
+    Args:
+        newest: the tasks' newest versions. It is emptied.
 
     Raises:
         DamagedError: a row is damaged, or contradicts the versions.
@@ -155,7 +167,9 @@ def _recording(view: View, newest: dict[str, int], is_settled: Callable[[Removed
     for name in view.names.every():
         packs.append(name.pack)
         if newest.pop(name.name, 0) != name.newest or name.newest > name.highest:
-            raise DamagedError(f"index row of {name.name!r}", f"its newest version is not {name.newest}")
+            raise DamagedError(
+                f"index row of {name.name!r}", f"it says that version {name.newest} is the newest, which is wrong"
+            )
     if newest:
         raise DamagedError(f"index row of {min(newest)!r}", "missing")
     for task, text, tag in view.tags.every():
@@ -170,4 +184,4 @@ def _recording(view: View, newest: dict[str, int], is_settled: Callable[[Removed
     return packs
 
 
-_OTHER = bytes([1, 0]) + bytes(254)  # of marks, whether a number is not needed
+_OTHER = bytes([1, 0]) + bytes(254)  # translates marks: 1 for a number that is not needed

@@ -1,4 +1,4 @@
-"""Which file system a path lies on."""
+"""Says which file system a path is on."""
 
 import os
 import warnings
@@ -10,7 +10,7 @@ NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "
 
 
 def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
-    """The kind of network file system that a path lies on; None for a local one, or where the system does not tell."""
+    """The kind of network file system that a path is on. None: it is on a local one, or the system does not tell."""
     try:
         lines = mounts.read_text().splitlines()
         real = os.path.realpath(path)
@@ -29,7 +29,7 @@ def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) ->
 
 
 def warn_of_network(path: Path) -> None:
-    """Warns of a store on a network file system."""
+    """Warns if a store is on a network file system."""
     kind = _kind(os.stat(path).st_dev, path)
     if kind:
         warnings.warn(

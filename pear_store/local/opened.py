@@ -33,20 +33,25 @@ from pear_store.local.references import all_tags
 from pear_store.local.rows import PackRow, TensorRow
 
 _OPEN_PACKS = 4096
-"""Maps that are kept; the system allows some 65,000 in a process, those included that only buffers handed out keep"""
+"""Maps that are kept. The system allows about 65,000 in a process, including maps that only returned tensors use."""
 _TRIES = 100
 _KEPT_TASKS = 2048
-"""Of some 10 KB each, for 24 tensors"""
+"""Tasks that are kept. One of 24 tensors takes about 10 KB."""
 T = TypeVar("T")
 
 
 class PackGoneError(DamagedError):
-    """A pack's file is not there: either lost, or its tensors have moved since the index was read."""
+    """A pack's file is missing: it is lost, or its tensors have moved since the index was read."""
 
 
 @dataclass(frozen=True)
 class MappedPack:
-    """A pack's memory map, which file it is of, and the offsets of tensors that were found good in it."""
+    """A pack's memory map.
+
+    Args:
+        identity: device and inode of the file.
+        checked: tensors in it that were found good, by their offsets.
+    """
 
     file: mmap.mmap
     view: memoryview
@@ -62,14 +67,14 @@ class MappedPack:
         return (found.st_dev, found.st_ino) == self.identity and found.st_size == len(self.view)
 
     def advise(self, advice: str, *range_: int) -> None:
-        """Tells the system what comes, where it has such advice: "MADV_WILLNEED", for example."""
+        """Gives the system advice such as "MADV_WILLNEED", if it knows that."""
         if hasattr(mmap, advice):
             with suppress(OSError, ValueError):
                 self.file.madvise(getattr(mmap, advice), *range_)
 
 
 class OpenStore:
-    """A store's directory. Threads may share it; a forked child opens its own environment when it first needs it."""
+    """An open store. Threads may share it. A forked child opens its own environment when it first needs one."""
 
     def __init__(self, path: Path) -> None:
         """Raises a NotFoundError if there is no store at `path`."""
@@ -90,14 +95,14 @@ class OpenStore:
         raise PearStoreError(f"{self.path / 'index'}: replaced again and again while it was opened; run again later")
 
     def close(self) -> None:
-        """Releases the index; buffers handed out stay valid."""
+        """Releases the index. Tensors that were returned stay valid."""
         if not self._closed:
             self._closed = True
             release_index(self._index)
 
     @property
     def index(self) -> Index:
-        """The environment that the directory holds now: another than before after a fork or a rebuild."""
+        """The environment that the directory holds now. It changes after a fork or a rebuild."""
         if self._closed:
             raise PearStoreError(f"{self.path}: this store was closed")
         if self._index.pid != os.getpid():
@@ -107,19 +112,19 @@ class OpenStore:
             with self._lock:
                 if not self._index.is_current:
                     old, self._index = self._index, self._open_index()
-                    release_index(old)  # others may still read it: it is closed with its last view
+                    release_index(old)  # others may still read it: it closes after its last view
         return self._index
 
     def read(self) -> AbstractContextManager[View]:
-        """A consistent view of the index, untouched by writers. It begins at once; the caller enters it at once."""
+        """A consistent view of the index, which writers do not change. It begins now, so the caller enters it now."""
         while True:
             try:
                 return self.index.read()
-            except IndexReplacedError:  # a rebuild replaced it, another thread closed it
+            except IndexReplacedError:  # a rebuild replaced it, and another thread closed the old one
                 continue
 
     def look(self, act: Callable[[View], T]) -> T:
-        """What `act` finds in a view; again with another, where writers overtook a reader that may not lock."""
+        """What `act` finds in a view. If writers have overtaken a reader that may not lock, it looks again."""
         for _ in range(_TRIES):
             try:
                 with self.read() as view:
@@ -129,14 +134,14 @@ class OpenStore:
         raise OvertakenError(self.path)
 
     def write(self, change: Callable[[View], T]) -> T:
-        """Runs `change` in the one write transaction there can be, and commits; possibly more than once.
+        """Runs `change` in a write transaction and commits. `change` may run more than once.
 
-        What a process that died had put among the packs but not committed is unlinked first.
+        First deletes packs that a process placed without committing them, because it died.
 
         Raises:
-            DiskFullError: no space left; nothing was changed.
+            DiskFullError: there is no space left. Nothing was changed.
         """
-        cleaned = False  # once: a change that is run again has placed its own packs
+        cleaned = False  # clean only once: a change that runs again has placed its own packs
 
         def guarded(view: View) -> T:
             nonlocal cleaned
@@ -148,7 +153,7 @@ class OpenStore:
         return self._write(guarded)
 
     def unlink_doomed(self) -> None:
-        """Unlinks the packs whose rows went, as each write does first."""
+        """Deletes the packs whose rows were deleted. Each write also does this first."""
         if find_unfinished(self.path):
             self._write(partial(_unlink_unfinished, self.path))
 
@@ -162,13 +167,17 @@ class OpenStore:
                 raise from_os_error(error, self.path) from None
 
     def write_packs(self, change: Callable[[View], T], packs: list[WrittenPack]) -> T:
-        """Like :meth:`write`, for a change that places packs: those it has appended to `packs` lose their names in
-        tmp/ after the commit, or all their names if it failed."""
+        """Like :meth:`write`, for a change that places packs.
+
+        Args:
+            packs: the change appends the packs that it places. After the commit, their names in tmp/ are deleted. If
+                the commit fails, all their names are deleted.
+        """
         process = os.getpid()
         try:
             result = self.write(change)
         except BaseException:
-            if os.getpid() != process:  # forked meanwhile: it is the parent that still commits them
+            if os.getpid() != process:  # this is a child, forked meanwhile: the parent still commits them
                 raise
             unlink_written(self.path, (pack.hash for pack in packs), unless_placed=True)
             with suppress(PearStoreError):
@@ -178,7 +187,7 @@ class OpenStore:
         return result
 
     def tags(self, view: View) -> dict[tuple[str, int], list[str]]:
-        """(task, version) -> tags, as the last commit left them: all were read, so that none is hidden by damage."""
+        """Tags by (task, version), as of the last commit. All are read, so that no damage can hide one."""
         state, tags = self._tags
         if state != view.state:
             tags = all_tags(view)
@@ -188,20 +197,21 @@ class OpenStore:
     # ---- tensors ------------------------------------------------------------------------------
 
     def kept(self, view: View) -> dict[str, tuple[bytes, dict[str, RawTensor]]]:
-        """Tasks' manifests and tensors by reference, read since the last commit; the next one drops their maps."""
+        """Manifests and tensors that were read since the last commit, by reference. The next commit drops them."""
         state, kept = self._kept
         if state != view.state or len(kept) >= _KEPT_TASKS:
             kept = {}
-            self._kept = (view.state, kept)  # both at once: other threads may have views of other states
+            self._kept = (view.state, kept)  # in one assignment: other threads may have views of other states
         return kept
 
     def tensors(
         self, view: View, digests: Sequence[str], what: str, hints: Sequence[TensorRow] = ()
     ) -> dict[str, RawTensor]:
-        """Stored tensors as views of maps, each checked against its digest when it is first read in this process.
+        """Stored tensors, as views of maps. Each is checked against its digest when this process first reads it.
 
         Args:
-            hints: where they once lay; where one does not hold, all are looked up.
+            what: the version that needs them, for messages.
+            hints: cached places of the tensors. If one is stale, all are looked up.
 
         Raises:
             DamagedError: a tensor is missing or damaged.
@@ -227,7 +237,7 @@ class OpenStore:
         return found
 
     def _fetch(self, view: View | None, rows: list[tuple[Digest, TensorRow]]) -> None:
-        """Has the system read tensors that were not read before, all at once instead of one after the other."""
+        """Asks the system to read tensors that were not read before, all at once."""
         runs: list[tuple[MappedPack, int, int]] = []  # neighbours in one piece
         for digest, (_, pack, offset, length, _, _) in sorted(rows, key=lambda row: row[1][1:3]):
             mapped = self._maps.get(pack) or self._map(view, pack)
@@ -241,7 +251,7 @@ class OpenStore:
             mapped.advise("MADV_WILLNEED", start, end - start)
 
     def tensor(self, view: View | None, digest: Digest, place: TensorRow) -> RawTensor:
-        """One stored tensor; see :meth:`tensors`. Without a view, its place is a hint."""
+        """One stored tensor, as :meth:`tensors`. Without a view, its place is a hint."""
         _, pack, offset, length, dtype, shape = place
         mapped = self._maps.get(pack) or self._map(view, pack)
         data = mapped.view[offset : offset + length]
@@ -263,7 +273,7 @@ class OpenStore:
         return self._maps.get(pack) or self._map(view, pack)
 
     def _map(self, view: View | None, pack: bytes) -> MappedPack:
-        """Maps a pack; checks its length, unless only a hint names it."""
+        """Maps a pack. Checks its length, unless only a hint names the pack."""
         expected = None if view is None else view.packs.get(pack)
         try:
             return self._map_file(pack, expected, view is None)
@@ -287,7 +297,7 @@ class OpenStore:
         except FileNotFoundError:
             raise PackGoneError(f"pack {pack.hex()}", f"pack {pack.hex()[:12]} is missing") from None
         mapped = MappedPack(mapped_file, memoryview(mapped_file).toreadonly(), (found.st_dev, found.st_ino))
-        mapped.advise("MADV_RANDOM")  # else a fault reads megabytes around the tensor
+        mapped.advise("MADV_RANDOM")  # else a page fault reads megabytes around the tensor
         with self._lock:
             self._maps[pack] = mapped
             while len(self._maps) > _OPEN_PACKS:
@@ -295,34 +305,34 @@ class OpenStore:
         return mapped
 
     def forget_replaced(self, pack: bytes) -> None:
-        """Drops the map of a pack whose file is gone or is another one now: the map is not what is stored."""
+        """Drops the map of a pack whose file was deleted or replaced: the map is not what is stored now."""
         mapped = self._maps.get(pack)
         if mapped is not None and not mapped.is_of(pack_path(self.path, pack)):
             with self._lock:
                 self._maps.pop(pack, None)
 
     def release_pages(self) -> None:
-        """Has the system count what was read of maps as its cache's, no longer as this process'; maps stay valid."""
+        """Has the system count the pages of maps as its cache, no longer as this process's memory. Maps stay valid."""
         with self._lock:
             for mapped in self._maps.values():
                 mapped.advise("MADV_DONTNEED")
 
     def forget_maps(self) -> None:
-        """Drops all maps, and with them what was found good; buffers handed out stay valid."""
+        """Drops all maps, and what was found good in them. Tensors that were returned stay valid."""
         with self._lock:
             self._maps.clear()
             self._kept = (None, {})
 
 
 def no_store(path: Path) -> NotFoundError:
-    """What to do where :func:`is_store` says that there is none."""
+    """The error for a path where :func:`is_store` finds no store. It says what to do."""
     if os.path.isdir(path / "packs"):
         return NotFoundError(f"{path}: the store's index is gone; 'pear-store rebuild --store {path}' makes it anew")
     return NotFoundError(f"{path}: no store there; make one with 'pear-store init --store {path}'")
 
 
 def is_store(path: Path) -> bool:
-    """Whether there is a store; finishes a rebuild that was cut off between its two renames.
+    """Whether there is a store. Finishes a rebuild that was interrupted between its two renames.
 
     Raises:
         AccessError: this process may not look.
@@ -343,7 +353,7 @@ def is_store(path: Path) -> bool:
     except OSError as error:
         if isinstance(found := from_os_error(error, path), AccessError):
             raise found from None
-        return False  # a name that is too long, a link to itself
+        return False  # such as a name that is too long, or a link to itself
 
 
 def _is_there(path: Path) -> bool:
@@ -355,10 +365,11 @@ def _is_there(path: Path) -> bool:
 
 
 def _unlink_unfinished(path: Path, view: View) -> int:
-    """Unlinks packs that tmp/ names and the index does not list; returns how many."""
+    """Deletes packs that tmp/ names and the index does not list. Returns how many."""
     unfinished = find_unfinished(path)
     gone = [pack for pack in unfinished if pack not in view.packs]
     if unfinished:
-        unlink_packs(path, gone)  # before their names in tmp/: a power loss may undo any that is not synced
+        unlink_packs(path, gone)  # before their names in tmp/ are: a power loss may undo deletions that are not synced
+
         unlink_written(path, unfinished)
     return len(gone)

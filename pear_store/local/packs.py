@@ -1,4 +1,4 @@
-"""Packs as files: immutable, written and synced before they get their own name, read without trust."""
+"""Packs as files. A pack is immutable, and written and synced before it gets its name. What is read is not trusted."""
 
 import errno
 import hashlib
@@ -23,7 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WrittenPack:
-    """A pack that lies complete in `path`, not yet under its own name; durable once `wait_synced` has returned."""
+    """A pack that is written to `path` in tmp/, but has no place among the packs yet.
+
+    Args:
+        wait_synced: waits until the file is durable.
+    """
 
     path: Path
     hash: bytes
@@ -40,8 +44,11 @@ def pack_path(root: Path, pack: bytes) -> Path:
 
 
 def find_packs(root: Path, foreign: list[str]) -> Iterator[bytes]:
-    """The hashes of the files that lie where packs belong; appends the paths of what else is there. Links are not
-    followed."""
+    """The hashes of all files in packs/ that may be packs. Links are not followed.
+
+    Args:
+        foreign: gets the paths of everything else there.
+    """
     with open_folder(root, "packs") as packs:
         for fan in packs.names():
             if not (FAN_NAME.fullmatch(fan) and packs.is_folder(fan)):
@@ -57,7 +64,7 @@ def find_packs(root: Path, foreign: list[str]) -> Iterator[bytes]:
 
 
 def write_pack(root: Path, tensors: Mapping[Digest, RawTensor], records: Records, commit: Commit) -> WrittenPack:
-    """Writes a pack into the store's tmp/, where it is synced while the caller goes on (:func:`place_pack` waits)."""
+    """Writes a pack into the store's tmp/. It is synced while the caller goes on; :func:`place_pack` waits for that."""
     named = {str(digest): tensor for digest, tensor in tensors.items()}
     head, places = lay_out(named, pack_metadata(records, commit))
     with open_folder(root, "tmp", create=True) as tmp:
@@ -86,7 +93,7 @@ def _write_pack(
         tmp.rename(name, pack.path.name)
     except BaseException:
         os.close(handle)
-        if os.getpid() == process:  # else forked meanwhile: the parent still writes it
+        if os.getpid() == process:  # else this is a child, forked meanwhile: the parent still writes it
             tmp.unlink(name)
         raise
     sync.start(apart=size >= _SYNC_APART_BYTES)
@@ -97,7 +104,7 @@ _SYNC_APART_BYTES = 1 << 20
 
 
 class _Sync:
-    """Syncs and closes a file, in a thread if it is worth one."""
+    """Syncs and closes a file, in a thread of its own if the file is large."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -109,7 +116,7 @@ class _Sync:
             if apart:
                 self._thread.start()
                 return
-        except RuntimeError:  # there can be no thread more
+        except RuntimeError:  # the system gives no more threads
             pass
         self._run()
 
@@ -122,7 +129,11 @@ class _Sync:
             os.close(self._handle)
 
     def wait(self) -> None:
-        """Raises the OSError of a sync that failed."""
+        """Waits for the sync.
+
+        Raises:
+            OSError: it failed.
+        """
         if self._thread.ident is not None:
             self._thread.join()
         if self._error is not None:
@@ -130,7 +141,7 @@ class _Sync:
 
 
 def _runs(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[list[bytes | bytearray | memoryview]]:
-    """The chunks in runs of about a MiB: what was hashed is still in the processor's cache when it is written."""
+    """Groups chunks into runs of about 1 MiB, so that a run is still in the processor's cache when it is written."""
     run: list[bytes | bytearray | memoryview] = []
     size = 0
     for chunk in chunks:
@@ -142,46 +153,49 @@ def _runs(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[list[byt
     yield run
 
 
-_MAX_RUN = 1000  # of the 1,024 pieces that one system call takes
+_MAX_RUN = 1000  # one system call takes 1,024 pieces
 
 
 def _write(handle: int, run: list[bytes | bytearray | memoryview], at: int) -> int:
-    """Writes a run at the file's end and has the disk begin with it, so that the sync has less to wait for."""
+    """Writes a run at the file's end. The disk begins to write it at once, so that the sync takes less time."""
     size = sum(map(len, run))
     written = os.writev(handle, run) if size else 0
     if written < size:  # a full disk, or a signal
         rest = memoryview(b"".join(run))[written:]
         while rest:
             rest = rest[os.write(handle, rest) :]
-    if size and hasattr(os, "posix_fadvise"):  # pages that are dirty Linux begins to write, and keeps
+    if size and hasattr(os, "posix_fadvise"):  # Linux begins to write dirty pages, and keeps them
         with suppress(OSError):  # advice
             os.posix_fadvise(handle, at, size, os.POSIX_FADV_DONTNEED)
     return size
 
 
 def place_pack(root: Path, pack: WrittenPack) -> None:
-    """Gives a written pack its own name, durably, once it is synced.
+    """Gives a written pack its name in packs/, durably, once it is synced.
 
-    Its name in tmp/ stays until the commit is through: by the second name the next writer sees that a process died
-    before it committed, and unlinks what nobody was promised (:func:`find_unfinished`).
+    Its name in tmp/ stays until after the commit. If the process dies before the commit, the next writer sees both
+    names and deletes the pack (:func:`find_unfinished`). No caller was told that its tasks are stored.
     """
     pack.wait_synced()
     name, fan = pack.path.name, pack.path.name[:2]
     with open_folder(root, "tmp") as tmp, open_folder(root, "packs", fan, create=True) as folder:
         try:
-            folder.check(name)  # it is there already when a commit is run again
+            folder.check(name)  # it is there already if a change runs again
         except FileNotFoundError:
             try:
                 tmp.link(name, name, folder)
-            except OSError:  # a file system without hard links: an empty file says the same
+            except OSError:  # a file system without hard links: an empty file marks the pack instead
                 os.close(tmp.open(_intent(pack.hash), os.O_WRONLY | os.O_CREAT))
                 tmp.rename(name, name, folder)
         folder.sync()
 
 
 def doom_packs(root: Path, packs: Sequence[bytes]) -> None:
-    """Has the next writer unlink packs, if the index does not list them by then: those whose rows go in the commit
-    under way. So a process that dies behind that commit leaves no pack that says what is so no longer."""
+    """Marks packs whose rows are deleted in this commit, so that the next writer deletes their files.
+
+    The next writer does so only if the index does not list them by then. So no outdated pack stays, even if this
+    process dies right after the commit.
+    """
     if not packs:
         return
     with open_folder(root, "tmp", create=True) as tmp:
@@ -203,8 +217,7 @@ def _intent(pack: bytes) -> str:
 
 
 def find_unfinished(root: Path) -> list[bytes]:
-    """Packs that tmp/ says were given their own name. Under the write lock, each is either committed or was left by a
-    process that died."""
+    """Packs that tmp/ marks. Under the write lock, each is committed, or is left from a process that died."""
     with suppress(FileNotFoundError), open_folder(root, "tmp") as tmp:
         return [
             bytes.fromhex(name[:64])
@@ -222,7 +235,7 @@ def _is_linked(folder: Folder, name: str) -> bool:
 
 
 def unlink_packs(root: Path, packs: Iterable[bytes]) -> None:
-    """Deletes packs' files, as far as they are there, durably."""
+    """Deletes the files of packs durably. Missing files are ignored."""
     for fan, names in groupby(sorted(f"{pack.hex()}.safetensors" for pack in packs), key=lambda name: name[:2]):
         with suppress(FileNotFoundError), open_folder(root, "packs", fan) as folder:
             for name in names:
@@ -231,7 +244,11 @@ def unlink_packs(root: Path, packs: Iterable[bytes]) -> None:
 
 
 def unlink_written(root: Path, packs: Iterable[bytes], unless_placed: bool = False) -> None:
-    """Deletes packs' names in tmp/; `unless_placed`: only of those that have no other name."""
+    """Deletes packs' names in tmp/.
+
+    Args:
+        unless_placed: only delete names of packs that have no name in packs/.
+    """
     with suppress(FileNotFoundError), open_folder(root, "tmp") as tmp:
         for pack in packs:
             name = f"{pack.hex()}.safetensors"
@@ -242,12 +259,12 @@ def unlink_written(root: Path, packs: Iterable[bytes], unless_placed: bool = Fal
 
 
 def open_pack(path: Path) -> BinaryIO:
-    """Opens a pack's file for reading. A link to it is followed: what is read is checked.
+    """Opens a pack's file for reading. A link is followed, because everything that is read is checked.
 
     Raises:
         AccessError: it may not be read.
         DamagedError: it is no regular file, or cannot be opened.
-        OSError: there is none; too many files are open.
+        OSError: it is missing, or too many files are open.
     """
     try:
         return open_regular(path, path)
@@ -261,13 +278,15 @@ def open_pack(path: Path) -> BinaryIO:
 
 
 def is_unfinished(root: Path, pack: bytes) -> bool:
-    """Whether tmp/ says that a pack's commit is not through; once it is, a view that is begun later lists the pack."""
+    """Whether tmp/ says that a pack may not be committed yet. Else, a view that begins later lists the pack."""
     return any((root / "tmp" / name).exists() for name in (f"{pack.hex()}.safetensors", _intent(pack)))
 
 
 class PackReader:
-    """Reads a pack's tensors, best in the order in which they lie, without a map: what the disk cannot read is an
-    answer, not a signal that ends the process."""
+    """Reads a pack's tensors without a map, so that a disk error is an exception and no signal.
+
+    It is fastest in the order in which the tensors lie in the file.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._descriptor = file.fileno()
@@ -275,7 +294,7 @@ class PackReader:
         self._start = 0
 
     def digest(self, dtype: str, shape: tuple[int, ...], offset: int, length: int) -> bytes | None:
-        """A tensor's digest as the file has it; None if it cannot be read whole."""
+        """The digest of a tensor's bytes in the file. None if they cannot all be read."""
         state = begin_digest(dtype, shape)
         at, end = offset - self._start, offset + length
         if at >= 0 and at + length <= len(self._window):
@@ -297,7 +316,7 @@ class PackReader:
         if at < 0 or at + length > len(self._window):
             try:
                 self._window = memoryview(os.pread(self._descriptor, _WINDOW_BYTES, offset))
-            except OSError:  # it may be what lies behind that cannot be read
+            except OSError:  # perhaps only bytes behind the tensor cannot be read
                 self._window = memoryview(os.pread(self._descriptor, length, offset))
             self._start, at = offset, 0
         return self._window[at : at + length]
@@ -307,17 +326,17 @@ _WINDOW_BYTES = 1 << 20
 
 
 def read_records(path: Path) -> tuple[Header, Records, list[str]]:
-    """A pack's header, its records, and what is wrong with them (of versions whose manifest is damaged, say).
+    """A pack's header, its records, and what is wrong with single records, such as a damaged manifest.
 
     Raises:
-        DamagedError: the header or the record cannot be trusted at all.
+        DamagedError: the header, or all of the records, cannot be trusted.
     """
     header = _read(path, read_header)
     return header, *records_in(path, header.metadata)
 
 
 def read_records_alone(path: Path) -> Records:
-    """A pack's records, without a look at what else its header says.
+    """A pack's records. The rest of its header is not checked.
 
     Raises:
         DamagedError: they cannot be trusted.
@@ -336,7 +355,7 @@ def _read(path: Path, read: Callable[[BinaryIO, Path, int], T]) -> T:
 
 
 def bare_header(file: Path) -> Header | None:
-    """A pack's header though its record is damaged; None if even that cannot be read."""
+    """The header of a pack whose records are damaged. None if the header cannot be read either."""
     try:
         with open_pack(file) as handle:
             return read_header(handle, file, os.fstat(handle.fileno()).st_size)

@@ -18,7 +18,7 @@ from pear_store.local.references import Version, manifest_of, resolve
 
 _LOOK_UPS = 3
 _AT_ONCE = 256
-"""Records that are read in one view of the index"""
+"""How many records are read in one view of the index"""
 
 
 def read_version(opened: OpenStore, reference: str, copy: bool) -> Task:
@@ -42,7 +42,7 @@ def _read_where_it_is(opened: OpenStore, reference: str, copy: bool) -> Task:
 
 def _read(opened: OpenStore, reference: str, copy: bool) -> Task:
     manifest, tensors = opened.look(lambda view: _found(opened, view, reference))
-    record = json.loads(manifest)  # checked when it was added, and hashed when it was read
+    record = json.loads(manifest)  # its contents were checked when it was added, and its hash when it was read
     if copy:
         tensors = {
             digest: RawTensor.checked(t.dtype, t.shape, bytearray(t.data), t.digest) for digest, t in tensors.items()

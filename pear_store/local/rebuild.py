@@ -21,7 +21,13 @@ from pear_store.local.sweep import keep_copy, set_aside
 
 @dataclass
 class Rebuilt:
-    """What a rebuild found; problems name what the packs no longer tell."""
+    """What a rebuild found.
+
+    Args:
+        packs: packs that the new index lists. Likewise tensors, tasks and versions.
+        problems: what could not be restored, one line each.
+        old_index: where the old index is now. None: there was none.
+    """
 
     packs: int = 0
     tensors: int = 0
@@ -32,14 +38,19 @@ class Rebuilt:
 
 
 def rebuild(path: str | Path, progress: Callable[[int, int], None] = lambda done, all_: None) -> Rebuilt:
-    """Makes the index anew from the packs alone; the old one is kept beside it as ``index.old-…``.
+    """Makes the index anew from the packs alone. The old index is kept beside it as ``index.old-…``.
 
-    Reads the packs' headers, not their tensors (a tensor that two packs hold is hashed). Writers wait; processes that
-    have the old index open change over by themselves. A kill leaves the old index in its place.
+    Only the packs' headers are read, and tensors that two packs hold. Writers wait meanwhile. Processes that have the
+    old index open switch to the new one by themselves. If the rebuild is killed, the old index stays in its place.
+
+    Args:
+        path: the store's directory.
+        progress: called with the packs done, and all packs.
 
     Raises:
         NotFoundError: there are no packs.
-        DiskFullError: no space for a second index; nothing was changed.
+        DiskFullError: there is no space for a second index. Nothing was changed.
+        AccessError: this process may not write the store.
     """
     path = store_path(path)
     require_packs(path)
@@ -66,10 +77,10 @@ def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
             with store.folder("index.build") as built:
                 built.sync()
             store.rename("index.build", "index.new")
-            store.sync()  # after each: a disk may else keep the second renaming and lose the first
+            store.sync()  # after each rename: else a power loss may undo the first and keep the second
             with suppress(FileNotFoundError):
                 old = f"index.old-{time.time_ns()}"
-                store.rename("index", old)  # a link, too: what it leads to is not touched
+                store.rename("index", old)  # this also renames a link, without following it
                 store.sync()
                 result.old_index = str(path / old)
             store.rename("index.new", "index")
@@ -83,12 +94,14 @@ def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
 
 
 def _set_aside_unfinished(path: Path, result: Rebuilt) -> set[bytes]:
-    """Moves packs whose commit never came into damaged/: nobody was promised them. The old index tells; returns those
-    whose commit may never have come, if it cannot be read."""
+    """Moves packs that were never committed into damaged/. No caller was told of them.
+
+    The old index says which these are. If it cannot be read, returns all packs that may be uncommitted.
+    """
     unfinished = find_unfinished(path)
     if not unfinished:
         return set()
-    import subprocess  # here, as in pear_store.local.verify; a damaged index can kill its reader
+    import subprocess  # here, because it is slow to import; a process of its own, which a damaged index may kill
     import sys
 
     run = (
@@ -111,9 +124,9 @@ def _set_aside_unfinished(path: Path, result: Rebuilt) -> set[bytes]:
 def _fill(
     view: View, path: Path, unsure: set[bytes], result: Rebuilt, progress: Callable[[int, int], None]
 ) -> tuple[Rebuilt, set[bytes]]:
-    """Fills an empty index; returns the result, and the packs that record what it says otherwise.
+    """Fills an empty index. Returns the result, and the packs whose records differ from the index.
 
-    It is run again where the index needs more space. So only what it does to files is entered into `result` itself.
+    It runs again if the index needs more space. So it only adds to `result` what it does to files.
     """
     problems: list[str] = []
     applying = Applying(path, view)
@@ -129,7 +142,7 @@ def _fill(
     progress(len(files), len(files))
     followed = {pack for commit in commits.values() for pack in commit.after}
     for pack in sorted(unsure & commits.keys() - followed):
-        problems.append(f"pack {pack.hex()}: its commit may never have come; what it records was kept")
+        problems.append(f"pack {pack.hex()}: it may never have been committed; its records were kept")
     settled = applying.settle()
     problems += settled.problems
     contradicted = set(settled.contradicted)
@@ -143,12 +156,12 @@ def _fill(
 
 
 def _read_pack(path: Path, file: Path, problems: list[str], result: Rebuilt) -> tuple[bytes, Header, Records] | None:
-    """What of a pack can be read, if anything. What cannot be read at all is moved to damaged/."""
+    """What can be read of a pack. A pack of which nothing can be read is moved to damaged/."""
     try:
         pack = bytes.fromhex(file.stem)
     except ValueError:
         return None
-    if file != pack_path(path, pack):  # a copy that somebody made
+    if file != pack_path(path, pack):  # a copy in another place
         return None
     try:
         header, records, damaged = read_records(file)
@@ -157,7 +170,7 @@ def _read_pack(path: Path, file: Path, problems: list[str], result: Rebuilt) -> 
     except DamagedError as error:
         bare = bare_header(file)
         if bare is None:
-            set_aside(path, [pack])  # gc would not know what it records
+            set_aside(path, [pack])  # else gc would not know what it records
             result.problems.append(f"{error.what}: {error.found}; moved to {path / 'damaged'}")
             return None
         problems.append(f"{error.what}: {error.found}; its tensors are kept, the versions it recorded are not")
@@ -165,8 +178,11 @@ def _read_pack(path: Path, file: Path, problems: list[str], result: Rebuilt) -> 
 
 
 def _name_refused(path: Path, files: list[Path], refused: dict[bytes, str], problems: list[str]) -> set[bytes]:
-    """Names the versions whose manifest was refused; returns their packs. They are written anew without them, and kept
-    in damaged/."""
+    """Adds a problem for each version whose manifest was refused, and keeps copies of their packs in damaged/.
+
+    Returns:
+        these packs, which the caller rewrites without the versions.
+    """
     packs = set()
     for file in files:
         with suppress(DamagedError):

@@ -1,4 +1,4 @@
-"""What packs record, compared with what the index says."""
+"""Compares what packs record with what the index says."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,16 +18,16 @@ class Unlisted:
     """Packs that the index does not list."""
 
     known: list[bytes] = field(default_factory=list)
-    """The index knows all that they record, and misses none of their tensors. A gc that died leaves those"""
+    """Packs whose records the index knows, without any tensor that it misses. A gc that died leaves such packs."""
     unknown: list[bytes] = field(default_factory=list)
-    """They record what the index never had, or hold tensors that it misses"""
+    """Packs that record what the index never had, or that hold tensors which it misses"""
     unreadable: list[bytes] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
-    """Paths of what is no pack"""
+    """Paths of files that are no packs"""
 
 
 class Recorded:
-    """The packs' records, as far as they were looked at, for one thread."""
+    """Compares packs' records with the index. Keeps the records that it has read. For one thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class Recorded:
         self._room = 0
 
     def find_unlisted(self, view: View) -> Unlisted:
-        """Looks at each pack that the index does not list. Under the write lock, or what is being added is found."""
+        """Looks at each pack that the index does not list. Without the write lock, it also finds packs being added."""
         unlisted = Unlisted()
         for pack in find_packs(self._path, unlisted.foreign):
             if pack not in view.packs:
@@ -55,16 +55,20 @@ class Recorded:
         return self.compare(view, pack, records)[0]
 
     def compare(self, view: View, pack: bytes, records: Records) -> tuple[bool, int]:
-        """Whether the index knows all that a pack records, or something later about the same; and how many rows name
-        the pack for what it records."""
-        if self._as_of != view.state:  # what could not be read may have been moved
+        """Compares a pack's records with the index.
+
+        Returns:
+            whether the index knows all of them, or something later about the same; and how many rows name the pack for
+            its records.
+        """
+        if self._as_of != view.state:  # a pack that could not be read may have been moved
             self._marks, self._as_of, self._room = {}, view.state, _MOST_MARKS
         known, rows = True, 0
-        current = set()  # numbers that rows name this pack for: they stay used, wherever those records go
+        current = set()  # numbers for which rows name this pack: they stay used, even if their records move
         for version in records.versions:
             mark = (version.task, version.version, version.hash)
             row = view.versions.get(version.task, version.version)
-            if row is None:  # removed? of two copies of a store, each may have had its own second version
+            if row is None:  # was this version removed? Another copy of the store may have another of this number
                 removed = view.removed.get(version.task, version.version)
                 known = known and removed is not None and self._has(removed.recorded_in, mark, pack)
             elif row.pack != pack:
@@ -75,7 +79,7 @@ class Recorded:
                 current.add((version.task, version.version))
         for task, number in records.removed:
             known = known and not view.versions.has(task, number)
-            removed = view.removed.get(task, number)  # none: no file records that version any more
+            removed = view.removed.get(task, number)  # None: no file records the removed version any more
             if removed is not None and removed.pack == pack:
                 rows += 1
                 current.add((task, number))
@@ -96,7 +100,7 @@ class Recorded:
         return known, rows
 
     def _has(self, pack: bytes, mark: tuple[str, int, bytes], asking: bytes) -> bool:
-        """Whether the pack that a row names records what the row says; the one that asks does."""
+        """Whether the pack that a row names records what the row says. The asking pack always does."""
         if pack == asking:
             return True
         if pack not in self._marks:
@@ -112,7 +116,7 @@ class Recorded:
         return mark in self._marks[pack]
 
     def _holds_lost(self, view: View, names: Iterable[str]) -> bool:
-        """Whether a tensor is among these that the index lists where no file is."""
+        """Whether the index lists one of these tensors in a pack whose file is missing."""
         there: dict[bytes, bool] = {}
         for name in filter(is_digest, names):
             row = view.tensors.peek(Digest(name))
@@ -126,11 +130,11 @@ class Recorded:
 
 
 _MOST_MARKS = 1 << 20
-"""That are kept, of some 200 bytes each"""
+"""Marks that are kept. One takes about 200 bytes."""
 
 
 def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:
-    """One for each thing that is recorded."""
+    """One mark for each thing that is recorded."""
     for version in records.versions:
         yield version.task, version.version, version.hash
     for task, number in records.removed:
@@ -142,7 +146,7 @@ def _marks(records: Records) -> Iterator[tuple[str, int, bytes]]:
 
 
 def count_rows(view: View) -> Counter[bytes]:
-    """How many rows name each pack as the one that records what they say."""
+    """How many rows name each pack as the one that records them."""
     count: Counter[bytes] = Counter()
     count.update(row.pack for _, _, row in view.versions.rows())
     count.update(row.pack for row in view.names.rows())
@@ -155,5 +159,5 @@ def refuse_unknown(path: Path, unknown: list[bytes]) -> None:
     if unknown:
         names = ", ".join(pack.hex() for pack in unknown[:3]) + (", …" if len(unknown) > 3 else "")
         raise DamagedIndexError(
-            path / "index", f"{len(unknown)} packs record what it never had, and nothing was removed: {names}"
+            path / "index", f"{len(unknown)} packs record what it never had, so nothing was removed: {names}"
         )

@@ -1,4 +1,4 @@
-"""What references such as ``dtd``, ``dtd@2`` and ``dtd@prod`` stand for, and lists of versions and tags."""
+"""Resolves references such as ``dtd``, ``dtd@2`` and ``dtd@prod``, and lists versions and tags."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,15 @@ from pear_store.local.rows import TagRow, TensorRow, VersionRow
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a task; time in nanoseconds since the epoch, bytes of its distinct tensors."""
+    """One version of a task.
+
+    Args:
+        task: the task's name.
+        version: its number, from 1.
+        time_ns: when it was added, in nanoseconds since the epoch.
+        size_bytes: the bytes of its distinct tensors.
+        tags: the tags that name it.
+    """
 
     task: str
     version: int
@@ -24,10 +32,12 @@ class Version:
 
 
 def parse_reference(text: str) -> tuple[str, int | str | None]:
-    """``T`` is the newest version of T, ``T@3`` the third, ``T@prod`` the one tagged so.
+    """Splits a reference into the task's name and a version's number, a tag, or None.
+
+    ``T`` is the newest version of T, ``T@3`` is version 3, and ``T@prod`` is the version with the tag ``prod``.
 
     Raises:
-        NotFoundError: the text is none of these.
+        NotFoundError: the text is no reference.
     """
     task, at, which = text.partition("@")
     if TASK_NAME.fullmatch(task):
@@ -41,7 +51,11 @@ def parse_reference(text: str) -> tuple[str, int | str | None]:
 
 
 def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[TensorRow]]:
-    """A version's manifest, its hash checked, and hints of where its tensors lie."""
+    """A version's manifest, and cached places of its tensors, which may be stale. The manifest's hash is checked.
+
+    Raises:
+        DamagedError: the manifest is missing, or its hash differs.
+    """
     found = view.manifests.unpack(row.manifest)
     if found is None:
         raise DamagedError(f"manifest of {what}", "missing")
@@ -52,10 +66,10 @@ def manifest_of(view: View, row: VersionRow, what: str) -> tuple[bytes, list[Ten
 
 
 def resolve(view: View, reference: str, path: Path) -> tuple[str, int, VersionRow]:
-    """The task, number and row that a reference stands for; `path` is the store's, for messages.
+    """The task, number and row that a reference names. `path` is the store's, for messages.
 
     Raises:
-        NotFoundError: no such task, version or tag.
+        NotFoundError: there is no such task, version or tag.
         DamagedError: the index lists it, but its row is missing or damaged.
     """
     name, which = parse_reference(reference)
@@ -83,12 +97,12 @@ def unknown_task(name: str, path: Path) -> str:
 
 
 def all_tags(view: View) -> dict[tuple[str, int], list[str]]:
-    """(task, version) -> tags. Walks them all, so that one that a damaged page hides is missed."""
+    """Tags by (task, version). Walks all tags, so that it notices one that a damaged page hides."""
     return _by_version(view.tags.every())
 
 
 def tags_of(view: View, task: str) -> dict[tuple[str, int], list[str]]:
-    """Like :func:`_all_tags`, of one task."""
+    """Like :func:`all_tags`, of one task."""
     return _by_version(view.tags.of(task))
 
 
@@ -131,7 +145,7 @@ def version_with_tags(task: str, number: int, row: VersionRow, tags: dict[tuple[
 
 
 MOST_OFFERED = 300
-"""Names that a completion offers; a shell takes milliseconds for each"""
+"""How many names a completion offers. A shell takes milliseconds for each."""
 
 
 def beginning(view: View, text: str) -> list[str]:
@@ -149,7 +163,7 @@ def beginning(view: View, text: str) -> list[str]:
 
 
 def _branches(view: View, start: str) -> list[str]:
-    """The beginnings by which names part after `start`, of which there are at least two; one letter is one step."""
+    """The beginnings of the names that begin with `start`, one letter longer; more letters if they all share these."""
     found: list[str] = []
     while len(found) < 2:
         found = list(view.names.branches(start))

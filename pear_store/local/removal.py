@@ -1,4 +1,4 @@
-"""Removes versions; their tensors go with the next gc."""
+"""Removes versions. The next gc removes their tensors."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ def remove(opened: OpenStore, references: Sequence[str], dry_run: bool) -> list[
         for reference in references:
             name, which = parse_reference(reference)
             if isinstance(which, str):
-                raise NotFoundError(f"{reference!r} is a tag: name the version, or untag it")
+                raise NotFoundError(f"{reference!r}: expected a task or a version, found a tag; name its version")
             _, newest, _ = resolve(view, reference, opened.path)
             numbers = [newest] if which is not None else [number for number, _ in view.versions.of(name)]
             for number in numbers:
@@ -45,7 +45,7 @@ def remove(opened: OpenStore, references: Sequence[str], dry_run: bool) -> list[
 
 
 def remove_versions(opened: OpenStore, view: View, found: Iterable[tuple[str, int]]) -> list[WrittenPack]:
-    """Removes versions' rows and records that in packs; returns the packs it placed."""
+    """Removes versions' rows, and records that in packs. Returns the packs that it placed."""
     packs: list[WrittenPack] = []
     commit = view.next_commit()
     taken = take_out(view, found)

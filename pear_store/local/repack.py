@@ -1,4 +1,4 @@
-"""Writes packs anew that are mostly dead: what versions need of them moves into one new pack."""
+"""Rewrites packs that are mostly dead: what versions need of them moves into one new pack."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,13 +16,19 @@ from pear_store.local.packs import WrittenPack, pack_path, read_records, write_p
 from pear_store.local.recorded import Recorded
 
 REPACK_BYTES = 256 * 1024 * 1024
-"""Live bytes that one step of a repack moves at most."""
-REPACK_HEADER_BYTES = 16 * 1024 * 1024
+"""The most live bytes that one step of a repack moves"""
+REPACK_HEADER_BYTES = 4 * 1024 * 1024
+REPACK_MANIFEST_BYTES = 16 * 1024 * 1024
+"""The most inflated manifests that one pack of a repack has, if it was made of several"""
 
 
 def choose_packs(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
-    """Packs worth rewriting: every one with dead bytes and all small ones, or else those more than two thirds dead,
-    where each byte written frees two or more, if that frees a tenth of the store; many without tensors become one."""
+    """Chooses packs that are worth rewriting.
+
+    With `repack_all`: packs with dead bytes, and small packs. Otherwise: packs that are more than two thirds dead, if
+    rewriting them frees a tenth of the store. Each byte that is written then frees two or more. In both cases: packs
+    whose tensors are all dead; and packs without tensors, if there are many.
+    """
     needed = {pack: use for pack, use in packs.items() if use.needed}
     if repack_all:
         small = [pack for pack, use in needed.items() if use.row.tensor_bytes * 4 < REPACK_BYTES]
@@ -34,7 +40,7 @@ def choose_packs(packs: dict[bytes, PackUse], repack_all: bool) -> list[bytes]:
         many = _RECORD_PACKS
         if sum(needed[pack].dead_bytes for pack in dead) * 10 < sum(use.row.tensor_bytes for use in needed.values()):
             dead = []
-    emptied = [pack for pack, use in needed.items() if use.dead_bytes and not use.live_bytes]  # only records to write
+    emptied = [pack for pack, use in needed.items() if use.dead_bytes and not use.live_bytes]  # only records are left
     chosen = {*dead, *emptied, *(small if len(small) >= many else ())}
     return [pack for pack in needed if pack in chosen]
 
@@ -43,7 +49,10 @@ _RECORD_PACKS = 8
 
 
 def steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[bytes]]:
-    """The victims in runs of at most REPACK_BYTES of live bytes and REPACK_HEADER_BYTES of headers, or one alone."""
+    """Groups packs into steps of at most REPACK_BYTES live bytes and REPACK_HEADER_BYTES of headers.
+
+    A pack that has more is a step of its own.
+    """
     step: list[bytes] = []
     size = headers = 0
     for pack in victims:
@@ -61,12 +70,17 @@ def steps(victims: list[bytes], packs: dict[bytes, PackUse]) -> Iterator[list[by
 
 @dataclass
 class Needed:
-    """What of some packs is needed: tensors with their numbers, and records; and the packs' headers."""
+    """What is needed of some packs: tensors with their numbers, and records. Also has the packs' headers."""
 
     headers: dict[bytes, Header] = field(default_factory=dict)
     tensors: dict[Digest, RawTensor] = field(default_factory=dict)
     numbers: dict[Digest, int] = field(default_factory=dict)
     records: Records = field(default_factory=Records)
+
+    @property
+    def manifest_bytes(self) -> int:
+        """Of each manifest once, inflated."""
+        return sum({version.hash: len(version.manifest) for version in self.records.versions}.values())
 
     def merge(self, other: "Needed") -> None:
         self.headers.update(other.headers)
@@ -116,11 +130,15 @@ def move(opened: OpenStore, view: View, contents: Needed) -> WrittenPack:
 
 
 def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State | None) -> tuple[int, State]:
-    """Moves what is needed of some packs into one new pack; returns the dead bytes that had to stay, and the state
-    after it.
+    """Moves what is needed of some packs into one new pack, or into a few if their manifests are long.
 
-    `marked` holds as of a state; it is marked anew if there was a commit since, for an add may have come to need what
-    was dead.
+    Args:
+        victims: the packs.
+        marked: what was needed in the state `as_of`. If there was a commit since, it is marked anew, because an add may
+            need what was dead.
+
+    Returns:
+        the dead bytes that had to stay, and the state after the move.
     """
     packs: list[WrittenPack] = []
     moved: list[bytes] = []
@@ -129,20 +147,25 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
         packs.clear()
         moved.clear()
         left = 0
-        contents, recorded = Needed(), Recorded(opened.path)
+        contents: list[Needed] = []
+        recorded = Recorded(opened.path)
         now = marked if view.before == as_of else mark(view, is_settled=settled_removals(opened.path))
         for pack in victims:
             if pack not in view.packs:
                 continue
             try:
-                contents.merge(_needed_of(opened, view, pack, now, recorded))
-                moved.append(pack)
-            except DamagedError:  # what is damaged stays where it is, for a repair to find
+                found = _needed_of(opened, view, pack, now, recorded)
+            except DamagedError:  # a damaged pack stays where it is, so that a repair finds it
                 left += marked.packs[pack].dead_bytes
-        forget_manifests(view, now.marks)  # of what was removed meanwhile: their tensors' rows go, too
-        leave(opened.path, view, moved, contents.headers)
-        if contents.tensors or contents.records:
-            packs.append(move(opened, view, contents))
+                continue
+            moved.append(pack)
+            if contents and contents[-1].manifest_bytes + found.manifest_bytes <= REPACK_MANIFEST_BYTES:
+                contents[-1].merge(found)
+            else:
+                contents.append(found)
+        forget_manifests(view, now.marks)  # of versions that were removed meanwhile, with their tensors' rows
+        leave(opened.path, view, moved, {pack: header for one in contents for pack, header in one.headers.items()})
+        packs.extend(move(opened, view, one) for one in contents if one.tensors or one.records)
         forget_removals(view, set(moved))
         return left, view.state if view.wrote else view.before
 

@@ -1,6 +1,7 @@
-"""Mends what a verify finds, from good copies."""
+"""Repairs what a verify finds, from good copies."""
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,13 @@ from pear_store.local.verify import Damage, Report, rows_in, verify
 
 @dataclass
 class Repaired:
-    """What a repair mended, and what it found no good copy of."""
+    """What a repair mended, and what it found no good copy of.
+
+    Args:
+        healed: digests of tensors and manifests that are good again.
+        missing: what is still damaged or missing, and the versions that need it.
+        packs: how many damaged packs were rewritten.
+    """
 
     healed: list[str] = field(default_factory=list)
     missing: list[Damage] = field(default_factory=list)
@@ -34,19 +41,21 @@ class Repaired:
 
 
 def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access | None = None) -> Repaired:
-    """Writes damaged packs anew: what is good of them, and good copies of the rest.
+    """Rewrites damaged packs, with what is good of them and with good copies of the rest.
 
     Args:
-        copies: where good copies are: stores, task checkpoints, directories of them, fsspec URLs.
-        access: which protocols may be opened.
+        path: the store's directory.
+        copies: where good copies may be: stores, task checkpoints, directories of them, fsspec URLs.
+        access: which files and URLs may be opened. None: any file, and URLs of common protocols.
 
     Raises:
-        NotFoundError: one of the copies is not there; nothing was done.
-        DamagedIndexError: the index is damaged; rebuild it first.
+        NotFoundError: one of the copies is missing. Nothing was changed.
+        DamagedIndexError: the index is damaged. Rebuild it first.
+        DiskFullError, AccessError: the store cannot be written.
     """
     path, copies = store_path(path), list(copies)
     for copy in copies:
-        if not is_url(copy) and not Path(copy).exists():
+        if not is_url(copy) and not os.path.exists(copy):
             raise NotFoundError(f"{copy}: no such store, file or directory; nothing was repaired")
     with Operation(__name__, "repair", path) as operation:
         return _repair(path, copies, access, operation)
@@ -55,7 +64,7 @@ def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access |
 def _repair(path: Path, copies: Iterable[str | Path], access: Access | None, operation: Operation) -> Repaired:
     report = verify(path)
     if report.index or report.unknown_packs:
-        problem = report.index or f"{len(report.unknown_packs)} packs record what it never had"
+        problem = report.index or f"{len(report.unknown_packs)} packs record what it never had, so nothing was repaired"
         raise DamagedIndexError(path / "index", problem)
     result = Repaired()
     if report.ok:
@@ -74,7 +83,7 @@ def _repair(path: Path, copies: Iterable[str | Path], access: Access | None, ope
 
 
 def rewrite_packs(path: Path, packs: Iterable[bytes]) -> None:
-    """Writes packs anew, which then record what the index says of them."""
+    """Rewrites packs, so that their records say what the index says."""
     with closing(OpenStore(path)) as opened:
         _rewrite(opened, Report(damaged_packs=[pack.hex() for pack in packs]), {}, {})
 
@@ -82,7 +91,7 @@ def rewrite_packs(path: Path, packs: Iterable[bytes]) -> None:
 def _good_copies(
     copies: Iterable[str | Path], wanted: set[str], manifests: set[str], access: Access | None
 ) -> tuple[dict[Digest, RawTensor], dict[str, bytes]]:
-    """Tensors and manifests by digest, as far as the sources have them."""
+    """Good copies of wanted tensors and manifests, by digest."""
     found: dict[Digest, RawTensor] = {}
     found_manifests: dict[str, bytes] = {}
     for copy in copies:
@@ -114,8 +123,11 @@ def _good_copies(
 def _rewrite(
     opened: OpenStore, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
 ) -> tuple[int, set[str], int]:
-    """One commit that moves all that is good out of the damaged packs; returns how many went, what was healed, and the
-    bytes written."""
+    """Moves everything that is good out of the damaged packs, in one commit.
+
+    Returns:
+        how many packs were rewritten, what was healed, and the bytes written.
+    """
     packs: list[WrittenPack] = []
     gone: list[bytes] = []
 
@@ -132,8 +144,12 @@ def _rewrite(
 def rewrite_in(
     opened: OpenStore, view: View, report: Report, copies: dict[Digest, RawTensor], manifests: dict[str, bytes]
 ) -> tuple[WrittenPack, list[bytes], set[str]]:
-    """Moves all that is good out of the damaged packs into one that it places; returns that, the packs that have no
-    rows any more, whose files go after the commit, and what was healed."""
+    """Moves everything that is good out of the damaged packs into a new pack.
+
+    Returns:
+        the new pack; the packs that have no rows any more, whose files are deleted after the commit; and what was
+        healed.
+    """
     wanted = {damage.digest for damage in report.damaged}
     healed: set[str] = set()
     hit = {bytes.fromhex(pack) for pack in report.damaged_packs}
@@ -154,7 +170,7 @@ def rewrite_in(
     marks = mark(view).marks
     for digest, place in rows_in(view, hit):
         if not is_needed(marks, place):
-            continue  # no version needs it
+            continue
         try:
             _check_readable(opened.path, digest, place)
             contents.tensors[digest] = opened.tensor(view, digest, place)
@@ -162,7 +178,7 @@ def rewrite_in(
             if digest in copies:
                 contents.tensors[digest] = copies[digest]
                 healed.add(digest)
-            else:  # wanted, or damaged since it was verified
+            else:  # there is no good copy; or it was damaged since the verify
                 stays.add(place.pack)
                 continue
         contents.numbers[digest] = place.number
@@ -175,7 +191,7 @@ def rewrite_in(
 
 
 def _check_readable(path: Path, digest: Digest, place: TensorRow) -> None:
-    """Raises a DamagedError where the disk cannot read a tensor: a map of it would end this process."""
+    """Raises a DamagedError if the disk cannot read a tensor. Reading it through a map would end this process."""
     try:
         with open_pack(pack_path(path, place.pack)) as file:
             if PackReader(file).digest(place.dtype, place.shape, place.offset, place.length) == from_digest(digest):

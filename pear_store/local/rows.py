@@ -23,6 +23,7 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 from pear_store.errors import DamagedError
+from pear_store.format.deflate import deflated, inflated
 from pear_store.format.digest import ITEM_BYTES
 
 NO_PACK = bytes(32)
@@ -159,10 +160,9 @@ class ManifestRow(NamedTuple):
         for row in rows:
             packs.setdefault(row[4:36], len(packs).to_bytes(2, "little"))
         hints = b"".join([packs[row[4:36]] + row[36:-4] for row in rows])
-        press = zlib.compressobj(1, zdict=_USUAL)
-        pressed = press.compress(_HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest)
+        body = _HINTS.pack(len(packs), len(rows), len(hints)) + b"".join(packs) + hints + manifest
         head = struct.pack("<II", zlib.crc32(key + numbers), len(numbers) // 4)
-        return head + numbers + pressed + press.flush()
+        return head + numbers + deflated(body)
 
     @classmethod
     def decode(cls, key: bytes, row: bytes) -> "ManifestRow":
@@ -207,23 +207,11 @@ class ManifestRow(NamedTuple):
 
     @staticmethod
     def _body(row: bytes) -> bytes:
-        press = zlib.decompressobj(zdict=_USUAL)
-        return press.decompress(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
+        return inflated(row[8 + 4 * int.from_bytes(row[4:8], "little") :], _MANIFEST_BYTES)
 
 
 _HINTS = struct.Struct("<HHI")
 _PLACE = struct.Struct("<HQQBB")
-_USUAL = (
-    b'"scale":"training":{"epochs":,"method":"pear","ratio":0.5,"seed":0},"metrics":{"test_top1":0.,"val_top1":0.'
-    b'"blocks.0.mlp.fc1.fc2.attn.qkv.proj":[["a3",1.0],["a12",0.0]],"format":"pear-task/1",'
-    b'"head":{"bias":"sha256:","weight":"sha256:"},"labels":["'
-    b'"backbone":{"digest":"sha256:","model":"vit_base_patch16_224.augreg_in21k"},"preprocess":{"crop_mode":"center",'
-    b'"crop_pct":0.9,"input_size":[3,224,224],"interpolation":"bicubic","mean":[0.485,0.456,0.406],'
-    b'"std":[0.229,0.224,0.225]},"mean":[0.5,0.5,0.5],"std":[0.5,0.5,0.5]},"task":"'
-    b'"positions":{"blocks.0.attn":[["a0",1.0]],"blocks.1.mlp":[["a1",1.0]],"blocks.10.attn":[["'
-    b'{"activation":"identity","adapters":{"a1":{"down":"sha256:","up":"sha256:"},"a2":{"down":"sha256:'
-)
-"""zlib's preset dictionary: what manifests have in common. Part of the format."""
 
 
 class VersionRow(NamedTuple):

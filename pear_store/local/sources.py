@@ -1,6 +1,6 @@
-"""What users name to be read: tasks in memory, paths, directories, streams and fsspec URLs. Nothing read is run.
+"""Reads what users name: tasks in memory, paths, directories, streams and fsspec URLs. Nothing that is read is run.
 
-A caller keeps one `Access` and hands it down. Only a command reads options and the environment to build one.
+A caller makes one `Access` and passes it on. Only commands make one from options and the environment.
 """
 
 import errno
@@ -33,19 +33,20 @@ PROTOCOLS = frozenset(
         "ftp", "webdav", "hdfs", "webhdfs", "oci", "oss", "memory",
     )
 )  # fmt: skip
-"""What URLs may begin with. Each of these only moves bytes: none interprets, unpacks or caches what it reads."""
+"""Protocols whose URLs may be opened. Each only moves bytes: none interprets, unpacks or caches what it reads."""
 MAX_SOURCE_BYTES = 4 * 1024**3
 Source: TypeAlias = Task | str | Path | BinaryIO
 
 
 @dataclass(frozen=True)
 class Access:
-    """What may be opened.
+    """Which files and URLs may be opened.
 
     Args:
-        root: nothing but files below this directory, links followed; relative paths begin there. None: no such limit.
-        allowed: protocols besides `PROTOCOLS`. A chain (``a://x::b://y``) is opened if each protocol in it is among
-            these.
+        root: only files below this directory, after links are followed, and no URLs. Relative paths begin there. None:
+            any file, and URLs.
+        allowed: protocols that may be opened besides the common ones (file, http, https, s3, gs, az, hf, sftp and
+            others). A chain of URLs (``a://x::b://y``) is opened only if all its protocols are among these.
     """
 
     root: Path | None = None
@@ -53,7 +54,7 @@ class Access:
 
 
 def is_url(source: object) -> bool:
-    """Whether a source is a URL or a chain of them. A file of that very name wins."""
+    """Whether a source is a URL or a chain of URLs. If there is a file of exactly that name, it is no URL."""
     return isinstance(source, str) and ("://" in source or "::" in source) and not os.path.lexists(source)
 
 
@@ -61,11 +62,12 @@ def is_url(source: object) -> bool:
 def open_source(
     source: str | Path, access: Access | None = None, most_bytes: int = MAX_SOURCE_BYTES
 ) -> Iterator[BinaryIO]:
-    """Opens a path or URL. A file comes as it is; what a URL names is read whole first.
+    """Opens a path or URL. What a URL names is first read into memory, whole.
 
     Raises:
-        NotFoundError, SourceError: as :func:`open_regular_file`; the URL is not one that `access` lets through; it
-            cannot be read; there are more than `most_bytes`.
+        NotFoundError: there is nothing at the path or URL.
+        SourceError: `access` does not allow it; it is no regular file; it cannot be read; or it has more than
+            `most_bytes`.
     """
     access = access or Access()
     path = _local_path(source, access)
@@ -80,12 +82,13 @@ def open_source(
 
 @contextmanager
 def open_copy(source: str | Path, access: Access | None = None) -> Iterator[BufferedReader]:
-    """Opens a path or URL of any size, to be read from anywhere in it. What a URL names is copied to a file first.
+    """Opens a path or URL of any size; reading may start anywhere in it. What a URL names is first copied to a file.
 
-    The copy lies in the folder for temporary files, and goes when it is closed.
+    The copy is in the folder for temporary files. It is deleted at the end.
 
     Raises:
-        NotFoundError, SourceError: as :func:`open_source`.
+        NotFoundError: there is nothing at the path or URL.
+        SourceError: `access` does not allow it; it is no regular file; it cannot be read or copied.
     """
     access = access or Access()
     path = _local_path(source, access)
@@ -97,23 +100,30 @@ def open_copy(source: str | Path, access: Access | None = None) -> Iterator[Buff
     with tempfile.NamedTemporaryFile(prefix="pear-") as copy:
         with _errors_named(url):
             files, path = _file_system(url)
-            files.get_file(path, copy.name)  # in one request: blocks would need a server that serves ranges
+            files.get_file(path, copy.name)  # in one request: blocks would need a server that gives ranges
         with open(copy.name, "rb") as file:
             yield file
 
 
 def read_source(source: str | Path, access: Access | None = None, most_bytes: int = MAX_SOURCE_BYTES) -> bytes:
-    """All bytes of a path or URL.
+    """Reads all bytes of a file or URL.
+
+    Args:
+        source: a path or a URL.
+        access: which files and URLs may be opened. None: any file, and URLs of common protocols.
+        most_bytes: larger files are refused. The default is 4 GiB.
 
     Raises:
-        NotFoundError, SourceError: as :func:`open_source`; or it is a Git LFS pointer.
+        NotFoundError: there is nothing at the path or URL.
+        SourceError: `access` does not allow it; it is no regular file, or a Git LFS pointer; it cannot be read; or it
+            has more than `most_bytes`.
     """
     with open_source(source, access, most_bytes) as file:
         return read_whole(file, source, most_bytes)
 
 
 def _local_path(source: str | Path, access: Access) -> str | Path | None:
-    """The path of a source that is a local file, or None for a URL that may be opened."""
+    """The path of a source that is a local file. None: the source is a URL, which may be opened."""
     if isinstance(source, Path) or not ("://" in source or "::" in source):
         return source
     if os.path.lexists(source if access.root is None else os.path.join(access.root, source)):
@@ -128,7 +138,7 @@ def _local_path(source: str | Path, access: Access) -> str | Path | None:
 
 
 def check_url(url: str, access: Access) -> None:
-    """Raises a SourceError unless the URL, or each link of a chain, has a protocol that `access` lets through."""
+    """Raises a SourceError unless `access` allows the URL's protocol, or each protocol of a chain."""
     links = url.split("::")
     protocols = [_protocol(link) for link in links]
     refused = [p for p in protocols if p not in access.allowed and (len(links) > 1 or p not in PROTOCOLS)]
@@ -141,7 +151,7 @@ def check_url(url: str, access: Access) -> None:
 
 def _protocol(link: str) -> str:
     protocol, colon, _ = link.partition("://")
-    if colon or re.fullmatch(r"[A-Za-z0-9_+-]*", link):  # fsspec takes a lone word in a chain for a protocol
+    if colon or re.fullmatch(r"[A-Za-z0-9_+-]*", link):  # in a chain, fsspec takes a single word for a protocol
         return protocol
     return "data" if link.startswith("data:") else "file"
 
@@ -149,7 +159,7 @@ def _protocol(link: str) -> str:
 def _download(url: str, most_bytes: int) -> bytes:
     if _is_hub(url):
         return read_hub(url, most_bytes)
-    import fsspec  # here: its import takes longer than most commands
+    import fsspec  # here: importing it takes longer than most commands
 
     with _errors_named(url), fsspec.open(url, "rb", expand=False) as file:
         data: bytes = file.read(most_bytes + 1)
@@ -158,23 +168,33 @@ def _download(url: str, most_bytes: int) -> bytes:
 
 @contextmanager
 def _errors_named(url: str) -> Iterator[None]:
-    """Turns whatever a file system of fsspec raises into an error that names the URL."""
+    """Turns every error of an fsspec file system into one that names the URL."""
     try:
         yield
     except PearStoreError:
         raise
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own errors
         while isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__  # fsspec's HTTP calls any failure that
+            error = error.__cause__  # fsspec's HTTP raises it for any failure
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
             raise NotFoundError(f"{url}: no such file") from None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             folder = tempfile.gettempdir()
             raise SourceError(
-                url, f"its copy has no room in {folder}: free some, or name another folder in TMPDIR"
+                url, f"no space for its copy in {folder}: free some space, or set TMPDIR to another folder"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(url, f"cannot be read: {reason}") from None
+        remedy = _package_for(url) if isinstance(error, ImportError) else ""
+        raise SourceError(url, f"cannot be read: {reason}{remedy}") from None
+
+
+def _package_for(url: str) -> str:
+    """How to install what fsspec needs for a URL's protocol; empty where it has no extra for that."""
+    from importlib.metadata import metadata
+
+    protocol = _protocol(url.rpartition("::")[2])
+    extra = {"https": "http", "s3a": "s3", "az": "abfs", "abfss": "abfs"}.get(protocol, protocol)
+    return f": pip install 'fsspec[{extra}]'" if extra in (metadata("fsspec").get_all("Provides-Extra") or ()) else ""
 
 
 def _is_hub(url: str) -> bool:
@@ -185,35 +205,36 @@ def _is_hub(url: str) -> bool:
 
 
 def path_in_url(url: str) -> str:
-    """The link of a chain that names a path, with its protocol and without a web address's query."""
+    """The link of a chain that has a path, with its protocol. The query of a web address is left out."""
     link = _links(url)[1]
     return re.split("[?#]", link)[0] if _is_web(link) else link
 
 
 def is_url_pattern(url: str) -> bool:
-    """Whether a URL has a pattern for its path, such as ``s3://bucket/lists/*.csv``. A web address's ``?`` is none."""
+    """Whether a URL's path is a pattern, such as ``s3://bucket/lists/*.csv``. A web address's ``?`` makes none."""
     return _pattern_at(_links(url)[1]) is not None
 
 
 def url_folder(url: str) -> str:
-    """The URL of the folder that a URL's file lies in."""
+    """The URL of the folder that holds a URL's file."""
     before, _, after = _links(url)
     protocol, slashes, path = path_in_url(url).partition("://")
     return before + protocol + slashes + path.rpartition("/")[0] + after
 
 
 def url_below(folder: str, path: str) -> str:
-    """The URL of what has that path from a folder."""
+    """The URL of a path relative to a folder."""
     before, link, after = _links(folder)
     protocol, slashes, start = link.partition("://")
     return before + protocol + slashes + os.path.normpath(os.path.join(start, path)) + after
 
 
 def files_at(url: str, access: Access | None = None) -> list[str]:
-    """URLs of the files that match a URL's pattern, or that lie right in the folder that it names.
+    """The URLs of files that match a URL's pattern. If it names a folder, those of its files, without sub-folders.
 
     Raises:
-        NotFoundError, SourceError: as :func:`open_source`.
+        NotFoundError: there is nothing at the URL.
+        SourceError: `access` does not allow it, or it cannot be read.
     """
     check_url(url, access or Access())
     before, link, after = _links(url)
@@ -236,7 +257,7 @@ def files_at(url: str, access: Access | None = None) -> list[str]:
 
 
 def _links(url: str) -> tuple[str, str, str]:
-    """A chain's links before the one that names a path, that one, and those after it. Lone words name none."""
+    """A chain's links before the one that has a path, that one, and those after it. A single word has no path."""
     links = url.split("::")
     at = next((at for at, link in enumerate(links) if "://" in link), 0)
     return "".join(f"{link}::" for link in links[:at]), links[at], "".join(f"::{link}" for link in links[at + 1 :])
@@ -252,9 +273,9 @@ def _is_web(link: str) -> bool:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of fsspec for a URL, and its path there.
+    """The fsspec file system of a URL, and its path there.
 
-    A web server's file may take as long as bytes come: of itself, fsspec's HTTP gives up after 5 minutes.
+    A file from a web server may take any time while bytes arrive. By default, fsspec gives up after 5 minutes.
     """
     from fsspec.core import url_to_fs
 
@@ -280,7 +301,7 @@ def label(source: Source) -> str:
 
 
 def read_task(source: Source, known: ReadBefore | None = None, access: Access | None = None) -> Task:
-    """A source's task, checked whole; `known` is of sources read before.
+    """Reads a source's task and checks all of it. `known` has what sources read earlier had in common.
 
     Raises:
         NotFoundError: there is nothing at the path or URL.
@@ -304,10 +325,10 @@ def read_task(source: Source, known: ReadBefore | None = None, access: Access | 
 
 
 def expand(sources: Iterable[str], access: Access | None = None) -> Iterator[str]:
-    """Paths and URLs, with each directory replaced by the ``.safetensors`` files below it, by name.
+    """Replaces each directory among paths and URLs by the ``.safetensors`` files below it, sorted by name.
 
-    What `export-hub` wrote for PEFT beside a task checkpoint is left out. A directory that has none, or cannot be
-    listed, comes back as it is, for `add` to refuse. So does what lies on the Hub: `read_task` knows the file's name.
+    Files that `export-hub` wrote for PEFT beside a task checkpoint are left out. A directory that has no such file, or
+    cannot be listed, stays, and `add` refuses it. A URL of the Hub stays, too: `read_task` knows the file's name.
     """
     for source in sources:
         found = list(_files_below(source, access or Access()))
@@ -327,7 +348,7 @@ def _files_below(source: str, access: Access) -> Iterator[str]:
                 below = {file for file in fs.find(path) if _is_checkpoint(file)}
                 below = {file for file in below if not _is_lora_beside_a_task(file, below)}
                 yield from sorted(fs.unstrip_protocol(file) for file in below)
-        except Exception:  # the same error comes when it is read, with a name to it
+        except Exception:  # reading it will raise the same error, with the source's name
             return
     elif os.path.isdir(source):
         for folder, folders, files in os.walk(source):

@@ -10,9 +10,20 @@ from pear_store.local.opened import OpenStore
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts and sizes: logical bytes over all versions, unique bytes (each tensor once), stored bytes on disk.
+    """Counts and sizes of a store.
 
-    `dedup_ratio` is logical over unique bytes, `live_share` the part of the packs' tensor bytes that versions need.
+    Args:
+        tasks: tasks that have a version.
+        versions: versions of all tasks.
+        tensors: distinct tensors that versions need.
+        logical_bytes: tensor bytes of all versions, as if nothing was shared.
+        unique_bytes: bytes of the distinct tensors that versions need.
+        stored_bytes: bytes on disk: packs and index.
+        pack_bytes: bytes of the packs' files.
+        index_bytes: bytes that the index takes on disk.
+        packs: packs that the index lists.
+        dedup_ratio: logical_bytes / unique_bytes; 1 for an empty store.
+        live_share: the part of the packs' tensor bytes that versions need, 0 to 1.
     """
 
     tasks: int
@@ -30,7 +41,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a remote holds, and what of it is cached here; bytes are those of packs."""
+    """What a remote holds, and how much of it is cached here. Bytes are those of packs.
+
+    Args:
+        tasks: tasks on the remote that have a version. Likewise versions, packs and pack_bytes.
+        cached_versions: versions in the cache.
+        cached_bytes: bytes of the cache's packs.
+        limit_bytes: the most bytes that the cache's packs may take.
+    """
 
     tasks: int
     versions: int
@@ -50,7 +68,7 @@ def count(opened: OpenStore) -> Stats:
     marked, tasks = opened.look(look)
     pack_bytes = 0
     for file in (opened.path / "packs").glob("*/*.safetensors"):
-        with suppress(FileNotFoundError):  # a gc beside us
+        with suppress(FileNotFoundError):  # a gc deleted it meanwhile
             pack_bytes += file.stat().st_size
     index_bytes = opened.index.size_bytes
     in_packs = sum(use.row.tensor_bytes for use in marked.packs.values())

@@ -1,4 +1,4 @@
-"""Takes files away whose rows went, or that never had any; and looks for those."""
+"""Finds and removes files that have no rows in the index."""
 
 import time
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from pear_store.local.recorded import Recorded
 
 
 def unknown_packs(opened: OpenStore) -> list[bytes]:
-    """Packs that record what the index never had; without the write lock."""
+    """Packs that record what the index never had. The caller need not hold the write lock."""
     for _ in range(_LOOKS):
         with opened.read() as view:
             found = Recorded(opened.path).find_unlisted(view)
@@ -21,7 +21,7 @@ def unknown_packs(opened: OpenStore) -> list[bytes]:
         done = [pack for pack in found.unknown if not is_unfinished(opened.path, pack)]
         with opened.read() as view:
             done = [pack for pack in done if pack not in view.packs and pack_path(opened.path, pack).exists()]
-            if not done or view.state == state:  # else what was asked of other packs may have been moved
+            if not done or view.state == state:  # else packs that were looked at may have moved
                 break
     return done
 
@@ -40,7 +40,7 @@ def set_aside(path: Path, packs: Iterable[bytes]) -> None:
 
 
 def keep_copy(path: Path, pack: bytes) -> None:
-    """Keeps a pack in damaged/, too."""
+    """Gives a pack a second name in damaged/, so that it is kept."""
     name = pack_path(path, pack).name
     with open_folder(path, "packs", name[:2]) as folder, open_folder(path, "damaged", create=True) as damaged:
         with suppress(FileExistsError):
@@ -49,14 +49,15 @@ def keep_copy(path: Path, pack: bytes) -> None:
 
 
 def clear_tmp(path: Path) -> list[str]:
-    """Unlinks what a crashed add left in tmp/; returns the paths of what is not Pear's, which stays."""
+    """Deletes what a crashed add left in tmp/. Returns the paths of files that are not Pear's, which stay."""
     foreign: list[str] = []
     an_hour_ago = time.time() - 3600
     with suppress(FileNotFoundError), open_folder(path, "tmp") as tmp:
-        for name in tmp.names():  # a living add takes seconds
+        for name in tmp.names():  # a running add takes seconds only
             with suppress(FileNotFoundError):
                 if not (WRITTEN_NAME.fullmatch(name) and tmp.is_file(name)):
                     foreign.append(str(tmp.path / name))
-                elif (found := tmp.look(name)).st_mtime < an_hour_ago and found.st_nlink == 1:  # else the next write's
+                # the next write deletes a file with two links
+                elif (found := tmp.look(name)).st_mtime < an_hour_ago and found.st_nlink == 1:
                     tmp.unlink(name)
     return foreign

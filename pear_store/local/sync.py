@@ -1,4 +1,4 @@
-"""What a store gives to a remote and takes from one: the only part of `local` that knows that there are others."""
+"""What a store gives to a remote and takes from it. This is the only module of `local` that knows of other stores."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -31,20 +31,21 @@ _LOOK_UPS = 3
 
 @dataclass(frozen=True)
 class Held:
-    """What a store holds: versions' manifests (their hashes) and times, tags, removals, names."""
+    """What a store holds."""
 
     versions: Mapping[Numbered, tuple[bytes, int]]
+    """Versions: the hash of each one's manifest, and its time"""
     tags: Mapping[tuple[str, str], int]
     removed: Mapping[Numbered, bytes | None]
-    """The manifests' hashes, where that is known"""
+    """Removed versions: the hash of each one's manifest, if it is known"""
     highest: Mapping[str, int]
     """The highest number that each task ever had"""
     spellings: Mapping[str, str]
-    """Names of tasks that have a version, by their case-folded ones"""
+    """Names of tasks that have a version, by their case-folded names"""
 
 
 def held(opened: OpenStore, tasks: Collection[str] | None = None) -> Held:
-    """What a store holds of some tasks, under any case of their names; or all."""
+    """What a store holds of some tasks, in any case of their names. None: of all tasks."""
 
     def look(view: View) -> Held:
         if tasks is None:
@@ -85,7 +86,7 @@ def manifest_in(opened: OpenStore, task: str, number: int) -> bytes:
     """A version's manifest.
 
     Raises:
-        NotFoundError: it is not there, or not any more.
+        NotFoundError: there is no such version, or it was removed.
     """
     reference = f"{task}@{number}"
     return opened.look(
@@ -94,10 +95,10 @@ def manifest_in(opened: OpenStore, task: str, number: int) -> bytes:
 
 
 def version_in(opened: OpenStore, numbered: Numbered, manifest: bytes, copy: bool) -> Task:
-    """A version, if it is the one that has this manifest (its hash).
+    """A version, if it has this manifest, which is given by its hash.
 
     Raises:
-        NotFoundError: it is not there, or is another one.
+        NotFoundError: there is no such version, or it has another manifest.
         DamagedError: stored bytes do not match their digest.
     """
     reference = f"{numbered[0]}@{numbered[1]}"
@@ -112,10 +113,10 @@ def version_in(opened: OpenStore, numbered: Numbered, manifest: bytes, copy: boo
 
 
 def tensors_in(opened: OpenStore, digests: Iterable[Digest], what: str) -> dict[Digest, RawTensor]:
-    """Stored tensors, as views of maps; each has been checked. `what` names their version in messages.
+    """Stored tensors, as views of maps. Each has been checked. `what` names their version in messages.
 
     Raises:
-        DamagedError: one is damaged, or not there.
+        DamagedError: one is damaged or missing.
     """
     wanted = list(digests)
 
@@ -131,7 +132,7 @@ def tensors_in(opened: OpenStore, digests: Iterable[Digest], what: str) -> dict[
 
 
 def good_tensors_in(opened: OpenStore, digests: Iterable[Digest]) -> dict[Digest, RawTensor]:
-    """Those of the tensors that are stored and whole."""
+    """Those of the tensors that are stored and undamaged."""
 
     def is_stored(digest: Digest, view: View) -> bool:
         return view.tensors.peek(digest) is not None
@@ -148,7 +149,7 @@ def good_tensors_in(opened: OpenStore, digests: Iterable[Digest]) -> dict[Digest
 
 @dataclass(frozen=True)
 class Incoming:
-    """A version from elsewhere, checked, and all its tensors."""
+    """A version from elsewhere with all its tensors. It has been checked."""
 
     loaded: Loaded
     number: int
@@ -161,23 +162,23 @@ class Received:
 
     taken: list[Numbered] = field(default_factory=list)
     renumbered: list[tuple[str, int, int]] = field(default_factory=list)
-    """Versions that were only here and whose number another one has: task, the number that it had, the new one"""
+    """Versions that were only here and gave up their number: task, old number, new number"""
     here: list[Loaded] = field(default_factory=list)
-    """What was here already, and is whole now"""
+    """Versions that were here already. They are undamaged now."""
 
 
 def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str, int]) -> Received:
     """Takes versions in under their own numbers, in one commit.
 
-    A version that is here under such a number and is another one gets the next free number; its tags go with it. Packs
-    that record what is otherwise now are written anew in the same commit. Of one that is here already, what is damaged
-    or missing is healed.
+    If another version has such a number here, it gets the next free number, and keeps its tags. Packs whose records are
+    outdated by this are rewritten in the same commit. If a version is here already, its damaged or missing parts are
+    replaced.
 
     Args:
-        floors: the highest number of each task that is used elsewhere: what gets a new number gets a higher one.
+        floors: for each task, the highest number that is used elsewhere. New numbers are higher.
 
     Raises:
-        DiskFullError, AccessError: nothing was changed.
+        DiskFullError, AccessError: the store cannot be written. Nothing was changed.
     """
     packs: list[WrittenPack] = []
 
@@ -227,7 +228,7 @@ def receive(opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str
 def _plan(
     view: View, opened: OpenStore, incoming: Sequence[Incoming], floors: Mapping[str, int]
 ) -> tuple[Received, Records, set[bytes]]:
-    """What taking versions in would change, what of that is recorded, and packs that record otherwise."""
+    """Plans to take versions in: what changes, the records of that, and the packs whose records are outdated then."""
     received, records = Received(), Records()
     contradicted: set[bytes] = set()
     tops: dict[str, int] = {}
@@ -254,7 +255,7 @@ def _plan(
                     records.tags.append(PackedTag(task, tag, tops[task], now, known.manifest))
             contradicted.add(known.pack)
         gone = free(view, task, number)
-        if gone is not None:  # another version had that number here, and was never anywhere else
+        if gone is not None:  # the number was that of another version, which was only here
             contradicted |= {gone.recorded_in, gone.pack}
     records.versions.sort(key=lambda version: (version.task, version.version))
     return received, records, {pack for pack in contradicted if pack != NO_PACK and pack in view.packs}
@@ -270,12 +271,15 @@ def settle(
     tags: Mapping[tuple[str, str], tuple[int | None, int | None]],
     highest: Mapping[str, int],
 ) -> tuple[list[Numbered], list[tuple[str, str]]]:
-    """Takes over removals, tags and highest numbers, in one commit; returns the versions removed and the tags set.
+    """Takes over removals, tags and highest numbers, in one commit.
 
     Args:
-        removed: manifests of versions that go, if they are still those and no tag is left on them.
-        tags: what each tag must stand for now, and what it is to stand for; None: nothing.
-        highest: numbers used elsewhere.
+        removed: versions to remove, and the manifest of each. One that has another manifest now, or a tag, stays.
+        tags: for each tag, the version that it must have now, and the version that it gets. None: no version.
+        highest: for each task, the highest number that is used elsewhere.
+
+    Returns:
+        the versions that were removed, and the tags that were set.
     """
     packs: list[WrittenPack] = []
 

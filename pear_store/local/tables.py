@@ -1,6 +1,6 @@
-"""The tables of the index, as a view of it gives them: rows by what they are called, not by keys and bytes.
+"""The tables of the index. Their methods take and return names and rows, where a view has keys and bytes.
 
-`rows` walks what is there; `every`, too, and misses no row that a damaged page hides: it raises a DamagedError.
+`rows` and `every` both walk a table. Only `every` notices rows that a damaged page hides, and raises a DamagedError.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -25,11 +25,11 @@ from pear_store.local.rows import (
 )
 
 StoredTensor = NewType("StoredTensor", bytes)
-"""A tensor's row as it lies in the index; a manifest's row is made of those of its tensors."""
+"""A tensor's row as the index has it, encoded. A manifest's row contains the rows of its tensors."""
 
 
 class Bytes(Protocol):
-    """Rows as bytes, by table and key: what a view is made of."""
+    """What tables need of a view: rows as bytes, by table and key."""
 
     def get(self, table: str, key: bytes) -> bytes | None: ...
     def put(self, table: str, key: bytes, value: bytes) -> None: ...
@@ -54,7 +54,7 @@ class _Table:
 
 
 def _of_task(task: str) -> bytes:
-    """What the keys of a task's versions and tags begin with."""
+    """The prefix of the keys of a task's versions and tags."""
     return task.encode("ascii", "replace") + b"\0"
 
 
@@ -76,7 +76,7 @@ class Versions(_Table):
         self._view.delete("versions", version_key(task, number))
 
     def newest(self, task: str) -> int:
-        """The highest number that is there; 0: none."""
+        """The highest number of a version that is there. 0: there is none."""
         last = self._view.last("versions", _of_task(task))
         return parse_version_key(last[0])[1] if last else 0
 
@@ -116,12 +116,12 @@ class Names(_Table):
         return self.beginning("")
 
     def beginning(self, start: str) -> Iterator[NameRow]:
-        """Those whose names begin so, in whatever case."""
+        """Rows of names that begin with a text, in any case."""
         for key, row in self._view.rows("names", name_key(start)):
             yield NameRow.decode(key, row)
 
     def branches(self, start: str) -> Iterator[str]:
-        """Of the names that begin so, in whatever case, their beginnings up to the next letter: reads a row of each."""
+        """The distinct beginnings, one letter longer, of names that begin with a text, in any case."""
         key = name_key(start)
         while (found := self._view.next("names", key)) and found[0].startswith(name_key(start)):
             name = NameRow.decode(*found).name[: len(start) + 1]
@@ -198,7 +198,7 @@ def _removed(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, int, Re
 
 
 class Packs(_Table):
-    """By the packs' hashes."""
+    """Rows of packs, by their hashes."""
 
     __slots__ = ()
     name = "packs"
@@ -211,7 +211,7 @@ class Packs(_Table):
         return self._view.get("packs", pack) is not None
 
     def is_row(self, pack: bytes, row: PackRow) -> bool:
-        """Whether that is a pack's row; one that is damaged is not."""
+        """Whether a pack has exactly this row. A damaged row differs."""
         return self._view.get("packs", pack) == row.encode(pack)
 
     def put(self, pack: bytes, row: PackRow) -> None:
@@ -225,13 +225,13 @@ class Packs(_Table):
             yield pack, PackRow.decode(pack, row)
 
     def drop(self, pack: bytes) -> None:
-        """Deletes a pack's rows; those of its tensors are the caller's."""
+        """Deletes a pack's rows. The caller deletes the rows of its tensors."""
         self._view.delete("packs", pack)
         self._view.delete("contents", pack)
 
 
 class Contents(_Table):
-    """Which tensors the index lists in each pack, by its hash; in NO_PACK those that no pack has."""
+    """The tensors that the index lists in each pack, by the pack's hash. NO_PACK lists those that no pack has."""
 
     __slots__ = ()
     name = "contents"
@@ -251,11 +251,11 @@ class Contents(_Table):
         self._view.put("contents", pack, row.encode(pack))
 
     def enter(self, pack: bytes, numbers: Iterable[int], lengths: Iterable[int]) -> None:
-        """Enters which tensors a new pack holds; none of them is listed elsewhere."""
+        """Enters the tensors that a new pack holds. They must not be listed elsewhere."""
         self.put(pack, ContentsRow.of(numbers, lengths))
 
     def unlist(self, pack: bytes, numbers: Container[int]) -> None:
-        """Takes tensors that moved elsewhere from a pack's contents."""
+        """Removes tensors that moved elsewhere from a pack's contents."""
         if pack in self:
             self.put(pack, self.get(pack).without(numbers))
 
@@ -274,7 +274,7 @@ class Tensors(_Table):
         return None if row is None else TensorRow.decode(key, row)
 
     def peek(self, digest: Digest) -> TensorRow | None:
-        """Like :meth:`get`, without a look at the row's checksum, where the tensor is hashed anyway."""
+        """Like :meth:`get`, but does not check the row's checksum. For callers that hash the tensor anyway."""
         row = self._view.get("tensors", from_digest(digest))
         return None if row is None else TensorRow.peek(row)
 
@@ -283,7 +283,7 @@ class Tensors(_Table):
         return None if row is None else StoredTensor(row)
 
     def number_and_length(self, digest: Digest) -> tuple[int, int] | None:
-        """Without a look at the row's checksum."""
+        """A tensor's number and length. The row's checksum is not checked."""
         row = self._view.get("tensors", from_digest(digest))
         return None if row is None else TensorRow.number_and_length(row)
 
@@ -300,13 +300,13 @@ class Tensors(_Table):
         self._view.delete("tensors", from_digest(digest))
 
     def delete_where(self, dead: Callable[[TensorRow, Callable[[], TensorRow]], bool]) -> None:
-        """Deletes the rows that `dead` picks; it is given each row unchecked, and what checks it."""
+        """Deletes the rows that `dead` picks. It gets each row unchecked, and a function that checks the row."""
         self._view.delete_where(
             "tensors", lambda key, row: dead(TensorRow.peek(row), lambda: TensorRow.decode(key, row))
         )
 
     def rows(self) -> Iterator[tuple[Digest, TensorRow]]:
-        """Without a look at checksums."""
+        """All rows. Checksums are not checked."""
         return ((to_digest(key), TensorRow.peek(row)) for key, row in self._view.rows("tensors"))
 
     def every(self) -> Iterator[tuple[Digest, TensorRow]]:
@@ -318,7 +318,7 @@ class Tensors(_Table):
 
 
 class Manifests(_Table):
-    """By their hashes."""
+    """Rows of manifests, by their hashes."""
 
     __slots__ = ()
     name = "manifests"
@@ -331,17 +331,17 @@ class Manifests(_Table):
         return self._view.get("manifests", manifest) is not None
 
     def text(self, manifest: bytes) -> bytes:
-        """A manifest's bytes, unchecked; empty if they cannot be had."""
+        """A manifest's bytes, unchecked. Empty if there is no such manifest, or its row is unreadable."""
         row = self._view.get("manifests", manifest)
         return b"" if row is None else ManifestRow.manifest_of(row)
 
     def unpack(self, manifest: bytes) -> tuple[bytes, list[TensorRow]] | None:
-        """A manifest's bytes, unchecked, and hints of where its tensors lie; empty if they cannot be had."""
+        """A manifest's bytes, unchecked, and cached places of its tensors. The bytes are empty if unreadable."""
         row = self._view.get("manifests", manifest)
         return None if row is None else ManifestRow.unpack(row)
 
     def put(self, manifest: bytes, number: int, tensors: Sequence[StoredTensor], text: bytes) -> None:
-        """`tensors` are the rows of those that it names, in the order of their digests."""
+        """Enters a manifest. `tensors` are the rows of the tensors that it names, in the order of their digests."""
         self._view.put("manifests", manifest, ManifestRow.encode(manifest, number, tensors, text))
 
     def hashes(self) -> Iterator[bytes]:
@@ -352,7 +352,7 @@ class Manifests(_Table):
             yield manifest, ManifestRow.decode(manifest, row)
 
     def delete_where(self, dead: Callable[[int, Callable[[], ManifestRow]], bool]) -> None:
-        """Deletes the rows that `dead` picks; it is given each one's number unchecked, and what checks the row."""
+        """Deletes the rows that `dead` picks. It gets each number unchecked, and a function that checks the row."""
         self._view.delete_where(
             "manifests", lambda key, row: dead(ManifestRow.number_of(row), lambda: ManifestRow.decode(key, row))
         )

@@ -13,7 +13,7 @@ from pear_store.local.rows import NO_PACK, TagRow
 
 
 def set_tag(opened: OpenStore, reference: str, tag: str, delete: bool) -> Version:
-    """Has a tag stand for a version, or for none."""
+    """Sets a tag on the version that a reference names; or with `delete`, removes the tag."""
     packs: list[WrittenPack] = []
 
     def change(view: View) -> Version:

@@ -1,4 +1,4 @@
-"""Which tensors each version names, from the index alone: what sharing and growth are counted by."""
+"""Says which tensors each version names, from the index alone. Sharing and growth are counted by this."""
 
 from array import array
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pear_store.local.references import Version, all_tags, version_with_tags
 
 @dataclass(frozen=True)
 class Use:
-    """A version and its tensors, by numbers that mean nothing outside of its `Uses`."""
+    """A version, and the numbers of its tensors. These numbers are only valid within one `Uses`."""
 
     version: Version
     tensors: Sequence[int]
@@ -26,14 +26,14 @@ class Uses:
 
     @classmethod
     def by_age(cls, versions: list[Use], size_bytes: Mapping[int, int]) -> "Uses":
-        """Versions of one time go by name and number."""
+        """Sorts versions by time; those of the same time by name and number."""
         key = [(use.version.time_ns, use.version.task, use.version.version) for use in versions]
         order = sorted(range(len(versions)), key=key.__getitem__)
         return cls([versions[place] for place in order], size_bytes)
 
 
 def find_uses(view: View) -> Uses:
-    """Reads no record: a manifest's row has the numbers of its tensors beside it.
+    """Which tensors each version names. No record is read: a manifest's row has the numbers of its tensors.
 
     Raises:
         DamagedError: a row is damaged or missing.

@@ -27,12 +27,18 @@ from pear_store.local.worker import Worker, WorkerDiedError, can_fork
 
 _LOOKS = 5
 _OURS = 4
-"""Of so many packs, one is checked beside the index, the others in a process of their own."""
+"""One in so many packs is checked in the process that checks the index, the others in another process."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A tensor that is damaged or missing, and what needs it: versions as ``task@number``, and their tasks."""
+    """A tensor or manifest that is damaged or missing.
+
+    Args:
+        digest: its digest.
+        tasks: the tasks of the versions that need it.
+        versions: the versions that need it, as ``task@number``.
+    """
 
     digest: str
     tasks: list[str] = field(default_factory=list)
@@ -41,23 +47,32 @@ class Damage:
 
 @dataclass
 class Report:
-    """What a verify found. Bytes are those of the tensors hashed."""
+    """What a verify found.
+
+    Args:
+        tensors: tensors that were hashed.
+        packs: packs that were checked.
+        bytes: bytes of the tensors that were hashed.
+        damaged: tensors that are damaged or missing, if versions need them.
+        damaged_packs: packs whose header or records are damaged. Each of their tensors may be good.
+        damaged_manifests: manifests that are damaged.
+        unknown_packs: packs that record what the index never had.
+        index: what is wrong with the index. None: nothing.
+        advice: what to do, one line each.
+    """
 
     tensors: int = 0
     packs: int = 0
     bytes: int = 0
     damaged: list[Damage] = field(default_factory=list)
     damaged_packs: list[str] = field(default_factory=list)
-    """Packs that cannot be read as such, though each of their tensors may be good"""
     damaged_manifests: list[Damage] = field(default_factory=list)
     unknown_packs: list[str] = field(default_factory=list)
-    """Packs that record what the index never had"""
     index: str | None = None
-    """What is wrong with the index; None: nothing"""
     advice: list[str] = field(default_factory=list)
 
     def add(self, other: "Report") -> None:
-        """Takes in what was found of other packs."""
+        """Adds what was found of other packs."""
         self.tensors += other.tensors
         self.packs += other.packs
         self.bytes += other.bytes
@@ -66,6 +81,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not (self.damaged or self.damaged_packs or self.damaged_manifests or self.unknown_packs or self.index)
 
 
@@ -73,17 +89,19 @@ class Report:
 
 
 def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
-    """Hashes every tensor and manifest that versions need, and checks the index against the packs.
+    """Hashes every tensor and manifest that versions need, and checks the index against the packs. Changes nothing.
 
-    The index is read in a process of its own, because a damaged LMDB page can kill its reader. If it cannot be read,
-    all packs are checked by their own headers.
+    Another process reads the index, because a damaged LMDB page can kill its reader. If the index cannot be read, all
+    packs are checked by their own headers.
 
     Args:
-        subset: (n, t): only the packs of the n-th of t parts, n from 1; manifests and index are always checked.
+        path: the store's directory.
+        subset: (n, t): only the packs of the n-th of t parts, n from 1. Manifests and index are always checked.
 
     Raises:
         NotFoundError: there is no store.
-        AccessError: this process may not read all of it, or not while others write it.
+        AccessError: this process may not read all of the store, or cannot lock it while others write.
+        PearStoreError: `subset` is no valid part.
     """
     path = store_path(path)
     part, parts = subset
@@ -103,7 +121,7 @@ def verify(path: str | Path, subset: tuple[int, int] = (1, 1)) -> Report:
 
 
 def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | None, str]:
-    """What a child process finds, or how it ended."""
+    """What a child process finds; or None, and how it ended."""
     if can_fork():  # starts at once
         try:
             worker = Worker(lambda _: _checked(path, subset))
@@ -116,7 +134,7 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
             return None, f"reading it {error}"
         finally:
             worker.close()
-    import subprocess  # here, for it takes longer to import than most commands
+    import subprocess  # here, because importing it takes longer than most commands
     import sys
 
     run = (
@@ -130,7 +148,7 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
 
 
 def _checked(path: str | Path, subset: tuple[int, int]) -> str:
-    """The report of :func:`check`, as JSON; it says so if the index cannot be trusted."""
+    """The report of :func:`check` as JSON. If the index cannot be trusted, its field `index` says why."""
     try:
         report = check(Path(path), subset)
     except AccessError as error:
@@ -139,7 +157,7 @@ def _checked(path: str | Path, subset: tuple[int, int]) -> str:
         return json.dumps({"refused": (str(path), str(error))})
     except DamagedError as error:
         report = Report(index=f"{error.what}: {error.found}")
-    except Exception as error:  # a damaged page may give any
+    except Exception as error:  # a damaged page may cause any
         report = Report(index=f"{type(error).__name__}: {error}")
     return json.dumps(asdict(report))
 
@@ -166,12 +184,12 @@ def _advice(report: Report) -> list[str]:
 
 
 def check(path: Path, subset: tuple[int, int] = (1, 1)) -> Report:
-    """:func:`verify` in this process.
+    """Does what :func:`verify` does, in this process.
 
     Raises:
         DamagedError: the index cannot be trusted.
-        AccessError: it, or a pack, may not be read.
-        OvertakenError: writers were faster, and this process may not lock.
+        AccessError: the index or a pack may not be read.
+        OvertakenError: others wrote meanwhile, and this process may not lock the index.
     """
     for _ in range(_LOOKS - 1):
         with suppress(OvertakenError):
@@ -186,8 +204,8 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
         with opened.read() as view:
             ours = set(view.packs.hashes()) if can_fork() else set()
         ours = set(sorted(ours)[::_OURS])
-        if ours:  # on a core each: there most packs, here the index and the rest
-            with suppress(OSError):  # no process more: all is done here
+        if ours:  # two cores: the worker checks most packs, this process checks the index and the rest
+            with suppress(OSError):  # the system gives no more processes: all is done here
                 worker = Worker(lambda _: _plain(*check_packs(path, subset, ours)))
                 worker.ask(None)
         with opened.read() as view:
@@ -224,19 +242,19 @@ def _check(path: Path, subset: tuple[int, int]) -> Report:
 def _plain(
     report: Report, bad: set[Digest], rows: dict[bytes, int]
 ) -> tuple[dict[str, Any], set[Digest], dict[bytes, int]]:
-    """What :func:`check_packs` found, in the types that a worker's answer is of."""
+    """What :func:`check_packs` found, in types that a worker can send."""
     return asdict(report), bad, rows
 
 
 def _miscounted(opened: OpenStore, packs: Sequence[bytes]) -> list[str]:
-    """Of packs, those that more rows name as recording what they say than it is."""
+    """Packs that rows name for records which the packs do not have."""
     if not packs:
         return []
     with opened.read() as view:
         counted, recorded = count_rows(view), Recorded(opened.path)
         found = []
         for pack in packs:
-            with suppress(DamagedError):  # moved, or said to be damaged
+            with suppress(DamagedError):  # it was moved, or is reported as damaged already
                 records = read_records_alone(pack_path(opened.path, pack))
                 if recorded.compare(view, pack, records)[1] != counted[pack]:
                     found.append(pack.hex())
@@ -251,8 +269,14 @@ def _is_in(pack: bytes, subset: tuple[int, int]) -> bool:
 def check_packs(
     path: Path, subset: tuple[int, int], others: Set[bytes] = frozenset()
 ) -> tuple[Report, set[Digest], dict[bytes, int]]:
-    """Hashes what the index lists in the packs, other than some that are checked elsewhere; returns a report, the
-    tensors that are damaged or missing, and of each pack how many rows name it for what it records."""
+    """Hashes the tensors that the index lists in the packs.
+
+    Args:
+        others: packs that are checked elsewhere.
+
+    Returns:
+        a report; the tensors that are damaged or missing; and for each pack, how many rows name it for its records.
+    """
     report, recorded = Report(), Recorded(path)
     bad: set[Digest] = set()
     rows: dict[bytes, int] = {}
@@ -262,7 +286,7 @@ def check_packs(
         while True:
             with opened.read() as view:
                 packs = {pack for pack in view.packs.hashes() if _is_in(pack, subset)}
-            if packs <= done:  # else a gc moved something meanwhile, or an add brought more
+            if packs <= done:  # else a gc or an add made new packs meanwhile
                 return report, bad, rows
             for pack in sorted(packs - done):
                 bad |= _check_pack(opened, pack, report, rows, recorded)
@@ -272,11 +296,14 @@ def check_packs(
 
 
 def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
-    """Checks every row's checksum, and what rows say of one another; returns the tensors that no pack has, the
-    manifests that are damaged, and how many rows name each pack as recording them.
+    """Checks every row's checksum, and that rows agree with each other.
+
+    Returns:
+        the tensors that no pack has; the manifests that are damaged; and for each pack, how many rows name it for its
+        records.
 
     Raises:
-        DamagedError: naming the first row that cannot be trusted.
+        DamagedError: a row cannot be trusted. It names the first one.
     """
     view.meta(b"id")
     marked = mark(view)
@@ -287,25 +314,26 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
             raise DamagedError(f"contents of pack {pack.hex()}", "more bytes than the pack has")
         for number, length in zip(row.numbers, row.lengths, strict=True):
             if listed_in.setdefault(number, (pack, length)) != (pack, length):
-                raise DamagedError(f"contents of pack {pack.hex()}", f"its tensor {number} is another's, too")
+                raise DamagedError(f"contents of pack {pack.hex()}", f"another pack lists its tensor {number}, too")
     numbers = set(listed_in)
     next_number = view.next_number()
     if max(numbers, default=-1) >= next_number:
-        raise DamagedError("the index's count of numbers", "too small")
+        raise DamagedError("the index's count of numbers", "lower than a number in use")
     lost = set()
     known: dict[str, tuple[int, int]] = {}
     for digest, place in view.tensors.every():
         if len(known) < _KNOWN_NUMBERS:
             known[digest] = place.number, place.length
         if listed_in.pop(place.number, None) != (place.pack, place.length):
-            raise DamagedError(f"tensor {digest}", f"its number {place.number} is not one of its pack's")
+            raise DamagedError(f"tensor {digest}", f"its pack does not list its number {place.number}")
         if place.pack == NO_PACK:
             lost.add(digest)
     if listed_in:
-        raise DamagedError("index table tensors", f"{len(listed_in)} tensors of packs are not listed")
+        raise DamagedError("index table tensors", f"{len(listed_in)} tensors that packs hold are missing")
     bad_manifests, sizes = _check_manifests(view, numbers, next_number, known)
     for task, number, version in view.versions.every():
-        if version.size_bytes > sizes.get(version.manifest, version.size_bytes):  # fewer: some were lost once
+        # fewer bytes are no fault: some tensors may have been missing when the index was rebuilt
+        if version.size_bytes > sizes.get(version.manifest, version.size_bytes):
             raise DamagedError(f"version {task}@{number}", "more bytes than its tensors have")
     return lost, bad_manifests, marked.recorded
 
@@ -313,13 +341,20 @@ def check_index(view: View) -> tuple[set[Digest], set[bytes], Counter[bytes]]:
 def _check_manifests(
     view: View, numbers: set[int], next_number: int, known: dict[str, tuple[int, int]]
 ) -> tuple[set[bytes], dict[bytes, int]]:
-    """Checks manifests against the tensors that they name; returns those that are damaged, and the others' tensor
-    bytes. `numbers` are those in use, and come to be all; `known` are some tensors' numbers and lengths."""
+    """Checks manifests against the tensors that they name.
+
+    Args:
+        numbers: the tensors' numbers. Those of the manifests are added.
+        known: numbers and lengths of some tensors.
+
+    Returns:
+        the manifests that are damaged, and the tensor bytes of the others.
+    """
     bad: set[bytes] = set()
     sizes: dict[bytes, int] = {}
     for key, row in view.manifests.every():
         if row.number in numbers or row.number >= next_number:
-            raise DamagedError(f"index row of manifest {key.hex()}", f"its number {row.number} is not its own")
+            raise DamagedError(f"index row of manifest {key.hex()}", f"its number {row.number} is in use, or too high")
         numbers.add(row.number)
         manifest = view.manifests.text(key)
         if manifest_hash(manifest) != key:
@@ -330,8 +365,14 @@ def _check_manifests(
 
 
 def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, known: dict[str, tuple[int, int]]) -> int:
-    """Checks that a manifest's numbers are those of the tensors that it names; returns the tensors' bytes. `known` are
-    numbers and lengths looked up before."""
+    """Checks that a manifest's row has the numbers of the tensors that the manifest names.
+
+    Args:
+        known: numbers and lengths of tensors that were looked up before. More are added.
+
+    Returns:
+        the tensors' bytes.
+    """
     numbers, size = set(), 0
     try:
         names = manifest_names(manifest)
@@ -341,7 +382,7 @@ def _check_numbers(view: View, key: bytes, row: ManifestRow, manifest: bytes, kn
         found = known.get(name)
         if found is None:
             if not is_digest(name):
-                raise DamagedError(f"manifest {key.hex()}", "it names what is no digest")
+                raise DamagedError(f"manifest {key.hex()}", "it names a tensor by a text that is no digest")
             found = view.tensors.number_and_length(Digest(name))
             if found is None:
                 raise DamagedError(f"tensor {name}", "a manifest names it, the index does not list it")
@@ -361,18 +402,22 @@ _KNOWN_NUMBERS = 50_000
 def _check_pack(
     opened: OpenStore, pack: bytes, report: Report, rows: dict[bytes, int], recorded: Recorded
 ) -> set[Digest]:
-    """Enters what is found into the report, and into `rows` how many name the pack for what it records; returns the
-    tensors that are damaged."""
+    """Checks one pack, and returns its damaged tensors.
+
+    Args:
+        report: what is found is added to it.
+        rows: gets the number of rows that name the pack for its records.
+    """
     for _ in range(_LOOKS):
         with opened.read() as view:
-            if pack not in view.packs:  # a gc was faster
+            if pack not in view.packs:  # a gc has deleted it
                 return set()
             found, bad, count = _read_pack(opened, view, pack, recorded)
             state = view.state
         if not (bad or found.damaged_packs or found.unknown_packs):
             break
         with opened.read() as now:
-            if now.state == state:  # else a gc may have moved what was to be read
+            if now.state == state:  # else a gc may have moved the tensors
                 break
     report.add(found)
     rows[pack] = count
@@ -399,7 +444,7 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -
         for name, place in header.places.items():
             row = view.tensors.peek(Digest(name)) if is_digest(name) else None
             if row is None or row.pack != pack:
-                continue  # a copy elsewhere counts
+                continue  # another pack's copy is the one in use
             _, _, offset, length, dtype, shape = row
             report.tensors += 1
             report.bytes += length
@@ -409,7 +454,7 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -
                 bad.add(Digest(name))
         if report.tensors != len(view.contents.get(pack).numbers):
             sound = False
-        if not sound:  # its header does not tell what is in it: look at each row
+        if not sound:  # its header cannot be trusted: check each tensor that a row lists in it
             report.damaged_packs.append(pack.hex())
             for digest, row in sorted(rows_in(view, {pack}), key=lambda one: one[1].offset):
                 found = reader and reader.digest(row.dtype, row.shape, row.offset, row.length)
@@ -419,12 +464,12 @@ def _read_pack(opened: OpenStore, view: View, pack: bytes, recorded: Recorded) -
 
 
 def rows_in(view: View, packs: set[bytes]) -> list[tuple[Digest, TensorRow]]:
-    """The tensors that the index lists in some packs; walks the table."""
+    """The tensors that the index lists in some packs. Walks the whole table."""
     return [(digest, row) for digest, row in view.tensors.rows() if row.pack in packs]
 
 
 def _hit(view: View, digests: set[Digest]) -> list[Damage]:
-    """Which versions need damaged tensors; a tensor that none needs is left out."""
+    """The versions that need each damaged tensor. A tensor that no version needs is left out."""
     if not digests:
         return []
     rows = ((digest, view.tensors.peek(digest)) for digest in digests)
@@ -455,7 +500,7 @@ def _damage(digest: str, versions: Sequence[str]) -> Damage:
 
 
 def _check_packs_alone(path: Path, subset: tuple[int, int], problem: str) -> Report:
-    """Checks packs by their own headers; which tensors versions need is told by the manifests that packs record."""
+    """Checks packs by their own headers. The manifests that packs record say which tensors versions need."""
     report = Report(index=problem)
     good: set[str] = set()
     bad: set[str] = set()

@@ -1,4 +1,4 @@
-"""Work in a forked process: it has a core and an interpreter of its own, and its crash is not ours."""
+"""Does work in a forked process, which has its own core and interpreter. If it crashes, this process goes on."""
 
 import atexit
 import fcntl
@@ -12,7 +12,7 @@ from typing import Any
 
 _PIPE_BYTES = 1 << 20
 _LOOK_S = 0.5
-"""How often a worker looks whether its parent is still there"""
+"""Seconds between a worker's looks whether its parent is still there"""
 
 
 class WorkerDiedError(Exception):
@@ -24,10 +24,10 @@ class WorkerDiedError(Exception):
 
 
 def can_fork() -> bool:
-    """Whether this process may be forked: a child of one with several threads inherits locks that nobody releases."""
+    """Whether this process has one thread only. With more, a forked child may inherit locks that nobody releases."""
     try:
         return threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1
-    except OSError:  # no /proc: threads that Python does not know of cannot be ruled out
+    except OSError:  # no /proc: there may be threads that Python does not know of
         return False
 
 
@@ -39,7 +39,7 @@ def cores() -> int:
 
 
 def end_with(parent: int) -> None:
-    """Has this process end soon after its parent did, whatever it does: nobody will take what it finds."""
+    """Makes this process end soon after its parent has ended. Nobody would use its results."""
 
     def look(*_: object) -> None:
         if os.getppid() != parent:
@@ -47,17 +47,17 @@ def end_with(parent: int) -> None:
 
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
-    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the interpreter gives up its handlers before it ends
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the interpreter drops signal handlers before it ends
 
 
 class Worker:
-    """A forked process that answers requests, one after the other, with what `work` returns for each.
+    """A forked process that answers requests one after the other, with what `work` returns for each.
 
-    Requests and answers are of Python's own plain types, as `marshal` takes them: data, never code. It ends when this
-    process closes it or dies: its work must leave nothing undone.
+    Requests and answers are Python's own plain types, which `marshal` takes: data, never code. The process ends when
+    this process closes it or dies, even in the middle of its work.
 
     Raises:
-        OSError: there can be no more processes or files.
+        OSError: the system gives no more processes or files.
     """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
@@ -88,14 +88,14 @@ class Worker:
                 os._exit(code)
         os.close(request_end)
         os.close(answer_end)
-        if hasattr(fcntl, "F_SETPIPE_SZ"):  # else it waits for us with all but the smallest answers
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # else only the smallest answers fit the pipe, and the worker waits for us
             with suppress(OSError):
                 fcntl.fcntl(self_answer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._requests = open(self_request, "wb")  # noqa: SIM115 (`close` closes both)
         self._answers = open(self_answer, "rb")  # noqa: SIM115 (the same)
 
     def ask(self, request: Any) -> None:
-        """Sends a request; a process that died is noticed when it should answer."""
+        """Sends a request. If the process has died, :meth:`answer` notices it."""
         if self._requests.closed or self._owner != os.getpid():
             return
         with suppress(BrokenPipeError):
@@ -112,14 +112,15 @@ class Worker:
             if self._answers.closed or self._owner != os.getpid():
                 raise EOFError
             return marshal.load(self._answers)
-        except (EOFError, ValueError, TypeError):  # cut off where it died
+        except (EOFError, ValueError, TypeError):  # the process died, perhaps in the middle of an answer
             raise WorkerDiedError(self.close()) from None
 
     def close(self) -> int:
-        """Ends the process, whatever it does; its exit code. Does nothing in a child of the process that made it.
+        """Kills the process, and returns its exit code. Does nothing in a forked child of the process that made it.
 
-        It is killed: another process, forked since, may hold the pipe whose end would end it.
+        To close the pipe is not enough: another process that was forked since may hold a copy of it.
         """
+
         if self._owner != os.getpid():
             return 0
         for end in (self._requests, self._answers):

@@ -1,1 +1,1 @@
-"""Other places than this machine's disk: packs and a log there, push and pull (docs/remotes.md)."""
+"""Remotes: places that stores share, which hold packs and a log. Push and pull (docs/remotes.md)."""

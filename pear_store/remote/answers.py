@@ -1,16 +1,16 @@
-"""What the refusal of a server means for a person, and whether another try may help. One table for all places."""
+"""Turns a server's refusal into a message, and says whether another try may help. One table for all kinds of places."""
 
 import re
 
 from pear_store.errors import DiskFullError, PearStoreError, PlaceError
 
-_DENIED = "access is denied; see which rights the credentials of the environment have there"
-_UNKNOWN = "the server does not accept the credentials of the environment; set valid ones and run the same again"
-_EXPIRED = "the credentials of the environment have expired; renew them and run the same again"
-_CLOCK = "the clocks of this machine and of the server differ by more than it allows; set them right"
-_BUSY = "the server is busy or fails for now"
+_DENIED = "access is denied; check which rights the environment's credentials have there"
+_UNKNOWN = "the server does not accept the environment's credentials; set valid ones and run the same again"
+_EXPIRED = "the environment's credentials have expired; renew them and run the same again"
+_CLOCK = "this machine's clock and the server's differ by more than the server allows; set them right"
+_BUSY = "the server is busy or has a fault; run the same again later"
 _FULL = "full"
-_REDIRECT = "the server redirects, which is not followed"
+_REDIRECT = "the server redirects, which is not followed; use the URL that it redirects to"
 
 MEANINGS: dict[str, tuple[str, bool]] = {
     "NoSuchBucket": ("there is no such bucket", False),
@@ -37,7 +37,7 @@ MEANINGS: dict[str, tuple[str, bool]] = {
     "401": (_UNKNOWN, False),
     "403": (_DENIED, False),
     "408": (_BUSY, True),
-    "409": (_BUSY, True),  # of two conditional writes at once
+    "409": (_BUSY, True),  # another conditional write was made at the same time
     "429": (_BUSY, True),
     "500": (_BUSY, True),
     "502": (_BUSY, True),
@@ -51,8 +51,8 @@ MEANINGS: dict[str, tuple[str, bool]] = {
     "unknown host": ("there is no such host, or no network", True),
     "untrusted": ("the server's certificate is not trusted", False),
 }
-"""By what S3 and Azure call it, by HTTP status, or by how the connection failed: what it means, and whether another
-try may help"""
+"""What an answer means, and whether another try may help. The key is S3's or Azure's name of the error, the HTTP
+status, or the way in which the connection failed."""
 
 _CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
 _STATUS = re.compile(r"status(?: code)?:? ([1-5][0-9][0-9])\b")
@@ -71,7 +71,13 @@ _URL = re.compile(r"[a-z0-9+]+://\S+")
 
 
 def refusal(url: str, name: str, status: int | None, code: str | None) -> PearStoreError:
-    """The error for a server's answer of an HTTP status; `code` is the word that S3 and Azure put in its body."""
+    """The error for a server's answer.
+
+    Args:
+        name: the object that was asked for.
+        status: the answer's HTTP status, if it is known.
+        code: the error's name that S3 and Azure put in the body.
+    """
     problem, again = MEANINGS.get(code or "") or MEANINGS.get(str(status)) or ("", (status or 0) >= 500)
     if problem == _FULL:
         return DiskFullError(url)
@@ -80,8 +86,10 @@ def refusal(url: str, name: str, status: int | None, code: str | None) -> PearSt
 
 
 def failure(url: str, name: str, text: str) -> PearStoreError:
-    """The error for what a library says of a failed request. Of its text, which may hold a signed URL or what the
-    server sent, only known words are shown."""
+    """The error for a failed request, by a library's text.
+
+    That text may hold a signed URL, or words that the server sent. So only known words of it are shown.
+    """
     if _OF_METADATA.search(text.split("\n")[0]):
         return PlaceError(url, f"{name}: {MEANINGS['none'][0]}", MEANINGS["none"][1])
     code, status = _CODE.search(text), status_of(text)
@@ -94,12 +102,12 @@ def failure(url: str, name: str, text: str) -> PearStoreError:
 
 
 def status_of(text: str) -> int | None:
-    """The HTTP status in a library's text. (Any number may be in the URL that it shows.)"""
+    """The HTTP status in a library's text. Numbers elsewhere do not count: they may be part of a URL."""
     found = _STATUS.search(text)
     return int(found[1]) if found else None
 
 
 def plain(text: str) -> str:
-    """A library's first line without URLs, whose queries may be signed."""
+    """The first line of a library's text, without URLs: a URL's query may be signed."""
     line = _URL.sub("URL", text.strip().split("\n")[0])[:200]
     return "".join(c if c.isprintable() else "?" for c in line) or "an error without a text"

@@ -1,4 +1,4 @@
-"""A mirror of a remote that one only reads: opened for each question, made anew where it is damaged, and read on."""
+"""A mirror of a remote that is only read. It is opened for each question, and made anew if it is damaged."""
 
 import sqlite3
 import threading
@@ -18,21 +18,21 @@ from pear_store.remote.reading import read_on
 
 T = TypeVar("T")
 PATIENCE_S = 5.0
-"""How long one waits for what is new, where what was known will do"""
+"""Seconds to wait for news of the remote, if what was known can be used instead"""
 _TRIES = 5
-"""Looks at a mirror that other processes make anew meanwhile"""
+"""How often a mirror is opened again, if other processes make it anew meanwhile"""
 _AFTER_FAILURE_S = 10.0
-"""How long a remote that gave no answer is left alone"""
+"""Seconds for which a remote that gave no answer is not asked again"""
 
 
 class AskedMirror:
-    """A mirror on this machine, whose remote is asked what is new where that is due. Thread-safe.
+    """A mirror on this machine. The remote is asked what is new at most once per `ttl_s`. Thread-safe.
 
     Args:
-        file: the mirror's. Several processes may share it.
-        url: for messages.
-        ttl_s: what may have changed is asked for once in so many seconds at most.
-        timeout_s: how long anybody waits for an answer.
+        file: the mirror's file. Several processes may share it.
+        place: the remote's place.
+        ttl_s: seconds for which an answer is used before the remote is asked again.
+        timeout_s: seconds that a caller waits for an answer.
     """
 
     def __init__(self, file: Path, place: Place, ttl_s: float, timeout_s: float) -> None:
@@ -43,12 +43,12 @@ class AskedMirror:
         self._head = -1
         self._lock = threading.Lock()
         self._is_out = False
-        """Whether the last question had no answer, which was said"""
+        """Whether the remote gave no answer last time, and a warning has said so"""
 
     # ---- the mirror
 
     def _look(self, act: Callable[[Mirror], T]) -> T:
-        """What `act` finds in the mirror. One that is damaged is made anew from the log."""
+        """What `act` finds in the mirror. A damaged mirror is made anew from the log."""
         try:
             return self._look_once(act)
         except sqlite3.DatabaseError:
@@ -61,8 +61,8 @@ class AskedMirror:
 
     def _look_once(self, act: Callable[[Mirror], T]) -> T:
         def ask_first(mirror: Mirror) -> T:
-            mirror.attach(self._place, self.ask)  # once for all who wait, and no longer than they do
-            if mirror.head[0] < self._head:  # it is gone, or was made anew, since it was last looked at
+            mirror.attach(self._place, self.ask)  # `ask` reads once for all who wait, and has a time limit
+            if mirror.head[0] < self._head:  # it was deleted, or made anew, since the last look
                 self.ask()
             return mirror.stable(lambda: act(mirror))
 
@@ -80,11 +80,11 @@ class AskedMirror:
             except sqlite3.DatabaseError as error:
                 if is_damage(error):
                     raise
-                if not (is_replaced(error) and left):  # a full disk, a folder that is gone
+                if not (is_replaced(error) and left):  # such as a full disk, or a folder that was deleted
                     raise PlaceError(self.url, f"{self._file}: {error}") from None
 
     def _forget(self) -> None:
-        """Deletes a mirror that is damaged."""
+        """Deletes the mirror, because it is damaged."""
         self._head, self._due = -1, 0.0
         with suppress(OSError):
             self._file.unlink()
@@ -92,10 +92,13 @@ class AskedMirror:
     # ---- asking the remote
 
     def ask(self, wait_s: float | None = None) -> None:
-        """Reads the log on now, or waits for whoever does: for so long at most.
+        """Reads new entries of the log now. If another thread is doing so, waits for it.
+
+        Args:
+            wait_s: seconds to wait at most. None: `timeout_s`.
 
         Raises:
-            PlaceError, DamagedRemoteError: there was no answer in time that can be used.
+            PlaceError, DamagedRemoteError: there was no usable answer in time.
             NotFoundError: there is no remote.
         """
         wait_s = self._timeout_s if wait_s is None else wait_s
@@ -108,7 +111,7 @@ class AskedMirror:
         finally:
             if was_answered:
                 self._due = time.monotonic() + self._ttl_s
-            else:  # where nothing is known, each question asks again
+            else:  # if nothing is known, each question asks again
                 self._due = time.monotonic() + max(self._ttl_s, _AFTER_FAILURE_S) if self._head > 0 else 0.0
 
     def _read_on(self, future: "Future[None]") -> None:
@@ -126,7 +129,7 @@ class AskedMirror:
         future.set_result(None)
 
     def ask_if_due(self) -> None:
-        """Reads the log on if that was not done just now. Without an answer, what is known stays, with one warning."""
+        """Reads new entries if that is due. If there is no answer, what is known is used, with one warning."""
         if self._head >= 0 and time.monotonic() < self._due:
             return
         if self._head < 0 and self._file.exists():
@@ -138,4 +141,4 @@ class AskedMirror:
                 raise
             if not self._is_out:
                 self._is_out = True
-                warnings.warn(f"{error}; what is known of it is used on", stacklevel=4)
+                warnings.warn(f"{error}; what was known before is used", stacklevel=4)

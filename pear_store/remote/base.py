@@ -1,7 +1,7 @@
-"""A base: what the log says up to an entry, sorted, so that who wants little of it reads little (docs/remotes.md).
+"""A base: what the log says up to an entry, sorted, so that a reader of few tasks reads few bytes (docs/remotes.md).
 
-It is a list of runs, each of what a stretch of entries says, and a run is a list of shards. A shard is an index as
-entries have it. Nothing here is believed more than the log: what does not fit is left, and the log is read.
+A base is a list of runs. Each run says what a stretch of entries says, and is a list of shards. A shard has the format
+of an entry's index. The log has the last word: a base that does not fit it is ignored, and the log is read.
 """
 
 import zlib
@@ -25,15 +25,15 @@ from pear_store.remote.log import (
 
 BASE_FORMAT = "pear-base/1"
 Kind = Literal["tasks", "packs", "drop"]
-"""Of shards: versions, tags and numbers by task, with the places of their tensors; packs by hash, whole; packs that an
-earlier run has and that are dropped"""
+"""Kinds of shards. "tasks": versions, tags and numbers by task, and the places of their tensors. "packs": packs by
+hash. "drop": packs of an earlier run that are dropped."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 END = "\x7f"
-"""Greater than each name of a task in lower case, and each hash in hex"""
+"""A text that sorts after each task's name in lower case, and after each hash in hex"""
 
 
 class Shard(NamedTuple):
-    """A shard of a run: the first name in it (a task's, case-folded, or a pack's), and its object."""
+    """A shard of a run: the first name in it (a task's case-folded name, or a pack's hash), and its object."""
 
     first: str
     hash: bytes
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
 @dataclass
 class Run:
-    """What a stretch of entries says, up to the entry `last`; each kind of shard by its first name."""
+    """What a stretch of entries says, up to the entry `last`. Shards of each kind are sorted by their first names."""
 
     last: int
     shards: dict[Kind, list[Shard]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Run:
 
 @dataclass
 class Root:
-    """A base: the hash of the entry after which it is the state, and its runs in order."""
+    """A base: its runs in order, and the hash of the last entry that they cover."""
 
     entry: bytes
     runs: list[Run]
@@ -68,7 +68,7 @@ class Root:
         return sum(run.size_bytes for run in self.runs)
 
     def encode(self) -> bytes:
-        """Raises a ValueError if it is more than a reader would read."""
+        """Raises a ValueError if it is too large for a reader."""
         runs = [
             {
                 "last": run.last,
@@ -97,7 +97,7 @@ def parse_root(data: bytes, place: str, base: BaseName) -> Root:
         runs = [Run(to_count(run["last"]), {kind: _shards(run[kind], kind) for kind in KINDS}) for run in value["runs"]]
         lasts = [0, *(run.last for run in runs)]
         if lasts != sorted(set(lasts)) or lasts[-1] != base.number:
-            raise ValueError("its runs")
+            raise ValueError("its runs are out of order")
         return Root(to_hash(value["entry"]), runs)
 
     name = base_name(base)
@@ -110,17 +110,17 @@ def _shards(value: Any, kind: Kind) -> list[Shard]:
         if kind != "tasks":
             to_hash(first)
         elif not (isinstance(first, str) and TASK_NAME.fullmatch(first) and first == first.casefold()):
-            raise ValueError("the first name of a shard")
+            raise ValueError("an invalid first name of a shard")
         if to_count(size_bytes) > MAX_INDEX_BYTES:
-            raise ValueError("the size of a shard")
+            raise ValueError("an invalid size of a shard")
         if shards and shards[-1].first >= first:
-            raise ValueError("shards that overlap")
+            raise ValueError("overlapping shards")
         shards.append(Shard(first, to_hash(name), size_bytes))
     return shards
 
 
 def by_task(index: LogIndex) -> Mapping[str, LogIndex]:
-    """What an index says of each task, by its case-folded name."""
+    """Splits an index by task. Keys are case-folded names."""
     found: dict[str, LogIndex] = {}
 
     def of(task: str) -> LogIndex:
@@ -138,7 +138,7 @@ def by_task(index: LogIndex) -> Mapping[str, LogIndex]:
 
 
 def merged(news: list[LogIndex]) -> LogIndex:
-    """What several indexes, one after the other, say of one task, as one."""
+    """Merges what consecutive indexes say of one task into one index."""
     found = LogIndex()
     tags: dict[tuple[str, str], LoggedTag] = {}
     for index in news:

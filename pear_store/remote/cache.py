@@ -1,11 +1,11 @@
-"""The cache that a remote is read through: a store on this machine that may be lost at any time.
+"""The cache through which a remote is read: a store on this machine that may be lost at any time.
 
-CACHE/<id>/store/             a store as any other (docs/formats.md), of the versions that were asked for
-CACHE/<id>/uses/T@N           its time: when version N of task T was last used; its lock: who fetches that
-CACHE/<id>/log-<URL>.mirror   what the log says, as it was read at one URL (its hash)
+CACHE/<id>/store/             a normal store (docs/formats.md) of the versions that were read
+CACHE/<id>/uses/T@N           its time says when version N of task T was last used; its lock, who fetches that version
+CACHE/<id>/log-<URL>.mirror   what the log says, as it was read at one URL (<URL> is a hash)
 
-Bytes prove themselves, so all URLs of a remote share them. What names mean does not: a stranger's remote may claim the
-id of another one. So each URL has a mirror of its own, and a version is taken from the store by its manifest's hash.
+Tensors are checked by their digests, so all URLs of a remote share them. Names cannot be checked so: a stranger's
+remote may claim the id of another one. So each URL has its own mirror, and a version is found by its manifest's hash.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ from pear_store.remote.log import LoggedVersion
 T = TypeVar("T")
 LIMIT_BYTES = 10 << 30
 _AT_HAND_BYTES = 64 << 20
-"""Tasks in memory, where the disk takes none"""
+"""The most bytes of tasks that are kept in memory, if the disk takes none"""
 _LOOK_EVERY = 16
-"""Of the limit, a 16th is written before the size is looked at again: other processes write, too"""
+"""The cache's size is checked each time that a 16th of the limit was written. Other processes write, too."""
 
 
 @dataclass(frozen=True)
@@ -58,44 +58,49 @@ class CacheSettings:
     """How a remote is read through a cache."""
 
     folder: Path | None = None
-    """Where the caches of all remotes are; None: $PEAR_CACHE_DIR, else the user's cache folder"""
+    """The folder of all remotes' caches. None: $PEAR_CACHE_DIR, else the user's cache folder"""
     limit_bytes: int | None = None
-    """Of one remote's packs; None: $PEAR_CACHE_BYTES, else 10 GiB. The index beside them takes some more"""
+    """The most bytes of one remote's packs. None: $PEAR_CACHE_BYTES, else 10 GiB. The index takes some more."""
     ttl_s: float = 5.0
-    """How old an answer may be to what may change: the newest version, tags, and that there is no such task"""
+    """Seconds for which answers that may change are used: newest versions, tags, and that a task is missing"""
     timeout_s: float = 30.0
-    """How long who asks for a task waits for it"""
+    """Seconds that a caller waits for a task"""
 
     def resolved_folder(self) -> Path:
         chosen = self.folder or os.environ.get("PEAR_CACHE_DIR")
         return store_path(chosen).absolute() if chosen else user_cache_path("pear") / "remotes"
 
     def resolved_limit(self) -> int:
-        """Raises a PearStoreError where it is no number of bytes."""
+        """The limit in bytes. Raises a PearStoreError if it is no number of bytes."""
         text = str(
             self.limit_bytes if self.limit_bytes is not None else os.environ.get("PEAR_CACHE_BYTES", LIMIT_BYTES)
         )
-        if not (text.isascii() and text.isdigit() and int(text)):
-            raise PearStoreError(f"size of the cache {text!r}: expected a number of bytes, at least 1")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text)):
+            raise PearStoreError(
+                f"size of the cache {text[:40]!r}: expected a number of bytes, at least 1; see $PEAR_CACHE_BYTES"
+            )
         return int(text)
 
 
 def mirror_name(url: str, options: Mapping[str, str]) -> str:
-    """The file of what is known of a remote by its URL."""
+    """The name of the mirror's file for a remote at this URL."""
     text = "\n".join([url, *(f"{key}={options[key]}" for key in sorted(options))])
     return f"log-{hashlib.sha256(text.encode()).hexdigest()[:32]}.mirror"
 
 
 def last_id(folder: Path, name: str) -> str | None:
-    """The id that the remote had when a mirror of that name was last written; None: there is none."""
-    found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    """The remote's id when a mirror of that name was last written. None: there is no such mirror."""
+    try:
+        found = [(file.stat().st_mtime, file.parent.name) for file in folder.glob(f"*/{name}")]
+    except OSError:  # no folder can be there, or none that can be read
+        return None
     return max(found)[1] if found else None
 
 
 class Cache:
     """The versions of one remote that are on this machine. Threads and processes may share its folder.
 
-    Where the folder cannot be written, a temporary one takes its place, with a warning.
+    If the folder cannot be written, a temporary one is used instead, with a warning.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -109,10 +114,10 @@ class Cache:
                 self.folder = self._temporary = Path(tempfile.mkdtemp(prefix="pear-cache-"))
             except OSError:
                 raise AccessError(folder, f"the cache cannot be written ({error}), nor can a temporary one") from None
-            self._warn(f"the cache cannot be written ({error}); a temporary one is used until this ends")
+            self._warn(f"the cache cannot be written ({error}); a temporary one is used until this program ends")
             self._opened = self._open()
         self._generation = self._look_at_folder()
-        self._unlooked = self._limit_bytes  # the first that is kept has the size looked at
+        self._unlooked = self._limit_bytes  # so the size is checked when the first version is kept
         self._at_hand: OrderedDict[tuple[Numbered, bytes], Task] = OrderedDict()
         self._warned_of_disk = False
         self._lock = threading.Lock()
@@ -122,7 +127,7 @@ class Cache:
         return self.folder / "store"
 
     def _look_at_folder(self) -> int | None:
-        """Which folder the store is: another one after somebody began anew. None: there is none."""
+        """The inode of the store's folder, which changes if the store is begun anew. None: there is no store."""
         try:
             return self.path.stat().st_ino if is_store(self.path) else None
         except OSError:
@@ -145,11 +150,11 @@ class Cache:
         return OpenStore(self.path)
 
     def do(self, act: Callable[[OpenStore], T]) -> T:
-        """What is done to the store alone; again, where that had to be begun anew."""
+        """Does something with the store. If the store is damaged, it is begun anew, and `act` runs again."""
         seen = self._generation
         try:
             return act(self._opened)
-        except (DamagedRemoteError, AbsentError):  # this is no damage of ours
+        except (DamagedRemoteError, AbsentError):  # the remote's damage, not the cache's
             raise
         except (DamagedError, NotFoundError, FormatError) as error:
             self._begin_anew(error, seen)
@@ -163,7 +168,7 @@ class Cache:
     # ---- reading
 
     def get(self, version: LoggedVersion) -> Task | None:
-        """A version, if it is here and whole; what is not will be fetched again."""
+        """A version, if it is here and undamaged. None: it must be fetched."""
         numbered = version.task, version.number
         if (task := self._at_hand.get((numbered, version.manifest))) is not None:
             return task
@@ -186,9 +191,9 @@ class Cache:
 
     @contextmanager
     def fetching(self, version: LoggedVersion, wait_s: float) -> Iterator[None]:
-        """Of all processes, one at a time fetches a version. Who waited too long goes on all the same."""
+        """Lets one process at a time fetch a version. A process that has waited for `wait_s` goes on all the same."""
         with ExitStack() as held:
-            with suppress(OSError):  # a full disk, a folder that somebody deleted
+            with suppress(OSError):  # such as a full disk, or a folder that was deleted
                 file = self._use_of((version.task, version.number))
                 held.enter_context(locked(partial(_lock_file, file), wait_s))
             yield
@@ -196,7 +201,7 @@ class Cache:
     # ---- writing
 
     def keep(self, incoming: Incoming, task: Task) -> None:
-        """Keeps a version that was fetched: in the store, or in memory where the disk takes nothing."""
+        """Keeps a version that was fetched: in the store; or in memory, if the disk takes nothing."""
         loaded = incoming.loaded
         numbered = loaded.name, incoming.number
         try:
@@ -210,10 +215,10 @@ class Cache:
             self._keep_at_hand(numbered, loaded.hash, task)
             if not self._warned_of_disk:
                 self._warned_of_disk = True
-                self._warn(f"{self.path}: tasks are not cached but read from the remote each time: {error}")
+                self._warn(f"{self.path}: cannot be written, so tasks are read from the remote each time: {error}")
 
     def tensors(self, digests: Iterable[Digest]) -> dict[Digest, RawTensor]:
-        """Those of some tensors that are here and whole."""
+        """Those of the tensors that are here and undamaged."""
         wanted = list(digests)
         return self.do(lambda opened: good_tensors_in(opened, wanted))
 
@@ -224,15 +229,15 @@ class Cache:
                 self._at_hand.popitem(last=False)
 
     def size_bytes(self) -> int:
-        """Of its packs."""
+        """The bytes of its packs."""
         return pack_bytes(self._opened)
 
     def count(self) -> int:
-        """Versions that are here."""
+        """How many versions are here."""
         return len(versions_in(self._opened))
 
     def _make_room(self, newest: Numbered) -> None:
-        """Evicts what was not used for longest, until a tenth of the limit is free; never `newest`."""
+        """Evicts the least recently used versions until a tenth of the limit is free. `newest` always stays."""
         with locked(partial(_lock_file, self.folder / "evicting"), wait_s=0) as is_mine:
             if not is_mine:
                 return
@@ -251,7 +256,7 @@ class Cache:
                 self._evict(chosen, repack_all=last_resort)
 
     def _uses(self) -> Iterator[tuple[int, Numbered, int]]:
-        """When each version was last used, and its bytes."""
+        """For each version: when it was last used (nanoseconds), its name and number, its bytes."""
         for version in versions_in(self._opened):
             numbered = version.task, version.version
             try:
@@ -267,14 +272,14 @@ class Cache:
             self._use_of(numbered).unlink(missing_ok=True)
 
     def _begin_anew(self, error: PearStoreError, seen: int | None) -> None:
-        """Puts an empty store in the place of the one that was seen to be damaged, unless somebody did so since."""
+        """Replaces the damaged store by an empty one, unless another process has done so since `seen`."""
         (self.folder / "uses").mkdir(mode=0o700, parents=True, exist_ok=True)
         with locked(partial(_lock_file, self.folder / "anew")), ExitStack() as held:
             now = self._look_at_folder()
             if now is None or now == seen:
                 info(__name__, "cache %s: begun anew: %s", self.path, error)
-                with suppress(OSError, PearStoreError):  # there may be no folder to write to
-                    held.enter_context(write_lock(self.path))  # else a writer's packs would get into the new store
+                with suppress(OSError, PearStoreError):  # the folder may be missing
+                    held.enter_context(write_lock(self.path))  # else a writer could put packs into the new store
                 aside = self.folder / f"damaged-{fresh_name()}"
                 with suppress(FileNotFoundError):
                     self.path.rename(aside)

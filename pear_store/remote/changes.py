@@ -1,4 +1,4 @@
-"""What differs between a store and a remote, by what both hold now and what they last agreed on."""
+"""Compares a store and a remote, by what both hold now and what they last agreed on."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from pear_store.remote.mirror import Mirror
 
 @dataclass
 class Changes:
-    """What a push would do, what a pull would do, and what neither can settle."""
+    """What a push would do, what a pull would do, and what keeps a push from being done."""
 
     push: list[LoggedVersion] = field(default_factory=list)
     push_removed: list[Numbered] = field(default_factory=list)
@@ -20,9 +20,9 @@ class Changes:
     pull_tags: dict[tuple[str, str], tuple[int | None, int | None]] = field(default_factory=dict)
     pull_highest: dict[str, int] = field(default_factory=dict)
     clashes: list[str] = field(default_factory=list)
-    """What keeps a push from being done ..."""
+    """What keeps a push from being done, one line each"""
     renumbers: list[Numbered] = field(default_factory=list)
-    """... those of them that a pull settles by another number"""
+    """Versions with a clash that a pull settles, by giving them another number"""
     same: list[Numbered] = field(default_factory=list)
     same_tags: list[tuple[str, str, int | None]] = field(default_factory=list)
 
@@ -37,7 +37,7 @@ def compare(held: Held, mirror: Mirror, tasks: set[str] | None = None) -> Change
     if tasks is None:
         tasks = {*mirror.tasks(), *held.highest, *(task for task, _ in (*held.versions, *held.removed, *held.tags))}
         tasks |= {task for task, _ in mirror.agreed_tags()}
-    else:  # another spelling of one is a clash with it
+    else:  # also names here that differ in case only: those clash
         tasks = tasks | {here for task in tasks if (here := held.spellings.get(task.casefold()))}
     found = Changes()
     names, versions = mirror.of_tasks(tasks)
@@ -64,14 +64,16 @@ class _There:
 
 
 def _compare_held(held: Held, mirror: Mirror, remote: _There, tasks: set[str], found: Changes) -> None:
-    """What is here: is it there?"""
+    """Compares what the store holds with the remote."""
     tops: dict[str, int] = {}
     for (task, number), (manifest, time_ns) in held.versions.items():
         if task not in tasks:
             continue
         spelled = remote.spelling(task)
         if spelled not in (None, task):
-            found.clashes.append(f"task {task!r} differs only in case from {spelled!r} on the remote")
+            found.clashes.append(
+                f"task {task!r} differs only in case from {spelled!r} on the remote; add it under another name"
+            )
             continue
         there = remote.versions.get((task, number))
         if there is None:
@@ -90,10 +92,11 @@ def _compare_held(held: Held, mirror: Mirror, remote: _There, tasks: set[str], f
             if there is not None and not there[1] and there[0].manifest == removed:
                 if tags := mirror.tags_of(task, number):
                     if all(mirror.agreed(task, tag) == number and held.tags.get((task, tag)) != number for tag in tags):
-                        found.push_removed.append((task, number))  # untagged here before: that is pushed with it
+                        found.push_removed.append((task, number))  # the tag was removed here, and that is pushed, too
                     else:
                         found.clashes.append(
-                            f"{task}@{number} was removed here and is tagged {tags[0]!r} on the remote"
+                            f"{task}@{number} was removed here and is tagged {tags[0]!r} on the remote; push from a "
+                            "store that has untagged it"
                         )
                 else:
                     found.push_removed.append((task, number))
@@ -104,11 +107,11 @@ def _compare_held(held: Held, mirror: Mirror, remote: _There, tasks: set[str], f
 
 
 def _compare_remote(held: Held, mirror: Mirror, remote: _There, tasks: set[str], found: Changes) -> None:
-    """What is there: is it here?"""
+    """Compares what the remote holds with the store."""
     for key, (version, is_removed) in sorted(remote.versions.items()):
         task = version.task
         if is_removed or held.spellings.get(task.casefold()) not in (None, task):
-            continue  # another spelling is a clash, named before
+            continue  # names that differ in case clash: :func:`_compare_held` says so
         here = held.versions.get(key)
         if here is None:
             if held.removed.get(key, b"") != version.manifest and not mirror.taken(*key):
@@ -132,15 +135,17 @@ def _compare_tags(held: Held, mirror: Mirror, tasks: set[str], found: Changes) -
                 found.same_tags.append((task, tag, a))
         elif b == base:  # moved here
             if a is not None and mirror.version(task, a) is not None and not mirror.has_version(task, a):
-                found.clashes.append(f"tag {task}@{tag} stands for version {a}, which was removed on the remote")
+                found.clashes.append(
+                    f"tag {task}@{tag} is on version {a}, which was removed on the remote; tag another version"
+                )
             else:
                 found.push_tags.append(LoggedTag(task, tag, a, b))
         elif a == base:  # moved there
             found.pull_tags[task, tag] = (a, b)
         else:
             found.clashes.append(
-                f"tag {task}@{tag} stands for {_named(a)} here and for {_named(b)} on the remote; "
-                "set it here to what the remote says, or remove it here and pull"
+                f"tag {task}@{tag} is on {_named(a)} here and on {_named(b)} on the remote; "
+                "set it here as on the remote, or remove it here and pull"
             )
 
 

@@ -1,4 +1,4 @@
-"""How whoever writes to a remote does so: packs are put, then an index, and then the entry that names it is created."""
+"""Writes to a remote: puts packs, then an index, and then creates the log entry that names the index."""
 
 import hashlib
 import socket
@@ -31,21 +31,23 @@ MOST_CONFLICTS = 1000
 
 
 def prepare(place: Place, mirror: Mirror) -> None:
-    """Makes sure that a place can be written by several; once for each mirror.
+    """Checks that several stores can write to a place. This is done once for each mirror.
 
     Raises:
-        PlaceError: it cannot.
+        PlaceError: they cannot.
     """
     if not place.can_write:
-        raise PlaceError(place.url, "it can only be read")
+        raise PlaceError(place.url, "it can only be read; push to a remote that can be written")
     if not mirror.was_probed:
         retried(lambda: probe(place))
         mirror.note_probed()
 
 
 def lay_out_pack(tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, bytes, PackListing]:
-    """A new pack of tensors: its hash, its bytes, and what lies where. A random id makes its name one that was never
-    used."""
+    """Lays out a new pack of tensors. Returns its hash, its bytes, and the places of the tensors in it.
+
+    A random id in the pack gives it a name that was never used.
+    """
     head, places = lay_out({str(digest): tensor for digest, tensor in tensors.items()},
                            pack_metadata(Records(), NO_COMMIT))  # fmt: skip
     data = b"".join((head, *(tensors[Digest(name)].data for name in places)))
@@ -54,14 +56,14 @@ def lay_out_pack(tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, bytes, Pac
 
 
 def put_pack(place: Place, tensors: Mapping[Digest, RawTensor]) -> tuple[bytes, PackListing]:
-    """Puts tensors in a new pack."""
+    """Writes tensors to the place, as a new pack."""
     pack, data, listing = lay_out_pack(tensors)
     place.put(pack_name(pack), data)
     return pack, listing
 
 
 class Committer:
-    """Writes entries of one writer, who looks again at all it counts on where another one was first."""
+    """Writes log entries for one writer. If another writer takes the next number first, the caller looks again."""
 
     def __init__(self, place: Place, mirror: Mirror) -> None:
         self._place, self._mirror = place, mirror
@@ -71,14 +73,16 @@ class Committer:
         self._has_looked_for_base = False
 
     def commit(self, head: Head, index: LogIndex, await_packs: Callable[[], None] = lambda: None) -> Head | None:
-        """Puts an index and creates the entry after `head` with it; enters it in the mirror.
+        """Puts an index, creates the entry after `head` that names it, and enters both in the mirror.
 
         Args:
-            await_packs: waits until all that the entry names has arrived, or raises what kept it from that.
+            head: the last entry that the caller knows.
+            index: what the new entry says.
+            await_packs: waits until all packs that the entry names have arrived. Raises if one cannot be sent.
 
         Returns:
-            The new entry. The mirror may know later ones, which another process of this store has read. None: it was
-            not written, for `head` is not the last entry any more; the mirror knows what is.
+            The new entry. The mirror may know later ones, which another process of this store has read. None: nothing
+            was written, because `head` is not the last entry any more. The mirror then knows the last entry.
         """
         number, previous = head[0] + 1, head[1]
         place, mirror = self._place, self._mirror
@@ -87,12 +91,12 @@ class Committer:
             self._has_looked_for_base = True
         if not mirror.check(head, index):
             return None
-        if mirror.has_base and not index.packs:  # which names were dropped before a base is not known
+        if mirror.has_base and not index.packs:  # the mirror does not know which names were dropped before a base
             index.salt = fresh_name()
-        if self._begun_with != mirror.begun_with:  # nor what was dropped since these were sent
+        if self._begun_with != mirror.begun_with:  # it does not know what was dropped since these were sent
             self._sent.clear()
         name = index_name(hashed := _encode(index))
-        while mirror.is_stray(name):  # a name that was dropped is never used again
+        while mirror.is_stray(name):  # a name that was dropped must not be used again
             index.salt = fresh_name()
             name = index_name(hashed := _encode(index))
         if name not in self._sent:
@@ -104,7 +108,7 @@ class Committer:
         data = entry.encode()
         if _create(place, data, number):
             is_known = False
-            with suppress(DamagedRemoteError):  # as if another process has begun with a base that is no good
+            with suppress(DamagedRemoteError):  # another process may have begun with a damaged base
                 is_known = mirror.apply(number, data, index)
             if not is_known:
                 read_on(mirror, place)
@@ -112,7 +116,7 @@ class Committer:
             return number, hashlib.sha256(data).digest()
         read_on(mirror, place)
         if self._conflicts == MOST_CONFLICTS:
-            raise PlaceError(place.url, f"others were first {MOST_CONFLICTS} times; run the same again")
+            raise PlaceError(place.url, f"other stores wrote first {MOST_CONFLICTS} times; run the same again")
         if self._conflicts > 2:
             wait(min(self._conflicts - 3, 5))
         self._conflicts += 1
@@ -125,10 +129,10 @@ def _encode(index: LogIndex) -> bytes:
 
 
 def _create(place: Place, data: bytes, number: int) -> bool:
-    """Creates an entry; False if another one has its number.
+    """Creates an entry. False: another one has its number.
 
-    After an error nobody knows whether it was created: whoever's id is there tells. If there is none, the same is
-    tried again, for it may only be late.
+    After an error it is not known whether the entry was created, so this reads what is there. If nothing is there, it
+    tries again: the first try may only be late.
     """
     name = entry_name(number)
     for attempt in range(TRIES):
@@ -140,13 +144,13 @@ def _create(place: Place, data: bytes, number: int) -> bool:
             if not error.again:
                 raise
             is_refused = False
-        try:  # what was refused may be our own, of a try whose answer was lost
+        try:  # the entry that is there may be our own, from a try whose answer was lost
             return place.get(name, MAX_ENTRY_BYTES) == data
         except AbsentError:
             if is_refused:
-                raise DamagedError(name, "the remote says that it is there, and does not give it") from None
+                raise DamagedError(name, "the remote says that it exists, but does not return it") from None
         wait(attempt)
-    raise PlaceError(place.url, "it does not say whether the entry was taken; run the same again, which finds out")
+    raise PlaceError(place.url, "it does not say whether it took the entry; run the same again, which finds out")
 
 
 def _host() -> str:

@@ -1,4 +1,4 @@
-"""Makes a place's requests in a few threads that stay: a connection belongs to a thread, and is used again."""
+"""Makes a place's requests in a few threads that stay. A connection belongs to a thread, so it is used again."""
 
 import queue
 import threading
@@ -12,15 +12,17 @@ from pear_store.errors import PlaceError
 from pear_store.remote.place import Place, Range
 
 _CLOSE_S = 1.0
-"""How long threads may take to leave; one that waits for a stalled remote leaves later"""
+"""Seconds that `close` waits for threads to end. One that waits for a stalled remote ends later."""
 T = TypeVar("T")
 
 
 class CrewedPlace(Place):
-    """Another place, read by a crew of threads. No end of the process waits for them; `close` lets all who wait go.
+    """Another place, read by a crew of threads. The process may end without waiting for them.
+
+    `close` raises an error in all calls that still wait.
 
     Args:
-        most: threads, which are started as they are needed.
+        most: how many threads at most. Each is started when it is needed.
     """
 
     can_write = False
@@ -54,7 +56,7 @@ class CrewedPlace(Place):
         raise PlaceError(self.url, "it is only read")
 
     def close(self) -> None:
-        """The place itself is closed by the last thread that leaves."""
+        """Ends the threads. The last one closes the place itself."""
         with self._lock:
             if self._closed:
                 return
@@ -86,13 +88,13 @@ class CrewedPlace(Place):
         finally:
             with self._lock:
                 self._waiting.discard(future)
-            del future  # else it and its error hold each other, and what the error's frames hold
+            del future  # else it and its error keep each other alive, and all that the error's frames hold
 
     def _begin_thread(self) -> None:
         thread = threading.Thread(target=self._work, name="pear-place", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # the system gives no more; those that are there do the work
+        except RuntimeError as error:  # the system gives no more threads: the existing ones do the work
             if not self._threads:
                 raise PlaceError(self.url, str(error), again=True) from None
         else:
@@ -103,7 +105,7 @@ class CrewedPlace(Place):
             future, act = task
             try:
                 result = act()
-            except BaseException as error:  # whoever asked is told
+            except BaseException as error:  # the caller gets it
                 self._settle(future, error=error)
             else:
                 self._settle(future, result)

@@ -1,4 +1,4 @@
-"""A place that is a directory: on this machine, or a file system that several machines share."""
+"""A place in a directory: on this machine, or on a file system that several machines share."""
 
 import errno
 import os
@@ -13,8 +13,10 @@ from pear_store.remote.place import Place, Range, check_size, check_whole, check
 
 
 class DirectoryPlace(Place):
-    """An object is a file. It is written in tmp/, synced, and then given its name by a hard link, which fails where
-    the name is taken. Links in the place of folders and files are not followed."""
+    """Objects are files. `create` writes a file in tmp/, syncs it, and then gives it its name by a hard link.
+
+    The hard link fails if the name is taken. Symbolic links in the place of folders and files are not followed.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -67,8 +69,8 @@ class DirectoryPlace(Place):
                     if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                         raise PlaceError(
                             self.url,
-                            "its file system has no hard links, so no name is taken once; it can only be read, "
-                            "or written by one store alone ('remote init' with --single-writer)",
+                            "its file system has no hard links, so two stores could write the same name; it can only "
+                            "be read, or written by one store alone ('remote init' with --single-writer)",
                         ) from None
                     raise
                 finally:
@@ -125,7 +127,7 @@ class DirectoryPlace(Place):
     def _error(self, error: OSError, name: str) -> PearStoreError:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             if not self.path.is_dir():
-                return PlaceError(self.url, "there is no such directory")
+                return PlaceError(self.url, "there is no such directory; check the path, and that its disk is mounted")
             return AbsentError(self.url, name)
         found = from_os_error(error, self.path)
         if isinstance(found, AccessError | DiskFullError):

@@ -1,4 +1,4 @@
-"""Work that is done once for all who ask for it at the same time."""
+"""Does work once for all callers that ask for it at the same time."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -11,11 +11,12 @@ T = TypeVar("T")
 
 
 class Flights(Generic[T]):
-    """Work under way by key, in threads of its own that no end of the process waits for. Askers wait as long as they
-    like; the work goes on without them.
+    """Work under way, by key. Each runs in its own thread. The process may end without waiting for it.
+
+    A caller may stop waiting at any time; the work goes on.
 
     Args:
-        most: how many do their work at once; the others wait for their turn.
+        most: how many threads work at once. The others wait for their turn.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,13 +25,13 @@ class Flights(Generic[T]):
         self._under_way: dict[Hashable, tuple[Future[T], threading.Thread]] = {}
 
     def join(self, key: Hashable, work: Callable[["Future[T]"], None]) -> "Future[T]":
-        """The result of the work of that key, which is begun if it is not under way.
+        """The result of the work of that key. The work is begun if it is not under way.
 
         Args:
-            work: is given the future, sets its result, and may have more to do then.
+            work: gets the future and sets its result. It may go on after that.
 
         Raises:
-            PearStoreError: there can be no thread more.
+            PearStoreError: the system gives no more threads.
         """
         with self._lock:
             known = self._under_way.get(key)
@@ -42,20 +43,20 @@ class Flights(Generic[T]):
                 thread.start()
             except RuntimeError as error:
                 raise PearStoreError(f"the system gives no more threads: {error}") from None
-            self._under_way[key] = future, thread  # it ends only after this, for it needs the lock
+            self._under_way[key] = future, thread  # the thread ends only after this, because it needs the lock
         return future
 
     def _fly(self, key: Hashable, work: Callable[["Future[T]"], None], future: "Future[T]") -> None:
         try:
             with self._turns:
                 work(future)
-        except BaseException as error:  # those who wait are told
-            self._leave(key, future)  # first: who asks from now on is not told of what failed before
+        except BaseException as error:  # those who wait get it
+            self._leave(key, future)  # first: who asks from now on must not get this error
             if not future.done():
                 future.set_exception(error)
         finally:
             self._leave(key, future)
-            del future  # else it and its error hold each other, and what the error's frames hold
+            del future  # else it and its error keep each other alive, and all that the error's frames hold
 
     def _leave(self, key: Hashable, future: "Future[T]") -> None:
         with self._lock:
@@ -63,7 +64,7 @@ class Flights(Generic[T]):
                 del self._under_way[key]
 
     def finish(self, limit_s: float) -> None:
-        """Waits for the rest of work whose result is there already, for so long at most."""
+        """Waits until work ends whose result is there already; for each at most `limit_s` seconds."""
         with self._lock:
             threads = [thread for future, thread in self._under_way.values() if future.done()]
         for thread in threads:

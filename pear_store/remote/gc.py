@@ -1,24 +1,24 @@
 """Removes from a remote what no version needs.
 
-One entry says what goes: versions, packs that nothing needs, packs that are mostly dead (what lives of them is in new
-packs, which the same entry names), and uploads that no entry names. Whoever counts on any of that has not created the
-next entry yet, so he reads this one first. Only then objects are deleted; after a grace period, for readers whose
-mirrors are old: they would find no pack, and read the log again.
+One log entry drops it all: versions, packs that nothing needs, packs that are mostly dead, and uploads that no entry
+names. What is needed of mostly dead packs is in new packs, which the same entry names. A writer that counts on dropped
+objects must create the next entry, so it reads this one first. Only then are the objects deleted, after a grace period
+for readers with old mirrors. A reader that still misses a pack reads the log again.
 
-Bases that a newer one replaced are deleted without an entry that says so: nobody needs a base.
+A base that a newer one replaced is deleted without an entry, because nobody needs it.
 """
 
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError
 from pear_store.format.digest import Digest
 from pear_store.local.log import Operation
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import base_name, shard_name
 from pear_store.remote.commit import Committer, prepare
 from pear_store.remote.log import BaseName, LogIndex, pack_name
@@ -32,17 +32,17 @@ from pear_store.remote.whole import PackUse, WholeMirror, whole_mirror
 
 GRACE_S = 7 * 86400.0
 _WRITE_S = 86400.0
-"""A file in tmp/ or probe/ may belong to a write that is under way: it is deleted no sooner after its drop"""
+"""A file in tmp/ or probe/ may belong to a write under way. It is deleted at least so many seconds after its drop."""
 _PACK = re.compile(r"packs/([0-9a-f]{2})/(\1[0-9a-f]{62})\.safetensors")
 _INDEX = re.compile(r"index/[0-9a-f]{64}")
 _BASE = re.compile(r"base/([0-9]{20})-([0-9a-f]{64})")
 _PASSING = re.compile(r"(?:tmp|probe)/[0-9a-f]{32}")
 _MOST_REMOVED = 100_000
-"""Of one entry, as are the next two: an index has at most 16 MiB"""
+"""The most removals in one entry. This and the next two keep an index below 16 MiB."""
 _MOST_DROPPED = 50_000
 _MOST_MOVED = 40_000
 Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and all of it"""
+"""Called with the name of a step, how much of it is done, and all of it"""
 
 
 @dataclass
@@ -51,28 +51,28 @@ class RemoteGc:
 
     removed: list[Numbered] = field(default_factory=list)
     dropped_packs: int = 0
-    """Packs that nothing needs, or that were rewritten; with orphans: uploads that no entry names"""
+    """Packs that nothing needs, and packs that were rewritten"""
     dropped_bytes: int = 0
-    """Of packs that entries name: a listing tells no sizes"""
+    """The bytes of these packs"""
     orphans: int = 0
     """Objects that no entry names: packs, indexes, leftovers in tmp/ and probe/"""
     rewritten_packs: int = 0
     moved_bytes: int = 0
-    """Read from rewritten packs and sent again"""
+    """Bytes that were read from rewritten packs and sent again"""
     deleted: int = 0
     waiting: int = 0
-    """Objects that were dropped and are not deleted yet: the grace period is not over"""
+    """Objects that were dropped, and will be deleted after the grace period"""
     dead_bytes: int = 0
-    """What is left of them in packs that stay"""
+    """Tensor bytes that no version needs, in packs that stay"""
     damaged: list[str] = field(default_factory=list)
-    """Packs that were to be rewritten and are left as they are: a verify says more"""
+    """Packs that could not be rewritten, because they are damaged. A verify says more."""
     entries: int = 0
     dry_run: bool = False
 
 
 @dataclass
 class _Listed:
-    """Objects that a place has, by what they are."""
+    """The names of objects that a place has, by kind."""
 
     packs: dict[bytes, str]
     indexes: list[str]
@@ -92,7 +92,7 @@ class _Plan:
     moves: list[Digest]
     dead_bytes: int
     is_cut: bool
-    """Whether another entry is to follow"""
+    """Whether another entry must follow, because one does not take all"""
 
 
 def collect(
@@ -107,21 +107,21 @@ def collect(
     """See :meth:`pear_store.Store.remote_gc`.
 
     Args:
-        mirror: what the store knows of the remote; it is not written to another one.
+        mirror: what the store knows of the remote. It makes sure that this is the same remote.
     """
     if keep is not None and keep < 1:
-        raise PearStoreError(f"keep {keep}: at least the newest version of a task stays; expected 1 or more")
+        raise PearStoreError(f"keep {keep}: expected 1 or more, because the newest version of a task always stays")
     if not (grace_s >= 0 and (older_than_s is None or older_than_s >= 0)):
-        raise PearStoreError("grace and age: expected seconds, 0 or more")
+        raise PearStoreError(f"grace {grace_s} s, age {older_than_s} s: expected 0 or more")
     with Operation(__name__, "remote gc", place.url) as operation, whole_mirror(mirror.url) as whole:
         read_on(mirror, place)
         if not dry_run:
             prepare(place, mirror)
         result = RemoteGc(dry_run=dry_run)
-        listed = _list(place)  # first: what is named by an entry that is read afterwards is no orphan
+        listed = _list(place)  # before the log is read: an object that a later entry names is no orphan
         progress("read the log", 0, mirror.head[0])
         read_on(whole, place)
-        passing = set(_passing(place))  # those of writes that end as the log is read are left alone
+        passing = set(_passing(place))  # files of writes that ended while the log was read do not count
         listed.passing = [name for name in listed.passing if name in passing]
         before_ns = None if keep is None and older_than_s is None else time.time_ns() - int((older_than_s or 0) * 1e9)
         names = _drop(place, whole, listed, keep, before_ns, result, progress)
@@ -154,10 +154,10 @@ def _drop(
     result: RemoteGc,
     progress: Progress,
 ) -> list[str]:
-    """Appends an entry that says what goes, or several where it is very much; returns the names."""
+    """Appends an entry that drops what is not needed, or several entries if it is very much. Returns the names."""
     committer = Committer(place, whole)
     names: list[str] = []
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         rewriter = Rewriter(place, whole, pool)
         damaged: set[bytes] = set()
         while True:
@@ -201,7 +201,7 @@ def _count(result: RemoteGc, plan: _Plan) -> None:
 
 
 def _expired(whole: WholeMirror, keep: int | None, before_ns: int) -> Iterator[Numbered]:
-    """Versions beyond the newest `keep` that are older than a time; never a newest or a tagged one."""
+    """Versions beyond a task's newest `keep` that are older than a time. Never a newest or a tagged one."""
     tagged = {(task, number) for (task, _), number in whole.tags().items()}
     for task in whole.tasks():
         for version in whole.versions(task)[: -max(1, keep or 1)]:
@@ -210,7 +210,7 @@ def _expired(whole: WholeMirror, keep: int | None, before_ns: int) -> Iterator[N
 
 
 def _plan(whole: WholeMirror, listed: _Listed, doomed: list[Numbered], damaged: set[bytes], cut: bool) -> _Plan:
-    """What the next entry is to say. If `cut`, an entry's index stays within its bounds."""
+    """What the next entry should say. With `cut`, its index stays within the limits."""
     index = LogIndex(removed=doomed[:_MOST_REMOVED] if cut else doomed)
     with whole.after(index):
         uses = list(whole.uses())
@@ -238,7 +238,7 @@ def _plan(whole: WholeMirror, listed: _Listed, doomed: list[Numbered], damaged: 
 
 
 def _mostly_dead(uses: list[PackUse]) -> list[PackUse]:
-    """Packs more than two thirds dead, where each byte written frees two or more; if that frees a tenth of all."""
+    """Packs that are more than two thirds dead, if rewriting them frees a tenth of all. Each byte written frees two."""
     needed = [use for use in uses if use.needed]
     found = [use for use in needed if (use.tensor_bytes - use.needed_bytes) * 3 > use.tensor_bytes * 2]
     freed = sum(use.tensor_bytes - use.needed_bytes for use in found)
@@ -248,8 +248,10 @@ def _mostly_dead(uses: list[PackUse]) -> list[PackUse]:
 def _delete(
     place: Place, whole: WholeMirror, names: Iterable[str], grace_s: float, result: RemoteGc, progress: Progress
 ) -> None:
-    """Deletes what entries dropped, if their grace period is over; also what was left by a gc that died, and what a
-    late answer put under a name that was dropped."""
+    """Deletes what entries dropped, if the grace period is over.
+
+    This includes objects that an interrupted gc left, and objects that a late write put under a dropped name.
+    """
     now_ns, times_ns = time.time_ns(), whole.times_ns()
     ripe = []
     for name in sorted(names):
@@ -265,7 +267,7 @@ def _delete(
     result.deleted = len(ripe) + len(shards) + len(roots)
     if result.dry_run:
         return
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for done, _ in enumerate(pool.map(place.delete, [*ripe, *shards])):
             progress("delete", done + 1, result.deleted)
         deque(pool.map(place.delete, roots), 0)  # last: they name their shards
@@ -274,7 +276,8 @@ def _delete(
 def _replaced_bases(
     place: Place, whole: WholeMirror, is_ripe: Callable[[int], bool], result: RemoteGc
 ) -> tuple[list[str], list[str]]:
-    """Roots of bases that a newer one replaced long enough ago, and their shards that no other base has."""
+    """Roots of bases that were replaced long enough ago, and their shards that no other base has."""
+
     newest = whole.newest_base()
     if newest is None:
         return [], []

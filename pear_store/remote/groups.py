@@ -1,4 +1,4 @@
-"""What a push sends, in groups: each is what one entry of the log brings, in a few packs."""
+"""Splits what a push sends into groups. A group is what one log entry brings, in a few packs."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from pear_store.remote.mirror import Mirror
 from pear_store.remote.sender import PackSender, PackUnderWay
 
 GROUP_BYTES = 64 << 20
-"""Tensor bytes that one entry brings, if one version has no more"""
+"""The most tensor bytes in one entry, unless one version has more"""
 PACK_BYTES = 16 << 20
-"""Tensor bytes of one of its packs, if one version has no more"""
+"""The most tensor bytes in one of its packs, unless one version has more"""
 FIRST_PACK_BYTES = 4 << 20
-"""The same before a pack has arrived: the first ones are soon on their way, and show how fast the line is"""
+"""The same until a pack has arrived. The first packs leave sooner, and show how fast the line is."""
 GROUP_VERSIONS = 500
 _GROUP_MANIFEST_BYTES = 4 << 20
 _GROUP_TENSORS = 40_000
@@ -27,34 +27,34 @@ _GROUP_TENSORS = 40_000
 
 @dataclass
 class Group:
-    """What one entry is to say, and the packs that were sent for it."""
+    """What one entry should say, and the packs that were sent for it."""
 
     versions: list[LoggedVersion] = field(default_factory=list)
     manifests: dict[bytes, bytes] = field(default_factory=dict)
     needs: dict[bytes, list[Digest]] = field(default_factory=dict)
     """The tensors of each manifest"""
     digests: dict[Digest, Numbered] = field(default_factory=dict)
-    """Tensors that the versions need, and a version that has each"""
+    """The tensors that the versions need, and for each a version that has it"""
     is_last: bool = False
     packs: dict[bytes, PackListing] = field(default_factory=dict)
     under_way: list[PackUnderWay] = field(default_factory=list)
-    """Packs that may not have arrived"""
+    """Packs that may not have arrived yet"""
 
     def know_packs(self) -> None:
-        """Waits until it is known what its packs hold."""
+        """Waits until all its packs are laid out, so that their contents are known."""
         self.packs.update(pack.known() for pack in self.under_way)
 
     def await_packs(self) -> None:
-        """Raises what kept a pack from being sent."""
+        """Waits until all its packs have arrived. Raises the error of a pack that could not be sent."""
         for pack in self.under_way:
             pack.await_arrival()
         self.under_way.clear()
 
 
 def groups(opened: OpenStore, mirror: Mirror, changes: Changes, sender: PackSender) -> Iterator[Group]:
-    """The versions to push by name and number, in runs of what one entry takes; the last one takes all else, too.
+    """The versions to push, by name and number, in groups of what one entry takes. The last group brings the rest, too.
 
-    Each one's tensors are being sent when it is given. The one before it may not have been entered yet, but no more.
+    When a group is given, its tensors are being sent. Only the group before it may not be in the log yet.
     """
     maker = _Maker(sender)
     for version in sorted(changes.push, key=lambda version: (version.task, version.number)):
@@ -78,7 +78,7 @@ def groups(opened: OpenStore, mirror: Mirror, changes: Changes, sender: PackSend
 
 
 class _Maker:
-    """The group that is made, and its tensors of which no pack is under way yet."""
+    """The group that is being made, and its tensors that are in no pack yet."""
 
     def __init__(self, sender: PackSender) -> None:
         self._sender = sender
@@ -88,25 +88,25 @@ class _Maker:
         self._tensors: dict[Digest, RawTensor] = {}
 
     def new_of(self, digests: Iterable[Digest], mirror: Mirror) -> list[Digest]:
-        """Those that the remote may lack, and that are not under way."""
+        """Tensors that the remote may lack, and that are not under way."""
         mine = (self._group.digests, self._before.digests)
         unsent = [digest for digest in digests if not any(digest in one for one in mine)]
         known = mirror.known_of(unsent)
         return [digest for digest in unsent if digest not in known]
 
     def costs_more_than_knowing(self, tensors: Mapping[Digest, RawTensor], mirror: Mirror) -> bool:
-        """Whether to send what may be there for nothing costs more than to know all packs."""
+        """Whether sending tensors that may be there already costs more than reading what all packs hold."""
         self._unknown_bytes += bytes_of(tensors)
         return 0 < mirror.left_bytes("packs") <= self._unknown_bytes
 
     def forget_known(self, mirror: Mirror) -> None:
-        """Leaves out tensors that turn out to be on the remote."""
+        """Drops tensors that are on the remote, as is known now."""
         known = mirror.known_of(self._tensors)
         self._tensors = {digest: tensor for digest, tensor in self._tensors.items() if digest not in known}
         self._pack_bytes = bytes_of(self._tensors)
 
     def is_full(self, manifest: bytes, digests: Collection[Digest], tensors: Mapping[Digest, RawTensor]) -> bool:
-        """Whether a version is too much for this group."""
+        """Whether a version does not fit this group any more."""
         group = self._group
         return bool(group.versions) and (
             self._size_bytes + bytes_of(tensors) > GROUP_BYTES
@@ -118,7 +118,7 @@ class _Maker:
     def add(
         self, version: LoggedVersion, manifest: bytes, digests: list[Digest], tensors: Mapping[Digest, RawTensor]
     ) -> None:
-        """Adds a version and those of its tensors that are new. They lie side by side in one pack."""
+        """Adds a version, and its tensors that are new. They are side by side in one pack."""
         more = bytes_of(tensors)
         if self._pack_bytes + more > (PACK_BYTES if self._sender.sent_bytes else FIRST_PACK_BYTES):
             self._send()
@@ -132,7 +132,7 @@ class _Maker:
         self._manifest_bytes += len(manifest)
 
     def finished(self, is_last: bool = False) -> Group:
-        """The group, all of whose packs are under way; the next one is begun."""
+        """Sends the rest of the group, returns the group, and begins the next one."""
         self._send()
         self._before, self._group = self._group, Group()
         self._size_bytes = self._manifest_bytes = 0

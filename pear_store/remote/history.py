@@ -1,9 +1,9 @@
-"""What each entry of a remote's log did."""
+"""Says what each entry of a remote's log did."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -22,7 +22,20 @@ from pear_store.remote.reading import read_on
 
 @dataclass(frozen=True)
 class Logged:
-    """An entry. Time and host are as its writer said them."""
+    """What a log entry did.
+
+    Args:
+        number: the entry's number, from 1.
+        time_ns: when it was written, by its writer's clock, in nanoseconds since the epoch.
+        host: the name that its writer gave itself.
+        versions: versions that it added.
+        removed: versions that it removed.
+        tags: task, tag, and the version that it names since then. None: no version.
+        packs: how many packs it added.
+        pack_bytes: the bytes of these packs.
+        dropped_packs: how many packs it dropped.
+        strays: how many other objects it dropped.
+    """
 
     number: int
     time_ns: int
@@ -30,16 +43,14 @@ class Logged:
     versions: list[Numbered] = field(default_factory=list)
     removed: list[Numbered] = field(default_factory=list)
     tags: list[tuple[str, str, int | None]] = field(default_factory=list)
-    """Task, tag, and the version that it stands for since; None: nothing"""
     packs: int = 0
     pack_bytes: int = 0
     dropped_packs: int = 0
     strays: int = 0
-    """Other objects that it drops"""
 
 
 def history(place: Place, mirror: Mirror, most: int | None = 20) -> list[Logged]:
-    """The newest entries, newest first; what the mirror has copies of is not read again.
+    """The newest entries, newest first. Those that the mirror has copies of are not read again.
 
     Raises:
         DamagedRemoteError: an entry, or its index, is damaged.
@@ -48,8 +59,8 @@ def history(place: Place, mirror: Mirror, most: int | None = 20) -> list[Logged]
     head = mirror.head[0]
     numbers = range(head, 0 if most is None else max(0, head - most), -1)
     found = []
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(numbers), READERS):  # in runs: an index may be large
+    with ThreadPool(READERS) as pool:
+        for start in range(0, len(numbers), READERS):  # a few at a time: an index may be large
             some = numbers[start : start + READERS]
             known = [(entry_name(number), mirror.copy(entry_name(number))) for number in some]
             data = pool.map(lambda one: one[1] or place.get(one[0], MAX_ENTRY_BYTES), known)

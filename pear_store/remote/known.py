@@ -1,4 +1,4 @@
-"""What is known of a remote's log by one who only reads: names, versions and records, as of some seconds ago."""
+"""Answers questions about a remote's log for readers: names, versions and records, as of some seconds ago."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,9 +24,9 @@ from pear_store.remote.place import Place
 from pear_store.remote.pull import Have, Pulled, groups
 
 _AT_ONCE = 256
-"""Records that are read in one look at the mirror"""
+"""How many records are read in one look at the mirror"""
 _MOST_NAMES = 1 << 17
-"""Of some 500 bytes each: most references that are kept at hand"""
+"""The most references that are kept in memory. One takes about 500 bytes."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Found:
 
 
 class KnownLog(AskedMirror):
-    """A remote's log as a mirror on this machine has it. Thread-safe."""
+    """A remote's log, as a mirror on this machine knows it. Thread-safe."""
 
     def __init__(self, file: Path, place: Place, ttl_s: float, timeout_s: float) -> None:
         super().__init__(file, place, ttl_s, timeout_s)
         self._names: dict[str, Found] = {}
         self._names_head = -1
-        """The entry after which `_names` meant what they do"""
+        """The last entry that was known when `_names` were looked up"""
         self._sizes: dict[bytes, int] = {}
 
     # ---- questions
 
     def find(self, reference: str) -> Found:
-        """The version that a reference stands for. A version by its number is not asked for again.
+        """The version that a reference names. A known version with a number is not asked for again.
 
         Raises:
-            NotFoundError: none.
+            NotFoundError: there is no such version.
         """
         _, which = parse_reference(reference)
         if not isinstance(which, int):
@@ -74,7 +74,7 @@ class KnownLog(AskedMirror):
         task, which = parse_reference(reference)
 
         def act(mirror: Mirror) -> tuple[Found | None, int]:
-            head, number = mirror.head[0], which  # first the head: what is found is not older
+            head, number = mirror.head[0], which  # the head is read first, so that what is found is not older
             if number is None:
                 number = max((version.number for version in mirror.versions(task)), default=0)
             elif isinstance(number, str):
@@ -98,7 +98,7 @@ class KnownLog(AskedMirror):
         return Found(Version(logged.task, logged.number, logged.time_ns, size, tags), logged)
 
     def _size(self, mirror: Mirror, logged: LoggedVersion) -> int:
-        """Bytes of a version's tensors as the log lists them; 0 where its manifest is none, which `get` refuses."""
+        """The bytes of a version's tensors, as the log lists them. 0 if its manifest is invalid: `get` refuses it."""
         if (known := self._sizes.get(logged.manifest)) is None:
             known = 0
             with suppress(ValueError):
@@ -118,7 +118,7 @@ class KnownLog(AskedMirror):
         yield from self._look(act)
 
     def versions(self, task: str | None) -> list[Version]:
-        """Every version, of one task or of all, by name and number."""
+        """Every version of one task, or of all tasks, sorted by name and number."""
         self.ask_if_due()
 
         def act(mirror: Mirror) -> list[Version]:
@@ -137,27 +137,27 @@ class KnownLog(AskedMirror):
             yield from self._look(partial(listed.summaries, versions=part))
 
     def uses(self) -> Uses:
-        """Which tensors each version names, and their bytes as the log lists them."""
+        """Which tensors each version names, and the bytes of each, as the log lists them."""
         self.ask_if_due()
         return self._look(lambda mirror: listed.uses(mirror, lambda logged: self._found(mirror, logged).version))
 
     @property
     def head(self) -> int:
-        """The last entry that is known; what it says is asked for if that is due."""
+        """The number of the last entry. The remote is asked for it if that is due."""
         self.ask_if_due()
         return self._head
 
     def counts(self) -> dict[str, int]:
-        """Tasks, versions, packs and their bytes."""
+        """How many tasks, versions, packs and bytes of packs the remote has."""
         self.ask_if_due()
         return self._look(lambda mirror: mirror.counts())
 
     def record(self, logged: LoggedVersion) -> dict[str, Any]:
-        """A version's record, judged as any that is added, by what the log says of its tensors.
+        """A version's record. It is checked as for `add`, with the dtypes and shapes that the log lists.
 
         Raises:
-            NotFoundError: it was removed there.
-            DamagedRemoteError, CheckpointError: it is none.
+            NotFoundError: the version was removed on the remote.
+            DamagedRemoteError, CheckpointError: it is no valid record.
         """
 
         def act(mirror: Mirror) -> dict[str, Any]:
@@ -179,12 +179,12 @@ class KnownLog(AskedMirror):
         return self._look(act)
 
     def fetch(self, have: Have, logged: LoggedVersion) -> Incoming:
-        """A version with all its tensors: what `have` does not give is read from the remote; all are checked.
+        """A version with all its tensors, checked. Tensors that `have` does not return are read from the remote.
 
         Raises:
-            NotFoundError: it was removed there.
-            DamagedRemoteError, CheckpointError: what the remote gave is not what its log says.
-            PlaceError: it cannot be reached.
+            NotFoundError: the version was removed on the remote.
+            DamagedRemoteError, CheckpointError: what the remote gave differs from what its log says.
+            PlaceError: the remote cannot be reached.
         """
 
         def act(mirror: Mirror) -> Incoming:
@@ -200,7 +200,7 @@ class KnownLog(AskedMirror):
 
 
 def _missing(mirror: Mirror, reference: str) -> str:
-    """What to say of a reference that stands for nothing."""
+    """The message for a reference that names nothing."""
     task, which = parse_reference(reference)
     numbers = [version.number for version in mirror.versions(task)]
     if not numbers:

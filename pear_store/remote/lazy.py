@@ -1,4 +1,4 @@
-"""A store on a remote, read through a cache: a task is fetched when it is first asked for."""
+"""Reads a remote's store through a cache. A task is fetched when it is first read."""
 
 import json
 import os
@@ -30,32 +30,35 @@ from pear_store.remote.place import Place
 from pear_store.remote.retry import Persistent
 
 FETCHERS = 8
-"""Tasks that are fetched at once"""
+"""How many tasks are fetched at once"""
 _REQUESTS = 16
-"""Requests that are made at once"""
+"""How many requests are made at once"""
 _AHEAD = 256
-"""Most tasks that are fetched ahead of being asked for"""
+"""The most tasks that one `prefetch` fetches"""
 _LEFT_ALONE_S = 10.0
-"""How long a version that could not be fetched is not tried again: who asks meanwhile is told the same at once"""
+"""Seconds for which a version that could not be fetched is not tried again. Its callers get the same error at once."""
 _CLOSE_S = 10.0
 
 
 class RemoteStore(ReadableStore):
-    """Tasks of a remote. Each is fetched by ranges when it is first asked for, checked, and kept in the cache.
+    """Tasks of a remote. Each is fetched by ranges when it is first read, then checked and kept in the cache.
 
-    Without a network, names mean what they last meant, and what is cached is served; one warning says so.
+    Without a network, names mean what they meant last, and cached tasks can be read. One warning says so.
 
     Args:
-        options: of the remote's place; never a secret.
-        settings: of the cache.
+        url: the remote's URL.
+        options: options of the remote's place. Never a secret.
+        settings: settings of the cache.
     """
 
     is_remote = True
 
     def __init__(self, url: str, options: Mapping[str, str], settings: CacheSettings | None = None) -> None:
-        """Raises:
-        PlaceError: the remote cannot be reached, and nothing is known of it.
-        NotFoundError: there is no remote.
+        """Opens the remote, and asks for its id.
+
+        Raises:
+            PlaceError: the remote cannot be reached, and nothing is known of it from before.
+            NotFoundError: there is no remote at the URL.
         """
         check_options(options)
         self._url, self._options = checked_url(url), dict(options)
@@ -87,7 +90,7 @@ class RemoteStore(ReadableStore):
         self._flights: Flights[Task] = Flights(FETCHERS)
         self._failed: dict[LoggedVersion, tuple[float, PearStoreError]] = {}
         self._lock = threading.Lock()
-        self._pid = os.getpid()  # last: who sees it takes what is above
+        self._pid = os.getpid()  # last: a thread that sees it uses all of the above
 
     def _known(self) -> KnownLog:
         if self._closed:
@@ -105,7 +108,7 @@ class RemoteStore(ReadableStore):
 
     @property
     def cache_folder(self) -> Path:
-        """Where what was fetched is kept."""
+        """The folder of the remote's cache."""
         return self._cache.folder
 
     def close(self) -> None:
@@ -183,10 +186,10 @@ class RemoteStore(ReadableStore):
     # ---- fetching
 
     def _fetched(self, found: Found) -> Task:
-        """A version that is not cached, from the remote; one request for all who ask for it."""
+        """Fetches a version that is not cached. All callers that ask for it share one request."""
         logged = found.logged
         if (failure := self._failure(logged)) is not None:
-            raise failure.with_traceback(None)  # else each time more frames hang on it
+            raise failure.with_traceback(None)  # else each raise would add frames to it
         future = self._flights.join(logged, partial(self._fetch, logged))
         timeout_s = self._settings.timeout_s
         try:
@@ -209,7 +212,7 @@ class RemoteStore(ReadableStore):
                 task = Task(json.loads(incoming.loaded.manifest), tensors)
                 with self._lock:
                     self._failed.pop(logged, None)
-                future.set_result(task)  # nobody waits for the disk
+                future.set_result(task)  # before it is kept: callers need not wait for the disk
                 self._cache.keep(incoming, task)
         except PlaceError as error:
             named = PlaceError(self.name, f"{_named(logged)} is not cached, and cannot be fetched: {error.problem}")
@@ -220,7 +223,7 @@ class RemoteStore(ReadableStore):
             raise
 
     def _failure(self, logged: LoggedVersion) -> PearStoreError | None:
-        """Why a version could not be fetched just now."""
+        """The error of a version that could not be fetched a moment ago. None: there was none."""
         until, error = self._failed.get(logged, (0.0, None))
         return error if time.monotonic() < until else None
 
@@ -234,7 +237,8 @@ class RemoteStore(ReadableStore):
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise PearStoreError(
-            f"{self.name}: a remote is only read; to change it, clone it first ('pear-store clone URL DIR'), and push"
+            f"{self.name}: a remote is only read; to change it, clone it ('pear-store clone URL DIR'), change the "
+            "clone and push"
         )
 
     add = add_many = tag = untag = remove = gc = push = pull = remote_status = remote_stats = _refuse
@@ -249,7 +253,7 @@ def _id(place: Place, future: "Future[str]") -> None:
     try:
         future.set_result(parse_settings(place.get(SETTINGS_NAME, MAX_ENTRY_BYTES), place.url))
     except AbsentError:
-        raise NotFoundError(f"{place.url}: no remote there") from None
+        raise NotFoundError(f"{place.url}: no remote there; check the URL") from None
 
 
 def _ask(work: Callable[["Future[str]"], None], place: Place, timeout_s: float) -> str:

@@ -1,4 +1,4 @@
-"""What lists say of a remote's versions, from what its log says: no task is fetched."""
+"""What lists say of a remote's versions, by its log alone. No task is fetched."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,7 +20,7 @@ def summaries(mirror: Mirror, versions: Iterable[Version]) -> list[Summary | Pea
 
 
 def _summary(mirror: Mirror, version: Version) -> Summary | PearStoreError:
-    """Of a record that nobody judged: a list shows what is as expected in it."""
+    """What a list says of one version. Its record was never checked, so unexpected values are left out."""
     what = f"{version.task}@{version.version}"
     there = mirror.version(version.task, version.version)
     if there is None or there[1]:
@@ -33,14 +33,14 @@ def _summary(mirror: Mirror, version: Version) -> Summary | PearStoreError:
 
 
 def uses(mirror: Mirror, as_version: Callable[[LoggedVersion], Version]) -> Uses:
-    """Which tensors each version names, and their bytes as the log lists them."""
+    """Which tensors each version names, and the bytes of each, as the log lists them."""
     numbers: dict[Digest, int] = {}
     size_bytes: dict[int, int] = {}
     found: list[Use] = []
     for task in mirror.tasks():
         for logged in mirror.versions(task):
             digests: list[Digest] = []
-            with suppress(ValueError):  # a manifest that is none, which `get` refuses
+            with suppress(ValueError):  # an invalid manifest, which `get` refuses
                 digests = manifest_digests(mirror.manifest_of(logged) or b"")
             if fresh := [digest for digest in digests if digest not in numbers]:
                 for digest, places in mirror.places_of(fresh).items():

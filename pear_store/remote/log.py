@@ -1,6 +1,6 @@
-"""The log of a remote: its entries and what they say, as bytes (docs/remotes.md has the format).
+"""Encodes and parses the log of a remote: its entries and their indexes (docs/remotes.md has the format).
 
-Whatever is read here may come from a stranger: sizes, counts, names and nesting are checked before anything is used.
+All bytes may come from a stranger. Sizes, counts, names and nesting are checked before anything is used.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ SETTINGS_FORMAT = "pear-remote/1"
 ENTRY_FORMAT = "pear-log/1"
 INDEX_FORMAT = "pear-index/1"
 MAX_ENTRY_BYTES = 4096
-"""Of an entry, and of pear-remote.json"""
+"""The most bytes of an entry, and of pear-remote.json"""
 MAX_INDEX_BYTES = 16 << 20
-"""Of an index, as it lies there and as text"""
+"""The most bytes of an index, both compressed and as text"""
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_PACK_BYTES = 1 << 40
 _LEVEL = 3
-"""Of compression: twice as fast as 6, for 3 % more bytes"""
+"""The level of compression: twice as fast as 6, for 3 % more bytes"""
 _MOST_AXES = 8
 _STRAY_NAME = re.compile(r"index/[0-9a-f]{64}|(?:tmp|probe)/[0-9a-f]{32}")
 _SALT = re.compile(r"(?:[0-9a-f]{32})?")
@@ -49,11 +49,11 @@ def pack_name(pack: bytes) -> str:
 
 
 Head = tuple[int, bytes | None]
-"""The last entry that is known: its number, and its hash; (0, None): none"""
+"""The last entry that is known: its number and its hash. (0, None): there is none."""
 
 
 class BaseName(NamedTuple):
-    """Of a base: the entry after which it is the state, and the hash of its root."""
+    """Names a base: the number of the last entry that it covers, and the hash of its root."""
 
     number: int
     hash: bytes
@@ -61,8 +61,16 @@ class BaseName(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: a random id, by which its writer knows it; the hash of the entry before it (None: it is the first);
-    the hash of its index. Time and host are for people. `base`: the newest that its writer knew (see base.py)."""
+    """A log entry.
+
+    Args:
+        id: a random id, by which its writer recognises it.
+        previous: the hash of the entry before it. None: it is the first.
+        index: the hash of its index.
+        time_ns: when it was written, by its writer's clock. For people only.
+        host: its writer's name. For people only.
+        base: the newest base that its writer knew (see base.py).
+    """
 
     id: str
     previous: bytes | None
@@ -92,7 +100,7 @@ class LoggedVersion:
 
 @dataclass(frozen=True)
 class LoggedTag:
-    """A tag stands for a version from now on (None: for none); `before`: what it stood for when it was set."""
+    """A change of a tag: the version that it names from now on, and the one that it named before. None: no version."""
 
     task: str
     tag: str
@@ -102,7 +110,7 @@ class LoggedTag:
 
 @dataclass(frozen=True)
 class PackListing:
-    """A pack's size, and where its tensors lie in it."""
+    """A pack's size, and the places of its tensors."""
 
     file_bytes: int
     places: dict[Digest, TensorPlace]
@@ -118,27 +126,27 @@ class LogIndex:
     removed: list[tuple[str, int]] = field(default_factory=list)
     tags: list[LoggedTag] = field(default_factory=list)
     highest: dict[str, int] = field(default_factory=dict)
-    """The highest numbers that tasks ever had, also of versions that are on no remote"""
+    """The highest number that each task ever had, also of versions that are on no remote"""
     drop: list[bytes] = field(default_factory=list)
     """Packs that will be deleted"""
     shared: dict[bytes, PackListing] = field(default_factory=dict)
-    """Of packs that were there before: tensors that these versions have. A hint, so that a reader need not know all"""
+    """Tensors of these versions in packs that were there before. With this hint, a reader need not know all packs."""
     strays: list[str] = field(default_factory=list)
-    """Names of other objects that will be deleted: index/, tmp/ and probe/"""
+    """Names of other objects that will be deleted, in index/, tmp/ and probe/"""
     salt: str = ""
-    """Random, where the name would be one that was dropped"""
+    """A random text, if the object's name would otherwise be one that was dropped"""
     raw: bytes = field(default=b"", compare=False, repr=False)
-    """The bytes of its object, if it was read from one or became one"""
+    """The bytes of its object, if it was read or encoded"""
 
     def __len__(self) -> int:
         parts = (self.packs, self.versions, self.removed, self.tags, self.highest, self.drop, self.strays)
         return sum(map(len, parts))
 
     def encode(self) -> bytes:
-        """The bytes of its object, which its hash names.
+        """The bytes of its object. Their hash is the object's name.
 
         Raises:
-            ValueError: more than a reader would read.
+            ValueError: it is too large for a reader.
         """
         text = self.text()
         if len(text) > MAX_INDEX_BYTES:
@@ -199,12 +207,12 @@ def parse_entry(data: bytes, place: str, number: int) -> Entry:
         previous = None if value["previous"] is None else to_hash(value["previous"])
         host, base = value["host"], None
         if (previous is None) != (number == 1) or not (isinstance(host, str) and len(host) <= 255):
-            raise ValueError("its field 'previous' or 'host'")
+            raise ValueError("an invalid field 'previous' or 'host'")
         if value.get("base") is not None:
             at, name = to_list(value["base"])
             base = BaseName(to_count(at), to_hash(name))
             if not 0 < base.number < number:
-                raise ValueError("its field 'base'")
+                raise ValueError("an invalid field 'base'")
         id, index = to_hash(value["id"], 16).hex(), to_hash(value["index"])
         return Entry(id, previous, index, to_count(value["time_ns"]), host, base)
 
@@ -212,10 +220,11 @@ def parse_entry(data: bytes, place: str, number: int) -> Entry:
 
 
 def parse_index(data: bytes, place: str, index: bytes, name: str | None = None) -> LogIndex:
-    """What an entry says, by the object that it names. Raises as :func:`parse_settings`.
+    """Parses the index of an entry. Raises as :func:`parse_settings`.
 
     Args:
-        name: of the object, if it is a base's shard.
+        index: its hash.
+        name: the object's name, if it is a base's shard.
     """
     name = name or index_name(index)
     found = parsed(place, name, unpacked(place, name, data, index), INDEX_FORMAT, _index)
@@ -224,15 +233,15 @@ def parse_index(data: bytes, place: str, index: bytes, name: str | None = None) 
 
 
 def parse_news(text: bytes) -> LogIndex:
-    """What :meth:`LogIndex.text` gave to this store's own mirror."""
+    """Parses what :meth:`LogIndex.text` wrote into this store's own mirror."""
     return _index(json.loads(text))
 
 
 def unpacked(place: str, name: str, data: bytes, known: bytes) -> bytes:
-    """The text of an object that its hash names.
+    """Decompresses an object that is named by its hash.
 
     Raises:
-        DamagedRemoteError: it is another, or larger than is read.
+        DamagedRemoteError: it has another hash, or is too large.
     """
     if hashlib.sha256(data).digest() != known:
         raise DamagedRemoteError(place, name, "its bytes do not hash to its name")
@@ -253,14 +262,14 @@ def _index(value: Any) -> LogIndex:
     for text, manifest in value["manifests"].items():
         raw = manifest.encode("utf-8")
         if len(raw) > MAX_MANIFEST_BYTES or hashlib.sha256(raw).digest() != to_hash(text):
-            raise ValueError("a manifest that does not hash to its name, or is too large")
+            raise ValueError("a manifest does not hash to its name, or is too large")
         found.manifests[to_hash(text)] = raw
     for task, number, time_ns, manifest in to_list(value["versions"]):
         found.versions.append(LoggedVersion(_task(task), _number(number), to_count(time_ns), to_hash(manifest)))
     found.removed = [(_task(task), _number(number)) for task, number in to_list(value["removed"])]
     for task, tag, version, before in to_list(value["tags"]):
         if not (isinstance(tag, str) and TAG_NAME.fullmatch(tag)):
-            raise ValueError("a tag's name")
+            raise ValueError("an invalid name of a tag")
         numbers = (None if number is None else _number(number) for number in (version, before))
         found.tags.append(LoggedTag(_task(task), tag, *numbers))
     found.highest = {_task(task): _number(number) for task, number in value["highest"].items()}
@@ -268,7 +277,7 @@ def _index(value: Any) -> LogIndex:
     found.strays = [_text(name, _STRAY_NAME) for name in to_list(value.get("strays", []))]
     found.salt = _text(value.get("salt", ""), _SALT)
     if len({(v.task.casefold(), v.number) for v in found.versions}) != len(found.versions):
-        raise ValueError("a version that is there twice")
+        raise ValueError("the same version twice")
     return found
 
 
@@ -277,10 +286,10 @@ def _parse_listings(value: Any) -> dict[bytes, PackListing]:
     for text, listing in value.items():
         file_bytes = to_count(listing["file_bytes"])
         if file_bytes > MAX_PACK_BYTES:
-            raise ValueError("a pack's size")
+            raise ValueError("an invalid size of a pack")
         places = dict(_place(row, file_bytes) for row in to_list(listing["tensors"]))
         if len(places) != len(listing["tensors"]):
-            raise ValueError("a pack that lists a tensor twice")
+            raise ValueError("a pack lists a tensor twice")
         found[to_hash(text)] = PackListing(file_bytes, places)
     return found
 
@@ -290,7 +299,7 @@ def _place(row: Any, file_bytes: int) -> tuple[Digest, TensorPlace]:
     sizes = tuple(map(to_count, shape))
     known = isinstance(dtype, str) and dtype in ITEM_BYTES and isinstance(shape, list) and len(sizes) <= _MOST_AXES
     if not known or prod(sizes) * ITEM_BYTES[dtype] != to_count(length) or to_count(offset) + length > file_bytes:
-        raise ValueError("a tensor's place")
+        raise ValueError("an invalid place of a tensor")
     return to_digest(to_hash(digest)), TensorPlace(dtype, sizes, offset, length)
 
 
@@ -298,7 +307,7 @@ def parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any]
     try:
         value = strict_json(data)
         if not isinstance(value, dict) or not isinstance(value.get("format"), str):
-            raise ValueError("no object with a format")
+            raise ValueError("expected an object with the field 'format'")
         if value["format"] != known:
             raise FormatError(
                 f"{place}: {name} is of format {value['format'][:40]!r}, this Pear reads {known!r}: use a newer Pear"
@@ -306,7 +315,7 @@ def parsed(place: str, name: str, data: bytes, known: str, parse: Callable[[Any]
         return parse(value)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         problem = f": {str(error)[:120]}" if type(error) is ValueError else ""
-        raise DamagedRemoteError(place, name, f"it is not as {known!r} is{problem}") from None
+        raise DamagedRemoteError(place, name, f"it does not follow the format {known!r}{problem}") from None
 
 
 def dump_json(value: Any) -> bytes:
@@ -315,35 +324,35 @@ def dump_json(value: Any) -> bytes:
 
 def to_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("what should be a list")
+        raise ValueError("expected a list")
     return value
 
 
 def _text(value: Any, pattern: re.Pattern[str]) -> str:
     if not (isinstance(value, str) and pattern.fullmatch(value)):
-        raise ValueError("a name")
+        raise ValueError("an invalid name")
     return value
 
 
 def to_hash(value: Any, count: int = 32) -> bytes:
     if not (isinstance(value, str) and len(value) == 2 * count and set(value) <= set("0123456789abcdef")):
-        raise ValueError("what should be a hash")
+        raise ValueError("expected a hash in hex")
     return bytes.fromhex(value)
 
 
 def to_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("a count or a time")
+        raise ValueError("expected a count or a time")
     return value
 
 
 def _task(value: Any) -> str:
     if not (isinstance(value, str) and TASK_NAME.fullmatch(value)):
-        raise ValueError("a task's name")
+        raise ValueError("an invalid name of a task")
     return value
 
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**32:
-        raise ValueError("a version's number")
+        raise ValueError("an invalid number of a version")
     return value

@@ -1,13 +1,12 @@
-"""Checks a remote's log, entry by entry, and says of each damaged object what it must have been, if that is known.
+"""Checks a remote's log, entry by entry. Finds the original bytes of damaged objects, if a copy is known.
 
-An entry is created once, so what it was can be told: the next entry names its hash, and so does the mirror of a store
-that read it. An index is named by its hash.
+An entry never changes. So a copy can be proved right: the next entry names the entry's hash, or the mirror of a store
+that has read it has the same bytes. An index is named by its hash.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,6 +20,7 @@ from pear_store.errors import (
     PlaceError,
 )
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -45,28 +45,28 @@ _NAME = re.compile(r"log/[0-9]{20}")
 
 @dataclass(frozen=True)
 class LogFault:
-    """An object of the log that is not what it was."""
+    """An object of the log that is damaged or missing."""
 
     name: str
     problem: str
     good: bytes = b""
-    """What it was; b"": nobody here knows"""
+    """Its original bytes. b"": no copy is known."""
     versions: list[Numbered] = field(default_factory=list)
     is_missing: bool = False
     ends: bool = False
-    """Whether what comes after it cannot be told"""
+    """Whether the log after it cannot be read"""
 
 
 def check_log(place: Place, known: Mirror, whole: WholeMirror, copies: Sequence[Mirror] = ()) -> list[LogFault]:
-    """Reads the log into `whole`, as far as it is good or good copies are known, and says what is damaged.
+    """Reads the log into `whole`, until an entry that is damaged and has no good copy. Returns the faults.
 
     Args:
-        known: what a store knows of this remote.
-        copies: what other stores know of it; they are believed where a hash says that they are right.
+        known: what this store knows of the remote.
+        copies: what other stores know of it. Their copies are used only if a hash proves them right.
 
     Raises:
-        DamagedRemoteError: it is not the remote that is known: there is nothing to be put back.
-        FormatError: another Pear wrote it.
+        DamagedRemoteError: it is another remote than the one that is known. Nothing can be restored.
+        FormatError: another version of Pear wrote it.
     """
     return _LogCheck(place, known, whole, copies).run()
 
@@ -78,7 +78,7 @@ class _LogCheck:
 
     def run(self) -> list[LogFault]:
         self._check_settings()
-        with ThreadPoolExecutor(_AHEAD) as pool:
+        with ThreadPool(_AHEAD) as pool:
             for start in count(1, _AHEAD):
                 entries = list(pool.map(self._get_entry, range(start, start + _AHEAD + 1)))
                 indexes = list(pool.map(self._get_index, entries[:-1]))
@@ -87,10 +87,10 @@ class _LogCheck:
                         return self._faults
         raise AssertionError
 
-    # ---- what lies there
+    # ---- what is there
 
     def _get(self, name: str, at_most: int) -> bytes | None:
-        """An object; what is larger than it may be is as good as no bytes."""
+        """An object's bytes. b"" if it is too large. None if it is missing."""
         try:
             return self._place.get(name, at_most)
         except AbsentError:
@@ -102,7 +102,7 @@ class _LogCheck:
         return self._get(entry_name(number), MAX_ENTRY_BYTES)
 
     def _get_index(self, data: bytes | None) -> tuple[bytes, bytes | None]:
-        """The index that an entry's bytes name: its hash and its object."""
+        """The index that an entry names: its hash, and its object's bytes."""
         entry = _entry(data, 2) or _entry(data, 1)
         return (entry.index, self._get(index_name(entry.index), MAX_INDEX_BYTES)) if entry else (b"", None)
 
@@ -133,7 +133,7 @@ class _LogCheck:
     def _step(
         self, number: int, data: bytes | None, following: bytes | None, index: tuple[bytes, bytes | None]
     ) -> bool:
-        """Enters an entry in the mirror; False if it is the end, or if what follows cannot be told."""
+        """Enters one entry in the mirror. False: the log ends here, or cannot be read any further."""
         name, previous = entry_name(number), self._whole.head[1]
         after = _entry(following, number + 1)
         copy = next((one for one in self._found(name) if self._is_proved(number, one, after)), b"")
@@ -154,7 +154,7 @@ class _LogCheck:
         elif not copy and entry and entry.previous != previous:
             if number == 1 or after is None or after.previous != _hash(data):
                 problem = "it does not follow the one before it"
-            else:  # the next one says that this is right
+            else:  # the next entry names this one's hash, so the one before it is damaged
                 self._faults.append(LogFault(entry_name(number - 1), f"{name} says another hash than its bytes have"))
                 assert entry.previous is not None
                 self._whole.believe(number - 1, entry.previous)
@@ -194,20 +194,20 @@ class _LogCheck:
         return filter(None, (mirror.copy(name) for mirror in self._copies))
 
     def _is_proved(self, number: int, copy: bytes, after: Entry | None) -> bool:
-        """Whether an entry was what a copy of it says: this store read it, or the next entry names its hash."""
+        """Whether a copy of an entry is proved right: this store has read it, or the next entry names its hash."""
         entry = _entry(copy, number)
         if entry is None or entry.previous != self._whole.head[1]:
             return False
         return copy == self._known.copy(entry_name(number)) or (after is not None and after.previous == _hash(copy))
 
     def _is_gap(self, number: int) -> bool:
-        """Whether later entries are there."""
+        """Whether later entries exist."""
         with suppress(PlaceError):  # a place that cannot be listed
             return any(_NAME.fullmatch(name) and int(name[4:]) > number for name in self._place.list("log/"))
         return False
 
     def _end(self, name: str, problem: str) -> bool:
-        """Notes what keeps the rest of the log from being read, and the versions that so are out of reach."""
+        """Notes a fault that ends the log, and the known versions that cannot be read because of it."""
         hit = {
             (task, number)
             for mirror in self._copies
@@ -220,7 +220,7 @@ class _LogCheck:
 
 
 def _entry(data: bytes | None, number: int) -> Entry | None:
-    """An entry, if bytes are one."""
+    """The entry that these bytes are. None if they are no entry."""
     try:
         return None if data is None else parse_entry(data, "", number)
     except (DamagedRemoteError, FormatError):
@@ -228,12 +228,12 @@ def _entry(data: bytes | None, number: int) -> Entry | None:
 
 
 def _is_same(entry: Entry, copy: Entry, previous: bytes | None) -> bool:
-    """Whether an entry that can be read is a damaged form of another one: no two have the same id."""
+    """Whether an entry may be a damaged form of this copy, and not another entry. No two entries have the same id."""
     return entry.id == copy.id or entry.previous != previous or entry.index == copy.index
 
 
 def _newer(data: bytes, url: str, number: int) -> None:
-    """Raises a FormatError if another Pear wrote an entry."""
+    """Raises a FormatError if another version of Pear wrote an entry."""
     with suppress(DamagedRemoteError):
         parse_entry(data, url, number)
 

@@ -1,4 +1,4 @@
-"""A place in this process's memory."""
+"""A place in this process's memory, for tests."""
 
 import threading
 from collections.abc import Iterator, Sequence

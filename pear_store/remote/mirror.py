@@ -1,7 +1,7 @@
-"""What a store knows of a remote: all that its log says up to some entry, and what both agreed on.
+"""What a store knows of a remote: what its log says up to some entry, and what both last agreed on.
 
-It is an SQLite file in the store's directory, and is made anew from the log where it is gone or cannot be read. Then
-nothing is known of what both agreed on: tags that differ are a clash until they are settled by hand, and a version that
+It is an SQLite file in the store's directory. If the file is missing or cannot be read, it is made anew from the log.
+Then it is not known what both agreed on. So tags that differ clash until somebody settles them by hand. A version that
 was removed here and swept is pulled again.
 """
 
@@ -21,11 +21,11 @@ from pear_store.remote.tables import ADDED, BASE_SCHEMA, SCHEMA, VERSION
 
 
 class Mirror(PartialState):
-    """The state of a remote after the entry `head`, for one thread.
+    """The state of a remote after the entry `head`. For one thread.
 
     Args:
-        path: of its file; None: in memory, for stores that may not be written.
-        url: of the remote, for messages.
+        path: its file. None: it is in memory, for stores that may not be written.
+        url: the remote's URL, for messages.
     """
 
     def __init__(self, path: Path | None, url: str) -> None:
@@ -73,7 +73,7 @@ class Mirror(PartialState):
 
     @property
     def head(self) -> Head:
-        """The last entry that is known, and its hash; (0, None): none."""
+        """The last entry that is known, and its hash. (0, None): there is none."""
         value = self._known("head")
         return (0, None) if value is None else (int.from_bytes(value[:8], "big"), value[8:])
 
@@ -91,13 +91,13 @@ class Mirror(PartialState):
         return None if value is None else value.decode()
 
     def note_id(self, id: str) -> bool:
-        """Notes a remote's id, if none is known; says whether it is the one that is known."""
+        """Notes a remote's id, if none is known. Returns whether it is the known one."""
         self._db.execute("INSERT OR IGNORE INTO known VALUES ('id', ?)", (id.encode(),))
         return self.id == id
 
     @property
     def witness(self) -> Head:
-        """The last entry that was known before what the log says was forgotten, and its hash; (0, None): none."""
+        """The last entry that was known before the mirror forgot the log, and its hash. (0, None): there is none."""
         value = self._known("witness")
         return (0, None) if value is None else (int.from_bytes(value[:8], "big"), value[8:])
 
@@ -120,18 +120,18 @@ class Mirror(PartialState):
             self._db.execute("DELETE FROM sizes WHERE number <= ?", (base.number,))
 
     def since_base(self) -> tuple[int, int]:
-        """Entries after the newest base, and the bytes of their indexes, as far as those are known."""
+        """How many entries follow the newest base, and the bytes of their indexes that are known."""
         (size_bytes,) = self._db.execute("SELECT coalesce(sum(index_bytes), 0) FROM sizes").fetchone()
         return self.head[0] - (self.base.number if self.base else 0), size_bytes
 
     def apply(self, number: int, data: bytes, index: LogIndex) -> bool:
-        """Enters an entry. One that is known changes nothing.
+        """Enters an entry. An entry that is known already changes nothing.
 
         Returns:
-            Whether it is known now. False: another process has forgotten entries before it, so those are read again.
+            whether it is known now. False: another process has forgotten earlier entries, so they must be read again.
 
         Raises:
-            DamagedRemoteError: it contradicts the entries before it.
+            DamagedRemoteError: the entry contradicts the entries before it.
         """
         entry = parse_entry(data, self.url, number)
         with self._transaction() as db:
@@ -155,13 +155,13 @@ class Mirror(PartialState):
         return True
 
     def check(self, head: Head, index: LogIndex) -> bool:
-        """Judges what the entry after `head` would say.
+        """Checks what the entry after `head` would say. Enters nothing.
 
         Returns:
-            Whether `head` is the last entry still: another process may have read on.
+            whether `head` is still the last known entry. Another process may have read later ones.
 
         Raises:
-            DamagedRemoteError: it would contradict the entries before it.
+            DamagedRemoteError: the entry would contradict the entries before it.
         """
         self.need_tasks(by_task(index))
         self._db.execute("BEGIN IMMEDIATE")
@@ -177,7 +177,7 @@ class Mirror(PartialState):
     # ---- what store and remote agreed on
 
     def taken(self, task: str, number: int) -> bool:
-        """Whether this store has, or had, a version as the remote has it."""
+        """Whether this store has, or once had, the remote's version of this number."""
         return (
             self._db.execute("SELECT 1 FROM taken WHERE (task, number) = (?, ?)", (task, number)).fetchone() is not None
         )
@@ -187,7 +187,7 @@ class Mirror(PartialState):
             db.executemany("INSERT OR IGNORE INTO taken VALUES (?, ?)", versions)
 
     def agreed(self, task: str, tag: str) -> int | None:
-        """What a tag stood for when both sides last had the same."""
+        """The version that a tag named when both sides last agreed on it."""
         row = self._db.execute("SELECT version FROM agreed WHERE (task, tag) = (?, ?)", (task, tag)).fetchone()
         return None if row is None else int(row[0])
 
@@ -203,18 +203,21 @@ class Mirror(PartialState):
 
 
 def is_replaced(error: sqlite3.DatabaseError) -> bool:
-    """Whether a mirror's file was deleted while it was open: another process found it damaged, and made it anew."""
+    """Whether a mirror's file was deleted while it was open. Another process does so if the file is damaged."""
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_DBMOVED
 
 
 def is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether it says that a mirror's file is damaged: what is no UTF-8 is an OperationalError of Python's own."""
+    """Whether an error means that a mirror's file is damaged.
+
+    For text that is no UTF-8, Python raises an OperationalError of its own, which has no SQLite code.
+    """
     return not isinstance(error, sqlite3.OperationalError) or not hasattr(error, "sqlite_errorcode")
 
 
 @contextmanager
 def opened_mirror(path: Path | None, url: str) -> Iterator[Mirror]:
-    """A mirror, closed at the end of its context.
+    """A mirror. The end of the context closes it.
 
     Raises:
         PlaceError: its file cannot be read or written.
@@ -224,7 +227,7 @@ def opened_mirror(path: Path | None, url: str) -> Iterator[Mirror]:
             yield mirror
     except sqlite3.DatabaseError as error:
         if is_damage(error):
-            raise PlaceError(url, f"{path} is damaged ({error}): delete it, it is made anew from the log") from None
+            raise PlaceError(url, f"{path} is damaged ({error}); delete it: it is made anew from the log") from None
         if is_replaced(error):
             raise PlaceError(url, f"{path} was made anew by another command; run the same again") from None
         raise PlaceError(url, f"{path}: {error}") from None

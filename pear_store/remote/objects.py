@@ -1,27 +1,27 @@
-"""Places in object stores: S3 and what speaks like it, Google Cloud Storage, Azure; by obstore (extra `remote`)."""
+"""Places in object stores: S3 and compatible ones, Google Cloud Storage, Azure. Uses obstore (extra `remote`)."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pear_store.errors import AbsentError, DamagedRemoteError, PearStoreError, PlaceError
+from pear_store.pools import ThreadPool
 from pear_store.remote.answers import failure, plain, status_of
 from pear_store.remote.place import Place, Range, check_size, check_whole, checked_name, cut, joined, own_names
 
 T = TypeVar("T")
 _PART_BYTES = 5 << 20
 _PARTS = 2
-"""Parts of an object that are sent at once: each has to arrive within the time of a stall, also over a slow line"""
+"""How many parts of an object are sent at once. Each must arrive within the time of a stall, also on a slow line."""
 _TELLING_BYTES = 1 << 20
-"""An object that is larger shows how fast the line is"""
+"""Sending an object larger than this shows how fast the line is"""
 _WHOLE_BYTES = 64 << 20
 _WHOLE_S = 10.0
-"""It is sent as one request if it has at most so many bytes and is expected to take at most so long"""
+"""One request sends an object of at most `_WHOLE_BYTES`, if that should take at most `_WHOLE_S` seconds."""
 _THREADS = 8
 _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
@@ -31,10 +31,10 @@ _OF_AWS = ("amazonaws.com", "amazonaws.com.cn", "169.254.169.254", "169.254.170.
 
 
 class ObjectPlace(Place):
-    """Objects under a URL's path. `create` is a write that the server refuses where the name is there.
+    """Objects under a URL's path. `create` is a conditional write: the server refuses it if the name is taken.
 
     Args:
-        options: obstore's, such as ``endpoint`` and ``region``. Credentials are the environment's.
+        options: obstore's options, such as ``endpoint`` and ``region``. Credentials come from the environment.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -51,7 +51,7 @@ class ObjectPlace(Place):
         self._taken: Any = exceptions.AlreadyExistsError
         self._store: Any = None
         problem = ""
-        defaults = {"disable_bulk_delete": "true"} if url.startswith("s3") else {}  # not every server knows that
+        defaults = {"disable_bulk_delete": "true"} if url.startswith("s3") else {}  # not every server has it
         try:
             settings: dict[str, Any] = {**defaults, **options, "client_options": _client(options)}
             self._store = stores.from_url(url, retry_config={"max_retries": 0}, **settings)
@@ -59,11 +59,11 @@ class ObjectPlace(Place):
             problem = plain(str(error))
         if self._store is None:
             raise PlaceError(url, problem)
-        self._pool = ThreadPoolExecutor(_THREADS)
+        self._pool = ThreadPool(_THREADS)
         self._whole_bytes = _TELLING_BYTES
-        """Larger objects are sent in parts, ..."""
+        """Larger objects are sent in parts"""
         self._slowly = threading.Lock()
-        """... and one at a time"""
+        """One object at a time is sent in parts"""
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -73,7 +73,7 @@ class ObjectPlace(Place):
             return act()
         except self._errors as error:
             problem = self._error(error, name)
-        raise problem  # here: no context, which may show a signed request to whoever logs it
+        raise problem  # outside of the except block: its context may show a signed request in a log
 
     def get(self, name: str, at_most: int) -> bytes:
         def act() -> bytes:
@@ -84,7 +84,7 @@ class ObjectPlace(Place):
         return self._do(name, act)
 
     def _read(self, found: Any, name: str, at_most: int) -> bytes:
-        """A body, as it arrives: whatever its header says, no more than so many bytes are kept."""
+        """Reads a body as it arrives. At most `at_most` bytes are kept, whatever its header says."""
         parts: list[Any] = []
         size = 0
         for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
@@ -94,7 +94,7 @@ class ObjectPlace(Place):
         return b"".join(parts)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        # not obstore's own get_ranges, which panics where an object is shorter than a range
+        # obstore's own get_ranges panics if an object is shorter than a range
         checked_name(name)
         runs = joined(ranges)
         return cut(runs, list(self._pool.map(lambda run: self._get_range(name, *run[0]), runs)), ranges)
@@ -109,13 +109,13 @@ class ObjectPlace(Place):
             except self._errors as error:
                 if "non-partial response" not in str(error):
                     raise
-                return self._read_between(name, start, start + length)  # it knows no ranges
+                return self._read_between(name, start, start + length)  # the server knows no ranges
             return self._read(found, name, length)
 
         return check_whole(self.url, name, self._do(name, act), length)
 
     def _read_between(self, name: str, start: int, end: int) -> bytes:
-        """Cuts a range out of a whole object as it arrives; holds only that."""
+        """Cuts a range out of a whole object as it arrives. Keeps only the range."""
         parts: list[bytes] = []
         at = 0
         for chunk in self._obstore.get(self._store, name).stream(min_chunk_size=_CHUNK_BYTES):
@@ -178,8 +178,11 @@ class ObjectPlace(Place):
 
 
 def _client(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the HTTP client. It follows redirects, and no setting forbids it. So where a user names a server,
-    requests to any other host are sent to a proxy that cannot be there (nobody listens on port 0), and fail."""
+    """Settings of the HTTP client.
+
+    The client follows redirects, and no setting forbids that. So if the user names a server, requests to other hosts
+    go to a proxy on port 0. Nothing listens there, so they fail.
+    """
     server = str(options.get("endpoint") or options.get("base_url") or "")
     found: dict[str, Any] = {
         "allow_http": server.startswith("http://"),

@@ -1,4 +1,4 @@
-"""Which place a URL names."""
+"""Opens the place that a URL names."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
     """The place at a URL or a directory's path.
 
     Raises:
-        PlaceError: no place is of this kind, or it needs a package that is not there.
+        PlaceError: there is no such kind of place, or it needs a package that is not installed.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -33,11 +33,11 @@ def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:
-        raise PlaceError(scheme, "the URL cannot be read") from None
+        raise PlaceError(scheme, f"the URL is malformed: expected {scheme}://HOST/PATH") from None
     if parts.password is not None:
         raise PlaceError(f"{scheme}://{parts.hostname}", "the URL holds a password: remove it, see docs/remotes.md")
     if scheme in ("http", "https"):
-        from pear_store.remote.web import WebPlace  # here and below: each brings much that few commands need
+        from pear_store.remote.web import WebPlace  # here and below: each imports much that few commands need
 
         return WebPlace(url)
     if scheme == "sftp":
@@ -52,12 +52,12 @@ def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
 
 
 def checked_url(url: str) -> str:
-    """A URL as it is kept: a directory's path from the root on."""
+    """A URL in the form in which it is kept. A directory's path is made absolute."""
     return url if "://" in url else os.path.abspath(store_path(url))
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """Raises a PlaceError where an option would have a secret written into the store's directory."""
+    """Raises a PlaceError if an option looks like a secret: options are written into the store's directory."""
     for key, value in options.items():
         named = key not in NO_SECRETS and any(word in key.lower() for word in SECRETS)
         if named or _IN_URL.match(value):

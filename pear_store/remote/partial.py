@@ -1,17 +1,17 @@
-"""A state that is taken from a base, shard by shard as it is asked for, and from the entries after it.
+"""A state that comes from a base and from the entries after it. Shards of the base are read when they are needed.
 
-What entries say of a task that is not read yet waits in a table, and is entered after what the base says of it. Where
-the base is gone, damaged, or contradicts itself or the log, it is refused, and the log is read without it.
+What entries say of a task waits in a table until the base's shards of that task are read. If the base is missing or
+damaged, or contradicts itself or the log, it is refused. Then the log is read without it.
 """
 
 import json
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pear_store.errors import AbsentError, DamagedRemoteError
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import END, KINDS, Kind, Root, base_name, by_task, parse_root, shard_name
 from pear_store.remote.log import MAX_INDEX_BYTES, BaseName, LogIndex, parse_index, parse_news
 from pear_store.remote.place import Place
@@ -19,14 +19,14 @@ from pear_store.remote.renewed import RenewedState
 from pear_store.remote.tables import OF_THE_LOG
 
 READERS = 16
-"""Shards that are read at once, and entered in one transaction"""
+"""How many shards are read at once, and entered in one transaction"""
 _MOST_REFUSED = 1000
 News = list[tuple[int, LogIndex]]
-"""What runs and entries, by their numbers, say of a task"""
+"""What runs and entries say of a task, with their numbers"""
 
 
 class BaseShard(NamedTuple):
-    """A shard of a base as a mirror knows it; `until`: the first name of the next one."""
+    """A shard of a base, as a mirror knows it. `until` is the first name of the next shard."""
 
     kind: Kind
     run: int
@@ -42,7 +42,7 @@ class Coverage:
 
     def __init__(self, rows: Iterable[tuple[Kind, int, str, bytes, int, int]]) -> None:
         runs: dict[Kind, dict[int, list[BaseShard]]] = {kind: {} for kind in KINDS}
-        for kind, run, first, name, size_bytes, is_read in rows:  # in order
+        for kind, run, first, name, size_bytes, is_read in rows:  # they are sorted
             shards = runs[kind].setdefault(run, [])
             if shards:
                 shards[-1] = shards[-1]._replace(until=first)
@@ -59,7 +59,7 @@ class Coverage:
         self.left_bytes = {kind: sum(sizes) for kind, sizes in left.items()}
 
     def unread(self, kind: Kind, low: str, high: str) -> list[BaseShard]:
-        """The shards that have not been read and may have a name from one to the other."""
+        """The unread shards that may have a name from `low` to `high`."""
         if not self.left[kind]:
             return []
         found: list[BaseShard] = []
@@ -73,14 +73,14 @@ class Coverage:
 
 
 class PartialState(RenewedState):
-    """What is read of a base, and what waits for the rest."""
+    """The part of a base that is read, and what waits for the rest."""
 
     takes_bases = True
     _coverage: Coverage | None = None
     _version = -1
 
     def _cover(self) -> Coverage:
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()  # another process has read or begun anew
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()  # changes if another process has written
         if self._coverage is None or version != self._version:
             rows = self._db.execute(
                 "SELECT kind, run, first, shard, size_bytes, is_read FROM shards ORDER BY kind, run, first"
@@ -89,7 +89,7 @@ class PartialState(RenewedState):
         return self._coverage
 
     def left_bytes(self, kind: Kind) -> int:
-        """Bytes of the base's shards of a kind that were not read."""
+        """The bytes of the base's unread shards of a kind."""
         return self._cover().left_bytes[kind]
 
     def _need(self, kind: Kind, low: str, high: str | None = None) -> None:
@@ -100,7 +100,7 @@ class PartialState(RenewedState):
     def need_all(self, kind: Kind | None = None) -> None:
         self._catch_up()
         kinds: list[Kind] = ["drop", kind] if kind else [*KINDS]
-        while any(self._cover().left[one] for one in kinds):  # again, where a base was refused in between
+        while any(self._cover().left[one] for one in kinds):  # again, if a base was refused meanwhile
             for one in kinds:
                 self._need(one, "", END)
 
@@ -111,9 +111,9 @@ class PartialState(RenewedState):
             self._read(lambda cover: [shard for name in names for shard in cover.unread("tasks", name, name)])
 
     def _read(self, unread: Callable[[Coverage], list[BaseShard]]) -> None:
-        """Reads shards; where that fails, the log is read without this base, so none is left to be read."""
+        """Reads shards. If that fails, the base is refused, and the log is read instead: then no shard is left."""
         while True:
-            base = self.begun_with  # first: another process may begin with another one meanwhile
+            base = self.begun_with  # first: another process may begin with another base meanwhile
             if not (shards := unread(self._cover())):
                 return
             assert not self._db.in_transaction and self._place is not None
@@ -124,7 +124,7 @@ class PartialState(RenewedState):
                 self._read_again()
 
     def _read_shards(self, place: Place, shards: list[BaseShard]) -> None:
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPool(READERS) as pool:
             for start in range(0, len(shards), READERS):
                 part = shards[start : start + READERS]
                 indexes = list(pool.map(lambda shard: _fetch(place, self.url, shard), part))
@@ -178,7 +178,7 @@ class PartialState(RenewedState):
         return self._db.execute("SELECT 1 FROM packs WHERE pack = ? AND dropped", (pack,)).fetchone() is not None
 
     def _enter_news(self, news: dict[str, News]) -> None:
-        """Enters what is said of tasks; where shards are left that may say more, it waits."""
+        """Enters what is said of tasks. If unread shards may say more of a task, its news wait."""
         cover = self._cover()
         runs = cover.runs()
         for folded, said in news.items():
@@ -204,7 +204,7 @@ class PartialState(RenewedState):
     # ---- which base
 
     def begin_with(self, base: BaseName, root: Root) -> None:
-        """Takes a base for what the log says up to its entry, unless another process has read entries meanwhile."""
+        """Begins with a base instead of the entries that it covers, unless another process has read entries."""
         with self._transaction():
             if self._known("head"):
                 return
@@ -225,7 +225,7 @@ class PartialState(RenewedState):
 
     @property
     def begun_with(self) -> bytes | None:
-        """The hash of the base that what is known began with; None: it is all from the log."""
+        """The hash of the base that this state began with. None: all of it is from the log."""
         return self._known("begun with")
 
     @property
@@ -233,10 +233,10 @@ class PartialState(RenewedState):
         return self.begun_with is not None
 
     def refuse_base(self, base: bytes | None) -> None:
-        """Forgets what the log says, and for good the base that it was taken from, unless another process was first.
+        """Refuses a base for ever and forgets the state that began with it. Does nothing if the state has another.
 
         Args:
-            base: its hash, as it was when it was found to be no good.
+            base: the hash of the base that was found bad.
         """
         with self._transaction():
             if base is not None and base == self.begun_with:
@@ -244,7 +244,7 @@ class PartialState(RenewedState):
                 self._forget()
 
     def refuse(self, base: BaseName) -> None:
-        """Notes that a base is no good."""
+        """Notes that a base is bad."""
         with self._transaction():
             self._note_refused(base.hash)
 
@@ -259,7 +259,7 @@ class PartialState(RenewedState):
         for table in OF_THE_LOG:
             self._db.execute(f"DELETE FROM {table}")
         if head := self._known("head"):
-            if head != self._known("begun at"):  # that one only a base has named
+            if head != self._known("begun at"):  # else only the base has named this entry
                 self._note("witness", head)
             self._note("until", max(head[:8], self._known("until") or b""))
             self._note("times begun", (int.from_bytes(self.times_begun or b"") + 1).to_bytes(8))
@@ -269,7 +269,7 @@ class PartialState(RenewedState):
 
 
 def fetch_root(place: Place, url: str, base: BaseName) -> Root:
-    """Raises DamagedRemoteError or AbsentError where a base is no good."""
+    """Reads a base's root. Raises a DamagedRemoteError or AbsentError if the base is bad."""
     return parse_root(place.get(base_name(base), MAX_INDEX_BYTES), url, base)
 
 

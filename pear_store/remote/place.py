@@ -1,4 +1,4 @@
-"""What a remote needs of the place that it lies in: the contract, and the test of a place that is to be written."""
+"""The contract of a place that holds a remote, and a test whether several stores can write to it."""
 
 import re
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from pear_store.format.digest import fresh_name
 
 OBJECT_NAME = re.compile(r"(?:[a-z0-9][a-z0-9.-]*/){0,3}[a-z0-9][a-z0-9.-]*")
 _GAP_BYTES = 64 << 10
-"""Ranges that lie closer are read in one request: a request costs more than so many bytes"""
+"""Ranges with a smaller gap are read in one request, because a request costs more than so many bytes"""
 _MOST_JOINED_BYTES = 16 << 20
 MOST_NAMES = 4 << 20
 """A longer list is refused"""
@@ -19,59 +19,58 @@ Range = tuple[int, int]
 
 
 class Place(ABC):
-    """Named objects, each written whole. Methods may be called from several threads.
+    """Named objects. Each is written whole. Methods may be called from several threads.
 
-    Args of all methods:
-        name: what OBJECT_NAME matches, so that no name leads out of the place.
+    A name must match OBJECT_NAME, so that no name leads out of the place. All methods may raise:
 
-    Raises, each of them:
         AbsentError: there is no such object (`get`, `get_ranges`).
         DamagedRemoteError: an object is larger than `at_most`, or shorter than a range.
-        DiskFullError: the place is full, where it says so.
+        DiskFullError: the place is full, and says so.
         AccessError: the place is a directory that may not be read or written.
-        PlaceError: everything else. After one, a `create` or `put` may have happened or may yet happen.
+        PlaceError: everything else. After it, a `create` or `put` may have happened, or may yet happen.
     """
 
     url: str
-    """For messages. It holds no secret"""
+    """The place's URL, for messages. It holds no secret."""
     can_write = True
 
     @abstractmethod
     def get(self, name: str, at_most: int) -> bytes:
-        """An object's bytes, if they are at most so many. What `put` or `create` returned from is seen."""
+        """An object's bytes, if they are at most so many. It sees everything that `put` or `create` has finished."""
 
     @abstractmethod
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """Parts of an object, in the order asked for."""
+        """Parts of an object, in the order of `ranges`."""
 
     @abstractmethod
     def put(self, name: str, data: bytes) -> None:
-        """Writes an object, whole or not at all. One of that name is replaced."""
+        """Writes an object, whole or not at all. Replaces an object of that name."""
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Writes an object, whole or not at all, if there is none of that name; says whether it did.
+        """Writes an object, whole or not at all, if there is none of that name. Returns whether it did.
 
-        Linearizable: of all that create one name, at any time and from anywhere, one at most is told True, and what
-        that one wrote is what every later `get` gives.
+        It is linearizable. Among all callers that create one name, at any time and from anywhere, at most one gets
+        True. Every later `get` returns what that caller wrote.
         """
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[str]:
-        """Names that begin with a prefix, which ends with a slash. It may miss new ones and have some that are gone.
+        """Names that begin with a prefix, which ends with a slash. New names may be missing, and deleted ones listed.
 
-        What lies there under other names than OBJECT_NAME allows is left out."""
+        Names that do not match OBJECT_NAME are left out.
+        """
 
     @abstractmethod
     def delete(self, name: str) -> None:
         """Deletes an object, if there is one."""
 
     def close(self) -> None:  # noqa: B027 (most places hold none)
-        """Gives connections back."""
+        """Closes connections."""
 
 
 def checked_name(name: str) -> str:
-    """The name, if it is one: an assertion, for names come from this package and never from a remote as they are."""
+    """Asserts that a name is valid, and returns it. Names are made by this package, never taken from a remote."""
     assert is_name(name), name
     return name
 
@@ -81,10 +80,10 @@ def is_name(name: str) -> bool:
 
 
 def own_names(place: str, prefix: str, names: Iterable[str]) -> Iterator[str]:
-    """Of names that a place lists, those that can be an object's.
+    """The valid object names among the names that a place lists.
 
     Raises:
-        DamagedRemoteError: there are more than a remote can have.
+        DamagedRemoteError: there are more names than a remote can have.
     """
     for count, name in enumerate(names):
         if count >= MOST_NAMES:
@@ -94,7 +93,7 @@ def own_names(place: str, prefix: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def joined(ranges: Sequence[Range]) -> list[tuple[Range, list[int]]]:
-    """Ranges with their neighbours joined, and which of those asked for lie in each."""
+    """Joins neighbouring ranges. Returns the joined ranges, each with the positions of the ranges inside it."""
     runs: list[tuple[Range, list[int]]] = []
     for number in sorted(range(len(ranges)), key=lambda number: ranges[number]):
         offset, length = ranges[number]
@@ -109,7 +108,7 @@ def joined(ranges: Sequence[Range]) -> list[tuple[Range, list[int]]]:
 
 
 def cut(runs: Sequence[tuple[Range, list[int]]], read: Sequence[bytes], ranges: Sequence[Range]) -> list[bytes]:
-    """What was asked for, of what was read by :func:`joined`."""
+    """Cuts the ranges that were asked for out of the ranges that :func:`joined` made."""
     found = [b""] * len(ranges)
     for ((start, _), inside), data in zip(runs, read, strict=True):
         for number in inside:
@@ -130,22 +129,22 @@ def check_whole(place: str, name: str, data: bytes, length: int) -> bytes:
 
 
 def probe(place: Place) -> None:
-    """Writes one name twice: a place that does not refuse the second would lose what others push.
+    """Writes one name twice. A place that does not refuse the second write would lose what others push.
 
     Raises:
-        PlaceError: it cannot be written by several.
+        PlaceError: several stores cannot write to the place.
     """
     if not place.can_write:
         raise PlaceError(place.url, "it can only be read")
     name = f"probe/{fresh_name()}"
     try:
         if not place.create(name, b"first"):
-            raise PlaceError(place.url, "it says that a name is taken which nobody has used; it cannot be written")
+            raise PlaceError(place.url, "it says that an unused name is taken, so it cannot be written; use another")
         if place.create(name, b"second") or place.get(name, 100) != b"first":
             raise PlaceError(
                 place.url,
-                "it does not refuse to write a name that is there, so it would lose what others push at the same "
-                "time; it can only be read, or written by one store alone ('remote init' with --single-writer)",
+                "it replaces an object that exists, so it would lose what others push at the same time; it can only "
+                "be read, or written by one store alone ('remote init' with --single-writer)",
             )
     finally:
         place.delete(name)

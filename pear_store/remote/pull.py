@@ -1,8 +1,11 @@
-"""Takes from a remote what a store lacks. What arrives is hashed, checked as any task that is added, and entered in
-local commits of bounded size; what was taken stays taken when a pull is cut off."""
+"""Takes from a remote what a store lacks.
+
+Everything that arrives is hashed, and checked as for `add`. It is entered in local commits of limited size. If a pull
+is interrupted, what was taken stays.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from pear_store.local.loading import Loaded
 from pear_store.local.opened import OpenStore
 from pear_store.local.references import parse_reference
 from pear_store.local.sync import Held, Incoming, Numbered, good_tensors_in, held, receive, settle
+from pear_store.pools import ThreadPool
 from pear_store.remote.changes import compare
 from pear_store.remote.log import Head, LoggedVersion, pack_name
 from pear_store.remote.mirror import Mirror
@@ -34,24 +38,31 @@ from pear_store.remote.state import Places
 GROUP_BYTES = 64 << 20
 GROUP_VERSIONS = 200
 READERS = 8
-"""Packs that are read at once"""
+"""How many packs are read at once"""
 Have = Callable[[Iterable[Digest]], dict[Digest, RawTensor]]
-"""Which of some tensors need not be read from the remote"""
+"""Returns those of some tensors that need not be read from the remote"""
 Progress = Callable[[int, int, int], None]
-"""Told versions done, all of them, and bytes moved for them"""
+"""Called with the versions done, all versions, and the bytes moved for them"""
 
 
 @dataclass
 class Pulled:
-    """What a pull did; bytes are those of tensors that were read."""
+    """What a pull did.
+
+    Args:
+        versions: versions that were taken: task and number.
+        renumbered: versions that were only here and gave up their number: task, old number, new number.
+        removed: versions that were removed here, because they were removed on the remote.
+        tags: tags that were moved, set or removed here: task and tag.
+        problems: what was not taken, and why; one line each.
+        read_bytes: bytes of the tensors that were read from the remote.
+    """
 
     versions: list[Numbered] = field(default_factory=list)
     renumbered: list[tuple[str, int, int]] = field(default_factory=list)
-    """Versions that were only here: task, the number that they had, the number that they have now"""
     removed: list[Numbered] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What was not taken, and why"""
     read_bytes: int = 0
 
 
@@ -66,11 +77,11 @@ def pull(
     """Takes versions, removals, tags and numbers.
 
     Args:
-        references: tasks, or versions ``T@2`` and ``T@prod``; none: all tasks whose names match one of `patterns`.
+        references: tasks, or versions such as ``T@2`` and ``T@prod``. Empty: all tasks that match one of `patterns`.
 
     Raises:
         NotFoundError: the remote has no such task or version.
-        DamagedRemoteError: what was read is not what the log says; all before it was taken.
+        DamagedRemoteError: what was read differs from what the log says. All versions before it were taken.
         PlaceError: the remote cannot be reached.
     """
     read_on(mirror, place)
@@ -89,14 +100,14 @@ def pull(
             pulled.versions += received.taken
             pulled.renumbered += received.renumbered
             del received
-        del group  # what follows has taken its place in memory
+        del group  # before the next group takes its place in memory
     progress(len(wanted), len(wanted), pulled.read_bytes)
     _settle(opened, mirror, tasks, pulled)
     return pulled
 
 
 def _settle(opened: OpenStore, mirror: Mirror, tasks: set[str], pulled: Pulled) -> None:
-    """Takes removals, tags and numbers over, by what the store holds now."""
+    """Takes over removals, tags and numbers, by what the store holds now."""
     now = held(opened, tasks)
     changes = mirror.stable(lambda: compare(now, mirror, tasks))
     mirror.agree(changes.same_tags)
@@ -111,14 +122,14 @@ def _settle(opened: OpenStore, mirror: Mirror, tasks: set[str], pulled: Pulled) 
         pulled.tags += moved
         mirror.agree((*key, tags[key][1]) for key in moved)
         for task, number in changes.pull_removed.keys() - set(removed):
-            pulled.problems.append(f"{task}@{number} was removed on the remote, and is kept here: a tag holds it")
+            pulled.problems.append(f"{task}@{number} was removed on the remote and is kept here, because it has a tag")
     pulled.problems += [clash for clash in changes.clashes if clash not in pulled.problems]
 
 
 def chosen(
     mirror: Mirror, references: Collection[str], patterns: Collection[str]
 ) -> tuple[set[str], dict[str, set[int]]]:
-    """The tasks that are meant; and of those of which not all versions are, which ones."""
+    """The tasks that are meant. For tasks of which only some versions are meant, also their numbers."""
     if not references:
         return set(mirror.tasks(patterns)), {}
     tasks: set[str] = set()
@@ -127,7 +138,7 @@ def chosen(
     for reference in references:
         task, which = parse_reference(reference)
         if not mirror.versions(task):
-            raise NotFoundError(f"{mirror.url}: no task {task!r} there")
+            raise NotFoundError(f"{mirror.url}: no task {task!r} there; 'pear-store ls --store URL' lists its tasks")
         tasks.add(task)
         if which is None:
             whole.add(task)
@@ -143,11 +154,13 @@ def _name_removed(mirror: Mirror, before: Held, numbers: dict[str, set[int]]) ->
     for task, chosen in numbers.items():
         for number in chosen:
             if (task, number) not in before.versions and mirror.taken(task, number):
-                raise NotFoundError(f"{task}@{number} was removed here and is not taken again; 'push' removes it there")
+                raise NotFoundError(
+                    f"{task}@{number} was removed here, so it is not taken again; 'push' removes it on the remote"
+                )
 
 
 class _Wanted(NamedTuple):
-    """A version to take, its manifest as it lies there and parsed, and the tensors that it needs."""
+    """A version to take: its manifest as bytes and parsed, and the tensors that it needs."""
 
     version: LoggedVersion
     manifest: bytes
@@ -160,12 +173,12 @@ class _Group:
     """Versions that one commit takes."""
 
     done: int
-    """How many versions came before"""
+    """How many versions came before this group"""
     head: Head
-    """What the log's last entry was when `places` were looked up, at the earliest"""
+    """The log's last entry when the first of `places` was looked up"""
     versions: list[_Wanted] = field(default_factory=list)
     places: Places = field(default_factory=dict)
-    """Of all their tensors"""
+    """The places of all their tensors"""
     size_bytes: int = 0
 
     @property
@@ -179,16 +192,21 @@ class _Reading:
 
     group: _Group
     here: dict[Digest, RawTensor]
-    """What need not be read"""
+    """Tensors that need not be read"""
     found: Future[tuple[dict[Digest, RawTensor], PearStoreError | None]]
 
 
 def groups(
     have: Have, place: Place, mirror: Mirror, wanted: list[LoggedVersion], pulled: Pulled
 ) -> Iterator[tuple[int, list[Incoming]]]:
-    """The versions with all their tensors, of which `have` gives some, in runs of what one commit takes; and how many
-    came before. While a run is looked at, the next one is read."""
-    with ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as ahead:
+    """The versions with all their tensors, in groups of what one commit takes; each with the count of versions before.
+
+    While the caller works on a group, the next one is read.
+
+    Args:
+        have: returns tensors that need not be read.
+    """
+    with ThreadPool(READERS) as pool, ThreadPool(1) as ahead:
         grouped = _grouped(mirror, wanted)
         reading: _Reading | None = None
         while True:
@@ -201,11 +219,11 @@ def groups(
                     missing = group.digests - coming - here.keys()
                     places = {digest: group.places[digest] for digest in missing}
                     following = _Reading(group, here, ahead.submit(find_tensors, place, places, pool))
-            except PearStoreError as error:  # what comes before is taken first
+            except PearStoreError as error:  # raised after the group before it is taken
                 problem = error
             if reading is not None:
                 tensors = _fetched(place, mirror, reading, pool, pulled)
-                if following is not None:  # copies: else they keep all that was read with them
+                if following is not None:  # copies: else a tensor keeps alive all bytes that were read with it
                     shared = following.group.digests & tensors.keys()
                     following.here.update((digest, _copied(tensors[digest])) for digest in shared)
                 done = reading.group.done
@@ -226,7 +244,7 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
     for version in wanted:
         head = mirror.head
         manifest = mirror.stable(partial(mirror.manifest_of, version))
-        if manifest is None:  # it was removed since it was wanted
+        if manifest is None:  # it was removed meanwhile
             continue
         try:
             record, digests = parse_manifest(manifest)
@@ -240,7 +258,7 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
             if group.versions:
                 yield group
             where = f"{mirror.url}: {version.task}@{version.number}"
-            raise CheckpointError(where, f"its tensors take {more} bytes: at most {MAX_FILE_BYTES} are read")
+            raise CheckpointError(where, f"tensors: expected at most {MAX_FILE_BYTES} bytes, found {more}")
         if group.versions and (group.size_bytes + more > GROUP_BYTES or len(group.versions) == GROUP_VERSIONS):
             yield group
             places |= {digest: group.places[digest] for digest in digests if digest not in places}
@@ -253,9 +271,9 @@ def _grouped(mirror: Mirror, wanted: list[LoggedVersion]) -> Iterator[_Group]:
 
 
 def _fetched(
-    place: Place, mirror: Mirror, reading: _Reading, pool: ThreadPoolExecutor, pulled: Pulled
+    place: Place, mirror: Mirror, reading: _Reading, pool: ThreadPool, pulled: Pulled
 ) -> dict[Digest, RawTensor]:
-    """All tensors of a group. Where a pack was dropped meanwhile, versions that were removed leave the group."""
+    """All tensors of a group. If a pack was dropped meanwhile, versions that were removed leave the group."""
     group, tensors = reading.group, reading.here
     fetched, problem = reading.found.result()
     head = group.head
@@ -271,12 +289,12 @@ def _fetched(
             fetched = fetch_tensors(place, mirror, sorted(missing), pool)
         except (AbsentError, DamagedRemoteError):
             problem = None
-            read_on(mirror, place)  # a pack may have been dropped: the log says where its tensors are now
+            read_on(mirror, place)  # a pack may have been dropped; the log says where its tensors are now
             left = [item for item in group.versions if mirror.has_version(item.version.task, item.version.number)]
             if mirror.head == head and len(left) == len(group.versions):
                 if not mirror.left_bytes("packs"):
                     raise
-                mirror.need_all("packs")  # one that is not known yet may have a good copy
+                mirror.need_all("packs")  # a pack that is not known yet may have a good copy
             group.versions = left  # without those that were removed meanwhile
             fetched = {}
 
@@ -286,7 +304,7 @@ def _copied(tensor: RawTensor) -> RawTensor:
 
 
 def _checked(mirror: Mirror, wanted: _Wanted, found: Mapping[Digest, RawTensor], finite: set[Digest]) -> Incoming:
-    """A version as any that is added: a remote may say anything. `finite`: tensors that were checked with others."""
+    """Checks a version as for `add`: a remote may send anything. `finite` are tensors that were checked before."""
     version, record = wanted.version, wanted.record
     tensors = {digest: found[digest] for digest in wanted.digests}
     where = f"{mirror.url}: {version.task}@{version.number}"
@@ -299,9 +317,7 @@ def _checked(mirror: Mirror, wanted: _Wanted, found: Mapping[Digest, RawTensor],
     return Incoming(loaded, version.number, version.time_ns)
 
 
-def fetch_tensors(
-    place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPoolExecutor
-) -> dict[Digest, RawTensor]:
+def fetch_tensors(place: Place, mirror: Mirror, digests: Iterable[Digest], pool: ThreadPool) -> dict[Digest, RawTensor]:
     """Tensors by digest, each hashed.
 
     Raises:
@@ -312,15 +328,19 @@ def fetch_tensors(
     found, problem = find_tensors(place, places, pool)
     for digest in places:
         if digest not in found:
-            raise problem or DamagedRemoteError(mirror.url, f"tensor {digest}", f"{len(places[digest])} packs list it")
+            raise problem or DamagedRemoteError(
+                mirror.url, f"tensor {digest}", f"{len(places[digest])} packs list it, none has a good copy"
+            )
     return found
 
 
 def find_tensors(
-    place: Place, wanted: Places, pool: ThreadPoolExecutor
+    place: Place, wanted: Places, pool: ThreadPool
 ) -> tuple[dict[Digest, RawTensor], PearStoreError | None]:
-    """The tensors that are good, each hashed, and the first problem. Where one pack has a bad copy or is gone, the next
-    one that lists it is asked."""
+    """Reads tensors and hashes each. Returns the good ones, and the first problem.
+
+    If a pack has a bad copy, or is missing, the next pack that lists the tensor is read.
+    """
     found: dict[Digest, RawTensor] = {}
     problem: PearStoreError | None = None
     for attempt in range(max(map(len, wanted.values()), default=0)):

@@ -1,7 +1,7 @@
 """Sends to a remote what it lacks of a store.
 
-Packs go first, then an index that says what is new, and then the entry that names the index is created under the next
-free number. Who finds that number taken reads what others wrote, looks again at all that it counted on, and goes on.
+First packs are sent, then an index that says what is new. Then the entry that names the index is created under the next
+free number. If that number is taken, this reads what others wrote, compares again, and goes on.
 
 While the packs of one entry are sent, those of the next one are made. Entries are created one after the other.
 """
@@ -24,14 +24,22 @@ from pear_store.remote.reading import read_on
 from pear_store.remote.sender import PackSender, PackUnderWay
 
 ENTRY_NAMES = 10_000
-"""Tags, removals and highest numbers that one entry brings: a reader takes no larger index"""
+"""The most tags, removals and highest numbers in one entry: readers refuse a larger index"""
 Progress = Callable[[int, int, int], None]
-"""Told versions done, all of them, and bytes moved for them"""
+"""Called with the versions done, all versions, and the bytes moved for them"""
 
 
 @dataclass
 class Pushed:
-    """What a push did; bytes are those that were sent."""
+    """What a push did.
+
+    Args:
+        versions: versions that were sent: task and number.
+        removed: versions that were removed on the remote.
+        tags: tags that were changed there: task, tag, and the version that it names now. None: no version.
+        sent_bytes: bytes of the packs that were sent.
+        entries: log entries that were written.
+    """
 
     versions: list[Numbered] = field(default_factory=list)
     removed: list[Numbered] = field(default_factory=list)
@@ -50,9 +58,9 @@ class _Push:
     tasks: set[str] | None
     sender: PackSender
     head: Head
-    """The entry that it began with, or its own last one"""
+    """The last entry when it began, or the last one that it wrote"""
     has_company: bool = False
-    """Whether others wrote entries since it began: those may drop its packs"""
+    """Whether others have written entries since it began. Those may drop its packs."""
 
 
 def push(
@@ -62,14 +70,15 @@ def push(
     tasks: set[str] | None = None,
     progress: Progress = lambda done, all_, moved_bytes: None,
 ) -> Pushed:
-    """Sends the versions, removals and tags of some tasks, or of all, that the remote lacks.
+    """Sends the versions, removals and tags of some tasks, or of all tasks, that the remote lacks.
 
-    What is done is on the remote: a push that was cut off goes on when it is called again.
+    If a push is interrupted, what it has done stays on the remote. The next push goes on from there.
 
     Raises:
         ClashError: what is on the remote contradicts what would be sent. It is raised before anything is sent, unless
             another store pushed meanwhile.
-        PlaceError: the remote cannot be reached or written. What is acknowledged is there; the last entry may be, too.
+        PlaceError: the remote cannot be reached or written. Everything that was reported as done is there. The last
+            entry may be there, too.
     """
     read_on(mirror, place)
     head = mirror.head
@@ -85,9 +94,9 @@ def push(
         coming = groups(opened, mirror, changes, sender)
         group: Group | None = next(coming)
         while group is not None:
-            following, problem = _next(coming)  # its packs are under way before this group is entered
+            following, problem = _next(coming)  # so its packs are under way before this group is entered
             progress(done, every, sender.sent_bytes)
-            is_known = group.is_last and mirror.head == head  # then nothing has come since the look above
+            is_known = group.is_last and mirror.head == head  # then nothing has changed since the comparison above
             _enter(under_way, group, pushed, (head, changes) if is_known else None)
             done += len(group.versions)
             if problem is not None:
@@ -99,7 +108,7 @@ def push(
 
 
 def _next(coming: Iterator[Group]) -> tuple[Group | None, PearStoreError | None]:
-    """The next group, or what keeps it from being made: the one before it is entered first."""
+    """The next group, or the error that kept it from being made. The caller first enters the group before it."""
     try:
         return next(coming, None), None
     except PearStoreError as error:
@@ -107,7 +116,7 @@ def _next(coming: Iterator[Group]) -> tuple[Group | None, PearStoreError | None]
 
 
 def _compared(opened: OpenStore, mirror: Mirror, tasks: set[str] | None) -> Changes:
-    """What differs; of tasks that were never here, nothing is to be pushed, so the remote is not asked for them."""
+    """What differs. Tasks that were never here are left out: nothing of them can be pushed."""
     here = held(opened, tasks)
     known = {task for task, _ in (*here.versions, *here.removed, *mirror.agreed_tags())} | here.highest.keys()
     return mirror.stable(lambda: compare(here, mirror, known if tasks is None else tasks))
@@ -126,13 +135,13 @@ def _agree(mirror: Mirror, changes: Changes) -> None:
 
 
 def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes] | None) -> None:
-    """Enters a group in the log. `known`: what differs after an entry, if that was looked up."""
+    """Enters a group in the log. `known` is an earlier comparison, and the last entry at that time."""
     opened, mirror = push.opened, push.mirror
     committer = Committer(push.place, mirror)
     group.know_packs()
     chosen = push.tasks if group.is_last else {version.task for version in group.versions}
     while True:
-        head = mirror.head  # first: what is looked at below may be newer, never older
+        head = mirror.head  # first, so that what is compared below may be newer, but never older
         push.has_company = push.has_company or head != push.head
         is_known = known is not None and known[0] == head
         changes = known[1] if known and is_known else _checked(_compared(opened, mirror, chosen))
@@ -154,7 +163,7 @@ def _enter(push: _Push, group: Group, pushed: Pushed, known: tuple[Head, Changes
 
 
 def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
-    """What the next entry says, by what the remote holds now. Sends the tensors that it lacks."""
+    """What the next entry should say, by what the remote holds now. Sends the tensors that the remote lacks."""
     mirror = push.mirror
     wanted = {(version.task, version.number, version.manifest) for version in group.versions}
     index = LogIndex(versions=[one for one in changes.push if (one.task, one.number, one.manifest) in wanted])
@@ -162,7 +171,7 @@ def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
     index.manifests = {version.manifest: group.manifests[version.manifest] for version in index.versions}
     if index.versions:
         if push.has_company:  # else there is nothing to look up
-            for pack in [pack for pack in group.packs if mirror.is_dropped(pack)]:  # an orphan to a gc
+            for pack in [pack for pack in group.packs if mirror.is_dropped(pack)]:  # a gc took it for an orphan
                 del group.packs[pack]
         mine = {digest for listing in group.packs.values() for digest in listing.places}
         needed = set().union(*(group.needs[manifest] for manifest in index.manifests))
@@ -180,9 +189,9 @@ def _index(push: _Push, group: Group, changes: Changes) -> LogIndex:
 
 
 def _add_names(mirror: Mirror, index: LogIndex, changes: Changes) -> bool:
-    """Adds tags, removals and highest numbers, as many as one entry takes. Says whether some are left."""
+    """Adds as many tags, removals and highest numbers as one entry takes. Returns whether some are left."""
     there = {(version.task, version.number) for version in index.versions}
-    tags = [  # not of what was added here since the versions were counted
+    tags = [  # without tags of versions that were added here after the push began
         tag
         for tag in changes.push_tags
         if tag.version is None or (tag.task, tag.version) in there or mirror.has_version(tag.task, tag.version)
@@ -196,10 +205,10 @@ def _add_names(mirror: Mirror, index: LogIndex, changes: Changes) -> bool:
 
 
 def _shared(mirror: Mirror, digests: Iterable[Digest]) -> dict[bytes, PackListing]:
-    """Where tensors lie that are on the remote already."""
+    """The places of tensors that are on the remote already."""
     found: dict[bytes, PackListing] = {}
     for digest, places in sorted(mirror.places_of(set(digests)).items()):
-        if not places:  # dropped since: the entry that says so comes before this one, so all is looked at again
+        if not places:  # dropped meanwhile: that entry comes before ours, so all will be compared again
             continue
         pack, at = places[0]
         found.setdefault(pack, PackListing(mirror.pack_bytes(pack), {})).places[digest] = at
@@ -207,12 +216,13 @@ def _shared(mirror: Mirror, digests: Iterable[Digest]) -> dict[bytes, PackListin
 
 
 def _tags_left(mirror: Mirror, index: LogIndex, task: str, number: int) -> bool:
-    """Whether a version is tagged on the remote still, after what an index says."""
+    """Whether a version still has a tag on the remote, after the changes of an index."""
     return not set(mirror.tags_of(task, number)) <= {tag.tag for tag in index.tags if tag.task == task}
 
 
 def _send(push: _Push, group: Group, missing: list[Digest]) -> None:
-    """Sends tensors in new packs; each task's lie side by side."""
+    """Sends tensors in new packs. Tensors of one version are side by side."""
+
     by_version: dict[Numbered, list[Digest]] = {}
     for digest in missing:
         by_version.setdefault(group.digests[digest], []).append(digest)

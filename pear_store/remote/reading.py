@@ -1,16 +1,16 @@
-"""Reads a remote's log from where a mirror ends. No listing is needed: an entry that is not there is the end.
+"""Reads a remote's log on from where a mirror ends. No listing is needed: the first missing entry is the end.
 
-A mirror that knows nothing finds the last entry by trying, begins with the base that it names, and reads only the
-entries after that. It then has checked that those entries follow one another and the base's own entry, and not that the
-base is what the entries before it say.
+An empty mirror finds the last entry by trying numbers. It begins with the base that this entry names, and only reads
+the entries after the base. This checks that those entries follow each other and the base's own entry. It does not check
+that the base says what the entries before it say.
 """
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from pear_store.errors import AbsentError, DamagedRemoteError
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
     MAX_INDEX_BYTES,
@@ -27,27 +27,30 @@ from pear_store.remote.partial import fetch_root
 from pear_store.remote.place import Place
 
 AHEAD = 16
-"""Entries that are asked for at once, where one after the other was there"""
+"""The most entries that are asked for at once"""
 
 
 class Entries:
-    """The entries of a place, as they are when they are first asked for."""
+    """The entries of a place. Each is read when it is first asked for, then kept."""
 
-    def __init__(self, place: Place, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, place: Place, pool: ThreadPool) -> None:
         self.place, self._pool = place, pool
         self._found: dict[int, bytes | None] = {}
 
     def get(self, numbers: Sequence[int]) -> list[bytes | None]:
-        """Entries; None: there is none."""
+        """The bytes of entries. None: there is no such entry."""
         missing = [number for number in numbers if number not in self._found]
         found = self._pool.map(lambda number: _get(self.place, entry_name(number)), missing)
         self._found |= dict(zip(missing, found, strict=True))
         return [self._found[number] for number in numbers]
 
     def last(self, known: int) -> int:
-        """The number of the last entry, if there is one of a number that is known; 0: there is none.
+        """The number of the last entry. 0: there is none.
 
-        First at distances that double, and then between the last that is there and the first that is not.
+        Looks at distances that double, then between the last entry found and the first one missing.
+
+        Args:
+            known: the number of an entry that exists; or 0.
         """
         low, step = known, 1
         while True:
@@ -67,14 +70,14 @@ class Entries:
 
 
 def read_on(mirror: Mirror, place: Place) -> None:
-    """Reads the log from the entry that is known to its end.
+    """Reads the log from the last known entry to its end.
 
     Raises:
         NotFoundError: there is no remote.
-        DamagedRemoteError: what is there breaks the rules, or is not the remote that is known.
+        DamagedRemoteError: the log breaks the rules, or it is not that of the known remote.
     """
     mirror.attach(place, partial(read_on, mirror, place))
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPool(AHEAD) as pool:
         entries = Entries(place, pool)
         number, known = mirror.head
         if not number:
@@ -95,14 +98,14 @@ def read_on(mirror: Mirror, place: Place) -> None:
             except DamagedRemoteError:
                 if (base := base or mirror.begun_with) is None:
                     raise
-                mirror.refuse_base(base)  # it or the log is wrong: without it we know
-    if not is_whole:  # it ends before what was known of it
+                mirror.refuse_base(base)  # either the base or the log is bad: reading without the base tells
+    if not is_whole:  # the log ends before the last entry that was known
         raise is_another(mirror)
     mirror.need_all("drop")
 
 
-def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) -> bool:
-    """Enters all entries that follow. False: another process has made the mirror begin anew."""
+def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPool) -> bool:
+    """Enters all entries that follow. False: another process has reset the mirror."""
     ahead = 1
     while True:
         number = mirror.head[0]
@@ -122,7 +125,7 @@ def _read_entries(mirror: Mirror, entries: Entries, pool: ThreadPoolExecutor) ->
 
 
 def _begin(mirror: Mirror, entries: Entries, last: int) -> None:
-    """Begins with the base that the last entry names, if that is good."""
+    """Begins with the base that the last entry names, if that base is good."""
     if not last:
         return
     (data,) = entries.get([last])
@@ -146,7 +149,7 @@ def _get(place: Place, name: str) -> bytes | None:
 
 
 def fetch_index(url: str, place: Place, number: int, data: bytes) -> LogIndex:
-    """What an entry says."""
+    """Reads the index of an entry."""
     entry = parse_entry(data, url, number)
     name = index_name(entry.index)
     try:
@@ -160,6 +163,6 @@ def is_another(mirror: Mirror) -> DamagedRemoteError:
     return DamagedRemoteError(
         mirror.url,
         "the log",
-        "it is not the one that this store knows, as if the remote was made anew or put back from a backup "
+        "it is not the one that this store knows; perhaps the remote was made anew or restored from a backup "
         "('pear-store remote rm' and 'remote add' begin anew)",
     )

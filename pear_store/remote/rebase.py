@@ -1,13 +1,12 @@
-"""Makes a base of a remote's log: the entries since the last one become a run, and runs of like size are joined.
+"""Makes a base of a remote's log. Entries since the last base become a run, and runs of similar size are joined.
 
-So each byte of an index is written about as often as runs can be joined, and no run is larger than `MOST_JOINED_BYTES`
-because of it. Nobody waits for a base and nobody needs one: it is there when the next entry names it.
+So each byte of an index is written about as often as its run is joined. No run grows beyond `MOST_JOINED_BYTES` by
+being joined. A base is optional: it counts once an entry names it, and nobody waits for it.
 """
 
 import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -15,6 +14,7 @@ from itertools import groupby
 from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
 from pear_store.format.digest import Digest
 from pear_store.format.manifest import manifest_digests
+from pear_store.pools import ThreadPool
 from pear_store.remote.base import Kind, Root, Run, Shard, base_name, by_task, merged, shard_name
 from pear_store.remote.log import (
     MAX_ENTRY_BYTES,
@@ -34,25 +34,25 @@ from pear_store.remote.reading import AHEAD, fetch_index
 
 MOST_ENTRIES = 128
 MOST_BYTES = 2 << 20
-"""A base is due after so many entries, or so many bytes of their indexes: what a new store reads beside a base"""
+"""A base is due after so many entries, or so many bytes of their indexes. A new store reads these besides the base."""
 JOINED = 4
-"""Runs of like size that become one"""
+"""So many runs of similar size become one"""
 MOST_JOINED_BYTES = 64 << 20
 _RUN_BYTES = 8 << 20
-"""Of indexes, as they lie there, that become one run: what is held in memory"""
+"""The compressed bytes of indexes that become one run. So much is held in memory."""
 _SHARD_TEXT_BYTES = (48 << 10, 384 << 10)
-"""Of a shard's text, before it is compressed: smaller in a small run, where many shards are read for little"""
+"""The least and the most bytes of a shard's text, before compression. Small runs have small shards."""
 _SHARDS = 64
 _UNPACKED = 3
-"""Bytes of text for one that is compressed, about"""
+"""About how many bytes of text one compressed byte stands for"""
 Item = tuple[str, int, LogIndex]
-"""A name by which items are sorted, the run or entry, and what that says of the name"""
+"""A name, the number of a run or entry, and what that says of the name. Items are sorted by name and number."""
 Items = Callable[[Kind], Iterator[Item]]
-"""What a run or some entries say, by kind, sorted"""
+"""Returns the sorted items of a run, or of several entries, for a kind of shard"""
 
 
 def base_for_next_entry(mirror: Mirror, place: Place) -> BaseName | None:
-    """The base that the next entry names: the newest, or a new one if that is due.
+    """The base that the next entry should name: the newest, or a new one if that is due.
 
     Raises:
         PlaceError: the place cannot be read or written.
@@ -64,19 +64,19 @@ def base_for_next_entry(mirror: Mirror, place: Place) -> BaseName | None:
         return known
     root = None
     if known is not None and is_good:
-        with suppress(AbsentError, DamagedRemoteError):  # nobody can read it: all is made anew
+        with suppress(AbsentError, DamagedRemoteError):  # it cannot be read, so a whole new base is made
             root = fetch_root(place, mirror.url, known)
-    with suppress(AbsentError, DamagedRemoteError, ValueError):  # a base is a help, and a push is done without
+    with suppress(AbsentError, DamagedRemoteError, ValueError):  # a base only helps: the push goes on without it
         mirror.note_base(write_base(mirror, place, root))
     return mirror.base
 
 
 def write_base(mirror: Mirror, place: Place, root: Root | None = None) -> BaseName:
-    """Writes what the log says up to the entry that a mirror knows, on top of an earlier base, or from the first entry.
+    """Writes a base of the log up to the entry that a mirror knows: on top of an earlier base, or from the first entry.
 
     Raises:
-        AbsentError, DamagedRemoteError: what it is made of cannot be read.
-        ValueError: it is more than a reader would read.
+        AbsentError, DamagedRemoteError: entries or shards that it is made of cannot be read.
+        ValueError: it is too large for a reader.
         PlaceError: the place cannot be read or written.
     """
     head, known = mirror.head
@@ -95,14 +95,14 @@ def write_base(mirror: Mirror, place: Place, root: Root | None = None) -> BaseNa
     base = BaseName(head, hashlib.sha256(data).digest())
     place.put(base_name(base), data)
     needed = {shard.hash for run in runs for shard in run.all_shards}
-    with suppress(PlaceError):  # who may not delete leaves some bytes
-        for shard in sorted(writer.put - needed - given):  # of runs that were joined at once
+    with suppress(PlaceError):  # without permission to delete, some bytes stay
+        for shard in sorted(writer.put - needed - given):  # shards of new runs that were joined at once
             place.delete(shard_name(shard))
     return base
 
 
 def _joined(runs: list[Run]) -> int:
-    """How many of the last runs are to become one."""
+    """How many of the last runs should become one."""
     size_bytes = runs[-1].size_bytes
     count, total = 1, size_bytes
     while count < len(runs) and runs[-count - 1].size_bytes < 2 * size_bytes:
@@ -111,11 +111,14 @@ def _joined(runs: list[Run]) -> int:
 
 
 def _entries(mirror: Mirror, place: Place, number: int, previous: bytes | None) -> Iterator[tuple[int, Items, int]]:
-    """What entries after one say, in parts of bounded size; of each its last entry's number, and the bytes."""
+    """What the entries after `number` say, in parts of limited size.
+
+    Each part has the number of its last entry, its items, and the bytes of its indexes.
+    """
     head, known = mirror.head
     indexes: list[tuple[int, LogIndex]] = []
     size_bytes = 0
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPool(AHEAD) as pool:
         while number < head:
             numbers = range(number + 1, min(number + AHEAD, head) + 1)
             entries = list(pool.map(lambda one: place.get(entry_name(one), MAX_ENTRY_BYTES), numbers))
@@ -163,7 +166,7 @@ def _run_items(mirror: Mirror, place: Place, run: Run, kind: Kind) -> Iterator[I
 
 
 def _with_texts(says: LogIndex, index: LogIndex) -> LogIndex:
-    """What an index says of a task, with all that the index says of manifests and of places."""
+    """Adds an index's manifests and places to what it says of one task."""
     says.manifests, says.packs, says.shared = index.manifests, index.packs, index.shared
     return says
 
@@ -173,15 +176,15 @@ def _order(item: Item) -> tuple[str, int]:
 
 
 class _Writer:
-    """Writes runs."""
+    """Writes runs to a place."""
 
     def __init__(self, mirror: Mirror, place: Place) -> None:
         self._mirror, self._place = mirror, place
         self.put: set[bytes] = set()
-        """Shards"""
+        """The hashes of the shards that it has put"""
 
     def run(self, last: int, parts: Sequence[Items], text_bytes: int, is_first: bool) -> Run:
-        """One run of what several parts say, one after the other; before the first run there is nothing to drop."""
+        """Writes one run of what consecutive parts say. If it is the first run, no earlier run has packs to drop."""
         most = min(max(text_bytes // _SHARDS, _SHARD_TEXT_BYTES[0]), _SHARD_TEXT_BYTES[1])
         dropped = {pack for part in parts for _, _, says in part("drop") for pack in says.drop}
         earlier: list[tuple[str, LogIndex]] = []
@@ -198,7 +201,7 @@ class _Writer:
     def _packs(
         self, parts: Sequence[Items], dropped: set[bytes], earlier: list[tuple[str, LogIndex]], is_first: bool
     ) -> Iterator[tuple[str, LogIndex]]:
-        """Packs, and those that are dropped; which of them an earlier run may have goes to `earlier`."""
+        """Packs, and packs that are dropped. Dropped packs that an earlier run may have are added to `earlier`."""
         drops: Iterator[Item] = ((pack.hex(), 0, LogIndex()) for pack in sorted(dropped))
         for name, group in groupby(heapq.merge(*(part("packs") for part in parts), drops, key=_order), lambda i: i[0]):
             says = [one for _, _, one in group]
@@ -220,13 +223,13 @@ class _Writer:
             yield name, found
 
     def _add_texts(self, found: LogIndex, version: LoggedVersion, says: list[LogIndex], dropped: set[bytes]) -> None:
-        """Adds a version's manifest, and where its tensors lie."""
+        """Adds a version's manifest, and the places of its tensors."""
         text = next((one.manifests[version.manifest] for one in says if version.manifest in one.manifests), None)
         text = text or self._mirror.find_manifest(version.manifest)
         if text is None:
             raise DamagedRemoteError(self._mirror.url, f"version {version.task}@{version.number}", "it has no manifest")
         found.manifests[version.manifest] = text
-        with suppress(ValueError):  # what is no manifest is nobody's to pull
+        with suppress(ValueError):  # nobody can pull a version whose manifest is invalid
             for digest in manifest_digests(text):
                 self._add_place(found, digest, says, dropped)
 
@@ -242,7 +245,7 @@ class _Writer:
             found.shared.setdefault(pack, PackListing(file_bytes, {})).places[digest] = place
 
     def _shards(self, items: Iterator[tuple[str, LogIndex]], most: int) -> Iterator[Shard]:
-        """Puts what is said by name in shards of about so many bytes of text."""
+        """Puts items into shards of about `most` bytes of text."""
         index, first, text_bytes = LogIndex(), "", 0
         for name, says in items:
             size_bytes = _text_bytes(says)
@@ -272,7 +275,7 @@ class _Writer:
 
 
 def _text_bytes(says: LogIndex) -> int:
-    """About how much text that is."""
+    """About how many bytes of text an index has."""
     listings = [*says.packs.values(), *says.shared.values()]
     rows = len(says.versions) + len(says.removed) + len(says.tags) + len(says.highest) + len(says.drop) + len(listings)
     return 120 * rows + sum(map(len, says.manifests.values())) + 110 * sum(len(one.places) for one in listings)

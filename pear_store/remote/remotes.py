@@ -1,6 +1,6 @@
-"""The remotes that a store knows by name, and the verbs on them.
+"""The remotes that a store knows by name, and what can be done with them.
 
-remotes/NAME.json      what a user said: URL, options (never a secret), which tasks a pull takes
+remotes/NAME.json      what the user said: URL, options (never a secret), which tasks a pull takes
 remotes/NAME.mirror    what the remote's log says, see mirror.py
 """
 
@@ -45,9 +45,12 @@ _MOST_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote by name. `tasks` are patterns such as ``dtd*``: which tasks a pull takes that is given none.
+    """A remote that a store knows by name.
 
-    single_writer: a user says that this store alone writes there, so it is written where the probe fails, too.
+    Args:
+        options: options of the place. Never a secret.
+        tasks: patterns such as ``dtd*``. A pull that names no tasks takes those that match.
+        single_writer: the user says that only this store writes there. Then it is written even if the probe fails.
     """
 
     name: str
@@ -58,17 +61,18 @@ class Remote:
 
 
 def opened_place(remote: Remote) -> Place:
-    """The place of a remote, whose requests are tried again where that may help."""
+    """The place of a remote. Its requests are tried again if that may help."""
     place = Persistent(open_place(remote.url, remote.options))
     return SingleWriter(place) if remote.single_writer else place
 
 
 def init_remote(url: str, options: Mapping[str, str] | None = None, single_writer: bool = False) -> str:
-    """Makes an empty remote, or finds the one that is there; returns its id.
+    """Makes an empty remote, or finds the one that is there. Returns its id.
 
     Raises:
-        PlaceError: the place cannot be reached, or cannot be written by several (:func:`probe`) and shall be.
-        FormatError: another Pear wrote the remote that is there.
+        PlaceError: the place cannot be reached; or several stores cannot write to it (:func:`probe`), and
+            `single_writer` is not set.
+        FormatError: another version of Pear wrote the remote that is there.
     """
     check_options(options or {})
     url = checked_url(url)
@@ -86,11 +90,11 @@ def init_remote(url: str, options: Mapping[str, str] | None = None, single_write
 
 
 def add_remote(path: Path, remote: Remote) -> None:
-    """Has a store know a remote by a name.
+    """Adds a remote to those that a store knows.
 
     Raises:
         NotFoundError: there is no remote at its URL.
-        PearStoreError: the name is taken or no name.
+        PearStoreError: the name is taken, or no valid name.
     """
     if not REMOTE_NAME.fullmatch(remote.name):
         raise PearStoreError(f"remote {remote.name!r}: expected up to 32 of a-z, 0-9, '_' and '-'")
@@ -108,7 +112,7 @@ def add_remote(path: Path, remote: Remote) -> None:
             name = f"{remote.name}.json"
             if name in folder.names():
                 raise PearStoreError(
-                    f"remote {remote.name!r} is there; 'pear-store remote rm {remote.name}' forgets it"
+                    f"remote {remote.name!r} exists; use another name, or 'pear-store remote rm {remote.name}' first"
                 )
             written = f"{fresh_name()}.new"
             handle = folder.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -123,10 +127,10 @@ def add_remote(path: Path, remote: Remote) -> None:
 
 
 def remove_remote(path: Path, name: str) -> Remote:
-    """Has a store forget a remote; what lies there stays.
+    """Removes a remote from those that a store knows. Nothing at its URL is changed.
 
     Raises:
-        NotFoundError: it knows none of that name.
+        NotFoundError: the store knows no remote of that name.
     """
     remote = find_remote(path, name)
     try:
@@ -167,10 +171,10 @@ def _parse(path: Path, name: str, data: bytes) -> Remote:
 
 
 def find_remote(path: Path, name: str | None) -> Remote:
-    """A remote by its name; None: ``origin``, or the only one.
+    """A remote by its name. None: ``origin``, or the only one.
 
     Raises:
-        NotFoundError: there is none, or there are several.
+        NotFoundError: there is no such remote; or no name was given, and there are several.
     """
     known = {remote.name: remote for remote in remotes(path)}
     if name is None:
@@ -183,7 +187,7 @@ def find_remote(path: Path, name: str | None) -> Remote:
 
 @contextmanager
 def connected(opened: OpenStore, name: str | None) -> Iterator[tuple[Remote, Place, Mirror]]:
-    """A remote by its name, its place and what is known of it."""
+    """Connects to a remote, by its name. Gives the remote, its place, and what is known of it."""
     remote = find_remote(opened.path, name)
     check_options(remote.options)
     with closing(opened_place(remote)) as place:
@@ -208,7 +212,7 @@ def push(
     with connected(opened, name) as (remote, place, mirror):
         if remote.single_writer:
             warnings.warn(
-                f"{remote.url}: kept for this store alone; what another store pushes there meanwhile may be lost",
+                f"{remote.url}: only this store may push there (--single-writer); what others push may be lost",
                 stacklevel=2,
             )
         return pushing.push(opened, place, mirror, set(tasks) or None, progress)
@@ -237,7 +241,7 @@ def status(opened: OpenStore, name: str | None = None) -> Changes:
 
 
 def stats(opened: OpenStore, name: str | None = None) -> dict[str, str | int]:
-    """What a remote holds: entries, tasks that have a version, versions, packs and their bytes."""
+    """What a remote holds: its name and URL, and how many entries, tasks, versions, packs and bytes of packs."""
     with connected(opened, name) as (remote, place, mirror):
         read_on(mirror, place)
         return {"name": remote.name, "url": remote.url, "entries": mirror.head[0], **mirror.counts()}
@@ -246,27 +250,29 @@ def stats(opened: OpenStore, name: str | None = None) -> dict[str, str | int]:
 def clone_store(
     path: Path, remote: Remote, progress: pulling.Progress = lambda done, all_, moved_bytes: None
 ) -> pulling.Pulled:
-    """Makes a store of what a remote holds, or goes on with one that was cut off.
+    """Makes a store of what a remote holds. Goes on with a clone that was interrupted.
 
     Raises:
         FormatError: the directory holds something else.
-        PearStoreError: it is a store that has another remote of that name.
+        PearStoreError: it holds a store that is no clone, or a clone of another remote.
     """
     url = checked_url(remote.url)
     if not is_store(path):
-        with closing(Persistent(open_place(url, remote.options))) as place:  # first: no store is made in vain
+        with closing(Persistent(open_place(url, remote.options))) as place:
             try:
                 parse_settings(place.get(SETTINGS_NAME, MAX_ENTRY_BYTES), place.url)
             except AbsentError:
-                raise NotFoundError(f"{url}: no remote there") from None
+                raise NotFoundError(f"{url}: no remote there; check the URL") from None
         make_store(path)
     known = {one.name: one for one in remotes(path)}
     if remote.name not in known:
         with closing(OpenStore(path)) as opened:
             if held(opened).highest:
-                raise PearStoreError(f"{path}: a store that is no clone; 'remote add' and 'pull' take a remote's tasks")
+                raise PearStoreError(
+                    f"{path}: found a store that is no clone; choose another directory, or 'remote add' and 'pull'"
+                )
         add_remote(path, remote)
     elif known[remote.name].url != url:
-        raise PearStoreError(f"{path}: a clone of {known[remote.name].url}; choose another directory")
+        raise PearStoreError(f"{path}: found a clone of {known[remote.name].url}; choose another directory")
     with closing(OpenStore(path)) as opened:
         return pull(opened, remote.name, (), progress)

@@ -1,4 +1,4 @@
-"""A state that any process may make begin anew while others ask it: they wait until it is as it was."""
+"""A state that any process may reset while others ask it. They wait until the log is read as far as before."""
 
 import sqlite3
 from collections.abc import Callable
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class RenewedState(LogTables):
-    """What is noted of how far the log was read."""
+    """Notes how far the log was read."""
 
     _place: Place | None = None
     _read_again: Callable[[], None]
     _is_catching_up = False
 
     def attach(self, place: Place, read_again: Callable[[], None]) -> None:
-        """Says where shards are read from, and what reads the log anew when a base is no good."""
+        """Sets the place from which shards are read, and the function that reads the log again if a base is bad."""
         self._place, self._read_again = place, read_again
 
     def _note(self, key: str, value: bytes | None) -> None:
@@ -33,7 +33,7 @@ class RenewedState(LogTables):
         return None if row is None else bytes(row[0])
 
     def _catch_up(self) -> None:
-        """Reads the log on where a process has forgotten what it says: until then nothing here answers a question."""
+        """Reads the log if a process has forgotten it. No question is answered before that."""
         if self._is_catching_up or self._place is None or self._db.in_transaction:
             return
         while self._known("until") is not None and not self.note_read(self.times_begun):
@@ -44,15 +44,15 @@ class RenewedState(LogTables):
                 self._is_catching_up = False
 
     def note_read(self, times: bytes | None) -> bool | None:
-        """Notes that the log was read, if it was read as far as before.
+        """Notes that the log was read, if that was as far as before it was forgotten.
 
         Args:
-            times: `times_begun` as it was before the log was read to its end.
+            times: `times_begun` from before the log was read to its end.
 
         Returns:
-            Whether it was. None: another process has begun anew meanwhile.
+            whether it was as far as before. None: another process has forgotten the log meanwhile.
         """
-        if self._known("until") is None and self.times_begun == times:  # without a lock, as nearly always
+        if self._known("until") is None and self.times_begun == times:  # the usual case, which needs no lock
             return True
         with self._transaction():
             if self.times_begun != times:
@@ -65,7 +65,7 @@ class RenewedState(LogTables):
 
     @property
     def times_begun(self) -> bytes | None:
-        """How often a process has forgotten what the log says."""
+        """How often processes have forgotten what the log says."""
         return self._known("times begun")
 
     def _times_begun(self) -> bytes | None:
@@ -73,7 +73,7 @@ class RenewedState(LogTables):
         return self.times_begun
 
     def stable(self, ask: Callable[[], T]) -> T:
-        """What `ask` finds while no process makes this mirror begin anew. It is asked again until that is so."""
+        """What `ask` finds. If another process resets this mirror meanwhile, `ask` is called again."""
         while True:
             before = self._times_begun()
             try:

@@ -1,7 +1,6 @@
-"""Mends a remote: its log from copies of it, and its packs from good copies of their tensors."""
+"""Repairs a remote: its log from copies of the log, and its packs from good copies of their tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pear_store.errors import DamagedRemoteError
@@ -9,6 +8,7 @@ from pear_store.format.digest import Digest, RawTensor
 from pear_store.local.log import Operation
 from pear_store.local.opened import OpenStore
 from pear_store.local.sync import good_tensors_in
+from pear_store.pools import ThreadPool
 from pear_store.remote.commit import Committer, prepare
 from pear_store.remote.log import LogIndex
 from pear_store.remote.logcheck import LogFault, check_log
@@ -30,7 +30,7 @@ from pear_store.remote.verify import (
 from pear_store.remote.whole import WholeMirror, whole_mirror
 
 _MOST_TENSORS = 40_000
-"""Of one entry"""
+"""The most tensors that one entry brings"""
 
 
 @dataclass
@@ -38,11 +38,11 @@ class RemoteRepaired:
     """What a repair of a remote mended, and what it found no good copy of."""
 
     restored: list[str] = field(default_factory=list)
-    """Objects of the log that were put back"""
+    """Objects of the log that were restored"""
     dropped: list[str] = field(default_factory=list)
-    """Damaged packs: what versions need of them is in new packs"""
+    """Damaged packs that were dropped. What versions need of them is in new packs."""
     healed: int = 0
-    """Tensors that no pack had a good copy of, and one has now"""
+    """Tensors that no pack had a good copy of before"""
     sent_bytes: int = 0
     missing: list[Fault] = field(default_factory=list)
     entries: int = 0
@@ -58,7 +58,7 @@ def repair(
     """See :meth:`pear_store.Store.remote_repair`.
 
     Args:
-        stores: where good copies of tensors are.
+        stores: stores that may have good copies of tensors.
         copies: what other stores know of the remote's log.
     """
     with Operation(__name__, "remote repair", place.url) as operation, whole_mirror(mirror.url) as whole:
@@ -84,8 +84,11 @@ def repair(
 
 
 def _restore(place: Place, log: Iterable[LogFault]) -> Iterator[str]:
-    """Puts objects of the log back as they were. One that is gone is created, as a name of the log may be taken by
-    somebody else now; one that is there and damaged is written over, for nobody else can take its name."""
+    """Restores objects of the log, and gives their names.
+
+    A missing object is created, because another store may have taken its name meanwhile. A damaged object is replaced,
+    because nobody else can take its name.
+    """
     for fault in log:
         if not fault.good:
             continue
@@ -100,8 +103,10 @@ def _restore(place: Place, log: Iterable[LogFault]) -> Iterator[str]:
 def _mend(
     place: Place, whole: WholeMirror, findings: Findings, stores: Sequence[OpenStore], result: RemoteRepaired
 ) -> None:
-    """Appends an entry that drops bad packs and names the new ones that have what versions need of them. A pack stays
-    if something of it has no good copy anywhere."""
+    """Appends an entry that drops bad packs, and names new packs with what versions need of them.
+
+    A bad pack stays if a tensor of it has no good copy anywhere.
+    """
 
     def elsewhere(digests: Collection[Digest]) -> dict[Digest, RawTensor]:
         found: dict[Digest, RawTensor] = {}
@@ -110,7 +115,7 @@ def _mend(
         return found
 
     committer = Committer(place, whole)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for packs in _batches(whole, findings.packs):
             for store in stores:
                 store.release_pages()
@@ -125,12 +130,12 @@ def _mend(
                 mended = {one.pack: {d for d, _ in whole.tensors_of(one.pack, only_needed=True)} for one in left}
                 mended = {pack: needed for pack, needed in mended.items() if not needed & unhealed}
                 if missing := rewriter.cover(sorted((lost - unhealed).union(*mended.values()))):
-                    hopeless |= missing  # it was there a moment ago
+                    hopeless |= missing  # their good copies were there a moment ago
                     continue
                 index = LogIndex(packs=dict(rewriter.packs), drop=sorted(mended))
                 if not index:
                     read_on(whole, place)
-                    if whole.head == head:  # else a gc may have moved what was not found
+                    if whole.head == head:  # else a gc may have moved tensors that were not found
                         break
                     hopeless.clear()
                     continue
@@ -146,7 +151,7 @@ def _mend(
 
 
 def _batches(whole: WholeMirror, packs: list[BadPack]) -> Iterator[list[BadPack]]:
-    """Bad packs in runs of what one entry takes; one that is empty, if only tensors are missing that no pack has."""
+    """Groups bad packs by what one entry takes. There is always a last group: it also mends tensors in no pack."""
     batch: list[BadPack] = []
     size = 0
     for one in packs:

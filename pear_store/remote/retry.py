@@ -1,4 +1,4 @@
-"""Tries again what may work the next time; which errors those are, answers.py says."""
+"""Tries requests again if that may help. answers.py says after which errors it may."""
 
 import random
 import threading
@@ -11,19 +11,19 @@ from pear_store.remote.place import Place, Range
 
 T = TypeVar("T")
 TRIES = 10
-"""With the waits between them they last about 15 seconds: longer than a server takes to start again"""
+"""With the waits between them, the tries last about 15 seconds. A server restarts in less."""
 _FIRST_TRIES = 4
-"""Before a place has answered once: its name may be wrong"""
+"""Tries until a place has answered once: its name may be wrong"""
 _LONGEST_WAIT_S = 8.0
 
 
 def wait(attempt: int, ended: threading.Event | None = None) -> None:
-    """Sleeps longer from try to try, each time by chance: of many that were refused at once, few come back at once."""
+    """Sleeps for a random time that grows with each try, so that refused clients do not all return at once."""
     (ended or threading.Event()).wait(random.random() * min(_LONGEST_WAIT_S, 0.1 * 2**attempt))
 
 
 def retried(act: Callable[[], T], tries: Callable[[], int] = lambda: TRIES, ended: threading.Event | None = None) -> T:
-    """What `act` returns; it is called again after errors that another try may help."""
+    """What `act` returns. It is called again after errors for which another try may help."""
     for attempt in count(1):
         try:
             return act()
@@ -35,7 +35,7 @@ def retried(act: Callable[[], T], tries: Callable[[], int] = lambda: TRIES, ende
 
 
 class Persistent(Place):
-    """A place whose requests are tried again, but for `create`: after an error of that one, who asked has to look."""
+    """A place whose requests are tried again, except `create`: after its errors, the caller must look what is there."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

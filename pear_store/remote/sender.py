@@ -1,34 +1,35 @@
-"""Packs under way to a remote: some are sent while the next ones are made."""
+"""Sends packs to a remote, while the next ones are made."""
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 
 from pear_store.format.digest import Digest, RawTensor
+from pear_store.pools import ThreadPool
 from pear_store.remote.commit import lay_out_pack
 from pear_store.remote.log import PackListing, pack_name
 from pear_store.remote.place import Place
 
 SENDERS = 4
-"""Packs that are sent at once"""
+"""How many packs are sent at once"""
 MOST_BYTES = 64 << 20
-"""Tensor bytes under way; a pack that has more is sent alone"""
+"""The most tensor bytes under way. A pack that has more is sent alone."""
 
 
 class PackUnderWay:
-    """A pack that is laid out and then sent: what it holds is known before it has arrived."""
+    """A pack that is laid out and then sent. Its contents are known before it has arrived."""
 
     def __init__(self) -> None:
         self._laid_out: Future[tuple[bytes, PackListing]] = Future()
         self._arrived: Future[None] = Future()
 
     def known(self) -> tuple[bytes, PackListing]:
-        """Its hash, and what lies where in it, once it is laid out. Raises what kept it from that."""
+        """Waits until it is laid out. Returns its hash and the places of its tensors, or raises the error."""
         return self._laid_out.result()
 
     def await_arrival(self) -> None:
-        """Raises what kept it from being sent."""
+        """Waits until it has arrived. Raises the error if it cannot be sent."""
         self._arrived.result()
 
     def lay_out(self, tensors: Mapping[Digest, RawTensor]) -> tuple[str, bytes]:
@@ -38,7 +39,7 @@ class PackUnderWay:
         return pack_name(pack), data
 
     def end(self, error: BaseException | None = None) -> None:
-        """It has arrived, or will not."""
+        """Notes that it has arrived, or the error that kept it from that."""
         for future in (self._laid_out, self._arrived):
             if error is not None and not future.done():
                 future.set_exception(error)
@@ -47,17 +48,18 @@ class PackUnderWay:
 
 
 class PackSender:
-    """Sends packs in threads of its own. Its context ends when none is under way any more.
+    """Sends packs in threads of its own. The end of its context waits until none is under way.
 
-    No entry names a pack before it was sent. So a pack under way when a push ends is an orphan: gc deletes it.
+    No entry names a pack before it was sent. So if a push is interrupted, packs under way become orphans, which gc
+    deletes.
 
     Args:
-        release: is called when a pack's tensors are not needed any more, in whatever thread.
+        release: called when a pack's tensors are not needed any more, in any thread.
     """
 
     def __init__(self, place: Place, release: Callable[[], None]) -> None:
         self._place, self._release = place, release
-        self._pool = ThreadPoolExecutor(SENDERS, "pear-sender")
+        self._pool = ThreadPool(SENDERS, "pear-sender")
         self._changed = threading.Condition()
         self._bytes_under_way = 0
         self._problem: BaseException | None = None
@@ -70,10 +72,10 @@ class PackSender:
         self._pool.shutdown(cancel_futures=True)
 
     def send(self, tensors: Mapping[Digest, RawTensor]) -> PackUnderWay:
-        """Begins to send tensors in a new pack, once there is room for it in memory.
+        """Begins to send tensors in a new pack. First waits until there is room for it in memory.
 
         Raises:
-            PlaceError, DiskFullError, AccessError: a pack before it could not be sent.
+            PlaceError, DiskFullError, AccessError: an earlier pack could not be sent.
         """
         size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
         with self._changed:
@@ -96,7 +98,7 @@ class PackSender:
             self._release()
             self._place.put(name, data)
             sent_bytes = len(data)
-        except BaseException as error:  # whoever waits for the pack is told
+        except BaseException as error:  # those who wait for the pack get it
             problem = error
         with self._changed:
             self._bytes_under_way -= size_bytes

@@ -1,4 +1,4 @@
-"""A place on an SSH server, by SFTP. Through paramiko (extra `remote`)."""
+"""A place on an SSH server, by SFTP. Uses paramiko (extra `remote`)."""
 
 import stat
 import threading
@@ -19,14 +19,15 @@ _OPTIONS = ("key_file", "known_hosts")
 
 
 class SftpPlace(Place):
-    """An object is a file. It is written in tmp/, synced, and then renamed by SFTP's own rename, which fails where the
-    name is taken (not by OpenSSH's posix-rename, which replaces).
+    """Objects are files. `create` writes a file in tmp/, syncs it, and renames it by SFTP's own rename.
 
-    The server's key must be known (~/.ssh/known_hosts). Who logs in is settled by the agent, the keys and the
-    configuration in ~/.ssh. One connection, one request at a time; reads are sent ahead.
+    That rename fails if the name is taken; OpenSSH's posix-rename would replace the file.
+
+    The server's key must be in ~/.ssh/known_hosts. The user logs in by the agent, and by keys and configuration in
+    ~/.ssh. There is one connection, and one request at a time. Reads are requested ahead.
 
     Args:
-        options: ``key_file``, ``known_hosts``: paths of files.
+        options: ``key_file`` and ``known_hosts``, paths of files.
     """
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
@@ -91,29 +92,32 @@ class SftpPlace(Place):
             except FileNotFoundError:
                 problem: PearStoreError = AbsentError(self.url, name)
             except PermissionError:
-                problem = PlaceError(self.url, f"{name}: access is denied; see which rights the user has there")
+                problem = PlaceError(self.url, f"{name}: access is denied; check which rights the user has there")
             except (OSError, EOFError, self._paramiko.SSHException) as error:
                 self._close()
                 problem = failure(self.url, name, f"{type(error).__name__}: {error}")
         raise problem
 
     def _opened(self) -> Any:
-        """A connection; an error at this is not one of an object."""
+        """Connects. Errors name the connection, not an object."""
         paramiko = self._paramiko
         try:
             return self._connect()
         except paramiko.BadHostKeyException:
-            problem = "the server's key is another one than in known_hosts; it may not be the server that you know"
+            problem = (
+                "the server's key differs from the one in known_hosts; it may not be the server that you know: ask its "
+                "administrator"
+            )
         except paramiko.AuthenticationException as error:
-            if "shut down" in str(error) or "timeout" in str(error):  # the connection's fault, and no key's
+            if "shut down" in str(error) or "timeout" in str(error):  # the connection is at fault, not a key
                 raise
-            problem = "the server accepts none of the keys at hand; see the user's name, 'ssh-add', the option key_file"
+            problem = "the server accepts no key of this user; check the user's name, 'ssh-add' and key_file"
         except (FileNotFoundError, PermissionError, ValueError) as error:
-            problem = f"{getattr(error, 'filename', None) or 'a file of keys'} cannot be read"
+            problem = f"{getattr(error, 'filename', None) or 'a file of keys'} cannot be read; check the options"
         except paramiko.SSHException as error:
             if "not found in known_hosts" not in str(error):
                 raise
-            problem = "the server's key is not in known_hosts; 'ssh' to it once, and compare what it shows"
+            problem = "the server's key is not in known_hosts; 'ssh' to it once, and check the key that it shows"
         self._close()
         raise PlaceError(self.url, problem)
 
@@ -152,7 +156,10 @@ class SftpPlace(Place):
         return self._do(name, act)
 
     def _ask_quietly(self, file: Any) -> None:
-        """paramiko asks ahead in a thread, which prints a traceback if the connection is lost; who reads says that."""
+        """Silences the thread in which paramiko reads ahead.
+
+        It prints a traceback if the connection is lost. The reader raises that error anyway.
+        """
         ask = file._prefetch_thread
 
         def asked(*args: Any) -> None:
@@ -177,7 +184,7 @@ class SftpPlace(Place):
             except OSError:
                 with suppress(OSError):
                     sftp.remove(written)
-                sftp.stat(self._path(name))  # it is there, or else that is the error
+                sftp.stat(self._path(name))  # raises if the name is not taken: then the rename failed otherwise
                 return False
 
         return self._do(name, act)
@@ -194,13 +201,13 @@ class SftpPlace(Place):
                 file.write(data)
                 file.flush()
                 file.set_pipelined(False)
-                with suppress(OSError):  # a server may not offer it
+                with suppress(OSError):  # not every server has it
                     sftp._request(self._paramiko.sftp.CMD_EXTENDED, "fsync@openssh.com", file.handle)
             if sftp.stat(written).st_size != len(data):
                 raise OSError("what was written arrived only in part")
         except (OSError, self._paramiko.SSHException):
             with suppress(OSError, EOFError, self._paramiko.SSHException):
-                is_full = self._free_bytes(sftp) < len(data)  # SFTP has no word for it
+                is_full = self._free_bytes(sftp) < len(data)  # SFTP has no error for a full disk
                 sftp.remove(written)
                 if is_full:
                     raise DiskFullError(self.url) from None
@@ -208,7 +215,7 @@ class SftpPlace(Place):
         return written
 
     def _free_bytes(self, sftp: Any) -> int:
-        """Of the server's file system, for this user; an OSError where the server does not say."""
+        """The bytes that are free for this user on the server. Raises an OSError if the server does not say."""
         _, answer = sftp._request(self._paramiko.sftp.CMD_EXTENDED, "statvfs@openssh.com", self._root)
         _, fragment_bytes, _, _, available = (answer.get_int64() for _ in range(5))
         return int(fragment_bytes * available)
@@ -221,7 +228,7 @@ class SftpPlace(Place):
             try:
                 sftp.mkdir(path)
             except OSError:
-                if not _is_there(sftp, path):  # else another was first
+                if not _is_there(sftp, path):  # else another store has made it
                     raise
         self._made.add(folder)
 

@@ -1,4 +1,4 @@
-"""A place that only one store writes to."""
+"""A place to which only one store writes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,8 +7,10 @@ from pear_store.remote.place import Place, Range
 
 
 class SingleWriter(Place):
-    """A place that cannot refuse a name that is there: `create` looks first. Of two stores that write at the same time
-    one loses what it pushed, so a user has to say that there is one."""
+    """A place that would replace an existing object: `create` looks first.
+
+    If two stores wrote at the same time, one would lose what it pushed. So the user must say that there is only one.
+    """
 
     def __init__(self, place: Place) -> None:
         self._place = place

@@ -1,7 +1,7 @@
-"""What a remote's log says, up to some entry: versions, tags, names, and where tensors lie.
+"""Answers questions about a remote's log, up to some entry: versions, tags, names, and places of tensors.
 
-Of a remote that has a base, a mirror holds only what was asked for. Each question here first has the rest of its answer
-read, so a state answers as if it held all.
+If the remote has a base, a mirror only holds the parts that were asked for. Each question here first reads the missing
+parts of its answer, so a state answers as if it held all.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from pear_store.remote.log import MAX_INDEX_BYTES, LoggedVersion
 Numbered = tuple[str, int]
 LoggedAndRemoved = tuple[LoggedVersion, bool]
 Places = dict[Digest, list[tuple[bytes, TensorPlace]]]
-"""Where tensors lie: packs, and places in them"""
+"""For each tensor: the packs that have it, and its place in each"""
 _PART = 500
-"""Names in one query"""
+"""How many names one query takes"""
 
 
 def _parts(tasks: Collection[str]) -> Iterator[list[str]]:
@@ -41,23 +41,23 @@ def _folded(tasks: Collection[str]) -> list[str]:
 
 
 class LogState:
-    """Questions to a mirror's tables, for one thread."""
+    """Answers questions from a mirror's tables. For one thread."""
 
     _db: sqlite3.Connection
 
     def _need(self, kind: Kind, low: str, high: str | None = None) -> None:
-        """Has what a base says from one name to another be read, or of one name."""
+        """Reads what the base says of the names from `low` to `high`, or of one name."""
         raise NotImplementedError
 
     def _need_task(self, task: str) -> None:
         self._need("tasks", task.casefold())
 
     def need_all(self, kind: Kind | None = None) -> None:
-        """Has all be read, or all of a kind; and what is dropped in any case."""
+        """Reads all of the base, or all of a kind and all drops."""
         raise NotImplementedError
 
     def spelling(self, task: str) -> str | None:
-        """A task's name as the remote has it, under any case."""
+        """A task's name as the remote spells it. It may be given in any case."""
         self._need_task(task)
         row = self._db.execute("SELECT task FROM names WHERE folded = ?", (task.casefold(),)).fetchone()
         return None if row is None else str(row[0])
@@ -68,7 +68,7 @@ class LogState:
         return 0 if row is None else int(row[0])
 
     def tasks(self, patterns: Collection[str] = ("*",)) -> list[str]:
-        """All that ever had a version, or those whose names match a pattern; what no pattern can match is not read."""
+        """The tasks whose names match a pattern, if they ever had a version. Only what can match is read."""
         found: set[str] = set()
         for pattern in patterns:
             low = re.split(r"[*?\[]", pattern, maxsplit=1)[0].casefold()
@@ -85,7 +85,7 @@ class LogState:
         return None if row is None else (LoggedVersion(task, number, row[0], bytes(row[1])), bool(row[2]))
 
     def of_tasks(self, tasks: Collection[str]) -> tuple[dict[str, tuple[str, int]], dict[Numbered, LoggedAndRemoved]]:
-        """Of many tasks: spellings and highest numbers by case-folded names, and versions as :meth:`version`."""
+        """For many tasks: spelling and highest number, by case-folded name; and versions, as :meth:`version`."""
         names: dict[str, tuple[str, int]] = {}
         versions: dict[Numbered, LoggedAndRemoved] = {}
         self.need_tasks(tasks)
@@ -99,7 +99,7 @@ class LogState:
         return names, versions
 
     def need_tasks(self, tasks: Collection[str]) -> None:
-        """Has all that is said of tasks be read, together."""
+        """Reads all that the base says of these tasks, at once."""
         raise NotImplementedError
 
     def has_version(self, task: str, number: int) -> bool:
@@ -113,7 +113,7 @@ class LogState:
         return [LoggedVersion(task, n, time, bytes(key)) for n, time, key in self._db.execute(query, (task,))]
 
     def known_versions(self) -> list[Numbered]:
-        """Those that were read so far, and not removed: nothing more is read."""
+        """Versions that were read so far and not removed. Nothing more is read."""
         return [(task, n) for task, n in self._db.execute("SELECT task, number FROM versions WHERE NOT removed")]
 
     def removed(self) -> Iterator[LoggedVersion]:
@@ -127,7 +127,7 @@ class LogState:
         return None if row is None else int(row[0])
 
     def tags(self, tasks: Collection[str] | None = None) -> dict[tuple[str, str], int]:
-        """All tags and what they stand for, or those of some tasks."""
+        """All tags and the versions that they name; or those of some tasks."""
         if tasks is None:
             self.need_all("tasks")
             return {(task, tag): number for task, tag, number in self._db.execute("SELECT * FROM tags")}
@@ -144,7 +144,7 @@ class LogState:
         return [row[0] for row in self._db.execute(query, (task, number))]
 
     def manifest(self, key: bytes) -> bytes:
-        """A manifest's text; the log was refused if it had none."""
+        """A manifest's text. It is there, because a log without it is refused."""
         row = self._db.execute("SELECT text FROM manifests WHERE manifest = ?", (key,)).fetchone()
         if row is None:
             raise sqlite3.DatabaseError("a manifest is gone")
@@ -155,7 +155,7 @@ class LogState:
         return found
 
     def manifest_of(self, version: LoggedVersion) -> bytes | None:
-        """The text of a version's manifest, which is read anew where it was forgotten; None: the version is gone."""
+        """The text of a version's manifest. It is read again if it was forgotten. None: the version was removed."""
         self._need_task(version.task)
         if (text := self.find_manifest(version.manifest)) is None and self.has_version(version.task, version.number):
             raise sqlite3.DatabaseError("a manifest is gone")
@@ -167,11 +167,11 @@ class LogState:
         return None if row is None else self.manifest(key)
 
     def knows(self, digest: Digest) -> bool:
-        """Whether a pack that was not dropped has a tensor, as far as packs are known: a no may be wrong."""
+        """Whether a known pack that was not dropped has a tensor. If not, an unknown pack may have it."""
         return bool(self.known_of([digest]))
 
     def known_of(self, digests: Collection[Digest]) -> set[Digest]:
-        """Of many tensors those that :meth:`knows` of."""
+        """The tensors that :meth:`knows` of."""
         self._need("drop", "", END)
         return {digest for digest, places in self._places(digests).items() if places}
 
@@ -180,11 +180,11 @@ class LogState:
         return bool(self.places(digest))
 
     def places(self, digest: Digest) -> list[tuple[bytes, TensorPlace]]:
-        """Where a tensor lies: packs, and places in them. There may be others before all packs are known."""
+        """The packs that have a tensor, and its place in each. Packs that are not known yet may have it, too."""
         return self.places_of([digest])[digest]
 
     def places_of(self, digests: Collection[Digest]) -> Places:
-        """Of many tensors what :meth:`places` says."""
+        """The :meth:`places` of many tensors."""
         self._need("drop", "", END)
         found = self._places(digests)
         if not all(found.values()):
@@ -223,12 +223,12 @@ class LogState:
         return self._db.execute("SELECT 1 FROM strays WHERE name = ?", (name,)).fetchone() is not None
 
     def copy(self, name: str) -> bytes:
-        """An entry or an index as it was read, by its object's name; b"": it is not known."""
+        """The bytes of an entry or an index as they were read, by the object's name. b"": they are not known."""
         row = self._db.execute("SELECT data FROM copies WHERE name = ?", (name,)).fetchone()
         return b"" if row is None else bytes(row[0])
 
     def counts(self) -> dict[str, int]:
-        """Of what is there now."""
+        """How many tasks, versions, packs and bytes of packs there are now."""
         self.need_all()
         tasks, versions = self._db.execute(
             "SELECT count(DISTINCT task), count(*) FROM versions WHERE NOT removed"

@@ -1,4 +1,4 @@
-"""The tables of a mirror, and how what the log says is entered in them."""
+"""The tables of a mirror. Enters in them what the log says."""
 
 import json
 import sqlite3
@@ -33,8 +33,8 @@ CREATE TABLE shards (kind TEXT, run INT, first TEXT, shard BLOB, size_bytes INT,
 CREATE TABLE news (folded TEXT, number INT, says TEXT, PRIMARY KEY (folded, number)) WITHOUT ROWID;
 CREATE TABLE sizes (number INT PRIMARY KEY, index_bytes INT);
 """
-"""What version 1 had not"""
-ADDED = (  # since; an older mirror lacks what entries said that it read before
+"""What version 2 adds to version 1"""
+ADDED = (  # added later; an older mirror has no rows here for entries that it had read before
     "CREATE TABLE IF NOT EXISTS strays (name TEXT PRIMARY KEY) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS copies (name TEXT PRIMARY KEY, data BLOB)",
 )
@@ -42,7 +42,7 @@ OF_THE_LOG = ("packs", "tensors", "manifests", "versions", "names", "tags", "sha
 
 
 class LogTables(LogState):
-    """A state that is written to, for one thread."""
+    """A state that can be written. For one thread."""
 
     url: str
 
@@ -58,12 +58,12 @@ class LogTables(LogState):
             raise
 
     def _enter_packs(self, number: int, index: LogIndex) -> None:
-        """Enters packs and manifests; those that the base has, too, are only missed where they are not read yet."""
+        """Enters packs and manifests. A pack that the base has, too, is noticed only if that part of it is read."""
         db = self._db
         for pack, listing in index.packs.items():
             if db.execute("SELECT 1 FROM packs WHERE pack = ? AND (whole OR dropped)", (pack,)).fetchone():
                 raise self._broken(number, f"pack {pack.hex()} was there before")
-            if db.execute("SELECT 1 FROM packs WHERE pack = ?", (pack,)).fetchone():  # known in part, by hearsay
+            if db.execute("SELECT 1 FROM packs WHERE pack = ?", (pack,)).fetchone():  # only named by `shared` so far
                 db.execute("DELETE FROM tensors WHERE pack = ?", (pack,))
             db.execute("INSERT OR REPLACE INTO packs VALUES (?, ?, 0, 1)", (pack, listing.file_bytes))
             self._enter_places(pack, listing)
@@ -80,7 +80,7 @@ class LogTables(LogState):
         )
 
     def _enter_shared(self, packs: Mapping[bytes, PackListing]) -> None:
-        """Enters what is said of packs that are not known whole; it is not believed of others."""
+        """Enters hints about packs that are not known whole. Hints about other packs are ignored."""
         for pack, listing in packs.items():
             row = self._db.execute("SELECT whole, dropped FROM packs WHERE pack = ?", (pack,)).fetchone()
             if row is None:
@@ -102,7 +102,7 @@ class LogTables(LogState):
             self._db.execute("INSERT OR IGNORE INTO strays VALUES (?)", (name,))
 
     def _enter_task(self, number: int, says: LogIndex, is_run: bool = False) -> None:
-        """Enters what an entry, or a run of them, says of one task; of what a run removes, no manifest is needed."""
+        """Enters what an entry, or a run, says of one task. Versions that a run removes need no manifest."""
         db = self._db
         for version in says.versions:
             self._enter_name(number, version.task, version.number)

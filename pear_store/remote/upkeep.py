@@ -61,7 +61,8 @@ def repair(
 
 @contextmanager
 def _mirrors_of(store: OpenStore, known: Mirror) -> Iterator[list[Mirror]]:
-    """What another store knows of the same remote."""
+    """The mirrors in which another store knows the same remote."""
+
     with ExitStack() as stack:
         found = []
         with suppress(PearStoreError, OSError):

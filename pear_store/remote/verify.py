@@ -1,9 +1,9 @@
-"""Checks a remote: its log, every pack, every tensor; and names the versions that each fault hits."""
+"""Checks a remote: its log, every pack, every tensor. Names the versions that each fault hits."""
 
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pear_store.errors import AbsentError, DamagedError, PearStoreError
@@ -11,6 +11,7 @@ from pear_store.format.container import Place as TensorPlace
 from pear_store.format.digest import Digest, begin_digest, from_digest
 from pear_store.local.log import Operation
 from pear_store.local.sync import Numbered
+from pear_store.pools import ThreadPool
 from pear_store.remote.log import pack_name
 from pear_store.remote.logcheck import LogFault, check_log
 from pear_store.remote.mirror import Mirror
@@ -21,14 +22,20 @@ from pear_store.remote.rewrite import Rewriter
 from pear_store.remote.whole import WholeMirror, whole_mirror
 
 _CHUNK_BYTES = 4 << 20
-"""What is read at once of a pack; of READERS packs at a time"""
+"""How many bytes of a pack are read at once. READERS packs are read at the same time."""
 Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and all of it"""
+"""Called with the name of a step, how much of it is done, and all of it"""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An object or a tensor that is not what the log says, and the versions that cannot be read for it."""
+    """An object or a tensor that is damaged or missing.
+
+    Args:
+        what: the object's name, or the tensor.
+        problem: what is wrong with it.
+        versions: the versions that cannot be read because of it: task and number.
+    """
 
     what: str
     problem: str
@@ -36,12 +43,21 @@ class Fault:
 
     @property
     def tasks(self) -> list[str]:
+        """The tasks of these versions."""
         return sorted({task for task, _ in self.versions})
 
 
 @dataclass
 class RemoteReport:
-    """What a verify of a remote found. Bytes are those of the packs read."""
+    """What a verify of a remote found.
+
+    Args:
+        entries: log entries.
+        packs: packs that were read.
+        tensors: tensors in these packs.
+        bytes: bytes of these packs.
+        faults: what is wrong.
+    """
 
     entries: int = 0
     packs: int = 0
@@ -56,7 +72,7 @@ class RemoteReport:
 
 @dataclass
 class BadPack:
-    """A pack that is not what the log says."""
+    """A pack that is damaged or missing."""
 
     pack: bytes
     problem: str
@@ -83,7 +99,7 @@ def verify(
     """See :meth:`pear_store.Store.remote_verify`.
 
     Args:
-        mirror: what the store knows of the remote; the log is held against it.
+        mirror: what the store knows of the remote. The log is compared with it.
     """
     part, parts = subset
     if not 1 <= part <= parts:
@@ -93,7 +109,7 @@ def verify(
         log = check_log(place, mirror, whole)
         report, findings = look(place, whole, subset, progress)
         findings.log = log
-        if not log:  # else it cannot be read on
+        if not log:  # else the rest of the log cannot be read
             leave_out_dropped(place, whole, findings)
         report.faults = list(faults_of(whole, findings))
         operation.size_bytes = report.bytes
@@ -103,7 +119,7 @@ def verify(
 def look(
     place: Place, whole: WholeMirror, subset: tuple[int, int], progress: Progress
 ) -> tuple[RemoteReport, Findings]:
-    """Reads the packs of a part."""
+    """Reads and checks the packs of a part."""
     findings = Findings()
     report = RemoteReport(entries=whole.head[0])
     part, parts = subset
@@ -112,7 +128,7 @@ def look(
         for use in whole.uses()
         if int.from_bytes(use.pack[:8], "big") * parts >> 64 == part - 1
     ]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         _check_packs(place, whole, chosen, pool, report, findings, progress)
         findings.lost = find_lost(place, whole, findings.packs, pool)
     findings.unlisted = whole.unlisted()
@@ -123,7 +139,7 @@ def _check_packs(
     place: Place,
     whole: WholeMirror,
     chosen: list[tuple[bytes, int]],
-    pool: ThreadPoolExecutor,
+    pool: ThreadPool,
     report: RemoteReport,
     findings: Findings,
     progress: Progress,
@@ -155,16 +171,16 @@ def _check_packs(
 
 
 def check_pack(place: Place, pack: bytes, size: int, tensors: Iterable[tuple[Digest, TensorPlace]]) -> BadPack | None:
-    """Reads a pack once, in parts, and hashes it and each of its tensors.
+    """Reads a pack once, in parts, and hashes it and each of its tensors. None: all is good.
 
     Args:
-        tensors: in the order in which they lie in it.
+        tensors: its tensors and their places, in the order in which they lie in the pack.
     """
     waiting = deque(tensors)
     bad: list[Digest] = []
     end = 0
     for digest, at in list(waiting):
-        if at.length and at.offset < end:  # each byte is hashed twice at most, whatever a stranger's log says
+        if at.length and at.offset < end:  # so each byte is hashed at most twice, whatever a stranger's log says
             return BadPack(pack, "its tensors overlap", [digest for digest, _ in waiting])
         end = max(end, at.offset + at.length)
     whole = hashlib.sha256()
@@ -201,15 +217,15 @@ def check_pack(place: Place, pack: bytes, size: int, tensors: Iterable[tuple[Dig
 
 
 def leave_out_dropped(place: Place, whole: WholeMirror, findings: Findings) -> None:
-    """Leaves out packs that were dropped meanwhile: they may be gone."""
+    """Leaves out packs that were dropped meanwhile, because they may be deleted."""
     if findings.packs or findings.unlisted:
         read_on(whole, place)
         findings.packs = [one for one in findings.packs if not whole.is_dropped(one.pack)]
         findings.unlisted = whole.unlisted()
 
 
-def find_lost(place: Place, whole: WholeMirror, packs: list[BadPack], pool: ThreadPoolExecutor) -> set[Digest]:
-    """Tensors of bad packs that versions need, and that no other pack has a good copy of."""
+def find_lost(place: Place, whole: WholeMirror, packs: list[BadPack], pool: ThreadPool) -> set[Digest]:
+    """Tensors of bad packs that versions need and that have no good copy in any other pack."""
     known = {one.pack: set(one.bad) for one in packs}
     sought = {digest for one in packs for digest in one.bad if whole.is_needed(digest)}
     places = whole.places_of(sought)

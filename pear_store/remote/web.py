@@ -1,4 +1,4 @@
-"""A place on a web server, which is only read: no listing is needed for that. Through httpx (extra `remote`)."""
+"""A place on a web server. It is only read, which needs no listing. Uses httpx (extra `remote`)."""
 
 import re
 import time
@@ -15,14 +15,14 @@ from pear_store.remote.place import Place, Range, check_size, check_whole, check
 T = TypeVar("T")
 _TIMEOUT_S = 60
 _LEAST_BYTES_S = 1000
-"""A server that sends less for longer is given up"""
+"""A server that sends fewer bytes per second is given up"""
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d+|\*)")
 
 
 class WebPlace(Place):
     """Objects under an http or https URL. Redirects are not followed: a remote cannot lead a client to another host.
 
-    A server that knows no ranges sends whole objects; what was asked for is cut out while they arrive.
+    A server that knows no ranges sends whole objects. The ranges are cut out as they arrive.
     """
 
     can_write = False
@@ -61,7 +61,7 @@ class WebPlace(Place):
         read: list[bytes] = []
         for (start, size), _ in runs:
             data = self._do(name, partial(self._get_run, name, start, size, ranges)) if size else b""
-            if isinstance(data, list):  # it knows no ranges
+            if isinstance(data, list):  # the server knows no ranges
                 return data
             read.append(data)
         return cut(runs, read, ranges)
@@ -76,7 +76,7 @@ class WebPlace(Place):
             return check_whole(self.url, name, self._body(response, name, size), size)
 
     def _sieve(self, response: Any, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """Cuts ranges out of a whole object as it arrives; holds only those."""
+        """Cuts ranges out of a whole object as it arrives. Keeps only the ranges."""
         found: list[list[bytes]] = [[] for _ in ranges]
         at, end = 0, max(offset + length for offset, length in ranges)
         for chunk in self._chunks(response, name):
@@ -145,4 +145,4 @@ class WebPlace(Place):
         raise self._only_read()
 
     def _only_read(self) -> PlaceError:
-        return PlaceError(self.url, "a web server can only be read")
+        return PlaceError(self.url, "a web server can only be read; push to another kind of remote")

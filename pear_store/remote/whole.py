@@ -1,7 +1,7 @@
-"""A remote's whole log, read from its first entry on into a file of its own: what upkeep goes by.
+"""A remote's whole log, read from its first entry into a temporary file. Upkeep works with this.
 
-A store's mirror tells what a push and a pull need. To call something dead, more must be known: which tensors versions
-need, which objects entries name, and when each name was dropped.
+A store's mirror only knows what a push and a pull need. To call something dead, more must be known: which tensors
+versions need, which objects entries name, and when each name was dropped.
 """
 
 import re
@@ -37,12 +37,12 @@ class PackUse:
     file_bytes: int
     tensor_bytes: int
     needed: int
-    """Tensors"""
+    """How many of its tensors versions may need"""
     needed_bytes: int
 
 
 class WholeMirror(Mirror):
-    """The state of a remote, with what its versions need; made anew each time, in a file that nobody else has."""
+    """The state of a remote, and what its versions need. It is made anew each time, in a file of its own."""
 
     takes_bases = False
 
@@ -61,7 +61,7 @@ class WholeMirror(Mirror):
         return is_known
 
     def believe(self, number: int, hash: bytes) -> None:
-        """Has an entry be the last one, of which the next one says another hash than its bytes have."""
+        """Sets the hash of the last entry to the one that the next entry names, although its bytes have another."""
         value = number.to_bytes(8, "big") + hash
         self._db.execute("INSERT OR REPLACE INTO known VALUES ('head', ?)", (value,))
 
@@ -86,7 +86,7 @@ class WholeMirror(Mirror):
 
     @contextmanager
     def after(self, index: LogIndex) -> Iterator[None]:
-        """What follows is asked of the state that an entry would lead to."""
+        """A context in which questions are answered as if the next entry had this index."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._enter(self._db, self.head[0] + 1, index)
@@ -105,7 +105,7 @@ class WholeMirror(Mirror):
         return (PackUse(bytes(pack), *numbers) for pack, *numbers in self._db.execute(query))
 
     def tensors_of(self, pack: bytes, only_needed: bool = False) -> list[tuple[Digest, TensorPlace]]:
-        """A pack's tensors, in the order in which they lie in it."""
+        """A pack's tensors and their places, in the order in which they lie in the pack."""
         query = "SELECT digest FROM tensors WHERE pack = ? ORDER BY offset"
         if only_needed:
             query = query.replace(" ORDER", " AND digest IN (SELECT digest FROM needs WHERE named > 0) ORDER")
@@ -120,12 +120,12 @@ class WholeMirror(Mirror):
         return self._db.execute(query, (from_digest(digest),)).fetchone() is not None
 
     def unlisted(self) -> list[Digest]:
-        """Tensors that versions need, and that no pack has."""
+        """Tensors that versions need and no pack has."""
         query = "SELECT digest FROM needs WHERE needed > 0 AND digest NOT IN (SELECT digest FROM tensors)"
         return [to_digest(digest) for (digest,) in self._db.execute(query)]
 
     def hit(self, digests: Collection[Digest]) -> dict[Digest, list[tuple[str, int]]]:
-        """Which versions need each of some tensors."""
+        """For each tensor, the versions that need it."""
         found: dict[Digest, list[tuple[str, int]]] = {digest: [] for digest in digests}
         if not found:
             return found
@@ -140,17 +140,20 @@ class WholeMirror(Mirror):
         return found
 
     def knows_pack(self, pack: bytes) -> bool:
-        """Whether an entry names a pack, or dropped it."""
+        """Whether an entry names a pack or drops it."""
         return self._db.execute("SELECT 1 FROM packs WHERE pack = ?", (pack,)).fetchone() is not None
 
     def dropped_in(self, name: str) -> int | None:
-        """The entry that dropped an object, by its name; None: none did."""
+        """The entry that dropped an object, by its name. None: no entry did."""
         row = self._db.execute("SELECT entry FROM drops WHERE name = ?", (name,)).fetchone()
         return None if row is None else int(row[0])
 
     def times_ns(self) -> dict[int, int]:
-        """When each entry was written, at the latest: if a later one says an earlier time, that is taken. So a clock
-        that was ahead delays nothing for longer than until the next entry."""
+        """The latest time at which each entry can have been written.
+
+        If a later entry has an earlier time, that time counts. So a writer's clock that was ahead delays deletions only
+        until the next entry.
+        """
         found: dict[int, int] = {}
         earliest = 1 << 63
         for entry, time_ns in self._db.execute("SELECT entry, time_ns FROM times ORDER BY entry DESC"):
@@ -163,13 +166,13 @@ class WholeMirror(Mirror):
         return row and BaseName(*row)
 
     def base_replaced_in(self, number: int) -> int | None:
-        """The entry that was the first to name a newer base than the one of an entry."""
+        """The first entry that names a newer base than the base of this number. None: no entry does."""
         entry: int | None = self._db.execute("SELECT min(entry) FROM bases WHERE base > ?", (number,)).fetchone()[0]
         return entry
 
 
 def needs(manifest: bytes) -> tuple[set[bytes], set[bytes]]:
-    """The tensors that a manifest needs, and all that it may name: a newer Pear may know more places for a name."""
+    """The tensors that a manifest needs; and all digests in it, because a newer Pear may have more fields for them."""
     named = set(map(bytes.fromhex, map(bytes.decode, _DIGEST.findall(manifest))))
     try:
         exact = set(map(from_digest, manifest_digests(manifest)))
@@ -180,7 +183,7 @@ def needs(manifest: bytes) -> tuple[set[bytes], set[bytes]]:
 
 @contextmanager
 def whole_mirror(url: str) -> Iterator[WholeMirror]:
-    """An empty one.
+    """An empty mirror in a temporary folder, which the end of the context deletes.
 
     Raises:
         PlaceError: its file cannot be written.
@@ -190,4 +193,4 @@ def whole_mirror(url: str) -> Iterator[WholeMirror]:
             with closing(WholeMirror(Path(folder).resolve() / "mirror", url)) as mirror:
                 yield mirror
         except sqlite3.DatabaseError as error:
-            raise PlaceError(url, f"its log, as read into {folder}: {error}") from None
+            raise PlaceError(url, f"its log cannot be read into {folder}: {error}; check the space there") from None

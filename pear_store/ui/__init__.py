@@ -1,1 +1,1 @@
-"""A page on this machine that shows a store. Needs the extra `serve`."""
+"""A web page on this machine that shows a store. Needs the extra `serve`."""

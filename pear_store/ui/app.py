@@ -1,4 +1,4 @@
-"""The page and what it asks for, over HTTP. It is only read, and only by this machine's browser."""
+"""Serves the page, and the JSON that it asks for, over HTTP. Nothing can be changed, and only this machine may ask."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ from pear_store.ui.overview import Overview, Watched
 from pear_store.webpage import page_files, page_policy
 
 HOSTS = ("127.0.0.1", "localhost")
-"""What a browser may call this machine: a page elsewhere whose own name was made to lead here says another one."""
+"""The host names that a request may have. A foreign page whose DNS name points to this machine sends another one."""
 MOST_ROWS = 200
 HEADERS = {
     "Content-Security-Policy": page_policy(),
@@ -35,7 +35,7 @@ _NAME_PART = re.compile(r"[A-Za-z0-9._-]{0,100}")
 
 
 class Guard:
-    """Headers that browsers obey, on every answer."""
+    """Adds the security headers to every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -50,7 +50,7 @@ class Guard:
 
 
 class Refused(Exception):
-    """A question that cannot be answered; its text says what was expected."""
+    """A request that is not understood. The text says what was expected."""
 
 
 def create_app(store: ReadableStore) -> Starlette:
@@ -101,7 +101,7 @@ def _list(request: Request) -> Callable[[Overview], Any]:
 
 
 def _pattern(part: str) -> str:
-    """A pattern of the names that hold a text, in whatever case. A text that is in no name matches none."""
+    """A pattern of the names that contain a text, in any case. Texts that no name can contain match nothing."""
     if not _NAME_PART.fullmatch(part):
         return "[!-.0-9A-Za-z_]*"
     return "*" + "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in part) + "*"

@@ -1,4 +1,4 @@
-"""What the page shows of a store, as JSON. It reads the store: call it from a thread, not from the event loop."""
+"""What the page shows of a store, as JSON. This reads the store, so call it from a thread, not the event loop."""
 
 import threading
 from collections import Counter
@@ -15,16 +15,16 @@ from pear_store.readable import ReadableStore
 from pear_store.sharing import Group, Numbered, groups, growth, shared_with_others
 
 MOST_MAPPED = 240
-"""Tasks of a map; more would be less than two pixels each"""
+"""Most tasks that a map shows. With more, each would be less than two pixels wide."""
 _MOST_GROUPS = 400
 _MOST_LABELS = 200
 Backbone = tuple[str | None, str | None]
-"""Its name and digest"""
+"""A backbone's name and digest"""
 T = TypeVar("T")
 
 
 class Overview:
-    """A store as it was at one moment. What was read is kept."""
+    """A store as it was at one moment. Each part is read when it is first asked for, then kept."""
 
     def __init__(self, store: ReadableStore) -> None:
         self._store = store
@@ -45,7 +45,7 @@ class Overview:
 
     @cached_property
     def _by_backbone(self) -> dict[Backbone, list[Version]]:
-        """Newest versions, those of most tasks first."""
+        """The newest versions by backbone. The backbone of most tasks comes first."""
         found: dict[Backbone, list[Version]] = {}
         newest = self._listing.newest
         for version, summary in zip(newest, self._listing.summaries(newest), strict=True):
@@ -82,7 +82,13 @@ class Overview:
         }
 
     def tasks(self, query: Query, digest: str | None, first: int, count: int) -> dict[str, Any]:
-        """A part of a list; of one backbone by its digest, or of all."""
+        """A part of the list of tasks.
+
+        Args:
+            digest: only tasks of this backbone. None: all.
+            first: the first row to return, from 0.
+            count: how many rows.
+        """
         found = list(self._listing.versions(query))
         if digest is not None:
             summaries = self._listing.summaries(found)
@@ -124,7 +130,11 @@ class Overview:
         }  # fmt: skip
 
     def map(self, digest: str | None) -> dict[str, Any]:
-        """Which tasks of a backbone share how much: tensors by the tasks that name them. None: the first backbone."""
+        """Which tasks of a backbone share how much: tensors grouped by the tasks that name them.
+
+        Args:
+            digest: the backbone's. None: the first backbone.
+        """
         chosen = next((found for key, found in self._by_backbone.items() if digest in (None, key[1])), [])
         uses = self._listing.uses
         if uses is None or not chosen:
@@ -150,7 +160,7 @@ def _digest(summary: Summary | PearStoreError) -> str | None:
 
 
 def _alike(count: int, found: Sequence[Group]) -> list[int]:
-    """Places of tasks so that those that share much stand together, those that share most first."""
+    """An order of tasks in which tasks that share much are adjacent. Those that share most come first."""
     ranks: list[list[int]] = [[] for _ in range(count)]
     for rank, group in enumerate(group for group in found if len(group.tasks) > 1):
         for place in group.tasks:
@@ -159,7 +169,7 @@ def _alike(count: int, found: Sequence[Group]) -> list[int]:
 
 
 class Watched:
-    """The overview of a store as it is now: made anew where something changed since."""
+    """The overview of a store as it is now. It is made anew if the store has changed."""
 
     def __init__(self, store: ReadableStore) -> None:
         self._store = store
@@ -168,7 +178,7 @@ class Watched:
         self._overview: Overview | None = None
 
     def ask(self, question: Callable[[Overview], T]) -> T:
-        """Answers one question after the other: each may read much, and keeps it for the next."""
+        """Answers one question at a time. Each may read much, and the next one uses what was read."""
         with self._lock:
             state = self._store.state
             if self._overview is None or state != self._state:

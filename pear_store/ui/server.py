@@ -1,4 +1,4 @@
-"""The page's server: one process, on this machine's own address."""
+"""The page's server: one process that listens on the loopback address only."""
 
 import asyncio
 import signal
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from pear_store.errors import PearStoreError
+from pear_store.pools import ThreadPool
 from pear_store.readable import ReadableStore
 from pear_store.ui.app import create_app
 
@@ -18,12 +19,12 @@ HOST = "127.0.0.1"
 class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """None: `serve` handles them. uvicorn's own would end the process by the signal, not with 0."""
+        """Captures no signals: `serve` handles them. With uvicorn's own handlers, the exit code would not be 0."""
         yield
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that only this machine reaches; port 0: any that is free.
+    """A socket that only this machine can reach. Port 0 takes any free port.
 
     Raises:
         PearStoreError: the port is taken, or may not be used.
@@ -46,11 +47,13 @@ async def _serve(store: ReadableStore, listener: socket.socket) -> None:
         proxy_headers=False, limit_concurrency=64, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = Server(config)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPool())
 
     def end() -> None:
-        server.force_exit = server.should_exit  # at the second time
+        server.force_exit = server.should_exit  # the second signal does not wait for open requests
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end)
+        loop.add_signal_handler(number, end)
     await server.serve([listener])

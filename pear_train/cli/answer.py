@@ -1,4 +1,4 @@
-"""What the command prints of its results: the answer on stdout."""
+"""Prints the command's results on stdout."""
 
 import json
 from collections.abc import Container, Iterator, Mapping
@@ -16,7 +16,7 @@ from pear_train.tasks import TaskEntry
 
 
 def summary_line(result: Result | Failed) -> str:
-    """One line of a task that ended."""
+    """One line for a task that ended."""
     if isinstance(result, Failed):
         return f"Error: {result.task}: {result.error}"
     return f"{result.task}: {_scores(result)}"
@@ -29,7 +29,11 @@ def answer_many(
     paths: Mapping[str, Path],
     as_json: bool,
 ) -> None:
-    """A row for each task, in the order of the file."""
+    """Prints a row for each task, in the order of the file.
+
+    Args:
+        kept: tasks whose checkpoint was already there.
+    """
     by_task = {result.task: result for result in results}
     rows = list(_rows(entries, by_task, kept, paths))
     if as_json:
@@ -42,7 +46,7 @@ def answer_many(
             "test %": "" if row["test_top1"] is None else f"{100 * row['test_top1']:.1f}",
             "result": "failed, see above"
             if "error" in row
-            else ("was there" if row["trained"] is False else f"{row['seconds']:.0f} s"),
+            else ("was trained already" if row["trained"] is False else f"{row['seconds']:.0f} s"),
         }
         for row in rows
     ]
@@ -62,7 +66,7 @@ def _rows(
 
 
 def answer_one(result: Result, out: Path, as_json: bool) -> None:
-    """Positions by importance, classes by recall, then the figures; or one JSON value."""
+    """Prints a table of positions, a table of classes and the figures, or one JSON value."""
     if as_json:
         click.echo(json.dumps(asdict(result)))
         return
@@ -106,6 +110,4 @@ def _scores(result: Result) -> str:
 
 
 def _threshold_shown(threshold: float) -> str:
-    return (
-        "less confident answers are to count as unknown" if threshold else "all answers on val are right often enough"
-    )
+    return "answers with less confidence count as unknown" if threshold else "all answers on val are right often enough"

@@ -1,4 +1,4 @@
-"""From what is asked to a Ray cluster that trains it."""
+"""Trains the tasks of a request on a Ray cluster."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from router import Backbone
 
 
 def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Given) -> None:
-    """Has a cluster train what is to train. All that it reads and writes has the same path on all its machines."""
+    """Trains the work's jobs on a Ray cluster. Paths that are read or written must be the same on all machines."""
     cluster = find_cluster()
     if not work.jobs:
         return
@@ -24,7 +24,7 @@ def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Give
     entries = {entry.config.task: entry for entry in work.entries}
     assignments = [cluster.Assignment(_absolute(entries[job.config.task]), job.out.absolute()) for job in work.jobs]
     epochs = {job.config.task: job.config.epochs for job in work.jobs}
-    with redirect_stdout(sys.stderr), cluster.session(request.address):  # Ray prints there what happens to workers
+    with redirect_stdout(sys.stderr), cluster.session(request.address):  # Ray prints messages about workers on stdout
         device = work.jobs[0].config.device
         on_gpus = cluster.has_gpus() if device is None else device.startswith("cuda")
         weights = None if request.weights is None else str(Path(request.weights).absolute())
@@ -42,13 +42,13 @@ def train_on_cluster(request: Request, work: Work, loaded: Backbone, given: Give
 
 
 def _absolute(entry: TaskEntry) -> TaskEntry:
-    """With its data's path as all machines are told it; a name, such as torch/cifar10, as it is."""
+    """The entry with an absolute path of its data. A name, such as torch/cifar10, stays the same."""
     path = Path(entry.data)
     return replace(entry, data=str(path.absolute())) if os.path.exists(path) else entry
 
 
 def find_cluster() -> ModuleType:
-    """The module that needs ray.
+    """Imports pear_train.cluster, which needs ray.
 
     Raises:
         click.UsageError: ray is not installed.

@@ -1,4 +1,4 @@
-"""The command itself: what it takes, and what it prints at the end."""
+"""The command itself: its options, and its output at the end."""
 
 import sys
 from collections.abc import Sequence
@@ -35,51 +35,51 @@ _DRAWN = ("plot", "html", "preview", "curves")
     help="Image folder, list of images (.csv, .jsonl, .parquet), folder of Hugging Face datasets, VTAB-1k folder, .npz "
     "file, or a data set's name in timm.",
 )
-@option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
+@option("Data", "--data-root", type=_PATH, help="Folder of named data sets. They are downloaded to it.")
 @run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
-@run_option("Data", "--val-split", "Folder of the val split; none: hold a tenth of train out.")
+@run_option("Data", "--val-split", "Folder of the val split; none: take a tenth of train.")
 @run_option("Data", "--test-split", "Folder of the test split; none: there is no test split.")
 @run_option("Data", "--no-splits", "The folders are classes, even if they are called train or test.")
-@run_option("Data", "--skip-unreadable", "Train without pictures that cannot be read.")
-@run_option("Data", "--max-pixels", "Pictures with more pixels are refused before they are decoded.")
+@run_option("Data", "--skip-unreadable", "Leave out pictures that cannot be read [default: refuse the data].")
+@run_option("Data", "--max-pixels", "Refuse pictures with more pixels, before they are decoded.")
 @option("Backbone", "--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @option("Backbone", "--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@run_option("Backbone", "--img-size", "Side of the input, in pixels [default: the backbone's own].")
+@run_option("Backbone", "--img-size", "Height and width of the input in pixels [default: the backbone's own].")
 @run_option("Method", "--method", "pear: prune and share. adapters: keep all. linear: train the head only.")
 @run_option(
-    "Method", "--positions", "Where adapters are: auto, or presets (blocks, attn, mlp, qkv, linear, whole, pointwise) "
-    "or patterns, with commas between them. With linear the task can be merged, and exported to timm and PEFT. It "
-    "then takes 2.5 times the bytes.",
+    "Method", "--positions", "Where adapters are: auto, or comma-separated presets (blocks, attn, mlp, qkv, linear, "
+    "whole, pointwise) and patterns. A task with linear can be merged, and exported to timm and PEFT. It then takes "
+    "2.5 times the bytes.",
 )  # fmt: skip
 @run_option("Method", "--rank", "Rank of an adapter.")
 @run_option("Method", "--ratio", "Share of the adapters that is pruned.")
-@run_option("Training", "--epochs", "Epochs in all.")
-@run_option("Training", "--lr", "Peak learning rate.")
+@run_option("Training", "--epochs", "Number of epochs.")
+@run_option("Training", "--lr", "Highest learning rate.")
 @run_option("Training", "--weight-decay", "AdamW's weight decay.")
-@run_option("Training", "--warmup", "Share of the steps over which the learning rate rises.")
-@run_option("Training", "--batch-size", "Images in a step.")
+@run_option("Training", "--warmup", "Share of the steps in which the learning rate rises.")
+@run_option("Training", "--batch-size", "Images per step.")
 @run_option(
-    "Training", "--augment", "How training images are varied: flip, crop, rotate, zoom, color or mixup. + joins "
+    "Training", "--augment", "Random changes of training images: flip, crop, rotate, zoom, color or mixup. + joins "
     "several. Each helps some tasks and harms others.",
 )  # fmt: skip
-@run_option("Training", "--balance", "For uneven classes: rare ones weigh more in the loss, or are drawn more often.")
-@run_option("Training", "--label-smoothing", "Share of a label that is spread over all classes, such as 0.1.")
-@run_option("Training", "--select", "Which epoch is kept: best top-1 on val, best macro F1 on val, or last.")
+@run_option("Training", "--balance", "For rare classes: they weigh more in the loss (weights), or come more often.")
+@run_option("Training", "--label-smoothing", "Share of each label that is spread over all classes, such as 0.1.")
+@run_option("Training", "--select", "Epoch to keep: best top-1 on val (best), best macro F1 on val, or last.")
 @run_option("Training", "--patience", "Stop when val has not improved for this many epochs.")
 @run_option(
-    "Training", "--threshold-accuracy", "Store a threshold: the lowest confidence from which this share of the "
-    "answers on val is right, such as 0.95.",
+    "Training", "--threshold-accuracy", "Store a threshold: the lowest confidence at which this share of answers on "
+    "val is right, such as 0.95.",
 )  # fmt: skip
-@run_option("Training", "--seed", "Seed of the initial adapters and of the batch order.")
+@run_option("Training", "--seed", "Seed of every random choice.")
 @option("Several tasks", "--tasks", "tasks_file", type=_PATH, help="TOML file of many tasks, instead of TASK.")
 @option(
     "Several tasks", "--together", type=click.IntRange(1),
-    help="Tasks of --tasks in one batch [default: 8 on a GPU, else 1].",
+    help="How many of --tasks to train at once [default: 8 on a GPU, else 1].",
 )  # fmt: skip
 @option(
     "Several tasks", "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local",
-    help="Let a Ray cluster train --tasks: the one at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS, this "
-    "machine alone.",
+    help="Train --tasks on the Ray cluster at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS: on this machine "
+    "alone.",
 )  # fmt: skip
 @option(
     "Several tasks", "--workers", type=click.IntRange(1),
@@ -87,12 +87,12 @@ _DRAWN = ("plot", "html", "preview", "curves")
 )  # fmt: skip
 @option(
     "Several tasks", "--cpus-per-worker", type=click.IntRange(1),
-    help="With --ray: the cores that each worker takes [default: 4, or what the smallest machine has; 1 beside a GPU].",
+    help="With --ray: cores of each worker [default: 4, or as many as the smallest machine has; 1 with a GPU].",
 )  # fmt: skip
 @option("Sharing between tasks", "--bank", type=_PATH, help="Store whose adapters pruned positions may borrow.")
 @option("Sharing between tasks", "--bank-tasks", help="Comma-separated tasks of --bank [default: the 64 added last].")
-@option("Sharing between tasks", "--base", type=_PATH, help="Base set to start from, as --make-base wrote it.")
-@run_option("Sharing between tasks", "--base-blocks", "Lowest blocks that take --base frozen.")
+@option("Sharing between tasks", "--base", type=_PATH, help="Base set to start from, made by --make-base.")
+@run_option("Sharing between tasks", "--base-blocks", "How many of the lowest blocks use --base frozen.")
 @option(
     "Sharing between tasks", "--make-base", is_flag=True,
     help="Train one adapter set for all of --tasks, and write it as a base set.",
@@ -100,15 +100,15 @@ _DRAWN = ("plot", "html", "preview", "curves")
 @option("Sharing between tasks", "--bases", help="Common bases to train cores in: a file, or a name in --from-store.")
 @option(
     "Sharing between tasks", "--rebase",
-    help="Move this task, a file or a name in --from-store, to --bases without training, and say what that costs.",
+    help="Task to move to --bases without training: a file, or a name in --from-store. Prints top-1 before and after.",
 )  # fmt: skip
 @run_option("Sharing between tasks", "--own-rank", "Rank of a task's own adapters beside its cores.")
 @run_option(
-    "Sharing between tasks", "--own-bytes", "Bytes for a task's own adapters: the most important that fit are kept."
+    "Sharing between tasks", "--own-bytes", "Bytes for a task's own adapters. The most important that fit are kept."
 )
 @option(
     "Sharing between tasks", "--make-bases", is_flag=True,
-    help="Make common bases of --rank from the tasks of --from-store; with --tasks, train them on for these.",
+    help="Make common bases of --rank from the tasks of --from-store. With --tasks, also train them for these.",
 )  # fmt: skip
 @option("Sharing between tasks", "--from-store", type=_PATH, help="Store of the tasks for --make-bases, or of --bases.")
 @option(
@@ -116,43 +116,43 @@ _DRAWN = ("plot", "html", "preview", "curves")
 )
 @option(
     "Output", "--out", type=_PATH, required=True,
-    help="Task checkpoint to write; with --tasks a folder, made where it is missing.",
+    help="Task checkpoint to write. With --tasks: a folder, which is made if it is missing.",
 )  # fmt: skip
 @option(
     "Output", "--overwrite", is_flag=True,
-    help="Replace what a run with other options or data left at --out. Without this it is refused.",
+    help="Replace files at --out that a run with other options or data wrote [default: refuse].",
 )  # fmt: skip
-@option("Output", "--force", is_flag=True, help="Train again, whatever task checkpoint lies at --out.")
+@option("Output", "--force", is_flag=True, help="Train again and replace any task checkpoint at --out.")
 @run_option(
-    "Output", "--tensor-dtype", "Number format of written adapters. Q8, Q4, Q2 and Q1 are codes of so many bits."
+    "Output", "--tensor-dtype", "Number format of written adapters. Q8, Q4, Q2 and Q1 are codes of 8, 4, 2 and 1 bits."
 )
 @run_option("Output", "--core-dtype", "Number format of written cores.")
 @run_option("Output", "--head-dtype", "Number format of the written head.")
-@option("Output", "--plot", is_flag=True, help="Draw importance and learning curve beside the checkpoint, as .png.")
-@option("Output", "--html", type=_PATH, help="Write a report: one file, for any browser.")
-@option("Output", "--preview", type=_PATH, help="Draw training pictures as the network gets them, as .png.")
-@option("Output", "--curves", type=_PATH, help="Write loss and accuracies of each epoch, as .csv.")
-@option("Output", "--tensorboard", type=_PATH, help="Write the same for TensorBoard, into a folder.")
+@option("Output", "--plot", is_flag=True, help="Draw importance and learning curve to a .png file beside --out.")
+@option("Output", "--html", type=_PATH, help="Write a report as one HTML file.")
+@option("Output", "--preview", type=_PATH, help="Draw training pictures, as the network sees them, to this .png file.")
+@option("Output", "--curves", type=_PATH, help="Write loss and accuracies of each epoch to this .csv file.")
+@option("Output", "--tensorboard", type=_PATH, help="Write the same figures to this folder, for TensorBoard.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
-@run_option("Machine", "--device", "Device to compute on, such as cpu [default: cuda where there is one].")
+@run_option("Machine", "--device", "Device to compute on, such as cpu [default: cuda if there is one].")
 @run_option("Machine", "--dtype", "Precision of training.")
 @option(
     "Other", "--set", "settings", multiple=True, metavar="NAME=VALUE",
-    help="Any option of a run, by its name in a file of tasks; may be repeated. The only way to set prune_epoch, "
+    help="Set any option of a run, by its name in a file of tasks. May be repeated. Only this sets prune_epoch, "
     "activation, scale, down, importance, sharing, borrow, borrowed_scale, train_borrowed_scale, scale_lr, knowledge, "
     "knowledge_bits, max_grad_norm, drop_branch, bank_share, core_lr and bases_lr.",
 )  # fmt: skip
 @version_option
 @click.pass_context
 def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
-    """Train TASK: adapters on a frozen backbone, pruned and shared, into one task checkpoint.
+    """Train TASK: pruned and shared adapters on a frozen backbone. Write it as one task checkpoint.
 
     With --tasks FILE, train every task that FILE names into the folder --out. A task is not trained again if its
-    checkpoint is there already, made with the same options and data. A checkpoint made with others is refused. An
-    interrupted run goes on after its last epoch.
+    checkpoint, with the same options and data, is already there. A checkpoint with other options or data is refused. An
+    interrupted run resumes after its last whole epoch.
 
-    With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, TASK has only cores in
-    them, and what --own-rank and --own-bytes allow. With --rebase, a task that was trained moves to --bases.
+    With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, train TASK as cores in
+    these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a trained task to --bases.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
@@ -165,10 +165,10 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
         if not isinstance(stop, Stopped):
             how = "nothing was written; the same command again"
         elif stop.left_behind:
-            how = f"{stop.left_behind}; the same command goes on from there"
+            how = f"{stop.left_behind}; the same command resumes from there"
             how += ", and trains finished tasks anew (--force)" if request.force and request.many else ""
         else:
-            how = "no epoch was ended; the same command begins anew"
+            how = "no epoch had ended; the same command starts anew"
         say(f"Stopped: {how}:\n    {as_command('pear-train', *ctx.meta.get(ARGUMENTS, []))}")
         sys.exit(130)
     if work is not None:
@@ -176,7 +176,7 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
 
 
 def _check_usage(request: Request) -> None:
-    """Refuses options that would say nothing."""
+    """Refuses options that would have no effect."""
     task, tasks_file = request.task, request.tasks_file
     if request.make_bases or request.from_tasks is not None or request.bases is not None:
         _check_bases_usage(request)
@@ -197,7 +197,7 @@ def _check_usage(request: Request) -> None:
     if request.address is not None and request.tensorboard is not None:
         raise click.UsageError("--ray takes no --tensorboard: epochs end on other machines")
     if request.address is not None:
-        find_cluster()  # or says so now, before data is read and a folder made
+        find_cluster()  # a missing ray shows now, before data is read and a folder made
     if request.address is None and (request.workers or request.cpus_per_worker):
         raise click.UsageError("--workers and --cpus-per-worker are for a cluster: give --ray, too")
     if request.bank_tasks is not None and request.bank is None:
@@ -207,7 +207,7 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError(f"--make-base takes no {' or '.join(unused)}")
     of_one = [f"--{name}" for name in ("html", "preview", "curves") if getattr(request, name)]
     if request.many and of_one:
-        raise click.UsageError(f"{' and '.join(of_one)}: of one task; --tasks takes --plot and --tensorboard")
+        raise click.UsageError(f"{' and '.join(of_one)}: only for one task; --tasks takes --plot and --tensorboard")
 
 
 def _check_bases_usage(request: Request) -> None:
@@ -228,7 +228,7 @@ def _check_bases_usage(request: Request) -> None:
 
 
 def _answer(request: Request, work: Work) -> None:
-    """Prints results, then draws pictures; the exit code says whether all is well."""
+    """Prints results, then draws pictures. Exits with 1 if a task or a picture failed."""
     if request.many:
         answer_many(work.entries, work.results, work.kept, work.paths, request.as_json)
     else:

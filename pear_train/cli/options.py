@@ -1,4 +1,4 @@
-"""Options under headings, and how what was said on the command line becomes options of runs."""
+"""Options under headings, and the step from the command line to options of runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pear_train.tasks import DATA_OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 KNOWN = OPTIONS | DATA_OPTIONS
-"""What a run can be told, by name: the same names as in a file of tasks."""
+"""Every option of a run and of its data, by its name in a file of tasks."""
 
 Heading: TypeAlias = Literal[
     "Data", "Store", "Backbone", "Method", "Training", "Several tasks", "Sharing between tasks", "Output", "Gate",
@@ -33,9 +33,9 @@ class HeadedOption(click.Option):
 
 
 class HeadedCommand(click.Command):
-    """A command whose --help shows options under their headings, in the order in which these come first.
+    """A command whose --help shows options under headings. Headings come in the order of their first options.
 
-    What it was called with is in ``ctx.meta[ARGUMENTS]``.
+    The arguments of the call are in ``ctx.meta[ARGUMENTS]``.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -54,12 +54,12 @@ class HeadedCommand(click.Command):
 
 
 def option(heading: Heading, *names: str, **settings: Any) -> Callable[[F], F]:
-    """An option of the command alone."""
+    """An option of the command that is not an option of a run."""
     return click.option(*names, cls=HeadedOption, heading=heading, **settings)
 
 
 def run_option(heading: Heading, flag: str, help: str) -> Callable[[F], F]:
-    """An option of a run: type and default are those of its field."""
+    """An option of a run. Its type and default come from the field of the same name."""
     field = KNOWN[flag.removeprefix("--").replace("-", "_")]
     settings: dict[str, Any] = {"default": field.default, "show_default": field.default is not None}
     if fixed := choices(field):
@@ -73,19 +73,19 @@ def run_option(heading: Heading, flag: str, help: str) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class Told:
-    """Options of runs, as the command line gives them."""
+    """Options of runs from the command line."""
 
     options: Mapping[str, Any]
-    """Every option, with its default where nothing was said."""
+    """Every option, by name, with its default if it was not given."""
     shown: Mapping[str, str]
-    """How those were said that were: ``--rank`` or ``--set sharing``."""
+    """The form in which each given option was given: ``--rank`` or ``--set sharing``."""
 
 
 def read_options(ctx: click.Context, settings: Sequence[str]) -> Told:
-    """What flags and --set say of the runs.
+    """Reads the options of runs from flags and --set.
 
     Raises:
-        ConfigError: --set names no option, gives it a value that it does not take, or says what a flag says, too.
+        ConfigError: --set has an unknown name or a bad value, or sets an option that a flag sets, too.
     """
     values = {name: value for name, value in ctx.params.items() if name in KNOWN}
     said = [name for name in values if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
@@ -93,5 +93,5 @@ def read_options(ctx: click.Context, settings: Sequence[str]) -> Told:
     told = parse_settings("--set", settings, KNOWN)
     for name in told:
         if name in shown:
-            raise ConfigError(f"--set: {name} is also given as {shown[name]}: say it once")
+            raise ConfigError(f"--set: {name} is also given as {shown[name]}: give it once")
     return Told({**values, **told}, {**shown, **{name: f"--set {name}" for name in told}})

@@ -1,4 +1,4 @@
-"""What the command reads and writes, and that these are different files."""
+"""Checks that all files that the command reads and writes are different."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from pear_train.targets import Named, check_apart
 
 
 def check_places(request: Request, work: Work) -> None:
-    """Raises a UsageError where two outputs are one file, or an output is what is read."""
+    """Raises a UsageError if two outputs are one file, or if an output is also an input."""
     said = ["data", "weights", "tasks_file", "base", "bank", "from_store"]
     said += ["bases", "rebase"] if request.from_store is None else []  # else they are names
     named = [(f"--{name.removesuffix('_file').replace('_', '-')}", getattr(request, name)) for name in said]
@@ -31,11 +31,13 @@ def check_places(request: Request, work: Work) -> None:
         if option in ("--plot", "--preview") and (
             of := folders.intersection(Path(os.path.realpath(path)).parent.parents)
         ):
-            raise click.UsageError(f"{option} {path}: lies in a folder of {of.pop()}, and would be one of its pictures")
+            raise click.UsageError(
+                f"{option} {path}: would become a picture of the data in {of.pop()}: name a place outside of it"
+            )
 
 
 def _outputs(request: Request, work: Work) -> Iterator[Named]:
-    """All files that are written, and the folder of each task for TensorBoard."""
+    """All files to write, and each task's folder for TensorBoard."""
     for task, out in (work.paths if request.many else {str(request.task): request.out}).items():
         yield "--out", out
         yield from (("--out (meanwhile)", path) for path in files_beside(out))

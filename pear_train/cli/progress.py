@@ -1,4 +1,4 @@
-"""What a person sees while tasks train: a bar on a terminal, a line for each epoch in a log, and lines above them."""
+"""Progress on stderr while tasks train: a bar on a terminal, a line for each epoch in a log, and messages."""
 
 import shlex
 import sys
@@ -18,18 +18,18 @@ except ImportError:  # Windows
 
 
 def say(text: str) -> None:
-    """Lines on stderr: an error may name many pictures, each on its line."""
+    """Prints lines on stderr."""
     for line in text.split("\n"):
         echo(line, err=True)
 
 
 def say_above(text: str) -> None:
-    """Lines on stderr, above whatever bars there are."""
+    """Prints lines on stderr, above all bars."""
     tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def as_command(*words: str) -> str:
-    """Words as a shell takes them: on one line, also where some hold line breaks or bytes that are no text."""
+    """Words quoted for a shell, on one line, also if they hold line breaks or bytes that are not text."""
     return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
 
 
@@ -38,10 +38,10 @@ def _escaped(word: str) -> str:
 
 
 class Progress:
-    """A tqdm bar on stderr: batches of one task, or epochs of many. Where stderr is no terminal, a line an epoch.
+    """A tqdm bar on stderr: batches of one task, or epochs of many. If stderr is not a terminal, a line per epoch.
 
     Args:
-        epochs: of all tasks together, if there are many: then epochs have no lines of their own.
+        epochs: all epochs of many tasks, which then get no line per epoch; None for one task.
     """
 
     def __init__(self, name: str, epochs: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Progress:
         elif step.val_top1 is not None:
             say(self._line(step))
         if step.finished and step.epoch < step.epochs:
-            self.say(f"stopped   after epoch {step.epoch} of {step.epochs}: val got no better (--patience)")
+            self.say(f"stopped   after epoch {step.epoch} of {step.epochs}: val did not improve (--patience)")
 
     def _tell_machine(self, step: Step) -> None:
         told = f"{step.precision} on {step.device}" if step.precision else ""
@@ -84,7 +84,7 @@ class Progress:
             self._machine, self._began, self._before = told, time.monotonic(), step.epoch - 1
 
     def _line(self, step: Step) -> str:
-        """An epoch, as a row of a table."""
+        """An epoch as a row of a table."""
         spent, done = time.monotonic() - self._began, step.epoch - self._before
         left = spent / max(1, done) * (step.epochs - step.epoch)
         assert step.val_top1 is not None
@@ -95,7 +95,7 @@ class Progress:
         )
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         self.bar.clear()
         say(line)
 
@@ -116,7 +116,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_shown(device: str) -> str:
-    """The most memory so far: of a GPU what torch holds, else of this process."""
+    """The most memory used so far: on a GPU what torch reserved, else of this process."""
     if device.startswith("cuda"):
         return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB"
     if resource is None:
@@ -126,12 +126,12 @@ def memory_shown(device: str) -> str:
 
 
 class Table(Progress):
-    """Under the bar of all epochs a line for each task that trains now, if stderr is a terminal."""
+    """The bar of all epochs, and below it a line for each task in training if stderr is a terminal."""
 
     def __init__(self, name: str, epochs: dict[str, int]) -> None:
         """
         Args:
-            epochs: of each task that is to train.
+            epochs: number of epochs of each task.
         """
         super().__init__(name, sum(epochs.values()))
         self._epochs = epochs
@@ -142,7 +142,7 @@ class Table(Progress):
         return self
 
     def began(self, task: str, host: str) -> None:
-        """A worker on this machine has taken a task, or has taken it over."""
+        """A worker on this machine starts a task, or takes it over."""
         self.ended(task)
         self._hosts[task] = host
         self._lines[task] = tqdm(
@@ -160,7 +160,7 @@ class Table(Progress):
         line.set_postfix_str(f"on {printable(self._hosts[step.task])} {figures}{val}")
 
     def ended(self, task: str) -> None:
-        """A task needs no line any more."""
+        """Removes a task's line."""
         if task in self._lines:
             self._lines.pop(task).close()
 

@@ -1,4 +1,4 @@
-"""What is asked of the command, and what came of it."""
+"""A request to the command, and its results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from pear_train.tasks import TaskEntry
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, but for the options of the runs."""
+    """The command's own arguments, without the options of runs."""
 
     task: str | None
     data: str | None
@@ -25,7 +25,7 @@ class Request:
     tasks_file: Path | None
     together: int | None
     address: str | None
-    """Of a Ray cluster."""
+    """Address of a Ray cluster."""
     workers: int | None
     cpus_per_worker: int | None
     backbone: str
@@ -51,27 +51,27 @@ class Request:
 
     @property
     def many(self) -> bool:
-        """Many checkpoints are to be written; a base set, or common bases, of many tasks are one."""
+        """Whether many checkpoints are written. A base set or common bases are one, also from many tasks."""
         return self.tasks_file is not None and not self.make_base and not self.make_bases
 
 
 @dataclass
 class Work:
-    """The tasks, and what came of them."""
+    """The tasks and their results."""
 
     entries: list[TaskEntry]
     paths: dict[str, Path]
-    """Where each task's checkpoint goes."""
+    """Path of each task's checkpoint."""
     jobs: list[Job] = field(default_factory=list)
     results: list[Result | Failed] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
-    """Tasks whose checkpoint was there already."""
+    """Tasks whose checkpoint was already there."""
     curves: Curves = field(default_factory=lambda: Curves(None, None))
     drawn: bool = True
-    """Whether all that was to be drawn could be."""
+    """Whether no drawing failed."""
 
     def draw(self, what: str, draw: Callable[[], None], say: Callable[[str], None]) -> bool:
-        """Draws or writes what shows a run. Says in a line if that fails, whatever it is: no training ends by it."""
+        """Draws a picture or writes curves. Reports any failure in one line, so that it never ends a training."""
         try:
             draw()
         except Exception as error:  # whatever matplotlib, TensorBoard, Jinja or a disk can raise
@@ -83,7 +83,7 @@ class Work:
         return True
 
     def left_behind(self) -> str:
-        """What is on disk of runs that were stopped; "" for nothing."""
+        """What stopped runs left on disk, for a message. Empty if nothing."""
         trained = {result.task for result in self.results if isinstance(result, Result)}
         told = [f"{len(trained)} of {len(self.entries)} tasks are trained"] if trained else []
         for entry in self.entries:
@@ -93,7 +93,7 @@ class Work:
         return "; ".join(told[:9]) + ("; …" if len(told) > 9 else "")
 
     def keep(self, result: Result | Failed, say: Callable[[str], None]) -> None:
-        """Takes what came of a task, and says it."""
+        """Records a task's result, and prints it."""
         self.results.append(result)
         say(summary_line(result))
         for warning in recall_warnings(result.classes) if isinstance(result, Result) else ():
@@ -101,7 +101,7 @@ class Work:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C in a training, and what it left on disk; "" for nothing."""
+    """Ctrl-C in a training. `left_behind` says what is left on disk; it is empty for nothing."""
 
     def __init__(self, left_behind: str) -> None:
         super().__init__(left_behind)
@@ -110,7 +110,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Given:
-    """What runs stand on, of other tasks."""
+    """The base set, the bank and the common bases of the runs."""
 
     base: Task | None
     bank: Sequence[Task]

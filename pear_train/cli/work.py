@@ -1,4 +1,4 @@
-"""From what is asked to what is trained: each step that the command takes, through the library."""
+"""The steps of the command, through the library: from a request to trained tasks."""
 
 import json
 import os
@@ -36,14 +36,16 @@ from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
 _BANK_TASKS = 64
-"""All of a bank's adapters at a position are tried in one forward: more would not fit, and hardly help."""
+"""Default size of a bank. One forward tries all its adapters at a position; more tasks need too much memory."""
 
 
 def do_work(request: Request, told: Told) -> Work | None:
-    """Trains what is asked; None where that was something else, which is printed already."""
+    """Trains the tasks of a request. None for a base set, common bases or a moved task, which are printed already."""
     out, many = request.out, request.many
     if os.path.isdir(out) != many and os.path.exists(out):
-        raise ConfigError(f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder"))
+        raise ConfigError(
+            f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder: name a file in it")
+        )
     if request.tasks_file is not None:
         entries = read_tasks(request.tasks_file, told.options)
     elif request.make_bases:
@@ -70,9 +72,9 @@ def do_work(request: Request, told: Told) -> Work | None:
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
     if request.rebase is not None and checkpoint_at(out) is not None and not (request.overwrite or request.force):
         raise ConfigError(
-            f"{out}: there is a task checkpoint already. --overwrite replaces it; another --out keeps both"
+            f"{out}: there is already a task checkpoint. --overwrite replaces it; another --out keeps both"
         )
-    datasets = [] if many else [_open(entry, request.data_root) for entry in entries]  # first: a mistake shows at once
+    datasets = [] if many else [_open(entry, request.data_root) for entry in entries]  # early, so mistakes show at once
     loaded = load_backbone(request.backbone, request.weights)
     echo(f"backbone  {loaded.name} {loaded.digest[:19]}…", err=True)
     if request.make_base:
@@ -99,10 +101,10 @@ def do_work(request: Request, told: Told) -> Work | None:
 
 
 def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dataset], given: str | None) -> None:
-    """Finds out which tasks are trained already, which are to train, and which cannot."""
+    """Finds out which tasks are already trained, which must be trained, and which cannot be."""
     for i, entry in enumerate(work.entries):
         config, path = entry.config, work.paths[entry.config.task]
-        try:  # of many, all mistakes show now, and each costs only its task
+        try:  # with many tasks, all mistakes show now, and each one only fails its own task
             dataset = datasets[i] if datasets else open_dataset(entry.data, request.data_root, entry.data_options)
             now = partial(run_identity, config, loaded, dataset, given)
             if not request.force and is_finished(path, now, request.overwrite):
@@ -110,7 +112,7 @@ def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dat
                 work.results.append(result_of(read_checkpoint(path), path.stat().st_size))
             else:
                 check_out(path)
-                again = partial(_open, entry, request.data_root)  # of many, not all are kept in memory
+                again = partial(_open, entry, request.data_root)  # many data sets may not fit into memory together
                 work.jobs.append(Job(config, again if request.many else partial(_as_it_is, dataset), path))
         except (PearTrainError, RouterError, PearStoreError) as error:
             if not request.many:
@@ -154,7 +156,7 @@ def _show(bar: Progress, work: Work, step: Step) -> None:
 
 
 def _write_curves(work: Work, task: str, write: Callable[[], None], bar: Progress) -> None:
-    """Writes curves. Where that fails, no more are written, and training goes on."""
+    """Writes curves. If that fails, no more curves are written, and training goes on."""
     if not work.draw(f"{task}: curves", write, bar.say):
         work.curves = Curves(None, None)
 
@@ -201,15 +203,19 @@ def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset
     for split, (before, after) in made.top1.items():
         loss = " to ".join(f"{one:.4f}" for one in made.loss[split])
         echo(f"{split}: {100 * before:.1f} % to {100 * after:.1f} %, loss {loss}")
+    if made.threshold != (None, None):
+        old, new = ("none" if one is None else f"{one:.4f}" for one in made.threshold)
+        now = "dropped, because it cannot be" if made.threshold[1] is None else f"{new},"
+        echo(f"threshold {old}: now {now} calibrated anew on val")
     echo(
-        f"{click.format_filename(request.out)}: on {made.bases}, which hold {100 * made.held:.1f} % of what the cores "
-        f"added; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, head {made.head_bytes:,}; common bases "
+        f"{click.format_filename(request.out)}: now on {made.bases}, which keep {100 * made.held:.1f} % of the cores' "
+        f"sum; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, head {made.head_bytes:,}; common bases "
         f"{made.bases_bytes:,})"
     )
 
 
 def _read_task(name: str, store: Path | None) -> Task:
-    """A task, or common bases, by their name in a store, or of a file."""
+    """A task or common bases, by name in a store, or from a file if there is no store."""
     if store is None:
         return read_checkpoint(name)
     with Store(store) as opened:
@@ -217,7 +223,7 @@ def _read_task(name: str, store: Path | None) -> Task:
 
 
 def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None:
-    """Says which options have no effect: the method does not use them, or the file of tasks has others."""
+    """Prints which options have no effect: the method ignores them, or the file of tasks overrides them."""
     unused: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         config = replace(entry.config, method="adapters") if request.make_base else entry.config
@@ -230,9 +236,7 @@ def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None
             if value != told.options[name]:
                 unused.setdefault((name, "file"), []).append(config.task)
     for (name, why), tasks in unused.items():
-        reason = (
-            "the file of tasks says otherwise" if why == "file" else f"this run of method {why!r} has no use for it"
-        )
+        reason = "the file of tasks overrides it" if why == "file" else f"this run of method {why!r} does not use it"
         of = "" if len(entries) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
         shown = told.shown.get(name, name.replace("_", " "))
         echo(f"note      {shown} has no effect{of}: {reason}", err=True)
@@ -246,14 +250,14 @@ def _make_folder(out: Path) -> None:
 
 
 def _open(entry: TaskEntry, root: Path | None) -> Dataset:
-    """Opens a task's data, and says on stderr what it was taken for."""
+    """Opens a task's data, and prints on stderr which kind of data set it is."""
     dataset = open_dataset(entry.data, root, entry.data_options)
     say_above(dataset.summary(entry.data))
     return dataset
 
 
 def _stored(path: Path | None, names: str | None) -> list[Task]:
-    """The newest versions of tasks in a store: of those named, or of those added last."""
+    """The newest versions of the named tasks of a store, or of the tasks added last."""
     if path is None:
         return []
     with Store(path) as store:

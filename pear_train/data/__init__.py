@@ -1,4 +1,4 @@
-"""Labelled images in three splits, from the layouts people have."""
+"""Labelled images in three splits, from the usual kinds of data sets."""
 
 from pear_train.data.augment import augment
 from pear_train.data.dataset import Dataset, Split

@@ -1,4 +1,4 @@
-"""What training images may undergo."""
+"""Random changes of training images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,25 +12,27 @@ from pear_train.choices import Augmentation
 from pear_train.options import parse_augment
 
 MIXUP_ALPHA = 0.2
-"""Of the Beta distribution: most mixtures are nearly one of the two images."""
+"""Parameter of the Beta distribution. With this one, most mixtures are almost one of the two images."""
 _EACH = ("rotate", "zoom", "color")
-"""What torchvision does to each image."""
+"""Changes that torchvision makes, image by image."""
 _GREY = 124
-"""What the corners of a turned picture are filled with."""
+"""Fills the corners of a rotated picture."""
 
 
 def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Changes each image by itself, in this order, by what `how` names.
+    """Changes each image at random, by what `how` names, in this order.
 
-        flip    mirrored left to right, or not
+        flip    mirrored left to right with a chance of one half
         crop    shifted by up to an eighth of its sides, mirrored at the border
-        rotate  turned by up to 15 degrees
-        zoom    a part of it, of 35 to 100 % of its area, at the size of the whole
+        rotate  rotated by up to 15 degrees
+        zoom    a part of 35 to 100 % of its area, resized to the whole size
         color   brightness, contrast and saturation changed by up to 40 %
 
     Args:
-        images: [batch, 3, h, w], uint8 before they are normalised; not mutated.
-        how: as in the option; mixup is done by :func:`mix`.
+        images: uint8 [batch, 3, h, w], not yet normalised; not mutated.
+        how: words joined by +, as in the option. It ignores mixup, which :func:`mix` does.
+    Returns:
+        uint8 [batch, 3, h, w].
     """
     words = parse_augment(how)
     if "flip" in words:
@@ -46,7 +48,7 @@ def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
 
 
 def mix(images: Tensor, targets: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup: each image is blended with its neighbour in the batch, and its class likewise.
+    """Mixup: blends each image with its neighbour in the batch, and their classes in the same shares.
 
     Args:
         images: float [batch, 3, h, w].
@@ -62,7 +64,7 @@ def mix(images: Tensor, targets: Tensor, classes: int, generator: torch.Generato
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Has torchvision, which draws from torch's own generator, draw what this one says; that one stays as it is."""
+    """Seeds torch's default generator, which torchvision uses, from `generator`. Restores it at the end."""
     seed = int(torch.randint(2**31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

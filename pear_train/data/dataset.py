@@ -1,4 +1,4 @@
-"""What a data set is to the trainer."""
+"""A data set, as the trainer sees it."""
 
 import hashlib
 import re
@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pear_store.format.checkpoint import CONTROL
+from pear_store.format.checkpoint import CONTROL, shown_label
 from pear_train.data.fingerprint import fingerprint
 from pear_train.errors import DataError
 from router import Limits
@@ -25,21 +25,23 @@ LOOKED_FOR = (
 
 MOST_CLASSES = 100_000
 MOST_FAULTS = 1_000
-"""Faults that one message lists."""
+"""The most faults in one message."""
 MOST_SHOWN = 60
-"""Classes that one line lists."""
+"""The most classes in one line."""
 UNEVEN = 10
-"""A class with so many times the training images of another is worth a warning."""
+"""A warning is given if a class has this many times the training images of another."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images by number, and their class indices: int64 [n]."""
+    """Labelled images of one split, by number from 0 to n - 1."""
 
     image: Callable[[int], ImageLike]
+    """Gives the image of a number."""
     targets: Tensor
+    """Class numbers, int64 [n]."""
     names: tuple[str, ...] = ()
-    """Of the images within the data set, such as ``cat/1.jpg``; where a layout has no names, their numbers."""
+    """Names of the images within the data set, such as ``cat/1.jpg``. By default their numbers."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -49,6 +51,7 @@ class Split:
         return len(self.targets)
 
     def subset(self, indices: Tensor) -> "Split":
+        """The images of these numbers, int64 [m], in this order."""
         chosen = indices.tolist()
         return Split(
             lambda i: self.image(chosen[i]), self.targets[indices], tuple(self.names[index] for index in chosen)
@@ -57,27 +60,35 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits of labelled images; `test` may be absent. `description` says what the data was taken for."""
+    """Three splits of labelled images.
+
+    Raises:
+        DataError: fewer than two classes, bad or equal class names, labels without a class, an empty split, or a class
+            without a training image. The message lists all faults.
+    """
 
     description: str
+    """Where the data is, and which kind of data set it is."""
     classes: tuple[str, ...]
+    """Names of the classes, by class number."""
     train: Split
     val: Split
     test: Split | None
+    """None if there is no test split."""
     all_in_train: bool = True
-    """Refuse a class without a training image; VTAB-1k has such."""
+    """Whether a class without a training image is refused. VTAB-1k has such classes."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""
     cautions: tuple[str, ...] = ()
-    """What a person should know of the pictures; `warnings` says it."""
+    """Warnings about the pictures. `warnings` gives them, too."""
     skip_unreadable: bool = False
-    """Train without pictures that cannot be read, rather than refuse."""
+    """Whether pictures that cannot be read are left out. By default the data is refused."""
     limits: Limits = LIMITS
-    """What may be opened as a picture."""
+    """Limits for opening pictures."""
     unreadable: tuple[str, ...] = ()
-    """The images that it is without because they could not be read, with the reason."""
+    """The images that were left out because they cannot be read, each with the reason."""
     opened: "Dataset | None" = None
-    """The same with its unreadable images."""
+    """The same data set with its unreadable images, if some were left out."""
 
     def __post_init__(self) -> None:
         raise_all([f"{self.description}: {fault}" for fault in self._faults()])
@@ -101,7 +112,7 @@ class Dataset:
 
     @cached_property
     def counts(self) -> dict[str, list[int]]:
-        """For each split, how many images each class has."""
+        """Split -> number of images of each class, by class number."""
         return {
             name: torch.bincount(split.targets, minlength=len(self.classes)).tolist()
             for name, split in self.splits.items()
@@ -109,13 +120,13 @@ class Dataset:
 
     @property
     def unreadable_counts(self) -> dict[str, int]:
-        """How many images each split is without because they could not be read; only splits that lack some."""
+        """Split -> number of images that were left out because they cannot be read. Splits with none are missing."""
         whole = {} if self.opened is None else self.opened.splits
         missing = {name: len(split) - len(self.splits[name]) for name, split in whole.items()}
         return {name: count for name, count in missing.items() if count}
 
     def warnings(self) -> Iterator[str]:
-        """What a person should know before training, a line each."""
+        """Warnings for a person before training, a line each."""
         yield from self.cautions
         train = self.counts["train"]
         few = [name for name, count in zip(self.classes, train, strict=True) if count < 2]
@@ -130,15 +141,15 @@ class Dataset:
                 yield f"classes whose names differ only by case{also}: {listed(names)}"
         most, least = max(train), min(train)
         if most >= UNEVEN * max(1, least):
-            of_most, of_least = self.classes[train.index(most)], self.classes[train.index(least)]
+            of_most, of_least = (shown_label(self.classes[train.index(count)]) for count in (most, least))
             yield (
-                f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}; top-1 hides how a "
-                "rare class does: look at the recall of each class, and try --balance"
+                f"uneven classes: {most} training images of {of_most!r}, {least} of {of_least!r}. Top-1 hides the "
+                "mistakes in rare classes: look at the recall of each class, and try --balance"
             )
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits that there are, by name: train, val and, where it is not absent, test."""
+        """The splits by name: train, val and, if there is one, test."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
 
@@ -146,10 +157,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """A sha256, in hex, of class names and of every picture: its split, name within the data set, class, content.
 
-        It does not depend on where the data lies, on file times, or on the options of a run. The first look reads every
-        file once (it does not decode them); later looks cost nothing. The content is a file's bytes, an array's values
-        or, of a data set that timm opens, the decoded pixels. Images that turn out to be unreadable are part of it, so
-        it is the same before and after they are left out.
+        It does not depend on the data's path, on file times, or on the options of a run. The first access reads every
+        file once, without decoding it; later ones are free. The content is a file's bytes, an array's values or, for a
+        data set that timm opens, the decoded pixels. It includes images that cannot be read, so it is the same before
+        and after they are left out.
         """
         if self.opened is not None:
             return self.opened.fingerprint
@@ -159,24 +170,29 @@ class Dataset:
         )
 
     def table(self) -> str:
-        """Every class with its images in each split, several a line: ``cat 8/1/1``. Of very many, the first."""
+        """The number of images of each class in each split: ``cat 8/1/1``. At most MOST_SHOWN classes are listed."""
         columns = zip(*self.counts.values(), strict=True)
-        cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(self.classes, columns, strict=True)]
+        names = map(shown_label, self.classes)
+        cells = [f"{name} {'/'.join(map(str, counts))}" for name, counts in zip(names, columns, strict=True)]
         more = [f"and {len(cells) - MOST_SHOWN} more"] if len(cells) > MOST_SHOWN else []
         return f"{'/'.join(self.splits)}: " + ", ".join([*cells[:MOST_SHOWN], *more])
 
     def balance(self) -> str:
-        """How even the classes of train are, with the most and the least frequent one by name."""
+        """How even the classes of train are, with the names of the most and the least frequent one."""
         train = self.counts["train"]
         most, least = max(train), min(train)
         if most == least:
             return f"even: {most} training images of each class"
-        names = [self.classes[train.index(count)] for count in (most, least)]
+        names = [shown_label(self.classes[train.index(count)]) for count in (most, least)]
         ratio = f", {most / least:.1f} to 1" if least else ""
         return f"{most} training images of {names[0]!r}, {least} of {names[1]!r}{ratio}"
 
     def summary(self, name: str) -> str:
-        """Lines for a person: what the data was taken for, its classes, and what to know of it."""
+        """Lines for a person: the kind of data set, its classes, what was left out, and warnings.
+
+        Args:
+            name: the data's name in warnings.
+        """
         lines = [
             f"data      {self.description}; {self.sizes()}",
             f"classes   {self.table()}",
@@ -186,12 +202,13 @@ class Dataset:
         return "\n".join([*lines, *(f"Warning: {name}: {warning}" for warning in self.warnings())])
 
     def sizes(self) -> str:
+        """The number of classes, and of images in each split, for a person."""
         test = "no" if self.test is None else len(self.test)
         return f"{len(self.classes)} classes; {len(self.train)} train, {len(self.val)} val, {test} test images"
 
 
 def labels_without_class(splits: Mapping[str, Split], classes: int) -> list[str]:
-    """A line for each split whose labels are not all numbers of classes."""
+    """A line for each split that has labels outside of 0..classes - 1."""
     found = []
     for name, split in splits.items():
         low, high = (int(split.targets.min()), int(split.targets.max())) if len(split) else (0, 0)
@@ -201,12 +218,14 @@ def labels_without_class(splits: Mapping[str, Split], classes: int) -> list[str]
 
 
 def listed(names: list[str]) -> str:
-    """The first of some names, for a message."""
-    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    """The first 10 names, for a message."""
+    return ", ".join(repr(shown_label(name)) for name in names[:10]) + (
+        f" and {len(names) - 10} more" if len(names) > 10 else ""
+    )
 
 
 def _bare(name: str) -> str:
-    """What a name has in common with others that people may take for it: Cat for " cat", 1.0 for 01."""
+    """A form that is equal for names that people may confuse: " cat" and Cat, 01 and 1.0."""
     text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
     number = _NUMBER.fullmatch(text)
     return text if number is None else number["whole"] + (number["part"] or "").rstrip("0").rstrip(".")
@@ -216,14 +235,17 @@ _NUMBER = re.compile(r"0*(?P<whole>\d+)(?P<part>\.\d*)?", re.ASCII)
 
 
 def hold_out(split: Split, share: float, salt: str) -> tuple[Tensor, Tensor]:
-    """Splits a split's indices in two, class by class and always the same way: (rest, held out).
+    """Divides a split's numbers into (rest, held out), class by class and always in the same way.
 
-    An image's own name decides: those are held out whose hash lies below `share`, and the one with the lowest hash of
-    each class. So an image that comes or goes moves no other, unless it is the only one of its class that is held out.
-    Every class with at least two images gives at least one to each side.
+    A hash of an image's name decides. Images with a hash below `share` are held out, and always the one with the lowest
+    hash of its class. So an added or removed image moves no other image, except where a class has only one image held
+    out. A class with at least two images has at least one on each side.
 
     Args:
-        salt: makes choices independent of each other.
+        share: 0 to 1.
+        salt: different salts give independent choices.
+    Returns:
+        Two tensors of numbers in order, int64.
     """
     chance = [_hash(f"{salt}/{name}") for name in split.names]
     of_class: dict[int, list[int]] = {}
@@ -239,27 +261,27 @@ def hold_out(split: Split, share: float, salt: str) -> tuple[Tensor, Tensor]:
 
 
 def _hash(name: str) -> float:
-    """A number in 0..1 that a name always has."""
+    """A number in 0..1 that depends only on the name."""
     data = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(data[:8], "big") / 2**64
 
 
 def raise_all(faults: list[str], told: str | None = None) -> None:
-    """Raises a DataError with all faults, one a line, if there are any; after a line that says what they are."""
+    """Raises a DataError with all faults, if there are any: a line `told`, then a line for each fault."""
     if len(faults) == 1 and told is None:
         raise DataError(faults[0])
     if faults:
-        named = [fault.replace("\n", "\\n") for fault in faults[:MOST_FAULTS]]  # of file names
+        named = [fault.replace("\n", "\\n") for fault in faults[:MOST_FAULTS]]  # file names may hold line breaks
         lines = [told or f"{len(faults)} faults in the data:", *named]
         lines += [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         raise DataError("\n  ".join(lines))
 
 
 def numbered(described: str, count: int) -> tuple[str, ...]:
-    """Names of classes that have none: their numbers.
+    """The numbers 0 to count - 1 as names, for classes without names.
 
     Raises:
-        DataError: more than `MOST_CLASSES`.
+        DataError: there are more than `MOST_CLASSES`.
     """
     if count > MOST_CLASSES:
         raise DataError(f"{described}: class number {count - 1}: expected 0 to {MOST_CLASSES - 1}")

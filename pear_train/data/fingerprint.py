@@ -1,9 +1,8 @@
-"""What a data set is, as one sha256: a change of any picture, class or split shows in it."""
+"""A data set's sha256. It changes with any picture, class or split."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from pear_store.files import open_regular_file
+from pear_store.pools import ThreadPool
 from router.pictures import ImageLike
 
 
 def picture_digest(image: ImageLike) -> str:
-    """A sha256 of a file's bytes, an array's values or a PIL image's pixels; "unreadable" if it cannot be read.
+    """A sha256 of a file's bytes, an array's values or a PIL image's pixels. "unreadable" if it cannot be read.
 
-    A picture behind a URL is not downloaded for this: it counts as unreadable, so only its name tells it apart.
+    A picture behind a URL is not downloaded for this, so it counts as unreadable. Only its name then distinguishes it.
     """
     try:
         if isinstance(image, str | PathLike):
@@ -32,7 +32,7 @@ def picture_digest(image: ImageLike) -> str:
         else:
             image.seek(0)
             values, told = image.read(), "file"
-    except Exception:  # a broken file, in whatever way Pillow says so; the check before the first epoch names it
+    except Exception:  # whatever Pillow raises for a broken file; the check before the first epoch names the file
         return "unreadable"
     return hashlib.sha256(told.encode() + values).hexdigest()
 
@@ -43,10 +43,10 @@ def fingerprint(
     """A sha256 of class names and, for each split, of every picture's name, class and content, in order.
 
     Args:
-        splits: name of the split, names and classes of its pictures, and the pictures by number.
+        splits: for each split its name, the names and class numbers of its pictures, and the pictures by number.
     """
     whole = hashlib.sha256(json.dumps(["pear-data/1", *classes]).encode())
-    with ThreadPoolExecutor() as workers:  # files are read and hashed without the GIL
+    with ThreadPool() as workers:  # files are read and hashed without the GIL
         for split, names, targets, image in splits:
             digests = workers.map(lambda i, image=image: picture_digest(image(i)), range(len(names)))
             for name, target, digest in zip(names, targets, digests, strict=True):

@@ -15,9 +15,12 @@ _STRAY = "pictures outside of class folders"
 
 
 def open_folder(path: Path, options: DataOptions, needs_train: bool = True) -> Labelled:
-    """Classes as folders, below train/, val/ and test/ or directly. Sub-folders and links are followed.
+    """Opens an image folder: class folders, directly or below train/, val/ and test/. Sub-folders and links are read.
 
-    What is left out is in `notes`.
+    `notes` says what was left out.
+
+    Raises:
+        DataError: folders are in doubt or cannot be read, classes have no pictures, or splits differ in classes.
     """
     described, listing = f"{path}: an image folder", list_pictures(path)
     while not options.of_folders and (inside := lone_folder(listing)) is not None:
@@ -35,7 +38,7 @@ def open_folder(path: Path, options: DataOptions, needs_train: bool = True) -> L
     tops = {folder.split("/")[0] for folder in chosen.values()}
     for folder in listing.folders_in(""):
         if folder not in tops:
-            listing.skip("folders that are no split", f"{folder}/")
+            listing.skip("folders that are not a split", f"{folder}/")
     read = {name: _read(path, chosen[name], listing) for name in ("train", "val", "test") if name in chosen}
     first = next(iter(read))
     classes = read[first][0]
@@ -52,7 +55,7 @@ def open_folder(path: Path, options: DataOptions, needs_train: bool = True) -> L
 
 
 def _read(path: Path, split: str, listing: Listing) -> tuple[tuple[str, ...], Split]:
-    """Class names and pictures of a split's folder ("": of the whole); what is wrong goes to `listing.faults`."""
+    """Class names and pictures of a split's folder ("" for the whole). Faults are added to `listing.faults`."""
     direct, below = by_folder(listing.below(split))
     if split and [*below] == [split] and not direct and by_folder(below[split])[1]:  # as in seg_train/seg_train/
         split = f"{split}/{split}"
@@ -62,7 +65,7 @@ def _read(path: Path, split: str, listing: Listing) -> tuple[tuple[str, ...], Sp
         listing.skip(_STRAY, f"{start}{picture}")
     folders = listing.folders_in(split)
     if not folders:
-        listing.faults.append(f"{path / split}: holds no folders; looked for {LOOKED_FOR}")
+        listing.faults.append(f"{path / split}: holds no folders: expected {LOOKED_FOR}")
     for folder in folders:
         if folder not in below:
             left_out = listing.skipped_below(f"{start}{folder}")

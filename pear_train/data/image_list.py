@@ -1,4 +1,4 @@
-"""Lists of pictures: CSV, JSON lines or Parquet, with the columns image, label and maybe split."""
+"""Lists of pictures: CSV, JSON lines or Parquet, with the columns image and label, and optionally split."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,10 +22,12 @@ _ROWS = 4096
 
 
 def open_list(path: Path, needs_train: bool = True) -> Labelled:
-    """A list by its file's ending. Relative paths begin in the list's folder; pictures within a list stay in memory.
+    """Opens a list; its ending says which format it has.
+
+    Paths are relative to the list's folder. Pictures whose bytes are in the list stay in memory.
 
     Raises:
-        DataError: the list cannot be read to its end, lacks a column, or has rows that say too little.
+        DataError: the list cannot be read to its end, lacks a column, or has rows without an image, label or split.
     """
     try:
         from router.infer.lists import ImageList

@@ -1,4 +1,4 @@
-"""Labelled images as they lie on disk, before a split that is missing is held out of train."""
+"""Labelled images in the splits that are on disk, before a missing split is taken from train."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,31 +7,31 @@ from pear_train.data.dataset import Dataset, Split, hold_out, labels_without_cla
 from pear_train.errors import DataError
 
 WHOLE = "all"
-"""The name of the one split of data that has none."""
+"""Name of the only split of data without splits."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Classes, and the splits that the data has: train, val and test, as many as there are, or `WHOLE` alone."""
+    """Classes, and the splits that the data has: some of train, val and test, or only `WHOLE`."""
 
     description: str
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     all_in_train: bool = True
-    """Training needs an image of each class; VTAB-1k has sets without."""
+    """Whether training needs an image of each class. Some sets of VTAB-1k lack some."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""
     cautions: tuple[str, ...] = ()
-    """What a person should know of the pictures, such as that some are in two splits."""
+    """Warnings about the pictures, such as that some are in two splits."""
 
     def __post_init__(self) -> None:
         raise_all([f"{self.description}: {fault}" for fault in labels_without_class(self.splits, len(self.classes))])
 
     def dataset(self) -> Dataset:
-        """The data set to train on. A missing val is a tenth of train; data without splits gives a tenth to test, too.
+        """The data set to train on. A missing val split is a tenth of train. Of data without splits, test is one, too.
 
         Raises:
-            DataError: there is no train split, or the data is of no use for training.
+            DataError: there is no train split, or the data cannot be used for training.
         """
         splits, described = dict(self.splits), self.description
         if WHOLE in splits:
@@ -42,7 +42,7 @@ class Labelled:
             splits = {"train": kept.subset(left), "val": kept.subset(val), "test": whole.subset(test)}
             described += " (about a tenth of each class held out for val, a tenth for test)"
         if "train" not in splits:
-            raise DataError(f"{described}: has no train split: expected one")
+            raise DataError(f"{described}: expected a train split, found {', '.join(splits)}: add one")
         if "val" not in splits:
             rest, held = hold_out(splits["train"], 0.1, "val")
             splits["val"], splits["train"] = splits["train"].subset(held), splits["train"].subset(rest)

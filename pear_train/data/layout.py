@@ -1,4 +1,4 @@
-"""Which folders are splits and which are classes. Where that is not sure, it is asked, never guessed."""
+"""Decides which folders are splits and which are classes. In doubt it asks the user; it never guesses."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,13 +21,13 @@ _LONE_WORD = re.compile("|".join([*_WORDS.values(), "holdout"]))
 
 
 def split_of(name: str) -> str | None:
-    """train, val or test if a folder's name says just that, in any usual spelling: Train, training_set, test1."""
+    """train, val or test, if a folder's name means just that in a usual spelling: Train, training_set, test1."""
     letters = re.sub(r"[\W\d_]+", "", name)
     return next((role for role, pattern in _SPLIT_NAMES.items() if pattern.fullmatch(letters)), None)
 
 
 def by_folder(paths: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Paths that lie directly here, and of every folder here the paths below it."""
+    """The paths without a folder, and for every top folder the paths below it."""
     direct: list[str] = []
     below: dict[str, list[str]] = {}
     for path in paths:
@@ -40,7 +40,7 @@ def by_folder(paths: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def lone_folder(listing: Listing) -> str | None:
-    """The only folder that there is, if it wraps classes or splits; None if it is a class or a split itself."""
+    """The only folder, if it holds classes or splits. None if it is a class or a split itself."""
     direct, below = by_folder(listing.pictures)
     names = listing.folders_in("")
     if direct or len(names) != 1 or not below:
@@ -52,14 +52,14 @@ def lone_folder(listing: Listing) -> str | None:
 
 
 def choose_splits(where: Path, pictures: list[str], options: DataOptions, needs_train: bool = True) -> dict[str, str]:
-    """The folder of each split; empty if the folders are classes.
+    """The folder of each split. Empty if the folders are classes.
 
     Args:
         where: the data set, for messages.
         pictures: paths relative to it.
-        needs_train: one of the splits must be train.
+        needs_train: whether a train split must be among them.
     Raises:
-        DataError: it is not sure, with how to say it; or a split that the user named is not there.
+        DataError: names leave it in doubt (the message says which options decide), or a named split does not exist.
     """
     folders = by_folder(pictures)[1]
     if options.no_splits:
@@ -72,23 +72,23 @@ def choose_splits(where: Path, pictures: list[str], options: DataOptions, needs_
     if not candidates:
         hints = [_hinted(name) for name in folders]
         if len(folders) > 1 and all(hints) and len(set(hints)) > 1:
-            raise _unsure(where, folders, "their names say more than that")
+            raise _unsure(where, folders, "but their names say more than that")
         _refuse_splits_within(where, classes_within)
         return {}
     if others:
         flat = [name for name in candidates if not classes_within[name]]
         if [name.casefold() for name in flat] == ["train"] == [name.casefold() for name in candidates]:
-            return {}  # a class of trains among others: a split holds folders
+            return {}  # a class of trains beside other classes: a split would hold folders
         shared = set.intersection(*(classes_within[name] for name in candidates))
         if len(candidates) < 2 or not shared:
-            raise _unsure(where, candidates, f"but {_listed(others)} lies beside")
+            raise _unsure(where, candidates, f"but {_listed(others)} is beside them")
         alike = [name for name in others if shared & classes_within[name]]
         if alike:
             raise _unsure(where, [*candidates, *alike], "but not all by their names")
     if needs_train and "train" not in candidates.values():
         raise DataError(
-            f"{where}: has {_listed(candidates)} but no train/: expected train/, or classes without split folders; say "
-            f"--train-split NAME, or --no-splits if these are classes"
+            f"{where}: has {_listed(candidates)} but no train/: expected train/, or classes without split folders; "
+            f"give --train-split NAME, or --no-splits if these are classes"
         )
     if len(folders) > 1:
         for name in candidates:
@@ -105,7 +105,7 @@ def choose_splits(where: Path, pictures: list[str], options: DataOptions, needs_
 def _named_splits(
     where: Path, pictures: list[str], folders: Mapping[str, list[str]], options: DataOptions, needs_train: bool
 ) -> dict[str, str]:
-    """The splits that the user named, and those of the others that are sure."""
+    """The splits that the user named, and those others whose names leave no doubt."""
     chosen: dict[str, str] = {}
     for role, folder in options.named.items():
         if folder is None or folder == NO_SPLIT:
@@ -113,9 +113,9 @@ def _named_splits(
         chosen[role] = folder.strip("/")
         if not any(path.startswith(f"{chosen[role]}/") for path in pictures):
             there = _listed(folders) if folders else "no folder with pictures"
-            raise DataError(f"{where}: --{role}-split {folder}: no folder with pictures is called that; has {there}")
+            raise DataError(f"{where}: --{role}-split {folder}: expected a folder with pictures, found {there}")
     if len(set(chosen.values())) < len(chosen):
-        raise DataError(f"{where}: one folder is named for two splits: {_listed(chosen.values())}")
+        raise DataError(f"{where}: expected a folder for each split, found one for two: {_listed(chosen.values())}")
     for role, folder in options.named.items():
         if folder is not None:
             continue
@@ -125,18 +125,18 @@ def _named_splits(
         if free:
             chosen[role] = free[0]
     if needs_train and "train" not in chosen:
-        raise DataError(f"{where}: no folder is recognised as train: say --train-split NAME; has {_listed(folders)}")
+        raise DataError(f"{where}: no folder is recognised as train, found {_listed(folders)}: give --train-split NAME")
     return chosen
 
 
 def _refuse_splits_within(where: Path, classes_within: Mapping[str, set[str]]) -> None:
-    """Raises where every class has splits inside: train and test pictures would be mixed."""
+    """Raises a DataError if a class folder holds splits, because train and test pictures would be mixed."""
     for name, within in classes_within.items():
         roles = {split_of(folder) for folder in within}
         if "train" in roles and len(roles - {None}) > 1:
             raise DataError(
                 f"{where}: {name}/ holds {_listed(within)}, which look like splits inside of a class: expected "
-                f"train/{name}/…; say --no-splits to take all of it as one class"
+                f"train/{name}/…; give --no-splits if all of it is one class"
             )
 
 
@@ -152,6 +152,6 @@ def _listed(names: Iterable[str]) -> str:
 
 def _unsure(where: Path, names: Iterable[str], why: str) -> DataError:
     return DataError(
-        f"{where}: {_listed(names)} look like splits, {why}: say which is which with --train-split NAME, --val-split "
-        f"NAME and --test-split NAME (none: there is none), or --no-splits if the folders are classes"
+        f"{where}: {_listed(names)} look like splits, {why}: name the splits with --train-split NAME, --val-split NAME "
+        f"and --test-split NAME (none: there is none), or give --no-splits if the folders are classes"
     )

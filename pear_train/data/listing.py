@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: the pictures, and everything that is left out, with the reason."""
+"""The contents of a folder of pictures: the pictures, and everything that is left out, with the reason."""
 
 import errno
 import os
@@ -16,9 +16,9 @@ _SYSTEM_NAMES = frozenset(
         "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
     )
 )  # fmt: skip
-"""Of folders and files that systems and tools leave behind, in small letters. Names that begin with a dot, too."""
+"""Folders and files that systems and tools leave behind, in lower case. Names with a leading dot are skipped, too."""
 _MOST_VISITS = 100
-"""How often links may lead to one folder: links upon links would otherwise multiply without bound."""
+"""How many times links may lead to one folder. Without a limit, links to folders of links would multiply."""
 
 _CIRCLE = "folders that links lead to in a circle or too often"
 
@@ -30,14 +30,14 @@ class Listing:
     pictures: list[str] = field(default_factory=list)
     """In order of their paths."""
     folders: set[str] = field(default_factory=set)
-    """All folders that were looked into."""
+    """All folders that were listed."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """For each reason, paths that were left out."""
+    """Reason -> paths that were left out."""
     faults: list[str] = field(default_factory=list)
-    """What could not be looked into."""
+    """A line for each folder that could not be listed."""
 
     def below(self, folder: str) -> list[str]:
-        """The pictures below a folder ("": all), by their paths in it."""
+        """The pictures below a folder ("" for all), as paths relative to it."""
         if not folder:
             return self.pictures
         start = f"{folder}/"
@@ -45,7 +45,7 @@ class Listing:
         return [path.removeprefix(start) for path in self.pictures[first:end]]
 
     def folders_in(self, folder: str) -> list[str]:
-        """Names of the folders that lie directly in a folder ("": at the top)."""
+        """Names of the folders directly in a folder ("" for the top)."""
         start = f"{folder}/" if folder else ""
         names = (path.removeprefix(start) for path in self.folders if path.startswith(start))
         return sorted(name for name in names if "/" not in name)
@@ -64,7 +64,7 @@ class Listing:
 
 
 def list_pictures(root: Path) -> Listing:
-    """All pictures below a folder, by their endings. Links are followed; a link back to where it lies in is not."""
+    """All pictures below a folder, recognised by their endings. Links are followed, except to a folder above."""
     endings = extensions()
     found = Listing()
     visits: Counter[tuple[int, int]] = Counter()
@@ -85,7 +85,7 @@ def list_pictures(root: Path) -> Listing:
             if error.errno == errno.ELOOP:
                 found.skip(_CIRCLE, f"{folder}/")
                 continue
-            found.faults.append(f"{here}: cannot be looked into: {error.strerror}")
+            found.faults.append(f"{here}: the folder cannot be read: {error.strerror}")
             continue
         if folder:
             found.folders.add(folder)
@@ -105,12 +105,12 @@ def list_pictures(root: Path) -> Listing:
     found.pictures.sort()
     for folder in sorted(found.folders):
         if os.path.splitext(folder)[1].lower() in endings and not found.below(folder):
-            found.skip("folders that are called like a picture and hold none", f"{folder}/")
+            found.skip("folders without pictures whose names end like a picture's", f"{folder}/")
     return found
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:
-    """folder, file, or why an entry is neither."""
+    """ "folder", "file", or the reason why an entry is neither."""
     try:
         if entry.is_dir():
             return "folder"
@@ -122,7 +122,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def describe_skipped(skipped: Mapping[str, list[str]]) -> tuple[str, ...]:
-    """A line for each reason: how many, and the first of them."""
+    """A line for each reason: the number of paths, and the first of them."""
     return tuple(
         f"{len(paths)} {reason}: {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
         for reason, paths in sorted(skipped.items())

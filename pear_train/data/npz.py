@@ -15,7 +15,13 @@ from pear_train.errors import DataError
 
 
 def open_npz(path: Path, needs_train: bool = True) -> Labelled:
-    """Images uint8 [n, h, w] or [n, h, w, 1 or 3] and int labels; `classes` are names, by default the numbers."""
+    """Opens a NumPy archive: images x_…, labels y_…, and optionally `classes`, the names of the classes.
+
+    Images are uint8 or uint16 [n, h, w] or [n, h, w, 1, 3 or 4]; labels are integers [n].
+
+    Raises:
+        DataError: the file is not such an archive, or an array is missing or has another type or shape.
+    """
     try:
         with open_regular_file(path) as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -25,7 +31,7 @@ def open_npz(path: Path, needs_train: bool = True) -> Labelled:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: not a NumPy archive: {reason:.300}") from None
     if bare := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise DataError(f"{path}: {bare[0]!r} is no array: expected what numpy.savez wrote")
+        raise DataError(f"{path}: {bare[0]!r} is not an array: expected an archive that numpy.savez wrote")
     splits = {}
     for name in ("train", "val", "test"):
         if f"x_{name}" in arrays or f"y_{name}" in arrays:

@@ -1,4 +1,4 @@
-"""Opens what --data names, and says what it was taken for."""
+"""Opens the data that --data names, and recognises its kind."""
 
 import os
 from dataclasses import replace
@@ -20,15 +20,17 @@ from router import Limits
 
 
 def open_dataset(data: str, root: Path | None = None, options: DataOptions | None = None) -> Dataset:
-    """Opens an image folder, an image list, or another of the layouts that docs/training.md names.
+    """Opens an image folder, an image list, or another kind of data set that docs/training.md names.
 
     Args:
-        data: a path, or ``torch/…``, ``hfds/…``, ``tfds/…``, ``wds/…``.
-        root: where a named data set lies or is downloaded to.
-        options: which folders are splits, where their names do not say; whether to skip unreadable pictures,
-            and how large pictures may be.
+        data: a path, or a name ``torch/…``, ``hfds/…``, ``hfids/…``, ``tfds/…`` or ``wds/…``.
+        root: folder of named data sets. They are downloaded to it. None: below the user's cache directory.
+        options: which folders are splits, whether to leave out unreadable pictures, and how large pictures may be.
+            None: folders are recognised by their names.
+    Returns:
+        The data set. A missing val split is a tenth of train; without any splits, a tenth is test, too.
     Raises:
-        DataError: it is none of these, or not usable.
+        DataError: the data does not exist, is of no known kind, or cannot be used for training.
     """
     options = options or DataOptions()
     found = open_labelled(data, root, options).dataset()
@@ -38,30 +40,32 @@ def open_dataset(data: str, root: Path | None = None, options: DataOptions | Non
 def open_labelled(
     data: str, root: Path | None = None, options: DataOptions | None = None, needs_train: bool = True
 ) -> Labelled:
-    """The same images in the splits that the data has: nothing is held out.
+    """Opens the same kinds of data, in the splits that the data has. Nothing is held out.
 
     Args:
-        data, root, options: see `open_dataset`.
-        needs_train: refuse data without a train split; where it is to be evaluated, it needs none.
+        data, root, options: as for :func:`open_dataset`.
+        needs_train: whether data without a train split is refused. Evaluation does not need one.
     Raises:
-        DataError: it is none of these, or not usable.
+        DataError: the data does not exist, is of no known kind, or cannot be used.
     """
     if not data:
         raise DataError("data '': expected a file, a folder or a name")
     path, options = Path(data), options or DataOptions()
     if options.of_folders and (not os.path.isdir(path) or is_vtab(path) or is_saved(path)):
-        raise DataError(f"{data}: no image folder: --train-split and such, and --no-splits, are for those")
+        raise DataError(
+            f"{data}: not an image folder: leave out --train-split, --val-split, --test-split and --no-splits"
+        )
     if os.path.isfile(path):
         if ending(path) == ".npz":
             return open_npz(path, needs_train)
         if ending(path) in LISTS:
             return open_list(path, needs_train)
-        raise DataError(f"{data}: a file of no kind that is known by its ending; looked for {LOOKED_FOR}")
+        raise DataError(f"{data}: a file with an unknown ending: expected {LOOKED_FOR}")
     if os.path.isdir(path):
         return _open_directory(path, options, needs_train)
     if data.split("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
         return open_timm(data, root)
-    raise DataError(f"{data}: no such file or folder; looked for {LOOKED_FOR}")
+    raise DataError(f"{data}: no such file or folder: expected {LOOKED_FOR}")
 
 
 def _open_directory(path: Path, options: DataOptions, needs_train: bool) -> Labelled:

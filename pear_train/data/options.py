@@ -1,4 +1,4 @@
-"""What a user may say of the data, where it is not to be recognised."""
+"""Options for data that is not recognised by itself."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from pear_train.errors import ConfigError
 from router.pictures import MAX_PIXELS
 
 NO_SPLIT = "none"
-"""As the name of a split: there is none, whatever the folders are called."""
+"""Given as the name of a split: there is no such split, even if a folder has its name."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,15 @@ class DataOptions:
 
     train_split: str | None = None
     val_split: str | None = None
-    """A folder's name; "none": there is none, so it is held out of train."""
+    """A folder's name. "none": there is none, so it is taken from train."""
     test_split: str | None = None
-    """A folder's name; "none": there is none."""
+    """A folder's name. "none": there is none."""
     no_splits: bool = False
-    """The folders are classes, whatever they are called."""
+    """Whether all folders are classes, even if they are called train or test."""
     skip_unreadable: bool = False
-    """Train without pictures that cannot be read, rather than refuse."""
+    """Whether pictures that cannot be read are left out. By default the data is refused."""
     max_pixels: int = MAX_PIXELS
-    """Pictures with more are refused before they are decoded."""
+    """Pictures with more pixels are refused before they are decoded."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -31,14 +31,14 @@ class DataOptions:
         if self.no_splits and any(self.named.values()):
             raise ConfigError("no splits: all folders are classes, so no folder can be named as a split")
         if self.train_split == NO_SPLIT:
-            raise ConfigError("train split 'none': expected a folder; say no splits if the folders are classes")
+            raise ConfigError("train split 'none': expected a folder; give no splits if the folders are classes")
 
     @property
     def named(self) -> dict[str, str | None]:
-        """What was said of each split."""
+        """The given name of each split."""
         return {"train": self.train_split, "val": self.val_split, "test": self.test_split}
 
     @property
     def of_folders(self) -> bool:
-        """Whether anything was said that makes sense for an image folder only."""
+        """Whether an option was given that only makes sense for an image folder."""
         return self.no_splits or any(self.named.values())

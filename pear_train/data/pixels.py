@@ -1,26 +1,26 @@
-"""The pictures of a data set, decoded: what becomes batches."""
+"""The decoded pictures of a data set, from which batches are made."""
 
 import logging
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pear_store.pools import ThreadPool
 from pear_train.data.dataset import Dataset, Split, raise_all
 from router import ImageError, Preprocess
 
 logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 4 * 1024**3
-"""Pixels of a split are kept in memory up to this size, and decoded anew for every batch beyond it."""
+"""A split's pixels are kept in memory up to this size. A larger split is decoded anew for every batch."""
 
 
 class Pixels:
-    """A split's images at the input size, decoded once if they fit into memory. Making it decodes every image."""
+    """A split's images at the input size. Making it decodes every image; they are kept if they fit into memory."""
 
     def __init__(self, split: Split, preprocess: Preprocess) -> None:
         """Raises a DataError that names every image that cannot be read."""
@@ -29,7 +29,7 @@ class Pixels:
 
     @classmethod
     def readable(cls, split: Split, preprocess: Preprocess) -> "Pixels":
-        """The pixels of all images of a split that can be read; `unreadable` says of each other one why not."""
+        """The pixels of all images of a split that can be read. `unreadable` has the reason for each other one."""
         made = cls.__new__(cls)
         made._decode_all(split, preprocess)
         if made.unreadable:
@@ -41,7 +41,7 @@ class Pixels:
     def _decode_all(self, split: Split, preprocess: Preprocess) -> None:
         self._split, self._preprocess, self.targets = split, preprocess, split.targets
         self.kept = torch.arange(len(split))
-        """Numbers of the split's images that there are pixels of."""
+        """Numbers of the split's images that could be read, int64."""
         self.unreadable: dict[int, str] = {}
         shape = (len(split), 3, *preprocess.size)
         self._cache = torch.zeros(shape, dtype=torch.uint8) if math.prod(shape) <= CACHE_BYTES else None
@@ -56,7 +56,7 @@ class Pixels:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the decoded pixels in memory; 0 where they are decoded anew for every batch."""
+        """Bytes of decoded pixels in memory. 0 if they are decoded anew for every batch."""
         return 0 if self._cache is None else self._cache.nbytes
 
     def images(self, indices: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Pixels:
         """uint8 [batch, 3, h, w].
 
         Raises:
-            ImageError: an image that was readable before is not any more.
+            ImageError: an image can no longer be read.
         """
         if self._cache is not None:
             return self._cache[indices]
@@ -83,7 +83,7 @@ class Pixels:
         return torch.stack(decoded)
 
     def _decode(self, indices: "range | list[int]") -> "Iterator[Tensor | ImageError]":
-        with ThreadPoolExecutor() as workers:  # Pillow decodes and resizes without the GIL
+        with ThreadPool() as workers:  # Pillow decodes and resizes without the GIL
             yield from workers.map(self._decode_one, indices)
 
     def _decode_one(self, index: int) -> "Tensor | ImageError":
@@ -101,10 +101,12 @@ class Pixels:
 
 
 def read_pictures(dataset: Dataset, preprocess: Preprocess) -> tuple[Dataset, dict[str, Pixels]]:
-    """Decodes the images of all splits. Without those that cannot be read, if the data set says so.
+    """Decodes the images of all splits. With `skip_unreadable`, leaves out those that cannot be read.
 
+    Returns:
+        The data set without the images that were left out, and the pixels of each split.
     Raises:
-        DataError: images that cannot be read, all of them named; or too few are left.
+        DataError: images cannot be read (the message names all of them), or too few are left.
     """
     began = time.perf_counter()
     pixels = {name: Pixels.readable(split, preprocess) for name, split in dataset.splits.items()}
@@ -116,7 +118,7 @@ def read_pictures(dataset: Dataset, preprocess: Preprocess) -> tuple[Dataset, di
         return dataset, pixels
     if not dataset.skip_unreadable:
         count = f"{len(faults)} of {sum(map(len, dataset.splits.values()))} images cannot be read"
-        remedy = "mend or remove them, or train without them with --skip-unreadable"
+        remedy = "repair or remove them, or leave them out with --skip-unreadable"
         raise_all(faults, f"{dataset.description}: {count}: {remedy}")
     left = {name: split.subset(pixels[name].kept) for name, split in dataset.splits.items()}
     train, val, test = left["train"], left["val"], left.get("test")

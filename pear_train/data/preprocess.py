@@ -7,7 +7,13 @@ from router.pictures import READING
 
 
 def preprocess_record(backbone: Backbone, img_size: int | None) -> dict[str, Any]:
-    """The whole image, resized to the input size (as VTAB does), normalised as the backbone was."""
+    """The `preprocess` of a task checkpoint: the whole image is resized to the input size, as in VTAB-1k.
+
+    Mean and std are the backbone's.
+
+    Args:
+        img_size: height and width in pixels; None: the backbone's own.
+    """
     config = backbone.config
     height, width = (img_size, img_size) if img_size else backbone.input_size
     return {

@@ -1,4 +1,4 @@
-"""Rows of labelled images, each with its split, as data: what lists and tables have in common."""
+"""Rows of labelled images, each with its split. Lists and tables are read into them."""
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,7 +16,7 @@ from router.pictures import ImageLike
 
 @dataclass(frozen=True)
 class Row:
-    """A labelled image; `split` is what is said of its split."""
+    """A labelled image. `split` is the text of its split column, if there is one."""
 
     number: int
     image: str | bytes
@@ -27,23 +27,23 @@ class Row:
 
 @dataclass
 class Rows:
-    """Rows as they are read, and what is wrong with others.
+    """Rows that were read, and faults of the others.
 
     Args:
-        with_splits: whether rows say of which split they are.
+        with_splits: whether rows have a split column.
     """
 
     with_splits: bool
     faults: list[str] = field(default_factory=list)
-    """What is wrong with rows that are not taken."""
+    """A line for each row that was refused."""
     _taken: dict[str, list[Row]] = field(default_factory=dict)
-    """By split."""
+    """Split -> its rows."""
     _first: dict[Hashable, Row] = field(default_factory=dict)
     _twice: list[str] = field(default_factory=list)
     _unlike: list[str] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Takes a row, if no earlier one says of the same picture the same, or something else."""
+        """Takes a row. It skips one that repeats an earlier row, and refuses one with another label for the picture."""
         role = str(split_of(row.split or "")) if self.with_splits else WHOLE
         content = content_of(row.image)
         first = self._first.setdefault(content, row)
@@ -64,14 +64,14 @@ class Rows:
         """The rows by split.
 
         Args:
-            classes: their names in order; None: the labels, sorted. Whole numbers are sorted by size.
-            needs_train: refuse rows of which none is of train.
+            classes: names of the classes in order. None: the sorted labels; whole numbers are sorted by size.
+            needs_train: whether rows without a train split are refused.
         Raises:
-            DataError: rows are at fault, or train is missing.
+            DataError: rows were refused, there are none, or the train split is missing.
         """
         raise_all([f"{described}: {fault}" for fault in self.faults])
         if not self._taken:
-            raise DataError(f"{described}: has no rows")
+            raise DataError(f"{described}: has no rows: expected a row for each image")
         taken = {role: self._taken[role] for role in ("train", "val", "test", WHOLE) if role in self._taken}
         ordered = (
             tuple(classes) if classes is not None else in_order([row.label for rows in taken.values() for row in rows])
@@ -83,10 +83,8 @@ class Rows:
         contents = {role: [content_of(row.image) for row in rows] for role, rows in taken.items()}
         cautions = in_two_splits(splits, contents)
         if self._unlike:
-            cautions += (f"{len(self._unlike)} pictures equal others of another label: {listed(self._unlike)}",)
-        notes = (
-            (f"{len(self._twice)} rows that say what earlier rows say: {listed(self._twice)}",) if self._twice else ()
-        )
+            cautions += (f"{len(self._unlike)} pictures equal others with another label: {listed(self._unlike)}",)
+        notes = (f"{len(self._twice)} rows that repeat earlier rows: {listed(self._twice)}",) if self._twice else ()
         return Labelled(described, ordered, splits, notes=notes, cautions=cautions)
 
 
@@ -97,7 +95,7 @@ def _split(rows: Sequence[Row], numbers: Mapping[str, int]) -> Split:
 
 
 def content_of(image: str | bytes) -> Hashable:
-    """What images have in common that are the same: a place, or bytes."""
+    """A key that is equal for equal images: their path, URL or bytes."""
     return os.path.normpath(image) if isinstance(image, str) and "://" not in image else image
 
 
@@ -110,16 +108,16 @@ def in_order(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _size(digits: str) -> tuple[int, str, str]:
-    """Sorts whole numbers by size, however long; 1 before 01."""
+    """A sort key that orders whole numbers of any length by size, and 1 before 01."""
     bare = digits.lstrip("0")
     return len(bare), bare, digits[::-1]
 
 
 def in_two_splits(splits: Mapping[str, Split], contents: Mapping[str, Sequence[Hashable]]) -> tuple[str, ...]:
-    """A line for each two splits that have pictures in common: these say nothing about new pictures.
+    """A warning for each two splits that share pictures. Such pictures say nothing about new ones.
 
     Args:
-        contents: of each split's pictures, what only equal pictures have in common.
+        contents: split -> a key for each picture, equal only for equal pictures.
     """
     told = []
     for one, other in combinations([name for name in ("train", "val", "test") if name in splits], 2):

@@ -1,6 +1,7 @@
 """Folders of Hugging Face's `datasets` on disk: as `save_to_disk` writes them, or Parquet files as the Hub has them.
 
-Read with pyarrow alone. Arrow files are mapped, so pictures stay on disk; Parquet files are held in memory.
+Only pyarrow is needed to read them. Arrow files are memory-mapped, so pictures stay on disk. Parquet files are read
+into memory.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import open_regular_file, read_text
 from pear_train.data.dataset import Split, listed, numbered, raise_all
 from pear_train.data.fingerprint import picture_digest
@@ -28,18 +30,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _TAIL_BYTES = 64
-"""Of a picture's file: those of most pictures of one size differ there, so the rest of them need not be read."""
+"""Last bytes of a picture's file. Pictures of equal size mostly differ in them, so the rest need not be read."""
 _SHARD = re.compile(r"(?P<split>[A-Za-z]\w*)(?:-\d+-of-\d+)?\.parquet", re.ASCII)
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a folder is what `save_to_disk` of `datasets` wrote."""
+    """Whether `save_to_disk` of `datasets` wrote this folder."""
     there = {name for name in ("dataset_dict", "state", "dataset_info") if os.path.isfile(path / f"{name}.json")}
     return "dataset_dict" in there or {"state", "dataset_info"} <= there
 
 
 def parquet_files(path: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split of a data set as the Hub has it: ``data/train-00000-of-00002.parquet``."""
+    """The Parquet files of each split, named as on the Hub: ``data/train-00000-of-00002.parquet``."""
     found: dict[str, list[Path]] = {}
     for folder in (path, path / "data"):
         for file in sorted(path for path in folder.glob("*.parquet") if os.path.isfile(path)):
@@ -49,10 +51,10 @@ def parquet_files(path: Path) -> dict[str, list[Path]]:
 
 
 def open_saved(path: Path, needs_train: bool = True) -> Labelled:
-    """What `save_to_disk` wrote: a data set with its splits in folders, or one split alone.
+    """Opens a folder that `save_to_disk` wrote: a data set with a folder for each split, or one split.
 
     Raises:
-        DataError: files are missing or damaged, or there are no columns of pictures and labels.
+        DataError: files are missing or damaged, or there is no column of pictures or of labels.
     """
     described = f"{path}: a folder of Hugging Face datasets"
     if not os.path.isfile(path / "dataset_dict.json"):
@@ -64,7 +66,7 @@ def open_saved(path: Path, needs_train: bool = True) -> Labelled:
 
 
 def open_parquet_files(path: Path, needs_train: bool = True) -> Labelled:
-    """A data set as the Hub has it. Raises as :func:`open_saved`."""
+    """Opens a folder of Parquet files, as on the Hub. Raises as :func:`open_saved`."""
     import_arrow(path)
     import pyarrow.parquet as pq
 
@@ -79,18 +81,18 @@ def open_parquet_files(path: Path, needs_train: bool = True) -> Labelled:
 
 
 def class_names(path: Path) -> tuple[str, ...] | None:
-    """The names of the classes, if the column label of a Parquet file is of numbers that `datasets` gave names."""
+    """The names of the classes, if the column label of a Parquet file holds numbers that `datasets` gave names to."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return _names(_features(pq.read_schema(path)), "label")
-    except (OSError, ValueError, pa.ArrowException):  # whoever reads the rows says so
+    except (OSError, ValueError, pa.ArrowException):  # the reader of the rows will report it
         return None
 
 
 def import_arrow(path: Path) -> None:
-    """Raises a DataError that says what to install, where pyarrow is missing."""
+    """Raises a DataError that says what to install, if pyarrow is missing."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
@@ -98,7 +100,7 @@ def import_arrow(path: Path) -> None:
 
 
 def needs_pyarrow(path: Path, error: ModuleNotFoundError) -> DataError:
-    """What to say where pyarrow is missing; any other missing module is a fault of ours."""
+    """The error to raise if pyarrow is missing. Raises `error` itself if another module is missing."""
     if str(error.name).partition(".")[0] != "pyarrow":
         raise error
     return DataError(f"{path}: reading it needs pyarrow: pip install 'pear-adapters[infer]'")
@@ -108,7 +110,7 @@ def needs_pyarrow(path: Path, error: ModuleNotFoundError) -> DataError:
 
 
 def _arrow(folder: Path) -> "pa.Table":
-    """The rows that one split's folder holds."""
+    """The rows of one split's folder."""
     import_arrow(folder)
     import pyarrow as pa
 
@@ -119,7 +121,7 @@ def _arrow(folder: Path) -> "pa.Table":
     for file in files:
         named = folder / _plain(folder, file.get("filename") if isinstance(file, dict) else None)
         with _reading(named, "Arrow"):
-            open_regular_file(named).close()  # a pipe would be waited for
+            open_regular_file(named).close()  # refuses a pipe, which would block
             shards[named] = pa.ipc.open_stream(pa.memory_map(str(named))).read_all()
     table = _joined(shards, "Arrow")
     features = _json(folder / "dataset_info.json").get("features")
@@ -127,7 +129,7 @@ def _arrow(folder: Path) -> "pa.Table":
 
 
 def _joined(shards: Mapping[Path, "pa.Table"], kind: Literal["Arrow", "Parquet"]) -> "pa.Table":
-    """Several files' rows as one table; each is found whole first, for a damaged offset would lead anywhere."""
+    """Several files' rows as one table. Each file is validated first, because a damaged offset could lead anywhere."""
     import pyarrow as pa
 
     (first, table), *others = shards.items()
@@ -137,15 +139,13 @@ def _joined(shards: Mapping[Path, "pa.Table"], kind: Literal["Arrow", "Parquet"]
             rows.schema.names  # noqa: B018 (raises where a name is not UTF-8)
     for file, rows in others:
         if not rows.schema.equals(table.schema):
-            raise DataError(
-                f"{file}: has other columns than {first.name}: expected {_columns(table)}: {_columns(rows)}"
-            )
+            raise DataError(f"{file}: expected the columns of {first.name}: {_columns(table)}; found {_columns(rows)}")
     return pa.concat_tables(shards.values())
 
 
 @contextmanager
 def _reading(file: Path, kind: Literal["Arrow", "Parquet"]) -> Iterator[None]:
-    """Turns whatever a damaged file makes pyarrow raise into a DataError."""
+    """Turns every error that pyarrow raises for a damaged file into a DataError."""
     import pyarrow as pa
 
     try:
@@ -153,7 +153,7 @@ def _reading(file: Path, kind: Literal["Arrow", "Parquet"]) -> Iterator[None]:
     except PearStoreError as error:
         raise DataError(str(error)) from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as {kind}: {_line(error):.300}") from None
+        raise DataError(f"{file}: cannot be read as {kind}: {unreadable(error):.300}") from None
 
 
 def _columns(table: "pa.Table") -> str:
@@ -187,7 +187,7 @@ def _labelled(described: str, tables: Mapping[str, "pa.Table"], needs_train: boo
     if needs_train and not {"train", WHOLE} & chosen.keys():
         raise DataError(f"{described}: has {listed(list(tables))}: expected a split train")
     faults = [
-        f"{described}: {role}, row {row}: no label that has a name"
+        f"{described}: {role}, row {row}: expected a label that names a class"
         for role, found in texts.items()
         for row, text in enumerate(found)
         if text is None
@@ -215,15 +215,15 @@ class _Pictures:
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         if not isinstance(found, str | bytes):
-            raise DataError(f"row {row}: there is no picture")
+            raise DataError(f"row {row}: expected a picture, found none")
         return found
 
 
 def _contents(tables: Mapping[str, "pa.Table"], column: str) -> dict[str, list[Hashable]]:
-    """Of each row, for each split: what only a row with the same picture has, too.
+    """Split -> a key for each row. Rows have equal keys only if they have the same picture.
 
-    That is a path, where the table has no bytes of the picture. Bytes are only read and hashed where a picture of
-    another split has as many, with the same end.
+    Without the picture's bytes, the key is its path. Bytes are only read and hashed if a picture of another split has
+    the same size and the same last bytes.
     """
     ends = {split: _ends(table.column(column)) for split, table in tables.items()}
     splits_of = Counter(end for of_split in ends.values() for end in set(of_split))
@@ -240,7 +240,7 @@ def _contents(tables: Mapping[str, "pa.Table"], column: str) -> dict[str, list[H
 
 
 def _ends(column: "pa.ChunkedArray") -> list[Hashable]:
-    """Of each picture its size and last bytes; or its path; or None where it has neither."""
+    """Each picture's size and last bytes, else its path, else None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -261,17 +261,17 @@ def _ends(column: "pa.ChunkedArray") -> list[Hashable]:
 
 
 def _picture_names(table: "pa.Table", column: str) -> tuple[str, ...]:
-    """Their files' names where all have one and no two are alike; else none, so that numbers name them."""
+    """The names of the pictures' files, if all have one and all are different. Else empty: numbers name them."""
     kind = table.schema.field(column).type
     names: Sequence[str | None] = ()
     if "path" in [kind.field(i).name for i in range(kind.num_fields)]:
         names = [name for chunk in table.column(column).chunks for name in chunk.field("path").to_pylist()]
-    plain = tuple(PurePath(name).name for name in names if name)  # where the data lies is no part of a name
+    plain = tuple(PurePath(name).name for name in names if name)  # without the data's own path
     return plain if len(set(plain)) == len(names) else ()
 
 
 def _features(schema: "pa.Schema") -> dict[str, dict[str, Any]]:
-    """What `datasets` says of the columns; nothing where it says nothing."""
+    """The description of the columns by `datasets`. Empty if there is none."""
     try:
         told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {str(name): what for name, what in told.items() if isinstance(what, dict)}
@@ -286,17 +286,17 @@ def _names(features: Mapping[str, Mapping[str, Any]], column: str) -> tuple[str,
 
 
 def _column(described: str, table: "pa.Table", typed: list[str], usual: str) -> str:
-    """The column of that kind: the one of the usual name, or the only one."""
+    """The column of pictures or of labels: the one of the usual name, else the only one of its type."""
     there: list[str] = table.column_names
     if usual in there:
         return usual
     if len(typed) == 1 and typed[0] in there:
         return typed[0]
-    raise DataError(f"{described}: no column {usual!r}: has {listed(there)}; rename the one that is meant")
+    raise DataError(f"{described}: expected a column {usual!r}, found {listed(there)}: rename the right one")
 
 
 def _of_labels(described: str, table: "pa.Table", column: str) -> str:
-    """The column, if its values can be labels."""
+    """The column's name. Raises a DataError if its values cannot be labels."""
     import pyarrow as pa
 
     kind, types = table.schema.field(column).type, pa.types
@@ -316,21 +316,17 @@ def _texts(described: str, values: list[Any], names: Sequence[str] | None) -> li
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
-    except PearStoreError as error:  # its text names the file
+    except PearStoreError as error:  # the message already names the file
         raise DataError(str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {_line(error)}") from None
+        raise DataError(f"{path}: cannot be read: {unreadable(error)}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object")
     return found
 
 
 def _plain(folder: Path, name: object) -> str:
-    """A name within a folder; nothing outside of it is opened."""
+    """The name, checked to be a plain one, so that nothing outside of the folder is opened."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
         raise DataError(f"{folder}: {str(name)[:80]!r}: expected the name of a file or folder in it")
     return name
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

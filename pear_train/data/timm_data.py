@@ -1,4 +1,4 @@
-"""Data sets that timm.data.create_dataset knows by name."""
+"""Data sets that timm.data.create_dataset opens by name."""
 
 import os
 import sys
@@ -21,12 +21,12 @@ _TEST_SPLITS = ("test", "validation", "val")
 
 
 def open_timm(name: str, root: Path | None) -> Labelled:
-    """A named data set: its train split, and its test (else validation) split as test.
+    """Opens a named data set: its train split, and as test its test split or else its validation split.
 
     Args:
-        root: where it lies or is downloaded to; by default below the user's cache directory.
+        root: folder of data sets, to which they are downloaded. None: below the user's cache directory.
     Raises:
-        DataError: timm cannot open it.
+        DataError: timm cannot open the data set.
     """
     root = root or user_cache_path("pear") / "datasets"
     try:
@@ -50,8 +50,8 @@ def open_timm(name: str, root: Path | None) -> Labelled:
 def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
     try:
         converts = not name.lower().startswith(("torch/", "tfds/"))
-        given: dict[str, Any] = {"input_img_mode": ""} if converts else {}  # or timm would, to RGB, by Pillow's rule
-        with redirect_stdout(sys.stderr):  # readers print there
+        given: dict[str, Any] = {"input_img_mode": ""} if converts else {}  # else timm converts to RGB by Pillow's rule
+        with redirect_stdout(sys.stderr):  # readers print on stdout
             found: Any = create_dataset(name, root=str(root), split=split, download=True, is_training=False, **given)
         items: Sequence[Any] = list(found) if isinstance(found, IterableDataset) else found
         targets = torch.tensor(_targets(found, items), dtype=torch.long)
@@ -62,7 +62,7 @@ def _open(name: str, root: Path, split: str) -> tuple[Split, tuple[str, ...]]:
 
 
 def _names(found: Any, root: Path) -> tuple[str, ...]:
-    """Paths of the images' files, where the reader has such."""
+    """Paths of the images' files, if the reader has them."""
     for owner in (found, getattr(found, "reader", None)):
         samples = getattr(owner, "samples", None) or ()
         if samples and all(isinstance(sample[0], str) for sample in samples):
@@ -90,8 +90,8 @@ def _class_names(found: Any) -> tuple[str, ...]:
 
 
 def _picture(items: Sequence[Any], index: int) -> Any:
-    """A PIL image, an array or a file's bytes, whichever the reader gives."""
-    if isinstance(items, ImageDataset):  # of a picture that cannot be read, it would give the next one
+    """A PIL image, an array or a file's bytes, depending on the reader."""
+    if isinstance(items, ImageDataset):  # its own indexing would replace an unreadable picture by the next one
         with items.reader[index][0] as file:
             return file.read()
     image = items[index][0]

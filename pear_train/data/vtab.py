@@ -19,11 +19,13 @@ def is_vtab(path: Path) -> bool:
 
 
 def open_vtab(path: Path, whole: bool = False) -> Labelled:
-    """Lines ``images/train800/000000.jpg 17``, paths relative to the folder; classes are named by their numbers.
+    """Opens a VTAB-1k folder. Its lists have lines ``images/train800/000000.jpg 17``; names of classes are numbers.
 
     Args:
-        whole: train on all 1,000 images, as the benchmark's published numbers do; val is then part of train, and good
-            for nothing but looking at.
+        whole: train on all 1,000 images, as the benchmark's published figures do. Then val is part of train, and its
+            figures mean nothing.
+    Raises:
+        DataError: a list is missing, or has a line of another form.
     """
     lists = {**_LISTS, "train": "train800val200.txt"} if whole else _LISTS
     splits = {name: _read(path, file) for name, file in lists.items()}
@@ -37,7 +39,7 @@ def open_vtab(path: Path, whole: bool = False) -> Labelled:
 def _read(path: Path, name: str) -> Split:
     file = path / name
     if not os.path.isfile(file):
-        raise DataError(f"{file}: no such file; a VTAB-1k folder has {', '.join(_LISTS.values())}")
+        raise DataError(f"{file}: no such file: a VTAB-1k folder needs {', '.join(_LISTS.values())}")
     images, labels, names = [], [], []
     label_of: dict[str, str] = {}
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -47,7 +49,10 @@ def _read(path: Path, name: str) -> Split:
         if not image or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{file}, line {number}: {line[:80]!r}: expected an image path, a space, a class number")
         if label_of.setdefault(image, label) != label:
-            raise DataError(f"{file}, line {number}: {image!r} is of class {label}, but of {label_of[image]} above")
+            raise DataError(
+                f"{file}, line {number}: {image!r} has class {label}, but class {label_of[image]} in a line above: "
+                "expected one class for an image"
+            )
         images.append(str(path / image))
         names.append(image)
         labels.append(int(label))

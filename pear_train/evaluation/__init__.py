@@ -1,4 +1,4 @@
-"""How good tasks are on labelled images: figures, comparisons, a gate and a report (extra `eval`)."""
+"""Measures tasks on labelled images: figures, comparisons, a gate and a report (extra `eval`)."""
 
 from pear_train.evaluation.answers import Answers, Subject
 from pear_train.evaluation.compare import Comparison

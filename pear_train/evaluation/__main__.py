@@ -1,4 +1,4 @@
-"""Starts pear-eval, or says in a line what it needs."""
+"""Starts pear-eval, or prints in one line what must be installed."""
 
 import sys
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What tasks answer for images, through the router: each image is decoded once for all of them."""
+"""The tasks' answers for images, through the router. Each image is decoded once for all tasks."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,43 +22,43 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Subject:
-    """A task that is evaluated."""
+    """A task to evaluate."""
 
     shown: str
-    """What people call it: ``dtd@2``, or its file."""
+    """Its name in messages and reports: ``dtd@2``, or its file."""
     name: str
-    """By which the router knows it."""
+    """Its name in the router."""
     task: Task
     version: int | None = None
-    """In the store; None for a file."""
+    """Its version in the store. None for a file."""
 
     def numbers_of(self, classes: Sequence[str]) -> Ints:
-        """The task's class number of each class of the data; -1 for one that the task does not have."""
+        """The task's number of each class of the data, int64 [class]. -1 if the task does not have the class."""
         numbers = {label: i for i, label in enumerate(self.task.labels)}
         return np.array([numbers.get(name, -1) for name in classes], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What tasks said of the images that all of them could answer."""
+    """Answers for the images that all tasks could answer."""
 
     rows: Ints
-    """Numbers of these images."""
+    """Numbers of these images in the split."""
     probabilities: dict[str, Floats]
-    """Of each task by its router's name: [image, class]."""
+    """Name of the task in the router -> float32 [image, class]."""
     unreadable: dict[int, str]
-    """Why there is no answer for the others."""
+    """Number of each other image -> why it has no answer."""
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:
-    """Raises a ConfigError for a task that names no classes."""
+    """Raises a ConfigError for a task without classes."""
     for subject in subjects:
         if not subject.task.labels:
-            raise ConfigError(f"{subject.shown}: has no head: it gives features, not classes")
+            raise ConfigError(f"{subject.shown}: expected a task with classes, found one without a head")
 
 
 def check_classes(data: str, classes: Sequence[str], subjects: Sequence[Subject]) -> None:
-    """Raises a DataError, one line, for classes of the data that a task does not have."""
+    """Raises a DataError if the data has classes that a task does not have."""
     for subject in subjects:
         labels = subject.task.labels
         odd = [name for name in classes if name not in set(labels)]
@@ -66,10 +66,10 @@ def check_classes(data: str, classes: Sequence[str], subjects: Sequence[Subject]
             continue
         near = {name: difflib.get_close_matches(name.casefold(), [x.casefold() for x in labels], 1) for name in odd}
         folded = {label.casefold(): label for label in labels}
-        hints = [f"{name!r} is near {folded[found[0]]!r}" for name, found in near.items() if found]
+        hints = [f"{name!r} is similar to {folded[found[0]]!r}" for name, found in near.items() if found]
         hint = f" ({'; '.join(hints[:3])})" if hints else ""
         what = "class" if len(odd) == 1 else "classes"
-        remedy = "rename them" if len(odd) < len(classes) else "is this the task's data? Rename them"
+        remedy = "rename them" if len(odd) < len(classes) else "check that this is the task's data, or rename them"
         also = ", or leave their images out with --known-only" if len(odd) < len(classes) else ""
         raise DataError(
             f"{data}: {what} {listed(odd)} not known to task {subject.shown}, which has {listed(list(labels))}{hint}: "
@@ -83,11 +83,11 @@ def ask(
     """Runs all images through all tasks.
 
     Args:
-        tell: is given the count of images after each batch.
-
+        batch_size: images per forward.
+        tell: is called with the number of images after each batch.
     Raises:
-        DataError: not one image could be answered.
-        RouterError, PearStoreError: a task that cannot be run.
+        DataError: no image could be answered.
+        RouterError, PearStoreError: a task cannot be run.
     """
     names = list(dict.fromkeys(subject.name for subject in subjects))
     unreadable: dict[int, str] = {}
@@ -109,13 +109,13 @@ def ask(
         tell(len(numbers))
     if not rows:
         first = next(iter(unreadable.values()))
-        raise DataError(f"not one of {len(images)} images could be evaluated; the first: {first}")
+        raise DataError(f"none of {len(images)} images could be evaluated; the first: {first}")
     probabilities = {name: np.concatenate(parts) for name, parts in found.items()}
     return Answers(np.array(rows, np.int64), probabilities, dict(sorted(unreadable.items())))
 
 
 def _read(images: Split, number: int) -> ImageLike | ImageError:
-    """An image as the data gives it: a path, an array, or what a reader of timm has decoded."""
+    """An image as the data gives it: a path, an array, or an image that timm decoded."""
     try:
         return images.image(number)
     except ImageError as error:
@@ -126,10 +126,10 @@ def _read(images: Split, number: int) -> ImageLike | ImageError:
 
 
 def _faults(said: Mapping[str, Predictions], names: Sequence[str], opened: Mapping[int, ImageLike]) -> list[str | None]:
-    """Why images have no answer of all tasks.
+    """For each image, why some task has no answer for it. None if all have one.
 
     Raises:
-        RouterError, PearStoreError: a task fails, not an image.
+        RouterError, PearStoreError: a task failed, not an image.
     """
     faults: list[str | None] = [None] * len(names)
     for predictions in said.values():

@@ -1,4 +1,4 @@
-"""Where things lie in the report's drawings. The template draws them, so every text is escaped there."""
+"""Coordinates of the report's drawings. The template draws them and escapes every text."""
 
 import base64
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from pear_train.evaluation.figures import BINS, Figures
 from pear_train.html.drawing import Bar, Chart, Kind, Tick, percent, x_of, y_of
 
 MOST_DRAWN = 60
-"""A confusion matrix of more classes is a picture without names"""
+"""A confusion matrix of more classes is a picture without names."""
 MOST_COUNTED = 25
-"""Cells of more classes are too small for their counts"""
+"""With more classes, cells are too small for their counts."""
 NAME_LENGTH = 18
 
 
 def reliability_chart(figures: Figures) -> Chart:
-    """A bar of accuracy for each bin of confidence; faint where few images are in it."""
+    """A bar of accuracy for each bin of confidence. It is faint if the bin has few images."""
     bars = []
     few = max(5, 0.01 * figures.images)
     for one in figures.reliability:
@@ -38,7 +38,7 @@ def reliability_chart(figures: Figures) -> Chart:
 
 
 def coverage_chart(figures: Figures) -> Chart:
-    """Accuracy of the most confident answers over their share of all."""
+    """Accuracy of the most confident answers, over their share of all answers."""
     points = [(point.coverage, float(point.accuracy or 0)) for point in figures.most_confident]
     lowest = min(accuracy for _, accuracy in points)
     bottom = 0.0 if lowest < 0.5 else 0.5 if lowest < 0.8 else 0.8 if lowest < 0.95 else 0.9
@@ -64,28 +64,28 @@ class Cell:
     count: int
     right: bool
     strength: float
-    """0..1: how much of the class's images are here."""
+    """The share of the class's images in this cell, 0..1."""
     title: str
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A confusion matrix: a row for each class, a column for what it was taken for."""
+    """A confusion matrix: a row for each true class, a column for each answered class."""
 
     side: int
     """Pixels of a cell."""
     margin: float
-    """Pixels that the names take."""
+    """Pixels for the names."""
     width: float
     height: float
     names: list[tuple[float, str, str]]
     """Centre of the row or column, the name as drawn, and the whole name."""
     least_width: float
-    """How far it may shrink."""
+    """The least width in pixels to which it may shrink."""
     cells: list[Cell]
     counted: bool
     picture: str | None
-    """In place of cells, where there are very many: a PNG as a data URL."""
+    """A PNG as a data URL, which replaces the cells if there are very many."""
 
 
 def heat_map(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> HeatMap:
@@ -112,7 +112,7 @@ def heat_map(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> HeatM
 
 
 def _picture(shares: np.ndarray) -> str:
-    """Cells as pixels: green on the diagonal, red beside it, the rarer the more transparent."""
+    """Cells as pixels: green on the diagonal, red elsewhere. Rarer ones are more transparent."""
     count = len(shares)
     pixels = np.zeros((count, count, 4), np.uint8)
     pixels[..., :3] = (205, 74, 60)

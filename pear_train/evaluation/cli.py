@@ -1,4 +1,4 @@
-"""The command pear-eval: how good tasks are on labelled images."""
+"""The command pear-eval: measures tasks on labelled images."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from platformdirs import user_data_path
 from tqdm import tqdm
 
 from pear_store import PearStoreError, ReadableStore, Store
+from pear_store.format.checkpoint import shown_label
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import NamedPath, NumberRange, allow_option, echo, echo_table, version_option
@@ -31,7 +32,7 @@ from pear_train.tasks import DATA_OPTIONS
 from router import Limits, Router, RouterError
 
 GATE_FAILED = 20
-"""The exit code where a demand is not met. Those of errors are below."""
+"""The exit code if the gate fails. Exit codes of errors are lower."""
 _PATH = NamedPath(path_type=Path)
 _THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99)
 _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
@@ -46,42 +47,41 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
     help="Image folder, list of images (.csv, .jsonl, .parquet), folder of Hugging Face datasets, VTAB-1k folder, .npz "
     "file, or a data set's name in timm.",
 )
-@option("Data", "--data-root", type=_PATH, help="Where a named data set lies or is downloaded to.")
+@option("Data", "--data-root", type=_PATH, help="Folder of named data sets. They are downloaded to it.")
 @option(
     "Data", "--split", type=click.Choice(["test", "val", "train", "all"]),
-    help="Which images [default: test where the data has a test split, else all].",
+    help="Images to evaluate [default: test if the data has a test split, else all].",
 )  # fmt: skip
 @option("Data", "--known-only", is_flag=True, help="Leave out images of classes that a task does not have.")
 @run_option("Data", "--train-split", "Folder of the train split [default: recognised by its name].")
 @run_option("Data", "--val-split", "Folder of the val split.")
 @run_option("Data", "--test-split", "Folder of the test split.")
 @run_option("Data", "--no-splits", "The folders are classes, even if they are called train or test.")
-@run_option("Data", "--max-pixels", "Pictures with more pixels are refused before they are decoded.")
+@run_option("Data", "--max-pixels", "Refuse pictures with more pixels, before they are decoded.")
 @option(
     "Store", "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
-    help="The store that holds the tasks: a directory, or a remote's URL [default: $PEAR_STORE, else the user's data "
-    "directory].",
+    help="Store of the tasks: a directory, or a remote's URL [default: $PEAR_STORE, else the user's data directory].",
 )  # fmt: skip
 @option(
     "Store", "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES",
-    show_default="$PEAR_CACHE_BYTES, else 10 GiB", help="The most bytes of a remote that are cached here.",
+    show_default="$PEAR_CACHE_BYTES, else 10 GiB", help="The most bytes of a remote to cache on this machine.",
 )  # fmt: skip
-@option("Backbone", "--backbone", help="A timm model's name [default: the one that the first task was made for].")
+@option("Backbone", "--backbone", help="A timm model's name [default: the first task's backbone].")
 @option("Backbone", "--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON value.")
-@option("Output", "--html", type=_PATH, help="Write a report with pictures: one file, for any browser.")
+@option("Output", "--html", type=_PATH, help="Write a report with pictures as one HTML file.")
 @option(
     "Output", "--mistakes", default=24, show_default=True, type=click.IntRange(0), help="Most pictures in a gallery."
 )
-@option("Gate", "--min-top1", type=NumberRange(0, 100), metavar="PERCENT", help="Fail below this top-1.")
-@option("Gate", "--not-worse-than", metavar="TASK", help="Fail if top-1 is below that of this task.")
+@option("Gate", "--min-top1", type=NumberRange(0, 100), metavar="PERCENT", help="Fail if top-1 is below this.")
+@option("Gate", "--not-worse-than", metavar="TASK", help="Fail if top-1 is below this task's.")
 @option(
     "Gate", "--by", type=NumberRange(0, 100), metavar="POINTS",
-    help="How many points of top-1 it may be below that [default: 0].",
+    help="With --not-worse-than: how many points of top-1 below are allowed [default: 0].",
 )  # fmt: skip
-@option("Gate", "--max-errors", type=click.IntRange(0), metavar="N", help="Fail if more images cannot be read.")
-@option("Machine", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
-@option("Machine", "--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
+@option("Gate", "--max-errors", type=click.IntRange(0), metavar="N", help="Fail if more than N images cannot be read.")
+@option("Machine", "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images per forward.")
+@option("Machine", "--device", help="Device to compute on, such as cpu [default: cuda if there is one].")
 @option(
     "Machine", "--dtype", default="float32", show_default=True,
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Precision of the forward.",
@@ -89,14 +89,14 @@ _MOST_CLASSES, _MOST_PAIRS, _MOST_NAMES = 40, 5, 5
 @allow_option
 @version_option
 def main(references: Sequence[str], **told: Any) -> None:
-    """Say how good TASK is on labelled images.
+    """Measure how good TASK is on labelled images.
 
     TASK is a task of the store (dtd, dtd@2, dtd@prod), or a checkpoint: a file or a URL. Classes of the data and of the
-    task are matched by their names. If several tasks are given, each is compared with the first: which images changed,
-    and whether that could be chance.
+    task are matched by their names. Several tasks are each compared with the first: which images changed, and whether
+    that could be chance.
 
-    With --min-top1 or --not-worse-than the command is a gate. Exit codes: 0 all is well, 20 the gate failed, 1 another
-    error, 2 wrong usage, 3 to 13 as of pear-store.
+    With --min-top1, --not-worse-than or --max-errors the command is a gate. Exit codes: 0 all is well, 20 the gate
+    failed, 1 another error, 2 wrong usage, 3 to 13 as for pear-store.
 
     \b
         pear-eval dtd --data my/pictures --html report.html
@@ -104,7 +104,7 @@ def main(references: Sequence[str], **told: Any) -> None:
         pear-eval dtd --data my/pictures --not-worse-than dtd@prod --by 0.5
     """
     if told["by"] is not None and told["not_worse_than"] is None:
-        raise click.UsageError("--by needs --not-worse-than: it says how far below that task is allowed")
+        raise click.UsageError("--by needs --not-worse-than: it says how far below that task top-1 may be")
     try:
         evaluation = _evaluate(references, told)
     except (PearTrainError, RouterError, PearStoreError) as error:
@@ -127,7 +127,7 @@ def main(references: Sequence[str], **told: Any) -> None:
 
 
 def _report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> bool:
-    """Writes the report. Says in a line if that fails, whatever it is: the figures are there."""
+    """Writes the report. Prints any failure in one line, because the figures are already printed."""
     try:
         write_report(evaluation, path, most, limits)
     except Exception as error:  # whatever Jinja, Pillow or a disk can raise
@@ -139,7 +139,7 @@ def _report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> bo
 
 
 def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
-    """Checks what is asked, and does the work."""
+    """Checks the request and does the work."""
     html: Path | None = told["html"]
     baseline: str | None = told["not_worse_than"]
     if html is not None:
@@ -166,7 +166,10 @@ def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
         if told["known_only"]:
             sample = sample.of_classes(set.intersection(*(set(subject.task.labels) for subject in subjects)))
             if not len(sample.images):
-                raise DataError(f"{sample.description}: --known-only leaves no image: no class is the task's")
+                raise DataError(
+                    f"{sample.description}: --known-only leaves no image, because no class of the data is the task's: "
+                    "give the task's data"
+                )
         shown = [f"data      {sample.description}", f"images    {len(sample.images)}, split {sample.split}"]
         for line in [*shown, *(f"note      {note}" for note in sample.notes)]:
             echo(line, err=True)
@@ -193,7 +196,7 @@ def _evaluate(references: Sequence[str], told: Mapping[str, Any]) -> Evaluation:
 
 
 def show(evaluation: Evaluation) -> None:
-    """The figures as tables."""
+    """Prints the figures as tables."""
     tasks = evaluation.tasks
     errors = len(evaluation.answers.unreadable)
     count = f"{len(evaluation.answers.rows)} images evaluated"
@@ -237,7 +240,7 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
     echo_table(
         [
             {
-                "class": one.label,
+                "class": shown_label(one.label),
                 "images": one.images,
                 "precision %": _percent(one.precision),
                 "recall %": _percent(one.recall),
@@ -249,8 +252,13 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
     pairs = found.confused()[:_MOST_PAIRS]
     if pairs:
         echo()
-        echo_table([{"class": was, "taken for": taken, "times": count} for was, taken, count in pairs],
-                   ["left", "left", "right"])  # fmt: skip
+        echo_table(
+            [
+                {"class": shown_label(was), "taken for": shown_label(taken), "times": count}
+                for was, taken, count in pairs
+            ],
+            ["left", "left", "right"],
+        )
     echo()
     echo_table(
         [
@@ -269,8 +277,8 @@ def _show_task(evaluation: Evaluation, task: Evaluated, alone: bool) -> None:
         echo()
         echo_table(
             [
-                {"worst mistakes": evaluation.name(place), "class": said["label"], "taken for": said["predicted"],
-                 "probability": f"{said['probability']:.3f}"}
+                {"worst mistakes": evaluation.name(place), "class": shown_label(said["label"]),
+                 "taken for": shown_label(said["predicted"]), "probability": f"{said['probability']:.3f}"}
                 for place in places
                 for said in [task.answer(place)]
             ],

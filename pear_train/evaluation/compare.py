@@ -1,4 +1,4 @@
-"""Two tasks side by side: which images changed, and whether that could be chance."""
+"""Compares two tasks: which images changed, and whether that could be chance."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from pear_train.evaluation.answers import Ints
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A task beside the one that it is compared with, on the same images."""
+    """Two tasks on the same images. `Ints` are places among the answered images."""
 
     before: str
     after: str
     better: Ints
-    """Places among the answered images: wrong before, right after."""
+    """Wrong before, right after."""
     worse: Ints
     """Right before, wrong after."""
     other: Ints
-    """Wrong in both, in another way."""
+    """Wrong both times, with different answers."""
     images: int
     both_right: int
     both_wrong: int
     p_value: float
-    """McNemar's exact test: how likely so uneven a change would be if both were equally good."""
+    """McNemar's exact test: the chance of a change at least as uneven if both tasks were equally good."""
 
     @property
     def top1_change(self) -> float:
-        """Top-1 after less top-1 before."""
+        """Top-1 after minus top-1 before, -1 to 1."""
         return (len(self.better) - len(self.worse)) / self.images
 
 
@@ -38,8 +38,9 @@ def compare(
     """Compares two tasks.
 
     Args:
-        was_right, is_right: of each image, whether the first and the second task is right.
-        differs: whether their answers differ.
+        was_right, is_right: bool [image], whether the first and the second task is right.
+        differs: bool [image], whether their answers differ.
+    Source: McNemar's exact test, McNemar 1947.
     """
     from scipy.stats import binomtest
 

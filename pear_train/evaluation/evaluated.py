@@ -1,4 +1,4 @@
-"""The whole evaluation: tasks and images in, figures and comparisons out."""
+"""The whole evaluation: from tasks and images to figures and comparisons."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +21,9 @@ class Evaluated:
     subject: Subject
     figures: Figures
     targets: Ints
-    """int64 [image]: the true class's number among the task's."""
+    """True classes, as the task's class numbers, int64 [image]."""
     probabilities: Floats
-    """[image, class]"""
+    """float32 [image, class]."""
 
     @property
     def predicted(self) -> Ints:
@@ -40,7 +40,7 @@ class Evaluated:
         return wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
 
     def answer(self, place: int) -> dict[str, Any]:
-        """What it says of an image."""
+        """The task's answer for an image, and the true class."""
         label = int(self.predicted[place])
         return {
             "label": self.subject.task.labels[int(self.targets[place])],
@@ -52,18 +52,18 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it. Each task was asked of the same images."""
+    """The results of an evaluation. All tasks were evaluated on the same images."""
 
     sample: Sample
     answers: Answers
     tasks: list[Evaluated]
     comparisons: list[Comparison]
-    """Of each further task with the first."""
+    """Each further task compared with the first."""
     checks: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether all demands of the gate are met."""
+        """Whether the gate is passed."""
         return all(check.passed for check in self.checks)
 
     def name(self, place: int) -> str:
@@ -74,10 +74,10 @@ class Evaluation:
         return next(task for task in self.tasks if task.subject.shown == shown)
 
     def as_json(self, most: int) -> dict[str, Any]:
-        """Everything as JSON values; shares in 0..1.
+        """Everything as JSON values. Shares are in 0..1.
 
         Args:
-            most: mistakes that are listed for each task.
+            most: most mistakes to list for each task.
         """
         names = self.sample.images.names
         return {
@@ -145,16 +145,16 @@ def evaluate(
     gate: Gate | None = None,
     tell: Callable[[int], Any] = lambda count: None,
 ) -> Evaluation:
-    """Evaluates tasks that the router knows; each further one is compared with the first.
+    """Evaluates tasks that the router knows. Each further task is compared with the first.
 
     Args:
-        gate: what is demanded of them.
-        tell: is given the count of images after each batch.
-
+        batch_size: images per forward.
+        gate: demands on the tasks; None: no demands.
+        tell: is called with the number of images after each batch.
     Raises:
-        ConfigError: a task without classes.
-        DataError: classes that a task does not have; or no image could be answered.
-        RouterError, PearStoreError: a task that cannot be run.
+        ConfigError: a task has no classes.
+        DataError: the data has classes that a task does not have, or no image could be answered.
+        RouterError, PearStoreError: a task cannot be run.
     """
     check_subjects(subjects)
     check_classes(sample.description, _named(sample), subjects)
@@ -170,7 +170,7 @@ def evaluate(
 
 
 def _named(sample: Sample) -> list[str]:
-    """The classes that images are of."""
+    """The classes that have images."""
     there = set(sample.images.targets.tolist())
     return [name for i, name in enumerate(sample.classes) if i in there]
 

@@ -1,4 +1,4 @@
-"""Figures of one task: accuracies, each class, who is taken for whom, and how far its confidence can be trusted."""
+"""Figures of one task: accuracies, each class, confusions, and how far its confidence can be trusted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from pear_train.evaluation.answers import Floats, Ints
 
 TOP = 5
 BINS = 15
-"""Equal widths of confidence, as is usual for the ECE"""
+"""Number of bins of confidence, of equal width, as is usual for the ECE."""
 WANTED = (0.95, 0.99)
-"""Accuracies for which the confidence that it takes is told"""
+"""Accuracies for which the needed confidence is reported."""
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one class fares; None where nothing can be said."""
+    """Figures of one class, 0 to 1. None: not defined."""
 
     label: str
     images: int
     precision: float | None
-    """Of the images that were taken for it, the share that is of it."""
+    """The share of the answers of this class that were right."""
     recall: float | None
-    """Of its images, the share that was recognised."""
+    """The share of this class's images that were recognised."""
     f1: float | None
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Images of about the same confidence."""
+    """Images of about the same confidence. The two figures are means."""
 
     images: int
     confidence: float
@@ -42,45 +42,45 @@ class Bin:
 
 @dataclass(frozen=True)
 class Point:
-    """What remains, if answers below a confidence are not taken."""
+    """Coverage and accuracy if answers below a confidence are not taken."""
 
     threshold: float
     coverage: float
     """The share of all images that are answered."""
     accuracy: float | None
-    """Of the answered ones; None if there are none."""
+    """Accuracy of the answered images. None if there are none."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares are in 0..1."""
+    """Figures of a task. Shares are in 0..1."""
 
     images: int
     top1: float
     top1_low: float
-    """Wilson's interval: with new images of the same kind, top-1 lies within it 95 times of 100."""
+    """Lower end of Wilson's 95 % confidence interval of top-1."""
     top1_high: float
     top5: float | None
     """None for a task of at most five classes."""
     balanced_accuracy: float
     macro_f1: float
     ece: float
-    """Expected calibration error: how far confidence and accuracy lie apart, on average."""
+    """Expected calibration error: the mean distance between confidence and accuracy."""
     confidence: float
-    """The mean."""
+    """Mean confidence."""
     classes: list[ClassFigures]
     confusion: list[list[int]]
-    """[class, taken for], in the order of `classes`."""
+    """Number of images, [true class, answered class], in the order of `classes`."""
     reliability: list[Bin]
     coverage: list[Point]
-    """For thresholds from 0 to 1."""
+    """For the thresholds 0, 0.01 and so on to 1."""
     most_confident: list[Point]
-    """For 1 % of the images, 2 % and so on, the most confident first."""
+    """For the most confident 1 % of the images, 2 % and so on."""
     wanted: dict[float, Point | None]
-    """For an accuracy: the lowest threshold that reaches it; None if none does."""
+    """Accuracy -> the point of the lowest threshold that reaches it. None if none does."""
 
     def confused(self) -> list[tuple[str, str, int]]:
-        """Which class was taken for which, how often; most often first."""
+        """(true class, answered class, number of images), the most frequent first."""
         names = [one.label for one in self.classes]
         pairs = [
             (names[i], names[j], count)
@@ -95,8 +95,9 @@ def figures(labels: Sequence[str], targets: Ints, probabilities: Floats) -> Figu
     """The figures of a task.
 
     Args:
-        targets: int64 [image], numbers of `labels`.
-        probabilities: [image, class].
+        labels: names of the task's classes.
+        targets: true classes, as numbers of `labels`, int64 [image].
+        probabilities: float32 [image, class].
     """
     from scipy.stats import binomtest
     from sklearn.metrics import (
@@ -145,10 +146,10 @@ def _known(value: Any) -> float | None:
 
 
 def _reliability(right: NDArray[np.bool_], confidence: Floats) -> list[Bin]:
-    """Of each bin with images, from the least to the most confident."""
+    """Every bin that has images, from the least to the most confident."""
     from sklearn.calibration import calibration_curve
 
-    clipped = np.clip(confidence.astype(np.float64), 0, 1)  # a sum of float32 may be a hair above 1
+    clipped = np.clip(confidence.astype(np.float64), 0, 1)  # rounding of float32 may give a little above 1
     accuracies, means = calibration_curve(right, clipped, n_bins=BINS, strategy="uniform")
     edges = np.linspace(0, 1, BINS + 1)
     counts = np.bincount(np.searchsorted(edges[1:-1], clipped), minlength=BINS)
@@ -173,6 +174,6 @@ def _most_confident(right: NDArray[np.bool_], confidence: Floats) -> list[Point]
 
 
 def _reaches(right: NDArray[np.bool_], confidence: Floats, wanted: float) -> Point | None:
-    """The lowest confidence from which the answers are right so often."""
+    """The point of the lowest threshold at which a share `wanted` of the answers is right."""
     threshold = threshold_for(torch.from_numpy(right), torch.from_numpy(confidence), wanted)
     return None if threshold is None else _point(right, confidence, threshold)

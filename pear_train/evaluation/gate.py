@@ -1,4 +1,4 @@
-"""A gate against regressions: what figures must reach, and whether they do."""
+"""A gate against regressions: demands on figures, and whether they are met."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pear_train.evaluation.figures import Figures
 
 @dataclass(frozen=True)
 class Check:
-    """One demand."""
+    """One demand, and whether it is met."""
 
     text: str
     passed: bool
@@ -16,22 +16,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Gate:
-    """What is demanded of each task but the baseline."""
+    """Demands on each task but the baseline."""
 
     min_top1: float | None = None
     """In percent."""
     baseline: str | None = None
-    """A task, by what people call it, than which no other may be worse."""
+    """A task, by its shown name. No other task may be worse than it."""
     by: float = 0.0
-    """How many points of top-1 they may lie below it."""
+    """How many points of top-1 the others may be below the baseline."""
     max_errors: int | None = None
     """The most images that may be unreadable."""
 
     def checks(self, figures: Mapping[str, Figures], errors: int) -> list[Check]:
-        """Each demand, and whether it is met.
+        """All demands, and whether they are met.
 
         Args:
-            figures: of each task, by what people call it.
+            figures: of each task, by its shown name.
+            errors: number of images that could not be evaluated.
         """
         found = []
         for shown, of_task in figures.items():
@@ -54,4 +55,4 @@ class Gate:
 
 
 _HAIR = 1e-9
-"""What floats may be off"""
+"""Tolerance for rounding of floats."""

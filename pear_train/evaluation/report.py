@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file: its style and pictures within, no script, nothing from elsewhere."""
+"""An evaluation as one HTML file. Style and pictures are in the file; it has no script and loads nothing."""
 
 import base64
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from pear_train.html.page import check_page, make_page, write_page
 from router import ImageError, Limits, open_image
 
 _SIDE = 300
-"""Most pixels of a thumbnail's side"""
+"""Most pixels of a thumbnail's side."""
 _SMALL = 96
-"""Smaller pictures are enlarged with sharp pixels"""
+"""Smaller pictures are enlarged with sharp pixels."""
 _UNFOLDED = 12
-"""Pictures of a gallery that show at once"""
+"""Pictures of a gallery that show before it is unfolded."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Thumbnail:
 
 
 def check_report(path: Path) -> None:
-    """Raises a ConfigError where no report of an evaluation can be written."""
+    """Raises a ConfigError if no report of an evaluation can be written."""
     check_page(path, "pear-eval")
 
 
 def write_report(evaluation: Evaluation, path: Path, most: int, limits: Limits) -> None:
-    """Writes the report, whole or not at all.
+    """Writes the report, as a whole or not at all.
 
     Args:
-        most: pictures in a gallery.
-        limits: what may be opened as a picture.
+        most: most pictures in a gallery.
+        limits: limits for opening pictures.
     Raises:
         ConfigError: as :func:`check_report`.
-        ResourceError: it cannot be written.
+        ResourceError: the file cannot be written.
     """
     check_report(path)
     write_page(path, make_report(evaluation, most, limits))
@@ -73,13 +73,13 @@ def make_report(evaluation: Evaluation, most: int, limits: Limits) -> str:
 
 
 def changed(comparison: Comparison) -> str:
-    """What a comparison says, in a few sentences."""
+    """A comparison in a few sentences."""
     better, worse, points = len(comparison.better), len(comparison.worse), 100 * comparison.top1_change
     told = f"{better} images are better, {worse} worse: top-1 {points:+.2f} points."
     if not better + worse:
         return told
     p_value = "below 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.3f}"
-    verdict = "hardly chance" if comparison.p_value < 0.05 else "this could be chance"
+    verdict = "this is hardly chance" if comparison.p_value < 0.05 else "this could be chance"
     return f"{told} McNemar's exact test gives p {'' if p_value.startswith('b') else '= '}{p_value}: {verdict}."
 
 
@@ -98,7 +98,7 @@ def _once(made: dict[int, Thumbnail | None], make: Callable[[int], Thumbnail | N
 
 
 def _thumbnail(evaluation: Evaluation, limits: Limits, place: int) -> Thumbnail | None:
-    """A small copy of an image; None if it cannot be read any more."""
+    """A small copy of an image. None if it can no longer be read."""
     row = int(evaluation.answers.rows[place])
     try:
         image = open_image(evaluation.sample.images.image(row), limits=limits)
@@ -106,7 +106,7 @@ def _thumbnail(evaluation: Evaluation, limits: Limits, place: int) -> Thumbnail 
         return None
     except Exception:  # whatever a reader of timm, torchvision or datasets can raise
         return None
-    bare = Image.new("RGB", image.size)  # without what the file says of itself, such as where it was taken
+    bare = Image.new("RGB", image.size)  # without the file's metadata, such as where it was taken
     bare.paste(image)
     bare.thumbnail((_SIDE, _SIDE))
     small, file = max(bare.size) <= _SMALL, BytesIO()

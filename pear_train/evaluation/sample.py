@@ -1,4 +1,4 @@
-"""Which images of the data are evaluated, and what their classes are called."""
+"""The images to evaluate, and the names of their classes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ SplitName = Literal["train", "val", "test", "all"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Labelled images that are evaluated."""
+    """Labelled images to evaluate."""
 
     description: str
-    """What the data was taken for."""
+    """Where the data is, and which kind of data set it is."""
     split: SplitName
     classes: tuple[str, ...]
     images: Split
     notes: tuple[str, ...] = ()
-    """What a person should know: what was left out, and why."""
+    """Notes for a person, such as what was left out, and why."""
 
     def of_classes(self, known: Iterable[str]) -> "Sample":
-        """Without the images of classes that are not among those."""
+        """The sample without images of classes that are not in `known`."""
         known = set(known)
         kept = torch.tensor([name in known for name in self.classes], dtype=torch.bool)
         rows = torch.nonzero(kept[self.images.targets]).flatten()
@@ -42,9 +42,11 @@ class Sample:
 def choose(labelled: Labelled, wanted: SplitName | None, tasks: Iterable[Task]) -> Sample:
     """The images of one split.
 
-    Without a wish it is test, where the data has a test split. Else it is all images; but of the very data that a task
-    was trained with, it is what was held out then.
+    By default that is the test split, if the data has one. Otherwise it is all images. If a task was trained with this
+    very data, it is only the images that training held out.
 
+    Args:
+        wanted: the split; None: the default.
     Raises:
         DataError: there is no such split, or it is empty.
     """
@@ -61,7 +63,7 @@ def choose(labelled: Labelled, wanted: SplitName | None, tasks: Iterable[Task]) 
             notes += (f"{trained} was trained with these images: the figures say nothing about new ones",)
     images = _images(labelled, wanted)
     if not len(images):
-        raise DataError(f"{labelled.description}: the {wanted} split is empty")
+        raise DataError(f"{labelled.description}: the {wanted} split is empty: choose another --split")
     return Sample(labelled.description, wanted, labelled.classes, images, notes)
 
 
@@ -72,11 +74,11 @@ def _images(labelled: Labelled, wanted: SplitName) -> Split:
         return labelled.splits[wanted]
     if WHOLE not in labelled.splits and "train" not in labelled.splits:
         has = ", ".join(labelled.splits)
-        raise DataError(f"{labelled.description}: --split {wanted}: there is no such split; has {has}")
-    splits = labelled.dataset().splits  # what pear-train would hold out
+        raise DataError(f"{labelled.description}: --split {wanted}: expected one of {has}")
+    splits = labelled.dataset().splits  # with what pear-train would hold out
     if wanted not in splits:
         has = ", ".join(splits)
-        raise DataError(f"{labelled.description}: --split {wanted}: there is no such split; has {has}")
+        raise DataError(f"{labelled.description}: --split {wanted}: expected one of {has}")
     return splits[wanted]
 
 
@@ -94,12 +96,12 @@ def _joined(splits: list[Split]) -> Split:
 
 
 def _trained_with(labelled: Labelled, tasks: Iterable[Task]) -> str | None:
-    """The first task that was trained with the very same images in the same splits; None if there is none."""
+    """The first task that was trained with the same images in the same splits. None if there is none."""
     told = [(task, task.record.get("training", {}).get("data_fingerprint")) for task in tasks]
     if not any(fingerprint for _, fingerprint in told):
         return None
     try:
         found = labelled.dataset().fingerprint
-    except DataError:  # of no use for training
+    except DataError:  # the data cannot be used for training
         return None
     return next((task.name for task, fingerprint in told if fingerprint == found), None)

@@ -1,4 +1,4 @@
-"""From what a user names to tasks that a router knows: tasks of a store, and checkpoints."""
+"""Finds the tasks that a user names: tasks of a store, and checkpoints."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from pear_train.evaluation.answers import Subject
 
 
 def is_checkpoint(reference: str) -> bool:
-    """Whether a user means a file or a URL. A task's name has no slash."""
+    """Whether a reference means a file or a URL. A task's name has no slash."""
     return ending(reference) == ".safetensors" or "/" in reference or is_url(reference)
 
 
@@ -19,10 +19,10 @@ def find_subjects(
     """The tasks that a user names, each once.
 
     Args:
-        store: opens the store; asked only if a task of it is named.
-
+        store: opens the store. It is called only if a task of the store is named.
+        access: which URLs may be opened.
     Raises:
-        PearStoreError: no such task or file, or a checkpoint that is refused.
+        PearStoreError: there is no such task or file, or a checkpoint is refused.
     """
     found: dict[str, Subject] = {}
     taken: set[str] = set()
@@ -46,10 +46,10 @@ def find_subjects(
 
 
 def added(subjects: Sequence[Subject]) -> list[Task]:
-    """Those tasks that a router is to be given, because no store has them."""
+    """The tasks from checkpoints, which must be added to the router because no store has them."""
     return [subject.task for subject in subjects if subject.version is None]
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """The name, or one like it that no other checkpoint has."""
+    """The name, or a similar one that no other checkpoint has."""
     return next(free for free in (name, *(f"{name[:90]}-{i}" for i in range(2, 1000))) if free not in taken)

@@ -1,4 +1,4 @@
-"""Reports: one HTML file each, its style and pictures within, no script, nothing from elsewhere."""
+"""Reports, each one HTML file. Style and pictures are in the file; it has no script and loads nothing."""
 
 from pear_train.html.training import check_html, write_html
 

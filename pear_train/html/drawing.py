@@ -1,4 +1,4 @@
-"""Where things lie in a report's drawings. The template draws them, so every text is escaped there."""
+"""Coordinates of a report's drawings. The template draws them and escapes every text."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 WIDTH, HEIGHT = 460, 320
 LEFT, TOP, RIGHT, BOTTOM = 46, 30, 14, 40
 Kind = Literal["bin", "over", "under"]
-"""Of a bar: what was right; how much more, or less, confident the answers were"""
+"""Kind of a bar: right answers; how much too confident answers were; how much too little confident."""
 LineKind = Literal["curve", "second"]
 
 
@@ -24,14 +24,14 @@ class Bar:
     height: float
     title: str
     kind: Kind
-    """For its colour"""
+    """Says its colour."""
     faint: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
     points: str
-    """As SVG has them."""
+    """In the form of SVG."""
     kind: LineKind
     name: str
 
@@ -42,13 +42,13 @@ class Chart:
 
     bars: list[Bar]
     line: str
-    """Points of the curve, as SVG has them."""
+    """Points of the curve, in the form of SVG."""
     area: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line] = field(default_factory=list)
     marks: list[Tick] = field(default_factory=list)
-    """Upright lines, with what they mean."""
+    """Vertical lines, with their meaning."""
 
 
 def x_of(share: float) -> float:

@@ -1,4 +1,4 @@
-"""How a report is made and written: what the reports of pear-train and pear-eval have in common. Needs Jinja2."""
+"""Makes and writes HTML reports, for pear-train and pear-eval. Needs Jinja2."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,14 +8,14 @@ from pear_train.html import drawing
 from pear_train.targets import beside_of, check_target
 
 Maker = Literal["pear-train", "pear-eval"]
-"""The command that writes a report; its name stands in the file."""
+"""The command that writes a report. Its name is in the file."""
 
 
 def check_page(path: Path, maker: Maker) -> None:
-    """Checks, before any work is done, that a report can be written there.
+    """Checks, before any work, that a report can be written at `path`.
 
     Raises:
-        ConfigError: something lies there that is no report of this command, there is no such folder, or Jinja2 is not
+        ConfigError: `path` holds something else than a report of this command, its folder is missing, or Jinja2 is not
             installed.
     """
     try:
@@ -26,7 +26,7 @@ def check_page(path: Path, maker: Maker) -> None:
 
 
 def make_page(template: str, **values: Any) -> str:
-    """A report's text. Whatever is put into the template is escaped."""
+    """A report's text. Every value in the template is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -39,15 +39,15 @@ def make_page(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a report, whole or not at all.
+    """Writes a report, as a whole or not at all.
 
     Raises:
-        ResourceError: it cannot be written.
+        ResourceError: the file cannot be written.
     """
     beside = beside_of(path)
     try:
         try:
-            beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be no text
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be valid text
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The report of a training run: how it learnt, what was pruned and why, how each class fares, and its options."""
+"""The report of a training run: learning curves, what was pruned and why, figures of each class, and options."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from pear_train.report import Result
 
 
 def check_html(path: Path) -> None:
-    """Raises a ConfigError where no report of a training run can be written."""
+    """Raises a ConfigError if no report of a training run can be written."""
     check_page(path, "pear-train")
 
 
 def write_html(result: Result, checkpoint: Path, path: Path) -> None:
-    """Writes the report of the run that wrote a checkpoint, whole or not at all.
+    """Writes the report of the run that wrote a checkpoint, as a whole or not at all.
 
     Raises:
         ConfigError: as :func:`check_html`.
@@ -93,7 +93,7 @@ def _epoch_ticks(epochs: int) -> list[Tick]:
 
 
 def _marks(result: Result) -> list[Tick]:
-    """Where it was pruned, and the epoch that is kept."""
+    """Marks of the prune epoch and of the kept epoch."""
     epochs = len(result.history)
     marks = [Tick(_place(result.best_epoch, epochs), f"epoch {result.best_epoch} is kept")]
     if result.prune_epoch is not None and result.prune_epoch < epochs:

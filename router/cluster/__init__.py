@@ -1,4 +1,4 @@
-"""Many machines: the work of one `pear-infer` on a Ray cluster (docs/cluster.md); `pear-train` connects through it."""
+"""`pear-infer` on the machines of a Ray cluster (docs/cluster.md). `pear-train` also connects to Ray through it."""
 
 from router.cluster.crew import Crew, make_crew
 from router.cluster.infer import work_off

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster, and batches handed out to them: a few ahead for each, again where a worker died."""
+"""Workers on a Ray cluster, and the batches handed out to them. The batches of a dead worker go to others."""
 
 import time
 from collections import deque
@@ -22,33 +22,33 @@ from router.cluster.worker import AT_ONCE, Answer, Settings, Worker, decoded
 from router.infer.plan import Ask
 
 IN_FLIGHT = AT_ONCE + 1
-"""Batches that a worker has: the last one waits, so that the worker never does. This bounds the run's memory."""
+"""Most batches of a worker. The last one waits, so that the worker never waits. This bounds the run's memory."""
 DEATHS = 6
-"""How often a batch is tried whose worker dies. Then something of it may be what kills workers."""
+"""A batch is given up after this many deaths of its workers, because it may itself kill them."""
 ALONE_AFTER = 3
-"""After so many deaths a batch has a worker to itself: it is not blamed for what another one did."""
+"""After this many deaths a batch gets a worker to itself, so that it is not blamed for another batch."""
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
 
 @dataclass(eq=False)
 class Order:
-    """A batch to be served."""
+    """A batch to serve."""
 
     asks: list[Ask]
     pixels: Any = None
-    """A reference to its decoded images, where tasks of Ray's decode them."""
+    """Ray's reference to its decoded images, if Ray tasks decode them."""
     deaths: int = 0
-    """Of workers that had it."""
+    """Number of workers that died with it."""
 
     @property
     def alone(self) -> bool:
-        """Whether it may be what kills workers."""
+        """Whether it gets a worker to itself, because it may kill workers."""
         return self.deaths >= ALONE_AFTER
 
 
 @dataclass(eq=False)
 class _Member:
-    """A worker, and the orders that it has."""
+    """A worker and its orders."""
 
     actor: Any
     is_up: bool = False
@@ -62,12 +62,12 @@ class _Member:
 
 @dataclass
 class Crew:
-    """Workers that are alike. Ray starts each again if it or its machine dies.
+    """Equal workers. Ray starts a worker again if it or its machine dies.
 
     Args:
-        count: how many workers; those that the cluster has no room for begin when it has.
-        cpus, gpus: what each worker takes.
-        apart: images are decoded by tasks of Ray's on any core, not in the workers.
+        count: number of workers. Those without room start as soon as the cluster has room.
+        cpus, gpus: cores and GPUs of each worker.
+        apart: whether Ray tasks decode images on any core. Else the workers decode them.
     """
 
     settings: Settings
@@ -76,7 +76,7 @@ class Crew:
     gpus: int
     apart: bool
     retries: int = 0
-    """Orders that were given out again."""
+    """Number of orders that were handed out again."""
     members: list[_Member] = field(default_factory=list)
     _flying: dict[Any, tuple[Order, _Member]] = field(default_factory=dict)
     _starting: dict[Any, _Member] = field(default_factory=dict)
@@ -100,14 +100,14 @@ class Crew:
 
     @property
     def up(self) -> int:
-        """How many workers are there now."""
+        """The number of workers that are ready now."""
         return sum(member.is_up for member in self.members)
 
     def serve(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Answer]]:
-        """Serves orders, in any order. Takes the next one when a worker has too few.
+        """Serves orders. Answers come in any sequence. The next order is taken when a worker has room for it.
 
         Raises:
-            ClusterError: a worker cannot be made or fails, or an order's workers died again and again.
+            ClusterError: a worker cannot be made or fails, or an order's workers died DEATHS times.
         """
         left = iter(orders)
         following = next(left, None)
@@ -130,13 +130,13 @@ class Crew:
                         yield answered
 
     def _idlest(self, order: Order) -> _Member | None:
-        """Of those that take this order, who has the fewest; None: nobody takes it now."""
+        """The worker with the fewest orders that can take this order. None if no worker can."""
         free = [member for member in self.members if member.takes(order)]
         return min(free, key=lambda member: len(member.orders), default=None)
 
     def _start(self, member: _Member) -> None:
         member.is_up = False
-        # held by Ray until the worker is there
+        # Ray holds this call until the worker is ready
         self._starting[member.actor.ready.options(max_task_retries=-1).remote()] = member
 
     def _join(self, reference: Any) -> None:
@@ -146,7 +146,7 @@ class Crew:
         except ActorDiedError as error:
             raise ClusterError(f"a worker cannot be made: {reason_of(error)}") from None
         except RayActorError:
-            time.sleep(0.5)  # Ray is about to start it again
+            time.sleep(0.5)  # Ray will start it again
             self._start(member)
         else:
             member.is_up = True
@@ -156,7 +156,7 @@ class Crew:
         if self.apart:
             if order.pixels is None:
                 order.pixels = self._decode.remote(asks)
-            asks = [replace(ask, image=b"") for ask in asks]  # which the worker does not need
+            asks = [replace(ask, image=b"") for ask in asks]  # the worker does not need the images themselves
         self._flying[member.actor.serve.remote(asks, order.pixels)] = order, member
         member.orders.append(order)
 
@@ -176,29 +176,30 @@ class Crew:
         return None
 
     def _retry(self, order: Order) -> None:
-        """Has an order served again whose worker, or whose decoding, was lost."""
+        """Queues an order again after its worker, or its decoding, was lost."""
         order.pixels = None
         order.deaths += 1
         if order.deaths >= DEATHS:
             image = order.asks[0].image
             name = "an image that the list holds" if isinstance(image, bytes) else image
             raise ClusterError(
-                f"workers died {DEATHS} times with a batch that begins with {name}: finished parts are kept; see "
-                "Ray's logs for why, and run the same command again"
+                f"workers died {DEATHS} times with a batch that begins with {name}: see Ray's logs for the reason, and "
+                "run the same command again (finished parts are kept)"
             )
         self.retries += 1
         self._again.append(order)
 
 
 def make_crew(settings: Settings, workers: int | None, cpus_per_worker: int | None, decode: str) -> Crew:
-    """As many workers as are wanted, or as the cluster has room for.
+    """Makes a crew.
 
     Args:
-        decode: where images are decoded: "apart", by tasks of Ray's on any core, or "beside", in the workers; "auto":
-            apart if the workers have GPUs.
-
+        workers: number of workers; None: as many as the cluster has room for.
+        cpus_per_worker: cores of each worker; None: see :func:`router.cluster.session.room`.
+        decode: where images are decoded. "apart": by Ray tasks on any core. "beside": in the workers. "auto": apart if
+            the workers have GPUs.
     Raises:
-        ClusterError: the cluster has room for none.
+        ClusterError: the cluster has no room for a worker, or no core is left to decode images.
     """
     on_gpus = settings.device.startswith("cuda")
     count, cpus = room(on_gpus, cpus_per_worker)

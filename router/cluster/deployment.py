@@ -1,12 +1,12 @@
-"""A Ray Serve application around `router.serve`: replicas that share one store, found by task (docs/cluster.md).
+"""A Ray Serve application around `router.serve`: replicas that share one store (docs/cluster.md).
 
     from ray import serve
     from router.cluster.deployment import Replicas, application
 
     serve.run(application(Replicas(backbone="pear_tiny", store="s3://bucket/pear", use_token=TOKEN)))
 
-Each replica has a router, a batcher and the routes of pear-serve. A request that names its task in its path goes to the
-replica that consistent hashing gives the task, so each replica loads only some tasks.
+Each replica has a router, a batcher and the routes of pear-serve. Consistent hashing gives each task a replica. A
+request with a task in its path goes to that replica, so each replica loads only some tasks.
 """
 
 import asyncio
@@ -40,17 +40,17 @@ _TASK = re.compile(r"/v1/tasks/([^/]+)/predict|/v2/models/([^/]+)(?:/versions/[^
 
 
 def task_of(path: str) -> str | None:
-    """The task that a request's path names, whatever its version; None if it names none."""
+    """The name of the task in a request's path, without its version. None if there is none."""
     found = _TASK.search(path)
     return unquote(found[1] or found[2]).partition("@")[0] if found is not None else None
 
 
 class TaskRouter(ConsistentHashRouter):
-    """Sends requests for one task to one replica; to the next ones if that has all it may have at once."""
+    """Sends requests for one task to one replica. If that replica is full, the next replicas get them."""
 
     def _routing_key(self, pending_request: Any) -> str | None:
         if pending_request is not None and pending_request.metadata.is_http_request:
-            request = cloudpickle.loads(pending_request.args[0])  # this process, Serve's proxy, has just pickled it
+            request = cloudpickle.loads(pending_request.args[0])  # safe: this process, Serve's proxy, pickled it
             if (task := task_of(request._asgi_scope["path"])) is not None:
                 return task
         return super()._routing_key(pending_request)
@@ -62,17 +62,17 @@ class Replicas:
 
     Args:
         store: a URL, or a folder that all machines see.
-        fewest, most: replicas; between them Ray decides by how many requests wait.
-        cpus, gpus: what each replica takes.
-        waiting: requests that one replica is to have at once, on average: more of them start replicas.
-        at_once: the most requests that one replica has; what comes beyond goes to another.
-        refresh_s: how often each replica takes up what changed in the store; 0 for never.
-        affinity: "task": requests for one task go to one replica; "none": to any.
-        use_token, manage_token: to use tasks, and to refresh; of at least 16 characters, as those of pear-serve.
-        no_auth: serve without a token, where something else checks who asks.
-
+        fewest, most: limits of the number of replicas. Ray chooses it by the number of waiting requests.
+        cpus, gpus: cores and GPUs of each replica.
+        waiting: the average number of requests per replica above which Ray starts another replica.
+        at_once: the most requests of one replica. Further requests go to another one.
+        drain_s: seconds for waiting requests when a replica ends.
+        refresh_s: seconds between two refreshes from the store; 0: never.
+        affinity: "task": requests for one task go to one replica. "none": to any replica.
+        use_token, manage_token: tokens to use tasks and to refresh, of at least 16 characters, as for pear-serve.
+        no_auth: serve without a token, because something else checks clients.
     Raises:
-        RouterError: a value that cannot be; or no token, and not said that there is none.
+        RouterError: a value is out of range, or there is neither a token nor `no_auth`.
     """
 
     backbone: str
@@ -101,8 +101,8 @@ class Replicas:
         check_tokens(self.use_token, self.manage_token)
         if self.use_token is None and not self.no_auth:
             raise ClusterError(
-                "replicas: Ray Serve is reached from other machines: give use_token, or no_auth=True if something "
-                "else checks who asks"
+                "replicas: other machines can reach Ray Serve: give use_token, or no_auth=True if something else "
+                "checks clients"
             )
         for name, allowed in (("dtype", Dtype), ("affinity", Affinity)):
             if (value := getattr(self, name)) not in get_args(allowed):
@@ -149,7 +149,7 @@ class Replica:
         return app
 
     def check_health(self) -> None:
-        """Ray starts a replica anew whose device failed."""
+        """Raises an error if the device failed. Ray then starts a new replica."""
         if self._batcher.failed is not None:
             raise self._batcher.failed
 
@@ -162,7 +162,7 @@ class Replica:
 
 
 def application(replicas: Replicas, name: str = "pear") -> Any:
-    """The application, for `serve.run`, or as `import_path` of a Serve config file."""
+    """The application, for `serve.run` or for `import_path` of a Serve config file."""
     options: dict[str, Any] = {
         "name": name, "max_ongoing_requests": replicas.at_once, "graceful_shutdown_timeout_s": replicas.drain_s + 5,
         "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},

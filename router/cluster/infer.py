@@ -1,7 +1,7 @@
-"""A list worked off by the workers of a cluster: the same plan, parts and output as on one machine.
+"""Runs a list on the workers of a cluster, with the same plan, parts and output as on one machine.
 
-This process reads the list, decides which version of a task is run, and writes the parts. So each row is written once,
-whatever happens to workers, and only this process needs the output's disk.
+This process reads the list, chooses the tasks' versions and writes the parts. So each row is written once, even if
+workers die, and only this process needs the output's disk.
 """
 
 import time
@@ -16,21 +16,21 @@ from router.infer.plan import Part, ahead, gather
 from router.infer.work import Job
 
 AHEAD = 16
-"""Batches that are read and planned before their turn."""
+"""Number of batches that are read and planned ahead."""
 
 
 @dataclass(eq=False)
 class _Open:
-    """A part whose batches are under way."""
+    """A part whose batches are being served."""
 
     left: int = 0
     served: int = 0
     part: Part | None = None
-    """Known when all its batches are handed out."""
+    """The part, once all its batches are handed out."""
 
 
 class Spread:
-    """Works one job off with a crew.
+    """Runs one job with a crew.
 
     Args:
         bar: counts rows of the output.
@@ -41,7 +41,7 @@ class Spread:
         self._open: dict[Order, _Open] = {}
         self.read_s = self.write_s = self.decode_s = self.device_s = 0.0
         self.first_at: float | None = None
-        """When the first answer came."""
+        """Time of the first answer, by time.perf_counter."""
 
     def run(self) -> None:
         for order, answer in self._crew.serve(self._orders()):
@@ -60,7 +60,7 @@ class Spread:
             self._write_if_done(entry)
 
     def _orders(self) -> Iterator[Order]:
-        """The batches of all parts; notes which part each is of."""
+        """The batches of all parts. Records the part of each."""
         job = self._job
         gathered = gather(job.left(), job.tasks, job.parts.chosen, job.options["batch_size"], job.place)
         items = ahead(gathered, AHEAD)
@@ -86,15 +86,15 @@ class Spread:
             return
         began = time.perf_counter()
         self._job.write(entry.part)
-        self._bar.update(len(entry.part.results) - entry.served)  # those that cannot be served
+        self._bar.update(len(entry.part.results) - entry.served)  # rows that cannot be served
         self.write_s += time.perf_counter() - began
 
 
 def work_off(crew: Crew, job: Job) -> dict[str, Any]:
-    """Serves all rows whose parts are not there yet; returns where the time went.
+    """Serves all rows of unfinished parts. Returns the number of workers and retries, and times in seconds.
 
     Raises:
-        ClusterError: the cluster could not do it. Finished parts are kept.
+        ClusterError: the cluster failed. Finished parts are kept.
     """
     began = time.perf_counter()
     with job.bar() as bar, crew:

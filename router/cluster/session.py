@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses: one that is there, or one of this machine alone that ends with the run."""
+"""The Ray cluster of a run: an existing one, or one on this machine alone that ends with the run."""
 
 import logging
 import socket
@@ -13,24 +13,24 @@ from pear_store import PearStoreError
 from router.errors import RouterError
 
 HERE = "local"
-"""The address of a cluster that is started for this run."""
+"""The address that means: start a cluster on this machine for this run."""
 CPUS_PER_WORKER = 4
-"""Of a worker without a GPU, if its machine has as many."""
+"""Cores of a worker without a GPU, if its machine has as many."""
 
 
 CONNECT_S = 10.0
 
 
 class ClusterError(RouterError):
-    """A cluster that cannot be used, or work that it could not do."""
+    """A cluster cannot be used, or failed."""
 
 
 @contextmanager
 def session(address: str) -> Iterator[None]:
-    """Connects to a cluster, or starts one; leaves one alone to which this process is connected already.
+    """Connects to a cluster, or starts one, and disconnects at the end. An existing connection is used and kept.
 
     Raises:
-        ClusterError: it cannot be reached, or Ray failed.
+        ClusterError: the cluster cannot be reached, or Ray failed.
     """
     if ray.is_initialized():
         yield
@@ -51,7 +51,7 @@ def session(address: str) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """That somebody listens at an address. Ray itself would wait for many minutes."""
+    """Checks that something listens at an address. Ray itself would wait for many minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:  # a word, such as auto
         return
@@ -59,17 +59,17 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_S).close()
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ClusterError(f"Ray at {address}: cannot be reached: {reason}") from None
+        raise ClusterError(f"Ray at {address}: cannot be reached: {reason}: check the address, or start Ray") from None
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says; Ray's errors hold whole traces."""
+    """The first line of an error, because Ray's errors hold whole traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0]:.300}" if lines else type(error).__name__
 
 
 def reason_of(error: Exception) -> str:
-    """What made a worker fail, as one line: our own error, or the last line of a trace."""
+    """Why a worker failed, in one line: the text of Pear's own error, or the last line of a trace."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, RouterError | PearStoreError):
         return str(cause)
@@ -86,10 +86,13 @@ def cores() -> int:
 
 
 def room(on_gpus: bool, cpus_per_worker: int | None) -> tuple[int, int]:
-    """How many workers the cluster has room for, and the cores of each.
+    """The number of workers that the cluster has room for, and the cores of each.
 
+    Args:
+        on_gpus: whether each worker needs a GPU.
+        cpus_per_worker: cores of each; None: 1 with a GPU, else 4 or as many as the smallest machine has.
     Raises:
-        ClusterError: it has room for none.
+        ClusterError: the cluster has no room for a worker.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     counts = [int(node.get("CPU", 0)) for node in nodes]

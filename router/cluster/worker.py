@@ -1,8 +1,7 @@
-"""What runs on the cluster's machines: workers, each with one router, and the decoding of images on any core."""
+"""The code that runs on a cluster's machines: workers with one router each, and decoding of images on any core."""
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pear_store import Store
+from pear_store.pools import ThreadPool
 from pear_store.remote.cache import CacheSettings
 from router import ImageError, Router, decode
 from router.cluster.session import ClusterError
@@ -20,18 +20,18 @@ from router.predictions import Threshold
 from router.threads import computing_alone
 
 AT_ONCE = 1 + AHEAD
-"""Batches in a worker: one in its forward, and those that are decoded meanwhile."""
+"""Batches in a worker at once: one in its forward, and those that are decoded meanwhile."""
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes all workers alike."""
+    """The settings of all workers."""
 
     backbone: str
     weights: str | None
     digest: str
-    """Of the backbone as the run began with it."""
+    """Digest of the backbone in the main process."""
     store: str
     """A folder that all machines see, or a URL."""
     cache_bytes: int | None
@@ -39,24 +39,24 @@ class Settings:
     dtype: str
     slot_bytes: int | None
     top: int
-    """Classes in `topk`."""
+    """Number of classes in `topk`."""
     threshold: Threshold
     threads: int | None = None
-    """That a forward computes with; None: as torch has it."""
+    """Number of threads of a forward. None: torch's default."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A batch that was served."""
+    """The answers for a batch."""
 
     results: list[list[Result]]
-    """For each ask, those of its tasks."""
+    """For each ask, the results of its tasks."""
     decode_s: float
     device_s: float
 
 
 class Worker:
-    """A router, and one batch after the other. Images of the next ones are decoded beside the forward.
+    """Serves batches with one router, one after another. Images of the next batches are decoded during a forward.
 
     Raises:
         RouterError, PearStoreError: the router cannot be made.
@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        # what names a version is known, or asked at once: the run may know a version that came a moment ago
+        # ttl_s=0: the main process may know a version that is newer than this worker's last look at the remote
         cache = CacheSettings(limit_bytes=settings.cache_bytes, ttl_s=0.0)
         store = Store.open(settings.store, cache=cache)
         self._router = Router(
@@ -73,10 +73,13 @@ class Worker:
             dtype=getattr(torch, settings.dtype), slot_bytes=settings.slot_bytes,
         )  # fmt: skip
         if self._router.backbone.digest != settings.digest:
-            raise ClusterError(f"backbone {settings.backbone}: a worker has other weights than the run began with")
+            raise ClusterError(
+                f"backbone {settings.backbone}: expected digest {settings.digest[:19]}…, a worker has "
+                f"{self._router.backbone.digest[:19]}…: give all machines the same weights"
+            )
         self._store, self._top, self._threshold = store, settings.top, settings.threshold
-        self._forwards = ThreadPoolExecutor(1, "pear-forward")
-        """One thread, because each one that computes has a team of threads of its own."""
+        self._forwards = ThreadPool(1, "pear-forward")
+        """Only one thread, because each thread that computes gets its own team of threads."""
 
     def ready(self) -> None:
         """Returns when the router is made."""
@@ -85,7 +88,7 @@ class Worker:
         """Runs a batch.
 
         Args:
-            pixels: of each ask, as `decoded` gives them; None: the images are decoded here.
+            pixels: each ask's result of `decoded`; None: the images are decoded here.
         """
         began = time.perf_counter()
         names = dict.fromkeys(task for ask in asks for task in ask.tasks if isinstance(task, str))
@@ -105,9 +108,9 @@ class Worker:
 
 
 def decoded(asks: list[Ask]) -> list[Pixels | str]:
-    """The pixels of each ask's image; of one that cannot be read, the error's text.
+    """The pixels of each ask's image, uint8 [3, h, w], or the error's text if it cannot be read.
 
-    Rows of one image and preprocessing are given the same array.
+    Asks with the same image and preprocessing get the same array.
     """
     arrays: dict[int, Pixels] = {}
     return [
@@ -121,7 +124,7 @@ def _decode(asks: list[Ask]) -> list[torch.Tensor | ImageError]:
 
 
 def _tensors(pixels: Sequence[Pixels | str]) -> list[torch.Tensor | ImageError]:
-    """As `decode` gave them, before they were sent."""
+    """The images as `decode` gave them, made again after Ray sent them."""
     tensors: dict[int, torch.Tensor] = {}
     found: list[torch.Tensor | ImageError] = []
     for image in pixels:
@@ -129,11 +132,11 @@ def _tensors(pixels: Sequence[Pixels | str]) -> list[torch.Tensor | ImageError]:
             found.append(ImageError(image))
             continue
         if id(image) not in tensors:
-            tensors[id(image)] = torch.from_numpy(image.copy())  # what came through Ray may not be written
+            tensors[id(image)] = torch.from_numpy(image.copy())  # arrays from Ray are read-only
         found.append(tensors[id(image)])
     return found
 
 
 def shared_path(path: str | Path) -> str:
-    """A path as the cluster's machines are told it; a URL as it is."""
+    """The absolute path, for other machines. A URL stays the same."""
     return str(path) if "://" in str(path) else str(Path(path).absolute())

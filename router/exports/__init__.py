@@ -1,4 +1,4 @@
-"""Tasks as models that need no Pear: a state dict of timm's, or an ONNX file."""
+"""Exports tasks as models that need no Pear: a state dict for timm, or an ONNX file."""
 
 from router.exports.onnx_file import export_onnx
 from router.exports.timm_file import export_timm

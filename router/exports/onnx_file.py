@@ -1,4 +1,4 @@
-"""A task as an ONNX file: images in, logits out; adapters of any kind and the head inside."""
+"""Exports a task as an ONNX file that takes images and gives logits. It may have adapters of any kind."""
 
 import json
 import warnings
@@ -13,30 +13,31 @@ from router.exports.plain import PlainModel, compare, fitting_backbone, image_si
 from router.exports.writing import about, check_free, write
 
 OPSET = 18
-"""Of the ONNX operators."""
+"""Version of the ONNX operators."""
 MAX_BYTES = 2**31 - 2**24
-"""Of weights: a protobuf message, which an ONNX file is, holds less than 2 GiB."""
+"""Most bytes of weights. An ONNX file is a protobuf message, which holds less than 2 GiB."""
 
 
 def export_onnx(
     task: Task, file: str | Path, *, name: str | None = None, weights: str | Path | None = None, force: bool = False
 ) -> dict[str, Any]:
-    """Writes an ONNX file, and FILE.json beside it; the graph runs in onnxruntime before anything is written.
+    """Writes an ONNX file, and FILE.json beside it. Before anything is written, the graph runs in onnxruntime.
 
-    Input "images" is float32 [batch, 3, height, width], normalised; output "logits" is [batch, classes], or "features"
-    of a task without a head. The batch may have any size. The file's metadata holds "labels", "preprocess", "task" and
-    "backbone", each but the task as JSON.
+    Input "images" is normalised float32 [batch, 3, height, width]. Output "logits" is float32 [batch, classes]; for a
+    task without a head it is "features" [batch, d]. The batch may have any size. The file's metadata holds "labels",
+    "preprocess" and "backbone" as JSON, and "task".
 
     Args:
-        task: with its tensors' bytes.
-        name: of the task, with its version; None for the task's own.
-        weights: a local safetensors file of the backbone's weights; None to load them through timm.
-        force: replace files that are there.
+        task: a task with its tensors' bytes.
+        file: the ONNX file to write.
+        name: name of the task with its version; None: the task's own name.
+        weights: a local safetensors file of the backbone's weights; None: timm loads them.
+        force: replace existing files.
     Returns:
-        "files" ({path: bytes}), "opset" and "max_difference" of a logit from the router's.
+        "files" ({path: bytes}), "opset" and "max_difference", the largest difference of a logit from the router's.
     Raises:
-        PearStoreError: onnx, onnxscript or onnxruntime is not installed; torch cannot export this backbone; the graph's
-            logits are not the router's; a file cannot be written.
+        PearStoreError: onnx, onnxscript or onnxruntime is not installed, torch cannot export this backbone, the graph's
+            logits are not the router's, or a file cannot be written.
     """
     try:
         import onnx
@@ -48,7 +49,10 @@ def export_onnx(
     check_free(file, force)
     backbone = fitting_backbone(task, weights)
     if backbone.size_bytes > MAX_BYTES:
-        raise PearStoreError(f"{backbone.name}: {backbone.size_bytes:,} bytes of weights: an ONNX file holds 2 GiB")
+        raise PearStoreError(
+            f"{backbone.name}: {backbone.size_bytes:,} bytes of weights, an ONNX file holds less than 2 GiB: choose "
+            "another export"
+        )
     said = about(task, name or task.name)
     model = _graph(PlainModel(backbone, task), task)
     properties = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in said.items()}
@@ -66,11 +70,11 @@ def _graph(module: PlainModel, task: Task) -> Any:
     output = "features" if task.head is None else "logits"
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter, on its own packages
+            warnings.simplefilter("ignore")  # the exporter warns about its own packages
             program = torch.onnx.export(
                 module,
                 (torch.zeros(2, 3, *image_size(task)),),
-                dynamo=True,  # the other one, by TorchScript, is deprecated
+                dynamo=True,  # the other exporter, by TorchScript, is deprecated
                 input_names=["images"],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),

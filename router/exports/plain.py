@@ -1,4 +1,4 @@
-"""A task and its backbone as one module, without slots and hooks of a router; and a check that both answer alike."""
+"""A task and its backbone as one plain module, and a check that its logits are the router's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +19,18 @@ from router.ops import PositionWeights, add_branch
 from router.router import Router
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, for logits up to 1; for larger ones relative to the largest."""
+"""Largest allowed difference of a logit. If logits are above 1, it is relative to the largest one."""
 BATCHES = (1, 3)
-"""Sizes of the batches that are compared."""
+"""Batch sizes of the comparison."""
 
 
 class PlainModel(nn.Module):
-    """Logits of one task, or features where it has no head: float32 [batch, 3, h, w] -> [batch, classes].
+    """Gives logits of one task, or features if it has no head: float32 [batch, 3, h, w] -> [batch, classes].
 
-    Branches that can be are merged into matrices; the others are added to the outputs of their positions.
+    Branches are merged into matrices where possible. The others are added to the outputs of their positions.
 
     Args:
-        task: with its tensors' bytes; it fits the backbone.
+        task: a task with its tensors' bytes that fits the backbone.
     """
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
@@ -76,16 +76,16 @@ def _adder(weights: PositionWeights) -> Callable[..., Tensor]:
 
 
 def image_size(task: Task) -> tuple[int, int]:
-    """Height and width in pixels."""
+    """Height and width of a task's images in pixels."""
     _, height, width = task.preprocess["input_size"]
     return height, width
 
 
 def fitting_backbone(task: Task, weights: str | Path | None) -> Backbone:
-    """The backbone of a task, loaded and compared with what the task was made for.
+    """Loads the backbone of a task, and checks that the task fits it.
 
     Raises:
-        PearStoreError: it cannot be loaded, or the task does not fit it.
+        PearStoreError: the backbone cannot be loaded, or the task does not fit it.
     """
     try:
         backbone = load_backbone(task.backbone_model, weights)
@@ -101,9 +101,8 @@ def compare(
     """The largest difference between a model's logits and the router's, over some random images.
 
     Args:
-        answers: the model: normalised images in, logits out.
-        what: it is called in the message.
-
+        answers: the model: normalised images [batch, 3, h, w] in, logits [batch, classes] out.
+        what: the model's name in the message.
     Raises:
         PearStoreError: the logits differ by more than TOLERANCE allows.
     """

@@ -1,4 +1,4 @@
-"""A task as a plain state dict of its timm model: adapters merged into weights, the head in the classifier's place."""
+"""Exports a task as a plain state dict of its timm model: adapters merged into weights, its head as the classifier."""
 
 from functools import partial
 from pathlib import Path
@@ -24,19 +24,21 @@ def export_timm(
 ) -> dict[str, Any]:
     """Writes a safetensors file that the timm model loads, and FILE.json beside it.
 
-    `timm.create_model(**create_model)` makes the model, with "create_model" of the JSON: name, classes, and the image
-    size where it is not the model's own. The model is made and compared with the router before anything is written.
+    `timm.create_model(**create_model)` makes the model; the JSON has "create_model": the name, the number of classes,
+    and the image size if it is not the model's own. Before anything is written, the model is compared with the router.
 
     Args:
-        task: with its tensors' bytes.
-        name: of the task, with its version, for the JSON; None for the task's own.
-        weights: a local safetensors file of the backbone's weights; None to load them through timm.
-        force: replace files that are there.
+        task: a task with its tensors' bytes.
+        file: the safetensors file to write.
+        name: name of the task with its version, for the JSON; None: the task's own name.
+        weights: a local safetensors file of the backbone's weights; None: timm loads them.
+        force: replace existing files.
     Returns:
-        "files" ({path: bytes}), "create_model" and "max_difference" of a logit from the router's.
+        "files" ({path: bytes}), "create_model", and "max_difference", the largest difference of a logit from the
+        router's.
     Raises:
-        PearStoreError: a position is no Linear, or the task has an activation; the timm model has no place for the
-            head; its logits are not the router's; a file cannot be written.
+        PearStoreError: a position is neither a Linear nor a 1x1 convolution, the task has an activation, the timm model
+            has no place for the head, its logits are not the router's, or a file cannot be written.
     """
     file = Path(file)
     check_free(file, force)
@@ -67,7 +69,7 @@ def _check_mergeable(backbone: Backbone, task: Task) -> None:
 
 
 def _arguments(backbone: Backbone, task: Task) -> dict[str, Any]:
-    """Of timm.create_model: what builds a model that takes the task's images and has its classes."""
+    """Arguments of timm.create_model for a model with the task's image size and classes."""
     arguments: dict[str, Any] = {"model_name": backbone.name}
     if backbone.name == "pear_tiny":
         arguments = dict(pear_tiny.AS_TIMM)
@@ -77,7 +79,7 @@ def _arguments(backbone: Backbone, task: Task) -> dict[str, Any]:
 
 
 def _state(backbone: Backbone, task: Task, model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model that answers as the task, which is loaded into `model`."""
+    """The state dict of a model that gives the task's logits. It is also loaded into `model`."""
     plain = PlainModel(backbone, task)
     state: dict[str, Tensor] = dict(plain.backbone.state_dict())
     if task.head is not None:

@@ -1,1 +1,1 @@
-"""Lists of images of any length: the command pear-infer (extra `infer`)."""
+"""The command pear-infer, which runs tasks on lists of images of any length (extra `infer`)."""

@@ -1,4 +1,4 @@
-"""Starts pear-infer, or says in a line what it needs."""
+"""Starts pear-infer, or prints in one line what must be installed."""
 
 import sys
 

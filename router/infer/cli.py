@@ -1,53 +1,53 @@
-"""Run tasks on lists of images of any length: each image through its own task, or through several.
+"""Run tasks on lists of images of any length. Each image goes through its own task, or through several.
 
-The list is CSV, JSON lines or Parquet (by its file's ending: .csv, .tsv, .jsonl, .parquet, or .CSV and so on). A CSV
-may have commas, semicolons or tabs. Its column `image` holds paths or URLs, and in Parquet also encoded images, or
-structs of bytes and path as Hugging Face writes them. Its column `task` holds tasks' names, or name@version. The output
-has the list's rows in its order, with all its columns, then `version`, `label`, `known`, `probability`, `topk` (the
-likeliest classes, each with `label` and `probability`; in CSV as JSON) and `error`. Images that the list holds are not
-written again: the output's `image` is their path.
+The list is CSV, JSON lines or Parquet, by its file's ending: .csv, .tsv, .jsonl, .parquet, in any case. A CSV may have
+commas, semicolons or tabs. The column `image` holds paths or URLs. In Parquet it may also hold encoded images, or
+structs of bytes and path as Hugging Face writes them. The column `task` holds tasks' names, or name@version.
 
-A task may have a threshold stored (pear-train --threshold-accuracy). If the likeliest class has a lower probability,
-the answer is unknown: `known` is false and `label` is empty. `probability` and `topk` still say what was likeliest.
---threshold 0.8 asks the same of all tasks, --threshold none of no task.
+The output has the list's rows in its order, with all its columns. Then come `version`, `label`, `known`, `probability`,
+`topk` and `error`. `topk` has the likeliest classes, each with `label` and `probability`; in CSV it is JSON. Images
+that the list holds are not written again: the output's `image` is their path.
 
-A relative path begins in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
+A task may have a stored threshold (pear-train --threshold-accuracy). If the likeliest class has a lower probability,
+the answer is unknown: `known` is false and `label` is empty. `probability` and `topk` still show the likeliest classes.
+--threshold 0.8 sets one threshold for all tasks, --threshold none uses none.
 
-Several lists are read as one: give their folder, or a pattern in quotes ('lists/*.parquet'). They are read in natural
-order, part-2 before part-10, and rows are counted through all of them. They have one format and the same columns. (In
-JSON lines, what a row does not name is empty.) Each relative path begins in the folder of its own list.
+A relative path starts in the folder of its list, or in --root DIR. With --root, nothing outside of DIR is opened.
 
-A list, a folder or a pattern may be a URL, such as s3://bucket/lists/*.parquet or https://host/list.csv. Each file is
-copied to $TMPDIR while it is read.
+Several lists are read as one: give their folder, or a pattern in quotes ('lists/*.parquet'). All have the same format
+and the same columns; only in JSON lines may a row leave some out. They are read in natural order, part-2 before
+part-10, and rows are numbered through all lists. Sub-folders are only read if a pattern says so ('lists/**/*.csv').
 
-In place of lists, give a folder of pictures with all its sub-folders, or a pattern in quotes ('pictures/*.jpg'), and
-the task with --task. The output then has a row for each picture; below a folder its path in the folder. A folder that
-has any picture is one of pictures. Of a folder of lists, those of its sub-folders are not read.
+A list, a folder of lists or a pattern may be a URL, such as s3://bucket/lists/*.parquet or https://host/list.csv. Each
+file is copied to $TMPDIR while it is read.
+
+Instead of lists, give a folder of pictures, or a pattern in quotes ('pictures/*.jpg'), and the task with --task. All
+sub-folders are read. The output then has a row for each picture. For a folder, `image` is the path within it. A folder
+with both pictures and lists counts as a folder of pictures.
 
 If a row cannot be served, only that row fails: `error` says why. A line of the list that cannot be read is such a row.
-If no row at all could be served, or if more fail than --max-errors allows, the exit code is 1. The output is written
-all the same.
+If no row could be served, or if more fail than --max-errors allows, the exit code is 1. The output is still written.
 
-A list's own columns are never replaced. If one has the name of a result, the list is refused: --prefix pear_ then names
-the results `pear_label`, `pear_error` and so on.
+A list's own columns are never replaced. If one has the name of a result, the list is refused. Then use --prefix pear_:
+it names the results `pear_label`, `pear_error` and so on.
 
 With --task a (or --tasks a,b,c, or --tasks all), the list needs no column `task`: every image goes through all these
-tasks, and the output has a row for each image and task, which the column `task` names. `all` are the tasks that the
-store has for this backbone.
+tasks. The output has a row for each image and task; its column `task` has the task's name. `all` means all tasks of the
+store for this backbone.
 
-With --embeddings the output has `embedding` in place of classes: the features that a task's head would take, with the
-task's adapters and preprocessing. Without a column `task` and without --task, they are those of the backbone alone, and
-no store is needed.
+With --embeddings the output has `embedding` instead of classes: the features that a task's head would take, with the
+task's adapters and preprocessing. Without a column `task` and without --task, they are the bare backbone's features.
+Then no store is needed.
 
-The list is worked off in parts, kept in OUT.parts until OUT is written whole. If a run is interrupted, the same command
-goes on after the last finished part, with the tasks' versions that it began with. OUT.run.json says which run wrote
-OUT. If that was the same run (the same lists, options, store and backbone), there is nothing to do. If it was another,
-OUT is replaced only with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
+The lists are processed in parts, which are kept in OUT.parts until the whole OUT is written. If a run is interrupted,
+the same command resumes after the last finished part, with the same versions of tasks. OUT.run.json says which run
+wrote OUT. If it was the same run (the same lists, options, store and backbone), there is nothing to do. If it was
+another, OUT is only replaced with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
 
 OUT without an ending is a folder of Parquet files. Their rows are in the list's order; the column `row` numbers them.
 
 With --ray, the workers of a Ray cluster do the work (docs/cluster.md), and the output is the same. --ray alone starts
-Ray on this machine, until the run ends.
+Ray on this machine until the run ends.
 
     pear-infer list.csv predictions.parquet --store pear.store --backbone pear_tiny
 
@@ -93,7 +93,7 @@ def _encoding(_: click.Context, __: click.Parameter, name: str) -> str:
         "".encode(name)
         name = codecs.lookup(name).name
     except LookupError:
-        raise click.BadParameter(f"{name!r} is no text encoding: expected such as utf-8, latin-1 or cp1252") from None
+        raise click.BadParameter(f"{name!r}: expected a text encoding, such as utf-8, latin-1 or cp1252") from None
     return "utf-8-sig" if name == "utf-8" else name
 
 
@@ -106,7 +106,9 @@ def _threshold(_: click.Context, __: click.Parameter, text: str | None) -> Thres
 
 def _address(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
     if address is not None and ending(address) in FORMATS:
-        raise click.BadParameter(f"{address!r} is no address: write --ray after LIST and OUT, or --ray=ADDRESS")
+        raise click.BadParameter(
+            f"{address!r}: expected an address, found a list: write --ray after LIST and OUT, or --ray=ADDRESS"
+        )
     return address
 
 
@@ -116,75 +118,75 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.argument("out", type=NamedPath(path_type=Path))
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
-    help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "
-    "[default: $PEAR_STORE, else the user's data directory].",
+    help="Store of the tasks: a directory, or a remote's URL, which is read through a cache [default: $PEAR_STORE, "
+    "else the user's data directory].",
 )  # fmt: skip
 @click.option(
     "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES", show_default="$PEAR_CACHE_BYTES, else 10 GiB",
-    help="The most bytes of a remote that are cached here, in $PEAR_CACHE_DIR or the user's cache directory.",
+    help="The most bytes of a remote to cache on this machine, in $PEAR_CACHE_DIR or the user's cache directory.",
 )  # fmt: skip
 @click.option(
     "--task",
     "--tasks",
     "tasks",
     metavar="TASKS",
-    help="Tasks that every image goes through: all, or names with commas between them.",
+    help="Tasks that every image goes through: all, or comma-separated names.",
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images in a forward.")
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes in `topk`.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images per forward.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Number of classes in `topk`.")
 @click.option(
     "--threshold", metavar="X|none", callback=_threshold,
-    help="The probability below which the likeliest class counts as unknown, for all tasks, or none "
-    "[default: what each task has stored, if anything].",
+    help="Probability below which the likeliest class counts as unknown, for all tasks; or none "
+    "[default: each task's stored threshold, if it has one].",
 )  # fmt: skip
 @click.option(
     "--embeddings",
     is_flag=True,
-    help="Write features instead of classes: those of a task, or without a task those of the backbone.",
+    help="Write features instead of classes: a task's, or without a task the bare backbone's.",
 )
-@click.option("--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
+@click.option("--device", help="Device to compute on, such as cpu [default: cuda if there is one].")
 @click.option(
     "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Precision of the forward.",
 )  # fmt: skip
-@click.option("--prefix", default="", help="What the results' names begin with, such as pear_.")
+@click.option("--prefix", default="", help="Prefix of the results' column names, such as pear_.")
 @click.option("--slot-bytes", type=click.IntRange(1), help="Most bytes that loaded tasks may take [default: no limit].")
 @click.option(
     "--root", type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Relative paths begin here, and nothing outside is opened [default: the list's folder, without a limit].",
+    help="Folder where relative paths start. Nothing outside of it is opened [default: the list's folder, no limit].",
 )  # fmt: skip
 @click.option(
     "--encoding", default="utf-8", show_default=True, callback=_encoding,
     help="Encoding of a list in CSV or JSON lines, such as latin-1.",
 )  # fmt: skip
 @click.option(
-    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
-)
-@click.option("--max-errors", type=click.IntRange(0), help="Exit code 1 if more rows fail [default: if all fail].")
+    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1),
+    help="Refuse pictures with more pixels, before they are decoded.",
+)  # fmt: skip
+@click.option("--max-errors", type=click.IntRange(0), help="Exit with 1 if more rows fail [default: if all fail].")
 @allow_option
 @click.option(
     "--ray", "address", metavar="[ADDRESS]", is_flag=False, flag_value="local", callback=_address,
-    help="Let a Ray cluster do the work: the one at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS, this "
-    "machine alone.",
+    help="Run on the Ray cluster at ADDRESS, such as auto or 10.0.0.1:6379. Without ADDRESS: on this machine alone.",
 )  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1), show_default="as many as the cluster has room for",
-    help="With --ray: how many workers, each with a router of its own.",
+    help="With --ray: number of workers, each with its own router.",
 )  # fmt: skip
 @click.option(
-    "--cpus-per-worker", type=click.IntRange(1), show_default="4, or what the smallest machine has; 1 beside a GPU",
-    help="With --ray: the cores that each worker takes.",
+    "--cpus-per-worker", type=click.IntRange(1),
+    show_default="4, or as many as the smallest machine has; 1 with a GPU", help="With --ray: cores of each worker.",
 )  # fmt: skip
 @click.option(
     "--decode", type=click.Choice(["auto", "apart", "beside"]), default="auto", show_default=True,
-    help="With --ray: where images are decoded. apart: on any core of the cluster. beside: in the workers, beside the "
+    help="With --ray: where images are decoded. apart: on any core of the cluster. beside: in the workers, during "
     "forwards. auto: apart if workers have GPUs.",
 )  # fmt: skip
-@click.option("--restart", is_flag=True, help="Begin again: drop what an unfinished run of this output has done.")
+@click.option("--restart", is_flag=True, help="Drop the finished parts of an unfinished run, and start again.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
-@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(
     source: str, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
     weights: str | None, batch_size: int, top: int, threshold: Threshold, embeddings: bool, device: str | None,
@@ -197,29 +199,29 @@ def main(
     if not out.name:
         raise click.UsageError(f"{out}: expected the name of a file or of a new folder")
     if embeddings and threshold != "stored":
-        raise click.UsageError("--threshold: embeddings are no classes: without --embeddings")
+        raise click.UsageError("--threshold is for classes, --embeddings gives none: leave one of them out")
     if embeddings and address is not None:
-        raise click.UsageError("--embeddings: not with --ray yet")
+        raise click.UsageError("--embeddings does not work with --ray yet: leave one of them out")
     if address is None and (workers or cpus_per_worker or decode != "auto"):
         raise click.UsageError("--workers, --cpus-per-worker and --decode are for a cluster: give --ray, too")
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
         if os.path.exists(source) and out.exists() and out.samefile(source):
-            raise click.UsageError(f"{out}: is the list itself; choose another output")
+            raise click.UsageError(f"{out}: is the list itself: choose another output")
         found = find(source, out, Access(allowed=frozenset(allowed)))
         for note in found.notes:
             echo(note, err=True)
         if found.kind == "pictures" and not tasks and not embeddings:
-            raise click.UsageError(f"{source}: pictures without a list: say their task with --task NAME")
+            raise click.UsageError(f"{source}: pictures without a list: give their task with --task NAME")
         if found.kind == "pictures" and root is not None:
-            raise click.UsageError(f"{source}: pictures without a list: --root is for lists")
+            raise click.UsageError(f"{source}: --root is for lists, not for pictures: leave it out")
         listed = _scan(found, ["image"] if tasks or embeddings else ["image", "task"], encoding, allowed)
         alone = embeddings and not tasks and "task" not in listed.schema.names
         with ExitStack() as stack:
             if address is not None:
                 cluster = _cluster()
-                stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there what happens to workers
+                stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints messages about workers on stdout
                 stack.enter_context(cluster.session(address))
                 device = device or ("cuda" if cluster.has_gpus() else "cpu")
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -235,7 +237,7 @@ def main(
                 precision = getattr(torch, dtype)
                 router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
             else:
-                router = Router(backbone, store, weights=weights, device="cpu")  # plans, and computes nothing
+                router = Router(backbone, store, weights=weights, device="cpu")  # it only plans
                 root = root and root.absolute()
                 settings = cluster.Settings(
                     backbone, weights and cluster.shared_path(weights), router.backbone.digest,
@@ -251,17 +253,17 @@ def main(
         vars(error)["message"] = printable(error.message)
         raise
     except KeyboardInterrupt:
-        raise _failure("interrupted; the same command goes on after the last finished part", 130) from None
+        raise _failure("interrupted; the same command resumes after the last finished part", 130) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _failure(f"out of memory: try a smaller --batch-size or --slot-bytes; {error}") from None
     except OSError as error:
-        hint = "; finished parts are kept: free some space and run the same command" if _is_full(error) else ""
+        hint = "; finished parts are kept: free some space and run the same command again" if _is_full(error) else ""
         raise _failure(f"{error.filename or out}: {error.strerror or error}{hint}") from None
     except (RouterError, PearStoreError, pa.ArrowException) as error:
         raise _failure(str(error), getattr(error, "exit_code", 1)) from None
     show(report, as_json)
     if listed.rows and not report["predictions"]:
-        raise _failure(f"nothing could be served: {report['errors']} errors, the first: {report['first_error']}")
+        raise _failure(f"no row could be served: {report['errors']} errors, the first: {report['first_error']}")
     if max_errors is not None and report["errors"] > max_errors:
         raise _failure(
             f"{report['errors']} errors, --max-errors allows {max_errors}; the first: {report['first_error']}"
@@ -301,7 +303,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(report))
         return
     if report["finished_before"]:
-        echo("finished before: the same list, options, store and backbone; --overwrite runs it again", err=True)
+        echo("finished before, with the same lists, options, store and backbone; --overwrite runs it again", err=True)
     else:
         resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
         speed = f"{report['images_per_s']:.1f} images/s"
@@ -309,17 +311,17 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         if "workers" in report:
             count = "1 worker" if report["workers"] == 1 else f"{report['workers']} workers"
             echo(
-                f"{count}, {report['retries']} batches tried again. Until the first answer {report['start_s']:.1f} s; "
-                f"waiting for the list {report['read_s']:.1f} s; writing {report['write_s']:.1f} s. Of all workers "
+                f"{count}, {report['retries']} batches tried again. Start to first answer {report['start_s']:.1f} s; "
+                f"waiting for the list {report['read_s']:.1f} s; writing {report['write_s']:.1f} s. All workers "
                 f"together: decoding {report['decode_s']:.1f} s, forwards {report['device_s']:.1f} s",
                 err=True,
             )
         elif report["images"]:
             echo(
                 f"forwards {report['device_s']:.1f} s; waiting for images {report['wait_s']:.1f} s; writing "
-                f"{report['write_s']:.1f} s. Beside that, in other threads: the list {report['list_s']:.1f} s, reading "
-                f"files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, taking images to the device "
-                f"{report['transfer_s']:.1f} s",
+                f"{report['write_s']:.1f} s. In other threads, at the same time: the list {report['list_s']:.1f} s, "
+                f"reading files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, copying images to the "
+                f"device {report['transfer_s']:.1f} s",
                 err=True,
             )
     unknown = f" ({report['unknown']} unknown)" if report["unknown"] else ""

@@ -1,4 +1,4 @@
-"""Pictures in place of a list: those of a folder, or that a pattern matches."""
+"""The pictures of a folder, or the files that a pattern matches, used like a list."""
 
 import hashlib
 import os
@@ -15,25 +15,25 @@ SCHEMA = pa.schema([("image", pa.string())])
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Pictures by their names, in the order that `source` found.
+    """Pictures by their names, in the order that `source` found them.
 
-    It is asked as an `ImageList` is. `digest` is of names, sizes and times: if a picture comes, goes or changes, it is
-    another run.
+    It has the interface of `ImageList`. `digest` is a sha256 of names, sizes and times. So an added, removed or changed
+    picture makes another run.
     """
 
     path: str
     folder: str
-    """Where relative paths begin."""
+    """The folder where relative paths start."""
     names: tuple[str, ...]
     digest: str
     schema: pa.Schema = SCHEMA
     encoding: str = "utf-8"
     most_rows: int = ROW_GROUP_ROWS
-    """Of a part."""
+    """Most rows of a part."""
 
     @classmethod
     def scan(cls, source: Source) -> "ImageFolder":
-        """Raises an OSError for a picture whose size and time cannot be known."""
+        """Raises an OSError if a picture's size and time cannot be read."""
         digest = hashlib.sha256()
         for name in source.files:
             status = os.stat(os.path.join(source.folder, name))
@@ -45,7 +45,7 @@ class ImageFolder:
         return len(self.names)
 
     def parts(self, rows: int) -> Iterator[Rows]:
-        """The pictures in parts of that many."""
+        """The pictures in parts of `rows` rows."""
         for start in range(0, len(self.names), rows):
             names = self.names[start : start + rows]
             shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
@@ -57,5 +57,5 @@ class ImageFolder:
             yield Rows(table, list(names), folders, [None] * len(names), list(faults))
 
     def tasks(self, table: pa.Table) -> list[str | None]:
-        """None names a task of its own."""
+        """None for each row, because pictures name no task."""
         return [None] * table.num_rows

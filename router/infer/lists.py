@@ -1,7 +1,7 @@
-"""Lists of images in CSV, JSON lines or Parquet: tables in, tables out, never whole in memory.
+"""Reads and writes lists of images in CSV, JSON lines or Parquet. A list is never whole in memory.
 
-A list is one file, or several files of one format that are read one after the other. A line of CSV or JSON lines that
-cannot be read is a row without values, and a fault that names the line.
+A list is one file, or several files of one format that are read one after another. A line of CSV or JSON lines that
+cannot be read becomes a row without values, with a fault that names the line.
 """
 
 import base64
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
+from pear_store.errors import unreadable
 from pear_store.files import ending
 from pear_store.local.sources import Access, is_url, open_copy, path_in_url, url_folder
 from router.errors import RouterError
@@ -32,28 +33,28 @@ from router.errors import RouterError
 FORMATS = (".csv", ".jsonl", ".parquet")
 CSV = (".csv", ".tsv")
 DELIMITERS = ",;\t"
-"""What may stand between a CSV's fields: spreadsheets write semicolons where the comma is the decimal mark."""
+"""Delimiters of a CSV. Spreadsheets write semicolons in countries whose decimal mark is a comma."""
 CHUNK_ROWS, ROW_GROUP_ROWS = 1024, 65_536
 TABLE_BYTES = 64 << 20
-"""About the most that is held of a list whose rows are large, such as one that holds its images."""
+"""About the most bytes in memory of a list with large rows, such as one that holds its images."""
 LINE_CHARACTERS = 16 << 20
 COLUMNS = 10_000
 EXACT = 2**53
-"""Up to here, float64 holds every integer."""
+"""Float64 holds every integer up to this one."""
 JSON_TEXT = {b"pear": b"json"}
-"""Metadata of a column of JSON lines whose values are of unlike types: it is held as JSON texts."""
-CHANGED = "it was changed while it was read"
+"""Metadata of a column of JSON lines whose values have different types. Such a column is held as JSON texts."""
+CHANGED = "it was changed while it was read: run the command again"
 FAULT, FILE = pa.field("", pa.string()), pa.field("", pa.int32())
-"""What stands behind a list's own columns while it is read: why a row cannot be served, and which file it is of."""
+"""Two more columns of a list while it is read: why a row cannot be served, and the number of its file."""
 Image = str | bytes
 
 
 class OutputError(RouterError):
-    """An output that is not written, or not replaced."""
+    """An output is not written, or not replaced."""
 
 
 class ListError(RouterError):
-    """A list that cannot be read, or not be written in the wanted format."""
+    """A list cannot be read, or cannot be written in the wanted format."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -64,22 +65,22 @@ class Rows:
     """Some rows of a list."""
 
     table: pa.Table
-    """What the output keeps of them, with the list's schema."""
+    """The columns that the output keeps, with the list's schema."""
     images: list[Image | None]
-    """Paths and URLs as the list has them, or encoded images."""
+    """Paths and URLs as in the list, or encoded images."""
     folders: list[str]
-    """Where each row's relative path begins: the folder of the file that it is of, which may be a URL."""
+    """The folder where each row's relative path starts: that of the row's file. It may be a URL."""
     tasks: list[str | None]
     faults: list[str | None]
-    """Why a row cannot be served at all."""
+    """Why a row cannot be served. None if it can."""
 
 
 @dataclass(frozen=True)
 class ListFile:
-    """A file of a list, as it was when it was read through."""
+    """A file of a list, as it was when it was first read. `digest` is the sha256 of its bytes."""
 
     path: str
-    """Or a URL."""
+    """A path or a URL."""
     folder: str
     digest: str
     signature: tuple[int, ...]
@@ -87,20 +88,20 @@ class ListFile:
 
 @dataclass(frozen=True)
 class ImageList:
-    """A list's columns and row count, found by reading all its files through once."""
+    """A list's columns and number of rows, found by reading all its files once."""
 
     path: str
-    """What the user named: a file, or a folder or a pattern for several."""
+    """The name that the user gave: a file, or a folder or pattern of several."""
     files: tuple[ListFile, ...]
     schema: pa.Schema
     rows: int
     encoding: str
     source: pa.Schema
-    """The columns as they are in the files. Images that a list holds are not in `schema`: their paths are."""
+    """The columns of the files. For images that the list holds, `schema` has their paths instead."""
     most_rows: int
-    """How many rows fit into a table."""
+    """Most rows of a table in memory."""
     access: Access
-    """By which URLs of files are opened."""
+    """Which URLs of files may be opened."""
 
     @classmethod
     def scan(
@@ -112,15 +113,16 @@ class ImageList:
         files: Iterable[str] | None = None,
         allowed: Iterable[str] = (),
     ) -> "ImageList":
-        """Reads each file through.
+        """Reads each file once.
 
         Args:
             needed: columns that each file must have.
-            files: paths and URLs, if `path` names several.
-            allowed: protocols of URLs besides the usual ones, as of `Access`.
+            files: the paths and URLs, if `path` names several files.
+            allowed: further protocols that may be opened, as in `Access`.
 
         Raises:
-            ListError: a file cannot be read to its end, lacks a column, or has other columns than the first one.
+            ListError: a file cannot be read to its end, lacks a column of `needed`, or has other columns than the
+                first file.
         """
         access, found = Access(allowed=frozenset(allowed)), list[ListFile]()
         columns: _Columns | None = None
@@ -139,34 +141,34 @@ class ImageList:
 
     @property
     def folder(self) -> str:
-        """Where relative paths begin, of several files those of the first one; without a user and password."""
+        """The folder where relative paths of the first file start, without a user and password."""
         return _public(self.files[0].folder)
 
     @property
     def digest(self) -> str:
-        """Of a file's bytes; of several files, of their digests and folders in the order in which they are read."""
+        """The sha256 of a file's bytes. For several files, that of their digests and folders in reading order."""
         if len(self.files) == 1:
             return self.files[0].digest
         lines = "".join(f"{file.digest} {_public(file.folder)}\n" for file in self.files)
         return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
     def parts(self, rows: int) -> Iterator[Rows]:
-        """The list in parts of that many rows, or fewer where rows are large; the last one is shorter."""
+        """The list in parts of `rows` rows, or of fewer if rows are large. The last part may be shorter."""
         with _reading(self.path, list_ending(self.files[0].path)):
             for table in recut(self._tables(), min(rows, self.most_rows)):
                 yield self._rows(table)
 
     def tasks(self, table: pa.Table) -> list[str | None]:
-        """The column `task` of rows of the output, as texts."""
+        """The column `task` of rows of the output, as text."""
         return self.texts(table, "task")
 
     def texts(self, table: pa.Table, column: str) -> list[str | None]:
-        """A column of rows with the list's schema, as texts."""
+        """A column of rows with the list's schema, as text."""
         texts, _ = _texts_asked(table.column(column), self.schema.field(column))
         return texts
 
     def _tables(self) -> Iterator[pa.Table]:
-        """Tables of the list's own columns, then the rows' faults and files."""
+        """Tables of the list's own columns, with two last columns: faults, and numbers of files."""
         for number, file in enumerate(self.files):
             with _reading(file.path):
                 for table in self._tables_of(file):
@@ -174,7 +176,7 @@ class ImageList:
                     yield table.append_column(FILE, numbers)
 
     def _tables_of(self, listed: ListFile) -> Iterator[pa.Table]:
-        """Tables of one file's own columns, then the rows' faults."""
+        """Tables of one file's own columns, with a last column of faults."""
         of = "the list" if len(self.files) == 1 else _public(listed.path)
         with open_copy(listed.path, self.access) as file:
             _check_unchanged(listed, file)
@@ -200,7 +202,7 @@ class ImageList:
 
 
 def recut(tables: Iterable[pa.Table], rows: int, most_bytes: int | None = None) -> Iterator[pa.Table]:
-    """The same rows in tables of that many, or where they have more than `most_bytes`, of fewer."""
+    """The same rows in tables of `rows` rows, or of fewer if those would have more than `most_bytes`."""
     held: pa.Table | None = None
     for table in tables:
         held = table if held is None else pa.concat_tables([held, table])
@@ -216,10 +218,10 @@ def recut(tables: Iterable[pa.Table], rows: int, most_bytes: int | None = None) 
 
 @contextmanager
 def _reading(name: str, kind: str | None = None) -> Iterator[None]:
-    """Turns whatever a reader raises into a ListError."""
+    """Turns every error of a reader into a ListError."""
     try:
         yield
-    except PearStoreError as error:  # the file cannot be opened; its text names it
+    except PearStoreError as error:  # the file cannot be opened; the message names it
         raise OutputError(str(error)) from None
     except (pa.ArrowException, ValueError, OSError, OverflowError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())
@@ -227,7 +229,7 @@ def _reading(name: str, kind: str | None = None) -> Iterator[None]:
 
 
 def list_ending(name: str) -> str:
-    """The ending of a path, or of the path in a URL, in small letters."""
+    """The ending of a path, or of the path in a URL, in lower case."""
     return ending(path_in_url(name) if is_url(name) else name)
 
 
@@ -241,7 +243,7 @@ def _public(name: str) -> str:
 
 
 def _signature(name: str, file: BinaryIO) -> tuple[int, ...]:
-    """By what a file that was changed is known; none for the copy of what a URL names."""
+    """Values that differ if a file was changed. Empty for a URL, whose file is a copy."""
     found = os.fstat(file.fileno())
     return () if is_url(name) else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -268,7 +270,7 @@ def _check_there(path: str, names: Iterable[str], needed: Iterable[str]) -> None
 
 
 def _check_same(path: str, names: Collection[str], first: str, expected: Collection[str]) -> None:
-    """Raises a ListError if a file has other columns than the first one."""
+    """Raises a ListError if a file has other columns than the first file."""
     lacks = [name for name in expected if name not in names]
     more = [name for name in names if name not in expected]
     told = [f"{verb} {_shown_names(found)}" for verb, found in (("lacks", lacks), ("has", more)) if found]
@@ -282,10 +284,10 @@ def _shown_names(names: list[str]) -> str:
 
 
 def _without_images(path: str, schema: pa.Schema, needed: Iterable[str]) -> pa.Schema:
-    """The schema, where images are paths only.
+    """The schema, with images replaced by paths.
 
     Raises:
-        ListError: a column holds something else than what it is for.
+        ListError: a column has a type that does not fit.
     """
     for name in needed:
         field = schema.field(name)
@@ -302,7 +304,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column holds encoded images, alone or as Hugging Face's structs of bytes and path."""
+    """Whether a column holds encoded images, either plain or in Hugging Face's structs of bytes and path."""
     if not pa.types.is_struct(kind):
         return _is_binary(kind)
     fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -316,7 +318,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 def _images_asked(
     column: pa.ChunkedArray, field: pa.Field
 ) -> tuple[list[Image | None], pa.ChunkedArray | None, list[str | None]]:
-    """Images; their paths where the column holds images; and rows' faults."""
+    """The images, their paths if the column holds encoded images (else None), and the rows' faults."""
     if not _holds_images(field.type):
         texts, faults = _texts_asked(column, field)
         return list(texts), None, faults
@@ -329,7 +331,7 @@ def _images_asked(
 
 
 def _texts_asked(column: pa.ChunkedArray, field: pa.Field) -> tuple[list[str | None], list[str | None]]:
-    """A column as texts, and rows' faults."""
+    """A column as text, and the rows' faults."""
     if not _is_json_text(field):
         texts = column.cast(pa.string()).to_pylist()
         return texts, [None] * len(texts)
@@ -367,23 +369,23 @@ class _Columns(ABC):
 
     @abstractmethod
     def read(self, name: str, file: BinaryIO) -> None:
-        """Reads one more file through.
+        """Reads one more file.
 
         Raises:
-            ListError: its columns are not those of the first one.
+            ListError: its columns differ from those of the first file.
         """
 
     @abstractmethod
     def schema(self) -> pa.Schema:
-        """The columns of all files that were read, with types that hold all their values."""
+        """The columns of all files that were read. Their types hold the values of all files."""
 
     @staticmethod
     @abstractmethod
     def tables(file: BinaryIO, of: str, encoding: str, source: pa.Schema, most_rows: int) -> Iterator[pa.Table]:
-        """A file's rows, and why they cannot be served.
+        """Tables of a file's rows, with a last column of faults.
 
         Args:
-            of: what faults call the file.
+            of: the file's name in faults.
             source: the columns of all files.
         """
 
@@ -392,7 +394,7 @@ class _Columns(ABC):
 
 
 class _Parquet(_Columns):
-    """The columns of Parquet files: the same names in each, and types that hold one another's values."""
+    """The columns of Parquet files. Each file has the same names, and types that fit together."""
 
     def __init__(self, first: str, needed: list[str], encoding: str) -> None:
         super().__init__(first, needed, encoding)
@@ -429,7 +431,7 @@ class _Parquet(_Columns):
 
 
 def _joined(path: str, field: pa.Field, before: pa.Field) -> pa.Field:
-    """A column of several files, whose type holds all their values.
+    """A column of several files. Its type holds the values of all files.
 
     Raises:
         ListError: there is no such type.
@@ -440,13 +442,13 @@ def _joined(path: str, field: pa.Field, before: pa.Field) -> pa.Field:
     elif pa.types.is_null(kinds[1]):
         kind = kinds[0]
     elif (kind := _widest(kinds[0])) != _widest(kinds[1]):
-        told = f"holds {kinds[0]!s:.100}, in the lists before {kinds[1]!s:.100}: all lists of a run need the same types"
+        told = f"holds {kinds[0]!s:.100}, in earlier lists {kinds[1]!s:.100}: all lists of a run need the same types"
         raise ListError(path, f"column {field.name!r} {told}")
     return before.with_type(kind).with_nullable(field.nullable or before.nullable)
 
 
 def _widest(kind: pa.DataType) -> pa.DataType:
-    """The type that holds the values of all types like this one."""
+    """The widest type of the same kind."""
     types = pa.types
     if types.is_dictionary(kind):
         return _widest(kind.value_type)
@@ -460,7 +462,7 @@ def _widest(kind: pa.DataType) -> pa.DataType:
 
 
 def _parquet(file: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # pages, not whole column chunks, in memory
+    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # keeps pages in memory, not whole columns
 
 
 def _twice(names: Iterable[str]) -> str | None:
@@ -468,7 +470,7 @@ def _twice(names: Iterable[str]) -> str | None:
 
 
 def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
-    """The type, views as what they are views of (rows of views cannot be taken), extensions as what holds them."""
+    """The type in memory. Views become plain types, because rows of views cannot be taken; extensions their storage."""
     if isinstance(kind, pa.BaseExtensionType):
         return _held_as(name, kind.storage_type)
     if pa.types.is_struct(kind):
@@ -488,7 +490,7 @@ def _held_as(name: str, kind: pa.DataType) -> pa.DataType:
 
 
 def _lines(binary: BinaryIO, encoding: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Bytes that are not of the encoding come as lone surrogates; a long line comes in pieces."""
+    """Numbered lines. Bytes outside of the encoding come as lone surrogates. A long line comes in pieces."""
     file = TextIOWrapper(binary, encoding=encoding, errors="surrogateescape", newline="")
     try:
         number, whole = 1, True
@@ -497,12 +499,12 @@ def _lines(binary: BinaryIO, encoding: str) -> Iterator[tuple[int, str]]:
             whole = line.endswith(("\n", "\r"))
             number += whole
     finally:
-        with suppress(ValueError):  # it is closed
-            file.detach()  # whoever opened it closes it
+        with suppress(ValueError):  # it is already closed
+            file.detach()  # so that `binary` stays open for its owner
 
 
 def _foreign_byte(line: str) -> tuple[int, int] | None:
-    """The first byte that is not of the encoding, and at which character of the line, counted from 1."""
+    """The first byte outside of the encoding, and the number of its character in the line, from 1."""
     if line.isascii():
         return None
     return next(((ord(c) - 0xDC00, i) for i, c in enumerate(line, 1) if "\udc80" <= c <= "\udcff"), None)
@@ -512,9 +514,9 @@ def _foreign_byte(line: str) -> tuple[int, int] | None:
 
 
 class _Csv(_Columns):
-    """The columns of CSV files: the same names in each.
+    """The columns of CSV files. Each file has the same names.
 
-    A column is of numbers where the numbers, written back, give the very text; else it is text.
+    A column holds numbers only if writing them back gives the same text.
     """
 
     def __init__(self, first: str, needed: list[str], encoding: str) -> None:
@@ -557,7 +559,7 @@ def _is_written_as(column: pa.Array, kind: pa.DataType) -> bool:
 
 
 def _csv_chunks(file: BinaryIO, encoding: str, of: str) -> tuple[list[str], Iterator[tuple[list[pa.Array], pa.Array]]]:
-    """The header; and of some rows at a time, the columns as text and the faults, which name lines `of` a list."""
+    """The header, and the rows in chunks: their columns as text, and their faults. `of` is the list's name there."""
     records = _csv_records(file, encoding, of)
     names = next(records)[0] or []
     twice = _twice(names)
@@ -575,7 +577,7 @@ def _csv_chunks(file: BinaryIO, encoding: str, of: str) -> tuple[list[str], Iter
 
 
 def _csv_records(file: BinaryIO, encoding: str, of: str) -> Iterator[tuple[list[str] | None, str | None]]:
-    """The header, then rows: each its fields, or why they cannot be told."""
+    """The header, then the rows. Each has its fields, or the reason why they cannot be read."""
     lines = _csv_lines(file, encoding)
     header = next(lines, "")
     reader = csv.reader(chain([header] if header else [], lines), strict=True, delimiter=_delimiter(header))
@@ -591,19 +593,19 @@ def _csv_records(file: BinaryIO, encoding: str, of: str) -> Iterator[tuple[list[
             if "unexpected end" in reason or "field larger" in reason:
                 limit = csv.field_size_limit()
                 reason = (
-                    f"a quote that never closes, or a field of more than {limit} characters (JSON lines can have those)"
+                    f"a quote never closes, or a field has more than {limit} characters (JSON lines can have those)"
                 )
             raise ValueError(f"line {first}: {reason}") from None
         if width is None:
             if any("\0" in name for name in row):
                 raise ValueError(
-                    "line 1 holds NUL bytes: it is no text, or of another encoding; save the list as UTF-8 "
+                    "line 1 holds NUL bytes, so it is not text, or has another encoding: save the list as UTF-8 "
                     "(pear-infer also takes --encoding utf-16)"
                 )
             width = len(row)
             yield row, None
         elif row and len(row) != width:
-            yield None, f"line {first} of {of} has {len(row)} fields, the header {width}"
+            yield None, f"line {first} of {of}: expected {width} fields, as in the header, found {len(row)}"
         elif any("\0" in field for field in row):
             yield None, f"line {first} of {of} holds NUL bytes"
         elif row:
@@ -613,7 +615,7 @@ def _csv_records(file: BinaryIO, encoding: str, of: str) -> Iterator[tuple[list[
 
 
 def _delimiter(header: str) -> str:
-    """What stands between the fields: that by which one of them is the column image; else a comma."""
+    """The delimiter by which the header has a column image, else a comma."""
     for delimiter in DELIMITERS:
         with suppress(csv.Error, StopIteration):
             if "image" in next(csv.reader([header], delimiter=delimiter)):
@@ -622,7 +624,7 @@ def _delimiter(header: str) -> str:
 
 
 def _csv_lines(file: BinaryIO, encoding: str) -> Iterator[str]:
-    """Raises a ValueError for a line of another encoding, or one that is too long."""
+    """The lines. Raises a ValueError for a line in another encoding, or one that is too long."""
     for number, line in _lines(file, encoding):
         found = _foreign_byte(line)
         if found is not None:
@@ -630,7 +632,7 @@ def _csv_lines(file: BinaryIO, encoding: str) -> Iterator[str]:
             name = "UTF-8" if encoding == "utf-8-sig" else encoding
             other = "utf-16" if number == at == 1 and byte in (0xFE, 0xFF) else "latin-1"
             raise ValueError(
-                f"line {number} is not {name}: byte 0x{byte:02x} at character {at}; "
+                f"line {number} is not {name}: byte 0x{byte:02x} at character {at}: "
                 f"save the list as UTF-8 (pear-infer also takes --encoding {other})"
             )
         if len(line) >= LINE_CHARACTERS:
@@ -642,12 +644,12 @@ def _csv_lines(file: BinaryIO, encoding: str) -> Iterator[str]:
 
 
 class _JsonLines(_Columns):
-    """The columns of files of JSON lines: all names of all rows. What a row does not name, it has no value for."""
+    """The columns of files of JSON lines: the names of all rows. A row without a name has no value there."""
 
     def __init__(self, first: str, needed: list[str], encoding: str) -> None:
         super().__init__(first, needed, encoding)
         self._kinds: dict[str, pa.DataType | None] = {}
-        """None for unlike types."""
+        """Column -> its type. None if its values have different types."""
         self._large: set[str] = set()
         """Columns with integers that float64 cannot hold."""
 
@@ -667,9 +669,9 @@ class _JsonLines(_Columns):
                 found = _json_type(values)
                 self._kinds[column] = _both(self._kinds[column], found) if column in self._kinds else found
             if len(self._kinds) > COLUMNS:
-                raise ValueError(f"more than {COLUMNS} names: expected rows that have their names in common")
+                raise ValueError(f"more than {COLUMNS} names: expected rows with the same names")
         if rows and faults == rows:
-            raise ValueError(f"none of {rows} lines is a row; {first}")
+            raise ValueError(f"none of {rows} lines can be read; {first}")
         if rows:
             _check_there(name, [column for column in self._kinds if column in names], self._needed)
         self.rows += rows
@@ -707,7 +709,7 @@ def _both(first: pa.DataType | None, second: pa.DataType | None) -> pa.DataType 
 
 
 def _has_empty_struct(kind: pa.DataType) -> bool:
-    """Parquet has none."""
+    """Whether a type has a struct without fields, which Parquet cannot hold."""
     if pa.types.is_struct(kind):
         return not kind.num_fields or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
     return bool(pa.types.is_list(kind)) and _has_empty_struct(kind.value_type)
@@ -720,7 +722,7 @@ def _json_column(field: pa.Field, values: list[Any]) -> pa.Array:
 
 
 def _jsonl_chunks(file: BinaryIO, encoding: str, of: str) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
-    """Some rows at a time: each its values and, if it has none, why."""
+    """The rows in chunks. Each row has its values, and the reason if it could not be read."""
     rows = _jsonl_rows(file, encoding, of)
     return iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
 
@@ -737,12 +739,12 @@ def _jsonl_rows(file: BinaryIO, encoding: str, of: str) -> Iterator[tuple[dict[s
             try:
                 yield _json_row(line), None
             except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                yield {}, f"line {number} of {of} is no JSON object: {reason}"
+                found = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                yield {}, f"line {number} of {of}: expected a JSON object: {found or unreadable(error)}"
 
 
 def _json_row(line: str) -> dict[str, Any]:
-    """Raises a ValueError or RecursionError for what is none, or cannot be written again."""
+    """A row. Raises a ValueError or RecursionError if the line is not a row, or could not be written again."""
     found = _foreign_byte(line)
     if found is not None:
         raise ValueError(f"byte 0x{found[0]:02x} at character {found[1]} is not UTF-8")
@@ -750,14 +752,14 @@ def _json_row(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"found {_shown(row):.40}")
     if "\\u" in line:
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
     return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the name {_twice(name for name, _ in pairs)!r:.60} is there twice")
+        raise ValueError(f"the name {_twice(name for name, _ in pairs)!r:.60} comes twice")
     return found
 
 
@@ -767,28 +769,32 @@ _FORMATS: dict[str, type[_Columns]] = {".csv": _Csv, ".tsv": _Csv, ".jsonl": _Js
 
 
 def check_writable(path: Path, schema: pa.Schema) -> None:
-    """Raises a ListError if a list of that schema cannot be written to such a file."""
+    """Raises a ListError if the file's format cannot hold a list of that schema."""
     if ending(path) not in (".csv", ".jsonl"):
         try:
             pq.write_table(schema.empty_table(), BytesIO())
         except pa.ArrowException as error:
-            raise ListError(path, f"cannot be written as .parquet: {error}; choose .jsonl or .csv") from None
+            raise ListError(path, f"cannot be written as .parquet: {error}: choose .jsonl or .csv") from None
 
 
 def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Raises a ListError for values that the format cannot hold."""
+    """Writes a list. Raises a ListError for values that the format cannot hold.
+
+    Args:
+        suffix: the format: .csv, .jsonl or .parquet.
+    """
     try:
         _write(file, suffix, schema, tables)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}; choose another format") from None
+        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}: choose another format") from None
 
 
 def write_folder(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> list[Path]:
-    """Writes numbered Parquet files, in order; returns them.
+    """Writes numbered Parquet files, in order, and returns their paths.
 
     Raises:
-        ListError: a value that the format cannot hold.
+        ListError: the format cannot hold a value.
     """
     folder.mkdir()
     files = []
@@ -823,7 +829,7 @@ def _write(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table
 
 
 def _unquoted(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    """The column; one of JSON texts has those of texts as these themselves."""
+    """The column to write. In a column of JSON texts, a JSON string becomes its plain text."""
     if not _is_json_text(field):
         return column
     values = [(text, _from_json_text(text)) for text in column.to_pylist()]
@@ -842,7 +848,7 @@ def _dumped(value: object) -> str:
 
 
 def _values(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
-    """Values that JSON can hold: bytes as base64, numbers that are not finite as null, times as text."""
+    """The values in a form that JSON can hold: bytes as base64, non-finite numbers as null, times as text."""
     kind, types = field.type, pa.types
     if types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type

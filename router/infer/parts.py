@@ -1,7 +1,7 @@
-"""A long run's finished parts, beside its output: what is finished stays finished.
+"""The finished parts of a long run, kept beside its output, so that an interrupted run can resume.
 
-OUT.parts holds the parts while the run is under way; OUT.run.json says afterwards which run wrote OUT.
-OUT is a file in one of the lists' formats, or a folder of numbered Parquet files.
+OUT.parts holds the parts during the run. OUT.run.json says afterwards which run wrote OUT. OUT is a file in one of the
+lists' formats, or a folder of numbered Parquet files.
 """
 
 import fcntl
@@ -22,34 +22,33 @@ from pear_store.files import ending
 from router.infer.lists import OutputError, write_folder, write_list
 
 RECORD = {"run", "plan", "sha256", "report"}
-"""What OUT.run.json holds."""
+"""The keys of OUT.run.json."""
 
 
 def is_folder(out: Path) -> bool:
-    """Whether such an output is a folder of Parquet files."""
+    """Whether the output is a folder of Parquet files."""
     return not out.suffix
 
 
 class Parts:
     """A folder with the finished parts of a run, for one process at a time.
 
-    A file gets its name when it is whole and durable, so a run may be killed at any moment. An output is replaced only
-    if a run wrote it and nobody changed it since.
+    A file gets its name only when it is whole and safely on disk, so a run may be killed at any moment. An output is
+    only replaced if a run wrote it and it was not changed since.
 
     Args:
-        out: the output, a file or a folder; the parts' folder is beside it.
-        plan: what makes it the same run when it is taken up again.
-        chosen: makes what is decided once, when the run begins, and kept.
-        restart: forget what an unfinished run had done.
+        out: the output, a file or a folder. The folder of parts is beside it.
+        plan: identifies the run. Only a run with an equal plan resumes.
+        chosen: makes the choices of the run. It is called once, when the run starts; the result is kept.
+        restart: drop the finished parts of an unfinished run.
         overwrite: replace the output of a finished run.
-
     Raises:
-        OutputError: another process writes this output; the folder is another run's, or none's; or the output is
-            there, and may not be replaced.
+        OutputError: another process is writing this output, the folder holds another run or other files, or the
+            output exists and may not be replaced.
     """
 
     finished: dict[str, Any] | None = None
-    """What an earlier run of the same plan reported, if it finished: then there is nothing to do."""
+    """The report of an earlier finished run of the same plan. Then there is nothing to do."""
 
     def __init__(
         self, out: Path, plan: dict[str, Any], chosen: Callable[[], Any], restart: bool = False, overwrite: bool = False
@@ -67,9 +66,9 @@ class Parts:
             self.chosen = self._begin(chosen, restart, overwrite)
         except BlockingIOError:
             os.close(self._lock)
-            raise OutputError(f"{out}: another run is writing it") from None
+            raise OutputError(f"{out}: another run is writing it: wait for its end, or choose another output") from None
         except BaseException:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 self.folder.rmdir()
             os.close(self._lock)
             raise
@@ -80,7 +79,7 @@ class Parts:
         if not strange and began is None:
             strange = [p.name for p in self.folder.iterdir() if p.suffix != ".tmp"]
         if strange:
-            raise OutputError(f"{self.folder}: holds {min(strange)}, which is not of a run: move it")
+            raise OutputError(f"{self.folder}: holds {min(strange)}, which no run wrote: move it away")
         if began is not None and self._has_finished(began):
             began = None
         if began is not None and not restart and self._goes_on(began):
@@ -97,7 +96,7 @@ class Parts:
         return began["chosen"]
 
     def _has_finished(self, began: dict[str, Any]) -> bool:
-        """Whether that run was killed after the output got its name; does what it left to do."""
+        """Whether that run was killed after it had put its output in place. If so, does the rest of its work."""
         for path in (self._staged, self._record):
             record = _read(path, RECORD)
             if record is not None and record["run"] == began["run"] and _is_of(self._out, record):
@@ -109,27 +108,27 @@ class Parts:
         return False
 
     def _goes_on(self, began: dict[str, Any]) -> bool:
-        """Whether this run goes on with the unfinished one; False if that had done nothing.
+        """Whether this run resumes the unfinished one. False if that one has no finished part.
 
         Raises:
-            ClickException: the unfinished one has other options.
+            OutputError: the unfinished one has other options.
         """
         if began["plan"] == self._content or not self._numbers():
             return bool(began["plan"] == self._content)
         raise OutputError(
-            f"{self.folder}: holds an unfinished run of other options ({self._differences(began['plan'])}): "
-            "repeat those, or --restart"
+            f"{self.folder}: holds an unfinished run with other options ({self._differences(began['plan'])}): "
+            "repeat those options, or drop its parts with --restart"
         )
 
     def _earlier(self, overwrite: bool) -> dict[str, Any] | None:
-        """What the finished run reported that wrote the output, if this is the same run."""
+        """The report of the finished run that wrote the output, if this is the same run."""
         earlier = self._check_replaceable()
         if earlier is None or overwrite or not earlier["report"]["predictions"]:
             return None
         if earlier["plan"] != self._content:
             raise OutputError(
                 f"{self._out}: was written with other options ({self._differences(earlier['plan'])}): "
-                "choose another output, or --overwrite"
+                "choose another output, or replace it with --overwrite"
             )
         report: dict[str, Any] = earlier["report"]
         return report
@@ -139,24 +138,24 @@ class Parts:
         return ", ".join(f"{key} was {was.get(key)}, is {plan[key]}" for key in plan if was.get(key) != plan[key])
 
     def _check_replaceable(self) -> dict[str, Any] | None:
-        """The record of the run that wrote the output; None if there is no output.
+        """The record of the run that wrote the output. None if there is no output.
 
         Raises:
-            OutputError: the output, or the record, is something else.
+            OutputError: no run wrote the output or the record.
         """
         for path in (self._out, self._record):
             folder = self.is_folder and path == self._out
             if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
-                kind = "a link" if path.is_symlink() else "no folder" if folder else "no regular file"
-                raise OutputError(f"{path}: is {kind}, and is not replaced: choose another output")
+                kind = "a link" if path.is_symlink() else "not a folder" if folder else "not a regular file"
+                raise OutputError(f"{path}: is {kind}, so it is not replaced: choose another output")
         record = _read(self._record, RECORD)
         if self._record.exists() and record is None:
-            raise OutputError(f"{self._record}: is there, and was not written by a run: move it")
+            raise OutputError(f"{self._record}: no run wrote this file: move it away")
         if not self._out.exists():
             return None
         if record is None or not _is_of(self._out, record):
-            found = "was changed since a run wrote it" if record else "is there, and was not written by a run"
-            raise OutputError(f"{self._out}: {found}: it is not replaced: move it, or choose another output")
+            found = "it was changed since a run wrote it" if record else "no run wrote it"
+            raise OutputError(f"{self._out}: {found}, so it is not replaced: move it away, or choose another output")
         return record
 
     def has(self, number: int) -> bool:
@@ -172,14 +171,14 @@ class Parts:
             yield pq.read_table(self._part(number), partitioning=None)
 
     def _numbers(self) -> list[int]:
-        """Those of the finished parts. Parts are finished in any order."""
+        """The numbers of the finished parts. Parts may finish in any order."""
         return sorted(int(path.stem) for path in self.folder.iterdir() if re.fullmatch(r"\d{8}\.parquet", path.name))
 
     def finish(self, schema: pa.Schema, tables: Iterable[pa.Table], report: dict[str, Any]) -> None:
-        """Writes the output and the record of this run, whole or not at all, and gives the folder up."""
+        """Writes the output and the record of this run, as a whole or not at all, and removes the folder of parts."""
         with self._named(self._out) as file:
             if self.is_folder:
-                _remove(file)  # of a run that died as it wrote it
+                _remove(file)  # left by a run that was killed while it wrote
                 for inner in write_folder(file, schema, tables):
                     _sync(inner)
             else:
@@ -187,15 +186,15 @@ class Parts:
             record = {"run": self._run, "plan": self._content, "sha256": _sha256(file), "report": report}
             with self._named(self._staged) as staged:
                 staged.write_text(json.dumps(record))
-            self._check_replaceable()  # something may have been put there meanwhile
+            self._check_replaceable()  # another file may have been put there meanwhile
         os.replace(self._staged, self._record)
         _sync(self._record.parent)
         self.give_up()
 
     def give_up(self) -> None:
-        """Forgets the finished parts."""
+        """Removes the finished parts."""
         self._empty()
-        with suppress(OSError):  # something was put there
+        with suppress(OSError):  # another file was put there
             self.folder.rmdir()
 
     def close(self) -> None:
@@ -209,11 +208,11 @@ class Parts:
 
     @contextmanager
     def _named(self, path: Path) -> Iterator[Path]:
-        """A file to write, which then gets its name durably."""
+        """A temporary path to write to. At the end it is synced to disk and gets its name."""
         temporary = self.folder / f"{path.name}.tmp"
         yield temporary
         _sync(temporary)
-        if temporary.is_dir() and path.exists():  # no folder can take the place of another one
+        if temporary.is_dir() and path.exists():  # a rename cannot replace a folder
             _remove(old := self.folder / f"{path.name}.old")
             os.replace(path, old)
         os.replace(temporary, path)
@@ -226,7 +225,7 @@ class Parts:
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any] | None:
-    """A JSON object with these keys; None if there is no such file, or it holds something else."""
+    """A JSON object with these keys. None if there is no such file, or if it holds something else."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -235,7 +234,7 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any] | None:
 
 
 def _is_of(out: Path, record: dict[str, Any]) -> bool:
-    """Whether the output is what the run of that record wrote."""
+    """Whether the run of that record wrote the output as it is now."""
     return out.exists() and not out.is_symlink() and _sha256(out) == record["sha256"]
 
 
@@ -247,7 +246,7 @@ def _remove(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file's bytes; of a folder's, by the names and hashes of what it holds."""
+    """The sha256 of a file's bytes, or of the names and hashes of a folder's files."""
     if path.is_dir():
         inner = [f"{file.name} {_sha256(file)}" for file in sorted(path.iterdir())]
         return hashlib.sha256("\n".join(inner).encode()).hexdigest()

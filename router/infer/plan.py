@@ -1,4 +1,4 @@
-"""From rows of a list to batches: what is asked of which task, decoded and on the device ahead of its turn."""
+"""Makes batches of a list's rows. They are decoded and put on the device ahead of their turn."""
 
 import os
 import time
@@ -23,13 +23,13 @@ from router.registry import Known
 from router.threads import side_threads
 
 PART_BATCHES = 16
-"""Batches in a part: what an interruption costs, and the window in which rows of one preprocessing meet."""
+"""Number of batches in a part. An interruption costs at most a part. Rows of a part share batches by preprocessing."""
 AHEAD = 2
-"""Batches that are decoded and on the device before their turn."""
+"""Number of batches that are decoded and on the device ahead of their turn."""
 TASK = pa.field("task", pa.string())
-"""A result, too, where every image goes through many tasks."""
+"""A further result if every image goes through several tasks."""
 ROW = pa.field("row", pa.int64())
-"""A result, too, where the output is a folder: the number of the row in the list, from 0."""
+"""A further result if the output is a folder: the number of the row in the list, from 0."""
 RESULTS = pa.schema(
     [
         ("version", pa.int64()),
@@ -41,16 +41,16 @@ RESULTS = pa.schema(
     ]
 )
 EMBEDDINGS = pa.schema([("version", pa.int64()), ("embedding", pa.list_(pa.float32())), ("error", pa.string())])
-"""Results where features are asked for, not classes."""
+"""Results of features instead of classes."""
 LAYOUT = 3
-"""Of the results. A run that was begun with another is not gone on with."""
+"""Version of the results' layout. A run with another version is not resumed."""
 Result = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of the list that are worked off and written together."""
+    """Rows of the list that are processed and written together."""
 
     number: int
     rows: Rows
@@ -60,18 +60,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a row asks of an image in one preprocessing."""
+    """An image, and the tasks of its row that have the same preprocessing."""
 
     image: ImageLike
     way: Preprocess
     tasks: list[str | Known]
     results: list[Result]
-    """One for each task, to be filled in."""
+    """One for each task, to fill in."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Asks whose images are of one size, prepared and on the device: a row of the batch for each."""
+    """Asks with images of one size, and the batch on the device. The batch has a row for each ask."""
 
     asks: list[Ask]
     batch: Batch
@@ -79,23 +79,23 @@ class Work:
 
 @dataclass
 class Times:
-    """Where a run's time goes, in seconds. What happens beside something else counts in full."""
+    """The times of a run, in seconds. Work that happens at the same time counts in full."""
 
     list_s: float = 0.0
-    """Reading the list, and looking tasks up."""
+    """Reading the list, and looking up tasks."""
     spent: Spent = field(default_factory=Spent)
-    """Reading files, and decoding them: of all threads together."""
+    """Reading and decoding files, summed over all threads."""
     transfer_s: float = 0.0
-    """Normalising images, and taking them to the device."""
+    """Normalising images, and copying them to the device."""
     device_s: float = 0.0
     """Forwards."""
     wait_s: float = 0.0
-    """The device waited for images."""
+    """Waiting for images."""
     write_s: float = 0.0
     """Writing parts."""
 
     def timed(self, name: str, do: Callable[..., T], *args: Any) -> T:
-        """What a call gives; its time is added to the field of that name."""
+        """Calls `do` and returns its result. Adds its time to the field `name`."""
         began = time.perf_counter()
         try:
             return do(*args)
@@ -111,13 +111,13 @@ class Times:
 
 
 class Tasks:
-    """What the names of tasks mean, looked up once: a task is run in the version it had then.
+    """The meaning of tasks' names. Each is looked up once, and then keeps its version.
 
     Args:
-        versions: those of an earlier run with the same options.
-        limits: what may be opened as a picture.
-        results: what there is of each row.
-        bare: rows that name no task ask for the features of the backbone alone.
+        versions: name -> version, from an interrupted run with the same options.
+        limits: limits for opening pictures.
+        results: the results of a row.
+        bare: whether rows without a task get the bare backbone's features.
     """
 
     def __init__(
@@ -134,17 +134,17 @@ class Tasks:
         self.find = lru_cache(65_536)(self._find)
 
     def expect(self, names: Iterable[str | None]) -> None:
-        """Has tasks brought here that are on a remote, several at once."""
+        """Fetches tasks from a remote, several at once."""
         with suppress(PearStoreError):
             if self._store is not None:
                 self._store.prefetch([name for name in dict.fromkeys(names) if name])
 
     def _find(self, name: str | None) -> tuple[str | Known, int | None, Preprocess] | str:
-        """The task as ``name@version``, its version and preprocessing; or why it cannot be run."""
+        """The task as ``name@version``, its version and preprocessing; or the reason why it cannot be run."""
         if not name and self._bare is not None:
             return self._bare, None, Preprocess(self._bare.task.preprocess, self._limits)
         if not name:
-            return "no task is named"
+            return "the row names no task"
         assert self._store is not None
         try:
             if name not in self._versions:
@@ -164,10 +164,14 @@ def gather(
     size: int,
     place: Callable[[str, Image], ImageLike],
 ) -> Iterator[list[Ask] | Part]:
-    """Of each numbered part of a list: what each batch asks, then the part that the batches make up.
+    """For each numbered part of a list, gives the asks of its batches, and then the part itself.
 
-    A batch is filled with rows of the same preprocessings. `place` says where an image of the list is, whose
-    relative path begins in that folder.
+    A batch holds rows with the same preprocessing.
+
+    Args:
+        every: tasks that every image goes through; empty if each row has its own.
+        size: rows per batch.
+        place: gives the path, URL or bytes of an image of the list. It takes the folder where its path starts.
     """
     for number, rows in numbered:
         tasks.expect(every or rows.tasks)
@@ -184,7 +188,7 @@ def gather(
                     continue
                 task, result["version"], way = known
                 if not image:
-                    result["error"] = "no image is named"
+                    result["error"] = "the row names no image"
                     continue
                 ask = asks.setdefault(way.key, Ask(place(folder, image), way, [], []))
                 ask.tasks.append(task)
@@ -206,7 +210,7 @@ def batches(
     place: Callable[[str, Image], ImageLike],
     times: Times,
 ) -> Iterator[Work | Part]:
-    """As `gather`, with the images of each batch decoded and on the device."""
+    """Like `gather`, with the images of each batch decoded and on the device."""
     gathered = gather(numbered, tasks, every, size, place)
     while (item := times.timed("list_s", next, gathered, None)) is not None:
         if isinstance(item, Part):
@@ -217,10 +221,10 @@ def batches(
 
 
 def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: torch.device) -> Iterator[Work]:
-    """Puts decoded images on the device: a batch for each size. An image that cannot be read fails its own row.
+    """Puts decoded images on the device, in a batch for each size. An image that cannot be read only fails its own row.
 
     Args:
-        decoded: what `decode` gave for each ask.
+        decoded: the result of `decode` for each ask.
     """
     pixels = {}
     for row, found in enumerate(decoded):
@@ -234,9 +238,9 @@ def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: 
 
 
 def find_image(access: Access, folder: str, image: Image) -> Image:
-    """The image as it can be opened from here: relative paths begin in the folder, which may be a URL."""
+    """The image in a form that can be opened here. Relative paths start in the folder, which may be a URL."""
     if isinstance(image, bytes) or access.root is not None:
-        return image  # with a root, `access` lets them begin there
+        return image  # with a root, `access` resolves relative paths
     if is_url(folder):
         return image if "://" in image or "::" in image or os.path.isabs(image) else url_below(folder, image)
     here = os.path.join(folder, image)
@@ -244,7 +248,7 @@ def find_image(access: Access, folder: str, image: Image) -> Image:
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The items, made by another thread, up to `depth` before they are asked for."""
+    """The items, made by another thread up to `depth` items ahead."""
     end: Any = object()
     feeder = side_threads(1, "pear-feed")
     try:

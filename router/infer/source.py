@@ -1,4 +1,4 @@
-"""What pear-infer is asked to read: a list, several lists, or pictures in place of lists."""
+"""Finds the files that pear-infer is to read: a list, several lists, or pictures instead of lists."""
 
 import os
 import re
@@ -18,13 +18,13 @@ ENDINGS = (*FORMATS, ".tsv")
 
 @dataclass(frozen=True)
 class Source:
-    """The files that were named, in the order in which they are read.
+    """The files to read, in reading order.
 
     Args:
-        name: what the user wrote.
-        files: paths and URLs of lists in natural order, or pictures in order of their names' bytes.
-        folder: where pictures' names begin.
-        notes: lines for the user: what was found, and what is left out.
+        name: the name that the user gave.
+        files: paths and URLs of lists in natural order, or paths of pictures in order of their bytes.
+        folder: the folder where paths of pictures start.
+        notes: lines for the user about files that are left out.
     """
 
     name: str
@@ -35,18 +35,19 @@ class Source:
 
 
 def find(name: str, out: Path, access: Access | None = None) -> Source:
-    """Finds out what a path, a pattern or a URL names. A file of that very name wins.
+    """Finds the files that a path, a pattern or a URL names. An existing file of that name wins.
 
-    A folder that has a picture, also in its sub-folders, is a folder of pictures. Any other is one of lists: of those
-    right in it. At a URL only lists are looked for. What this command itself writes is no list of its own.
+    If a folder or one of its sub-folders has a picture, it is a folder of pictures. Any other is a folder of lists,
+    and its sub-folders are not read. A URL can only name lists. The output and its parts are never taken for lists.
 
     Args:
         out: the output.
 
     Raises:
-        ListError: there is neither a list nor a picture, or files of several kinds.
-        NotFoundError, SourceError: the URL cannot be opened, or nothing is there.
-        OSError: a folder cannot be looked into.
+        ListError: there is no list and no picture, or there are files of several kinds.
+        NotFoundError: there is nothing at the URL.
+        SourceError: the URL cannot be opened.
+        OSError: a folder cannot be read.
     """
     protocol, _, path = name.partition("://")
     if is_url(name) and protocol in ("file", "local") and "::" not in name:
@@ -69,57 +70,57 @@ def find(name: str, out: Path, access: Access | None = None) -> Source:
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key by which ``part-2`` comes before ``part-10``."""
+    """Sort key that puts ``part-2`` before ``part-10``."""
     pieces = re.split(r"([0-9]+)", name)
     digits = [piece.lstrip("0") for piece in pieces]
     return [(len(digits[at]), digits[at]) if at % 2 else (0, piece) for at, piece in enumerate(pieces)], name
 
 
 def _in_folder(name: str, below: list[str], out: Path) -> Source:
-    """Whether a folder of this machine is one of pictures or of lists, and what is read of it.
+    """The pictures or the lists of a folder of this machine.
 
     Args:
-        below: all its files, by their paths in it.
+        below: all its files, as paths relative to it.
     """
     pictures = [file for file in below if os.path.splitext(file)[1].lower() in extensions()]
     lists = [file for file in below if _is_list(file) and not _is_of(out, os.path.join(name, file))]
     if pictures:
         left_out = len(below) - len(pictures)
-        note = f"{name}: {left_out} files are no pictures by their endings, and are left out"
+        note = f"{name}: {left_out} files are left out, because they do not end like pictures"
         if lists:
             pattern = _pattern(name, lists, any(os.sep in file for file in lists))
-            note += f"; among them {_count(lists)}: to read lists, not pictures, say {pattern}"
+            note += f". {_count(lists)} among them: to read lists instead of pictures, use {pattern}"
         notes = (note,) if left_out else ()
         return Source(name, "pictures", tuple(sorted(pictures, key=os.fsencode)), name, notes)
     deep = [file for file in lists if os.sep in file and not file.startswith("_")]
     if deep and len(deep) == len(lists):
-        remedy = f"name them by {_pattern(name, deep, True)}"
-        raise ListError(name, f"{_count(deep)} in sub-folders, none right in it: {remedy}")
+        remedy = f"use the pattern {_pattern(name, deep, True)}"
+        raise ListError(name, f"no list in it, {_count(deep)} in its sub-folders: {remedy}")
     others = [file for file in below if not _is_list(file)]
     found = _lists(name, [os.path.join(name, file) for file in (*lists, *others) if os.sep not in file], False)
     if not deep:
         return found
-    note = f"{name}: {_count(deep)} in sub-folders left out: to read those, too, say {_pattern(name, deep, True)}"
+    note = f"{name}: {_count(deep)} in sub-folders left out: to read all, use {_pattern(name, deep, True)}"
     return replace(found, notes=(note,))
 
 
 def _lists(name: str, found: list[str], pattern: bool) -> Source:
-    """The lists among the files right in a folder, or that a pattern matches."""
+    """The lists among the files of a folder, or among those that a pattern matches."""
     lists = sorted(filter(_is_list, found), key=natural_key)
-    if not pattern:  # Spark and others mark by these what is no data
+    if not pattern:  # Spark and others start the names of files without data with these
         bases = {file: (path_in_url(file) if is_url(name) else file).rpartition("/")[2] for file in lists}
         lists = [file for file, base in bases.items() if not base.startswith(("_", "."))]
     others = len(found) - len(lists)
     if not lists:
-        kinds = "no list" if is_url(name) else "no list and no picture"
-        raise ListError(name, f"{kinds} is there: found {f'{others} files of other kinds' if others else 'nothing'}")
+        kinds = "lists" if is_url(name) else "lists or pictures"
+        raise ListError(name, f"expected {kinds}, found {f'{others} files of other kinds' if others else 'nothing'}")
     if pattern and others:
         raise ListError(name, f"matches {_count(lists)} and {others} files of other kinds: expected one kind")
     formats = Counter(".csv" if list_ending(file) in CSV else list_ending(file) for file in lists)
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
-        such_as = "" if pattern else f": name those of one by a pattern, such as {_pattern(name, lists, False)}"
-        raise ListError(name, f"expected lists of one format, found {counts}{such_as}")
+        remedy = "" if pattern else f": use a pattern for one format, such as {_pattern(name, lists, False)}"
+        raise ListError(name, f"expected lists of one format, found {counts}{remedy}")
     return Source(name, "lists", tuple(lists))
 
 
@@ -128,7 +129,7 @@ def _is_list(file: str) -> bool:
 
 
 def _is_of(out: Path, file: str) -> bool:
-    """Whether a file is an output, or one of its parts."""
+    """Whether a file is the output, or one of its parts."""
     own, path = os.path.realpath(out), os.path.realpath(file)
     return path == own or path.startswith((f"{own}{os.sep}", f"{own}.parts{os.sep}"))
 
@@ -138,12 +139,12 @@ def _count(lists: list[str]) -> str:
 
 
 def _pattern(folder: str, lists: list[str], deep: bool) -> str:
-    """A pattern for lists of one format below a folder, as it is written in a shell."""
+    """A pattern for lists of one format in a folder, in quotes for a shell."""
     return f"'{folder.rstrip('/')}/{'**/' if deep else ''}*{Path(lists[0]).suffix}'"
 
 
 def _files_below(path: str) -> Iterator[str]:
-    """Files by their paths below a folder. Names with a dot first are passed over, links to folders not followed."""
+    """The files below a folder, as paths relative to it. Skips names with a leading dot, and links to folders."""
     for folder, folders, files in os.walk(path, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:

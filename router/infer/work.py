@@ -1,4 +1,4 @@
-"""Works a list off, part by part."""
+"""Processes a list, part by part."""
 
 import sys
 import time
@@ -42,11 +42,11 @@ from router.predictions import Threshold
 
 
 def serve(router: Router, work: Work, top: int | None, threshold: Threshold) -> None:
-    """Runs a batch, each image through all tasks that its row asks for, and fills their results in.
+    """Runs a batch, each image through all tasks of its row, and fills in their results.
 
     Args:
-        top: classes of a result; None: features.
-        threshold: see `Router.run`.
+        top: number of classes of a result; None: features.
+        threshold: as for `Router.run`.
     """
     counts = [len(ask.tasks) for ask in work.asks]
     image_of = np.repeat(work.batch.image_of, counts)
@@ -57,18 +57,18 @@ def serve(router: Router, work: Work, top: int | None, threshold: Threshold) -> 
 
 
 def fill(results: list[Result], predictions: Predictions, top: int | None) -> None:
-    """Fills the results of one batch in."""
+    """Fills in the results of one batch."""
     for row, (result, found) in enumerate(zip(results, predictions, strict=True)):
         name = found.task.partition("@")[0]
         if row in predictions.failures:
             result["error"] = found.error
         elif found.error is not None:
             what = "features" if top is None else "logits"
-            result["error"] = f"task {name!r} gave {what} that are not finite numbers; try --dtype float32"
+            result["error"] = f"task {name!r} gave {what} that are not finite numbers: try --dtype float32"
         elif top is None:
             result["embedding"] = found.logits.numpy()
         elif not found.classes:
-            result["error"] = f"task {name!r} has no head: it gives features, not classes: ask for --embeddings"
+            result["error"] = f"task {name!r} has no head, so it gives features, not classes: use --embeddings"
         else:
             best = [{"label": label, "probability": round(share, 6)} for label, share in found.topk(top)]
             result.update(best[0], label=found.label, known=found.known, topk=best)
@@ -77,20 +77,20 @@ def fill(results: list[Result], predictions: Predictions, top: int | None) -> No
 def output_schema(
     listed: ImageList | ImageFolder, of: pa.Schema, with_task: bool, prefix: str, with_row: bool = False
 ) -> pa.Schema:
-    """The list's columns, then those of the results.
+    """The schema of the output: the list's columns, then the results'.
 
     Args:
-        of: what there is of each row.
-
+        of: the results of a row.
+        with_task, with_row: whether there are columns for the task's name and for the row's number.
     Raises:
-        OutputError: the list has a column of a result's name.
+        OutputError: the list has a column with the name of a result.
     """
     results = [*([ROW] if with_row else []), *([TASK] if with_task else []), *of]
     added = [field.with_name(prefix + field.name) for field in results]
     taken = [field.name for field in added if field.name in listed.schema.names]
     if taken:
         raise OutputError(
-            f"{listed.path}: has columns of its own with names of results: {', '.join(taken)}; none is ever replaced: "
+            f"{listed.path}: has own columns with names of results, which are never replaced: {', '.join(taken)}: "
             f"rename them, or give {'another --prefix' if prefix else '--prefix pear_'}"
         )
     return pa.schema([*listed.schema, *added])
@@ -100,8 +100,9 @@ def output(part: Part, schema: pa.Schema, of: pa.Schema, every: list[str], first
     """A part's rows of the output.
 
     Args:
-        of: what there is of each row.
-        first: the number of the part's first row in the list, if the output has rows' numbers.
+        of: the results of a row.
+        every: the tasks that every image goes through; empty if each row has its own.
+        first: the number of the part's first row in the list, if the output numbers its rows.
     """
     rows, each = part.rows.table.num_rows, len(every) or 1
     results = pa.Table.from_pylist(part.results, of).columns
@@ -115,19 +116,19 @@ def output(part: Part, schema: pa.Schema, of: pa.Schema, every: list[str], first
 
 @dataclass(frozen=True)
 class Job:
-    """A list that is being worked off."""
+    """A list that is being processed."""
 
     router: Router
     listed: ImageList | ImageFolder
     parts: Parts
     tasks: Tasks
     schema: pa.Schema
-    """Of the output."""
+    """Schema of the output."""
     place: Callable[[str, Image], ImageLike]
-    """Where an image of the list is, whose relative path begins in that folder."""
+    """Gives the path, URL or bytes of an image of the list. It takes the folder where its path starts."""
     options: dict[str, Any]
     resumed: int
-    """How many of the list's rows are done."""
+    """Number of the list's rows that an earlier run has done."""
 
     @property
     def each(self) -> int:
@@ -140,12 +141,12 @@ class Job:
         return min(PART_BATCHES * batch_size, self.listed.most_rows)
 
     def left(self) -> Iterator[tuple[int, Rows]]:
-        """The numbered parts that are not there yet."""
+        """The unfinished parts, with their numbers."""
         numbered = enumerate(self.listed.parts(self.part_rows))
         return ((number, rows) for number, rows in numbered if not self.parts.has(number))
 
     def write(self, part: Part) -> None:
-        """Keeps a part whose results are all filled in."""
+        """Writes a part whose results are all filled in."""
         first = part.number * self.part_rows if self.parts.is_folder else None
         self.parts.write(part.number, output(part, self.schema, self.tasks.results, self.parts.chosen, first))
 
@@ -166,18 +167,21 @@ def infer(
     overwrite: bool = False,
     work_off: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Works a list off, from where an interrupted run with the same options got to; returns what there is to report.
+    """Processes a list. It resumes an interrupted run with the same options.
 
     Args:
-        store: None where the backbone's features are asked for, and no task's.
+        store: None for the bare backbone's features.
         out: a file, or a folder for Parquet files.
-        work_off: serves all rows whose parts are not there yet, and returns what there is to report of that; None:
-            with this router.
-
+        options: the options of pear-infer, by name.
+        access: which paths and URLs may be opened.
+        restart, overwrite: as for :class:`Parts`.
+        work_off: serves all rows of unfinished parts, and returns figures for the report; None: with this router.
+    Returns:
+        The report, such as the numbers of predictions and errors.
     Raises:
-        OutputError: the output may not be replaced; an unfinished run with other options, or another one now, has
-            it; the list has a column of a result's name, or cannot be read to its end.
-        RouterError, PearStoreError: tasks for all that cannot be run.
+        OutputError: the output may not be replaced, another run is writing it, an unfinished run has other options,
+            the list has a column with the name of a result, or it cannot be read to its end.
+        RouterError, PearStoreError: a task for all images cannot be run.
     """
     prefix: str = options["prefix"]
     results = EMBEDDINGS if options["top"] is None else RESULTS
@@ -236,14 +240,14 @@ def infer(
                 "out": str(out),
             }
             parts.finish(schema, parts.tables(), report)
-        except ListError:  # so the corrected list is not taken for other options
+        except ListError:  # the corrected list must not count as other options
             parts.give_up()
             raise
     return report
 
 
 def work_off_here(job: Job) -> dict[str, Any]:
-    """Serves all rows whose parts are not there yet, with the job's router."""
+    """Serves all rows of unfinished parts with the job's router. Returns times in seconds."""
     size, top, threshold = (job.options[name] for name in ("batch_size", "top", "threshold"))
     times = Times()
     work = batches(job.left(), job.tasks, job.parts.chosen, size, job.router.device, job.place, times)
@@ -257,17 +261,17 @@ def work_off_here(job: Job) -> dict[str, Any]:
                 bar.update(done)
             else:
                 times.timed("write_s", job.write, item)
-                bar.update(len(item.results) - served)  # those that cannot be served
+                bar.update(len(item.results) - served)  # rows that cannot be served
                 served = 0
     return times.report()
 
 
 def choose_tasks(router: Router, store: ReadableStore | None, wanted: str | None) -> list[str]:
-    """The tasks for every image, as name@version; none where each row has its own.
+    """The tasks for every image, as name@version. Empty if each row has its own.
 
     Raises:
-        OutputError: there is none for this backbone.
-        RouterError, PearStoreError: a named one that this router cannot run.
+        OutputError: the store has no task for this backbone.
+        RouterError, PearStoreError: this router cannot run a named task.
     """
     if wanted is None or store is None:
         return []
@@ -275,7 +279,10 @@ def choose_tasks(router: Router, store: ReadableStore | None, wanted: str | None
         found = [f"{version.task}@{version.version}" for version in store.iter_tasks()]
         chosen = [t for t in found if store.record(t)["backbone"]["digest"] == router.backbone.digest]
         if not chosen:
-            raise OutputError(f"{store.where}: holds no task for backbone {router.backbone.name}")
+            raise OutputError(
+                f"{store.where}: holds no task for backbone {router.backbone.name}: choose another --store or "
+                "--backbone"
+            )
     else:
         versions = [store.resolve(name.strip()) for name in wanted.split(",")]
         chosen = list(dict.fromkeys(f"{version.task}@{version.version}" for version in versions))

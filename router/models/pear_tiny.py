@@ -1,8 +1,7 @@
-"""pear_tiny: a 1.8 M parameter ViT whose weights ship with the package, for machines without a hub.
+"""pear_tiny: a ViT with 1.8 M parameters whose weights are in the package, for machines without a model hub.
 
-Importing this module registers the model with timm, so that
-``timm.create_model("pear_tiny", pretrained=True)`` works offline. How the weights were made and what
-they are worth: docs/pear_tiny.md; the script: tools/pretrain_pear_tiny.py.
+Importing this module registers the model with timm. So ``timm.create_model("pear_tiny", pretrained=True)`` works
+offline. docs/pear_tiny.md says how good the weights are; tools/pretrain_pear_tiny.py made them.
 """
 
 from pathlib import Path
@@ -41,12 +40,12 @@ SETTINGS: dict[str, Any] = {
     "mlp_ratio": 2.0,
 }
 AS_TIMM: dict[str, Any] = {"model_name": "vit_tiny_patch16_224", **SETTINGS}
-"""Arguments of timm.create_model that give the same structure where Pear is not installed."""
+"""Arguments of timm.create_model that give the same structure without Pear."""
 
 
 @register_model
 def pear_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT with 48 x 48 input, patch 8, 6 blocks of width 192, 3 heads, MLP ratio 2; no classifier."""
+    """A ViT for 48 x 48 pixels with patch 8, 6 blocks of width 192, 3 heads, MLP ratio 2, and no classifier."""
     settings = {**SETTINGS, **kwargs}
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer, "pear_tiny", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **settings

@@ -1,1 +1,1 @@
-"""Tasks as a service: requests of any tasks in mixed batches, over HTTP (extra `serve`)."""
+"""Serves tasks over HTTP: requests for any tasks share batches (extra `serve`)."""

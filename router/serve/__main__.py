@@ -1,4 +1,4 @@
-"""Starts pear-serve, or says in a line what it needs."""
+"""Starts pear-serve, or prints in one line what must be installed."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""The HTTP interface: an ASGI app, which runs by itself or is mounted into another."""
+"""The HTTP interface: an ASGI app that runs by itself or is mounted into another app."""
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from router.serve.bodies import Asked, images_of, read_body
 from router.serve.errors import DeadlineError, DrainingError, FetchError
 from router.serve.fetching import Fetcher
 from router.serve.front import page_routes
+from router.serve.hosts import Hosts
 from router.serve.life import Life
 from router.serve.limits import RequestLimits
 from router.serve.linger import Linger
@@ -37,7 +38,7 @@ from router.serve.v2 import error_response, is_v2, v2_routes
 
 MOST_TOP = 1000
 MOST_NEAR = 8
-"""Unknown tasks of a request for which names are sought that look like theirs"""
+"""Most unknown tasks of a request for which similar names are searched."""
 PAGE = 1000
 """Most tasks in one answer of a list."""
 HEADERS = {
@@ -53,7 +54,7 @@ class Service(Life):
     """The endpoints of one app."""
 
     async def show_server(self, request: Request) -> Response:
-        """What is served, and what a request may ask for."""
+        """The backbone, the device, and the limits of a request."""
         router, limits = self.router, self.limits
         shown = {"images": limits.images, "tasks": limits.tasks, "body_bytes": limits.body_bytes}
         return JSONResponse(
@@ -92,7 +93,7 @@ class Service(Life):
             changed = await self.refresh()
         except PearStoreError as error:
             log.error("the store cannot be read: %s", error)
-            raise Problem(500, "the store cannot be read; nothing changed; the server's log says why") from None
+            raise Problem(500, "the store cannot be read, so nothing changed; the server's log says why") from None
         return JSONResponse({"changed": changed})
 
     async def predict_task(self, request: Request) -> Response:
@@ -100,9 +101,9 @@ class Service(Life):
         return await self._predict(request, [request.path_params["task"]], is_fixed=True)
 
     async def predict(self, request: Request) -> Response:
-        """Any number of images, each for its own tasks, or all for those that the query names."""
-        named = request.query_params.get("tasks")
-        return await self._predict(request, None if named is None else named.split(","), is_fixed=False)
+        """Any number of images, each for its own tasks, or all for the tasks of the query."""
+        named = request.query_params.getlist("tasks")  # once with commas, or once for each
+        return await self._predict(request, ",".join(named).split(",") if named else None, is_fixed=False)
 
     async def _predict(self, request: Request, tasks: list[str] | None, is_fixed: bool) -> Response:
         top = whole_number(request, "top", 5, 1, MOST_TOP)
@@ -134,19 +135,19 @@ class Service(Life):
         return JSONResponse({"results": results})
 
     async def _tasks_of(self, asked: Asked, number: int, tasks: list[str] | None, is_fixed: bool) -> list[str]:
-        """The tasks that an image goes through, each once."""
+        """The tasks for an image, without repetitions."""
         if tasks is not None and asked.tasks is not None and asked.name is None:
-            raise Problem(400, f"image {number}: its tasks are named in the body and in the URL: expected one of these")
+            raise Problem(400, f"image {number}: expected tasks in the body or in the URL, found both")
         names = tasks if tasks is not None else asked.tasks
         if names is None:
             raise Problem(
                 422,
-                f"image {number}: no task: say ?tasks=a,b or ?tasks=all, or name its task beside it in JSON or a form",
+                f"image {number}: no task: give ?tasks=a,b or ?tasks=all, or name its task beside it in JSON or a form",
             )
         if not is_fixed and names == ["all"]:
             names = list(await asyncio.to_thread(self.catalogue.tasks))
             if not names:
-                raise Problem(422, "there is no task for this backbone")
+                raise Problem(422, "the store has no task for this server's backbone")
         names = list(dict.fromkeys(name.strip() for name in names))
         if len(names) > self.limits.tasks:
             raise Problem(413, f"{len(names)} tasks: the limit is {self.limits.tasks} for an image")
@@ -155,7 +156,7 @@ class Service(Life):
     async def outcomes(
         self, request: Request, wanted: Sequence[tuple[Sent | FetchError, Sequence[Named]]]
     ) -> list[list[Outcome]]:
-        """What became of all images; they are given up if the client goes away, or time is up."""
+        """The results of all images. They are cancelled if the client goes away or the time limit is reached."""
         there = [(image, names) for image, names in wanted if not isinstance(image, FetchError)]
         found = iter(await self._wait_for(request, there))
         return [[image] * len(names) if isinstance(image, FetchError) else next(found) for image, names in wanted]
@@ -220,10 +221,10 @@ class Service(Life):
         return await self.problem(outcome, task, told)
 
     async def problem(self, error: Exception, task: str, told: dict[str, Problem] | None = None) -> Problem:
-        """What a client is told of a task's error: without this machine's paths, with names that it may have meant.
+        """The error answer for a task: without paths of this machine, and with similar names for an unknown task.
 
         Args:
-            told: what was said in the same answer of tasks that there are not: the names for each take milliseconds.
+            told: unknown task -> its answer, within the same response. It saves repeated searches of similar names.
         """
         if isinstance(error, UnknownTaskError):
             told = {} if told is None else told
@@ -246,10 +247,10 @@ async def _left(request: Request) -> None:
 
 
 def whole_number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """A number of the query.
+    """A whole number of the query.
 
     Raises:
-        Problem: it is none, or out of range.
+        Problem: it is not a whole number, or out of range.
     """
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
@@ -258,7 +259,7 @@ def whole_number(request: Request, name: str, default: int, least: int, most: in
 
 
 def _threshold(request: Request) -> Threshold:
-    """What the query says of thresholds; each task's own if it says nothing."""
+    """The threshold of the query. By default each task's own."""
     text = request.query_params.get("threshold")
     try:
         return "stored" if text is None else read_threshold(text)
@@ -267,14 +268,14 @@ def _threshold(request: Request) -> Threshold:
 
 
 def _judged(outcome: Outcome, threshold: Threshold) -> Outcome:
-    """What became of an image, with the threshold that a request asks for."""
+    """The result of an image, with the request's threshold."""
     if threshold == "stored" or not isinstance(outcome, Prediction):
         return outcome
     return outcome.with_threshold(threshold)
 
 
 class Guard:
-    """Around every request: headers that browsers obey, the count of requests, and an answer at the very end."""
+    """Wraps every request: adds security headers, counts requests, and answers errors that nothing else caught."""
 
     def __init__(
         self,
@@ -302,14 +303,14 @@ class Guard:
 
         try:
             await self._app(scope, receive, send_guarded)
-        except asyncio.CancelledError:  # the server ends, and this request is beyond the limit
+        except asyncio.CancelledError:  # the server ends, and this request has reached the time limit
             if not self._service.batcher.draining:
                 raise
             if ended is None:
                 response = await _problem(Request(scope), DrainingError())
                 await response(scope, receive, send_guarded)
         except Exception as error:
-            if ended is not None:  # half an answer is on its way: the server cuts it off
+            if ended is not None:  # a part of the answer is sent: the server cuts the connection
                 raise
             response = await _problem(Request(scope), error)
             await response(scope, receive, send_guarded)
@@ -320,11 +321,12 @@ class Guard:
 
 
 def guarded(
-    endpoint: Callable[[Request], Awaitable[Response]], tokens: Tokens, *, manage: bool = False
+    endpoint: Callable[[Request], Awaitable[Response]], hosts: Hosts, tokens: Tokens, *, manage: bool = False
 ) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that asks for a token first."""
+    """The endpoint behind a check of the Host header and of the token."""
 
     async def call(request: Request) -> Response:
+        hosts.check(request.headers.get("host", ""))
         tokens.check(request.headers.get("authorization"), manage=manage)
         return await endpoint(request)
 
@@ -341,7 +343,7 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code if error.status_code in TITLES else 400
-    details = {404: "no such path; /openapi.json lists what there is", 405: "another method than this path takes"}
+    details = {404: "no such path; /openapi.json lists all paths", 405: "this path does not take this method"}
     return await _problem(request, Problem(status, details.get(status, str(error.detail)), headers=error.headers or {}))
 
 
@@ -356,44 +358,48 @@ def create_app(
     limits: RequestLimits | None = None,
     use_token: str | None = None,
     manage_token: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
     root: str | Path | None = None,
     allow_urls: bool = False,
     drain_s: float = 30,
     counted: Callable[[str, str, int, float], None] = _ignored,
     more_routes: Sequence[Route] = (),
 ) -> Starlette:
-    """An ASGI app that serves a router's tasks; `app.state.service` is its Service.
+    """Makes an ASGI app that serves a router's tasks. `app.state.service` is its Service.
 
-    Run by itself, it runs the backbone once when it starts, and finishes what waits when it ends. Mounted into another
-    app, it does the former at its first request; close its batcher yourself.
+    If it runs by itself, it runs the backbone once at its start, and finishes waiting requests at its end. Mounted into
+    another app, it runs the backbone at its first request. Then close its batcher yourself.
 
     Args:
-        batcher: made with its defaults unless given.
-        limits: of one request.
-        use_token: whoever calls must send it as a bearer token; None to let everybody.
-        manage_token: for `POST /v1/refresh`; it may do all else, too.
-        root: requests may name files below this directory; None for none.
-        allow_urls: requests may name http and https URLs that lead to public addresses.
-        drain_s: how long what waits may take when the app ends.
-        counted: is told each request's path, task, status and seconds.
-        more_routes: served beside the API, behind the same token.
-
+        batcher: None: one with default options.
+        limits: limits of a request; None: the defaults.
+        use_token: bearer token that clients must send; None: no token is needed.
+        manage_token: bearer token for `POST /v1/refresh`. It allows everything else, too.
+        allowed_hosts: names that requests may have in their Host header, beside localhost and addresses; "*" or None:
+            any. Without a token, strangers' web pages may otherwise ask a server that a browser reaches.
+        root: requests may name files below this directory; None: no files.
+        allow_urls: whether requests may name http and https URLs of public addresses.
+        drain_s: most seconds for waiting requests when the app ends.
+        counted: is called with each request's path, task, status and seconds.
+        more_routes: further routes, behind the same token.
     Raises:
-        RouterError: an empty token; a root that is no directory.
+        RouterError: a token is empty, a host is not a name, `drain_s` is negative, or `root` is not a directory.
     """
     if "" in (use_token, manage_token) or not 0 <= drain_s < math.inf:
         raise RouterError("expected tokens that are not empty, and drain_s of at least 0")
-    tokens = Tokens(use_token, manage_token)
+    tokens, hosts = Tokens(use_token, manage_token), Hosts(allowed_hosts)
     limits = limits or RequestLimits()
     fetcher = Fetcher(None if root is None else Path(root), allow_urls, limits.body_bytes)
     service = Service(router, Batcher(router) if batcher is None else batcher, limits, fetcher, drain_s)
-    openapi = document(limits, with_tokens=use_token is not None or manage_token is not None)
+    openapi = document(
+        limits, with_hosts=hosts.are_checked, with_tokens=use_token is not None or manage_token is not None
+    )
 
     async def show_openapi(request: Request) -> Response:
         return JSONResponse(openapi)
 
     def use(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        return guarded(endpoint, tokens)
+        return guarded(endpoint, hosts, tokens)
 
     routes = [
         Route("/livez", service.live),
@@ -405,7 +411,7 @@ def create_app(
         Route("/v1/tasks/{task}", use(service.show_task)),
         Route("/v1/tasks/{task}/predict", use(service.predict_task), methods=["POST"]),
         Route("/v1/predict", use(service.predict), methods=["POST"]),
-        Route("/v1/refresh", guarded(service.take_up, tokens, manage=True), methods=["POST"]),
+        Route("/v1/refresh", guarded(service.take_up, hosts, tokens, manage=True), methods=["POST"]),
         *v2_routes(service, use),
         *(Route(route.path, use(route.endpoint), methods=list(route.methods or ["GET"])) for route in more_routes),
     ]

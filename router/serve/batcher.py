@@ -1,4 +1,4 @@
-"""From requests, each an image and its tasks, to mixed batches and back. Knows no HTTP.
+"""Runs requests, each an image and its tasks, in mixed batches. It knows no HTTP.
 
 submit ─► waiting ─► decoded in a pool ─► tasks in slots ─► ready ─► one forward at a time ─► answers
 """
@@ -24,22 +24,24 @@ from router.serve.turns import Turns
 
 
 class Batcher:
-    """Answers requests of any tasks in mixed batches. Used on one event loop.
+    """Answers requests for any tasks in mixed batches. Use it on one event loop.
 
-    A batch is whatever is ready when the device becomes free: at most `max_batch` rows, of images of one size and of
-    tasks that fit into the slots together. Tasks take turns: one that is asked for very often delays the others by one
-    image a turn. If the queue is full, an image of a task for which few wait displaces the newest of the task for which
-    most wait. A request of many tasks stays together, so that they share its image's trunk.
+    A batch takes what is ready when the device becomes free: at most `max_batch` rows, with images of one size and
+    tasks that fit into the slots together. Tasks take turns, so a very popular task delays others by one image a turn.
+    If the queue is full, a new image of a task with few waiting images displaces the newest image of the task with the
+    most. The tasks of a request stay together, so that they share its image's trunk.
 
-    A request that is cancelled, or past its time limit, leaves the queue at once, and no forward is spent on it.
+    A request that is cancelled, or past its time limit, leaves the queue at once. It costs no forward.
 
     Args:
-        router: tasks are looked up in it, and run. It is not closed by the batcher.
-        max_batch: the most rows of a batch; a request of more tasks is a batch of its own.
-        max_wait_ms: how long a batch that is not full waits for more while the device is free.
-        queue: the most images that wait.
-        workers: threads that decode images; as many as there are processors unless given.
-        watch: is told what happens.
+        router: looks up and runs tasks. The batcher does not close it.
+        max_batch: most rows of a batch. A request with more tasks is a batch of its own.
+        max_wait_ms: most milliseconds that a batch waits to become full while the device is free.
+        queue: most images that may wait.
+        workers: threads that decode images; None: one per processor.
+        watch: receives events.
+    Raises:
+        RouterError: a number is out of range.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Batcher:
             raise RouterError(f"max_wait_ms {max_wait_ms}: expected at least 0")
         self.router, self.queue = router, queue
         self.failed: BaseException | None = None
-        """Why the device's thread ended; None while all is well. There is no way back: make a new process."""
+        """The error that ended the device's thread. None: it runs. After an error only a new process can go on."""
         workers = workers or os.cpu_count() or 1
         self._flow = Flow(router, watch or Watch(), max_batch, max_wait_ms / 1000, workers, self._fail)
         self._open: dict[Request, None] = {}
@@ -67,34 +69,34 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """How many images wait: all that were admitted and are not in the batch under way."""
+        """The number of waiting images: all that were admitted and are not in the current batch."""
         return len(self._open) - len({part.request for part in self._flow.running}.intersection(self._open))
 
     @property
     def draining(self) -> bool:
-        """Whether it is being closed, and admits nothing."""
+        """Whether it is closing, and admits no more requests."""
         return self._flow.draining
 
     async def lookup(self, task: str) -> Known:
-        """What a name means now; of a task that is slow to fetch, nobody waits who did not ask for such a one.
+        """Looks up what a name means now. A task that is slow to fetch does not delay other requests.
 
         Raises:
-            RouterError, PearStoreError: see `Router.lookup`.
-            DrainingError: this batcher was closed.
+            RouterError, PearStoreError: as for `Router.lookup`.
+            DrainingError: this batcher is closed.
         """
         if self._flow.closed:
             raise DrainingError
         return await asyncio.get_running_loop().run_in_executor(self._flow.lookups, self.router.lookup, task)
 
     async def predict(self, image: Sent, task: Named, *, timeout_s: float | None = None) -> Prediction:
-        """What a task says of an image: what `Router.run` says of them alone.
+        """A task's prediction for an image, as `Router.run` would give it.
 
         Args:
-            image: as `Router.run` takes it; or a float tensor [3, h, w], normalised as the task expects.
-            task: a name, or what `Router.lookup` returned: then that version is run, whatever is taken up meanwhile.
-
+            image: an image as for `Router.run`, or a float tensor [3, h, w], normalised as the task expects.
+            task: a name, or a result of `Router.lookup`, whose version is then run.
+            timeout_s: most seconds until the answer; None: no limit.
         Raises:
-            ImageError, UnknownTaskError, RouterError, PearStoreError: see `Router.run`.
+            RouterError, PearStoreError: as for `Router.run`.
             ServeError: there is no answer for another reason.
         """
         (outcome,) = await self._wait(image, [task], timeout_s)
@@ -105,8 +107,11 @@ class Batcher:
     async def predict_all(
         self, image: Sent, tasks: Sequence[Named], *, timeout_s: float | None = None
     ) -> list[Prediction]:
-        """What each of some tasks says of an image, whose trunk they share; one that fails has `error`.
+        """The predictions of several tasks for one image, which share its trunk. A task that fails has an `error`.
 
+        Args:
+            image, timeout_s: as for `predict`.
+            tasks: names, or results of `Router.lookup`.
         Raises:
             ServeError: there is no answer.
         """
@@ -129,15 +134,14 @@ class Batcher:
             raise DeadlineError(timeout_s) from None
 
     def submit(self, asked: Sequence[tuple[Sent, Sequence[Named]]]) -> "list[asyncio.Future[list[Outcome]]]":
-        """Admits images, each for some tasks: all of them or none.
+        """Admits images, each for some tasks. It admits all of them or none.
 
         Returns:
-            For each image a future of what became of it and each task. Cancel it to give it up.
-
+            For each image a future of its tasks' results. Cancel a future to give up its image.
         Raises:
-            RouterError: an image is for no task, or this is another event loop than before.
-            QueueFullError: so many images cannot wait now. A future has it if its image was displaced later.
-            DrainingError: it was closed.
+            RouterError: an image has no task, or this is another event loop than before.
+            QueueFullError: the queue has no room for so many images. A future raises it if its image is displaced.
+            DrainingError: this batcher is closing.
             DeviceFailedError: the device's thread ended.
         """
         loop = asyncio.get_running_loop()
@@ -146,7 +150,7 @@ class Batcher:
         if self._flow.loop is not loop:
             raise RouterError("this batcher works on another event loop: make one for each")
         if not all(tasks for _, tasks in asked):
-            raise RouterError("no task: expected at least one for each image")
+            raise RouterError("expected at least one task for each image, found an image without one")
         if self.failed is not None:
             raise DeviceFailedError(self.failed)
         if self.draining:
@@ -163,7 +167,7 @@ class Batcher:
         return [request.answer for request in requests]
 
     def _make_room(self, surplus: int, lines: Sequence[str]) -> None:
-        """Refuses the newest that wait for the task with the longest line, in favour of tasks with much shorter ones.
+        """Refuses the newest images in the longest line, if that is much longer than the new images' lines.
 
         Raises:
             QueueFullError: there is no such line.
@@ -175,38 +179,40 @@ class Batcher:
         if not refused:
             raise error
         for request in refused:
-            if not request.answer.done():  # else it was given up just now
+            if not request.answer.done():  # else it was just cancelled
                 request.answer.set_exception(error)
             self._settled(request, None)
 
     @property
     def retry_after_s(self) -> int:
-        """In how many seconds what waits now will be done, from 1 to 60."""
+        """About the seconds until all waiting images are done, from 1 to 60."""
         return max(1, min(60, math.ceil(self._flow.row_s * self.waiting)))
 
     async def warm_up(self) -> None:
         """Runs the backbone once on the device's thread.
 
         Raises:
-            RouterError: it does not run.
+            RouterError: the backbone does not run.
         """
         await asyncio.get_running_loop().run_in_executor(self._flow.device, self.router.warm_up)
 
     def drain(self) -> None:
-        """Admits nothing more; what waits is run at once."""
+        """Admits no more requests. Batches no longer wait to become full."""
         self._flow.draining = True
         self._flow.pump()
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is under way."""
+        """Whether a batch is running."""
         return bool(self._flow.running)
 
     async def close(self, limit_s: float | None = None) -> bool:
-        """Admits nothing more, and finishes what waits; what is not done within `limit_s` fails with a DrainingError.
+        """Admits no more requests and finishes those that wait. After `limit_s` the rest fail with a DrainingError.
 
+        Args:
+            limit_s: seconds; None: no limit.
         Returns:
-            Whether all was finished.
+            Whether all requests were finished.
         """
         self.drain()
         if self._open and self._idle is not None:
@@ -220,7 +226,7 @@ class Batcher:
         return finished
 
     def _settled(self, request: Request, _: object) -> None:
-        """Forgets a request that was answered or given up."""
+        """Drops a request that was answered or cancelled."""
         self._open.pop(request, None)
         self._flow.discard(request)
         self._flow.pump()
@@ -228,7 +234,7 @@ class Batcher:
             self._idle.set()
 
     def _fail(self, error: BaseException) -> None:
-        """Says to all who wait that nothing can run any more."""
+        """Fails all waiting requests, because nothing can run any more."""
         self.failed = error
         self._refuse(DeviceFailedError(error))
 

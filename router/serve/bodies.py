@@ -1,4 +1,4 @@
-"""From a request's body to images, each with its tasks. Paths and URLs in it are not opened here: fetching.py may."""
+"""Reads images and their tasks from a request's body. fetching.py opens the paths and URLs in it."""
 
 import asyncio
 import base64
@@ -14,6 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from pear_store.errors import unreadable
 from router.serve.fetching import FilePath, Place, Url
 from router.serve.limits import RequestLimits
 from router.serve.problems import Problem
@@ -29,9 +30,9 @@ RAW = ("application/octet-stream", "binary/octet-stream")
 LARGE_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, away from the event loop."""
 SINGLE = {"image", "path", "url"}
-"""The keys of which one says where an image is."""
+"""Keys of an image in JSON. Exactly one of them is expected."""
 MOST_HEADERS = 16
-"""Of one part of a multipart body."""
+"""Most headers of a part of a multipart body."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,20 @@ class Asked:
 
     image: bytes | Place
     tasks: list[str] | None
-    """None where the request's own are meant."""
+    """Its own tasks. None: those of the request."""
     name: str | None
-    """Of its file, if it had one."""
+    """Name of its file. None if it had none."""
 
 
 class Held:
-    """Counts the bytes of all bodies that are held."""
+    """Counts the bytes of all bodies in memory."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self.size_bytes = most_bytes, 0
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """What counts the bytes of one request; it raises a Problem if there would be too many."""
+        """Gives a function that counts the bytes of one request. It raises a Problem if there would be too many."""
         mine = 0
 
         def count(size_bytes: int) -> None:
@@ -72,10 +73,12 @@ class Held:
 
 
 async def read_body(request: Request, limits: RequestLimits, count: Callable[[int], None]) -> bytes:
-    """A request's body; `count` is told of its bytes as they come.
+    """Reads a request's body.
 
+    Args:
+        count: is called with the number of bytes as they arrive; it may raise an error.
     Raises:
-        Problem: it is too large, too slow, or ended too early.
+        Problem: the body is too large, too slow, compressed, or ended too early.
     """
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
@@ -105,7 +108,8 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 
 
 class Parser:
-    """Reads bodies; large ones in a thread. It is one for all: parsed JSON can take many times its bytes."""
+    """Parses bodies; large ones in a thread. All requests share it, because parsed JSON may be much larger than its
+    bytes."""
 
     def __init__(self) -> None:
         self._thread = side_threads(1, "pear-serve-parse")
@@ -114,17 +118,17 @@ class Parser:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def read(self, read: Callable[[bytes, *Args], R], body: bytes, *args: *Args) -> R:
-        """What `read` makes of a body and further arguments."""
+        """Calls `read` with a body and further arguments."""
         if len(body) <= LARGE_BYTES:
             return read(body, *args)
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(read, body, *args))
 
 
 async def images_of(body: bytes, content_type: str | None, limits: RequestLimits, parser: Parser) -> list[Asked]:
-    """The images of a body: its bytes, the files of a form, or what JSON holds in base64, or names.
+    """The images of a body: the body itself, the files of a form, or base64, paths and URLs in JSON.
 
     Raises:
-        Problem: it cannot be read as what it is said to be, or holds no or too many images.
+        Problem: the body does not fit its content type, or holds no or too many images.
     """
     kind, options = parse_options_header(content_type or RAW[0])
     name = kind.decode("latin-1").lower()
@@ -140,14 +144,14 @@ async def images_of(body: bytes, content_type: str | None, limits: RequestLimits
             raise Problem(
                 415,
                 f"content type {name!r:.100}: expected image/*, application/octet-stream, multipart/form-data or "
-                "application/json; with curl, say -H 'Content-Type: image/jpeg'",
+                "application/json; with curl, give -H 'Content-Type: image/jpeg'",
             )
         asked = await parser.read(read, body)
     if not asked:
-        raise Problem(400, "no image: expected at least one")
+        raise Problem(400, "expected at least one image, found none")
     for number, one in enumerate(asked):
         if not one.image:
-            raise Problem(400, f"image {one.name or number!r:.100} is empty")
+            raise Problem(400, f"image {one.name or number!r:.100}: expected a file's bytes, found none")
     return asked
 
 
@@ -178,12 +182,12 @@ def read_json(body: bytes) -> Any:
     """The JSON value of a body.
 
     Raises:
-        Problem: it is none.
+        Problem: the body is not JSON.
     """
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Problem(400, f"the body is no JSON: {' '.join(str(error).split())}"[:200]) from None
+        raise Problem(400, f"the body is not JSON: {unreadable(error)}"[:200]) from None
 
 
 def _from_item(item: object, number: int) -> Asked:
@@ -206,40 +210,40 @@ def _from_item(item: object, number: int) -> Asked:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be said again: JSON can hold halves of characters, which no UTF-8 does."""
+    """Whether a text can be written as UTF-8. JSON can hold halves of surrogate pairs, which UTF-8 cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def from_base64(text: str, what: str) -> bytes:
-    """The bytes of base64, also as a data URL.
+    """The bytes of base64, also in a data URL.
 
     Raises:
-        Problem: it is none.
+        Problem: the text is not base64.
     """
     if text.startswith("data:"):
         text = text.partition(";base64,")[2] or "-"
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Problem(400, f'{what}: expected base64; a place is named by "path" or "url" instead') from None
+        raise Problem(400, f'{what}: expected base64; for a path or URL use "path" or "url" instead') from None
 
 
 # ---- forms ------------------------------------------------------------------------------------
 
 
 def _from_form(body: bytes, *, boundary: bytes, limits: RequestLimits) -> list[Asked]:
-    """A form's files. The name of a file's field is its task, where the URL names none. Other fields are ignored."""
+    """A form's files. If the URL names no task, the name of a file's field is its task. Other fields are ignored."""
     if not boundary:
-        raise Problem(400, "multipart/form-data without a boundary")
+        raise Problem(400, "multipart/form-data: expected a boundary in its content type")
     parts = _Parts(limits)
     try:
         parser = MultipartParser(boundary, parts.callbacks())
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise Problem(400, f"the body is no form: {' '.join(str(error).split())}"[:200]) from None
+        raise Problem(400, f"the body is not a form: {' '.join(str(error).split())}"[:200]) from None
     if not parts.is_whole:
-        raise Problem(400, "the body is no form: it has no end")
+        raise Problem(400, "the body is not a form: it has no end")
     return parts.files
 
 
@@ -283,7 +287,7 @@ class _Parts:
 
     def _end_header(self) -> None:
         if len(self._headers) >= MOST_HEADERS:
-            raise Problem(400, "the body is no form: a part has too many headers")
+            raise Problem(400, f"the body is not a form: a part has more than {MOST_HEADERS} headers")
         self._headers[self._field.lower()] = self._value
         self._field = self._value = b""
 

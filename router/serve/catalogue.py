@@ -1,4 +1,4 @@
-"""Which tasks a server has: those of its store for its backbone, and those that were added to its router."""
+"""The tasks of a server: those of its store for its backbone, and those added to its router."""
 
 import bisect
 import difflib
@@ -18,19 +18,19 @@ from router.registry import Known
 from router.router import Router
 
 NEAR = 3
-"""Most names that are offered in place of one that is unknown."""
+"""Most similar names that are offered for an unknown one."""
 
 ACCURACY = ("test_top1", "val_top1", "top1", "accuracy")
-"""Metrics of a task that lists show: shares of what is right, from 0 to 1."""
+"""Metrics that lists show: shares of right answers, from 0 to 1."""
 
 log = logging.getLogger(__name__)
 Tensors = NDArray[np.uint64]
-"""[tensor, 2]: the first 8 bytes of each tensor's digest, and its bytes"""
+"""For each tensor the first 8 bytes of its digest and its size in bytes, uint64 [tensor, 2]."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of a task, for lists."""
+    """The part of a task that lists need."""
 
     classes: int
     metrics: Mapping[str, float]
@@ -38,24 +38,24 @@ class Entry:
 
 
 class Catalogue:
-    """The tasks, as of the last refresh. It reads the store: call it from a thread, not from the event loop."""
+    """The tasks at the last refresh. It reads the store, so call it from a thread, not from the event loop."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
         self._lock = threading.Lock()
         self._listed: dict[str, Version | None] | None = None
         self._entries: dict[tuple[str, int, int], Entry | None] = {}
-        """Task, version and time -> what is kept of it; None if it is for another backbone."""
+        """(task, version, time) -> its entry; None if it is for another backbone."""
         self._shared: dict[str, int] | None = None
         """Name -> bytes that other tasks use, too."""
 
     def forget(self) -> None:
-        """The next look reads the store again."""
+        """Drops the list, so that the next access reads the store again."""
         with self._lock:
             self._listed = self._shared = None
 
     def tasks(self) -> dict[str, Version | None]:
-        """Name -> newest version, by name; None for a task that was added to the router.
+        """Name -> newest version, sorted by name. None for a task that was added to the router.
 
         Raises:
             PearStoreError: the store cannot be read.
@@ -74,7 +74,7 @@ class Catalogue:
         return [] if self._router.store is None else list(self._router.store.iter_tasks())
 
     def _entry(self, version: Version) -> Entry | None:
-        """What is kept of a version; None if it is not for this backbone."""
+        """The entry of a version. None if it is for another backbone, or cannot be read."""
         key = version.task, version.version, version.time_ns
         if key not in self._entries:
             assert self._router.store is not None
@@ -87,7 +87,7 @@ class Catalogue:
         return self._entries[key]
 
     def shared_bytes(self) -> Mapping[str, int]:
-        """Task of the store -> how many of its bytes other tasks of this server use, too.
+        """Task of the store -> its bytes that other tasks of this server use, too.
 
         Raises:
             PearStoreError: the store cannot be read.
@@ -100,7 +100,7 @@ class Catalogue:
             return self._shared
 
     def near(self, name: str) -> list[str]:
-        """Names of tasks that look like one that is unknown, the likest first."""
+        """Names of tasks that are similar to an unknown one, the most similar first."""
         try:
             names = self.tasks()
         except PearStoreError:
@@ -110,8 +110,11 @@ class Catalogue:
         return difflib.get_close_matches(base, (same_start or list(names))[:1000], NEAR)
 
     def page(self, count: int, after: str, part: str) -> dict[str, Any]:
-        """The first tasks behind a name whose own names hold `part`, in whatever case.
+        """A page of the tasks whose names contain `part`, in any case.
 
+        Args:
+            count: most tasks on the page.
+            after: the page starts behind this name.
         Raises:
             PearStoreError: the store cannot be read.
         """
@@ -127,7 +130,7 @@ class Catalogue:
         }
 
     def summary(self, name: str, version: Version | None) -> dict[str, Any]:
-        """What a list says of a task; of its newest version, how much of it others use.
+        """The entry of a task in a list. For its newest version, it has the bytes that other tasks use, too.
 
         Raises:
             PearStoreError: the store cannot be read.
@@ -151,10 +154,10 @@ class Catalogue:
         }
 
     def describe(self, reference: str) -> dict[str, Any]:
-        """What is known of a task.
+        """The description of a task.
 
         Raises:
-            RouterError, PearStoreError: it cannot be run.
+            RouterError, PearStoreError: the task cannot be run.
         """
         known: Known = self._router.lookup(reference)
         found = self.summary(known.task.name, known.version)
@@ -180,8 +183,10 @@ _NONE: Tensors = np.empty((0, 2), np.uint64)
 
 
 def _entry_in(store: ReadableStore, reference: str, backbone: str) -> Entry | None:
-    """What is kept of a stored version; None if it is for another backbone. No task of a remote is fetched for it: what
-    others use of that is not known."""
+    """The entry of a stored version. None if it is for another backbone.
+
+    A remote's tensors are not fetched for it. So the bytes that its tasks share are not known.
+    """
     record = store.record(reference)
     if record["backbone"]["digest"] != backbone:
         return None
@@ -207,7 +212,7 @@ def _is_share(value: object) -> bool:
 
 
 def _shared(tensors: Mapping[str, Tensors]) -> dict[str, int]:
-    """Name -> bytes of those tensors that another one has, too."""
+    """Name -> bytes of the tensors that another task has, too."""
     if not tensors:
         return {}
     rows = np.concatenate(list(tensors.values()))
@@ -220,7 +225,7 @@ def _shared(tensors: Mapping[str, Tensors]) -> dict[str, int]:
 
 
 def _finite(metrics: object) -> object:
-    """A record's metrics; none if JSON cannot hold them."""
+    """A record's metrics. Empty if JSON cannot hold them."""
     try:
         json.dumps(metrics, allow_nan=False)
     except ValueError:

@@ -1,17 +1,17 @@
-"""Serve the tasks of a store over HTTP: requests of different tasks share batches on one backbone.
+"""Serve the tasks of a store over HTTP. Requests for different tasks share batches on one backbone.
 
 \b
     pear-serve --store pear.store --backbone MODEL
     curl -H 'Content-Type: image/jpeg' --data-binary @cat.jpg localhost:8090/v1/tasks/dtd/predict
 
-It listens on this machine only, unless --host says otherwise. Then it needs a token, or --no-auth. Tokens come from
---token-file (the first line is the token to use tasks, the second one to manage the server), else from
-$PEAR_SERVE_TOKEN and $PEAR_SERVE_MANAGE_TOKEN. They are sent as 'Authorization: Bearer TOKEN'.
+By default only this machine can reach it. With another --host, it needs a token, or --no-auth. Tokens come from
+--token-file: line 1 is the token to use tasks, line 2 the token to manage the server. Without the file they come from
+$PEAR_SERVE_TOKEN and $PEAR_SERVE_MANAGE_TOKEN. Clients send 'Authorization: Bearer TOKEN'.
 
-SIGTERM and Ctrl-C: it accepts nothing more, finishes what waits and exits with 0. SIGHUP: it takes up what changed in
-the store, as it does every --refresh-s seconds. If the device fails, it exits with 1.
+After SIGTERM or Ctrl-C it accepts no more requests, finishes those that wait, and exits with 0. After SIGHUP, and every
+--refresh-s seconds, it takes over changes of the store. If the device fails, it exits with 1.
 
-docs/serving.md says what is served, and what each limit does.
+docs/serving.md describes the API and the limits.
 """
 
 import ipaddress
@@ -48,47 +48,47 @@ LIMITS = RequestLimits()
 @version_option
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
-    help="The store that holds the tasks: a directory, or a remote's URL, which is read through a cache "
-    "[default: $PEAR_STORE, else the user's data directory].",
+    help="Store of the tasks: a directory, or a remote's URL, which is read through a cache [default: $PEAR_STORE, "
+    "else the user's data directory].",
 )  # fmt: skip
 @click.option(
     "--cache-bytes", type=click.IntRange(1), envvar="PEAR_CACHE_BYTES", show_default="$PEAR_CACHE_BYTES, else 10 GiB",
-    help="The most bytes of a remote that are cached here, in $PEAR_CACHE_DIR or the user's cache directory.",
+    help="The most bytes of a remote to cache on this machine, in $PEAR_CACHE_DIR or the user's cache directory.",
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
-@click.option("--device", help="Device to compute on, such as cpu [default: cuda where there is one].")
+@click.option("--device", help="Device to compute on, such as cpu [default: cuda if there is one].")
 @click.option(
     "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
     help="Precision of the forward.",
 )  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
     default=8090,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="The port to listen on; 0: any that is free.",
+    help="Port to listen on; 0: any free port.",
 )
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Most rows of a batch.")
 @click.option(
     "--max-wait-ms", default=0.0, show_default=True, type=NumberRange(0, 60_000),
-    help="Milliseconds that a batch that is not full waits for more.",
+    help="Most milliseconds that a batch waits to become full.",
 )  # fmt: skip
-@click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Most images that wait.")
+@click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Most images that may wait.")
 @click.option(
     "--timeout-s", default=LIMITS.timeout_s, show_default=True, type=NumberRange(0, min_open=True),
-    help="Seconds that a request may take once its body is there.",
+    help="Most seconds from the end of a request's body to its answer.",
 )  # fmt: skip
 @click.option(
     "--drain-s", default=30.0, show_default=True, type=NumberRange(0, 86_400),
-    help="Seconds that waiting requests may still take when the server ends.",
+    help="Most seconds for waiting requests when the server ends.",
 )  # fmt: skip
 @click.option("--slot-bytes", type=click.IntRange(1), help="Most bytes that loaded tasks may take [default: no limit].")
-@click.option("--preload", help="Tasks to load before the first request: names with commas, or all.")
+@click.option("--preload", help="Tasks to load before the first request: comma-separated names, or all.")
 @click.option(
     "--refresh-s", default=60.0, show_default=True, type=NumberRange(0),
-    help="Seconds between looks at the store for changes; 0: never look.",
+    help="Seconds between two checks of the store for changes; 0: never.",
 )  # fmt: skip
 @click.option(
     "--token-file",
@@ -97,11 +97,16 @@ LIMITS = RequestLimits()
 )
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a token.")
 @click.option(
+    "--allowed-host", "hosts", multiple=True,
+    help="A name by which clients call the server, beside localhost and addresses; several are allowed, '*' is any "
+    "[default: none; with a token or --no-auth any].",
+)  # fmt: skip
+@click.option(
     "--max-body-bytes",
     default=LIMITS.body_bytes,
     show_default=True,
     type=click.IntRange(1),
-    help="Most bytes in the body of a request.",
+    help="Most bytes of a request's body.",
 )
 @click.option(
     "--max-images", default=LIMITS.images, show_default=True, type=click.IntRange(1), help="Most images in a request."
@@ -110,26 +115,28 @@ LIMITS = RequestLimits()
     "--max-tasks", default=LIMITS.tasks, show_default=True, type=click.IntRange(1), help="Most tasks for one image."
 )
 @click.option(
-    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger pictures are refused."
-)
+    "--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1),
+    help="Refuse pictures with more pixels, before they are decoded.",
+)  # fmt: skip
 @click.option(
-    "--root", type=click.Path(path_type=Path), help="Requests may name images below this directory [default: none]."
+    "--root", type=click.Path(path_type=Path), help="Let requests name images below this directory [default: none]."
 )
-@click.option("--allow-urls", is_flag=True, help="Requests may name images by http(s) URLs of public addresses.")
-@click.option("--log-json", is_flag=True, help="Log in JSON, one object a line.")
+@click.option("--allow-urls", is_flag=True, help="Let requests name images by http(s) URLs of public addresses.")
+@click.option("--log-json", is_flag=True, help="Log in JSON, one object per line.")
 def main(
     where: str, cache_bytes: int | None, backbone: str, weights: str | None, device: str | None, dtype: str,
     host: str, port: int, max_batch: int, max_wait_ms: float, queue: int, timeout_s: float, drain_s: float,
     slot_bytes: int | None, preload: str | None, refresh_s: float, token_file: Path | None, no_auth: bool,
+    hosts: tuple[str, ...],
     max_body_bytes: int, max_images: int, max_tasks: int, max_pixels: int, root: Path | None, allow_urls: bool,
     log_json: bool,
 ) -> None:  # fmt: skip
-    compute_alone()  # forwards have a thread of their own
+    compute_alone()  # forwards run in another thread
     use, manage = _tokens(token_file)
     if not (_is_loopback(host) or use or no_auth):
         raise click.UsageError(
-            f"--host {host} is reached from other machines: give a token by --token-file or $PEAR_SERVE_TOKEN, "
-            "or say --no-auth"
+            f"--host {host}: other machines can reach it: give a token by --token-file or $PEAR_SERVE_TOKEN, "
+            "or give --no-auth"
         )
     _set_logging_up(log_json)
     limits = RequestLimits(body_bytes=max_body_bytes, images=max_images, tasks=max_tasks, timeout_s=timeout_s)
@@ -147,7 +154,8 @@ def main(
             metrics = Metrics()
             batcher = Batcher(router, max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue, watch=metrics)
             app = create_app(
-                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage, root=root,
+                router, batcher=batcher, limits=limits, use_token=use, manage_token=manage,
+                allowed_hosts=hosts if hosts or not (use or no_auth) else None, root=root,
                 allow_urls=allow_urls, drain_s=drain_s, counted=metrics.counted,
                 more_routes=[metrics.route(router, batcher)],
             )  # fmt: skip
@@ -155,14 +163,14 @@ def main(
                 shown = f"[{host}]" if ":" in host else host
                 echo(f"serving on http://{shown}:{listener.getsockname()[1]}", err=True)
                 drained = uvloop.run(serve_until_told(app, listener, drain_s, refresh_s))
-            if not drained:  # the device may be at work for long; nobody waits for that any more
-                echo("not all requests were finished in time", err=True)
+            if not drained:  # the device may work for a long time, so do not wait for it
+                echo("some requests were not finished in time", err=True)
                 sys.stderr.flush()
                 os._exit(0)
     except (RouterError, PearStoreError) as error:
         raise _failure(str(error), getattr(error, "exit_code", 1)) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _failure(f"out of memory: {error}") from None
+        raise _failure(f"out of memory: give a smaller --slot-bytes or --max-batch; {error}") from None
 
 
 def _tokens(file: Path | None) -> tuple[str | None, str | None]:
@@ -179,7 +187,7 @@ def _tokens(file: Path | None) -> tuple[str | None, str | None]:
         found = [line.strip() or None for line in [*lines[:2], "", ""][:2]]
         where = (f"{file}, line 1", f"{file}, line 2")
         if found[0] is None:
-            raise _failure(f"{where[0]}: no token")
+            raise _failure(f"{where[0]}: expected a token, found an empty line")
     use, manage = found
     try:
         check_tokens(use, manage, where)
@@ -200,7 +208,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise _failure(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from None
+        raise _failure(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}: choose others"
+        ) from None
     listener.setblocking(False)
     return listener
 
@@ -223,7 +233,7 @@ def _set_logging_up(as_json: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if as_json else _LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else a line for each form that cannot be read
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else it logs every form that cannot be read
 
 
 def _failure(text: str, exit_code: int = 1) -> click.ClickException:

@@ -1,45 +1,55 @@
-"""Why a request got no answer, besides what is wrong with its image or its task.
+"""Errors of requests that come neither from the image nor from the task.
 
 ServeError                 (a RouterError)
-├── QueueFullError         as many images wait as may
-├── DeadlineError          no answer within the time limit
-├── DrainingError          the batcher is being closed
-├── OutOfMemoryError       the memory does not suffice for this image and its tasks
-└── DeviceFailedError      the device's thread ended; make a new process
+├── QueueFullError         the queue of images is full
+├── DeadlineError          there was no answer within the time limit
+├── DrainingError          the batcher is closing
+├── OutOfMemoryError       the memory is too small for this image and its tasks
+└── DeviceFailedError      the device's thread ended; start a new process
 
-FetchError                 (an ImageError) an image that is only named, and not to be had
+FetchError                 (an ImageError) an image's path or URL cannot be opened
 """
 
 from router.errors import ImageError, RouterError
 
 
 class ServeError(RouterError):
-    pass
+    """Base of the errors of requests that come neither from the image nor from the task."""
 
 
 class QueueFullError(ServeError):
+    """The queue of images is full. `retry_after_s` says when to try again."""
+
     def __init__(self, waiting: int, queue: int, retry_after_s: int) -> None:
         super().__init__(f"{waiting} images wait, the limit is {queue}: try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
 class DeadlineError(ServeError, TimeoutError):
+    """There was no answer within the time limit."""
+
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"no answer within {timeout_s:g} s")
+        super().__init__(f"no answer within {timeout_s:g} s: try again later, or send fewer images at once")
         self.timeout_s = timeout_s
 
 
 class DrainingError(ServeError):
+    """The batcher is closing."""
+
     def __init__(self) -> None:
         super().__init__("this server is shutting down: ask another one, or try again later")
 
 
 class OutOfMemoryError(ServeError):
+    """The memory is too small for an image and its tasks."""
+
     def __init__(self, tasks: int) -> None:
         super().__init__(f"out of memory for one image and {tasks} tasks: send fewer tasks at once")
 
 
 class DeviceFailedError(ServeError):
+    """The device's thread ended. Only a new process can go on."""
+
     def __init__(self, reason: BaseException) -> None:
         text = " ".join(str(reason).split()) or type(reason).__name__
         super().__init__(f"the device's thread ended: {text:.300}")
@@ -47,10 +57,10 @@ class DeviceFailedError(ServeError):
 
 
 class FetchError(ImageError):
-    """An image that a request names by a path or URL, and that is not to be had.
+    """A path or URL that a request names cannot be opened as an image.
 
     Args:
-        status: the HTTP status that says so.
+        status: HTTP status of the answer.
     """
 
     def __init__(self, status: int, text: str) -> None:

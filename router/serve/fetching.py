@@ -1,4 +1,4 @@
-"""Images that a request only names: files below a directory, and URLs. Nothing is opened unless that was asked for."""
+"""Opens images that requests name: files below a directory, and URLs. Both are off by default."""
 
 import asyncio
 import ipaddress
@@ -7,7 +7,6 @@ import socket
 import ssl
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +14,18 @@ from pathlib import Path
 
 import httpx
 
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.serve.errors import FetchError
 from router.serve.problems import Problem
 
 URL_S = 10.0
-"""From the look-up of a name to the last byte, redirects included."""
+"""Most seconds from the look-up of a host's name to the last byte, with redirects."""
 REDIRECTS = 3
 AT_A_TIME = 16
-"""Most URLs that are fetched at the same time; others wait, within URL_S."""
+"""Most URLs that are fetched at the same time. Others wait, but at most URL_S."""
 MOST_TEXT = 4096
-"""Characters of a path or URL."""
+"""Most characters of a path or URL."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,18 @@ class Fetcher:
     """Reads images that requests name.
 
     Args:
-        root: files below it may be named; None for no files. Links below it are not followed.
-        urls: whether http and https URLs may be named. They must lead to public addresses, each redirect too.
-        most_bytes: of one image.
+        root: requests may name files below it; None: no files. Links below it are not followed.
+        urls: whether requests may name http and https URLs. They, and each redirect, must lead to public addresses.
+        most_bytes: most bytes of one image.
+    Raises:
+        RouterError: `root` is not a directory.
     """
 
     def __init__(self, root: Path | None, urls: bool, most_bytes: int) -> None:
-        if root is not None and not root.is_dir():
+        if root is not None and not os.path.isdir(root):
             raise RouterError(f"root {str(root)!r}: expected a directory")
         self._root, self._urls, self._most = root, urls, most_bytes
-        self._names = ThreadPoolExecutor(AT_A_TIME, "pear-serve-names")  # a slow name server holds up nothing else
+        self._names = ThreadPool(AT_A_TIME, "pear-serve-names")  # a slow name server only blocks these threads
         self._turns = asyncio.Semaphore(AT_A_TIME)
         self._tls: ssl.SSLContext | None = None
 
@@ -62,13 +64,12 @@ class Fetcher:
         self._names.shutdown(wait=False, cancel_futures=True)
 
     async def images(self, images: Sequence[bytes | Place], count: Callable[[int], None]) -> list["bytes | FetchError"]:
-        """The bytes of a request's images; where one that is named is not to be had, why.
+        """The bytes of a request's images, or the error of each that cannot be opened.
 
         Args:
-            count: is told of bytes that come; may raise.
-
+            count: is called with the number of bytes as they arrive; it may raise an error.
         Raises:
-            Problem: a path or URL, and none is opened here.
+            Problem: a request names a path or URL that this server does not open.
         """
         for number, image in enumerate(images):
             if not isinstance(image, bytes):
@@ -88,13 +89,17 @@ class Fetcher:
 
     def _check(self, place: Place, what: str) -> None:
         if isinstance(place, FilePath) and self._root is None:
-            raise Problem(400, f"{what}: no path is opened here; whoever runs pear-serve can say --root DIR")
+            raise Problem(
+                400, f"{what}: this server opens no paths: send the file, or start pear-serve with --root DIR"
+            )
         if isinstance(place, Url) and not self._urls:
-            raise Problem(400, f"{what}: no URL is opened here; whoever runs pear-serve can say --allow-urls")
+            raise Problem(
+                400, f"{what}: this server opens no URLs: send the file, or start pear-serve with --allow-urls"
+            )
 
     async def _fetch(self, place: Place, count: Callable[[int], None]) -> bytes:
         if len(place.text) > MOST_TEXT:
-            raise FetchError(400, f"a name of more than {MOST_TEXT} characters")
+            raise FetchError(400, f"path or URL: expected at most {MOST_TEXT} characters, found {len(place.text)}")
         if isinstance(place, FilePath):
             assert self._root is not None
             data = await asyncio.to_thread(read_below, self._root, place.text, self._most)
@@ -117,13 +122,13 @@ class Fetcher:
             self._tls = await asyncio.to_thread(ssl.create_default_context)
         for _ in range(REDIRECTS + 1):
             address = await self._address(url)
-            # a client for each, so that nothing of one host, such as a cookie or a connection, is used with another
+            # a client for each host, so that cookies and connections are never used with another host
             async with httpx.AsyncClient(verify=self._tls, trust_env=False, timeout=URL_S) as client:
                 request = client.build_request(
                     "GET",
-                    url.copy_with(host=address),  # the connection goes to the address that was checked
+                    url.copy_with(host=address),  # connect to the address that was checked
                     headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "pear"},
-                    extensions={"sni_hostname": url.host},  # and must show a certificate of the name
+                    extensions={"sni_hostname": url.host},  # and expect a certificate for the host's name
                 )
                 response = await client.send(request, stream=True)
                 try:
@@ -138,7 +143,7 @@ class Fetcher:
         if response.status_code != 200:
             raise FetchError(422, f"URL {text!r:.200}: its server answered {response.status_code}")
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise FetchError(422, f"URL {text!r:.200}: its server sent it compressed, unasked")
+            raise FetchError(422, f"URL {text!r:.200}: its server sent it compressed, which was not asked for")
         body = bytearray()
         chunks: AsyncIterator[bytes] = response.aiter_raw()
         async for chunk in chunks:
@@ -149,10 +154,10 @@ class Fetcher:
         return bytes(body)
 
     async def _address(self, url: httpx.URL) -> str:
-        """The address that a URL's host has now.
+        """The current address of a URL's host.
 
         Raises:
-            FetchError: the URL is not one that may be fetched, or its host has an address that is not public.
+            FetchError: such URLs are not fetched, or the host has an address that is not public.
         """
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise FetchError(400, f"URL {str(url)!r:.200}: expected http:// or https://, without a user")
@@ -168,7 +173,7 @@ class Fetcher:
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is reached by everybody, so that nothing of our own network is asked."""
+    """Whether an address is public, so that requests cannot reach the server's own network."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:  # such as one with a zone
@@ -183,11 +188,13 @@ def is_public(text: str) -> bool:
 
 
 def read_below(root: Path, path: str, most_bytes: int) -> bytes:
-    """The bytes of a regular file below a directory. Each part is opened within the one before, links refused, so
-    nobody can lead elsewhere meanwhile.
+    """The bytes of a regular file below a directory.
+
+    Each part of the path is opened within the part before, and links are refused. So a change of folders meanwhile
+    cannot lead outside.
 
     Raises:
-        FetchError: there is none, or it is not one that may be read.
+        FetchError: there is no such file, or it may not be read.
     """
     *folders, name = path.split("/")
     if any(part in ("", ".", "..") for part in (*folders, name)):
@@ -200,14 +207,16 @@ def read_below(root: Path, path: str, most_bytes: int) -> bytes:
             for folder in folders:
                 inner = os.open(folder, flags | os.O_DIRECTORY, dir_fd=inner)
                 stack.callback(os.close, inner)
-            _check_regular(os.stat(name, dir_fd=inner, follow_symlinks=False), path)  # first: a device may do something
+            _check_regular(
+                os.stat(name, dir_fd=inner, follow_symlinks=False), path
+            )  # before open, which may act on a device
             descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=inner)
             file = stack.enter_context(open(descriptor, "rb"))
             found = os.fstat(descriptor)
             _check_regular(found, path)
             data = b"" if found.st_size > most_bytes else file.read(most_bytes + 1)
-        except (OSError, ValueError):  # ValueError: text that file names cannot hold
-            raise FetchError(404, f"path {path!r:.200}: no file that can be read; links are not followed") from None
+        except (OSError, ValueError):  # ValueError: text that cannot be a file name
+            raise FetchError(404, f"path {path!r:.200}: no readable file; links are not followed") from None
     if found.st_size > most_bytes or len(data) > most_bytes:
         raise FetchError(413, f"path {path!r:.200}: more than {most_bytes} bytes")
     return data
@@ -215,4 +224,4 @@ def read_below(root: Path, path: str, most_bytes: int) -> bytes:
 
 def _check_regular(found: os.stat_result, path: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise FetchError(400, f"path {path!r:.200}: no regular file; links are not followed")
+        raise FetchError(400, f"path {path!r:.200}: not a regular file; links are not followed")

@@ -1,19 +1,20 @@
-"""How requests move on: from waiting to decoded, to tasks in slots, to a batch, to an answer.
+"""The way of requests: waiting, decoded, tasks in slots, in a batch, answered.
 
-Only the event loop's thread changes what is here. The pools are given what they need and give back results.
+Only the event loop's thread changes this state. Threads of the pools get arguments and return results.
 """
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from pear_store import PearStoreError
 from pear_store.errors import PlaceError
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.predictions import Prediction
 from router.registry import Known
@@ -23,16 +24,16 @@ from router.serve.turns import Turns
 from router.threads import side_threads
 
 LOOKUPS = 32
-"""Tasks that are asked of a remote at once."""
+"""Most tasks that are looked up in a remote at once."""
 A = TypeVar("A")
 R = TypeVar("R")
 
 
 class Watch:
-    """Is told what happens, on the event loop's thread. Does nothing itself."""
+    """Receives events, on the event loop's thread. This base class ignores them."""
 
     def decoded(self, seconds: float) -> None:
-        """An image was looked at, whether or not it could be read."""
+        """An image was decoded, or could not be read."""
 
     def loaded(self, seconds: float) -> None:
         """A task was loaded while other work went on."""
@@ -41,18 +42,18 @@ class Watch:
         """A batch ran.
 
         Args:
-            waited_s: for each of its images, from its admission to the start of the batch.
+            waited_s: for each of its images, the seconds from its admission to the start of the batch.
         """
 
     def answered(self, task: str, version: int | None, rows: int) -> None:
-        """A task of a batch answered some rows, in a version of the store; None if it was added."""
+        """A task answered some rows of a batch. `version` is None for an added task."""
 
 
 class Flow:
-    """Requests on their way.
+    """Moves requests from their admission to their answers.
 
     Args:
-        failed: is told why the device's thread ended; then nothing moves any more.
+        failed: is called with the error if the device's thread ends. Then nothing moves any more.
     """
 
     def __init__(
@@ -69,30 +70,30 @@ class Flow:
         self._is_limited = router.stats().budget_bytes is not None
         self._decoders = side_threads(workers, "pear-serve-decode")
         self.lookups = side_threads(LOOKUPS, "pear-serve-lookup")
-        """Apart from the decoders: a task that is slow to fetch holds up nobody else's image."""
+        """Separate from the decoders, so that a task that is slow to fetch does not block other images."""
         self._asked: dict[str, list[Request]] = {}
-        """Tasks that are asked of a remote, and who waits for them."""
+        """Task that is being looked up in a remote -> the requests that wait for it."""
         self.looking: Turns[Request] = Turns()
-        """All who wait for one."""
-        self.device = ThreadPoolExecutor(1, "pear-serve-device")
+        """All requests that wait for a look-up."""
+        self.device = ThreadPool(1, "pear-serve-device")
         self.loop: asyncio.AbstractEventLoop | None = None
         self.waiting: Turns[Request] = Turns()
-        """To be decoded."""
+        """Requests that wait to be decoded."""
         self._decoding = 0
         self.prepared: Turns[Part] = Turns()
-        """Decoded, until their tasks fit into the slots."""
+        """Decoded parts that wait until their tasks fit into the slots."""
         self._loading: dict[Part, None] = {}
         self.ready: Turns[Part] = Turns()
         self.running: list[Part] = []
         self.row_s = 0.0
-        """Seconds that a row took of late."""
+        """Recent average of seconds per row."""
         self.draining = False
-        """Nothing more will come: batches do not wait to be full."""
+        """Whether no more requests will come. Then batches do not wait to become full."""
         self.closed = False
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, request: Request) -> None:
-        """Takes a request up. Whoever settles or cancels its answer calls `discard`, then `pump`."""
+        """Admits a request. After its answer is set or cancelled, call `discard` and then `pump`."""
         named = dict.fromkeys(task for task in request.tasks if isinstance(task, str))
         unknown = [task for task in named if not self._router.is_near(task)]
         request.unknown = len(unknown)
@@ -107,7 +108,7 @@ class Flow:
                 self._start(self.lookups, partial(look_up, self._router), task, self._looked_up)
 
     def discard(self, request: Request) -> None:
-        """Forgets a request that was answered or given up."""
+        """Drops a request that was answered or cancelled."""
         self.looking.discard(request.line, request)
         self.waiting.discard(request.line, request)
         for part in request.parts:
@@ -116,13 +117,13 @@ class Flow:
         request.image = None
 
     def close(self) -> None:
-        """Starts nothing more; the threads end after what they do now."""
+        """Starts no more work. The threads end after their current work."""
         self.closed = True
         for pool in (self.lookups, self._decoders, self.device):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def pump(self) -> None:
-        """Starts whatever can be started now."""
+        """Starts all work that can start now."""
         if self.closed:
             return
         while (request := self.waiting.first()) is not None and self._may_decode():
@@ -139,7 +140,7 @@ class Flow:
     def _looked_up(self, task: str, done: "Future[Known | RouterError | PearStoreError]") -> None:
         error = _error(done)
         for request in self._asked.pop(task):
-            if request.answer.done():  # it was given up meanwhile
+            if request.answer.done():  # it was cancelled meanwhile
                 continue
             if error is not None:
                 request.answer.set_exception(error)
@@ -154,7 +155,7 @@ class Flow:
     # ---- decoding -----------------------------------------------------------------------------
 
     def _may_decode(self) -> bool:
-        """Whether a thread is free, and images of fewer than two batches are decoded."""
+        """Whether a thread is free, and fewer images than two batches hold are decoded."""
         held = self._decoding + len(self.prepared) + len(self.ready)
         return self._decoding < self._workers and held < 2 * self._max_batch
 
@@ -178,7 +179,8 @@ class Flow:
     # ---- loading ------------------------------------------------------------------------------
 
     def _fits(self, part: Part) -> bool:
-        """Whether a part's tasks fit into the slots beside those that run, are ready or load; also if nothing does."""
+        """Whether a part's tasks fit into the slots together with those that run, are ready or load. If there are none,
+        always."""
         if not self._is_limited:
             return True
         held = {one: None for other in (*self.running, *self.ready, *self._loading) for one in other.known}
@@ -191,11 +193,11 @@ class Flow:
         return True
 
     def _prepare(self, part: Part) -> None:
-        """Readies a part for a batch; tasks that are not loaded are, while other parts run."""
+        """Prepares a part for a batch. Missing tasks are loaded while other parts run."""
         try:
             missing = [one for one in part.known if not self._router.is_loaded(one)]
             loaded = self._router.preload(missing) if missing else None
-        except RouterError:  # the batch will say so
+        except RouterError:  # the batch will report it
             loaded = None
         if loaded is None:
             self.ready.put(part.request.line, part)
@@ -205,7 +207,7 @@ class Flow:
         loaded.add_done_callback(lambda done: self._post(self._loaded, part, began, done))
 
     def _loaded(self, part: Part, began: float, done: "Future[None]") -> None:
-        """What could not be loaded is tried again by the batch, which then knows why; but not what is out of reach."""
+        """Makes a loaded part ready. After an error the batch tries again and reports it, unless a remote is away."""
         del self._loading[part]
         self._watch.loaded(time.perf_counter() - began)
         error = _error(done)
@@ -218,7 +220,7 @@ class Flow:
     # ---- batches ------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Gives the device the next batch, if it is free and there is one."""
+        """Starts the next batch, if the device is free and there is one."""
         if self.closed or self.running or not len(self.ready) or self._must_wait():
             return
         self.running = self._take()
@@ -226,7 +228,7 @@ class Flow:
             self._start(self.device, partial(run_parts, self._router), list(self.running), self._ran)
 
     def _must_wait(self) -> bool:
-        """Whether the next batch waits for more rows, at most `max_wait_ms` after its oldest request came."""
+        """Whether the next batch waits for more rows. It waits at most `max_wait_ms` after its oldest request came."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -242,11 +244,11 @@ class Flow:
         return True
 
     def _take(self) -> list[Part]:
-        """The next batch: in turn, rows of images that have the size of the first."""
+        """The next batch: parts in turn whose images have the size of the first one's."""
         batch: list[Part] = []
         rows = 0
         for part in self.ready:
-            if part.request.answer.done():  # given up just now
+            if part.request.answer.done():  # just cancelled
                 continue
             if batch and (part.size != batch[0].size or rows + len(part.known) > self._max_batch):
                 continue
@@ -282,19 +284,17 @@ class Flow:
             self._watch.answered(task, version, count)
         self.pump()
 
-    def _start(
-        self, pool: ThreadPoolExecutor, work: Callable[[A], R], on: A, done: "Callable[[A, Future[R]], None]"
-    ) -> None:
-        """Does work in a pool, then tells the event loop."""
+    def _start(self, pool: ThreadPool, work: Callable[[A], R], on: A, done: "Callable[[A, Future[R]], None]") -> None:
+        """Runs work in a pool, then calls `done` on the event loop."""
         pool.submit(work, on).add_done_callback(lambda future: self._post(done, on, future))
 
     def _post(self, call: Callable[..., None], *args: Any) -> None:
-        """Calls on the event loop's thread, from any other; not once the loop is closed."""
+        """Calls a function on the event loop's thread, from any thread. Does nothing if the loop is closed."""
         assert self.loop is not None
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(call, *args)
 
 
 def _error(done: "Future[Any]") -> BaseException | None:
-    """Why work ended without a result; None if it has one."""
+    """The error of finished work. None if it has a result."""
     return asyncio.CancelledError() if done.cancelled() else done.exception()

@@ -1,4 +1,4 @@
-"""The page at `/`, whose files lie in `page/`. It asks the API as any other client does."""
+"""The page at `/`, whose files are in `page/`. It uses the API like any other client."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,7 +9,7 @@ from router.serve.problems import Problem
 
 
 def page_routes() -> list[Route]:
-    """`/` and the files that it asks for. They hold no secret: no token is needed."""
+    """The routes of `/` and of its files. They need no token, because they hold no secret."""
     files, policy = page_files("router.serve"), page_policy(images="'self' blob:")
 
     def answer(name: str) -> Response:

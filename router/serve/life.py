@@ -1,4 +1,4 @@
-"""What an app serves from, and its life: it starts, is ready, takes up what changed, and ends."""
+"""The life of an app: it starts, becomes ready, refreshes, and ends."""
 
 import asyncio
 import logging
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Life:
-    """What one app serves from, from its start to its end.
+    """The parts of one app, from its start to its end.
 
     Args:
-        drain_s: how long what waits may take when the app ends.
+        drain_s: most seconds for waiting requests when the app ends.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Life:
         self.catalogue = Catalogue(router)
         self.held, self.parser = Held(limits.held_bytes), Parser()
         self.drained = True
-        """Whether all that waited when the app ended was finished."""
+        """Whether all requests that waited when the app ended were finished."""
         self._drain_s = drain_s
         self._warming: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[bool] | None = None
@@ -47,7 +47,7 @@ class Life:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Of an app that runs by itself; one that is mounted begins with its first request."""
+        """The lifespan of an app that runs by itself. A mounted app starts with its first request."""
         self.start()
         yield
         await self.end()
@@ -55,13 +55,13 @@ class Life:
         self.parser.close()
 
     async def end(self) -> None:
-        """Admits nothing more, and finishes what waits; what is not done within the limit is told so."""
+        """Admits no more requests and finishes those that wait. After the time limit the rest fail with an error."""
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self.batcher.close(self._drain_s))
         self.drained = await asyncio.shield(self._ending)
 
     def start(self) -> "asyncio.Task[None]":
-        """Begins to run the backbone once, unless that was begun."""
+        """Starts a first run of the backbone, unless it was already started."""
         if self._warming is None:
             self._warming = asyncio.get_running_loop().create_task(self._warm_up())
         return self._warming
@@ -75,7 +75,7 @@ class Life:
 
     @property
     def why_not_ready(self) -> str | None:
-        """Why no prediction can be made now; None if one can."""
+        """Why no prediction can be made now. None if one can."""
         if self.batcher.failed is not None:
             return DEVICE_FAILED
         if self.batcher.draining:
@@ -85,10 +85,10 @@ class Life:
         return None
 
     async def refresh(self) -> dict[str, int | None]:
-        """Takes up what changed in the store, see `Router.refresh`.
+        """Takes over changes of the store, see `Router.refresh`.
 
         Raises:
-            PearStoreError: it cannot be read; nothing changed.
+            PearStoreError: the store cannot be read; nothing changed.
         """
         async with self._refreshing:
             changed = await asyncio.to_thread(self.router.refresh)
@@ -98,20 +98,20 @@ class Life:
         return changed
 
     async def try_refresh(self) -> None:
-        """As `refresh`; if the store cannot be read, that is logged, and what was known is served on."""
+        """Like `refresh`. If the store cannot be read, it logs the error and keeps the known tasks."""
         try:
             await self.refresh()
         except (PearStoreError, RouterError) as error:
-            log.error("the store could not be refreshed, what was known is served on: %s", error)
+            log.error("the store could not be refreshed, the known tasks are kept: %s", error)
 
     async def refresh_every(self, seconds: float) -> None:
-        """Takes up what changed in the store again and again, until it is cancelled."""
+        """Refreshes again and again until it is cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.try_refresh()
 
     async def must_be_ready(self) -> None:
-        if self._warming is None:  # mounted: nobody has started it
+        if self._warming is None:  # a mounted app, which was not started
             await asyncio.shield(self.start())
         if (reason := self.why_not_ready) is not None:
             raise Problem(503, reason, headers={"Retry-After": "1"})

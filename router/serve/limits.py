@@ -1,4 +1,4 @@
-"""What one request may ask for."""
+"""Limits of requests."""
 
 from dataclasses import dataclass, fields
 
@@ -7,20 +7,20 @@ from router.errors import RouterError
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits of requests. The router's `max_pixels` limits pictures, the batcher's `queue` images that wait."""
+    """Limits of requests. The router's `max_pixels` limits pictures; the batcher's `queue` limits waiting images."""
 
     body_bytes: int = 32 * 1024**2
-    """Of one request's body."""
+    """Most bytes of a request's body."""
     held_bytes: int = 1024**3
-    """Of all bodies that are held at a time."""
+    """Most bytes of all bodies in memory."""
     images: int = 64
-    """Of one request."""
+    """Most images in a request."""
     tasks: int = 256
-    """That one image goes through in one request."""
+    """Most tasks for one image."""
     timeout_s: float = 30.0
-    """From the end of a request's body to its answer."""
+    """Most seconds from the end of a request's body to its answer."""
     body_timeout_s: float = 30.0
-    """Until a request's body has arrived."""
+    """Most seconds for a request's body to arrive."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

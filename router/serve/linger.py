@@ -1,7 +1,6 @@
-"""Answers that come before their request's body has: the body is read on, so that the answer arrives.
+"""Keeps reading a request's body after an early answer, so that the client gets the answer.
 
-If a connection is closed while bytes wait in it that nobody read, the system resets it, and the client may lose what
-it was answered.
+If a connection is closed while it holds unread bytes, the system resets it, and the client may lose the answer.
 """
 
 import asyncio
@@ -10,11 +9,11 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LINGER_S = 10.0
-"""How long a client may go on sending after it was answered."""
+"""Most seconds that a client may keep sending after its answer."""
 
 
 class Linger:
-    """Around an app: an answer's end waits until the request's body is there, or LINGER_S."""
+    """Wraps an app. The end of an answer waits until the request's body has arrived, at most LINGER_S."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -46,7 +45,7 @@ class Linger:
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether a body will come; a client that waits to be asked for it sends none once it was answered."""
+    """Whether a body will come. A client with an Expect header sends none after an early answer."""
     headers = dict(scope["headers"])
     comes = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
     return comes and b"expect" not in headers

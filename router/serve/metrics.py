@@ -1,4 +1,4 @@
-"""What Prometheus is told. Labels are bounded: the tasks that are asked for most, and "other"."""
+"""Metrics for Prometheus. Labels are bounded: the most requested tasks, and "other"."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +16,22 @@ from router.serve.batcher import Batcher
 from router.serve.flow import Watch
 
 TASKS = 100
-"""Most tasks that have a label of their own: those that are asked for most. A series costs Prometheus memory."""
+"""Most tasks with their own label, because each series costs Prometheus memory."""
 COUNTED = 100 * TASKS
-"""Most tasks whose answers are counted to know which these are."""
+"""Most tasks whose answers are counted, to find the most requested ones."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Labels:
-    """The tasks that are asked for most. All others are "other".
+    """The labels of the most requested tasks. All other tasks are "other".
 
-    A task takes the place of another one once it was answered clearly more often. Then that one's series end, and its
-    own begin at 0; so no series ever goes down.
+    A task replaces another one once it was answered clearly more often. Then the other's series end, and its own start
+    at 0. So no series ever goes down.
 
     Args:
-        ended: is told of a task that has no label any more.
+        most: most tasks with a label.
+        ended: is called with a task that loses its label.
     """
 
     def __init__(self, most: int, ended: Callable[[str], None]) -> None:
@@ -39,8 +40,8 @@ class Labels:
         self._labelled: set[str] = set()
 
     def of(self, task: str, answered: bool) -> str:
-        """The label of a task. One that was never answered has none, so names that are made up make none."""
-        if answered and task != "other":  # a task of that name is counted with the rest
+        """The label of a task. A task that was never answered gets none, so invented names make no series."""
+        if answered and task != "other":  # a task called "other" is counted with the rest
             self._count(task)
         return task if not task or task in self._labelled else "other"
 
@@ -61,7 +62,7 @@ class Labels:
 
 
 class Metrics(Watch):
-    """Counts and times of one server, in a registry of its own."""
+    """The metrics of one server, in its own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -118,7 +119,7 @@ class Metrics(Watch):
             self._waited.observe(max(0.0, wait))
 
     def route(self, router: Router, batcher: Batcher) -> Route:
-        """`/metrics`, also of what a router and a batcher hold now."""
+        """The route `/metrics`, which also reads the current state of a router and a batcher."""
         self.registry.register(_Now(router, batcher))
 
         async def show(request: Request) -> Response:
@@ -128,7 +129,7 @@ class Metrics(Watch):
 
 
 class _Now(Collector):
-    """What is read when Prometheus asks."""
+    """Metrics that are read when Prometheus asks."""
 
     def __init__(self, router: Router, batcher: Batcher) -> None:
         self._router, self._batcher = router, batcher

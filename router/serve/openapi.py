@@ -9,29 +9,27 @@ from router.serve.problems import TITLES
 Json = dict[str, Any]
 
 
-def document(limits: RequestLimits, *, with_tokens: bool) -> Json:
-    """OpenAPI 3.1, as `/openapi.json` gives it."""
+def document(limits: RequestLimits, *, with_hosts: bool, with_tokens: bool) -> Json:
+    """The OpenAPI 3.1 document of `/openapi.json`."""
     found: Json = {
         "openapi": "3.1.0",
         "info": {
             "title": "pear-serve",
             "version": "1",
-            "description": "Any task of a store over HTTP; requests of different tasks share batches.",
+            "description": "Serves any task of a store. Requests for different tasks share batches.",
         },
         "paths": {**_paths(limits), **v2_paths()},
         "components": {"schemas": {**_schemas(), **v2_schemas()}},
     }
     if with_tokens:
         found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        for path, methods in found["paths"].items():
-            for operation in methods.values():
-                if operation.pop("x-token"):
-                    operation["security"] = [{"token": []}]
-                    is_v2 = path.startswith("/v2")
-                    operation["responses"] |= v2_errors(401, 403) if is_v2 else _problems(401, 403)
-    for methods in found["paths"].values():
+    guards = [*((401, 403) if with_tokens else ()), *((421,) if with_hosts else ())]
+    for path, methods in found["paths"].items():
         for operation in methods.values():
-            operation.pop("x-token", None)
+            if operation.pop("x-guarded"):
+                operation["responses"] |= (v2_errors if path.startswith("/v2") else _problems)(*guards)
+                if with_tokens:
+                    operation["security"] = [{"token": []}]
     return found
 
 
@@ -42,9 +40,13 @@ def _paths(limits: RequestLimits) -> Json:
     threshold = _query(
         "threshold",
         {"oneOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "none"}]},
-        "The probability below which the likeliest class counts as unknown. Without it: what each task has stored.",
+        "The probability below which the likeliest class counts as unknown. By default each task's stored threshold.",
     )
-    tasks = _query("tasks", {"type": "string"}, "Names with commas, or `all`: every image goes through all of them.")
+    tasks = _query(
+        "tasks",
+        {"type": "string"},
+        "Comma-separated names, or `all`, for every image. If it is repeated, it names more.",
+    )
     predict = _problems(400, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     results = {"200": _answer("One row for each image and task.", _ref("Results")), **predict}
     gone = _problems(503)
@@ -93,7 +95,7 @@ def _paths(limits: RequestLimits) -> Json:
         },
         "/v1/refresh": {
             "post": _operation(
-                "Take up what changed in the store",
+                "Take over changes of the store",
                 {"200": _answer("The references that changed, and their versions now.", _ref("Changed"))}
                 | _problems(500),
             )
@@ -109,8 +111,8 @@ def _body(limits: RequestLimits, own_tasks: bool) -> Json:
         tasks["tasks"] = {"oneOf": [{"const": "all"}, {"type": "array", "items": _ref("Reference"), "minItems": 1}]}
     places = {
         "image": _base64(),
-        "path": {"type": "string", "description": "Of a file below the directory that the server was given, if any."},
-        "url": {"type": "string", "description": "http or https; if the server fetches URLs."},
+        "path": {"type": "string", "description": "Path of a file below the server's --root, if it has one."},
+        "url": {"type": "string", "description": "http or https, if the server has --allow-urls."},
     }
     one_of = [
         {"type": "object", "required": [name], "properties": {name: schema, **tasks}} for name, schema in places.items()
@@ -149,16 +151,16 @@ def _schemas() -> Json:
         "file": maybe_text,
         "task": text,
         "version": maybe_whole,
-        "label": {**maybe_text, "description": "Of the likeliest class; null if that is unknown."},
+        "label": {**maybe_text, "description": "Name of the likeliest class; null if the answer is unknown."},
         "known": {
             "type": ["boolean", "null"],
             "description": "false: the likeliest class has a probability below `threshold`. null: no classes.",
         },
-        "threshold": {"type": ["number", "null"], "description": "That the answer was held against; null for none."},
+        "threshold": {"type": ["number", "null"], "description": "The threshold of this answer; null: none."},
         "top": {"type": "array", "items": _object({"label": text, "probability": number})},
         "batch": {
             "oneOf": [{"type": "null"}, _object({"rows": whole, "tasks": whole, "ms": number})],
-            "description": "The batch on the device that this row was one of, and its milliseconds there.",
+            "description": "The batch of this row, and its milliseconds on the device.",
         },
         "error": {"oneOf": [{"type": "null"}, _ref("Problem")]},
     }
@@ -166,7 +168,10 @@ def _schemas() -> Json:
         "name": text,
         "version": maybe_whole,
         "size_bytes": maybe_whole,
-        "shared_bytes": {**maybe_whole, "description": "Of these, what other tasks use, too; of a newest version."},
+        "shared_bytes": {
+            **maybe_whole,
+            "description": "Of these, bytes that other tasks use; for newest versions only.",
+        },
         "classes": whole,
         "metrics": {"type": "object", "additionalProperties": number},
         "tags": {"type": "array", "items": text},
@@ -192,7 +197,7 @@ def _schemas() -> Json:
             {
                 **summary,
                 "labels": {"type": "array", "items": text},
-                "threshold": {"type": ["number", "null"], "description": "Below it, the likeliest class is unknown."},
+                "threshold": {"type": ["number", "null"], "description": "Stored threshold; null: none."},
                 "preprocess": {"type": "object"},
                 "metrics": {"type": "object"},
                 "backbone": _object({"model": text, "digest": text}),
@@ -215,7 +220,7 @@ def _result(properties: Json) -> Json:
     found = _object(properties)
     found["properties"] = properties | {
         "probabilities": {**numbers, "description": "In the order of the task's labels; if asked for."},
-        "features": {**numbers, "description": "Of a task without classes."},
+        "features": {**numbers, "description": "Features of a task without classes."},
     }
     return found
 
@@ -248,7 +253,7 @@ def _problems(*statuses: int) -> Json:
 def _operation(
     summary: str, responses: Json, parameters: list[Json] | None = None, body: Json | None = None, *, token: bool = True
 ) -> Json:
-    found: Json = {"summary": summary, "responses": dict(responses), "x-token": token}
+    found: Json = {"summary": summary, "responses": dict(responses), "x-guarded": token}
     if parameters:
         found["parameters"] = parameters
     if body:

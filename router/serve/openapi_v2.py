@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of the Open Inference Protocol."""
+"""The part of the OpenAPI document for the Open Inference Protocol."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def _infer(where: list[Json]) -> Json:
             "content": {"application/json": {"schema": _ref("V2Request")}, "application/octet-stream": binary},
         },
         "responses": {"200": {"description": "The outputs.", "content": answer}, **v2_errors(*INFER)},
-        "x-token": True,
+        "x-guarded": True,
     }
 
 
@@ -125,4 +125,4 @@ def _in_path(name: str, description: str) -> Json:
 
 def _get(summary: str, schema: Json, errors: Json, token: bool = True) -> Json:
     done = {"description": "Yes.", "content": {"application/json": {"schema": schema}}}
-    return {"summary": summary, "responses": {"200": done, **errors}, "x-token": token}
+    return {"summary": summary, "responses": {"200": done, **errors}, "x-guarded": token}

@@ -1,4 +1,4 @@
-"""What becomes of requests in the threads: images are decoded, batches are run."""
+"""The work on requests in threads: images are decoded, batches are run."""
 
 import asyncio
 import time
@@ -19,11 +19,11 @@ from router.router import Router
 from router.serve.errors import OutOfMemoryError
 
 Outcome = Prediction | RouterError | PearStoreError
-"""What became of an image and a task."""
+"""The result of an image and a task."""
 Sent = ImageLike | Tensor
-"""What a request may have as its image: a tensor is float [3, h, w], normalised as its tasks expect."""
+"""The image of a request. A tensor is float [3, h, w], normalised as its tasks expect."""
 Named = str | Known
-"""A task: a name, or what one meant when it was looked up."""
+"""A task: its name, or the result of a look-up."""
 
 
 def name_of(task: Named) -> str:
@@ -32,24 +32,24 @@ def name_of(task: Named) -> str:
 
 @dataclass(frozen=True)
 class Shared:
-    """The batch that a prediction was made in."""
+    """The batch of a prediction."""
 
     rows: int
     tasks: int
-    """Different ones."""
+    """Number of different tasks."""
     seconds: float
-    """On the device."""
+    """Time on the device."""
 
 
 @dataclass(frozen=True)
 class Answer(Prediction):
-    """A prediction, and the batch that it was made in."""
+    """A prediction and its batch."""
 
     batch: Shared
 
 
 def line_of(tasks: Sequence[Named]) -> str:
-    """Where a request waits: with others of its task, whatever the version; requests of many tasks share a line."""
+    """The line in which a request waits: its task's name, or one common line for requests of several tasks."""
     return name_of(tasks[0]).partition("@")[0] if len(tasks) == 1 else ""
 
 
@@ -62,20 +62,20 @@ class Request:
     answer: "asyncio.Future[list[Outcome]]"
     came: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    """By the number of the task."""
+    """Number of the task -> its result."""
     parts: list["Part"] = field(default_factory=list)
     looked_up: dict[str, Known | RouterError | PearStoreError] = field(default_factory=dict)
-    """What its tasks mean, where a remote had to be asked."""
+    """Results of look-ups that asked a remote."""
     unknown: int = 0
-    """How many of its tasks are being asked for."""
+    """Number of its tasks that are still being looked up."""
 
     @property
     def line(self) -> str:
-        """Where it waits."""
+        """The line in which it waits."""
         return line_of(self.tasks)
 
     def settle(self, outcomes: dict[int, Outcome]) -> None:
-        """Notes what became of some tasks, and answers when all are there."""
+        """Adds results of tasks, and answers once all tasks have one."""
         self.outcomes.update(outcomes)
         if len(self.outcomes) == len(self.tasks) and not self.answer.done():
             self.answer.set_result([self.outcomes[number] for number in range(len(self.tasks))])
@@ -83,13 +83,13 @@ class Request:
 
 @dataclass(eq=False)
 class Part:
-    """The rows of a request whose images have one size: one for each task."""
+    """The rows of a request with one image size. There is a row for each task."""
 
     request: Request
     numbers: list[int]
     known: list[Known]
     pixels: list[Tensor]
-    """uint8 [3, h, w], or float32 if it was sent normalised; the same tensor where tasks prepare it in the same way."""
+    """Each row's image, uint8 [3, h, w], or float32 if sent normalised. Equal preprocessing shares one tensor."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -98,10 +98,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A request after its image was looked at."""
+    """A request after its image was decoded."""
 
     failures: dict[int, Outcome]
-    """By the number of the task."""
+    """Number of the task -> its error."""
     parts: list[Part]
     seconds: float
 
@@ -111,14 +111,14 @@ class Ran:
     """A batch after its forward."""
 
     outcomes: list[dict[int, Outcome]]
-    """For each part, by the number of the task."""
+    """For each part, number of the task -> its result."""
     began: float
-    """By time.perf_counter."""
+    """Time of the start, by time.perf_counter."""
     seconds: float
 
 
 def look_up(router: Router, task: str) -> Known | RouterError | PearStoreError:
-    """What a task's name means, or why it means nothing."""
+    """The meaning of a task's name, or the error of its look-up."""
     try:
         return router.lookup(task)
     except (RouterError, PearStoreError) as error:
@@ -126,9 +126,9 @@ def look_up(router: Router, task: str) -> Known | RouterError | PearStoreError:
 
 
 def decode_for(router: Router, request: Request) -> Decoded:
-    """Looks a request's tasks up, and prepares its image for each."""
+    """Looks up a request's tasks, and decodes its image for each."""
     image = request.image
-    if image is None or request.answer.done():  # it was given up meanwhile
+    if image is None or request.answer.done():  # the client gave up meanwhile
         return Decoded({}, [], 0.0)
     began = time.perf_counter()
     failures: dict[int, Outcome] = {}
@@ -154,7 +154,7 @@ def decode_for(router: Router, request: Request) -> Decoded:
 
 
 def _normalised(image: Tensor, ways: Sequence[Preprocess]) -> list[Tensor | ImageError]:
-    """An image that was sent normalised, for each way in which tasks prepare theirs; its values stay as they are."""
+    """An image that was sent normalised, or an error, for each task's preprocessing. Its values do not change."""
     image = image.to(torch.float32)
     found: list[Tensor | ImageError] = []
     for way in ways:
@@ -162,12 +162,14 @@ def _normalised(image: Tensor, ways: Sequence[Preprocess]) -> list[Tensor | Imag
         if tuple(image.shape) == shape:
             found.append(image)
         else:
-            found.append(ImageError(f"normalised pixels of shape {list(image.shape)}: the task expects {list(shape)}"))
+            found.append(
+                ImageError(f"normalised pixels: the task expects shape {list(shape)}, found {list(image.shape)}")
+            )
     return found
 
 
 def run_parts(router: Router, batch: Sequence[Part]) -> Ran:
-    """Runs parts of one size in one forward; if there is too little memory, in halves."""
+    """Runs parts of one size in one forward. If the memory is too small, runs halves."""
     began = time.perf_counter()
     outcomes = _run(router, batch)
     return Ran(outcomes, began, time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: problem details, RFC 9457, as `application/problem+json`."""
+"""Error answers to clients: problem details, RFC 9457, as `application/problem+json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,28 +23,31 @@ TITLES = {
     400: "The request cannot be read",
     401: "A token is needed",
     403: "This token does not allow it",
-    404: "There is no such thing",
-    405: "This method is not for this path",
+    404: "Not found",
+    405: "This path does not take this method",
     408: "The body did not arrive in time",
     413: "Too large",
-    415: "A content type that is not read here",
-    422: "This cannot be done",
+    415: "This content type is not supported",
+    421: "Another server's name",
+    422: "This request cannot be fulfilled",
     429: "Too many requests",
-    500: "Something went wrong here",
-    502: "What lies behind cannot be reached",
+    500: "The server failed",
+    502: "The remote store cannot be reached",
     503: "Not available now",
     504: "No answer in time",
 }
-"""Every status that is no success."""
+"""Every status of an error."""
 
 
 @dataclass
 class Problem(Exception):
-    """An answer that is no success.
+    """An error answer.
 
     Args:
+        status: HTTP status.
         detail: one line for a person.
         more: further members, such as `near`.
+        headers: HTTP headers of the answer.
     """
 
     status: int
@@ -64,7 +67,7 @@ class Problem(Exception):
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What a client is told of an error. Texts that may name a path of this machine are not handed on."""
+    """The error answer for an error. Texts that may contain a path of this machine are not sent."""
     match error:
         case Problem():
             return error
@@ -91,8 +94,8 @@ def problem_of(error: BaseException) -> Problem:
         case RouterError():
             return Problem(422, str(error))
         case PlaceError():
-            # not 503: that says that another replica may be able to, and here none is
+            # not 503, after which a proxy would try another replica: none of them can reach the remote
             return Problem(502, "the remote that has this task cannot be reached", headers={"Retry-After": "10"})
         case PearStoreError():
             return Problem(500, "the store cannot read this task; the server's log says why")
-    return Problem(500, "an error that was not expected; the server's log says more")
+    return Problem(500, "an unexpected error; the server's log says more")

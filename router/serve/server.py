@@ -1,4 +1,4 @@
-"""One process that serves: uvicorn with our ends, signals and timers."""
+"""One process that serves: uvicorn with Pear's limits, signals and timers."""
 
 import asyncio
 import logging
@@ -13,26 +13,27 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from pear_store.pools import ThreadPool
 from router.errors import RouterError
 from router.serve.app import Service
 
 HEADER_BYTES = 64 * 1024
-"""Of one request's line and headers together; what is longer is cut off."""
+"""Most bytes of a request's line and headers together. A connection with more is closed."""
 HEADER_S = 10.0
-"""How long a client may take to send them, and to begin after it connected."""
+"""Most seconds for a client to send them, and to start after it connected."""
 UNREAD_S = 10.0
-"""How long a client may leave answers unread, and go on with a body after linger.py has waited for its end."""
+"""Most seconds for a client to leave answers unread, and to keep sending a body after linger.py has stopped waiting."""
 KEEP_ALIVE_S = 65
-"""How long a connection may be idle between requests: longer than clients and proxies keep theirs (nginx: 60 s), for
-whoever sends a request just while it is closed gets no answer."""
+"""Most seconds that a connection may be idle. It is longer than clients and proxies keep theirs (nginx: 60 s), because
+a request gets no answer if it is sent while the server closes the connection."""
 CONNECTIONS = 4096
-"""More are answered with 503 at once."""
+"""Most connections. Further ones get 503 at once."""
 
 log = logging.getLogger(__name__)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, with limits for clients that send slowly or without end, or do not read."""
+    """uvicorn's protocol, with limits for clients that send slowly or without end, or do not read."""
 
     _header_bytes = 0
     _reads_headers = True
@@ -85,7 +86,7 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Nothing more was asked: what was answered must be read now, or the connection is cut."""
+        """No further request came. If the client does not read its answers now, the connection is cut."""
         super().timeout_keep_alive_handler()
         self._is_read()
         self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
@@ -106,7 +107,7 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Ends when it is told to, or when the device's thread ended."""
+    """A server that ends on request, or when the device's thread ended."""
 
     def __init__(self, app: Starlette, drain_s: float) -> None:
         super().__init__(
@@ -122,14 +123,14 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 limit_concurrency=CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(drain_s) + 1,  # later: what waits is told so first
+                timeout_graceful_shutdown=math.ceil(drain_s) + 1,  # later, so that waiting requests get an error first
             )
         )
         self._batcher = app.state.service.batcher
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """None: `serve_until_told` handles them. uvicorn's own would end the process by the signal, not with 0."""
+        """Captures none, because `serve_until_told` does. uvicorn would end the process by the signal, not with 0."""
         yield
 
     async def on_tick(self, counter: int) -> bool:
@@ -139,19 +140,20 @@ class Server(uvicorn.Server):
 
 
 async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: float, refresh_s: float) -> bool:
-    """Serves until SIGTERM or SIGINT, then finishes what waits. SIGHUP, and every `refresh_s` seconds: refreshes.
+    """Serves until SIGTERM or SIGINT, then finishes waiting requests. It refreshes on SIGHUP and every `refresh_s`.
 
     Args:
-        refresh_s: 0 for never.
+        drain_s: most seconds for waiting requests at the end.
+        refresh_s: seconds between refreshes; 0: never.
     Returns:
-        Whether all that waited was finished.
-
+        Whether all waiting requests were finished.
     Raises:
         RouterError: the device's thread ended.
     """
     service: Service = app.state.service
     server = Server(app, drain_s)
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPool(thread_name_prefix="pear-serve"))
     tasks: set[asyncio.Task[None]] = set()
 
     def keep(task: asyncio.Task[None]) -> None:
@@ -159,7 +161,7 @@ async def serve_until_told(app: Starlette, listener: socket.socket, drain_s: flo
         task.add_done_callback(tasks.discard)
 
     def end() -> None:
-        server.force_exit = server.should_exit  # at the second time
+        server.force_exit = server.should_exit  # a second signal forces the exit
         server.should_exit = True
         keep(loop.create_task(service.end()))
 

@@ -1,4 +1,4 @@
-"""Who may do what: a token to use tasks, and one to manage the server."""
+"""Tokens: one to use tasks, and one to manage the server."""
 
 import hashlib
 import hmac
@@ -12,7 +12,7 @@ TOKEN_LENGTH = 16
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """The tokens of a server; without any, everybody may do everything.
+    """The tokens of a server. Without any, every client may do everything.
 
     Args:
         use: allows predictions and lists.
@@ -28,33 +28,32 @@ class Tokens:
             return
         kind, _, found = (authorization or "").partition(" ")
         is_bearer = kind.lower() == "bearer"
-        # both are compared, whatever the first says: the time must not tell which one it was
+        # always compare both, so that the time does not reveal which one matched
         uses, manages = _same(found, self.use), _same(found, self.manage)
         if not is_bearer or not (uses or manages):
             said = "expected the header 'Authorization: Bearer TOKEN'" if not is_bearer else "this token is not known"
             raise Problem(401, said, headers={"WWW-Authenticate": "Bearer"})
         if manage and not manages:
-            raise Problem(403, "the token to manage is needed")
+            raise Problem(403, "this needs the token to manage the server")
 
 
 def check_tokens(use: str | None, manage: str | None, names: tuple[str, str] = ("use_token", "manage_token")) -> None:
-    """Checks the tokens of a server that other machines reach; a message never says what a token is.
+    """Checks the tokens of a server that other machines can reach. No message contains a token.
 
     Args:
-        names: where each comes from.
-
+        names: the source of each token, for messages.
     Raises:
-        RouterError: one is easily guessed, or cannot be sent in a header; or there is only the one to manage.
+        RouterError: a token is too short or cannot be sent in a header, or there is only the one to manage.
     """
     for token, name in zip((use, manage), names, strict=True):
         if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
             raise RouterError(f"{name}: expected a token of at least {TOKEN_LENGTH} printable ASCII characters")
     if use is None and manage is not None:
-        raise RouterError(f"{names[1]} is there, but no {names[0]}: both are needed")
+        raise RouterError(f"{names[1]} is given without {names[0]}: give both")
 
 
 def _same(found: str, token: str | None) -> bool:
-    """In a time that does not depend on where, or whether, they differ."""
+    """Whether the tokens are equal. The time does not depend on whether or where they differ."""
     same = hmac.compare_digest(_hash(found), _hash(token or ""))
     return same and token is not None
 

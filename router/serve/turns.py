@@ -1,4 +1,4 @@
-"""A queue that is fair: lines take turns, and within a line the oldest comes first."""
+"""A fair queue: lines take turns, and within a line the oldest item comes first."""
 
 from collections.abc import Hashable, Iterator
 from itertools import islice
@@ -8,9 +8,9 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Turns(Generic[Item]):
-    """Items that wait in lines. A line that was served goes behind all others.
+    """Items that wait in lines. After a line was served, it goes behind all others.
 
-    So whoever stands alone in a line waits for at most one item of each other line, however long those are.
+    So an item that is alone in its line waits for at most one item of each other line.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Turns(Generic[Item]):
         self._count += 1
 
     def __iter__(self) -> Iterator[Item]:
-        """All items, in the order in which they would be served. Take none meanwhile."""
+        """All items, in the order in which they would be served. Do not take items during the iteration."""
         walks = [iter(line) for line in self._lines.values()]
         while walks:
             left = []
@@ -37,30 +37,30 @@ class Turns(Generic[Item]):
             walks = left
 
     def first(self) -> Item | None:
-        """The item whose turn it is."""
+        """The next item. None if there is none."""
         return next(iter(self), None)
 
     def length(self, line: str) -> int:
-        """How many items wait in a line."""
+        """The number of items in a line."""
         return len(self._lines.get(line, ()))
 
     def longest(self) -> int:
-        """How many items wait in the longest line."""
+        """The number of items in the longest line."""
         return max(map(len, self._lines.values()), default=0)
 
     def latecomers(self, count: int, least: int) -> list[Item]:
-        """The newest `count` items of the longest line, if more than `least` stay in it; else none."""
+        """The newest `count` items of the longest line, if more than `least` items stay in it. Else an empty list."""
         longest = max(self._lines.values(), key=len, default={})
         return list(islice(reversed(longest), count)) if len(longest) - count > least else []
 
     def take(self, line: str, item: Item) -> None:
-        """Serves an item: its line goes behind all others."""
+        """Removes an item that is served. Its line goes behind all others."""
         self.discard(line, item)
         if line in self._lines:
             self._lines[line] = self._lines.pop(line)
 
     def discard(self, line: str, item: Item) -> None:
-        """Forgets an item that is given up, if it is here."""
+        """Removes an item, if it is here."""
         items = self._lines.get(line, {})
         if item in items:
             del items[item]

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2 (KServe, Triton), beside /v1: a model is a task."""
+"""The Open Inference Protocol, version 2 (KServe, Triton), beside /v1. A model of the protocol is a task."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,12 +27,12 @@ JSON_BYTES = "Inference-Header-Content-Length"
 
 try:
     _OURS = version("pear-adapters")
-except PackageNotFoundError:  # it runs from a folder, not installed
+except PackageNotFoundError:  # it runs from a folder without an installation
     _OURS = "unknown"
 
 
 class Serving(Protocol):
-    """What the endpoints need of a Service."""
+    """The part of Service that the endpoints need."""
 
     router: Router
     batcher: Batcher
@@ -53,7 +53,7 @@ def v2_routes(service: Serving, use: Callable[[Endpoint], Endpoint]) -> list[Rou
     """The protocol's paths.
 
     Args:
-        use: around each endpoint that needs a token.
+        use: wraps each endpoint that needs a token.
     """
     endpoints = _Endpoints(service)
     routes = [
@@ -83,7 +83,7 @@ def error_response(problem: Problem) -> Response:
 
 
 def _unlike(endpoint: Endpoint) -> Endpoint:
-    """The same as an endpoint of its own, so that its path is counted as such."""
+    """A separate endpoint that does the same, so that its path is counted apart."""
 
     async def call(request: Request) -> Response:
         return await endpoint(request)
@@ -125,7 +125,7 @@ class _Endpoints:
         return Response(answer, headers={JSON_BYTES: str(json_bytes)}, media_type="application/octet-stream")
 
     async def _checked(self, outcome: Outcome, number: int, task: str) -> Prediction:
-        """An image's prediction. The protocol has no answer for some images only: one that fails fails its request."""
+        """An image's prediction. If it failed, the whole request fails: the protocol has no partial answers."""
         if isinstance(outcome, Prediction) and outcome.error is None:
             return outcome
         problem = (
@@ -136,7 +136,7 @@ class _Endpoints:
         raise Problem(problem.status, f"image {number}: {problem.detail}", problem.more, problem.headers)
 
     async def _known(self, request: Request) -> Known:
-        """What the path's model and version mean now: all images of a request run in this version."""
+        """The current meaning of the path's model and version. All images of a request run in this version."""
         task, number = request.path_params["task"], request.path_params.get("version")
         if number is not None:
             if "@" in task:
@@ -169,6 +169,6 @@ class _Endpoints:
         assert known.version is not None and self._service.router.store is not None
         try:
             versions = self._service.router.store.versions(known.task.name)
-        except NotFoundError:  # removed, and served until the next refresh
+        except NotFoundError:  # it was removed, but is served until the next refresh
             versions = [known.version]
         return [str(version.version) for version in versions]

@@ -1,7 +1,7 @@
-"""Bodies of the Open Inference Protocol, version 2: from JSON and binary tensors to images, and from predictions back.
+"""Bodies of the Open Inference Protocol, version 2: reads images from requests, and writes predictions.
 
-A request has one input: `image`, files' bytes, or `pixels`, normalised. Binary tensors follow the JSON, whose length is
-said by a header; a BYTES element then has its length before it, in four bytes. In JSON, bytes are base64.
+A request has one input: `image` (files' bytes) or `pixels` (normalised). Binary tensors follow the JSON; a header has
+the JSON's length. Each binary BYTES element has its length in four bytes before it. In JSON, bytes are base64.
 """
 
 import json
@@ -29,9 +29,9 @@ PIXEL_TYPES: dict[str, tuple[int, Callable[[bytes], NDArray[np.float32]]]] = {
     "FP16": (2, lambda data: np.frombuffer(data, "<f2").astype(np.float32)),
     "BF16": (2, lambda data: (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)),
 }
-"""Data types of `pixels`: bytes of a number, and what reads them."""
+"""Data type of `pixels` -> bytes of a number, and the function that reads them."""
 NOT_DONE = ("classification", "shared_memory_region")
-"""Parameters of other servers' extensions that would change what is asked."""
+"""Parameters of other servers' extensions. They are refused, because they would change the request's meaning."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,19 @@ class Call:
     id: str | None
     images: list[Sent]
     outputs: list[tuple[str, bool]] | None
-    """Name of each output that is asked for, and whether as a binary tensor; None: all."""
+    """The requested outputs: (name, whether as a binary tensor). None: all."""
     binary: bool
-    """Whether outputs that say nothing else are binary tensors."""
+    """Whether outputs are binary tensors by default."""
     threshold: Threshold = "stored"
 
 
 def read_call(body: bytes, json_bytes: str | None, limits: RequestLimits) -> Call:
-    """What a body asks for.
+    """Reads a request.
 
     Args:
-        json_bytes: the header that says how long the JSON is; with 0, the whole body is one image file.
-
+        json_bytes: the header with the JSON's length; "0": the whole body is one image file; None: it is all JSON.
     Raises:
-        Problem: it cannot be read, or asks for what is not done here.
+        Problem: the body cannot be read, or asks for something that is not supported.
     """
     length = len(body)
     if json_bytes is not None:
@@ -85,10 +84,10 @@ def _outputs(found: Json, binary: bool) -> list[tuple[str, bool]] | None:
     for output in outputs:
         name = _object(output, "an output").get("name")
         if not isinstance(name, str):
-            raise Problem(400, 'an output without a "name"')
+            raise Problem(400, '"outputs": expected a "name" in each')
         asked.append((name, _flag(_parameters(output, f"output {name!r:.100}"), "binary_data", binary)))
     if len({name for name, _ in asked}) < len(asked):
-        raise Problem(400, '"outputs": one is asked for twice')
+        raise Problem(400, '"outputs": expected each output once')
     return asked
 
 
@@ -119,7 +118,7 @@ def _images(found: Json, binary: bytes, limits: RequestLimits) -> list[Sent]:
 
 
 def _pixels(found: Json, kind: str, shape: list[int], binary: bytes | None, what: str) -> torch.Tensor:
-    """float32 [n, 3, h, w]."""
+    """The input `pixels` as float32 [n, 3, h, w]."""
     count = shape[0] * shape[1] * shape[2] * shape[3]
     if binary is not None:
         width, read = PIXEL_TYPES[kind]
@@ -129,13 +128,13 @@ def _pixels(found: Json, kind: str, shape: list[int], binary: bytes | None, what
     if kind != "FP32":
         raise Problem(400, f"{what}: {kind} in JSON: send it as a binary tensor, or FP32")
     try:
-        # of objects: an array of texts takes the bytes of its longest text for each
+        # dtype object, because in an array of texts each text takes the bytes of the longest one
         numbers = np.asarray(found["data"], dtype=object)
         if numbers.size != count or not all(type(number) in (int, float) for number in numbers.flat):
             raise ValueError
-        with np.errstate(over="ignore"):  # what becomes infinite has no answer, and is told so
+        with np.errstate(over="ignore"):  # infinite pixels get an error as their answer
             return torch.from_numpy(numbers.astype(np.float32).reshape(shape))
-    except (ValueError, OverflowError):  # also lists of unlike lengths, too deep, or whole numbers beyond any float
+    except (ValueError, OverflowError):  # also for lists of different lengths or too deep, and for too large numbers
         raise Problem(400, f'{what}: "data": expected {count} numbers, in one list or in lists of its shape') from None
 
 
@@ -159,13 +158,13 @@ def _decoded(data: object) -> list[bytes]:
         raise Problem(400, '"data": expected a list')
     flat = [item[0] if isinstance(item, list) and len(item) == 1 else item for item in data]
     if not all(isinstance(item, str) for item in flat):
-        raise Problem(400, '"data": expected images in base64; a binary tensor takes them as they are')
+        raise Problem(400, '"data": expected images in base64, or send them as a binary tensor')
     return [from_base64(item, f"image {number}") for number, item in enumerate(flat)]
 
 
 def _not_empty(file: bytes, number: int) -> bytes:
     if not file:
-        raise Problem(400, f"image {number} is empty")
+        raise Problem(400, f"image {number}: expected a file's bytes, found none")
     return file
 
 
@@ -215,7 +214,7 @@ def output_names(is_headless: bool) -> list[str]:
 
 
 def check_outputs(call: Call, is_headless: bool) -> None:
-    """Raises a Problem unless a task has all outputs that are asked for."""
+    """Raises a Problem unless a task has all requested outputs."""
     names = output_names(is_headless)
     for name, _ in call.outputs or ():
         if name not in names:
@@ -224,10 +223,10 @@ def check_outputs(call: Call, is_headless: bool) -> None:
 
 @computing_alone()
 def answer_of(call: Call, model: str, version: int | None, predictions: Sequence[Prediction]) -> tuple[bytes, int]:
-    """The body of an answer, and how long its JSON is.
+    """The body of an answer, and the length of its JSON in bytes.
 
     Args:
-        predictions: of one version of one task, without errors; it has the outputs that are asked for.
+        predictions: predictions of one version of one task, without errors. The task has the requested outputs.
     """
     if call.threshold != "stored":
         predictions = [prediction.with_threshold(call.threshold) for prediction in predictions]

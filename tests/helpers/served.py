@@ -8,9 +8,11 @@ import json
 import socket
 import sys
 from functools import partial
+from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from router.cluster import deployment
 from router.cluster.deployment import Replicas, application
@@ -18,8 +20,13 @@ from router.cluster.deployment import Replicas, application
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    soon = {"upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 3, "metrics_interval_s": 1}
-    vars(deployment)["AutoscalingConfig"] = partial(deployment.AutoscalingConfig, **soon)
+    soon: dict[str, Any] = {
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 3,
+        "look_back_period_s": 3,
+        "metrics_interval_s": 1,
+    }
+    vars(deployment)["AutoscalingConfig"] = partial(AutoscalingConfig, **soon)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)

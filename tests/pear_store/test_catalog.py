@@ -340,6 +340,6 @@ def test_an_older_tag_of_a_number_that_two_versions_had_is_named(store: Store, m
     put_together(store.path, others)
     found = rebuild(store.path).problems
     assert [problem for problem in found if problem.startswith("tag")] == [
-        "tag dtd@prod: two versions are recorded as dtd@2; see which one it should be"
+        "tag dtd@prod: two versions are recorded as dtd@2; check that it is on the right one"
     ]
     assert rebuild(store.path).problems == []

@@ -546,6 +546,7 @@ BAD_FILES = {
     "oversized header": (struct.pack("<Q", 2**62) + b"{}", "header of 4611686018427387904 bytes: at most"),
     "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "truncated: the header needs 1008 bytes"),
     "no JSON": (container("{nope"), "header is not valid JSON"),
+    "endless number": (container('{"a": %s}' % ("9" * 5000)), "header is not valid JSON: a number has more than 4,300"),
     "bad UTF-8": (container(b'{"\xff": 1}'), "header is not valid JSON"),
     "deep JSON": (container("[" * 100_000 + "]" * 100_000), "nested too deeply"),
     "a list": (container("[]"), "header: expected a JSON object, found list"),

@@ -151,7 +151,7 @@ def test_a_bad_file_costs_only_its_own_row(where: Path) -> None:
         (("export", "dtd", "/tmp/" + "x" * 300), 1, "cannot be written: File name too long"),
         (("--store", "/tmp/" + "x" * 300, "ls"), 3, "no store there"),
         (("add",), 2, "Missing argument"),
-        (("add", "a", "b", "--name", "c"), 2, "--name goes with one task, there are 2"),
+        (("add", "a", "b", "--name", "c"), 2, "--name: expected one task, found 2"),
     ],
 )
 def test_mistakes(where: Path, args: tuple[str, ...], code: int, message: str) -> None:

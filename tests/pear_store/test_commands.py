@@ -269,3 +269,29 @@ def test_export_asks_before_it_replaces(where: Path) -> None:
     refused = run("--store", where / "s", "export", "dtd", out)
     assert (refused.exit_code, "--force replaces it" in refused.stderr, out.read_text()) == (1, True, "mine")
     assert run("--store", where / "s", "export", "dtd", out, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--store", "LONG", "init"), "File name too long"),
+        (("--store", "LONG/s", "init"), "File name too long"),
+        (("--store", "LONG", "ls"), "no store there"),
+        (("--store", "LONG", "verify"), "File name too long"),
+        (("--store", "LONG", "rebuild"), "File name too long"),
+        (("--store", "s", "add", "LONG"), "File name too long"),
+        (("--store", "s", "verify", "--repair", "LONG"), "no such store, file or directory; nothing was repaired"),
+        (("--store", "s", "export", "dtd", "LONG"), "File name too long"),
+        (("--store", "s", "export-hub", "dtd", "LONG"), "File name too long"),
+        (("--store", "s", "import-peft", "LONG"), "File name too long"),
+        (("--store", "s", "remote", "init", "r", "{}/LONG"), "File name too long"),
+        (("clone", "r", "LONG"), "File name too long"),
+    ],
+)
+def test_a_name_too_long_for_a_file_is_one_line(
+    where: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(where)
+    assert run("--store", "s", "remote", "init", "origin", where / "r").exit_code == 0
+    done = run(*(arg.replace("LONG", "x" * 300).replace("{}", str(where)) for arg in args))
+    assert done.exit_code not in (0, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -157,7 +157,7 @@ def test_where_nothing_tells_whether_a_commit_came_it_is_kept_and_said(store: St
     die_after_placing(store.path, "small_task(seed=2)")
     shutil.rmtree(store.path / "index")
     found = rebuild(store.path)
-    assert "its commit may never have come; what it records was kept" in found.problems[0]
+    assert "it may never have been committed; its records were kept" in found.problems[0]
     assert held(store.path).keys() == {"dtd@1", "dtd@2"}
 
 

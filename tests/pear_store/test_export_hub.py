@@ -84,8 +84,8 @@ def test_a_folder_holds_what_export_writes_and_a_card_the_hub_can_read(store: St
 def test_what_the_user_does_not_say_is_absent_and_said(store: Store, tmp_path: Path) -> None:
     store.add(small_task("dtd"))
     done = run("--store", store.path, "export-hub", "dtd", tmp_path / "out")
-    assert "Note: no license: --license says it" in done.stderr
-    assert "Note: no base_model: whether the backbone is on the Hub is not known" in done.stderr
+    assert "Note: no license: name one with --license" in done.stderr
+    assert "Note: no base_model: the backbone may not be on the Hub; if it is, name it with --base-model" in done.stderr
     card = ModelCard.load(tmp_path / "out/README.md")
     assert not {"license", "base_model"} & card.data.to_dict().keys()
     assert "No license is given here." in card.text
@@ -94,7 +94,7 @@ def test_what_the_user_does_not_say_is_absent_and_said(store: Store, tmp_path: P
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"license": "My Own"}, "license 'My Own': expected the Hub's name of one"),
+        ({"license": "My Own"}, "license 'My Own': expected the Hub's name of a license"),
         ({"base_model": "a\nb"}, "base model .*: expected OWNER/NAME"),
         ({"repository": "dtd"}, "repository 'dtd': expected OWNER/NAME"),
     ],
@@ -233,7 +233,7 @@ def test_no_link_in_a_folder_leads_out_of_it(tmp_path: Path) -> None:
     export_hub(small_task(), folder, force=True)
     assert (outside / "README.md").read_text() == "mine" and not (folder / "README.md").is_symlink()
     (folder / "peft").symlink_to(outside)
-    with pytest.raises(PearStoreError, match="peft: a link: expected a folder"):
+    with pytest.raises(PearStoreError, match="peft: expected a folder, found a link; remove the link"):
         export_hub(small_task(), folder, force=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(PearStoreError, match="exists and is no folder"):
@@ -280,7 +280,7 @@ def test_peft_loads_the_folder_beside_a_task_that_is_a_lora(linear: Task, tmp_pa
 def test_why_a_task_is_no_lora_is_said(linear: Task, tmp_path: Path) -> None:
     curved = make_task({**linear.record, "activation": "relu"}, linear.tensors)
     (found,) = (note for note in export_hub(curved, tmp_path / "a").notes if "peft" in note)
-    assert "field 'activation': expected 'identity', found 'relu': PEFT LoRA has no activation" in found
+    assert "field 'activation': expected 'identity', found 'relu': PEFT's LoRA has no activation" in found
     unknown = make_task({**linear.record, "backbone": {**linear.record["backbone"], "model": "nobody"}}, linear.tensors)
     (found,) = (note for note in export_hub(unknown, tmp_path / "b").notes if "peft" in note)
     assert "no peft/: the backbone cannot be looked at" in found

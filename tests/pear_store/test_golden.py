@@ -11,7 +11,7 @@ from pear_store import Store, Task, read_checkpoint, rebuild, verify
 from pear_store.exchange.peft import import_peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-STORES = ["1", "2", "index3"]
+STORES = ["1", "2", "3", "index3"]
 CHECKPOINTS = sorted(path.relative_to(GOLDEN) for path in GOLDEN.glob("*/checkpoints/*"))
 
 
@@ -68,6 +68,22 @@ def test_stores_that_are_changed(folder: Path) -> None:
         now = stored(store)
         assert {name: now[name] for name in before} == before
         assert verify(folder).ok
+
+
+@pytest.mark.parametrize("folder", ["1", "2"], indirect=True)
+def test_an_index_of_format_4_is_read_and_brought_up_to_date_by_the_first_write(folder: Path) -> None:
+    def index_format(store: Store) -> bytes | None:
+        with store._open.read() as view:
+            return view.get("meta", b"format")
+
+    with Store(folder) as store:
+        assert stored(store) == expected(folder.name)["store"]
+        assert index_format(store) == b"4"
+        store.tag("plain@1", "prod")
+        assert index_format(store) == b"5"
+        again = stored(store)
+        assert again.pop("plain@1")["tags"] == ["prod"]
+        assert again == {key: value for key, value in expected(folder.name)["store"].items() if key != "plain@1"}
 
 
 @pytest.mark.parametrize("folder", STORES, indirect=True)

@@ -1,5 +1,6 @@
 """Whatever bytes lie in packs/ or in index rows: our own errors, bounded memory, the good is kept, the bad is named."""
 
+import base64
 import copy
 import hashlib
 import json
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_store import PearStoreError, Store, rebuild, verify
+from pear_store.format.deflate import deflated
 from pear_store.local.index import TABLES, View
 from pear_store.local.packs import read_records
 from tests.helpers.makers import container, small_task
@@ -49,6 +51,22 @@ def version(manifest: Any = None, **changes: Any) -> dict[str, Any]:
 def with_manifest(text: str, **changes: Any) -> bytes:
     name = hashlib.sha256(text.encode()).hexdigest()
     return pack(record(versions=[version(name, **changes)]), {name: text})
+
+
+def deflated_as(value: bytes | str, text: bytes = b"{}", versions: int = 1) -> bytes:
+    """A pack of format 2 that has such a value as the manifest of `text`."""
+    name = hashlib.sha256(text).hexdigest()
+    value = value if isinstance(value, str) else base64.b64encode(value).decode()
+    listed = [version(name, version=n + 1) for n in range(versions)]
+    return pack(record(format="pear-pack/2", versions=listed), {name: value})
+
+
+def many_that_inflate() -> bytes:
+    """1,000 manifests of 64 KB each that say that they stand for 64 MB."""
+    bomb = base64.b64encode(deflated(b" " * (64 << 20))).decode()
+    names = ["%064x" % n for n in range(1000)]
+    listed = [version(name, version=n + 1) for n, name in enumerate(names)]
+    return pack(record(format="pear-pack/2", versions=listed), dict.fromkeys(names, bomb))
 
 
 def many(count: int) -> bytes:
@@ -151,6 +169,14 @@ FORMS: dict[str, Callable[[], bytes]] = {
         tensors={"sha256:%064x" % n: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(20_000)},
     ),
     "20,000 versions": lambda: many(20_000),
+    "a deflated manifest of nothing": lambda: deflated_as(""),
+    "a manifest that is no base 64": lambda: deflated_as("~~~~ {}"),
+    "a manifest that is no stream": lambda: deflated_as(b"{}"),
+    "a manifest that is cut off": lambda: deflated_as(deflated(b"{}")[:-5]),
+    "a stream without a dictionary": lambda: deflated_as(zlib.compress(b"{}")),
+    "a stream of another dictionary": lambda: deflated_as(b"\x78\xf9\x00\x00\x00\x01\xab"),
+    "a manifest that inflates to 1 GB": lambda: deflated_as(deflated(bytes(1 << 30)), versions=20_000),
+    "1,000 manifests that inflate to 64 MB": many_that_inflate,
     "20,000 versions of 1 MB": one_long_manifest_many_times,
 }
 

@@ -80,7 +80,7 @@ def test_what_is_not_there_is_said_in_a_line(hub: FakeHub, store: Store) -> None
         store.add("hf://acme/gated")
     with pytest.raises(SourceError, match="cannot be read: Repository id must be 'namespace/name'"):
         read_source("hf://gpt2")
-    with pytest.raises(SourceError, match="a folder: expected a file"):
+    with pytest.raises(SourceError, match="expected a file, found a folder"):
         read_source("hf://acme/dtd/more")
     failed = run("--store", store.path, "add", "hf://acme/none")
     assert failed.exit_code == 3

@@ -319,11 +319,11 @@ def test_a_headless_task_exports_without_saved_modules(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "relu"}, "trees: field 'activation': expected 'identity', found 'relu': PEFT LoRA has no act"),
-        ({"positions": {"blocks.0.attn": [["half", 1.0]]}}, "trees: positions 'blocks.0.attn': no Linear of pear_tiny"),
+        ({"activation": "relu"}, "trees: field 'activation': expected 'identity', found 'relu': PEFT's LoRA has no a"),
+        ({"positions": {"blocks.0.attn": [["half", 1.0]]}}, "trees: positions 'blocks.0.attn': expected Linear mod"),
         ({"positions": {"blocks.0.attn.qkv": [["half", 1.0]]}}, r"'blocks.0.attn.qkv': widths \(192, 192\), the back"),
         ({"positions": {"blocks.0.attn.proj": [["half", 1e29], ["half", -1.0]]}}, "exceed float32 once scaled"),
-        ({"positions": {}}, "field 'positions': empty"),
+        ({"positions": {}}, "field 'positions': expected an adapter, found none"),
     ],
 )
 def test_what_peft_cannot_hold_is_not_exported(
@@ -448,8 +448,8 @@ def test_what_peft_saves_of_a_variant_is_refused(
 def test_what_neither_arguments_nor_sidecar_say_is_asked_for(folder: Path, description: dict[str, Any]) -> None:
     for missing, message in (
         ({"labels": None}, r"field 'labels': the classifier has 3 rows and no names .*: give labels \(--labels\)"),
-        ({"name": None}, r"field 'task': nothing says it: give name \(--name\)"),
-        ({"backbone": None}, "field 'backbone': nothing says it"),
+        ({"name": None}, r"field 'task' is missing: give name \(--name\)"),
+        ({"backbone": None}, "field 'backbone' is missing: give backbone"),
         ({"preprocess": None}, r"field 'preprocess': nothing says which .* \(--preprocess timm for the model's own"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -474,6 +474,7 @@ def test_another_module_than_the_classifier_is_refused(folder: Path, description
         ("[]", "adapter_config.json: expected a JSON object, found list"),
         ('{"r": 8, "r": 4}', "not valid JSON: duplicate key 'r'"),
         ("{", "adapter_config.json: not valid JSON"),
+        ('{"r": %s}' % ("8" * 5000), "adapter_config.json: not valid JSON: a number has more than 4,300 digits$"),
         (" " * (16 * 1024 * 1024 + 1), "larger files are not read"),
     ],
 )

@@ -47,7 +47,7 @@ def test_bad_tags_are_refused(five: Store, tag: str) -> None:
         five.tag("dtd", tag)
     with pytest.raises(NotFoundError):
         five.untag("dtd@3")
-    with pytest.raises(NotFoundError, match="is a tag: name the version"):
+    with pytest.raises(NotFoundError, match="expected a task or a version, found a tag"):
         five.remove("dtd@prod")
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +223,25 @@ def test_add_says_what_it_takes(tmp_path: Path, store: Store) -> None:
 class Broken(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [
+        ("https://a.example/t.safetensors", "aiohttp", "http"),
+        ("http://a.example/t.safetensors", "aiohttp", "http"),
+        ("s3://bucket/t.safetensors", "s3fs", "s3"),
+        ("gs://bucket/t.safetensors", "gcsfs", "gs"),
+        ("az://bucket/t.safetensors", "adlfs", "abfs"),
+        ("sftp://a.example/t.safetensors", "paramiko", "sftp"),
+    ],
+)
+def test_a_package_that_a_url_needs_is_said(
+    monkeypatch: pytest.MonkeyPatch, url: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("http", "sftp"):
+        monkeypatch.delitem(sys.modules, f"fsspec.implementations.{module}", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
+    with pytest.raises(SourceError, match=rf"cannot be read: .*{package}.*: pip install 'fsspec\[{extra}\]'$"):
+        read_source(url)

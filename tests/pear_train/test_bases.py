@@ -17,6 +17,7 @@ from pear_store.format.codes import matrix_values
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
 from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
+from pear_train.evaluate import calibrated
 from pear_train.group import stack_weights
 from pear_train.identity import differences
 from pear_train.knowledge import common_bases, in_common_bases
@@ -24,6 +25,7 @@ from pear_train.make_bases import held_energy
 from pear_train.output import partial_path
 from pear_train.prune import choose_within
 from pear_train.rebase import rebase
+from pear_train.recall import scores_of
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
 from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
@@ -127,16 +129,18 @@ def test_tasks_that_do_not_fit_are_passed_over(
     said: list[str] = []
     made = make_bases(config("b", rank=3), backbone, [other, bases, sources[0]], tmp_path / "b", say=said.append)
     assert list(made.energy) == ["t0"]
-    assert said == ["note      far is passed over: another backbone", "note      common is passed over: common bases"]
+    assert said == ["note      far is skipped: another backbone", "note      common is skipped: common bases"]
     with pytest.raises(ConfigError, match="bases: none of 1 stored tasks fits pear_tiny"):
         make_bases(config("b"), backbone, [other], tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"bases: rank 5: 1 task\(s\) have 4 directions at 'blocks.0.attn'"):
+    with pytest.raises(
+        ConfigError, match=r"at least 5 directions, the rank, at 'blocks.0.attn', found 4 in 1 task\(s\)"
+    ):
         make_bases(config("b", rank=5), backbone, [sources[0]], tmp_path / "c")
     two = [config(f"t{i}", rank=3, img_size=size) for i, size in enumerate((48, 64))]
     data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
-    with pytest.raises(ConfigError, match=r"bases: tasks of one input size expected, found \(48, 48\) and \(64, 64\)"):
+    with pytest.raises(ConfigError, match=r"bases: expected tasks of one input size, found \(48, 48\) and \(64, 64\)"):
         make_bases(config("b", rank=3), backbone, sources, tmp_path / "c", two, data)
-    with pytest.raises(ConfigError, match="bases: activation 'relu': cores need 'identity'"):
+    with pytest.raises(ConfigError, match="bases: expected activation 'identity', which cores need, found 'relu'"):
         make_bases(config("b", activation="relu", knowledge="none"), backbone, sources, tmp_path / "c")
 
 
@@ -418,14 +422,14 @@ def changed(bases: Task, **record: Any) -> Task:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ("stranger", {}, "bases 'common': made for x sha256:000000000000…: another backbone"),
-        ("task", {}, "bases 't0': this is a task, not common bases: expected what --make-bases wrote"),
+        ("stranger", {}, "found ones of x sha256:000000000000…: make bases with this backbone"),
+        ("task", {}, "bases 't0': expected common bases, found a task: give a checkpoint that --make-bases wrote"),
         ("", {"positions": "mlp,attn,qkv"}, "bases 'common': have nothing at 'blocks.0.attn.qkv': leave positions out"),
-        ("", {"rank": 8}, "bases 'common': rank 8: theirs is 6: leave rank out, or choose other bases"),
-        ("", {"method": "linear"}, "bases 'common': method 'linear' has no use for them: expected 'pear'"),
+        ("", {"rank": 8}, "bases 'common': expected rank 6, found 8: leave rank out, or choose other bases"),
+        ("", {"method": "linear"}, "bases 'common': expected method 'pear', found 'linear'"),
         ("", {"activation": "relu", "knowledge": "none"}, "bases 'common': its activation is 'identity': train"),
-        ("", {"own_bytes": 9, "knowledge": "exact"}, "bases 'common': knowledge 'exact': expected 'fold' or 'none'"),
-        ("narrow", {}, r"bases 'common': widths \(5, 5\) at 'blocks.0.attn': the backbone's are \(192, 192\)"),
+        ("", {"own_bytes": 9, "knowledge": "exact"}, "bases 'common': expected knowledge 'fold' or 'none' on"),
+        ("narrow", {}, r"bases 'common': expected widths \(192, 192\) at 'blocks.0.attn', found \(5, 5\)"),
     ],
 )  # fmt: skip
 def test_bases_that_do_not_fit(
@@ -452,7 +456,7 @@ def test_bases_beside_a_base_set_are_refused(
     bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
     data = open_dataset(str(folder / "t0.npz"))
-    with pytest.raises(ConfigError, match="bases 'common': not beside a base set, found 't0': choose one of them"):
+    with pytest.raises(ConfigError, match="bases 'common': cannot be used with base 't0': choose one of them"):
         train(config(), backbone, data, tmp_path / "t", bases=bases, base=sources[0])
 
 
@@ -492,7 +496,7 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert "made already, from the same tasks; --force makes them again" in done.stderr
     assert json.loads(done.stdout)["energy"].keys() == {"t0", "t1"}
     one = run(*making, "--from-tasks", "t0")
-    assert one.exit_code == 1 and "trained already, but otherwise: another --base, --bank or --bases" in one.stderr
+    assert one.exit_code == 1 and "trained already, but differently: another --base, --bank or --bases" in one.stderr
     with Store(store) as opened:
         opened.add(out)
     on = ("t2", "--data", folder / "t2.npz", "--epochs", 2, "--batch-size", 16, "--out", tmp_path / "t2")
@@ -576,7 +580,8 @@ def test_what_stands_on_bases_can_be_borrowed(bases: Task, folder: Path, backbon
 def test_a_task_moves_to_other_bases_with_its_measured_loss(
     bases: Task, sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
-    data, told = open_dataset(str(folder / "t2.npz")), config("t2", epochs=2, own_rank=1, head_dtype="F32")
+    data = open_dataset(str(folder / "t2.npz"))
+    told = config("t2", epochs=2, own_rank=1, head_dtype="F32", threshold_accuracy=0.9)
     train(told, backbone, data, tmp_path / "t2", bases=bases)
     task = read_checkpoint(tmp_path / "t2")
     turned = tmp_path / "turned"  # the same directions in other coordinates
@@ -606,9 +611,28 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     assert 0 < less.held < 0.99 and less.loss["val"][0] != less.loss["val"][1]
     assert less.adapter_bytes < moved.adapter_bytes
 
-    with pytest.raises(ConfigError, match="task 't0': stands on no common bases: expected what --bases trained"):
+    # what was measured on val before the move holds no more; every fourth answer is made wrong
+    wrong = torch.where(torch.arange(len(data.val)) % 4 == 0, 3 - data.val.targets, data.val.targets)
+    val = replace(data.val, targets=wrong)
+    stale = make_task({**task.record, "threshold": 0.123}, task.tensors)
+    again = rebase(stale, read_checkpoint(tmp_path / "narrow"), backbone, replace(data, val=val), tmp_path / "again")
+    lossy = read_checkpoint(tmp_path / "again")
+    router.add(lossy)
+    pixels = Preprocess(task.preprocess)([val.image(i) for i in range(len(val))])
+    logits = torch.stack(list(router.run(pixels, lossy.name).logits))
+    confidence, predicted = logits.softmax(1).max(1)
+    scores = scores_of(predicted, wrong, len(task.labels))
+    assert again.threshold == (0.123, lossy.record.get("threshold"))
+    assert again.threshold[1] == calibrated(predicted == wrong, confidence, 0.9)
+    assert lossy.record["metrics"]["val_macro_f1"] == scores.macro_f1
+    assert lossy.record["training"]["recall"]["val"] == scores.recall
+    by_hand = {**stale.record, "training": {**task.record["training"], "threshold_accuracy": None}}
+    dropped = rebase(make_task(by_hand, task.tensors), bases, backbone, data, tmp_path / "dropped")
+    assert dropped.threshold == (0.123, None) and "threshold" not in read_checkpoint(tmp_path / "dropped").record
+
+    with pytest.raises(ConfigError, match="task 't0': it uses no common bases: give a task"):
         rebase(sources[0], bases, backbone, data, tmp_path / "x")
-    with pytest.raises(ConfigError, match="task 't2': its 4 classes are not those of the data"):
+    with pytest.raises(ConfigError, match="task 't2': expected data of its 4 classes, found"):
         rebase(task, bases, backbone, open_dataset(str(folder / "t0.npz")), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -625,10 +649,10 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     )
     done = run(*asked)
     assert done.exit_code == 0, done.stderr
-    assert "on turned, which hold 100.0 % of what the cores added" in done.stdout and "val: " in done.stdout
-    assert run(*asked).exit_code == 1 and "there is a task checkpoint already" in run(*asked).stderr
-    again = run(*asked, "--overwrite", "--json")
-    assert json.loads(again.stdout)["held"] > 0.9999
+    assert "now on turned, which keep 100.0 % of the cores' sum" in done.stdout and "val: " in done.stdout
+    assert run(*asked).exit_code == 1 and "there is already a task checkpoint" in run(*asked).stderr
+    overwritten = run(*asked, "--overwrite", "--json")
+    assert json.loads(overwritten.stdout)["held"] > 0.9999
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_who_is_stopped_and_whose_worker_is_killed_goes_on_to_the_same_file(
     wait_for(process, lambda: partial.stat().st_mtime_ns > stopped_at)
     assert cluster.kill("trained") == 1
     _, errors = end(process)
-    assert "long: the worker died; another goes on after the last epoch that was ended" in errors
+    assert "long: the worker died; another goes on from the last epoch that ended" in errors
     assert errors.count("long: goes on after epoch") == 2
     assert files(tmp_path / "out") == {"long.safetensors": here["long.safetensors"]}
 
@@ -167,9 +167,9 @@ def test_of_a_worker_that_died_only_tasks_that_did_not_end_are_said(tmp_path: Pa
     assert not list(party._again(_Group(left))) and [group.left for group in party._waiting] == [left]
     party._waiting.clear()
     assert not list(party._again(_Group(left, deaths=2))) and len(party._waiting) == 2
-    end = " on after the last epoch that was ended"
+    end = " on from the last epoch that ended"
     assert said == [
-        f"a, b: the worker died; another goes{end}", f"a, b: the worker died; others, one for each, go{end}",
+        f"a, b: the worker died; another goes{end}", f"a, b: the worker died; a worker for each goes{end}",
     ]  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_every_field_of_a_config_is_an_option() -> None:
     [
         (b"x = " + b"[" * 100_000, "not a readable TOML file"),
         (b"x = {a=" * 5_000, "not a readable TOML file"),
-        (b"epochs = " + b"9" * 5_000, "not a readable TOML file"),
+        (b"epochs = " + b"9" * 5_000, "not a readable TOML file: a number has more than 4,300 digits$"),
         (b"epochs = " + b"9" * 40 + b"\n[tasks.a]\ndata = 'x'", "epochs = of more than 20 digits: expected at least 1"),
         (b"lr = inf\n[tasks.a]\ndata = 'x'", "lr = inf: expected above 0 and at most 1,000"),
         (b"lr = nan\n[tasks.a]\ndata = 'x'", "lr = nan: expected above 0"),

@@ -120,7 +120,7 @@ def test_vtab(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="expected 0 to 99999|expected an image path"):
             open_dataset(str(tmp_path / "v"))
     (tmp_path / "v" / "val200.txt").unlink()
-    with pytest.raises(DataError, match=r"val200.txt: no such file; a VTAB-1k folder has"):
+    with pytest.raises(DataError, match=r"val200.txt: no such file: a VTAB-1k folder needs"):
         open_dataset(str(tmp_path / "v"))
 
 
@@ -205,7 +205,7 @@ def test_what_is_no_archive_of_arrays_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"{name}\.npz: not a NumPy archive: ") as refused:
             open_dataset(str(tmp_path / f"{name}.npz"))
         assert "\n" not in str(refused.value)
-    with pytest.raises(DataError, match="'x_train' is no array: expected what numpy.savez wrote"):
+    with pytest.raises(DataError, match="'x_train' is not an array: expected an archive that numpy.savez wrote"):
         open_dataset(str(tmp_path / "texts.npz"))
 
 
@@ -241,7 +241,7 @@ def test_what_readers_print_is_no_part_of_the_answer(
 
 
 def test_what_is_none_of_these_says_what_was_looked_for(tmp_path: Path) -> None:
-    looked = "looked for a folder with one folder of images per class"
+    looked = "expected a folder with one folder of images per class"
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="data '': expected a file, a folder or a name"):

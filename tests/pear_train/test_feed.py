@@ -48,7 +48,7 @@ def feed(dataset: Dataset, seed: int = 0, **changes: Any) -> tuple[Feed, Pixels]
 def test_augment_takes_words_and_refuses_others() -> None:
     assert parse_augment("none") == () and parse_augment("color+flip") == ("flip", "color")
     for text in ("flop", "flip+flip", "", "flip+none", "flip,crop"):
-        with pytest.raises(ConfigError, match="augment .*expected none, or of flip, crop, rotate, zoom, color, mixup"):
+        with pytest.raises(ConfigError, match="expected none, or some of flip, crop, rotate, zoom, color, mixup"):
             TrainConfig(task="t", augment=text)
 
 

@@ -79,3 +79,10 @@ def test_of_arrays_lists_and_named_data_sets(tmp_path: Path) -> None:
     assert open_dataset("torch/image_folder", tmp_path / "named").fingerprint == named
     picture(tmp_path / "named" / "train" / "dog" / "3.png", 7)
     assert open_dataset("torch/image_folder", tmp_path / "named").fingerprint != named
+
+
+def test_pictures_are_read_where_there_is_no_thread_more(tmp_path: Path, few_threads: Callable[[int], None]) -> None:
+    root = splits(tmp_path / "d")
+    before = fingerprint(root)
+    few_threads(0)
+    assert fingerprint(root) == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pear_store import read_checkpoint
 from pear_train import ConfigError, DivergedError, ResourceError, TrainConfig, open_dataset, train
 from pear_train.cli import main
 from pear_train.identity import differences, identity_of, run_identity
-from pear_train.memory import memory_named
+from pear_train.memory import memory_named, memory_of
 from pear_train.output import check_out, is_finished, partial_path
 from pear_train.plot import check_plot, plot_path
 from pear_train.report import Step
@@ -75,7 +76,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(pictures: 
     assert {**json.loads(again.stdout), "seconds": 0} == {**json.loads(first.stdout), "seconds": 0}
     other = run(*command, "--lr", 0.02)
     assert other.exit_code == 1 and out.read_bytes() == written
-    assert "trained already, but otherwise: lr 0.01 there, 0.02 now. --overwrite trains again" in other.stderr
+    assert "trained already, but differently: lr 0.01 there, 0.02 now. --overwrite trains again" in other.stderr
     forced = run(*command, "--force")
     assert forced.exit_code == 0 and out.stat().st_mtime_ns > then
     assert out.read_bytes() == written, "one seed, one precision, one machine"
@@ -98,11 +99,11 @@ def test_changed_pictures_are_seen_under_the_same_names(pictures: Path, backbone
     again = run(*command)
     rows = {row["task"]: row for row in json.loads(again.stdout)}
     assert again.exit_code == 1
-    assert "trained already, but otherwise: other pictures, classes or splits" in rows["a"]["error"]
+    assert "trained already, but differently: other pictures, classes or splits" in rows["a"]["error"]
     assert rows["b"]["trained"] is False
     stopped = run("t", "--data", pictures, "--out", tmp_path / "stopped", *FAST)
     assert stopped.exit_code == 1
-    assert "stopped.partial: the state of an interrupted run, but of another one: other pictures" in stopped.stderr
+    assert "stopped.partial: holds the state of another interrupted run: other pictures" in stopped.stderr
     seen: list[int] = []
     train(config(), backbone, open_dataset(str(pictures)), tmp_path / "stopped", lambda step: seen.append(step.epoch))
     assert seen[0] == 1, "a call begins anew, rather than go on with other pictures"
@@ -135,12 +136,12 @@ def test_nothing_but_a_runs_own_file_is_replaced(pictures: Path, backbone: Backb
     for extra in ((), ("--overwrite",), ("--force",)):
         done = run("t", "--data", pictures, "--out", notes, *extra, *FAST)
         assert done.exit_code == 1
-        assert "notes.txt: there is something that is no task checkpoint, and it is not replaced" in done.stderr
-    with pytest.raises(ConfigError, match="no task checkpoint, and it is not replaced"):
+        assert "notes.txt: what is there is not a task checkpoint, so it is not replaced" in done.stderr
+    with pytest.raises(ConfigError, match="not a task checkpoint, so it is not replaced"):
         train(config(), backbone, data, notes)
     assert notes.read_text() == "precious"
     partial_path(tmp_path / "t").write_text("precious")
-    with pytest.raises(ConfigError, match="a run keeps its state there, but finds"):
+    with pytest.raises(ConfigError, match="expected nothing or a run's state, found something else"):
         train(config(), backbone, data, tmp_path / "t")
     assert partial_path(tmp_path / "t").read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
@@ -158,7 +159,7 @@ def test_a_folder_that_takes_no_file_is_found_before_training(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="does not exist; make it first"):
         check_out(tmp_path / "gone" / "t")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="Not a directory|is no folder"):
+    with pytest.raises(ConfigError, match="Not a directory|is not a folder"):
         check_out(tmp_path / "file" / "t")
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
@@ -174,7 +175,7 @@ def test_a_folder_that_takes_no_file_is_found_before_training(tmp_path: Path) ->
 
 
 def test_a_disk_without_room_is_found_before_training(pictures: Path, backbone: Backbone, small_disk: Path) -> None:
-    with pytest.raises(ResourceError, match=r"keeps up to [\d,]+ bytes there, and the disk has"):
+    with pytest.raises(ResourceError, match=r"needs up to [\d,]+ bytes there, the disk has"):
         train(config(rank=64), backbone, open_dataset(str(pictures)), small_disk / "t",
               lambda step: pytest.fail("a step was trained"))  # fmt: skip
     assert not list(small_disk.iterdir())
@@ -191,7 +192,7 @@ def test_a_plot_that_cannot_be_drawn_is_said_before_training(
     (tmp_path / "t.png").write_bytes((pictures / "dark" / "0.png").read_bytes())
     done = run(*command)
     assert done.exit_code == 1
-    assert "t.png: there is something that pear-train did not write, and it is not replaced" in done.stderr
+    assert "t.png: pear-train did not write this file, so it is not replaced" in done.stderr
     (tmp_path / "t.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run(*command)
@@ -275,7 +276,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(pictures: Path, backbone: Backbone
         train(config(), backbone, data, tmp_path / "there", say=lines.append)
     finally:
         torch.set_num_threads(threads)
-    assert f"began elsewhere, with torch {torch.__version__}, device cpu, threads {threads}," in lines[-1]
+    assert f"began on another machine, with torch {torch.__version__}, device cpu, threads {threads}," in lines[-1]
     machines = read_checkpoint(tmp_path / "there").record["training"]["machines"]
     assert [one["threads"] for one in machines] == [threads, threads + 1]
 
@@ -285,8 +286,8 @@ def test_options_that_say_nothing_are_named_or_refused(pictures: Path, tmp_path:
     tasks.write_text('epochs = 1\nmethod = "linear"\n[tasks.a]\ndata = "set"\n')
     done = run("--tasks", tasks, "--out", tmp_path / "out", "--ratio", 0.5, "--epochs", 7, "--json")
     assert done.exit_code == 0, done.stderr
-    assert "--ratio has no effect: this run of method 'linear' has no use for it" in done.stderr
-    assert "--epochs has no effect: the file of tasks says otherwise" in done.stderr
+    assert "--ratio has no effect: this run of method 'linear' does not use it" in done.stderr
+    assert "--epochs has no effect: the file of tasks overrides it" in done.stderr
     one = ("t", "--data", pictures, "--out", tmp_path / "t")
     for args, message in (
         ((*one, "--together", 2), "--together needs --tasks"),
@@ -309,8 +310,29 @@ def test_a_base_set_follows_the_same_rule(pictures: Path, tmp_path: Path) -> Non
     assert again.exit_code == 0 and "made already, with the same options and data" in again.stderr
     assert json.loads(again.stdout)["val_top1"] == json.loads(first.stdout)["val_top1"]
     Image.new("RGB", (16, 16)).save(tmp_path / "other" / "dark" / "0.png")
-    assert "but otherwise: other pictures" in run(*command).stderr
+    assert "but differently: other pictures" in run(*command).stderr
     tasks.write_text('[tasks.a]\ndata = "set"\n[tasks.b]\ndata = "other"\nrank = 3\n')
     refused = run(*command)
     assert refused.exit_code == 1
-    assert "base set: rank 2 of task 'a', 3 of task 'b': expected one for all tasks" in refused.stderr
+    assert "base set: rank: expected one value for all tasks, found 2 for 'a' and 3 for 'b'" in refused.stderr
+
+
+@pytest.mark.parametrize("preview", [False, True])
+def test_pictures_of_which_no_batch_fits_are_refused_before_they_are_read(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preview: bool
+) -> None:
+    """Ten of 16,384 pixels a side take 8.1 GB decoded, and 32.2 GB as numbers."""
+    monkeypatch.setattr("pear_train.memory.memory_of", lambda device: 16 * 10**9)
+    monkeypatch.setattr("pear_train.data.pixels.Pixels._decode_all", None)
+    args = ["t", "--data", pictures, "--out", tmp_path / "t", "--method", "linear", "--img-size", 16_384]
+    done = run(*args, *(["--preview", tmp_path / "p.png"] if preview else []))
+    assert done.exit_code == 1 and "Traceback" not in done.stderr
+    line = "a batch of 10 images of 16384 x 16384 pixels takes 32.2 GB before any step, and cpu has 16.0 GB: lower"
+    assert done.stderr.count(line) == done.stderr.count("Error") == 1 + preview, done.stderr
+
+
+def test_the_memory_is_this_machine_s() -> None:
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("needs /proc/meminfo")
+    (kilobytes,) = re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert memory_of(torch.device("cpu")) == pytest.approx(1024 * int(kilobytes), rel=0.01)

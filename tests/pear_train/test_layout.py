@@ -88,7 +88,7 @@ UNSURE = {
 @pytest.mark.parametrize("names", UNSURE.values(), ids=UNSURE)
 def test_what_looks_like_splits_is_refused_with_the_remedy(tmp_path: Path, names: tuple[str, ...]) -> None:
     root = str(splits(tmp_path / "d", *names))
-    with pytest.raises(DataError, match="look like splits, .*--train-split NAME.*or --no-splits") as caught:
+    with pytest.raises(DataError, match="look like splits, .*--train-split NAME.*or give --no-splits") as caught:
         open_dataset(root)
     assert sum(f"{name}/" in str(caught.value) for name in names) >= 2
     named = open_dataset(root, options=DataOptions(train_split=names[0], val_split="none", test_split=names[-1]))
@@ -107,15 +107,15 @@ def test_flat_folders_called_like_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="test/ has no class folders"):
         open_dataset(str(unlabelled))
     data = open_dataset(str(unlabelled), options=DataOptions(test_split="none"))
-    assert data.test is None and "1 folders that are no split: test/" in data.notes
+    assert data.test is None and "1 folders that are not a split: test/" in data.notes
 
 
 def test_a_split_named_by_hand_must_be_there_and_sure(tmp_path: Path) -> None:
     root = str(splits(tmp_path / "d", "a", "b"))
     for options, message in (
-        (DataOptions(train_split="c"), "--train-split c: no folder with pictures is called that; has a/, b/"),
-        (DataOptions(test_split="b"), "no folder is recognised as train: say --train-split NAME"),
-        (DataOptions(train_split="a", val_split="a"), "one folder is named for two splits: a/"),
+        (DataOptions(train_split="c"), "--train-split c: expected a folder with pictures, found a/, b/"),
+        (DataOptions(test_split="b"), "no folder is recognised as train, found "),
+        (DataOptions(train_split="a", val_split="a"), "expected a folder for each split, found one for two: a/"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(root, options=options)
@@ -124,7 +124,7 @@ def test_a_split_named_by_hand_must_be_there_and_sure(tmp_path: Path) -> None:
     deep = splits(tmp_path / "deep" / "x", "one", "two")
     data = open_dataset(str(deep.parent), options=DataOptions(train_split="x/one", val_split="x/two"))
     assert (len(data.train), len(data.val)) == (8, 8)
-    with pytest.raises(DataError, match="no image folder"):
+    with pytest.raises(DataError, match="not an image folder"):
         open_dataset("torch/cifar10", options=DataOptions(no_splits=True))
 
 
@@ -186,7 +186,7 @@ def test_what_systems_leave_behind_is_ignored_and_counted(tmp_path: Path) -> Non
         "1 files ending in .mpg: dog/clip.mpg",
         "1 files ending in .txt: cat/notes.txt",
         "1 files without an ending: dog/README",
-        "1 folders that are called like a picture and hold none: cat/folder.jpg/",
+        "1 folders without pictures whose names end like a picture's: cat/folder.jpg/",
         "10 hidden or left by a system: .Trash/, .ipynb_checkpoints/, @eaDir/, …",
         "2 links to nothing: cat/gone.png, cat/itself.png",
         "1 pictures outside of class folders: stray.png",
@@ -271,8 +271,8 @@ def test_warnings_name_the_classes_and_their_counts(tmp_path: Path) -> None:
     assert list(data.warnings()) == [
         "fewer than 2 training images: 'rare'",
         "classes whose names differ only by case: 'Common', 'common'",
-        "uneven classes: 30 training images of 'Common', 1 of 'rare'; top-1 hides how a rare class does: look at the "
-        "recall of each class, and try --balance",
+        "uneven classes: 30 training images of 'Common', 1 of 'rare'. Top-1 hides the mistakes in rare classes: look "
+        "at the recall of each class, and try --balance",
     ]
     assert data.table() == "train/val/test: Common 30/1/1, common 30/1/1, rare 1/1/1"
     assert list(open_dataset(str(flat(tmp_path / "even", *CLASSES))).warnings()) == []

@@ -90,7 +90,7 @@ def test_a_row_that_says_too_little_is_named(pictures: Path, change: dict[str, s
 def test_a_line_that_is_no_row_and_a_column_that_is_missing_are_named(pictures: Path) -> None:
     path = pictures / "l.csv"
     path.write_text(Path(write(path, ROWS)).read_text() + "\np/1.png;cat;train;more")
-    with pytest.raises(DataError, match="line 14 of the list has 4 fields, the header 3"):
+    with pytest.raises(DataError, match="line 14 of the list: expected 3 fields, as in the header, found 4"):
         open_dataset(str(path))
     with pytest.raises(DataError, match="column 'label' is missing: expected image and label, found image, split"):
         open_dataset(write(path, [{"image": "p/1.png", "split": "train"}]))
@@ -114,14 +114,14 @@ def test_a_picture_has_one_label_and_is_taken_once(pictures: Path) -> None:
     again = {"image": "./p/0.png", "label": "cat", "split": "training"}
     found = open_dataset(write(pictures / "l.csv", [*ROWS, again]))
     assert found.counts["train"] == [2, 2]
-    assert found.notes == ("1 rows that say what earlier rows say: './p/0.png'",) and not found.cautions
+    assert found.notes == ("1 rows that repeat earlier rows: './p/0.png'",) and not found.cautions
     with pytest.raises(DataError, match=r"row 13: 'p/0.png' is 'dog', but in row 1 it is 'cat': expected one label"):
         open_dataset(write(pictures / "l.csv", [*ROWS, {"image": "p/0.png", "label": "dog", "split": "test"}]))
     within = [{**row, "image": (pictures / row["image"]).read_bytes()} for row in ROWS]
     within.append({**within[0], "label": "dog", "split": "test"})
     found = open_dataset(write(pictures / "l.parquet", within))
     assert found.cautions == (
-        "1 pictures of test are in train, too: '13'", "1 pictures equal others of another label: '13'",
+        "1 pictures of test are in train, too: '13'", "1 pictures equal others with another label: '13'",
     )  # fmt: skip
 
 
@@ -272,11 +272,11 @@ NO_TEXT = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[
     [
         ({"image": [b"x"], "label": [[1]]}, "column 'label' holds list<"),
         ({"image": [b"x"], "label": [b"a"]}, "column 'label' holds binary: expected one number or text for each row"),
-        ({"image": [b"x"], "label": [math.nan]}, "test, row 0: no label that has a name"),
+        ({"image": [b"x"], "label": [math.nan]}, "test, row 0: expected a label that names a class"),
         ({"image": [b"x"], "label": NO_TEXT}, "parquet: cannot be read as Parquet: "),
-        ({"image": [b"x"]}, "no column 'label': has 'image'"),
+        ({"image": [b"x"]}, "expected a column 'label', found 'image'"),
         ({"image": [], "label": []}, "the test split is empty"),
-        ({"image": [1, 2], "label": ["cat", "dog"]}, "row 0: there is no picture"),
+        ({"image": [1, 2], "label": ["cat", "dog"]}, "row 0: expected a picture, found none"),
         (None, "parquet: cannot be read as Parquet: "),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_damaged_folder_of_parquet_is_one_clear_line(pictures: Path, columns: 
     assert told in str(refused.value) and "\n" not in str(refused.value)
     pq.write_table(splits["test"], file)
     pq.write_table(pa.table({"image": [b"x"], "label": [1]}), file.with_name("test-00001-of-00001.parquet"))
-    with pytest.raises(DataError, match="test-00001-of-00001.parquet: has other columns than test-00000"):
+    with pytest.raises(DataError, match="test-00001-of-00001.parquet: expected the columns of test-00000"):
         open_dataset(str(pictures / "hub"))
 
 

@@ -232,7 +232,7 @@ def test_a_rank_above_a_matrix_s_side_is_refused_before_training(backbone: Backb
         ({"knowledge": "fold", "down": "common"}, "knowledge 'fold' rewrites down, which down 'common' forbids"),
         ({"patience": 0}, "patience 0: expected at least 1"),
         ({"drop_branch": 1.0}, "drop branch 1.0: expected at least 0 and below 1"),
-        ({"augment": "cutmix"}, "augment 'cutmix': expected none, or of flip, crop, rotate, zoom, color, mixup some"),
+        ({"augment": "cutmix"}, "augment 'cutmix': expected none, or some of flip, crop, rotate, zoom, color, mixup"),
         ({"head_dtype": "Q1"}, "head dtype 'Q1': expected one of F16, BF16, F32, Q8, Q4, Q2"),
         ({"knowledge_bits": 2}, "knowledge bits 2: expected one of 1, 4"),
     ],
@@ -295,7 +295,7 @@ def test_it_reads_well_without_json(stripes: str, tmp_path: Path) -> None:
     ("args", "code", "message"),
     [
         (["../x"], 1, "task name '../x'"),
-        (["t", "--data", "/nowhere"], 1, "/nowhere: no such file or folder; looked for"),
+        (["t", "--data", "/nowhere"], 1, "/nowhere: no such file or folder: expected"),
         (["t", "--backbone", "resnet_99"], 1, "timm has no model of that name"),
         (["t", "--weights", "/nowhere.safetensors"], 1, "/nowhere.safetensors: no such file"),
         (["t", "--positions", "layers.*"], 1, "positions 'layers.*' match no module"),

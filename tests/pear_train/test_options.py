@@ -125,7 +125,7 @@ def test_a_mistake_in_a_setting_is_one_clear_line(settings: list[str], message: 
 def test_a_flag_and_a_setting_do_not_say_the_same(tmp_path: Path) -> None:
     done = run("t", "--data", "/nowhere", "--out", tmp_path / "t", "--rank", 3, "--set", "rank=4")
     assert done.exit_code == 1
-    assert done.stderr == "Error: --set: rank is also given as --rank: say it once\n"
+    assert done.stderr == "Error: --set: rank is also given as --rank: give it once\n"
 
 
 def test_settings_reach_the_run_and_the_notes(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_settings_reach_the_run_and_the_notes(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     training = read_checkpoint(Path(json.loads(done.stdout)[0]["file"])).record["training"]
     assert (training["epochs"], training["select"], training["seed"]) == (1, "best", 3)
-    assert "--set sharing has no effect: this run of method 'linear' has no use for it" in done.stderr
-    assert "--set select has no effect: the file of tasks says otherwise" in done.stderr
+    assert "--set sharing has no effect: this run of method 'linear' does not use it" in done.stderr
+    assert "--set select has no effect: the file of tasks overrides it" in done.stderr
 
 
 # ---- --help -----------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_settings_reach_the_run_and_the_notes(tmp_path: Path) -> None:
 def test_what_only_a_study_sets_has_no_flag_and_help_names_it() -> None:
     (setting,) = [option for option in main.params if option.name == "settings"]
     assert isinstance(setting, click.Option) and setting.help is not None
-    named = setting.help.partition("The only way to set ")[2].rstrip(".").replace(" and ", ", ").split(", ")
+    named = setting.help.partition("Only this sets ")[2].rstrip(".").replace(" and ", ", ").split(", ")
     assert sorted(named) == sorted(KNOWN.keys() - FLAGS)
     assert {"sharing", "borrow", "knowledge_bits", "scale_lr", "drop_branch", "max_grad_norm"} <= set(named)
     assert {"method", "rank", "ratio", "epochs", "lr", "seed", "device", "tensor_dtype"} <= FLAGS

@@ -10,8 +10,10 @@ import torch
 from click.testing import CliRunner
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from pear_store import read_checkpoint
+from pear_store import Store, read_checkpoint
+from pear_store.cli import main as store_main
 from pear_train.cli import main
+from pear_train.evaluation.cli import main as evaluate
 from pear_train.recall import by_class, recall_rows, recall_warnings, scores_of
 
 
@@ -32,11 +34,36 @@ def test_a_class_that_is_never_recognised_is_named_with_its_counts() -> None:
     training = {"images": {"train": [285, 15], "val": [28, 2]}, "recall": {"val": [1.0, 0.0]}}
     told = by_class(["common", "rare"], training)
     assert list(recall_warnings(told)) == [
-        "class 'rare': none of its 2 val images is recognised; it has 15 of 300 training images"
+        "class 'rare': none of its 2 val images is recognised. It has 15 of 300 training images"
     ]
     assert recall_rows(told)[1] == {"class": "rare", "train": 15, "val": 2, "val recall %": "0.0"}
     assert by_class(["a"], {}) == {"a": {"images": {}, "recall": {}}}  # of a checkpoint without them
     assert list(recall_warnings(by_class(["a"], {}))) == [] and recall_rows(by_class(["a"], {})) == [{"class": "a"}]
+
+
+def test_long_names_of_classes_fill_no_table(tmp_path: Path) -> None:
+    """They are cut where people read them, and whole in JSON and files."""
+    rng = np.random.default_rng(0)
+    labels = ["x" * 5000, "a" * 60]
+    arrays: dict[str, Any] = {"classes": np.array(labels)}
+    for split, count in (("train", 20), ("val", 4), ("test", 4)):
+        arrays[f"x_{split}"] = rng.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{split}"] = (np.arange(count) % 4 > 0).astype(np.int64)
+    np.savez(tmp_path / "d.npz", **arrays)
+    out = str(tmp_path / "t.safetensors")
+    args = ["t", "--data", str(tmp_path / "d.npz"), "--method", "linear", "--epochs", "1", "--img-size", "32"]
+    trained = CliRunner().invoke(main, [*args, "--out", out], catch_exceptions=False)
+    asked = [out, "--data", str(tmp_path / "d.npz")]
+    evaluated = CliRunner().invoke(evaluate, asked, catch_exceptions=False)
+    with Store.create(tmp_path / "s") as store:
+        store.add(out)
+    shown = CliRunner().invoke(store_main, ["--store", str(tmp_path / "s"), "show", "t"], catch_exceptions=False)
+    for done in (trained, evaluated, shown):
+        assert done.exit_code == 0, done.stderr
+        assert f"{'x' * 59}…" in done.stdout and "a" * 60 in done.stdout
+        assert "x" * 60 not in done.output
+    as_json = CliRunner().invoke(evaluate, [*asked, "--json"], catch_exceptions=False)
+    assert labels[0] in as_json.stdout and list(read_checkpoint(out).labels) == labels
 
 
 def test_the_command_reports_each_class(tmp_path: Path) -> None:
@@ -51,7 +78,7 @@ def test_the_command_reports_each_class(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "classes   train/val/test: common 46/23/23, rare 2/1/1" in done.stderr
     assert "uneven classes: 46 training images of 'common', 2 of 'rare'" in done.stderr
-    assert "class 'rare': none of its 1 val images is recognised; it has 2 of 48 training images" in done.stderr
+    assert "class 'rare': none of its 1 val images is recognised. It has 2 of 48 training images" in done.stderr
     assert "val recall %" in done.stdout and "rare" in done.stdout
     training = read_checkpoint(tmp_path / "t").record["training"]
     assert training["images"] == {"train": [46, 2], "val": [23, 1], "test": [23, 1]}

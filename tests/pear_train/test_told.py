@@ -103,7 +103,7 @@ def test_ctrl_c_says_how_to_go_on(data: Path, tmp_path: Path, monkeypatch: pytes
 
     stop_after(1)
     stopped = run(*command)
-    assert stopped.exit_code == 130 and "Stopped: no epoch was ended; the same command begins anew" in stopped.stderr
+    assert stopped.exit_code == 130 and "Stopped: no epoch had ended; the same command starts anew" in stopped.stderr
 
 
 def test_ctrl_c_says_which_epoch_is_kept(
@@ -122,14 +122,14 @@ def test_ctrl_c_says_which_epoch_is_kept(
         patched.setattr("pear_train.curves.Curves.show", show)
         stopped = run(*command)
     assert stopped.exit_code == 130
-    assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on from there:" in stopped.stderr
+    assert "Stopped: t: epoch 2 of 3 is kept; the same command resumes from there:" in stopped.stderr
     assert f"pear-train t --data {data} --out '{tmp_path}/t o.safetensors' --epochs 3" in stopped.stderr
     with monkeypatch.context() as patched:  # and a second time, before an epoch ends
         patched.setattr("pear_train.cli.progress.Progress.show", show)
-        assert "Stopped: t: epoch 2 of 3 is kept; the same command goes on" in run(*command).stderr
+        assert "Stopped: t: epoch 2 of 3 is kept; the same command resumes" in run(*command).stderr
         patched.setattr("pear_train.cli.progress.Progress.show", stop)
         other = [*command, "--lr", "0.02", "--overwrite"]
-        assert "Stopped: no epoch was ended; the same command begins anew" in run(*other).stderr
+        assert "Stopped: no epoch had ended; the same command starts anew" in run(*other).stderr
     again = run(*command)
     assert again.exit_code == 0 and "t: goes on after epoch 2 of 3" in again.stderr
 
@@ -144,7 +144,7 @@ def test_ctrl_c_of_many_tasks_says_what_is_there(data: Path, tmp_path: Path, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr("pear_train.curves.Curves.show", show)
-    told = "Stopped: 1 of 3 tasks are trained; b: epoch 2 of 3 is kept; the same command goes on from there"
+    told = "Stopped: 1 of 3 tasks are trained; b: epoch 2 of 3 is kept; the same command resumes from there"
     assert f"{told}, and trains finished tasks anew (--force):" in run(*command).stderr
     assert f"{told}:" in run(*command[:-1]).stderr
 
@@ -171,7 +171,7 @@ def test_an_early_stop_is_said(data: Path, tmp_path: Path) -> None:
         "t", "--data", data, "--out", tmp_path / "t", "--method", "linear", "--img-size", 48, "--lr", 1e-9,
         "--epochs", 30, "--patience", 2,
     )  # fmt: skip
-    assert done.exit_code == 0 and "stopped   after epoch 3 of 30: val got no better (--patience)" in done.stderr
+    assert done.exit_code == 0 and "stopped   after epoch 3 of 30: val did not improve (--patience)" in done.stderr
 
 
 # ---- what it writes -------------------------------------------------------------------------------
@@ -200,12 +200,12 @@ def test_what_is_not_ours_is_not_replaced(data: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     for flag in ("--html", "--preview", "--curves"):
         refused = run("t", "--data", data, "--out", tmp_path / "t", *FAST, flag, tmp_path / "x")
-        assert refused.exit_code == 1 and f"{flag} {tmp_path / 'x'}: there is something" in refused.stderr
+        assert refused.exit_code == 1 and f"{flag} {tmp_path / 'x'}: pear-train did not write" in refused.stderr
         refused = run("t", "--data", data, "--out", tmp_path / "t", *FAST, flag, tmp_path / "no" / "x")
         assert refused.exit_code == 1 and f"folder {tmp_path / 'no'} does not exist" in refused.stderr
     assert (tmp_path / "x").read_text() == "mine" and not (tmp_path / "t").exists()
     of_many = run("--tasks", tmp_path / "x", "--out", tmp_path / "o", "--html", tmp_path / "r")
-    assert of_many.exit_code == 2 and "--html: of one task" in of_many.stderr
+    assert of_many.exit_code == 2 and "--html: only for one task" in of_many.stderr
 
 
 def refused(tmp_path: Path, *args: object) -> str:
@@ -223,14 +223,14 @@ def test_two_outputs_are_never_one_file(tmp_path: Path, flag: str) -> None:
     (tmp_path / "here").symlink_to(tmp_path)
     same = (tmp_path / "here" / "t.safetensors", tmp_path / "link", tmp_path / "no" / ".." / "t.safetensors")
     for path in (out, *same):
-        assert f"{flag} {path}: --out is written there, too" in refused(tmp_path, "--out", out, flag, path)
+        assert f"{flag} {path}: --out writes this file, too" in refused(tmp_path, "--out", out, flag, path)
     for name in ("t.safetensors.partial", ".t.safetensors.partial.tmp", ".t.safetensors.evaluated"):
-        assert "--out (meanwhile) is written there, too" in refused(tmp_path, "--out", out, flag, tmp_path / name)
-    assert "--plot is written there" in refused(tmp_path, "--out", out, "--plot", flag, tmp_path / "t.png")
+        assert "--out (meanwhile) writes this file, too" in refused(tmp_path, "--out", out, flag, tmp_path / name)
+    assert "--plot writes this file" in refused(tmp_path, "--out", out, "--plot", flag, tmp_path / "t.png")
     for other in {"--html", "--preview", "--curves"} - {flag}:
         told = refused(tmp_path, "--out", out, flag, tmp_path / "x", other, tmp_path / "x")
-        assert "is written there, too: name another file" in told and flag in told and other in told
-    assert "--data names, and would be replaced" in refused(tmp_path, "--out", out, flag, tmp_path / "d.npz")
+        assert "writes this file, too: name another" in told and flag in told and other in told
+    assert "--data reads this file, so it is not replaced" in refused(tmp_path, "--out", out, flag, tmp_path / "d.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "here", "link"]
 
 
@@ -241,14 +241,14 @@ def test_no_output_is_what_is_read(tmp_path: Path) -> None:
     for flag in ("--base", "--bases", "--weights"):
         for out in ("b", "linked"):
             told = refused(tmp_path, "--out", tmp_path / out, flag, tmp_path / "b", "--overwrite")
-            assert f"--out {tmp_path / out}: is what {flag} names, and would be replaced" in told
+            assert f"--out {tmp_path / out}: {flag} reads this file, so it is not replaced" in told
     (tmp_path / "o").mkdir()
     (tmp_path / "tasks.toml").write_text('[tasks.a]\ndata = "o/a.png"')
     done = run("--tasks", tmp_path / "tasks.toml", "--out", tmp_path / "o", "--plot")
     assert done.exit_code == 2
-    assert f"--plot {tmp_path}/o/a.png: is what data of task a names, and would be replaced" in done.stderr
+    assert f"--plot {tmp_path}/o/a.png: data of task a reads this file, so it is not replaced" in done.stderr
     done = run("--tasks", tmp_path / "tasks.toml", "--out", tmp_path / "o", "--base", tmp_path / "o" / "a.safetensors")
-    assert done.exit_code == 2 and "is what --base names, and would be replaced" in done.stderr
+    assert done.exit_code == 2 and "--base reads this file, so it is not replaced" in done.stderr
 
 
 def test_no_picture_is_drawn_among_those_of_the_data(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_no_picture_is_drawn_among_those_of_the_data(tmp_path: Path) -> None:
         drawn = tmp_path / "set" / "cat" / "p.png"
         done = run("t", "--data", tmp_path / "set", "--out", out, option, *([drawn] if option == "--preview" else []))
         assert done.exit_code == 2
-        assert f"{option} {drawn}: lies in a folder of {tmp_path / 'set'}, and would be one of its" in done.stderr
+        assert f"{option} {drawn}: would become a picture of the data in {tmp_path / 'set'}" in done.stderr
 
 
 def test_a_folder_for_tensorboard_is_one(tmp_path: Path) -> None:
@@ -268,9 +268,9 @@ def test_a_folder_for_tensorboard_is_one(tmp_path: Path) -> None:
     out = tmp_path / "t.safetensors"
     for path, file in (("file", "file"), ("file/tb", "file"), ("tb", "tb/t")):
         told = refused(tmp_path, "--out", out, "--tensorboard", tmp_path / path)
-        assert f"--tensorboard {tmp_path / path}: {tmp_path / file} is no folder: expected one" in told
+        assert f"--tensorboard {tmp_path / path}: {tmp_path / file} is not a folder: name another" in told
     same = refused(tmp_path, "--out", tmp_path / "x" / "t", "--tensorboard", tmp_path / "x")
-    assert "--out is written there, too" in same
+    assert "--out writes this file, too" in same
     told = refused(tmp_path, "--out", out, "--tensorboard", out / "tb")
     assert f"lies below {out}, where --out writes a file" in told
     assert not out.exists()
@@ -285,7 +285,8 @@ def test_a_target_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> 
     for flag in ("--curves", "--html", "--preview"):
         for name, told in (
             ("folder", "a directory: expected a file"), ("pipe", "a pipe: expected a file"),
-            ("latin", "did not write, and it is not replaced"), ("zeros", "did not write, and it is not replaced"),
+            ("latin", "did not write this file, so it is not replaced"),
+            ("zeros", "did not write this file, so it is not replaced"),
             (long, "takes no file of this name: File name too long"),
         ):  # fmt: skip
             line = refused(tmp_path, "--out", tmp_path / "t", flag, tmp_path / name)
@@ -454,7 +455,7 @@ def test_an_adapter_that_is_pruned_although_it_matters_is_explained(
     plot_result(result(), tmp_path / "t.png")
     bars, curves, losses = axes
     assert [text.get_text() for text in bars.get_yticklabels()][1] == "b.qkv ← a.qkv *"
-    assert "of each kind of adapter (by its widths) one is kept" in bars.get_xlabel()
+    assert "at least one adapter of each shape is kept" in bars.get_xlabel()
     assert all(tick == int(tick) for tick in curves.get_xticks())
     labels = [text.get_text() for text in curves.get_legend().get_texts()]
     assert labels == ["train top-1, %", "val top-1, %", "kept epoch", "pruned", "loss (right)"]

@@ -37,7 +37,7 @@ def test_all_are_named_at_once(tmp_path: Path, cache: int, monkeypatch: pytest.M
     monkeypatch.setattr("pear_train.data.pixels.CACHE_BYTES", cache)
     names = broken(tmp_path)
     data = open_dataset(str(tmp_path))
-    with pytest.raises(DataError, match="4 of 36 images cannot be read: mend or remove them, .*--skip-unreadable") as e:
+    with pytest.raises(DataError, match="4 of 36 images cannot be read: repair .*--skip-unreadable") as e:
         read_pictures(data, PREPROCESS)
     lines = str(e.value).splitlines()[1:]
     assert len(lines) == 4

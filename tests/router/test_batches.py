@@ -80,7 +80,7 @@ def test_an_image_may_be_anything_that_holds_one_and_need_not_be_in_a_list(route
 def test_files_that_cannot_be_read(router: Router, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     with (tmp_path / "x.txt").open() as text:
-        message = r"image of file '.*x.txt': gives str, not bytes: open it with mode 'rb'"
+        message = r"image of file '.*x.txt': expected a file of bytes, found one of str: open it with 'rb'"
         with pytest.raises(ImageError, match=message):
             router.run(text, "a")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="image of file .*: not an image that Pillow can read"):
@@ -210,7 +210,7 @@ def test_mistakes_of_the_whole_call_are_raised(router: Router) -> None:
         router.run(PIXELS, "a", on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="2 images but 1 tasks"):
         router.run([PIXELS] * 2, ["a"], on_error="return")
-    with pytest.raises(ImageError, match="images of 40 x 40 pixels"):
+    with pytest.raises(ImageError, match="images: expected 48 x 48 pixels, found 40 x 40"):
         router.run(torch.zeros(1, 3, 40, 40), "a", on_error="return")
     router.close()
     with pytest.raises(RouterError, match="closed"):

@@ -123,8 +123,8 @@ def test_what_is_no_position_is_named() -> None:
 
     adapted = AdaptedBackbone(load_backbone(Odd()), CPU, torch.float32)
     for position, message in {
-        "act": "'act' of Odd changes its input in place: expected a module that leaves it; take its parent",
-        "valid": r"'valid' of Odd makes \[1, 4, 14, 14\] of \[1, 3, 16, 16\]: expected equal axes but for the channels",
+        "act": "'act' of Odd changes its input in place: expected a module that does not; choose its parent",
+        "valid": r"'valid' of Odd makes \[1, 4, 14, 14\] of \[1, 3, 16, 16\]: expected equal axes except for channels",
         "pool": r"'pool' of Odd makes \[1, 4, 3, 3\] of \[1, 4, 14, 14\]: expected",
         "flat": r"'flat' of Odd makes \[1, 36\] of \[1, 4, 3, 3\]: expected",
     }.items():

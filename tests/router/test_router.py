@@ -179,7 +179,7 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
 @pytest.mark.parametrize(
     ("images", "task", "message"),
     [
-        (torch.zeros(2, 3, 40, 40), "a", "images of 40 x 40 pixels: the tasks expect 48 x 48"),
+        (torch.zeros(2, 3, 40, 40), "a", "images: expected 48 x 48 pixels, found 40 x 40"),
         (torch.zeros(2, 1, 48, 48), "a", r"images float32 \[2, 1, 48, 48\]: expected normalised floats"),
         (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), "a", r"images uint8 .*expected normalised floats"),
         (torch.zeros(2, 3, 48, 48), ["a"], "2 images but 1 tasks"),
@@ -235,7 +235,7 @@ def test_devices_and_precisions_that_are_not(backbone: Backbone, router: Router)
 def test_unknown_and_wrong_tasks(router: Router, backbone: Backbone, task_maker: Maker, tmp_path: Path) -> None:
     with pytest.raises(UnknownTaskError, match="task None: expected a task's name"):
         router.run(torch.zeros(1, 3, 48, 48), None)  # type: ignore[arg-type]
-    with pytest.raises(UnknownTaskError, match="no task 'x': this router has no store, and it was not added"):
+    with pytest.raises(UnknownTaskError, match="no task 'x': it was not added, and this router has no store"):
         router.run(torch.zeros(1, 3, 48, 48), "x")
     good = task_maker("g")
     other = make_task({**good.record, "backbone": {"model": "vit_huge", "digest": "sha256:" + "a" * 64}}, good.tensors)
@@ -247,10 +247,10 @@ def test_unknown_and_wrong_tasks(router: Router, backbone: Backbone, task_maker:
     with pytest.raises(TaskError, match=r"task 'g': backbone pear_tiny has no module 'blocks.9.attn'"):
         router.add(moved)
     fat = make_task({**good.record, "positions": {"blocks.0.mlp.fc1": [["a0", 1.0]]}}, good.tensors)
-    with pytest.raises(TaskError, match=r"'blocks.0.mlp.fc1': widths \(192, 192\), the backbone's are \(192, 384\)"):
+    with pytest.raises(TaskError, match=r"expected the backbone's widths \(192, 384\), found \(192, 192\)"):
         router.add(fat)
     headed = make_task(good.record, {**good.tensors, "head.weight": floats(np.zeros((3, 100)))})
-    with pytest.raises(TaskError, match="its head takes 100 features, the backbone gives 192"):
+    with pytest.raises(TaskError, match="its head: expected the backbone's 192 features, found 100"):
         router.add(headed)
     with Store.create(tmp_path / "s") as store:
         store.add(other)
@@ -572,7 +572,7 @@ BAD_TASKS: dict[str, tuple[Callable[[Task], Task], str]] = {
     "record": (lambda t: Task({"task": "t"}, t.tensors), "field 'format': expected 'pear-task/1'"),
     "bytes": (
         lambda t: Task(t.record, {**t.tensors, "head.bias": RawTensor("F32", (3,), b"")}),
-        "tensor 'head.bias' has 0 bytes: its shape takes 12",
+        "tensor 'head.bias': expected 12 bytes for its shape, found 0",
     ),
 }
 

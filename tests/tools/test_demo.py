@@ -30,7 +30,7 @@ def test_the_demo_removes_only_what_it_made(tmp_path: Path) -> None:
     (out / "data").mkdir(parents=True)
     (out / "data" / "thesis.txt").write_text("mine")
     done = CliRunner().invoke(main, ["--out", str(out)])
-    assert (done.exit_code, "mine: holds files, and the demo did not make it" in done.stderr) == (1, True)
+    assert (done.exit_code, "mine: holds files that the demo did not make" in done.stderr) == (1, True)
     assert (out / "data" / "thesis.txt").read_text() == "mine"
     out = tmp_path / "demo"
     empty_folder(out)

@@ -65,7 +65,7 @@ def test_tuning_trains_on_800_and_never_shows_test(layout: Path, tmp_path: Path)
 
 def test_mistakes(layout: Path, tmp_path: Path) -> None:
     for args, message in (
-        (("--tasks", "cifar100"), "cifar100: no such folder: expected VTAB-1k's task"),
+        (("--tasks", "cifar100"), "cifar100: no such folder: put VTAB-1k's task"),
         (("--set", "epoch=3"), "--set: unknown option 'epoch': expected one of method"),
         (("--set", "lr=high"), "--set: lr = 'high': expected float"),
         (("--set", "ratio=2"), "ratio = 2: expected at least 0 and below 1"),

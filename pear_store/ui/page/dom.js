@@ -1,23 +1,6 @@
-// Elements, numbers and questions. Text is set as text only: nothing that a store holds becomes HTML.
+// Makes elements, formats numbers, and asks the server.
 
-export const byId = (id) => document.getElementById(id);
-
-/** An element with a class, and text or further elements in it. */
-export function element(tag, className, ...inside) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...inside.filter((part) => part !== null && part !== undefined));
-  return made;
-}
-
-/** A bar that is filled to a share. It repeats a number beside it, so readers of screens are not told of it. */
-export function bar(share, className = "") {
-  const filled = element("span", "filled");
-  filled.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
-  const made = element("span", `bar ${className}`, filled);
-  made.setAttribute("aria-hidden", "true");
-  return made;
-}
+export { bar, byId, element } from "./elements.js";
 
 const whole = new Intl.NumberFormat("en");
 export const count = (number) => (number === null ? "?" : whole.format(number));
@@ -35,7 +18,7 @@ export function bytes(number) {
 
 export const date = (time_ns) => new Date(time_ns / 1e6).toISOString().slice(0, 16).replace("T", " ");
 
-/** What the server answers; its own words where it refuses. */
+/** The server's answer. If the server refuses, an error with its message. */
 export async function ask(path, values = {}) {
   let answer;
   try {

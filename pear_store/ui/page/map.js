@@ -1,4 +1,4 @@
-// Which tasks share how much: a square of tasks by tasks, and what saves most in words.
+// Shows which tasks share how much: a map of tasks by tasks, and a list of what saves most.
 
 import { ask, bar, byId, bytes, element, percent, plural } from "./dom.js";
 
@@ -14,7 +14,7 @@ export async function show(backbone, name) {
     for (const a of group.tasks) for (const b of group.tasks) if (a !== b) shared[a * side + b] += group.size_bytes;
   const left = found.left_out ? ` The ${plural(side, "task")} that share most are drawn, ${plural(found.left_out, "task")} are not.` : "";
   byId("map-note").textContent = side
-    ? `${plural(side, "task")} of ${name}, side by side and top down. The stronger a cell, the more of the smaller one of both tasks is shared.${left}`
+    ? `${plural(side, "task")} of ${name}, from left to right and from top to bottom. The stronger a cell, the larger the shared part of the smaller task.${left}`
     : "There is nothing to draw.";
   byId("map-frame").hidden = side === 0;
   byId("map-cell").textContent = "";
@@ -39,7 +39,7 @@ export async function show(backbone, name) {
 
 const share = (a, b) => shared[a * tasks.length + b] / Math.max(1, Math.min(tasks[a].size_bytes, tasks[b].size_bytes));
 
-/** Draws one square for each pair. Called again when light turns dark. */
+/** Draws one square for each pair. Called again when the colour scheme changes. */
 export function draw() {
   const canvas = byId("map");
   const side = tasks.length;

@@ -1,4 +1,4 @@
-// The page: the store in numbers, its backbones, its growth, and one task in a window of its own.
+// The page: the store in numbers, its backbones, its growth, and one task in a dialog.
 
 import { ask, bar, byId, bytes, count, date, element, percent, plural } from "./dom.js";
 import * as map from "./map.js";

@@ -1,4 +1,4 @@
-// The list of tasks: searched, sorted and cut by the server, so thousands are as quick as ten.
+// The list of tasks. The server searches, sorts and cuts it, so thousands of tasks are as quick as ten.
 
 import { ask, bar, byId, bytes, count, date, element, percent, plural } from "./dom.js";
 
@@ -58,7 +58,7 @@ function headings() {
   );
 }
 
-/** Shows another part. What was asked for later wins. */
+/** Shows another part of the list. Answers to earlier requests are ignored. */
 async function turn(to) {
   const number = ++asked;
   const wanted = { first: to, count: ROWS, sort, reverse, search: byId("search").value, backbone: byId("backbone").value };
@@ -68,7 +68,7 @@ async function turn(to) {
     first = to;
     byId("range").textContent = found.matching
       ? `${count(first + 1)}–${count(first + found.tasks.length)} of ${count(found.matching)}`
-      : found.total ? "none has this in its name" : "the store is empty";
+      : found.total ? "no task has this in its name" : "the store is empty";
     byId("rows").replaceChildren(...found.tasks.map(row));
     byId("before").disabled = first === 0;
     byId("after").disabled = first + ROWS >= found.matching;

@@ -1,11 +1,11 @@
-// Asks tasks about the picture, some at a time, and shows what they say.
+// Asks some tasks at a time about the picture, and shows their answers.
 
 import { json, sentence } from "./api.js";
 import { bar, byId, count, element, milliseconds, percent, plural } from "./dom.js";
 
-const SHOWN = 24; // answers, until more are asked for
-const OPEN = 3; // so few are shown with all their labels
-const URL_LENGTH = 6000; // of names; some proxies take no more than 8,000
+const SHOWN = 24; // answers shown before the user asks for more
+const OPEN = 3; // up to so many answers are shown with all their labels
+const URL_LENGTH = 6000; // characters of names in a URL; some proxies take at most 8,000
 
 let rows = [];
 let shown = 0;
@@ -15,7 +15,7 @@ export const isRunning = () => running !== null;
 
 export const stop = () => running?.abort();
 
-/** Asks tasks, in as few requests as the server allows: those of one request share the picture's trunk. */
+/** Asks tasks in as few requests as the server allows. Tasks of one request share the picture's forward. */
 export async function ask(file, names, limit) {
   running = new AbortController();
   [rows, shown] = [[], 0];
@@ -109,7 +109,7 @@ function show(until, isOpen) {
   shown = Math.min(until, rows.length);
 }
 
-/** One task's answer: its likeliest label in a line, the next ones and the batch below. */
+/** One task's answer: the likeliest label in a line; below it the next labels and the batch. */
 function answer(row, isOpen) {
   const version = row.version === null ? null : element("span", "version", ` v${row.version}`);
   const name = element("span", "task", row.task.split("@")[0], version);

@@ -1,14 +1,14 @@
-// What the server is asked. Paths are relative, so the page also works where its app is mounted below a path.
+// Requests to the server. Paths are relative, so the page also works if its app is mounted below a path.
 
 import { byId } from "./dom.js";
 
 const KEY = "pear-token";
 let opened = null;
 
-/** What went wrong, in one line for a person. */
+/** An error, as one line for the user. */
 export class Failure extends Error {}
 
-/** Asks the server; if it wants a token, asks the user for one first. */
+/** Asks the server. If it needs a token, the user is asked for one. */
 export async function call(path, options = {}) {
   for (;;) {
     const token = sessionStorage.getItem(KEY);
@@ -44,7 +44,7 @@ export function forgetToken() {
   sessionStorage.removeItem(KEY);
 }
 
-/** Opens the dialog once, however many calls wait for it. */
+/** Opens the dialog once, even if several calls wait for it. */
 function askForToken(why) {
   opened ??= new Promise((resolve) => {
     const door = byId("door");

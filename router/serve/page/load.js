@@ -1,4 +1,4 @@
-// How busy the server is: its metrics, as Prometheus reads them, every two seconds.
+// Shows how busy the server is. It reads the metrics for Prometheus every two seconds.
 
 import { call } from "./api.js";
 import { byId, count, element } from "./dom.js";
@@ -20,7 +20,7 @@ const FIGURES = [
 const ratio = (part, whole) => (whole > 0 ? part / whole : null);
 const short = (value) => (value >= 100 || value === 0 ? count(Math.round(value)) : value.toFixed(1));
 
-/** Draws what is going on, as long as somebody looks. */
+/** Draws the load as long as it is visible. */
 export async function watch(heard) {
   const drawn = FIGURES.map(figure);
   byId("figures").replaceChildren(...drawn.map(({ box }) => box));
@@ -48,12 +48,12 @@ export async function watch(heard) {
 function difference(before, now) {
   const found = { ...now };
   for (const name of ["seconds", "requests", "rows", "tasks", "batches", "hits", "misses"]) {
-    found[name] = Math.max(0, now[name] - before[name]); // a server that was started anew counts from 0
+    found[name] = Math.max(0, now[name] - before[name]); // a restarted server counts from 0
   }
   return found;
 }
 
-/** What the text says, of all that is in it. Only predictions count as requests: this page asks for more than those. */
+/** Sums of the metrics in the text. Only predictions count as requests, because this page makes others, too. */
 export function read(text) {
   const found = { seconds: performance.now() / 1000, requests: 0 };
   const names = {
@@ -70,7 +70,7 @@ export function read(text) {
   return found;
 }
 
-/** A number with a line of what it was. */
+/** A number with a line of its earlier values. */
 function figure({ name, of, text, most }) {
   const values = [];
   const number = element("dd", "", "–");
@@ -104,7 +104,7 @@ function figure({ name, of, text, most }) {
 
 const stroke = (run) => `M${run.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}${run.length === 1 ? "h0.1" : ""}`;
 
-/** Values that follow one another without a gap, each with its place. */
+/** Runs of values without a gap, each value with its place. */
 function runsOf(values) {
   const runs = [];
   values.forEach((value, place) => {

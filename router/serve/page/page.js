@@ -1,4 +1,4 @@
-// Brings the parts of the page together.
+// Connects the parts of the page.
 
 import * as answers from "./answers.js";
 import { forgetToken, hasToken, json } from "./api.js";
@@ -7,7 +7,7 @@ import * as load from "./load.js";
 import * as picture from "./picture.js";
 import * as tasks from "./tasks.js";
 
-const MOST_TASKS = 128; // of one request: more would keep the first answers back
+const MOST_TASKS = 128; // of one request; more would delay the first answers
 let server = null;
 let asking = Promise.resolve();
 

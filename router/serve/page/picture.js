@@ -1,4 +1,4 @@
-// The picture that is asked about: dropped, pasted, chosen or taken.
+// The picture to classify: dropped, pasted, chosen, or taken by a camera.
 
 import { byId, bytes } from "./dom.js";
 
@@ -7,7 +7,7 @@ let url = null;
 
 export const chosen = () => file;
 
-/** Takes pictures from every way in; `changed` is told of each, `refused` of what is none. */
+/** Takes pictures in all these ways. Calls `changed` for each, and `refused` for anything else. */
 export function watch(changed, refused) {
   const take = (found) => {
     if (!found) return;
@@ -17,7 +17,7 @@ export function watch(changed, refused) {
   for (const id of ["file", "camera"]) {
     byId(id).addEventListener("change", (event) => {
       take(event.target.files[0]);
-      event.target.value = ""; // the same file may be chosen again
+      event.target.value = ""; // so that the same file can be chosen again
     });
   }
   document.addEventListener("paste", (event) => {
@@ -55,7 +55,7 @@ function show(found) {
   const name = found.name || "a pasted picture";
   shown.onload = () => describe(name, found, `${shown.naturalWidth} × ${shown.naturalHeight}`);
   shown.onerror = () => {
-    shown.hidden = true; // a kind that this browser does not show; the server may still read it
+    shown.hidden = true; // this browser cannot show the format; the server may still read it
     document.body.classList.remove("has-picture");
   };
   shown.hidden = false;

@@ -1,14 +1,14 @@
-// The list of tasks: searched and paged by the server, so thousands are as quick as ten. The chosen ones are kept by name.
+// The list of tasks. The server searches it and gives pages, so thousands are as quick as ten. Chosen tasks are kept by name.
 
 import { json } from "./api.js";
 import { bar, byId, bytes, count, element, percent, plural } from "./dom.js";
 
 const ROWS = 10;
-const NAMES = 1000; // of one request, when all are chosen
-const FEW = 16; // so many are chosen from the start
+const NAMES = 1000; // asked for in one request, when all are chosen
+const FEW = 16; // if there are at most so many tasks, all are chosen at the start
 
 export const names = new Set();
-let starts = [""]; // the name before each page, up to the one that is shown
+let starts = [""]; // the name before each page, up to the page that is shown
 let page = null;
 let asked = 0;
 let changed = () => {};
@@ -28,7 +28,7 @@ export async function watch(whenChanged, whenFailed) {
     mark();
   });
   byId("all").addEventListener("click", chooseAll);
-  byId("range").textContent = "reading the list …"; // at first the server looks at every task
+  byId("range").textContent = "reading the list …"; // slow at first: the server looks at every task
   await turn([""]);
   if (page && page.total <= FEW) {
     for (const task of page.tasks) names.add(task.name);
@@ -39,7 +39,7 @@ export async function watch(whenChanged, whenFailed) {
 
 const url = (limit, after) => `v1/tasks?${new URLSearchParams({ limit, after, search: byId("search").value.trim() })}`;
 
-/** Shows another page. What was asked for later wins. */
+/** Shows another page. Of several requests the last one counts. */
 async function turn(to) {
   const number = ++asked;
   try {
@@ -121,7 +121,7 @@ function shared(task) {
   return element("td", "", `${Math.round(share * 100)} %`, bar(share, "small"));
 }
 
-/** Brings boxes and counts in line with what is chosen. */
+/** Updates boxes and counts to the chosen tasks. */
 function mark() {
   for (const box of byId("rows").querySelectorAll("input")) box.checked = names.has(box.value);
   byId("chosen").textContent = names.size ? `${count(names.size)} chosen` : "none chosen";

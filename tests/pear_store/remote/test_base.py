@@ -6,7 +6,6 @@ import os
 import random
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ import pytest
 from pear_store.errors import AbsentError, DamagedRemoteError, PlaceError
 from pear_store.format.container import Place as TensorPlace
 from pear_store.format.digest import Digest, to_digest
+from pear_store.pools import ThreadPool
 from pear_store.remote import pull as pulling
 from pear_store.remote import reading, rebase
 from pear_store.remote.base import Root, Run, Shard, base_name, parse_root, shard_name
@@ -612,7 +612,7 @@ def test_the_last_entry_is_found_in_few_requests(count: int) -> None:
                 raise AbsentError("place", name)
             return b"entry"
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPool(4) as pool:
         assert reading.Entries(Known(), pool).last(0) == count
         assert len(asked) <= 16 * 7 and len(asked) == len(set(asked))
         assert reading.Entries(Known(), pool).last(count) == count

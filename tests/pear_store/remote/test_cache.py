@@ -314,7 +314,7 @@ def test_without_a_network_what_is_cached_is_served(client: Client, opener: Open
         store.get("dtd")
     team.place.rate = 2.0  # every request fails
     store = opener(ttl_s=0.0)
-    with pytest.warns(UserWarning, match="what is known of it is used on") as warned:
+    with pytest.warns(UserWarning, match="what was known before is used") as warned:
         for _ in range(3):
             assert same(store.get("dtd"), client.store.get("dtd"))
             assert store.resolve("dtd@prod").version == 1
@@ -613,13 +613,21 @@ def test_a_task_larger_than_the_limit_is_served(twenty: Client, opener: Opener) 
     assert store.stats().cached_versions <= 2
 
 
-@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["0", "many", "-1", "1.5", "9" * 5000])
 def test_a_size_that_is_none_is_one_line(
     client: Client, opener: Opener, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("PEAR_CACHE_BYTES", text)
     with pytest.raises(PearStoreError, match="size of the cache '.*': expected a number of bytes"):
         opener()
+
+
+def test_a_cache_that_cannot_be_there_is_a_temporary_one(
+    client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / ("x" * 300)))
+    with pytest.warns(UserWarning, match="a temporary one is used"), Store.open(URL) as store:
+        assert store.get("dtd").name == "dtd"
 
 
 def test_where_the_cache_is(client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -669,7 +677,7 @@ def test_a_full_disk_is_said_and_tasks_are_served(
     client.push()
     store = opener(folder=small_disk / "cache")
     with pytest.warns(
-        UserWarning, match="tasks are not cached but read from the remote each time: .*no space"
+        UserWarning, match="cannot be written, so tasks are read from the remote each time: .*no space"
     ) as warned:
         for _ in range(2):
             for number in range(8):
@@ -749,9 +757,9 @@ def test_what_would_change_it_says_to_clone(client: Client, opener: Opener) -> N
         partial(store.add, small_task()), partial(store.tag, "dtd", "x"), partial(store.untag, "dtd@prod"),
         partial(store.remove, "dtd"), store.gc, store.push, store.pull,
     ):  # fmt: skip
-        with pytest.raises(PearStoreError, match="a remote is only read; to change it, clone it first"):
+        with pytest.raises(PearStoreError, match="a remote is only read; to change it, clone it"):
             act()
-    with pytest.raises(PearStoreError, match="a URL names a remote"):
+    with pytest.raises(PearStoreError, match="expected a store's directory, found a URL"):
         Store("s3://user:secret@bucket/store")
 
 
@@ -805,7 +813,7 @@ def test_commands_that_read(directory: str, tmp_path: Path, monkeypatch: pytest.
     changing = (("add", str(tmp_path / "t3.safetensors")), ("rm", "t3", "--yes"), ("gc",), ("verify",), ("push",))
     for change in changing:
         refused = run(*there, *change)
-        assert refused.exit_code == 1 and "clone the remote first" in refused.stderr
+        assert refused.exit_code == 1 and "found a URL; clone the remote" in refused.stderr
     assert run("--store", f"file://{tmp_path}/nowhere", "ls").exit_code == 12
 
 

@@ -68,7 +68,7 @@ def test_remotes_are_added_listed_and_forgotten(shared: tuple[str, ...], tmp_pat
     assert not list((tmp_path / "s" / "remotes").glob("again*"))
     assert run(*shared, "remote", "rm", "again").exit_code == 3
     taken = run(*shared, "remote", "add", "team", tmp_path / "remote")
-    assert taken.exit_code == 1 and "is there" in taken.stderr
+    assert taken.exit_code == 1 and "remote 'team' exists; use another name" in taken.stderr
 
 
 def test_only_the_tasks_that_a_remote_was_added_for_are_pulled(shared: tuple[str, ...], tmp_path: Path) -> None:

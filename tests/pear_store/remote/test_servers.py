@@ -60,7 +60,7 @@ def clone_of(remote: Remote, folder: Path) -> set[str]:
 # ---- who may write ---------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("default:.*for this store alone")
+@pytest.mark.filterwarnings("default:.*only this store may push")
 @pytest.mark.parametrize("server", ["rclone", "s3rver", "pys3local"], indirect=True)
 def test_a_server_that_overwrites_is_refused_or_kept_for_one_writer(
     server: Server, store: Store, tmp_path: Path
@@ -76,7 +76,7 @@ def test_a_server_that_overwrites_is_refused_or_kept_for_one_writer(
     assert pushed.exit_code == 0 and "12 versions" in pushed.stdout
     assert (
         pushed.stderr
-        == f"Warning: {url}: kept for this store alone; what another store pushes there meanwhile may be lost\n"
+        == f"Warning: {url}: only this store may push there (--single-writer); what others push may be lost\n"
     )
     assert '"single_writer": true' in run(*here, "remote", "ls", "--json").stdout
     remote = Remote("origin", url, options)
@@ -115,7 +115,7 @@ def test_a_directory_without_hard_links_takes_one_writer(
     remote = Remote("origin", str(tmp_path / "remote"), single_writer=True)
     init_remote(remote.url, single_writer=True)
     add_remote(store.path, remote)
-    with pytest.warns(UserWarning, match="for this store alone"):
+    with pytest.warns(UserWarning, match="only this store may push there"):
         assert len(store.push().versions) == 12
     assert len(clone_of(Remote("origin", remote.url), tmp_path / "clone")) == 12
 
@@ -133,12 +133,12 @@ def every_request(made: Place) -> list[Callable[[], object]]:
 
 
 REFUSALS = [
-    (400, "ExpiredToken", "the credentials of the environment have expired; renew them"),
-    (403, "InvalidAccessKeyId", "does not accept the credentials of the environment; set valid ones"),
-    (403, "SignatureDoesNotMatch", "does not accept the credentials of the environment; set valid ones"),
-    (403, "AccessDenied", "access is denied; see which rights"),
-    (403, "RequestTimeTooSkewed", "the clocks of this machine and of the server differ"),
-    (401, "", "does not accept the credentials"),
+    (400, "ExpiredToken", "the environment's credentials have expired; renew them"),
+    (403, "InvalidAccessKeyId", "does not accept the environment's credentials; set valid ones"),
+    (403, "SignatureDoesNotMatch", "does not accept the environment's credentials; set valid ones"),
+    (403, "AccessDenied", "access is denied; check which rights"),
+    (403, "RequestTimeTooSkewed", "this machine's clock and the server's differ"),
+    (401, "", "does not accept the environment's credentials"),
     (507, "", "no space left"),
     (503, "SlowDown", "busy"),
     (500, "InternalError", "busy"),
@@ -189,7 +189,7 @@ def test_a_key_that_is_refused_or_not_there_is_one_line(sshd: dict[str, str], tm
     )
     known, key = sshd["known_hosts"], sshd["key_file"]
     for key_file, known_hosts, text in (
-        (str(other), known, "accepts none of the keys at hand; see the user's name"),
+        (str(other), known, "accepts no key of this user; check the user's name"),
         (str(tmp_path / "none"), known, "none cannot be read"),
         (key, str(tmp_path / "none"), "none cannot be read"),
         (key, os.devnull, "not in known_hosts"),

@@ -147,7 +147,7 @@ def test_a_name_that_is_no_text_is_damage(team: Team, one: Client) -> None:
     one.pull()
     mirror = one.folder / "mirror"
     mirror.write_bytes(mirror.read_bytes().replace(b"task1", b"t\xffsk1"))
-    with pytest.raises(PlaceError, match="mirror is damaged .*: delete it"):
+    with pytest.raises(PlaceError, match="mirror is damaged .*; delete it"):
         one.pull()
 
 
@@ -244,7 +244,7 @@ def test_what_is_known_again_is_used_without_a_network(team: Team, one: Client) 
     out = FaultyPlace(team.medium)
     out.before["get log"] = [no_connection] * 100
     log = KnownLog(file, out, 60, 30)
-    with pytest.warns(UserWarning, match="what is known of it is used on"):
+    with pytest.warns(UserWarning, match="what was known before is used"):
         assert len(log.versions(None)) == 5
 
 

@@ -290,7 +290,7 @@ def test_names_that_differ_in_case_are_a_clash(team: Team) -> None:
     b.store.add(small_task("DTD"))
     with pytest.raises(ClashError, match="differs only in case"):
         b.push()
-    assert b.pull().problems == ["task 'DTD' differs only in case from 'dtd' on the remote"]
+    assert b.pull().problems == ["task 'DTD' differs only in case from 'dtd' on the remote; add it under another name"]
     assert list(b.contents()) == ["DTD@1"]
 
 
@@ -577,7 +577,7 @@ def test_a_version_that_is_tagged_on_either_side_is_not_removed_from_the_other(t
     b.store.tag("two@1", "keep")
     a.store.remove("two")
     a.push()
-    assert "is kept here: a tag holds it" in b.pull().problems[0]
+    assert "is kept here, because it has a tag" in b.pull().problems[0]
     assert "two@1" in b.contents()
     with pytest.raises(ClashError, match="was removed on the remote"):
         b.push()
@@ -600,7 +600,7 @@ def test_tags_move_only_from_what_the_mover_saw(team: Team) -> None:
     a.store.tag("dtd@2", "prod")
     assert a.push().tags == [("dtd", "prod", 2)]
     b.store.tag("dtd@3", "prod")
-    with pytest.raises(ClashError, match="tag dtd@prod stands for version 3 here and for version 2 on the remote"):
+    with pytest.raises(ClashError, match="tag dtd@prod is on version 3 here and on version 2 on the remote"):
         b.push()
     assert b.pull().problems and b.store.tags() == {"dtd": {"prod": 3}}, "neither is chosen"
     b.store.tag("dtd@2", "prod")

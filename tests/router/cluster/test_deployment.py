@@ -169,12 +169,12 @@ def test_the_task_of_a_path() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "is reached from other machines: give use_token, or no_auth=True if something else checks who asks"),
+        ({}, "other machines can reach Ray Serve: give use_token, or no_auth=True if something else checks clients"),
         ({"use_token": ""}, "use_token: expected a token of at least 16 printable ASCII characters"),
         ({"use_token": "short"}, "use_token: expected a token of at least 16 printable ASCII characters"),
         ({"use_token": "a-token-to-use-täsks"}, "use_token: expected a token of at least 16 printable ASCII"),
         ({**TOKENS, "manage_token": "short"}, "manage_token: expected a token of at least 16 printable ASCII"),
-        ({"manage_token": TOKENS["manage_token"]}, "manage_token is there, but no use_token: both are needed"),
+        ({"manage_token": TOKENS["manage_token"]}, "manage_token is given without use_token: give both"),
         ({**TOKENS, "affinity": "tasks"}, "affinity 'tasks': expected 'task' or 'none'"),
         ({**TOKENS, "dtype": "bf16"}, "dtype 'bf16': expected 'float32' or 'bfloat16' or 'float16' or 'auto'"),
     ],

@@ -165,7 +165,7 @@ def test_embeddings_of_the_backbone_alone_need_no_store(work: Path, backbone: Ba
         as_timm = backbone.module(transform(Image.open(names[0]).convert("RGB")).unsqueeze(0))
     torch.testing.assert_close(features[:1], as_timm, atol=1e-4, rtol=1e-4)
     refused = run(work, work / "other.csv", "--embeddings", "--ray", "--store", work / "s")
-    assert refused.exit_code == 2 and "--embeddings: not with --ray yet" in refused.stderr
+    assert refused.exit_code == 2 and "--embeddings does not work with --ray yet" in refused.stderr
 
 
 def test_a_run_says_where_its_time_went(work: Path) -> None:
@@ -208,27 +208,31 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
     ("args", "message"),
     [
         (["nowhere.csv", "o.csv"], "nowhere.csv: no such file"),
-        (["p", "o.csv"], "p: pictures without a list: say their task with --task NAME"),
+        (["p", "o.csv"], "p: pictures without a list: give their task with --task NAME"),
         (["p", "o.csv", "--task", "a", "--root", "."], "--root is for lists"),
-        (["empty", "o.csv", "--task", "a"], "empty: no list and no picture is there: found "),
-        (["*.gif", "o.csv", "--task", "a"], "*.gif: no list and no picture is there: found nothing"),
+        (["empty", "o.csv", "--task", "a"], "empty: expected lists or pictures, found "),
+        (["*.gif", "o.csv", "--task", "a"], "*.gif: expected lists or pictures, found nothing"),
         (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
         (["list.csv", "o.csv", "--threshold", "nan"], "threshold 'nan': expected a number from 0 to 1, or none"),
         (["list.csv", "o.csv", "--threshold", "1.5"], "threshold '1.5': expected a number from 0 to 1, or none"),
         (["list.csv", "o.csv", "--threshold", "high"], "threshold 'high': expected a number from 0 to 1, or none"),
-        (["list.csv", "o.csv", "--embeddings", "--threshold", "1"], "embeddings are no classes: without --embeddings"),
+        (["list.csv", "o.csv", "--embeddings", "--threshold", "1"], "--threshold is for classes, --embeddings"),
         (["list.csv", ""], "Invalid value for 'OUT': expected a path, found an empty text"),
         (["", "o.csv"], "Invalid value for 'SOURCE': expected a path, found an empty text"),
         (["list.csv", "."], ".: expected the name of a file or of a new folder"),
         (["list.csv", "/"], "/: expected the name of a file or of a new folder"),
         (["list.csv", "nowhere/o.csv"], "folder nowhere does not exist"),
         (["list.csv", "list.csv"], "is the list itself"),
+        ([f"{'x' * 300}.csv", "o.csv"], "File name too long"),
+        (["list.csv", f"{'x' * 300}.csv"], "File name too long"),
+        (["list.csv", f"{'x' * 300}/o.csv"], "File name too long"),
+        (["list.csv", f"{'x' * 244}.csv"], "x.csv.run.json: File name too long"),
         (["list.csv", "o.csv", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["bad.csv", "o.csv"], "column 'task' is missing"),
         (["broken.parquet", "o.csv"], "cannot be read as .parquet"),
         (["double.csv", "o.csv"], "double.csv: cannot be read as .csv: two columns are named 'task': rename one"),
-        (["array.jsonl", "o.csv"], "none of 1 lines is a row; line 1 of the list is no JSON object: found a list"),
+        (["array.jsonl", "o.csv"], "line 1 of the list: expected a JSON object: found a list"),
         (["nested.jsonl", "o.csv"], "nested.jsonl: column 'image' holds struct<a: int64>: expected text"),
         (["bad.csv", "o.csv", "--tasks", "a,zebra"], "no task 'zebra'"),
         (["bad.csv", "o.csv", "--tasks", "foreign"], "was made for backbone vit_huge"),
@@ -303,13 +307,13 @@ def test_a_list_s_own_columns_are_never_replaced(work: Path, suffix: str) -> Non
         listed = write(work / f"list{suffix}", rows[["image", "task", name]])
         done = run(listed, work / f"out{suffix}", "--store", work / "s")
         assert done.exit_code == 1
-        assert f"columns of its own with names of results: {name}; none is ever replaced" in done.stderr
+        assert f"own columns with names of results, which are never replaced: {name}:" in done.stderr
         assert "rename them, or give --prefix pear_" in done.stderr
         assert not (work / f"out{suffix}").exists()
         assert not (work / f"out{suffix}.parts").exists()
     listed = write(work / f"list{suffix}", rows)
     done = run(listed, work / f"many{suffix}", "--store", work / "s", "--tasks", "a,b")
-    assert "names of results: task, version, label, known, probability, topk, error;" in done.stderr
+    assert "never replaced: task, version, label, known, probability, topk, error:" in done.stderr
     for out, wanted, more in (("out", [], []), ("many", ["--tasks", "a,b"], ["task"])):
         assert run(listed, work / f"{out}{suffix}", "--store", work / "s", "--prefix", "pear_", *wanted).exit_code == 0
         found = read(work / f"{out}{suffix}")
@@ -347,7 +351,7 @@ def test_a_folder_or_a_pattern_in_place_of_a_list(
     (work / "p" / "z.png").write_bytes(b"no picture")
     done = run(work / "p", work / "o.csv", "--task", "a", "--store", work / "s", "--max-errors", 1)
     assert done.exit_code == 0, done.stderr
-    assert "1 files are no pictures by their endings" in done.stderr
+    assert "1 files are left out, because they do not end like pictures" in done.stderr
     found = read(work / "o.csv")
     assert [row["image"] for row in found] == ["a.PNG", "b.png", "deep/c.png", "z.png"]
     files = [work / "p" / name for name in ("a.PNG", "b.png", "deep/c.png")]
@@ -379,7 +383,8 @@ def test_rows_without_image_or_task_cost_only_themselves(work: Path) -> None:
     )
     done = run(work / "list.jsonl", work / "out.jsonl", "--store", work / "s")
     assert "1 predictions, 2 errors" in done.stdout
-    assert [row["error"] for row in read(work / "out.jsonl")] == [None, "no image is named", "no task is named"]
+    errors = [row["error"] for row in read(work / "out.jsonl")]
+    assert errors == [None, "the row names no image", "the row names no task"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -399,7 +404,7 @@ def test_a_malformed_line_fails_alone(work: Path, suffix: str) -> None:
     done = run(work / f"list{suffix}", work / "out.jsonl", "--store", work / "s")
     assert (done.exit_code, "2 predictions, 1 errors" in done.stdout) == (0, True)
     found = read(work / "out.jsonl")
-    assert found[1]["error"].startswith("line 3 of the list has 1" if suffix == ".csv" else "line 2 of the list is no")
+    assert found[1]["error"].startswith(f"line {3 if suffix == '.csv' else 2} of the list: expected")
     assert [row["image"] for row in found] == ["0.png", None, "1.png"]
 
 
@@ -412,7 +417,7 @@ def test_a_latin_1_list_is_read_when_told_so(work: Path) -> None:
     assert "1 predictions, 0 errors" in run(*given, "--encoding", "latin-1").stdout
     for name in ("nonsense", "base64"):
         done = run(*given, "--encoding", name)
-        assert (done.exit_code, f"{name!r} is no text encoding" in done.stderr) == (2, True)
+        assert (done.exit_code, f"{name!r}: expected a text encoding" in done.stderr) == (2, True)
 
 
 # ---- where images are ---------------------------------------------------------------------------
@@ -471,7 +476,7 @@ def test_root_confines_a_list_to_a_directory(work: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_large_pictures_and_unlisted_protocols_are_opened_only_when_told_so(work: Path) -> None:
     for column, options, problem in (
-        ("0.png", ["--max-pixels", 599], "give max_pixels (--max-pixels) of at least 600"),
+        ("0.png", ["--max-pixels", 599], "set max_pixels (--max-pixels) to at least 600"),
         (f"filecache::{(work / '0.png').as_uri()}", [], "say --allow filecache"),
     ):
         listed = write(work / "list.csv", pd.DataFrame({"image": [column, str(work / "1.png")], "task": ["a", "a"]}))
@@ -502,7 +507,7 @@ def test_a_run_that_serves_nothing_says_so(work: Path, monkeypatch: pytest.Monke
     done = run(*given)
     assert done.exit_code == 1
     assert "0 predictions, 2 errors, finished: out.csv" in done.stdout
-    assert "Error: nothing could be served: 2 errors, the first: " in done.stderr
+    assert "Error: no row could be served: 2 errors, the first: " in done.stderr
     assert "0.png: no such file" in done.stderr
     assert len(read(work / "out.csv")) == 2
     assert json.loads(run(*given, "--json").stdout)["predictions"] == 0
@@ -551,7 +556,7 @@ def test_images_that_a_parquet_list_holds(work: Path, backbone: Backbone, wanted
         assert [row["image"] for row in found] == (paths if not wanted else [path for path in paths for _ in "ab"])
         errors = [row["p_error" if wanted else "error"] for row in found]
         assert "not an image" in errors[4 if wanted else 2]
-        assert (errors[-1] is None) == (paths == names) or "no image is named" in errors[-1]
+        assert (errors[-1] is None) == (paths == names) or "the row names no image" in errors[-1]
         if not wanted:
             expected = Router(backbone, work / "s").run([str(work / "0.png"), str(work / "1.png")], ["a", "b"])
             assert [row["label"] for row in found[:2]] == expected.labels
@@ -770,7 +775,7 @@ def test_a_folder_that_no_run_wrote_or_that_was_changed_is_never_replaced(work: 
     listed = long_list(work, 4)
     args = ["--store", work / "s"]
     (work / "out").mkdir()
-    assert "was not written by a run" in run(listed, work / "out", *args, "--overwrite").stderr
+    assert "no run wrote it" in run(listed, work / "out", *args, "--overwrite").stderr
     (work / "out").rmdir()
     assert run(listed, work / "out", *args).exit_code == 0
     (work / "out" / "more.txt").write_text("mine")
@@ -798,7 +803,7 @@ def test_parts_that_are_missing_in_the_middle_are_done(work: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ray", "list.csv", "out"], "'list.csv' is no address: write --ray after LIST and OUT, or --ray=ADDRESS"),
+        (["--ray", "list.csv", "out"], "'list.csv': expected an address, found a list: write --ray after LIST"),
         (["list.csv", "out", "--workers", 2], "are for a cluster: give --ray, too"),
         (["list.csv", "out.d", "--ray"], "expected a file ending in .csv, .jsonl, .parquet, or a folder"),
     ],
@@ -937,9 +942,7 @@ def test_an_unfinished_run_is_not_mixed_with_another(work: Path, monkeypatch: py
     other = [*given[:-1], 2]
     done = run(*other)
     assert done.exit_code == 1
-    assert (
-        "holds an unfinished run of other options (batch_size was 1, is 2): repeat those, or --restart" in done.stderr
-    )
+    assert "holds an unfinished run with other options (batch_size was 1, is 2): repeat" in done.stderr
     with (work / "list.csv").open("a") as file:
         file.write(f"{work / '0.png'},a,40\n")
     done = run(*given)
@@ -964,7 +967,7 @@ def test_a_folder_of_something_else_is_left_alone(work: Path) -> None:
     (work / "out.csv.parts" / "mine.txt").write_text("mine")
     for more in ([], ["--restart"]):
         done = run(long_list(work, 3), work / "out.csv", "--store", work / "s", *more)
-        assert (done.exit_code, "holds mine.txt, which is not of a run: move it" in done.stderr) == (1, True)
+        assert (done.exit_code, "holds mine.txt, which no run wrote: move it" in done.stderr) == (1, True)
     assert (work / "out.csv.parts" / "mine.txt").read_text() == "mine"
 
 
@@ -1033,7 +1036,7 @@ def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyP
         patched.setattr(Router, "run", None)
         done = run(*given)
         assert (done.exit_code, done.stdout) == (0, f"1 predictions, 1 errors, finished: {work / 'out.csv'}\n")
-        assert "finished before: the same list, options, store and backbone; --overwrite runs it again" in done.stderr
+        assert "finished before, with the same lists, options, store and backbone; --overwrite" in done.stderr
         again = json.loads(run(*given, "--json").stdout)
     assert again == {**report, "images": 0, "resumed_images": 2, "seconds": 0.0, "images_per_s": 0.0,
                      "finished_before": True}  # fmt: skip
@@ -1042,7 +1045,7 @@ def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyP
     for more in (["--top", 1], ["--tasks", "a", "--prefix", "p_"], ["--batch-size", 1], ["--root", work]):
         done = run(*given, *more)
         assert (done.exit_code, "out.csv: was written with other options (" in done.stderr) == (1, True)
-        assert "choose another output, or --overwrite" in done.stderr
+        assert "choose another output, or replace it with --overwrite" in done.stderr
     small_list(work, more=[1, 2])
     done = run(*given)
     assert (done.exit_code, "with other options (list was " in done.stderr) == (1, True)
@@ -1062,7 +1065,7 @@ def test_what_no_run_wrote_is_never_replaced(work: Path) -> None:
         assert not (work / "out.csv.parts").exists()
 
     out.write_text("mine")
-    refused("out.csv: is there, and was not written by a run: it is not replaced: move it, or choose another output")
+    refused("out.csv: no run wrote it, so it is not replaced: move it away, or choose another output")
     assert out.read_text() == "mine"
     out.unlink()
     for link in (work / "0.png", work / "nowhere"):
@@ -1070,22 +1073,22 @@ def test_what_no_run_wrote_is_never_replaced(work: Path) -> None:
         refused("out.csv: is a link")
         out.unlink()
     os.mkfifo(out)
-    refused("out.csv: is no regular file")
+    refused("out.csv: is not a regular file")
     out.unlink()
     for text in ("mine", "{}", "[]", '{"plan": 1}'):
         record.write_text(text)
-        refused("out.csv.run.json: is there, and was not written by a run")
+        refused("out.csv.run.json: no run wrote this file")
         assert record.read_text() == text
         record.unlink()
     assert run(*given).exit_code == 0
     with out.open("a") as file:
         file.write("mine\n")
-    refused("out.csv: was changed since a run wrote it")
+    refused("out.csv: it was changed since a run wrote it")
     assert out.read_text().endswith("mine\n")
     out.unlink()
     assert run(*given[:-1]).exit_code == 0  # what was moved away can be made again
     record.unlink()
-    refused("out.csv: is there, and was not written by a run")
+    refused("out.csv: no run wrote it")
 
 
 @pytest.mark.slow
@@ -1094,7 +1097,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
     (work / "out.csv.parts" / "notes.txt").write_text("mine")
     for more in ([], ["--restart"]):
         done = run(*given, *more)
-        assert (done.exit_code, "holds notes.txt, which is not of a run" in done.stderr) == (1, True)
+        assert (done.exit_code, "holds notes.txt, which no run wrote" in done.stderr) == (1, True)
     (work / "out.csv.parts" / "notes.txt").unlink()
     write_list = router.infer.lists.write_list
 
@@ -1105,7 +1108,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(router.infer.parts, "write_list", late)
         done = run(*given)
-    assert (done.exit_code, "out.csv: is there, and was not written by a run" in done.stderr) == (1, True)
+    assert (done.exit_code, "out.csv: no run wrote it" in done.stderr) == (1, True)
     assert (work / "out.csv").read_text() == "mine"
     (work / "out.csv").unlink()
     assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 40
@@ -1149,7 +1152,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(work: Path, monkeypatch: p
         done = run(*given)
     assert done.exit_code == 130
     last = done.stderr.splitlines()[-1]
-    assert last == "Error: interrupted; the same command goes on after the last finished part"
+    assert last == "Error: interrupted; the same command resumes after the last finished part"
     report = json.loads(run(*given, "--json").stdout)
     assert 32 <= report["resumed_images"] < 120
     assert report["predictions"] + report["errors"] == 120

@@ -68,7 +68,7 @@ def test_what_stands_between_the_fields_of_a_csv(tmp_path: Path, name: str, mark
     assert listed.schema.names == ["task", "image", "price", "note"]
     found = rows(listed)
     assert found[:2] == [("x;y.png", "a", None), ("p,q.png", "b", None)]
-    assert found[2][2] == "line 4 of the list has 2 fields, the header 4"
+    assert found[2][2] == "line 4 of the list: expected 4 fields, as in the header, found 2"
     assert listed.schema.field("price").type == pa.float64()
     assert 'b,"p,q.png",2.5,"a ""word"" of, or; two"' in written(listed, tmp_path / "o.csv").read_text()
 
@@ -76,19 +76,19 @@ def test_what_stands_between_the_fields_of_a_csv(tmp_path: Path, name: str, mark
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("image,task\na.png,a\né.png,a\n".encode("latin-1"), "line 3 is not UTF-8: byte 0xe9 at character 1; save the "
+        ("image,task\na.png,a\né.png,a\n".encode("latin-1"), "line 3 is not UTF-8: byte 0xe9 at character 1: save the "
          "list as UTF-8 (pear-infer also takes --encoding latin-1)"),
-        ("image,task\n".encode("utf-16"), "line 1 is not UTF-8: byte 0xff at character 1; save the list as UTF-8 "
+        ("image,task\n".encode("utf-16"), "line 1 is not UTF-8: byte 0xff at character 1: save the list as UTF-8 "
          "(pear-infer also takes --encoding utf-16)"),
         ("image,task\n".encode("utf-16-le"), "line 1 holds NUL bytes"),
         (b"image,task\n" + bytes(range(256)), "line 4 is not UTF-8"),
-        (b'image,task\na,a\nb,"a\nc,a\nd,a\n', "line 3: a quote that never closes, or a field of more than 131072"),
-        (b'image,task\nb,"' + b"x\n" * 100_000, "line 2: a quote that never closes, or a field of more than 131072"),
-        (b"image,task\na,a\nb," + b"x" * 200_000 + b"\n", "line 3: a quote that never closes, or a field of more than"),
+        (b'image,task\na,a\nb,"a\nc,a\nd,a\n', "line 3: a quote never closes, or a field has more than 131072"),
+        (b'image,task\nb,"' + b"x\n" * 100_000, "line 2: a quote never closes, or a field has more than 131072"),
+        (b"image,task\na,a\nb," + b"x" * 200_000 + b"\n", "line 3: a quote never closes, or a field has more than"),
         (b'image,task\na,"b"c\n', "line 2: ',' expected after '\"'"),
         (b"image,task,task\n", "two columns are named 'task': rename one"),
         (b"picture;task\na;b\n", "column 'image' is missing: expected image and task, found picture;task"),
-        (b"image;task\na;\"b\n", "line 2: a quote that never closes"),
+        (b"image;task\na;\"b\n", "line 2: a quote never closes"),
         (b"", "column 'image' is missing: expected image and task, found none"),
         (b"\xef\xbb\xbf", "column 'image' is missing"),
         (b"\x1b[2Jx,y\n", "found '\\x1b[2Jx', y"),
@@ -108,11 +108,11 @@ def test_a_line_of_csv_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
     listed = scan(tmp_path / "l.csv", text)
     assert [fault for _, _, fault in rows(listed)] == [
         None,
-        "line 3 of the list has 2 fields, the header 3",
-        "line 4 of the list has 4 fields, the header 3",
+        "line 3 of the list: expected 3 fields, as in the header, found 2",
+        "line 4 of the list: expected 3 fields, as in the header, found 4",
         "line 7 of the list holds NUL bytes",
         None,
-        "line 9 of the list has 1 fields, the header 3",
+        "line 9 of the list: expected 3 fields, as in the header, found 1",
     ]
     assert listed.schema.field("n").type == pa.int64()
     assert written(listed, tmp_path / "o.csv").read_text() == "image,task,n\na.png,a,1\n,,\n,,\n,,\ne.png,a,5\n,,\n"
@@ -149,15 +149,16 @@ def test_a_malformed_line_of_json_fails_alone(tmp_path: Path, monkeypatch: pytes
     for number, ((_, _, fault), part) in enumerate(
         zip(
             found[1:-1],
-            ["Expecting value at character", "found a list", "found 5", "found 'text'", "found None", "is there twice",
-             "byte 0xff at character 1 is not UTF-8", "byte 0xe9 at character 15", "surrogates", "4300 digits",
+            ["Expecting value at character", "found a list", "found 5", "found 'text'", "found None", "comes twice",
+             "byte 0xff at character 1 is not UTF-8", "byte 0xe9 at character 15", "surrogates",
+             "object: a number has more than 4,300 digits",
              "recursion", "recursion", "more than 100000 characters", "Expecting value"],
             strict=True,
         ),
         2,
     ):  # fmt: skip
         assert fault is not None
-        assert fault.startswith(f"line {number} of the list ")
+        assert fault.startswith(f"line {number} of the list")
         assert part in fault
         assert fault.isprintable()
         assert len(fault) < 250
@@ -212,7 +213,7 @@ def test_an_empty_list_of_json_lines(tmp_path: Path) -> None:
         ('{"image": {"a": 1}, "task": "a"}\n', "column 'image' holds struct<a: int64>: expected text"),
         ('{"image": "a", "task": ["a"]}\n', "column 'task' holds list<item: string>: expected text"),
         ('{"image": "a"}\n', "column 'task' is missing"),
-        ("[]\n5\n", "none of 2 lines is a row; line 1 of the list is no JSON object: found a list"),
+        ("[]\n5\n", "none of 2 lines can be read; line 1 of the list: expected a JSON object: found a list"),
         ("".join(json.dumps({f"c{i}": 1}) + "\n" for i in range(10_001)), "more than 10000 names"),
     ],
 )

@@ -88,12 +88,12 @@ def test_lists_are_read_in_natural_order(tmp_path: Path) -> None:
         (["a.csv", "b.TSV", "notes.txt"], "lists", ["a.csv", "b.TSV"], None),
         (["a.parquet", "_SUCCESS", "_old.parquet", ".b.parquet", "_delta_log/c.parquet"], "lists", ["a.parquet"], None),
         (["a.jsonl", "deep/b.jsonl"], "lists", ["a.jsonl"],
-         "{}: 1 list in sub-folders left out: to read those, too, say '{}/**/*.jsonl'"),
+         "{}: 1 list in sub-folders left out: to read all, use '{}/**/*.jsonl'"),
         (["a.png", "a.csv", "b.csv", "notes.txt"], "pictures", ["a.png"],
-         "{}: 3 files are no pictures by their endings, and are left out; among them 2 lists: to read lists, not "
-         "pictures, say '{}/*.csv'"),
-        (["deep/a.png", "b.csv"], "pictures", ["deep/a.png"], "{}: 1 files are no pictures by their endings, and are "
-         "left out; among them 1 list: to read lists, not pictures, say '{}/*.csv'"),
+         "{}: 3 files are left out, because they do not end like pictures. 2 lists among them: to read lists "
+         "instead of pictures, use '{}/*.csv'"),
+        (["deep/a.png", "b.csv"], "pictures", ["deep/a.png"], "{}: 1 files are left out, because they do not end "
+         "like pictures. 1 list among them: to read lists instead of pictures, use '{}/*.csv'"),
         (["a.png"], "pictures", ["a.png"], None),
     ],
 )  # fmt: skip
@@ -110,14 +110,15 @@ def test_a_folder_is_one_of_pictures_or_of_lists(
 @pytest.mark.parametrize(
     ("files", "named", "message"),
     [
-        ([], "", "{}: no list and no picture is there: found nothing"),
-        (["a.txt", "_a.csv"], "", "{}: no list and no picture is there: found 2 files of other kinds"),
-        (["deep/a.csv", "deep/b.csv"], "", "{}: 2 lists in sub-folders, none right in it: name them by '{}/**/*.csv'"),
-        (["a.csv", "b.csv", "c.parquet"], "", "{}: expected lists of one format, found 2 .csv, 1 .parquet: name those "
-         "of one by a pattern, such as '{}/*.csv'"),
+        ([], "", "{}: expected lists or pictures, found nothing"),
+        (["a.txt", "_a.csv"], "", "{}: expected lists or pictures, found 2 files of other kinds"),
+        (["deep/a.csv", "deep/b.csv"], "", "{}: no list in it, 2 lists in its sub-folders: use the "
+         "pattern '{}/**/*.csv'"),
+        (["a.csv", "b.csv", "c.parquet"], "", "{}: expected lists of one format, found 2 .csv, 1 .parquet: use a "
+         "pattern for one format, such as '{}/*.csv'"),
         (["a.csv", "c.parquet"], "/*", "{}/*: expected lists of one format, found 1 .csv, 1 .parquet"),
         (["a.csv", "a.png", "a.txt"], "/*", "{}/*: matches 1 list and 2 files of other kinds: expected one kind"),
-        (["a.csv"], "/*.jsonl", "{}/*.jsonl: no list and no picture is there: found nothing"),
+        (["a.csv"], "/*.jsonl", "{}/*.jsonl: expected lists or pictures, found nothing"),
         (["a.csv.gz"], "/a.csv.gz", "{}/a.csv.gz: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
     ],
 )  # fmt: skip
@@ -161,7 +162,7 @@ def test_urls_of_lists_folders_and_patterns(memory: Any, tmp_path: Path) -> None
     assert find("memory://lists/**/part-*.csv", OUT).files == ("memory://lists/deep/part-1.csv", *folder)
     with pytest.raises(PearStoreError, match=r"^memory://nowhere: no such file$"):
         find("memory://nowhere", OUT)
-    with pytest.raises(RouterError, match=r"^memory://lists/\*.gif: no list is there: found nothing$"):
+    with pytest.raises(RouterError, match=r"^memory://lists/\*.gif: expected lists, found nothing$"):
         find("memory://lists/*.gif", OUT)
     with pytest.raises(RouterError, match=r"matches 3 lists and 1 files of other kinds"):
         find("memory://lists/*", OUT)
@@ -216,7 +217,7 @@ def test_a_name_that_a_file_of_json_lines_lacks_has_no_value(tmp_path: Path) -> 
     rows = '{"image": "a", "task": "a", "n": 1}\n', "", '{"image": "b", "task": "a", "n": "x", "note": 3}\n'
     listed = scan(tmp_path, *rows, suffix=".jsonl")
     assert values(listed)["note"] == [None, 3]
-    assert write_list(tmp_path / "o.csv", ".csv", listed.schema, (part.table for part in listed.parts(9))) is None
+    write_list(tmp_path / "o.csv", ".csv", listed.schema, (part.table for part in listed.parts(9)))
     assert (tmp_path / "o.csv").read_text() == "image,task,n,note\na,a,1,\nb,a,x,3\n"
     (tmp_path / "o.csv").unlink()
     with pytest.raises(RouterError, match=r"l3\.jsonl: column 'task' is missing: expected image and task, found image"):
@@ -249,7 +250,7 @@ def test_types_of_parquet_files_that_hold_one_another_s_values(tmp_path: Path) -
         ("image,task,n\n", "image,task\n", "lacks n, unlike {}/l0.csv: all lists of a run need the same columns"),
         ("image,task\n", "image\n", "column 'task' is missing: expected image and task, found image"),
         ("image,task\n", "", "column 'image' is missing: expected image and task, found none"),
-        ("image,task\n", 'image,task\n"a', "cannot be read as .csv: line 2: a quote that never closes"),
+        ("image,task\n", 'image,task\n"a', "cannot be read as .csv: line 2: a quote never closes"),
         ("image,task\n", "image,task\n\xff", "cannot be read as .csv: line 2 is not UTF-8: byte 0xff"),
     ],
 )  # fmt: skip
@@ -263,9 +264,9 @@ def test_the_file_that_is_at_fault_is_named(tmp_path: Path, first: str, second: 
 def test_a_parquet_file_that_is_at_fault_is_named(tmp_path: Path) -> None:
     first = {"image": ["a"], "task": ["a"], "n": [1]}
     for second, problem in (
-        ({**first, "n": ["x"]}, "column 'n' holds string, in the lists before int64: all lists of a run need the same"),
-        ({**first, "n": [1.5]}, "column 'n' holds double, in the lists before int64"),
-        ({**first, "image": [b"a"]}, "column 'image' holds binary, in the lists before string"),
+        ({**first, "n": ["x"]}, "column 'n' holds string, in earlier lists int64: all lists of a run need the same"),
+        ({**first, "n": [1.5]}, "column 'n' holds double, in earlier lists int64"),
+        ({**first, "image": [b"a"]}, "column 'image' holds binary, in earlier lists string"),
         ({"image": ["a"], "task": ["a"]}, f"lacks n, unlike {tmp_path}/0.parquet: all lists"),
         (None, "cannot be read as .parquet: "),
     ):
@@ -399,7 +400,8 @@ def test_faulty_lines_name_their_list(work: Path) -> None:
     (work / "lists" / "a.csv").write_text("image,task\n../0.png,a\n")
     (work / "lists" / "b.csv").write_text("image,task\n../1.png\n")
     assert "1 predictions, 1 errors" in run(work / "lists", work / "o.jsonl", "--store", work / "s").stdout
-    assert read(work / "o.jsonl")[1]["error"] == f"line 2 of {work}/lists/b.csv has 1 fields, the header 2"
+    expected = f"line 2 of {work}/lists/b.csv: expected 2 fields, as in the header, found 1"
+    assert read(work / "o.jsonl")[1]["error"] == expected
 
 
 def test_an_interrupted_run_goes_on_only_with_the_same_lists(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,10 +417,10 @@ def test_an_interrupted_run_goes_on_only_with_the_same_lists(work: Path, monkeyp
     before = (work / "lists" / "3.csv").read_text()
     (work / "lists" / "3.csv").write_text(before.replace(",a", ",b"))
     done = run(*given)
-    assert (done.exit_code, "holds an unfinished run of other options (list was " in done.stderr) == (1, True)
+    assert (done.exit_code, "holds an unfinished run with other options (list was " in done.stderr) == (1, True)
     (work / "lists" / "3.csv").write_text(before)
     write(work / "lists" / "4.csv", pd.DataFrame({"image": ["../0.png"], "task": ["a"]}))
-    assert "holds an unfinished run of other options (list was " in run(*given).stderr
+    assert "holds an unfinished run with other options (list was " in run(*given).stderr
     (work / "lists" / "4.csv").unlink()
     assert json.loads(run(*given, "--json").stdout)["resumed_images"] == 16
 
@@ -450,7 +452,7 @@ def test_what_cannot_be_read_at_a_url_is_one_line(
         (f"{web}/nowhere.csv", f"{web}/nowhere.csv: no such file"),
         (f"{web}/nowhere/", f"{web}/nowhere/: no such file"),
         ("http://127.0.0.1:1/a.csv", "http://127.0.0.1:1/a.csv: cannot be read: Cannot connect to host"),
-        ("s3://bucket/lists/*.csv", "s3://bucket/lists/*.csv: cannot be read: Install s3fs to access S3"),
+        ("s3://b/*.csv", "s3://b/*.csv: cannot be read: Install s3fs to access S3: pip install 'fsspec[s3]'"),
         ("reference://a.csv", "reference://a.csv: protocol 'reference' is not opened unless allowed"),
         ("strange://lists", "strange://lists: protocol 'strange' is not opened unless allowed"),
         (f"{work}/links", f"{work}/links/b.csv: no such file"),
@@ -465,7 +467,7 @@ def test_what_cannot_be_read_at_a_url_is_one_line(
 def test_a_copy_without_room_is_one_line(memory: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/a.csv", b"image,task\n" * 300_000)
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    message = f"^memory://a.csv: its copy has no room in {small_disk}: .* TMPDIR$"
+    message = f"^memory://a.csv: no space for its copy in {small_disk}: .* TMPDIR to another folder$"
     with pytest.raises(PearStoreError, match=message), open_copy("memory://a.csv"):
         pass
     assert not list(small_disk.iterdir())

@@ -117,6 +117,8 @@ def test_every_form_of_a_request(shared: Router) -> None:
         # one image through many
         rows = results(await client.post("/v1/predict?tasks=a,b,%20a", content=PICTURES[0], headers=RAW))
         assert [row["task"] for row in rows] == ["a", "b"]
+        rows = results(await client.post("/v1/predict?tasks=b,c&tasks=a", content=PICTURES[0], headers=RAW))
+        assert [row["task"] for row in rows] == ["b", "c", "a"]
         rows = results(await client.post("/v1/predict?tasks=all", content=PICTURES[0], headers=RAW))
         assert [row["task"] for row in rows] == ["a", "b", "c", "d", "features", "wide"]
         assert rows[4]["label"] is None
@@ -187,7 +189,7 @@ def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
     [
         ("/v1/tasks/a/predict", "image/png", b"GIF nonsense", 400, "not an image"),
         ("/v1/tasks/a/predict", "image/png", PICTURES[0][:300], 400, "cannot be read"),
-        ("/v1/tasks/a/predict", "image/png", b"", 400, "is empty"),
+        ("/v1/tasks/a/predict", "image/png", b"", 400, "expected a file's bytes"),
         ("/v1/tasks/zebra/predict", "image/png", PICTURES[0], 404, "^no task 'zebra'$"),
         ("/v1/tasks/a@7/predict", "image/png", PICTURES[0], 404, "no version 7"),
         ("/v1/tasks/a@prod/predict", "image/png", PICTURES[0], 404, "no tag 'prod'"),
@@ -198,28 +200,28 @@ def test_one_bad_image_of_many_costs_only_its_row(shared: Router) -> None:
         ("/v1/tasks/a/predict?top=0", "image/png", PICTURES[0], 422, "top='0': expected a whole number from 1 to 1000"),
         ("/v1/tasks/a/predict?top=x", "image/png", PICTURES[0], 422, "top='x'"),
         ("/v1/tasks/a/predict?probabilities=1", "image/png", PICTURES[0], 422, "expected true or false"),
-        ("/v1/tasks/a/predict", "application/json", b"{", 400, "is no JSON"),
-        ("/v1/tasks/a/predict", "application/json", b"[" * 100_000, 400, "is no JSON"),
-        ("/v1/tasks/a/predict", "application/json", b"\xff\xfe\x00", 400, "is no JSON"),
+        ("/v1/tasks/a/predict", "application/json", b"{", 400, "is not JSON"),
+        ("/v1/tasks/a/predict", "application/json", b"[" * 100_000, 400, "is not JSON"),
+        ("/v1/tasks/a/predict", "application/json", b"\xff\xfe\x00", 400, "is not JSON"),
         ("/v1/tasks/a/predict", "application/json", b"[1]", 400, 'either "image" or "images"'),
         ("/v1/tasks/a/predict", "application/json", b'{"images": 3}', 400, "expected a list"),
-        ("/v1/tasks/a/predict", "application/json", b'{"images": []}', 400, "no image"),
+        ("/v1/tasks/a/predict", "application/json", b'{"images": []}', 400, "expected at least one image"),
         ("/v1/tasks/a/predict", "application/json", b'{"images": [3]}', 400, "image 0: expected base64"),
         ("/v1/tasks/a/predict", "application/json", b'{"image": "http://x/a.png"}', 400, "expected base64"),
         ("/v1/tasks/a/predict", "application/json", b'{"image": "/etc/passwd"}', 400, "not an image|base64"),
         ("/v1/tasks/a/predict", "application/json", b'{"image": "file:///a.png"}', 400, "expected base64"),
-        ("/v1/tasks/a/predict", "application/json", b'{"image": "AA==", "task": "b"}', 400, "in the body and in"),
+        ("/v1/tasks/a/predict", "application/json", b'{"image": "AA==", "task": "b"}', 400, "in the body or in"),
         ("/v1/predict", "application/json", b'{"image": "AAAA", "task": "b", "tasks": ["a"]}', 400, 'either "task" or'),
         ("/v1/predict", "application/json", b'{"image": "AAAA", "tasks": []}', 400, "at least one"),
         ("/v1/predict", "application/json", b'{"image": "AAAA", "task": [[]]}', 400, "expected names"),
-        ("/v1/predict", "image/png", PICTURES[0], 422, "no task: say"),
+        ("/v1/predict", "image/png", PICTURES[0], 422, "no task: give"),
         ("/v1/predict?tasks=", "image/png", PICTURES[0], 404, "is no task or version"),
         ("/v1/predict", "multipart/form-data", PICTURES[0], 400, "boundary"),
-        ("/v1/predict", "multipart/form-data; boundary=x", b"nothing", 400, "is no form"),
-        ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n", 400, "is no form"),
-        ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n\r\n1\r\n--x--\r\n", 400, "no image"),
+        ("/v1/predict", "multipart/form-data; boundary=x", b"nothing", 400, "is not a form"),
+        ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n", 400, "is not a form"),
+        ("/v1/predict", "multipart/form-data; boundary=x", b"--x\r\n\r\n1\r\n--x--\r\n", 400, "expected at least one"),
         ("/v3/nowhere", "image/png", b"", 404, "no such path"),
-        ("/v1/tasks", "image/png", b"", 405, "another method"),
+        ("/v1/tasks", "image/png", b"", 405, "does not take this method"),
     ],
 )  # fmt: skip
 def test_what_is_refused(shared: Router, url: str, content_type: str, body: bytes, status: int, detail: str) -> None:
@@ -462,6 +464,9 @@ def test_the_page_and_its_files_need_no_token_and_nothing_from_elsewhere(shared:
             file = await client.get("/" + link)
             assert file.status_code == 200
             assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|outerHTML|\beval\b", file.text), link
+            asked = {f"page/{name}" for name in re.findall(r' from "./([^"]+)"', file.text)}
+            links += asked - set(links)
+        assert "page/elements.js" in links
         for name in ("zebra.js", "..%2Ffront.py", "__init__.py", "%2e%2e"):
             assert (await client.get(f"/page/{name}")).status_code == 404
         assert_problem(await client.get("/v1/server"), 401, "TOKEN")
@@ -580,6 +585,46 @@ def test_tokens_say_who_may_do_what(shared: Router, caplog: pytest.LogCaptureFix
     assert "manage-me" not in caplog.text
     with pytest.raises(RouterError, match="not empty"):
         create_app(shared, use_token="")
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "is_answered"),
+    [
+        ((), "evil.example:8090", False),
+        ((), "localhost.evil.example", False),
+        ((), "127.0.0.1.evil.example", False),
+        ((), "evil.example:80@localhost:", False),
+        ((), "[::1", False),
+        ((), "", False),
+        ((), "LocalHost:8090", True),
+        ((), "127.0.0.1:8090", True),
+        ((), "[::1]:8090", True),
+        ((), "192.168.3.4", True),
+        (("pear.Example.com",), "Pear.example.com:443", True),
+        (("pear.example.com",), "localhost", True),
+        (("pear.example.com",), "www.pear.example.com", False),
+        (("*",), "evil.example", True),
+        (None, "evil.example", True),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_refused(
+    shared: Router, names: tuple[str, ...] | None, host: str, is_answered: bool
+) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        for method, url in (("GET", "/v1/tasks"), ("POST", "/v1/refresh"), ("POST", "/v1/tasks/a/predict")):
+            answer = await client.request(method, url, content=PICTURES[0], headers={**RAW, "Host": host})
+            if is_answered:
+                assert answer.status_code == 200, answer.text
+            else:
+                assert_problem(answer, 421, f"Host {host!r}".replace("[", r"\[") + ": expected localhost, an address")
+        v2 = await client.get("/v2/models/a", headers={"Host": host})
+        assert (v2.status_code, "error" in v2.json()) == ((200, False) if is_answered else (421, True))
+        for url in ("/livez", "/readyz", "/"):  # a proxy's checks say any name
+            assert (await client.get(url, headers={"Host": host})).status_code == 200
+        document = (await client.get("/openapi.json")).json()
+        assert ("421" in document["paths"]["/v1/tasks"]["get"]["responses"]) == (names not in (None, ("*",)))
+
+    serve(shared, work, allowed_hosts=names)
 
 
 def test_with_one_token_nothing_is_managed(shared: Router) -> None:

@@ -52,9 +52,7 @@ def test_files_below_a_root_may_be_named(shared: Router, root: Path) -> None:
         asked = [{"path": "inner/a b.png", "task": "a"}, {"path": "inner/none.png", "task": "b"}]
         rows = results(await client.post("/v1/predict", json={"images": asked}))
         assert [row["error"] and row["error"]["status"] for row in rows] == [None, 404]
-        assert_problem(
-            await client.post(URL, json={"url": "http://example.org/a"}), 400, "no URL is opened .*allow-urls"
-        )
+        assert_problem(await client.post(URL, json={"url": "http://example.org/a"}), 400, "opens no URLs: .*allow-urls")
         for path, status, text in (
             ("../secret.png", 400, "without '..'"),
             ("inner/../../secret.png", 400, "without '..'"),
@@ -64,19 +62,21 @@ def test_files_below_a_root_may_be_named(shared: Router, root: Path) -> None:
             ("out/secret.png", 404, "links are not followed"),
             ("out.png", 400, "links are not followed"),
             ("in.png", 400, "links are not followed"),
-            ("pipe", 400, "no regular file"),
-            ("inner", 400, "no regular file"),
-            ("inner/none.png", 404, "no file"),
-            ("inner/a b.png/x", 404, "no file"),
-            ("nul\0", 404, "no file"),
-            ("x" * 300, 404, "no file"),
-            ("x/" * 3000, 400, "more than 4096"),
+            ("pipe", 400, "not a regular file"),
+            ("inner", 400, "not a regular file"),
+            ("inner/none.png", 404, "no readable file"),
+            ("inner/a b.png/x", 404, "no readable file"),
+            ("nul\0", 404, "no readable file"),
+            ("x" * 300, 404, "no readable file"),
+            ("x/" * 3000, 400, "at most 4096 characters"),
             ("inner/large.png", 413, "more than 20000 bytes"),
         ):
             refused = await client.post(URL, json={"path": path})
             assert_problem(refused, status, text)
             assert str(root.parent) not in refused.json()["detail"].replace(path, "")
-        assert_problem(await client.post(URL, content=b'{"path": "half \\ud800"}', headers=JSON), 404, "no file")
+        assert_problem(
+            await client.post(URL, content=b'{"path": "half \\ud800"}', headers=JSON), 404, "no readable file"
+        )
         assert service_of(client).held.size_bytes == 0
 
     serve(shared, work, root=root, limits=RequestLimits(body_bytes=20_000))
@@ -237,7 +237,7 @@ def test_urls_of_private_addresses_are_refused(
             "x",
         ):
             assert (await client.post(URL, json={"url": url})).status_code == 400, url
-        assert_problem(await client.post(URL, json={"path": "a.png"}), 400, "no path is opened here.*--root")
+        assert_problem(await client.post(URL, json={"path": "a.png"}), 400, "opens no paths: .*--root")
         with names(monkeypatch, {"mixed.test": ["93.184.215.14", "127.0.0.1"]}):
             assert_problem(await client.post(URL, json={"url": "http://mixed.test/"}), 400, "not public")
         assert Answers.asked == []

@@ -90,6 +90,7 @@ def test_a_task_s_requests_reach_one_replica_whatever_form_they_have(proxy: Prox
                 f"/v1/predict?tasks={name}",
                 f"/v1/predict?top=1&tasks={name}@prod,other",
                 f"/v1/predict?tasks={name}%2Cother",
+                f"/v1/predict?top=1&tasks={name}&tasks=other",
                 f"/v2/models/{name}/infer",
                 f"/v2/models/{name}/versions/2/infer",
             ):
@@ -344,7 +345,8 @@ def loaded(process: Process, names: list[str]) -> set[str]:
 def test_a_fleet_loses_no_request_when_a_replica_is_killed_or_drained(
     filled: Path, task_maker: Callable[..., Task]
 ) -> None:
-    args = ("--store", str(filled), "--refresh-s", "0")
+    # "pear" is what the clients call nginx, which passes that on
+    args = ("--store", str(filled), "--refresh-s", "0", "--allowed-host", "pear")
     names = [f"t{number}" for number in range(16)]
     with Store(filled) as store:
         list(store.add_many([task_maker(name, seed=number) for number, name in enumerate(names)]))

@@ -191,17 +191,19 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 is reached from other machines: give a token"),
-        (["--host", "::"], 2, "is reached from other machines"),
-        (["--host", "example.org"], 2, "is reached from other machines"),
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0: other machines can reach it: give a token"),
+        (["--host", "::"], 2, "other machines can reach it"),
+        (["--host", "example.org"], 2, "other machines can reach it"),
         (["--token-file", "nowhere"], 1, "nowhere: cannot be read"),
-        (["--token-file", "empty"], 1, "line 1: no token"),
+        (["--token-file", "empty"], 1, "line 1: expected a token"),
         (["--token-file", "short"], 1, "line 1: expected a token of at least 16 printable"),
         (["--store", "nowhere"], 3, "no store there"),
         (["--backbone", "no_such_model"], 1, "no_such_model"),
         (["--preload", "zebra"], 1, "no task 'zebra'"),
         (["--preload", "all", "--slot-bytes", "1000"], 1, "slot_bytes is 1,000"),
         (["--port", "TAKEN"], 1, "cannot listen there"),
+        (["--allowed-host", "http://a"], 1, "allowed host 'http://a': expected a name such as pear.example.com"),
+        (["--root", "x" * 300], 1, "x': expected a directory"),
         (["--max-batch", "0"], 2, "--max-batch"),
         (["--timeout-s", "nan"], 2, "'nan' is no number"),
         (["--device", "gpu"], 1, "device 'gpu' cannot be used"),
@@ -242,6 +244,38 @@ def test_other_machines_are_served_with_a_token_or_where_it_was_asked_for(
     done = CliRunner().invoke(main, ["--store", str(filled), "--port", "0", *args], catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
     assert served == [args[1]]
+
+
+@pytest.mark.parametrize(
+    ("args", "token", "allowed"),
+    [
+        ([], "", ()),
+        (["--host", "::1"], "", ()),
+        (["--allowed-host", "a.example", "--allowed-host", "b.example"], "", ("a.example", "b.example")),
+        ([], TOKEN, None),
+        (["--allowed-host", "a.example"], TOKEN, ("a.example",)),
+        (["--no-auth"], "", None),
+        (["--host", "0.0.0.0", "--no-auth"], "", None),
+        (["--host", "0.0.0.0", "--no-auth", "--allowed-host", "a.example"], "", ("a.example",)),
+    ],
+)
+def test_names_are_checked_where_no_token_is(
+    filled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: None,
+    args: list[str],
+    token: str,
+    allowed: tuple[str, ...] | None,
+) -> None:
+    monkeypatch.setenv("PEAR_SERVE_TOKEN", token)
+
+    def create(*_: Any, **options: Any) -> None:
+        assert options["allowed_hosts"] == allowed
+        raise RouterError("enough")
+
+    monkeypatch.setattr(router.serve.cli, "create_app", create)
+    done = CliRunner().invoke(main, ["--store", str(filled), *args], catch_exceptions=False)
+    assert "enough" in done.stderr
 
 
 @pytest.mark.parametrize(
