@@ -3,14 +3,16 @@
 A caller makes one `Access` and passes it on. Only commands make one from options and the environment.
 """
 
+import errno
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError
 from pear_store.files import ending, open_regular_file, read_whole
@@ -78,6 +80,31 @@ def open_source(
         yield file
 
 
+@contextmanager
+def open_copy(source: str | Path, access: Access | None = None) -> Iterator[BufferedReader]:
+    """Opens a path or URL of any size; reading may start anywhere in it. What a URL names is first copied to a file.
+
+    The copy is in the folder for temporary files. It is deleted at the end.
+
+    Raises:
+        NotFoundError: there is nothing at the path or URL.
+        SourceError: `access` does not allow it; it is no regular file; it cannot be read or copied.
+    """
+    access = access or Access()
+    path = _local_path(source, access)
+    if path is not None:
+        with open_regular_file(path, access.root) as file:
+            yield file
+        return
+    url = str(source)
+    with tempfile.NamedTemporaryFile(prefix="pear-") as copy:
+        with _errors_named(url):
+            files, path = _file_system(url)
+            files.get_file(path, copy.name)  # in one request: blocks would need a server that gives ranges
+        with open(copy.name, "rb") as file:
+            yield file
+
+
 def read_source(source: str | Path, access: Access | None = None, most_bytes: int = MAX_SOURCE_BYTES) -> bytes:
     """Reads all bytes of a file or URL.
 
@@ -134,9 +161,16 @@ def _download(url: str, most_bytes: int) -> bytes:
         return read_hub(url, most_bytes)
     import fsspec  # here: importing it takes longer than most commands
 
+    with _errors_named(url), fsspec.open(url, "rb", expand=False) as file:
+        data: bytes = file.read(most_bytes + 1)
+    return data
+
+
+@contextmanager
+def _errors_named(url: str) -> Iterator[None]:
+    """Turns every error of an fsspec file system into one that names the URL."""
     try:
-        with fsspec.open(url, "rb", expand=False) as file:
-            data: bytes = file.read(most_bytes + 1)
+        yield
     except PearStoreError:
         raise
     except Exception as error:  # each file system has its own errors
@@ -144,10 +178,14 @@ def _download(url: str, most_bytes: int) -> bytes:
             error = error.__cause__  # fsspec's HTTP raises it for any failure
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
             raise NotFoundError(f"{url}: no such file") from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = tempfile.gettempdir()
+            raise SourceError(
+                url, f"no space for its copy in {folder}: free some space, or set TMPDIR to another folder"
+            ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = _package_for(url) if isinstance(error, ImportError) else ""
         raise SourceError(url, f"cannot be read: {reason}{remedy}") from None
-    return data
 
 
 def _package_for(url: str) -> str:
@@ -161,6 +199,96 @@ def _package_for(url: str) -> str:
 
 def _is_hub(url: str) -> bool:
     return url.startswith(HUB) and "::" not in url
+
+
+# ---- the path within a URL ----------------------------------------------------------------------
+
+
+def path_in_url(url: str) -> str:
+    """The link of a chain that has a path, with its protocol. The query of a web address is left out."""
+    link = _links(url)[1]
+    return re.split("[?#]", link)[0] if _is_web(link) else link
+
+
+def is_url_pattern(url: str) -> bool:
+    """Whether a URL's path is a pattern, such as ``s3://bucket/lists/*.csv``. A web address's ``?`` makes none."""
+    return _pattern_at(_links(url)[1]) is not None
+
+
+def url_folder(url: str) -> str:
+    """The URL of the folder that holds a URL's file."""
+    before, _, after = _links(url)
+    protocol, slashes, path = path_in_url(url).partition("://")
+    return before + protocol + slashes + path.rpartition("/")[0] + after
+
+
+def url_below(folder: str, path: str) -> str:
+    """The URL of a path relative to a folder."""
+    before, link, after = _links(folder)
+    protocol, slashes, start = link.partition("://")
+    return before + protocol + slashes + os.path.normpath(os.path.join(start, path)) + after
+
+
+def files_at(url: str, access: Access | None = None) -> list[str]:
+    """The URLs of files that match a URL's pattern. If it names a folder, those of its files, without sub-folders.
+
+    Raises:
+        NotFoundError: there is nothing at the URL.
+        SourceError: `access` does not allow it, or it cannot be read.
+    """
+    check_url(url, access or Access())
+    before, link, after = _links(url)
+    pattern_at = _pattern_at(link)
+    with _errors_named(url):
+        files, path = _file_system(url)
+        files.invalidate_cache()
+        if pattern_at is None:
+            folder = link if link.endswith("/") else f"{link}/"
+            found = files.ls(path, detail=True)
+        elif files.isfile(path):
+            return [url]
+        else:
+            folder = link[:pattern_at].rpartition("/")[0] + "/"
+            found = files.glob(path, detail=True).values()
+        root = _file_system(before + folder + after)[1].strip("/")
+        start = f"{root}/" if root else ""
+        paths = [entry["name"].strip("/") for entry in found if entry["type"] != "directory"]
+        return [before + folder + path.removeprefix(start) + after for path in paths if path.startswith(start)]
+
+
+def _links(url: str) -> tuple[str, str, str]:
+    """A chain's links before the one that has a path, that one, and those after it. A single word has no path."""
+    links = url.split("::")
+    at = next((at for at, link in enumerate(links) if "://" in link), 0)
+    return "".join(f"{link}::" for link in links[:at]), links[at], "".join(f"::{link}" for link in links[at + 1 :])
+
+
+def _pattern_at(link: str) -> int | None:
+    found = re.search(r"[*[]" if _is_web(link) else r"[*?[]", link)
+    return None if found is None else found.start()
+
+
+def _is_web(link: str) -> bool:
+    return link.startswith(("http://", "https://"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and its path there.
+
+    A file from a web server may take any time while bytes arrive. By default, fsspec gives up after 5 minutes.
+    """
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if _is_web(url):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    found: tuple[Any, str] = url_to_fs(url, **options)
+    return found
+
+
+# ---- tasks --------------------------------------------------------------------------------------
 
 
 def label(source: Source) -> str:

@@ -37,20 +37,21 @@ def open_list(path: Path, needs_train: bool = True) -> Labelled:
     try:
         found = ImageList.scan(path, ["image", "label"])
         known = class_names(path) if ending(path) == ".parquet" else None
-        rows = _read(found, partial(find_image, found.folder.resolve(), Access()), known)
+        rows = _read(found, partial(find_image, Access()), known)
     except RouterError as error:
         raise DataError(str(error)) from None
     return rows.labelled(f"{path}: an image list", known, needs_train)
 
 
-def _read(found: "ImageList", place: Callable[[str | bytes], str | bytes], known: Sequence[str] | None) -> Rows:
+def _read(found: "ImageList", place: Callable[[str, str | bytes], str | bytes], known: Sequence[str] | None) -> Rows:
     of_number = None if known is None else {str(number): name for number, name in enumerate(known)}
     rows = Rows(with_splits="split" in found.schema.names)
     number = 0
     for part in found.parts(_ROWS):
         labels, names = found.texts(part.table, "label"), found.texts(part.table, "image")
         splits = found.texts(part.table, "split") if rows.with_splits else [None] * len(labels)
-        for image, name, label, split, fault in zip(part.images, names, labels, splits, part.faults, strict=True):
+        each = zip(part.images, part.folders, names, labels, splits, part.faults, strict=True)
+        for image, folder, name, label, split, fault in each:
             number, label = number + 1, (label or "").strip()
             if fault is not None:
                 rows.faults.append(fault)
@@ -64,5 +65,5 @@ def _read(found: "ImageList", place: Callable[[str | bytes], str | bytes], known
                 rows.faults.append(f"row {number}: split {(split or '')[:40]!r}: expected train, val or test")
             else:
                 label = label if of_number is None else of_number[label]
-                rows.add(Row(number, place(image), name or str(number), label, split))
+                rows.add(Row(number, place(folder, image), name or str(number), label, split))
     return rows

@@ -1,4 +1,4 @@
-"""Run tasks on a list of images of any length. Each image goes through its own task, or through several.
+"""Run tasks on lists of images of any length. Each image goes through its own task, or through several.
 
 The list is CSV, JSON lines or Parquet, by its file's ending: .csv, .tsv, .jsonl, .parquet, in any case. A CSV may have
 commas, semicolons or tabs. The column `image` holds paths or URLs. In Parquet it may also hold encoded images, or
@@ -12,10 +12,18 @@ A task may have a stored threshold (pear-train --threshold-accuracy). If the lik
 the answer is unknown: `known` is false and `label` is empty. `probability` and `topk` still show the likeliest classes.
 --threshold 0.8 sets one threshold for all tasks, --threshold none uses none.
 
-A relative path starts in the list's folder, or in --root DIR. With --root, nothing outside of DIR is opened.
+A relative path starts in the folder of its list, or in --root DIR. With --root, nothing outside of DIR is opened.
 
-Instead of a list, give a folder of pictures, or a pattern in quotes ('pictures/*.jpg'), and the task with --task. All
-sub-folders are read. The output then has a row for each picture. For a folder, `image` is the path within it.
+Several lists are read as one: give their folder, or a pattern in quotes ('lists/*.parquet'). All have the same format
+and the same columns; only in JSON lines may a row leave some out. They are read in natural order, part-2 before
+part-10, and rows are numbered through all lists. Sub-folders are only read if a pattern says so ('lists/**/*.csv').
+
+A list, a folder of lists or a pattern may be a URL, such as s3://bucket/lists/*.parquet or https://host/list.csv. Each
+file is copied to $TMPDIR while it is read.
+
+Instead of lists, give a folder of pictures, or a pattern in quotes ('pictures/*.jpg'), and the task with --task. All
+sub-folders are read. The output then has a row for each picture. For a folder, `image` is the path within it. A folder
+with both pictures and lists counts as a folder of pictures.
 
 If a row cannot be served, only that row fails: `error` says why. A line of the list that cannot be read is such a row.
 If no row could be served, or if more fail than --max-errors allows, the exit code is 1. The output is still written.
@@ -31,10 +39,10 @@ With --embeddings the output has `embedding` instead of classes: the features th
 task's adapters and preprocessing. Without a column `task` and without --task, they are the bare backbone's features.
 Then no store is needed.
 
-The list is processed in parts, which are kept in OUT.parts until the whole OUT is written. If a run is interrupted, the
-same command resumes after the last finished part, with the same versions of tasks. OUT.run.json says which run wrote
-OUT. If it was the same run (the same list, options, store and backbone), there is nothing to do. If it was another, OUT
-is only replaced with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
+The lists are processed in parts, which are kept in OUT.parts until the whole OUT is written. If a run is interrupted,
+the same command resumes after the last finished part, with the same versions of tasks. OUT.run.json says which run
+wrote OUT. If it was the same run (the same lists, options, store and backbone), there is nothing to do. If it was
+another, OUT is only replaced with --overwrite. A file that no run wrote, or that was changed since, is never replaced.
 
 OUT without an ending is a folder of Parquet files. Their rows are in the list's order; the column `row` numbers them.
 
@@ -43,12 +51,15 @@ Ray on this machine until the run ends.
 
     pear-infer list.csv predictions.parquet --store pear.store --backbone pear_tiny
 
+    pear-infer 's3://bucket/lists/*.parquet' predictions --store s3://bucket/pear
+
     pear-infer pictures/ predictions.csv --task dtd
 """
 
 import codecs
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
@@ -61,6 +72,7 @@ import click
 import pyarrow as pa
 import torch
 from platformdirs import user_data_path
+from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
 from pear_store.files import ending
@@ -68,8 +80,9 @@ from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import NamedPath, allow_option, echo, printable, version_option
 from router import Router, RouterError
-from router.infer.folder import ImageFolder, is_folder_or_pattern
-from router.infer.lists import CSV, FORMATS, ImageList
+from router.infer.folder import ImageFolder
+from router.infer.lists import FORMATS, ImageList
+from router.infer.source import Source, find
 from router.infer.work import Job, infer
 from router.pictures import MAX_PIXELS
 from router.predictions import Threshold, read_threshold
@@ -101,7 +114,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @version_option
-@click.argument("source", type=NamedPath(path_type=Path))
+@click.argument("source", type=NamedPath())
 @click.argument("out", type=NamedPath(path_type=Path))
 @click.option(
     "--store", "where", type=click.Path(), envvar="PEAR_STORE", default=str(user_data_path("pear") / "store"),
@@ -175,15 +188,12 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(
-    source: Path, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
+    source: str, out: Path, where: str, cache_bytes: int | None, tasks: str | None, backbone: str,
     weights: str | None, batch_size: int, top: int, threshold: Threshold, embeddings: bool, device: str | None,
     dtype: str, prefix: str, slot_bytes: int | None, root: Path | None, encoding: str, max_pixels: int,
     max_errors: int | None, allowed: tuple[str, ...], address: str | None, workers: int | None,
     cpus_per_worker: int | None, decode: str, restart: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    whole = is_folder_or_pattern(source)
-    if not whole and ending(source) not in {*FORMATS, *CSV}:
-        raise click.UsageError(f"{source}: expected a folder, or a file ending in {', '.join((*FORMATS, '.tsv'))}")
     if ending(out) not in ("", *FORMATS):
         raise click.UsageError(f"{out}: expected a file ending in {', '.join(FORMATS)}, or a folder without an ending")
     if not out.name:
@@ -192,18 +202,21 @@ def main(
         raise click.UsageError("--threshold is for classes, --embeddings gives none: leave one of them out")
     if embeddings and address is not None:
         raise click.UsageError("--embeddings does not work with --ray yet: leave one of them out")
-    if whole and not tasks and not embeddings:
-        raise click.UsageError(f"{source}: pictures without a list: give their task with --task NAME")
-    if whole and root is not None:
-        raise click.UsageError(f"{source}: --root is for lists, not for a folder or pattern: leave it out")
     if address is None and (workers or cpus_per_worker or decode != "auto"):
         raise click.UsageError("--workers, --cpus-per-worker and --decode are for a cluster: give --ray, too")
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
-        if source.exists() and out.exists() and out.samefile(source):
+        if os.path.exists(source) and out.exists() and out.samefile(source):
             raise click.UsageError(f"{out}: is the list itself: choose another output")
-        listed = _scan(source, whole, ["image"] if tasks or embeddings else ["image", "task"], encoding)
+        found = find(source, out, Access(allowed=frozenset(allowed)))
+        for note in found.notes:
+            echo(note, err=True)
+        if found.kind == "pictures" and not tasks and not embeddings:
+            raise click.UsageError(f"{source}: pictures without a list: give their task with --task NAME")
+        if found.kind == "pictures" and root is not None:
+            raise click.UsageError(f"{source}: --root is for lists, not for pictures: leave it out")
+        listed = _scan(found, ["image"] if tasks or embeddings else ["image", "task"], encoding, allowed)
         alone = embeddings and not tasks and "task" not in listed.schema.names
         with ExitStack() as stack:
             if address is not None:
@@ -257,13 +270,12 @@ def main(
         )
 
 
-def _scan(source: Path, whole: bool, needed: list[str], encoding: str) -> ImageList | ImageFolder:
-    if not whole:
-        return ImageList.scan(source, needed, encoding)
-    found = ImageFolder.scan(source)
-    if found.left_out:
-        echo(f"{source}: {found.left_out} files are left out, because they do not end like pictures", err=True)
-    return found
+def _scan(found: Source, needed: list[str], encoding: str, allowed: tuple[str, ...]) -> ImageList | ImageFolder:
+    if found.kind == "pictures":
+        return ImageFolder.scan(found)
+    few = len(found.files) == 1
+    with tqdm(found.files, "looking through lists", unit="list", file=sys.stderr, disable=few) as files:
+        return ImageList.scan(found.name, needed, encoding, files=files, allowed=allowed)
 
 
 def _cluster() -> ModuleType:
@@ -291,7 +303,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(report))
         return
     if report["finished_before"]:
-        echo("finished before, with the same list, options, store and backbone; --overwrite runs it again", err=True)
+        echo("finished before, with the same lists, options, store and backbone; --overwrite runs it again", err=True)
     else:
         resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
         speed = f"{report['images_per_s']:.1f} images/s"

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
 from pear_store import PearStoreError, ReadableStore
-from pear_store.local.sources import Access
+from pear_store.local.sources import Access, is_url, url_below
 from router import Batch, ImageError, Limits, Preprocess, Router, RouterError, decode
 from router.batches import put_together
 from router.infer.lists import Image, Rows
@@ -163,7 +162,7 @@ def gather(
     tasks: Tasks,
     every: list[str],
     size: int,
-    place: Callable[[Image], ImageLike],
+    place: Callable[[str, Image], ImageLike],
 ) -> Iterator[list[Ask] | Part]:
     """For each numbered part of a list, gives the asks of its batches, and then the part itself.
 
@@ -172,13 +171,14 @@ def gather(
     Args:
         every: tasks that every image goes through; empty if each row has its own.
         size: rows per batch.
-        place: gives the path, URL or bytes of an image of the list.
+        place: gives the path, URL or bytes of an image of the list. It takes the folder where its path starts.
     """
     for number, rows in numbered:
         tasks.expect(every or rows.tasks)
         part = Part(number, rows, [])
         groups: dict[tuple[object, ...], list[list[Ask]]] = {}
-        for image, name, fault in zip(rows.images, rows.tasks, rows.faults, strict=True):
+        asked_of = zip(rows.images, rows.folders, rows.tasks, rows.faults, strict=True)
+        for image, folder, name, fault in asked_of:
             asks: dict[object, Ask] = {}
             for asked in every or (name,):
                 part.results.append(result := dict.fromkeys(tasks.results.names))
@@ -190,7 +190,7 @@ def gather(
                 if not image:
                     result["error"] = "the row names no image"
                     continue
-                ask = asks.setdefault(way.key, Ask(place(image), way, [], []))
+                ask = asks.setdefault(way.key, Ask(place(folder, image), way, [], []))
                 ask.tasks.append(task)
                 ask.results.append(result)
             if asks:
@@ -207,7 +207,7 @@ def batches(
     every: list[str],
     size: int,
     device: torch.device,
-    place: Callable[[Image], ImageLike],
+    place: Callable[[str, Image], ImageLike],
     times: Times,
 ) -> Iterator[Work | Part]:
     """Like `gather`, with the images of each batch decoded and on the device."""
@@ -237,10 +237,12 @@ def load(asks: list[Ask], decoded: Sequence[torch.Tensor | ImageError], device: 
         yield Work([asks[row] for row in batch.rows], batch)
 
 
-def find_image(folder: Path, access: Access, image: Image) -> Image:
-    """The image in a form that can be opened here. Relative paths start in the folder."""
+def find_image(access: Access, folder: str, image: Image) -> Image:
+    """The image in a form that can be opened here. Relative paths start in the folder, which may be a URL."""
     if isinstance(image, bytes) or access.root is not None:
         return image  # with a root, `access` resolves relative paths
+    if is_url(folder):
+        return image if "://" in image or "::" in image or os.path.isabs(image) else url_below(folder, image)
     here = os.path.join(folder, image)
     return image if ("://" in image or "::" in image) and not os.path.lexists(here) else here
 

@@ -124,8 +124,8 @@ class Job:
     tasks: Tasks
     schema: pa.Schema
     """Schema of the output."""
-    place: Callable[[Image], ImageLike]
-    """Gives the path, URL or bytes of an image of the list."""
+    place: Callable[[str, Image], ImageLike]
+    """Gives the path, URL or bytes of an image of the list. It takes the folder where its path starts."""
     options: dict[str, Any]
     resumed: int
     """Number of the list's rows that an earlier run has done."""
@@ -188,13 +188,13 @@ def infer(
     schema = output_schema(listed, results, options["tasks"] is not None, prefix, with_row=is_folder(out))
     check_writable(out, schema)
     access = access or Access()
-    folder = (access.root or listed.folder).resolve()
-    place = partial(find_image, folder, access)
+    place = partial(find_image, access)
     limits = Limits(options["max_pixels"], access)
     plan = {
         **options, "layout": LAYOUT, "list": listed.digest, "encoding": listed.encoding,
         "root": access.root is not None,
-        "allowed": sorted(access.allowed), "folder": str(folder), "store": None if store is None else store.where,
+        "allowed": sorted(access.allowed), "folder": str(access.root.resolve()) if access.root else listed.folder,
+        "store": None if store is None else store.where,
         "backbone": router.backbone.digest,
     }  # fmt: skip
     with closing(Parts(out, plan, lambda: choose_tasks(router, store, options["tasks"]), restart, overwrite)) as parts:

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from pear_store import Store, Task
 from pear_store.remote.remotes import Remote, add_remote, init_remote
 from router.infer.cli import main
-from tests.helpers.cluster import Cluster, cluster_environment, kill_all, machine, two_cores, workers_of
+from tests.helpers.cluster import Cluster, cluster_environment, kill_all, machine, two_cores, wait_until, workers_of
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
@@ -88,15 +88,6 @@ def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> 
         time.sleep(0.01)
 
 
-def wait_until(what: Callable[[], Any]) -> Any:
-    """What it gives at last."""
-    until = time.monotonic() + 180
-    while not (found := what()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return found
-
-
 def assert_same(found: pa.Table, expected: pa.Table) -> None:
     """The same rows in the same order; numbers as exact as unlike numbers of threads allow."""
     numbers = ["probability", "topk"]
@@ -118,6 +109,22 @@ def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None
     assert there["workers"] == 2
     assert there["device_s"] > 0
     assert run_here(listed, work / "there.parquet", *args)["finished_before"]
+
+
+def test_the_rows_of_many_lists_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
+    header, *lines = write_list(work, 60).read_text().splitlines(keepends=True)
+    (work / "lists").mkdir()
+    for number, start_of in ((8, 0), (9, 25), (10, 50)):
+        rows = lines[start_of : start_of + 25]
+        (work / "lists" / f"part-{number}.csv").write_text(header + "".join(f"../{row}" for row in rows))
+    args = ["--store", work / "s", "--batch-size", 4]
+    run_here(work / "lists", work / "here", *args)
+    end(start(cluster, f"{work}/lists/*.csv", work / "there", *args))
+    found = pq.read_table(work / "there")
+    assert_same(found, pq.read_table(work / "here"))
+    assert found["row"].to_pylist() == list(range(61))
+    assert found["id"].to_pylist()[:60] == list(range(60))
+    assert found["error"].is_null().to_pylist().count(True) > 30
 
 
 def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:

@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from pear_store import Store, Task
 from router import Backbone, Router, RouterError
-from tests.helpers.cluster import cluster_environment
+from tests.helpers.cluster import cluster_environment, wait_until, workers_of
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray.serve", reason="needs ray: pip install 'pear-adapters[ray]'")
@@ -26,8 +28,8 @@ TOKENS: dict[str, Any] = {"use_token": "a-token-to-use-tasks", "manage_token": "
 
 
 @contextmanager
-def served(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of an application in a process of its own, which ends with this one."""
+def served(folder: Path, **settings: Any) -> Iterator[tuple[httpx.Client, int]]:
+    """A client of an application in a process of its own, which ends with this one; and that process."""
     command = [sys.executable, "-m", "tests.helpers.served", json.dumps(settings)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     environment = cluster_environment(folder / "cache")
@@ -37,7 +39,7 @@ def served(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
         try:
             port = int(process.stdout.readline())
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                yield client
+                yield client, process.pid
         finally:
             process.stdin.close()
             process.wait(60)
@@ -52,7 +54,7 @@ def test_two_replicas_answer_as_one_router_and_share_the_tasks(
         list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
     settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 2, "most": 2, "refresh_s": 0.5}
     image = (tmp_path / "0.png").read_bytes()
-    with Store(tmp_path / "s") as store, served(tmp_path, **settings, **TOKENS) as client:
+    with Store(tmp_path / "s") as store, served(tmp_path, **settings, **TOKENS) as (client, _):
 
         def predict(task: str) -> dict[str, Any]:
             answer = client.post(
@@ -91,6 +93,61 @@ def test_two_replicas_answer_as_one_router_and_share_the_tasks(
         while predict("t0")["version"] != 2:
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_replicas_come_with_the_load_and_go_without_it_and_no_request_fails(
+    tmp_path: Path, task_maker: Callable[..., Task]
+) -> None:
+    make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
+    with Store(tmp_path / "s") as store:
+        list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
+    settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 1, "most": 2, "waiting": 2}
+    image = (tmp_path / "0.png").read_bytes()
+    headers = {"Authorization": f"Bearer {TOKENS['use_token']}", "Content-Type": "image/png"}
+    with served(tmp_path, **settings, **TOKENS) as (client, process):
+        loaded, ended = threading.Event(), threading.Event()
+        loaded.set()
+        statuses: list[int] = []
+
+        def ask(number: int) -> None:
+            """One request after the other; only the first one of all goes on when the load ends."""
+            while not ended.is_set() and (number == 0 or loaded.is_set()):
+                task = TASKS[len(statuses) % len(TASKS)]
+                statuses.append(client.post(f"/v1/tasks/{task}/predict", content=image, headers=headers).status_code)
+
+        def replicas() -> int:
+            return len(workers_of(process, "ServeReplica"))
+
+        def images() -> float:
+            """Of the replica that happens to answer."""
+            metrics = client.get("/metrics", headers=headers).text
+            return sum(map(float, re.findall(r"^pear_images_total\{.*\} (\S+)$", metrics, re.MULTILINE)))
+
+        counts = [0.0]
+
+        def both_answer() -> bool:
+            """That of one replica only grows: a smaller one is another's."""
+            counts.append(images())
+            return 0 < counts[-1] < max(counts)
+
+        assert replicas() == 1
+        with ThreadPoolExecutor() as pool:
+            askers = [pool.submit(ask, number) for number in range(8)]
+            try:
+                wait_until(lambda: replicas() == 2)
+                wait_until(both_answer)
+                loaded.clear()
+                asked = len(statuses)
+                wait_until(lambda: replicas() == 1)
+                again = len(statuses)
+                wait_until(lambda: len(statuses) > again + len(TASKS))
+            finally:
+                ended.set()
+            for asker in askers:
+                asker.result()
+        assert asked < again
+        assert set(statuses) == {200}
 
 
 def test_the_task_of_a_path() -> None:

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -33,58 +32,16 @@ import router.infer.parts
 import router.infer.plan
 import router.infer.work
 from pear_store import Store, Task, make_task
-from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode, load_backbone
+from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode
 from router.engine import Engine
-from router.infer.cli import main
 from router.infer.lists import ImageList
 from router.infer.plan import ahead
 from router.infer.work import infer
 from router.tensors import to_torch
-from tests.helpers.lists import make_list_folder
+from tests.helpers.lists import read, run, write
 from tests.helpers.makers import floats
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(autouse=True)
-def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command would load it anew, which takes as long as all else that most of these tests do."""
-
-    def load(name: str, weights: str | None) -> Backbone:
-        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
-
-    monkeypatch.setattr("router.router.load_backbone", load)
-
-
-@pytest.fixture
-def work(tmp_path: Path, task_maker: Callable[..., Task]) -> Path:
-    make_list_folder(tmp_path, task_maker, [(20 + i, 30) if i % 2 else (30, 20 + i, 3) for i in range(6)])
-    return tmp_path
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
-
-
-def write(path: Path, rows: pd.DataFrame) -> Path:
-    if path.suffix in (".csv", ".tsv"):
-        rows.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
-    elif path.suffix == ".jsonl":
-        rows.to_json(path, orient="records", lines=True)
-    else:
-        rows.to_parquet(path)
-    return path
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".csv":
-        frame = pd.read_csv(path)
-    elif path.suffix == ".jsonl":
-        frame = pd.read_json(path, lines=True, dtype={"label": str})
-    else:
-        frame = pd.read_parquet(path)
-    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return rows
 
 
 @pytest.mark.parametrize("source", [".csv", ".jsonl", ".parquet"])
@@ -251,10 +208,10 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
     ("args", "message"),
     [
         (["nowhere.csv", "o.csv"], "nowhere.csv: no such file"),
-        (["empty", "o.csv"], "empty: pictures without a list: give their task with --task NAME"),
-        (["empty", "o.csv", "--task", "a", "--root", "."], "--root is for lists"),
-        (["empty", "o.csv", "--task", "a"], "empty: expected pictures, found "),
-        (["*.gif", "o.csv", "--task", "a"], "*.gif: expected pictures, found nothing"),
+        (["p", "o.csv"], "p: pictures without a list: give their task with --task NAME"),
+        (["p", "o.csv", "--task", "a", "--root", "."], "--root is for lists"),
+        (["empty", "o.csv", "--task", "a"], "empty: expected lists or pictures, found "),
+        (["*.gif", "o.csv", "--task", "a"], "*.gif: expected lists or pictures, found nothing"),
         (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
         (["list.csv", "o.xlsx"], "o.xlsx: expected a file ending in .csv, .jsonl, .parquet"),
         (["list.csv", "o.csv", "--threshold", "nan"], "threshold 'nan': expected a number from 0 to 1, or none"),
@@ -293,6 +250,8 @@ def test_mistakes(work: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], 
     (work / "array.jsonl").write_text("[1]\n")
     (work / "nested.jsonl").write_text('{"image": {"a": 1}, "task": "a"}\n')
     Store.create(work / "empty").close()
+    (work / "p").mkdir()
+    (work / "0.png").rename(work / "p" / "0.png")
     done = run(*(["--store", "s", *args]))
     assert done.exit_code != 0
     assert message in done.stderr
@@ -1077,7 +1036,7 @@ def test_a_finished_run_is_not_run_again(work: Path, monkeypatch: pytest.MonkeyP
         patched.setattr(Router, "run", None)
         done = run(*given)
         assert (done.exit_code, done.stdout) == (0, f"1 predictions, 1 errors, finished: {work / 'out.csv'}\n")
-        assert "finished before, with the same list, options, store and backbone; --overwrite" in done.stderr
+        assert "finished before, with the same lists, options, store and backbone; --overwrite" in done.stderr
         again = json.loads(run(*given, "--json").stdout)
     assert again == {**report, "images": 0, "resumed_images": 2, "seconds": 0.0, "images_per_s": 0.0,
                      "finished_before": True}  # fmt: skip
