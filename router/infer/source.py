@@ -86,21 +86,26 @@ def _in_folder(name: str, below: list[str], out: Path) -> Source:
     lists = [file for file in below if _is_list(file) and not _is_of(out, os.path.join(name, file))]
     if pictures:
         left_out = len(below) - len(pictures)
-        note = f"{name}: {left_out} files are left out, because they do not end like pictures"
+        are = (
+            "1 file is left out, because it does"
+            if left_out == 1
+            else f"{left_out} files are left out, because they do"
+        )
+        note = f"{name}: {are} not end like pictures"
         if lists:
             pattern = _pattern(name, lists, any(os.sep in file for file in lists))
-            note += f". {_count(lists)} among them: to read lists instead of pictures, use {pattern}"
+            note += f". {_count(len(lists), 'list')} among them: to read lists instead of pictures, use {pattern}"
         notes = (note,) if left_out else ()
         return Source(name, "pictures", tuple(sorted(pictures, key=os.fsencode)), name, notes)
     deep = [file for file in lists if os.sep in file and not file.startswith("_")]
     if deep and len(deep) == len(lists):
         remedy = f"use the pattern {_pattern(name, deep, True)}"
-        raise ListError(name, f"no list in it, {_count(deep)} in its sub-folders: {remedy}")
+        raise ListError(name, f"no list in it, {_count(len(deep), 'list')} in its sub-folders: {remedy}")
     others = [file for file in below if not _is_list(file)]
     found = _lists(name, [os.path.join(name, file) for file in (*lists, *others) if os.sep not in file], False)
     if not deep:
         return found
-    note = f"{name}: {_count(deep)} in sub-folders left out: to read all, use {_pattern(name, deep, True)}"
+    note = f"{name}: {_count(len(deep), 'list')} in sub-folders left out: to read all, use {_pattern(name, deep, True)}"
     return replace(found, notes=(note,))
 
 
@@ -113,9 +118,12 @@ def _lists(name: str, found: list[str], pattern: bool) -> Source:
     others = len(found) - len(lists)
     if not lists:
         kinds = "lists" if is_url(name) else "lists or pictures"
-        raise ListError(name, f"expected {kinds}, found {f'{others} files of other kinds' if others else 'nothing'}")
+        found_here = f"{_count(others, 'file')} of other kinds" if others else "nothing"
+        raise ListError(name, f"expected {kinds}, found {found_here}")
     if pattern and others:
-        raise ListError(name, f"matches {_count(lists)} and {others} files of other kinds: expected one kind")
+        raise ListError(
+            name, f"matches {_count(len(lists), 'list')} and {_count(others, 'file')} of other kinds: expected one kind"
+        )
     formats = Counter(".csv" if list_ending(file) in CSV else list_ending(file) for file in lists)
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
@@ -134,8 +142,8 @@ def _is_of(out: Path, file: str) -> bool:
     return path == own or path.startswith((f"{own}{os.sep}", f"{own}.parts{os.sep}"))
 
 
-def _count(lists: list[str]) -> str:
-    return "1 list" if len(lists) == 1 else f"{len(lists)} lists"
+def _count(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
 
 
 def _pattern(folder: str, lists: list[str], deep: bool) -> str:

@@ -351,7 +351,7 @@ def test_a_folder_or_a_pattern_in_place_of_a_list(
     (work / "p" / "z.png").write_bytes(b"no picture")
     done = run(work / "p", work / "o.csv", "--task", "a", "--store", work / "s", "--max-errors", 1)
     assert done.exit_code == 0, done.stderr
-    assert "1 files are left out, because they do not end like pictures" in done.stderr
+    assert "1 file is left out, because it does not end like pictures" in done.stderr
     found = read(work / "o.csv")
     assert [row["image"] for row in found] == ["a.PNG", "b.png", "deep/c.png", "z.png"]
     files = [work / "p" / name for name in ("a.PNG", "b.png", "deep/c.png")]

@@ -92,7 +92,7 @@ def test_lists_are_read_in_natural_order(tmp_path: Path) -> None:
         (["a.png", "a.csv", "b.csv", "notes.txt"], "pictures", ["a.png"],
          "{}: 3 files are left out, because they do not end like pictures. 2 lists among them: to read lists "
          "instead of pictures, use '{}/*.csv'"),
-        (["deep/a.png", "b.csv"], "pictures", ["deep/a.png"], "{}: 1 files are left out, because they do not end "
+        (["deep/a.png", "b.csv"], "pictures", ["deep/a.png"], "{}: 1 file is left out, because it does not end "
          "like pictures. 1 list among them: to read lists instead of pictures, use '{}/*.csv'"),
         (["a.png"], "pictures", ["a.png"], None),
     ],
@@ -164,7 +164,7 @@ def test_urls_of_lists_folders_and_patterns(memory: Any, tmp_path: Path) -> None
         find("memory://nowhere", OUT)
     with pytest.raises(RouterError, match=r"^memory://lists/\*.gif: expected lists, found nothing$"):
         find("memory://lists/*.gif", OUT)
-    with pytest.raises(RouterError, match=r"matches 3 lists and 1 files of other kinds"):
+    with pytest.raises(RouterError, match=r"matches 3 lists and 1 file of other kinds"):
         find("memory://lists/*", OUT)
 
 
