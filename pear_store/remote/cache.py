@@ -207,7 +207,7 @@ class Cache:
         try:
             self.do(lambda opened: receive(opened, [incoming], {}))
             self._use_of(numbered).touch(0o600)
-            self._unlooked += loaded.size_bytes
+            self._unlooked += loaded.size_bytes + len(loaded.manifest)
             if self._unlooked * _LOOK_EVERY >= self._limit_bytes:
                 self._unlooked = 0
                 self._make_room(numbered)
@@ -242,17 +242,20 @@ class Cache:
             if not is_mine:
                 return
             for last_resort in (False, True):
-                excess = self.size_bytes() - self._limit_bytes
+                used_bytes, uses = self.size_bytes(), sorted(self._uses())
+                excess: float = used_bytes - self._limit_bytes
                 if excess <= 0:
                     return
                 chosen: list[Numbered] = []
                 excess += self._limit_bytes // 10
-                for _, numbered, size in sorted(self._uses()):
+                # records take bytes that tensors do not have, and tensors that versions share are there once
+                a_byte = used_bytes / max(1, sum(size for *_, size in uses))
+                for _, numbered, size in uses:
                     if excess <= 0:
                         break
                     if numbered != newest:
                         chosen.append(numbered)
-                        excess -= size
+                        excess -= size * a_byte
                 self._evict(chosen, repack_all=last_resort)
 
     def _uses(self) -> Iterator[tuple[int, Numbered, int]]:

@@ -575,6 +575,7 @@ def test_the_least_recently_used_are_evicted(twenty: Client, opener: Opener, tea
         store.get("t0")
         store._flights.finish(20)  # what is fetched is also kept
         assert store.stats().cached_bytes <= limit + 3_000
+        assert number < 6 or store.stats().cached_versions >= 4  # it evicts what it must, and not nearly all
     assert 2 <= store.stats().cached_versions < 12
     team.place.asked.clear()
     store.get("t0")

@@ -72,9 +72,9 @@ def start(cluster: Cluster, *args: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen[str]) -> dict[str, Any]:
+def end(process: subprocess.Popen[str], wait_s: float = 180) -> dict[str, Any]:
     """What it reports."""
-    out, errors = process.communicate(timeout=180)
+    out, errors = process.communicate(timeout=wait_s)
     assert process.returncode == 0, errors
     report: dict[str, Any] = json.loads(out)
     return report
@@ -263,7 +263,7 @@ def test_whoever_is_killed_on_three_machines_the_rows_are_those_of_one(
             wait_for_start(folder)  # one after the other: of two that join at once, Ray 2.60 may lose one
         cluster = Cluster(address, machines[0].pid, environment)
         for count in (1, 2, 4):
-            report = end(start(cluster, listed, tmp_path / f"by{count}", "--workers", count, *args))
+            report = end(start(cluster, listed, tmp_path / f"by{count}", "--workers", count, *args), 1800)
             print(count, report)
             assert (report["workers"], report["retries"]) == (count, 0)
             assert_same(pq.read_table(tmp_path / f"by{count}"), expected)
