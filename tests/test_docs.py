@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import pear_store.errors
 import pear_train.cli
@@ -87,6 +88,30 @@ def test_every_command_has_help_for_itself_and_its_options(name: str) -> None:
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 
 
+def test_every_command_that_reports_takes_json() -> None:
+    """As README says. `completion` prints a script, `plot` draws, and `ui` serves until it is stopped."""
+    without = {
+        name
+        for name, command in store_commands().items()
+        if not isinstance(command, click.Group) and not any("--json" in one.opts for one in command.params)
+    }
+    assert without == {"completion", "plot", "ui"}
+
+
+def test_the_docs_name_the_commands_that_read_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PEAR_CACHE_DIR", str(tmp_path / "cache"))
+    reading = set()
+    for name, command in store_commands().items():
+        needed = [one for one in command.params if isinstance(one, click.Argument) and one.required]
+        words = ["x.png" for one in needed for _ in range(max(1, one.nargs))]
+        done = CliRunner().invoke(main, ["--store", f"file://{tmp_path}/none", *name.split(), *words])
+        if f"{tmp_path}/none: there is no such directory" in done.output:
+            reading.add(name)
+    (listed,) = re.findall(r"`pear-store ([^.]*?) read a URL", (DOCS / "remotes.md").read_text())
+    assert set(re.findall(r"[a-z-]+(?=`)", listed)) == reading
+
+
 def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
     code = (DOCS / "formats.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 36
@@ -141,6 +166,17 @@ def test_the_benchmarks_and_tools_that_docs_name_exist() -> None:
         named |= {(page.name, name.replace(".", "/") + ".py") for name in modules}
     assert len(named) > 15
     assert not [(page, name) for page, name in named if not (ROOT / name).is_file()]
+
+
+def test_the_table_of_benchmarks_has_every_script_and_result() -> None:
+    folder = ROOT / "benchmarks"
+    programs = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if "__main__" in file.read_text()}
+    scripts = {name for name in programs if not name.startswith("serve/peers/")}  # servers that serve/speed.py starts
+    table = re.findall(r"^\| `.*", (folder / "README.md").read_text().split("\n## ")[0], re.MULTILINE)
+    named = {name for row in table for name in re.findall(r"`([a-z0-9_/]+\.py)`", row.split("|")[1])}
+    assert named == scripts
+    results = {name for row in table for name in re.findall(r"`(results/[a-z0-9_.]+)`", row)}
+    assert not {name for name in results if not (folder / name).is_file()}
 
 
 def test_the_make_targets_that_docs_name_exist_and_check_leaves_slow_tests_out() -> None:

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 
 from tools.demo import digits, faces, write_folder
 
@@ -106,6 +107,19 @@ def run_page(page: str, folder: Path) -> Iterator[tuple[str, str, str]]:
 
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     for command, shown, printed in run_page((ROOT / "docs/tutorial.md").read_text(), tmp_path):
+        assert matches(shown, printed), f"{command}\nshown:\n{shown}\nprinted:\n{printed}"
+    for shown, made in (("tutorial_plot.png", "digits.png"), ("tutorial_preview.png", "preview.png")):
+        assert (ROOT / "docs" / shown).stat().st_size < 150_000
+        pictures = [Image.open(path).convert("L") for path in (ROOT / "docs" / shown, tmp_path / "work" / made)]
+        assert pictures[0].size == pictures[1].size, shown
+        moved = ImageStat.Stat(ImageChops.difference(*pictures)).mean[0]
+        assert moved < 8, f"{shown} differs from {made} by {moved:.1f} levels: draw it anew"
+
+
+def test_the_page_for_those_who_come_from_peft_does_what_it_says(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft: pip install 'pear-adapters[dev]'")
+    write_folder(tmp_path / "work" / "digits", digits())
+    for command, shown, printed in run_page((ROOT / "docs/peft.md").read_text(), tmp_path):
         assert matches(shown, printed), f"{command}\nshown:\n{shown}\nprinted:\n{printed}"
 
 

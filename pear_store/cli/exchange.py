@@ -81,7 +81,8 @@ def _preprocess(choice: str | None, described: dict[str, Any] | None) -> Any:
 @click.argument("folder", type=NamedPath(path_type=Path))
 @click.option("--weights", type=click.Path(), help="Local safetensors file of the backbone's weights.")
 @store_option
-def export_peft(reference: str, folder: Path, weights: str | None) -> None:
+@json_option
+def export_peft(reference: str, folder: Path, weights: str | None, as_json: bool) -> None:
     """Write a task as a folder that PeftModel.from_pretrained loads onto the timm model.
 
     PEFT's LoRA is at Linear modules and has no activation. So this command takes tasks that import-peft added. It also
@@ -91,7 +92,9 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
     from pear_store.exchange import peft
 
     with open_store() as store:
-        task = store.get(reference, copy=False)
+        version = store.resolve(reference)
+        exact = f"{version.task}@{version.version}"
+        task = store.get(exact, copy=False)
         described = peft.describe_backbone(task.backbone_model, weights)
         if described is None:
             echo(f"Warning: {task.backbone_model} is not known here: positions were not checked", err=True)
@@ -99,7 +102,11 @@ def export_peft(reference: str, folder: Path, weights: str | None) -> None:
         if head is None:
             raise PearStoreError(f"{task.backbone_model} has several classifiers: PEFT cannot hold the task's one head")
         peft.export_peft(task, folder, linears=described["linears"] if described else None, head=head)
-    echo(f"wrote {folder}")
+    if as_json:
+        files = [{"file": path.name, "bytes": path.stat().st_size} for path in sorted(folder.iterdir())]
+        echo_json({"task": version.task, "version": version.version, "folder": str(folder), "files": files})
+        return
+    echo(f"wrote {exact} to {folder}")
 
 
 @main.command("export-hub")

@@ -144,7 +144,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
 @click.option(
     "--embeddings",
     is_flag=True,
-    help="Write features instead of classes: a task's, or without a task the bare backbone's.",
+    help="Write features instead of classes: a task's, or without a task the bare backbone's. Not with --ray.",
 )
 @click.option("--device", help="Device to compute on, such as cpu [default: cuda if there is one].")
 @click.option(

@@ -253,7 +253,11 @@ def test_peft_there_and_back(where: Path, task_maker: Callable[..., Task]) -> No
     names = {"a0.down", "a0.up", "head.weight", "head.bias"}
     with Store(where / "s") as opened:
         opened.add(make_task(record, {name: t for name, t in made.tensors.items() if name in names}))
-    assert run(*store, "export-peft", "lora", where / "peft").exit_code == 0
+    assert run(*store, "export-peft", "lora", where / "peft").stdout == f"wrote lora@2 to {where / 'peft'}\n"
+    told = json.loads(run(*store, "export-peft", "lora@2", where / "again", "--json").stdout)
+    sizes = {file["file"]: file["bytes"] for file in told.pop("files")}
+    assert told == {"task": "lora", "version": 2, "folder": str(where / "again")}
+    assert sizes == {path.name: path.stat().st_size for path in (where / "again").iterdir()}
     back = json.loads(run(*store, "import-peft", where / "peft", "--name", "back", "--json").stdout)
     assert (back[0]["task"], back[0]["new_bytes"]) == ("back", 0)
     again = run(*store, "import-peft", where / "peft", "--backbone", "pear_tiny", "--name", "back")

@@ -293,6 +293,7 @@ def test_options_that_say_nothing_are_named_or_refused(pictures: Path, tmp_path:
         ((*one, "--together", 2), "--together needs --tasks"),
         ((*one, "--bank-tasks", "a"), "--bank-tasks needs --bank"),
         (("--tasks", tasks, "--make-base", "--plot", "--out", tmp_path / "b"), "--make-base takes no --plot"),
+        (("--tasks", tasks, "--ray=auto", "--tensorboard", tmp_path, "--out", tmp_path / "b"), "--ray takes no"),
     ):
         refused = run(*args)
         assert refused.exit_code == 2 and message in refused.stderr
