@@ -48,22 +48,21 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")
-def test_reports_fit_their_screen_and_ask_no_host(reports: Path) -> None:
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_reports_fit_their_screen_and_ask_no_host(reports: Path, name: str, width: int) -> None:
+    address = (reports / f"{name}.html").as_uri()
+    asked: list[str] = []
+    wrong: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM)
-        for name in ("train", "eval"):
-            address = (reports / f"{name}.html").as_uri()
-            for width in (400, 1200):
-                asked: list[str] = []
-                wrong: list[str] = []
-                page = browser.new_page(viewport={"width": width, "height": 900})
-                page.on("request", lambda request, asked=asked: asked.append(request.url))
-                page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
-                page.on("console", lambda line, wrong=wrong: wrong.append(line.text))
-                page.goto(address)
-                assert page.locator("svg, img").count() > 0 and "dark" in page.inner_text("body")
-                assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
-                assert [url for url in asked if not url.startswith("data:")] == [address], (name, width)
-                assert not wrong, (name, width)
-                page.close()
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text))
+        page.goto(address)
+        assert page.locator("svg, img").count() > 0 and "dark" in page.inner_text("body")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         browser.close()
+    assert [url for url in asked if not url.startswith("data:")] == [address]
+    assert not wrong
