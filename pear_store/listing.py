@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any, Literal
 
 from pear_store.errors import NotFoundError, PearStoreError
-from pear_store.format.summary import Summary
+from pear_store.format.summary import NO_SUMMARY, Summary
 from pear_store.local.references import Version
 from pear_store.local.uses import Uses
 from pear_store.readable import ReadableStore
 from pear_store.sharing import Numbered, new_bytes
 
-SortKey = Literal["name", "backbone", "classes", "accuracy", "new", "bytes", "added"]
+SortKey = Literal["name", "backbone", "classes", "accuracy", "val", "new", "bytes", "added"]
 _BY_INDEX: Mapping[SortKey, Callable[[Version], Any]] = {
     "bytes": lambda version: version.size_bytes,
     "added": lambda version: version.time_ns,
@@ -23,6 +23,7 @@ _BY_RECORD: Mapping[SortKey, Callable[[Summary], Any]] = {
     "backbone": lambda summary: summary.backbone,
     "classes": lambda summary: summary.classes,
     "accuracy": lambda summary: summary.val_top1,
+    "val": lambda summary: summary.val,
 }
 _AT_ONCE = 1000
 
@@ -174,7 +175,7 @@ def version_json(version: Version, older_tags: Mapping[str, int] | None = None) 
 
 
 def listed_json(row: Row) -> dict[str, Any]:
-    summary = row.summary if isinstance(row.summary, Summary) else Summary(None, None, None, None)
+    summary = row.summary if isinstance(row.summary, Summary) else NO_SUMMARY
     return {
         **version_json(row.version, row.older_tags),
         "new_bytes": row.new_bytes,
@@ -183,5 +184,7 @@ def listed_json(row: Row) -> dict[str, Any]:
         "backbone_digest": summary.backbone_digest,
         "classes": summary.classes,
         "val_top1": summary.val_top1,
+        "selected_by": summary.selected_by,
+        "metrics": dict(summary.metrics),
         **({"error": str(row.summary)} if isinstance(row.summary, PearStoreError) else {}),
     }

@@ -1,19 +1,23 @@
-"""Without an extra, whatever needs it says in one line what to install."""
+"""Without an extra, whatever needs it says in one line what to install. What modules import is declared."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 from pear_store import Store
 from tests.helpers.makers import small_task
 from tests.test_release import PROJECT, ROOT
+from tests.test_structure import ALLOWED
 
 BARE = """
 import contextlib, importlib, io, json, sys
@@ -108,3 +112,104 @@ def test_one_line_says_what_to_install(answers: dict[Any, Any], call: Call) -> N
     assert code and not out, (code, out, err)
     (line,) = [line for line in err.splitlines() if line and not line.startswith(("Usage:", "Try "))]
     assert re.fullmatch(rf"Error: .*needs.* ({package})\b.*pip install 'pear-adapters\[{extra}\]'", line), line
+
+
+EXTRA_OF = {
+    "router/infer": "infer",
+    "router/infer/__main__.py": "",
+    "router/serve": "serve",
+    "router/serve/__main__.py": "",
+    "router/cluster": "ray",
+    "pear_store/ui": "serve",
+    "pear_train/cluster.py": "ray",
+    "pear_train/evaluation": "eval",
+    "pear_train/evaluation/__main__.py": "",
+}
+"""The modules that need an extra when they are imported, and those among them that need none. So do all others."""
+DISTRIBUTIONS = packages_distributions()
+FILES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
+GUARDED = {"triton", "pillow-heif", "aiohttp"}
+"""Packages that are not declared: torch brings the first, and users add the others for HEIC images and web addresses.
+Where one is missing, Pear does without, or says so in a line."""
+BROUGHT = {"markupsafe": "jinja2"}
+"""Packages that another one needs in any version of it"""
+
+
+def extra_of(file: Path) -> str:
+    inside = file.relative_to(ROOT)
+    return next((EXTRA_OF[str(one)] for one in (inside, *inside.parents) if str(one) in EXTRA_OF), "")
+
+
+def declared(extra: str) -> set[str]:
+    """The packages that `pip install pear-adapters[extra]` names, also by way of other extras."""
+    found: set[str] = set()
+    listed = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"].get(extra, [])
+    for one in map(Requirement, listed):
+        if one.name == PROJECT["project"]["name"]:
+            found = found.union(*map(declared, one.extras))
+        else:
+            found.add(normal(one.name))
+    return found
+
+
+def names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) and node.module and not node.level else set()
+
+
+def is_guarded(node: ast.AST) -> bool:
+    """Whether it is a `try` or a `with` that takes an ImportError."""
+    catching = node.handlers if isinstance(node, ast.Try) else node.items if isinstance(node, ast.With) else []
+    heads = [ast.unparse(one).splitlines()[0] for one in catching]
+    return any(re.search(r"\b(ImportError|ModuleNotFoundError)\b", head) for head in heads)
+
+
+def imported(node: ast.AST, deep: bool) -> set[str]:
+    """The modules that a node imports; not in functions, guards and for type checkers unless `deep`."""
+    if not deep and (
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or is_guarded(node)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ):
+        return set()
+    return names(node).union(*(imported(child, deep) for child in ast.iter_child_nodes(node)))
+
+
+def packages(modules: set[str]) -> set[str]:
+    """The packages of modules that are neither ours nor Python's."""
+    tops = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - set(ALLOWED)
+    return {normal(one) for top in tops for one in DISTRIBUTIONS.get(top, [top])}
+
+
+def test_what_a_module_imports_first_is_declared() -> None:
+    assert all((ROOT / path).exists() for path in EXTRA_OF)
+    undeclared = {
+        f"{file.relative_to(ROOT)} [{extra_of(file)}]: {package}"
+        for file in FILES
+        for package in packages(imported(ast.parse(file.read_text()), deep=False)) - declared(extra_of(file))
+    }
+    assert not undeclared
+
+
+def test_what_a_module_imports_first_of_ours_needs_no_other_extra() -> None:
+    paths = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+    strange = {
+        f"{file.relative_to(ROOT)} [{extra_of(file)}]: {module}"
+        for file in FILES
+        for module in imported(ast.parse(file.read_text()), deep=False) & set(paths)
+        if not declared(extra_of(paths[module])) <= declared(extra_of(file))
+    }
+    assert not strange
+
+
+def test_what_is_imported_later_is_declared_by_an_extra() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"]) - {"demo", "tests", "dev"}
+    known = set().union(*map(declared, extras)) | GUARDED
+    known |= {package for package, by in BROUGHT.items() if by in known}
+    undeclared = {
+        f"{file.relative_to(ROOT)}: {package}"
+        for file in FILES
+        for package in packages(imported(ast.parse(file.read_text()), deep=True)) - known
+    }
+    assert not undeclared

@@ -25,7 +25,7 @@ from pear_store.cli.group import (
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import natural_key, shown_label
 from pear_store.format.digest import ITEM_BYTES
-from pear_store.format.summary import Origin, Summary
+from pear_store.format.summary import NO_SUMMARY, Origin, Summary
 from pear_store.listing import Listing, Query, Row, SortKey, listed_json, version_json
 from pear_store.local import sources
 from pear_store.local.add import Added
@@ -132,7 +132,8 @@ def ls(
     """List the tasks, or those whose names match a PATTERN such as 'flowers-*'.
 
     NEW are the bytes that no older version has. Their sum is what the store's tensors take. BYTES are the bytes of all
-    tensors of the version. VAL TOP-1 is in percent. Tags of older versions are shown as TAG@2.
+    tensors of the version. VAL % is the METRIC that chose the weights in training, on the validation images. Tags of
+    older versions are shown as TAG@2.
     """
     query = Query(patterns, tag, backbone, every, sort, reverse)
     with open_store() as store:
@@ -154,7 +155,7 @@ def ls(
             echo(f"Warning: new bytes are not known: {listing.problem}", err=True)
 
 
-_LEFT = ("task", "backbone", "tags")
+_LEFT = ("task", "backbone", "metric", "tags")
 
 
 def _warned(row: Row) -> Row:
@@ -165,20 +166,22 @@ def _warned(row: Row) -> Row:
 
 def _listed_row(row: Row) -> dict[str, Any]:
     short = version_row(row.version, row.older_tags)
-    summary = row.summary if isinstance(row.summary, Summary) else Summary(None, None, None, None)
+    summary = row.summary if isinstance(row.summary, Summary) else NO_SUMMARY
     backbone = summary.backbone or "?"
     return {
         "task": short["task"],
         "version": short["version"],
         "backbone": backbone if len(backbone) <= _BACKBONE_WIDTH else f"{backbone[: _BACKBONE_WIDTH - 1]}…",
         "classes": "?" if summary.classes is None else summary.classes or "-",
-        "val top-1": "-" if summary.val_top1 is None else f"{100 * summary.val_top1:.1f}",
+        "val %": "-" if summary.val is None else f"{100 * summary.val:.1f}",
+        "metric": "-" if summary.val is None else _METRICS[summary.selected_by],
         "new": "?" if row.new_bytes is None else f"{row.new_bytes:,}",
         **{key: value for key, value in short.items() if key not in ("task", "version")},
     }
 
 
 _BACKBONE_WIDTH = 44
+_METRICS = {"val_top1": "top-1", "val_macro_f1": "macro F1"}
 
 
 def version_row(version: Version, older_tags: Mapping[str, int] | None = None) -> dict[str, Any]:

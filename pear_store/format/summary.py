@@ -1,5 +1,6 @@
 """What lists say of a task, from its record. A record may be a stranger's, so unexpected values are left out."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -13,23 +14,40 @@ class Summary:
         backbone: its timm name.
         backbone_digest: its digest.
         classes: how many labels the task has.
-        val_top1: the share of the validation images that were classified right, 0 to 1.
+        metrics: all figures that it states, by their names.
+        selected_by: the figure that chose the weights: ``val_macro_f1`` or ``val_top1``.
     """
 
     backbone: str | None
     backbone_digest: str | None
     classes: int | None
-    val_top1: float | None
+    metrics: Mapping[str, float]
+    selected_by: str
+
+    @property
+    def val_top1(self) -> float | None:
+        """The share of the validation images that were classified right, 0 to 1."""
+        return self._share("val_top1")
+
+    @property
+    def val(self) -> float | None:
+        """The figure that chose the weights, 0 to 1."""
+        return self._share(self.selected_by)
+
+    def _share(self, metric: str) -> float | None:
+        value = self.metrics.get(metric)
+        return value if value is not None and 0 <= value <= 1 else None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Summary":
         backbone, labels = _mapping(record.get("backbone")), record.get("labels")
-        top1 = _mapping(record.get("metrics")).get("val_top1")
+        metrics, training = _mapping(record.get("metrics")), _mapping(record.get("training"))
         return cls(
             _text(backbone.get("model")),
             _text(backbone.get("digest")),
             len(labels) if isinstance(labels, list) else None,
-            float(top1) if _is_number(top1) and 0 <= top1 <= 1 else None,
+            {key: value for key, value in metrics.items() if _is_number(value)},
+            "val_macro_f1" if training.get("select") == "macro_f1" else "val_top1",
         )
 
 
@@ -69,7 +87,7 @@ def _is_of_data(key: str) -> bool:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_plain(value: object) -> bool:
@@ -82,3 +100,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+NO_SUMMARY = Summary.of({})
+"""What lists show of a task whose record cannot be read"""

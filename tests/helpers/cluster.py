@@ -1,9 +1,11 @@
 """A Ray cluster for tests: real, small, and gone when the test process is, however that ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -100,12 +102,26 @@ def machine(environment: Mapping[str, str], folder: Path, *args: str) -> Iterato
         process.wait(60)
 
 
-def cluster_environment(cache: Path) -> dict[str, str]:
-    """For the processes of a cluster, and those that use it: a token of their own."""
-    return {
-        **os.environ, "PEAR_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{DEADLY}", "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-    }  # fmt: skip
+@contextmanager
+def cluster_environment(cache: Path) -> Iterator[dict[str, str]]:
+    """For the processes of a cluster, and those that use it: a token and a folder of their own. At the end the folder
+    is removed."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # pytest's are too long: Ray's sockets allow 107 bytes of path
+    try:
+        yield {
+            **os.environ, "PEAR_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{DEADLY}",
+            "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+            "RAY_TMPDIR": folder,
+        }  # fmt: skip
+        assert list(Path(folder, "ray").glob("session_*")), f"Ray does not use {folder}"
+    finally:
+        wait_until(lambda: _is_removed(folder))
+
+
+def _is_removed(folder: str) -> bool:
+    """Removes a folder, unless processes of Ray that end still write there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not os.path.exists(folder)
 
 
 @contextmanager
@@ -115,9 +131,11 @@ def two_cores(cache: Path) -> Iterator[Cluster]:
     Args:
         cache: where its workers cache what they read of remotes.
     """
-    environment = cluster_environment(cache)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", _HEAD], text=True, env=environment, **pipes) as process:
+    with (
+        cluster_environment(cache) as environment,
+        subprocess.Popen([sys.executable, "-c", _HEAD], text=True, env=environment, **pipes) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         try:

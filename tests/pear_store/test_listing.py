@@ -10,7 +10,7 @@ from click.shell_completion import ShellComplete
 
 from pear_store import PearStoreError, Store, Task, make_task
 from pear_store.cli import main
-from pear_store.format.summary import Origin, Summary
+from pear_store.format.summary import NO_SUMMARY, Origin, Summary
 from pear_store.listing import Listing, Query
 from pear_store.local import references
 from pear_store.local.opened import OpenStore
@@ -21,7 +21,7 @@ from tests.pear_store.test_cli import run
 
 OTHER = {"model": "vit_small", "digest": "sha256:" + "1" * 64}
 LABELS = ["one", "two", "three"]
-HEADINGS = "task", "version", "backbone", "classes", "val", "top-1", "new", "bytes", "added", "tags"
+HEADINGS = "task", "version", "backbone", "classes", "val", "%", "metric", "new", "bytes", "added", "tags"
 
 
 def made(name: str, seed: int, **changes: Any) -> Task:
@@ -64,10 +64,27 @@ def test_a_list_says_what_tasks_are(where: Path) -> None:
         "vit_small",
         "3",
         "90.0",
+        "top-1",
         *(f"{rows['b']['bytes']:,}",) * 2,
-        table[3].split()[7],
     ]
-    assert table[2].endswith("prod@1") and table[4].split()[4] == "-"
+    assert table[2].endswith("prod@1") and table[4].split()[4:6] == ["-", "-"]
+
+
+def test_a_list_shows_the_metric_that_chose_the_weights(where: Path) -> None:
+    figures = {"val_top1": 0.2, "val_macro_f1": 0.75, "test_top1": 0.1, "images": 7}
+    with Store(where) as store:
+        store.add(made("e", 3, metrics=figures, training={"select": "macro_f1"}))
+        store.add(made("f", 4, metrics=figures, training={"select": "best"}))
+        store.add(made("g", 5, metrics={"val_top1": 0.2}, training={"select": "macro_f1"}))
+    rows = {row["task"]: row for row in listed(where)}
+    assert rows["e"]["metrics"] == rows["f"]["metrics"] == figures and rows["c"]["metrics"] == {"test_top1": 0.9}
+    assert [rows[name]["selected_by"] for name in "efa"] == ["val_macro_f1", "val_top1", "val_top1"]
+    assert rows["e"]["val_top1"] == 0.2
+    lines = {line.split()[0]: line.split() for line in run("--store", where, "ls").stdout.splitlines()}
+    assert (lines["e"][4:7], lines["f"][4:6]) == (["75.0", "macro", "F1"], ["20.0", "top-1"])
+    assert lines["g"][4:6] == ["-", "-"]  # never a top-1 under the name of another metric
+    assert [row["task"] for row in listed(where, "--sort", "val")] == list("fadebcg")
+    assert [row["task"] for row in listed(where, "--sort", "accuracy")] == list("efgadbc")
 
 
 def test_new_bytes_of_all_versions_are_what_the_store_takes(where: Path) -> None:
@@ -183,10 +200,16 @@ def test_damage_costs_a_list_only_what_is_damaged(where: Path) -> None:
 
 
 @pytest.mark.parametrize("record", [{}, {"backbone": 3, "labels": {}, "metrics": [], "training": "x"},
-                                    {"metrics": {"val_top1": True}}, {"metrics": {"val_top1": 3}}])  # fmt: skip
+                                    {"metrics": {"val_top1": True}}, {"metrics": {"val_top1": float("nan")}},
+                                    {"metrics": {"val_top1": "1"}, "training": {"select": []}}])  # fmt: skip
 def test_a_strangers_record_says_nothing(record: dict[str, Any]) -> None:
-    assert Summary.of(record) == Summary(None, None, None, None)
+    assert Summary.of(record) == Summary(None, None, None, {}, "val_top1") == NO_SUMMARY
     assert Origin.of(record) == Origin({}, {}, {})
+
+
+def test_a_share_above_one_is_not_shown() -> None:
+    summary = Summary.of({"metrics": {"val_top1": 3}})
+    assert (summary.val_top1, summary.val, summary.metrics) == (None, None, {"val_top1": 3})
 
 
 def test_show_says_how_it_was_trained_and_what_it_shares(where: Path) -> None:

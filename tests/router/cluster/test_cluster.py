@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -251,9 +250,7 @@ def test_whoever_is_killed_on_three_machines_the_rows_are_those_of_one(
     for folder in folders:
         folder.mkdir()
     with ExitStack() as stack:
-        # pytest's folders are too long for Ray's sockets
-        short = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True))
-        environment = {**cluster_environment(tmp_path / "cache"), "RAY_TMPDIR": short}
+        environment = stack.enter_context(cluster_environment(tmp_path / "cache"))
         head = ["--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
         machines = [stack.enter_context(machine(environment, folders[0], *head))]
         address = wait_until(lambda: re.search(r"--address='(.+)'", (folders[0] / "ray.log").read_text()))[1]

@@ -32,8 +32,10 @@ def served(folder: Path, **settings: Any) -> Iterator[tuple[httpx.Client, int]]:
     """A client of an application in a process of its own, which ends with this one; and that process."""
     command = [sys.executable, "-m", "tests.helpers.served", json.dumps(settings)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    environment = cluster_environment(folder / "cache")
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+    with (
+        cluster_environment(folder / "cache") as environment,
+        subprocess.Popen(command, text=True, env=environment, **pipes) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -43,18 +43,20 @@ def agree(file: Path, backbone: Backbone, task: Task, counts: tuple[int, ...] = 
         images = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(100 + count))
         expected = answers(backbone, task, images)
         bound = 1e-4 * max(1.0, float(expected.abs().max()))
+        assert count < 7 or expected.std(0).min() > 1e-3  # else the answers for other images would be as good
         torch.testing.assert_close(logits(file, images), expected, atol=bound, rtol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext3", "test_byobnet"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext3", "mobilevit_xxs", "test_byobnet"])
 def test_random_backbones(name: str, tmp_path: Path) -> None:
+    """Of the last one only the head is the task's: it has no linear layers."""
     module = random_module(name)
     backbone = Backbone(module, name)
     positions = [p for p, m in module.named_modules() if type(m) is torch.nn.Linear and p.split(".")[0] != "head"][:4]
     task = random_task(backbone, positions, size=(96, 96))
     export_onnx(task, tmp_path / "x.onnx", weights=saved(module, tmp_path / "w"))
-    agree(tmp_path / "x.onnx", backbone, task)
+    agree(tmp_path / "x.onnx", backbone, task, (1, 2, 200))
 
 
 @pytest.mark.slow
