@@ -51,7 +51,7 @@ CLUSTER = "needs a Ray cluster: tests/router/cluster runs such"
 PAGES = {
     "README.md": Page(
         {
-            "NAME --data DATA --backbone MODEL --out FILE": "new --data digits --out new.safetensors --epochs 1",
+            "NAME --data DATA --backbone MODEL --out FILE": "new --data digits --out new.safetensors --epochs 2",
             "MODEL --out checkpoints/": "pear_tiny --out checkpoints/",
             "my/new/images": "digits",
             "pear-store init": "pear-store init --store other.store",
@@ -91,7 +91,7 @@ PAGES = {
             "vit_base_patch16_224.augreg_in21k": "pear_tiny",
             "--plot": "--plot --epochs 6",
             "--set prune_epoch=5": "--set prune_epoch=5 --epochs 6 --overwrite",
-            "epochs = 30": "epochs = 1",
+            "epochs = 30": "epochs = 2",
             "MODEL": "pear_tiny",
         },
         {},
@@ -149,10 +149,10 @@ PAGES = {
     ),
     "docs/method.md": Page(
         {
-            "sources/*.safetensors": "old.safetensors svhn.safetensors digits.safetensors",
+            "sources/*.safetensors": "svhn.safetensors digits.safetensors",
             "pear-store --store S": "pear-store init --store S && pear-store --store S",
             "MODEL": "pear_tiny",
-            "--data oaks": "--data digits --epochs 1",
+            "--data oaks": "--data digits --epochs 2",
         },
         {},
     ),
@@ -232,12 +232,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
         np.savez("labels.npz", x_train=pixels, y_train=np.arange(40) % 2)
         (folder / "tasks.toml").write_text(
-            'epochs = 1\n[tasks.one]\ndata = "digits"\n[tasks.two]\ndata = "mydata"\n', "utf-8"
+            'epochs = 2\n[tasks.one]\ndata = "digits"\n[tasks.two]\ndata = "mydata"\n', "utf-8"
         )
         (folder / "list.csv").write_text("image,task\na.jpg,dtd\nb.png,svhn\n", "utf-8")
-        train = ["--data", "digits", "--epochs", "1", "--positions", "linear", "--method", "adapters"]
+        train = ["--data", "digits", "--epochs", "1", "--method", "adapters"]
         for name, task, seed in (("old", "dtd", 0), ("dtd", "dtd", 1), ("svhn", "svhn", 2), ("digits", "digits", 3)):
-            call(pear_train.cli.main, task, "--out", f"{name}.safetensors", "--seed", str(seed), *train)
+            where = "linear" if task == "dtd" else "auto"
+            call(
+                pear_train.cli.main,
+                task,
+                "--out",
+                f"{name}.safetensors",
+                "--seed",
+                str(seed),
+                "--positions",
+                where,
+                *train,
+            )
         store = ["--store", "pear.store"]
         call(pear_store.cli.main, "init", *store)
         for name in ("old", "dtd", "svhn", "digits"):
