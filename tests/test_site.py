@@ -2,20 +2,18 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from tests.helpers.pages import matches, run_steps, steps
 from tools.demo import digits, faces, write_folder
 
 ROOT = Path(__file__).parents[1]
-FENCE = re.compile(r"^```(console|python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VARIES = re.compile(r"\d+\.\d %|\d+ s$|\d+,\d+ bytes \(", re.MULTILINE)
 """What differs between machines: accuracies, seconds, and sizes of files"""
 
@@ -54,59 +52,8 @@ def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: Pat
         assert not re.search(r"url\(['\"]?(https?:)?//", sheet.read_text()), sheet
 
 
-def steps(page: str) -> list[tuple[str, str]]:
-    """A page's commands and programs in their order, each with the output that the page shows."""
-    found: list[tuple[str, str]] = []
-    for kind, text in FENCE.findall(page):
-        if kind == "python":
-            found.append((f"python - <<'PROGRAM'\n{text}PROGRAM", ""))
-        elif kind == "text":
-            found[-1] = (found[-1][0], text)
-        else:
-            for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
-                found.append((command, shown))
-    return found
-
-
-def matches(shown: str, printed: str) -> bool:
-    """`...` stands for anything, and so do widths of columns."""
-    parts = [re.sub(r"\s+", " ", part).strip() for part in shown.split("...")]
-    pattern = ".*".join(re.escape(part) for part in parts)
-    return re.fullmatch(f"\\s*{pattern}\\s*", re.sub(r"\s+", " ", printed), re.DOTALL) is not None
-
-
-def run_page(page: str, folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Of each step in turn, in one shell: the command, what the page shows, and what was printed."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    programs, work = folder / "bin", folder / "work"
-    programs.mkdir()
-    work.mkdir(exist_ok=True)
-    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "python").chmod(0o755)
-    scripts = {"pear-store": "pear_store.cli", "pear-train": "pear_train.cli", "pear-infer": "router.infer.__main__"}
-    scripts |= {"pear-eval": "pear_train.evaluation.__main__", "pear-serve": "router.serve.__main__"}
-    for name, module in scripts.items():
-        program = programs / name
-        program.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from {module} import main; main()' \"$@\"\n")
-        program.chmod(0o755)
-    lines = ["set -u"]
-    for number, (command, _) in enumerate(steps(page)):
-        lines += [command, f'code=$?; echo; echo "=== {number} $code"']
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(lines)], cwd=work, env=environment, capture_output=True, text=True, timeout=600
-    )
-    printed = re.split(r"^=== (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)
-    assert len(printed) == 3 * len(steps(page)) + 1, done.stdout + done.stderr
-    for number, (command, shown) in enumerate(steps(page)):
-        output, code = printed[3 * number], printed[3 * number + 2]
-        assert code == "0", f"{command}\n{output}\n{done.stderr}"
-        yield command, shown, output
-
-
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
-    for command, shown, printed in run_page((ROOT / "docs/tutorial.md").read_text(), tmp_path):
+    for command, shown, printed in run_steps(steps((ROOT / "docs/tutorial.md").read_text()), tmp_path):
         assert matches(shown, printed), f"{command}\nshown:\n{shown}\nprinted:\n{printed}"
     for shown, made in (("tutorial_plot.png", "digits.png"), ("tutorial_preview.png", "preview.png")):
         assert (ROOT / "docs" / shown).stat().st_size < 150_000
@@ -129,7 +76,7 @@ def test_the_first_screen_of_the_readme_does_what_it_says(tmp_path: Path) -> Non
     for name, labelled in (("digits", digits()), ("faces", faces())):
         write_folder(tmp_path / "work" / name, labelled)
     seen = ""
-    for command, shown, printed in run_page(screen, tmp_path):
+    for command, shown, printed in run_steps(steps(screen), tmp_path):
         seen += printed
         assert matches(VARIES.sub("N", shown), VARIES.sub("N", printed)), (
             f"{command}\nshown:\n{shown}\nprinted:\n{printed}"

@@ -99,10 +99,13 @@ def test_without_pear_the_docs_lines_give_the_routers_answer_for_a_picture(
 ) -> None:
     task = on_bases("dtd", 5, positions=LINEARS, own=2)
     store.add(task)
-    done = run("--store", store.path, "export-timm", "dtd", tmp_path / "dtd.safetensors", "--json")
+    done = run("--store", store.path, "export-timm", "dtd", tmp_path / "dtd-timm.safetensors", "--json")
     told = json.loads(done.stdout)
     assert (told["task"], told["version"], told["create_model"]["num_classes"]) == ("dtd", 1, 3)
-    assert {row["file"] for row in told["files"]} == {f"{tmp_path}/dtd.safetensors", f"{tmp_path}/dtd.safetensors.json"}
+    assert {row["file"] for row in told["files"]} == {
+        f"{tmp_path}/dtd-timm.safetensors",
+        f"{tmp_path}/dtd-timm.safetensors.json",
+    }
     assert all(Path(row["file"]).stat().st_size == row["bytes"] for row in told["files"])
     pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
