@@ -141,7 +141,7 @@ PAGES = {
             "curl -H 'Content-Type: image/jpeg' --data-binary @a.jpg": EXAMPLES,
             "curl localhost:8090": EXAMPLES,
             "curl -H 'Inference-Header": EXAMPLES,
-            "pear-serve --host 0.0.0.0": "listens to all the network: tests/router/serve/test_access.py",
+            "pear-serve --host 0.0.0.0": "listens to all the network: tests/router/serve/test_serving.py",
             'curl -H "Authorization': "needs the server above",
             "PEAR_STORE=./pear.store docker": "needs Docker",
         },
@@ -165,6 +165,7 @@ PAGES = {
 
 ELSEWHERE = {
     "docs/tutorial.md": "tests/test_site.py runs it",
+    "docs/peft.md": "tests/test_site.py runs it",
     "docs/formats.md": "tests/test_docs.py runs its reader",
     "docs/design.md": NOT_YET,
     "docs/scale.md": "needs systemd, nginx or Kubernetes; tests/test_manifests.py runs its sed",

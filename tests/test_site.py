@@ -66,7 +66,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
 def test_the_page_for_those_who_come_from_peft_does_what_it_says(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="needs peft: pip install 'pear-adapters[dev]'")
     write_folder(tmp_path / "work" / "digits", digits())
-    for command, shown, printed in run_page((ROOT / "docs/peft.md").read_text(), tmp_path):
+    for command, shown, printed in run_steps(steps((ROOT / "docs/peft.md").read_text()), tmp_path):
         assert matches(shown, printed), f"{command}\nshown:\n{shown}\nprinted:\n{printed}"
 
 
