@@ -110,7 +110,7 @@ def test_what_is_refused(backbone: Backbone, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(models, "EXPORTS", "nobody.exports")
     done = run("--store", store.path, "export-onnx", "t", tmp_path / "y")
     assert (done.exit_code, done.stderr) == (
-        1, "Error: nothing installed here writes onnx models: install pear-adapters anew\n",
+        1, "Error: nothing installed here writes onnx models: reinstall pear-adapters\n",
     )  # fmt: skip
     assert [path.name for path in tmp_path.glob("[xy]*")] == ["x"]
 

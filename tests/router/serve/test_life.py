@@ -48,7 +48,7 @@ def test_slow_clients_are_cut_off(filled: Path) -> None:
         "limits = router.serve.limits.RequestLimits\n"
         "router.serve.cli.RequestLimits = lambda **given: limits(body_timeout_s=0.3, **given)\n"
     )
-    head = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with served("--store", str(filled), code=code) as process:
         with connected(process) as slow:
             slow.sendall(head % 1000 + b"x")
@@ -71,7 +71,7 @@ def test_slow_clients_are_cut_off(filled: Path) -> None:
             unread.settimeout(0.2)
             with pytest.raises(OSError):  # full, then cut off
                 for _ in range(100_000):
-                    unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+                    unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
             time.sleep(1)
             unread.settimeout(30)
             assert is_closed(unread)
@@ -187,7 +187,7 @@ def test_kill_9_while_versions_are_added_and_it_starts_again_at_once(
 @pytest.mark.slow
 def test_a_refusal_arrives_although_its_body_is_under_way(filled: Path) -> None:
     """The server would reset a connection that it closes with bytes unread, and the client would lose the answer."""
-    head = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     with served("--store", str(filled), "--max-body-bytes", "1000") as process:
         for _ in range(20):
             with connected(process) as sending:

@@ -117,7 +117,7 @@ def test_a_server_lives_and_ends(filled: Path, router: Router, task_maker: Calla
         assert client.get("/v1/tasks/a").json()["version"] == 2
         # headers without end are cut off
         with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
             with pytest.raises(OSError):
                 for _ in range(200):
                     connection.sendall(b"X-Long: " + b"x" * 1000 + b"\r\n")
