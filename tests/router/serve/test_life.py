@@ -48,7 +48,9 @@ def test_slow_clients_are_cut_off(filled: Path) -> None:
         "limits = router.serve.limits.RequestLimits\n"
         "router.serve.cli.RequestLimits = lambda **given: limits(body_timeout_s=0.3, **given)\n"
     )
-    head = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    )
     with served("--store", str(filled), code=code) as process:
         with connected(process) as slow:
             slow.sendall(head % 1000 + b"x")
