@@ -33,6 +33,8 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
             bar.set_description(what, refresh=False)
             bar.total = every
             bar.update(done - bar.n)
+            if done == every:  # tqdm leaves out updates that come soon after one another
+                bar.refresh()
 
         yield show
 

@@ -184,6 +184,8 @@ def _progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
             bar.total = moved_bytes * every // done if done else None
             bar.set_postfix_str(f"{done} of {every} versions", refresh=False)
             bar.update(moved_bytes - bar.n)
+            if done == every:  # tqdm leaves out updates that come soon after one another
+                bar.refresh()
 
         yield show
 
