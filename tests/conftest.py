@@ -83,6 +83,16 @@ def backbone() -> Backbone:
     return load_backbone("pear_tiny")
 
 
+@pytest.fixture
+def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command would load it anew, which takes as long as all else that most tests of commands do."""
+
+    def load(name: str, weights: str | None) -> Backbone:
+        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
+
+    monkeypatch.setattr("router.router.load_backbone", load)
+
+
 @pytest.fixture(scope="session")
 def task_maker(backbone: Backbone) -> Callable[..., Task]:
     """Makes random tasks for the embedded backbone."""

@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -210,8 +211,8 @@ def small(labelled: Labelled) -> Labelled:
     return {split: pictures[:count] for (split, pictures), count in zip(labelled.items(), (60, 30, 40), strict=True)}
 
 
-def call(main: object, *words: str) -> None:
-    done = CliRunner().invoke(main, list(words))  # type: ignore[arg-type]
+def call(main: click.Command, *words: str) -> None:
+    done = CliRunner().invoke(main, list(words))
     assert done.exit_code == 0, (words, done.output)
 
 

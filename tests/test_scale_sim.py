@@ -1,9 +1,11 @@
 """benchmarks/scale_sim.py where the answer is known, and its ring beside nginx's own."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from benchmarks.scale_sim import Fleet, Ring, che_hits, popularity, simulate
+from benchmarks.scale_sim import Fleet, Policy, Ring, che_hits, popularity, simulate
 from tests.helpers.proxies import nginx, replicas
 
 NAMES = [f"task-{number}" for number in range(200)]
@@ -22,8 +24,9 @@ def test_hits_are_those_of_che_s_approximation() -> None:
     assert che_hits(np.full(50, 1 / 50), 10) == pytest.approx(10 / 50)  # exact: all tasks alike
     assert che_hits(popularity(50, 1.0), 50) == 1
     shares = popularity(1000, 0.9)
-    for count, policy in ((1, "round robin"), (4, "round robin"), (4, "least loaded")):
-        found = simulate(Fleet(count, slots=100), shares, 100, 60_000, policy)  # type: ignore[arg-type]
+    cases: tuple[tuple[int, Policy], ...] = ((1, "round robin"), (4, "round robin"), (4, "least loaded"))
+    for count, policy in cases:
+        found = simulate(Fleet(count, slots=100), shares, 100, 60_000, policy)
         assert found.hits == pytest.approx(che_hits(shares, 100), abs=0.01), policy
     names = [f"task-{number}" for number in range(1000)]
     ring = Ring([f"replica-{number}:8090" for number in range(4)])
@@ -56,19 +59,20 @@ def test_batches_grow_with_the_load_and_no_further() -> None:
 
 def test_bounds_keep_a_popular_task_from_one_replica_alone() -> None:
     shares = popularity(300, 1.2)
-    given = {"rate": 3000.0, "requests": 40_000}
+    given: dict[str, Any] = {"rate": 3000.0, "requests": 40_000}
     fleet = Fleet(8, slots=100, max_batch=16)
-    plain = simulate(fleet, shares, policy="hash", **given)  # type: ignore[arg-type]
+    plain = simulate(fleet, shares, policy="hash", **given)
     assert plain.busiest > 1.5
-    for policy, loose, tight in (
+    cases: tuple[tuple[Policy, Fleet, Fleet], ...] = (
         ("hash, max_conns", Fleet(8, 100, 16, max_conns=10**6), Fleet(8, 100, 16, max_conns=4)),
         ("hash, of the mean", Fleet(8, 100, 16, factor=100), Fleet(8, 100, 16, factor=1.25)),
-    ):
-        assert simulate(loose, shares, policy=policy, **given) == plain  # type: ignore[arg-type]
-        bounded = simulate(tight, shares, policy=policy, **given)  # type: ignore[arg-type]
+    )
+    for policy, loose, tight in cases:
+        assert simulate(loose, shares, policy=policy, **given) == plain
+        bounded = simulate(tight, shares, policy=policy, **given)
         assert bounded.busiest < 0.8 * plain.busiest
         assert bounded.hits < plain.hits
-    in_turn = simulate(fleet, shares, policy="round robin", **given)  # type: ignore[arg-type]
+    in_turn = simulate(fleet, shares, policy="round robin", **given)
     assert in_turn.busiest == pytest.approx(1, abs=0.001)
 
 

@@ -68,9 +68,15 @@ def steppers(weights: Path, batch: int, count: int, dtype: str) -> dict[str, tup
     pixels = torch.randint(0, 256, (batch, PIXELS, PIXELS, 3), dtype=torch.uint8).numpy()
     split = Split(lambda i: pixels[i], torch.arange(batch) % CLASSES)
     data = Dataset("random: images", tuple(map(str, range(CLASSES))), split, split, None)
-    told = {"positions": "qkv,mlp", "img_size": PIXELS, "batch_size": batch, "epochs": 100_000, "dtype": dtype}
-    on_bases = TrainConfig(task="x", device="cpu", **told)  # type: ignore[arg-type]
-    plain = TrainConfig(task="x", device="cpu", method="adapters", rank=8, **told)  # type: ignore[arg-type]
+    told: dict[str, Any] = {
+        "positions": "qkv,mlp",
+        "img_size": PIXELS,
+        "batch_size": batch,
+        "epochs": 100_000,
+        "dtype": dtype,
+    }
+    on_bases = TrainConfig(task="x", device="cpu", **told)
+    plain = TrainConfig(task="x", device="cpu", method="adapters", rank=8, **told)
 
     def runs(config: TrainConfig, given: Task | None) -> list[TaskRun]:
         made = [TaskRun(config, adapted, data, bases=given) for _ in range(count)]

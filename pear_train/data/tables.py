@@ -94,7 +94,7 @@ def class_names(path: Path) -> tuple[str, ...] | None:
 def import_arrow(path: Path) -> None:
     """Raises a DataError that says what to install, if pyarrow is missing."""
     try:
-        import pyarrow.parquet  # noqa: F401
+        import pyarrow.parquet  # noqa: F401  (whether it is installed)
     except ModuleNotFoundError as error:
         raise needs_pyarrow(path, error) from None
 

@@ -19,7 +19,7 @@ def check_page(path: Path, maker: Maker) -> None:
             installed.
     """
     try:
-        import jinja2  # noqa: F401
+        import jinja2  # noqa: F401  (whether it is installed)
     except ImportError:
         raise ConfigError("--html needs jinja2: pip install 'pear-adapters[eval]'") from None
     check_target("--html", path, lambda start: f"<!-- {maker} -->".encode() in start[:256], maker)

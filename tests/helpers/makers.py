@@ -78,11 +78,13 @@ def sharing_tasks(count: int) -> Iterator[Task]:
         adapters: dict[str, dict[str, str]] = {}
         placed: dict[str, list[list[Any]]] = {}
 
-        def own(name: str, seed: Any, d: int = d) -> list[list[Any]]:
+        def own(
+            name: str, seed: Any, d: int = d, parts: dict[str, Any] = parts, adapters: dict[str, Any] = adapters
+        ) -> list[list[Any]]:
             made = random.default_rng(seed)
-            parts[f"{name}.down"] = floats(made.normal(size=(d, 4)))  # noqa: B023
-            parts[f"{name}.up"] = floats(made.normal(size=(4, d)))  # noqa: B023
-            adapters[name] = {"down": f"{name}.down", "up": f"{name}.up"}  # noqa: B023
+            parts[f"{name}.down"] = floats(made.normal(size=(d, 4)))
+            parts[f"{name}.up"] = floats(made.normal(size=(4, d)))
+            adapters[name] = {"down": f"{name}.down", "up": f"{name}.up"}
             return [[name, 1.0]]
 
         for place, position in enumerate(positions):

@@ -25,19 +25,14 @@ from pear_train.evaluation.figures import BINS, figures
 from pear_train.evaluation.gate import Gate
 from pear_train.evaluation.report import make_report
 from pear_train.evaluation.sample import choose
-from router import Backbone, Limits, Router, load_backbone
+from router import Backbone, Limits, Router
 
 CLASSES = [f"t-{i}" for i in range(7)]
 
 
 @pytest.fixture(autouse=True)
-def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command would load it anew, which takes as long as all else that most of these tests do."""
-
-    def load(name: str, weights: str | None) -> Backbone:
-        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
-
-    monkeypatch.setattr("router.router.load_backbone", load)
+def _backbone_is_loaded(backbone_is_loaded: None) -> None:
+    pass
 
 
 @pytest.fixture

@@ -6,18 +6,12 @@ from pathlib import Path
 import pytest
 
 from pear_store import Task
-from router import Backbone, load_backbone
 from tests.helpers.lists import make_list_folder
 
 
 @pytest.fixture(autouse=True)
-def backbone_is_loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command would load it anew, which takes as long as all else that most of these tests do."""
-
-    def load(name: str, weights: str | None) -> Backbone:
-        return backbone if (name, weights) == ("pear_tiny", None) else load_backbone(name, weights)
-
-    monkeypatch.setattr("router.router.load_backbone", load)
+def _backbone_is_loaded(backbone_is_loaded: None) -> None:
+    pass
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,9 +27,9 @@ both = pytest.mark.parametrize("proxy", [nginx, envoy])
 NAMES = [f"task-{number}.v_{number % 7}" for number in range(60)]
 
 
-def place(client: httpx.Client, path: str, method: str = "POST", **options: object) -> int:
+def place(client: httpx.Client, path: str, method: str = "POST", **options: Any) -> int:
     """The replica that answers."""
-    answer = client.request(method, path, content=b"image", **options)  # type: ignore[arg-type]
+    answer = client.request(method, path, content=b"image", **options)
     assert answer.status_code == 200, answer.text
     return int(answer.headers["X-Replica"])
 
