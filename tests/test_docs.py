@@ -1,5 +1,6 @@
 """What the docs say is what the code does."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ import pear_train.cli
 import pear_train.evaluation.cli
 import router.infer.cli
 import router.serve.cli
-from pear_store import Store
+from pear_store import Store, write_checkpoint
 from pear_store.cli import main
 from pear_store.errors import PearStoreError
 from tests.helpers.makers import floats, small_task
@@ -39,6 +40,16 @@ EXIT_CODES = {
     130: "Ctrl-C ended a push, pull, clone, pear-train, pear-eval or pear-infer",
 }
 """What the errors of pear_store.errors, click and Ctrl-C exit with"""
+JSON = {
+    "add": '`[{"file", "task", "version", "changed", "new_bytes", "shared_bytes"}]`, and `{"file", "error"}` for a '
+    "refused file",
+    "ls": '`[{"task", "version", "bytes"}]`; with `--short` only these and tags',
+    "gc": '`{"removed_versions", "removed_tensors", "removed_bytes", "kept_tensors", "kept_bytes", "dead_bytes", '
+    '"dry_run"}`',
+    "verify": '`{"tensors", "damaged": [{"digest", "tasks"}]}`, and exit code 5 if anything is damaged',
+    "stats": '`{"tasks", "versions", "tensors", "logical_bytes", "unique_bytes", "stored_bytes"}`',
+}
+"""What pear-store's commands print with --json, as far as it stays so"""
 
 
 def store_commands() -> dict[str, click.Command]:
@@ -57,7 +68,10 @@ def reference() -> str:
         "# All commands\n\nThis page has what each command says with `--help`. `python -m tests.test_docs` writes it, "
         "and a test compares the two.\nThe [glossary](glossary.md) explains the words.\n\n## Exit codes\n\n"
         "All commands use these. `pear-eval` also has 20: [a gate failed](evaluate.md#a-gate-against-regressions).\n\n"
-        "| code | meaning |\n|---|---|\n" + "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items())
+        "| code | meaning |\n|---|---|\n"
+        + "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items()),
+        "## JSON\n\nOther programs rely on these keys of `pear-store COMMAND --json` (**fixed**). More may come.\n\n"
+        "| command | JSON |\n|---|---|\n" + "".join(f"| `{name}` | {keys} |\n" for name, keys in JSON.items()),
     ]
     commands: list[tuple[str, click.Command]] = [("pear-store", main)]
     commands += [(f"pear-store {name}", command) for name, command in store_commands().items()]
@@ -110,6 +124,35 @@ def test_the_docs_name_the_commands_that_read_a_url(tmp_path: Path, monkeypatch:
             reading.add(name)
     (listed,) = re.findall(r"`pear-store ([^.]*?) read a URL", (DOCS / "remotes.md").read_text())
     assert set(re.findall(r"[a-z-]+(?=`)", listed)) == reading
+
+
+def keys_of(value: object) -> set[str]:
+    """The keys of all objects in a JSON value."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+def test_the_json_of_a_command_has_the_keys_that_stay(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "good.safetensors", small_task("dtd"))
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
+    store = ["--store", str(tmp_path / "store")]
+
+    def printed(name: str, *words: str) -> tuple[Any, int]:
+        done = CliRunner().invoke(main, [name, *words, "--json", *store])
+        return json.loads(done.stdout), done.exit_code
+
+    Store.create(tmp_path / "store").close()
+    answers = {"add": printed("add", str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors"))}
+    answers |= {"gc": printed("gc", "--yes"), "stats": printed("stats"), "ls": printed("ls")}
+    assert keys_of(printed("ls", "--short")[0]) == {"task", "version", "bytes"}
+    (pack,) = (tmp_path / "store/packs").glob("*/*")
+    pack.write_bytes(pack.read_bytes()[:-1] + b"?")
+    answers["verify"] = printed("verify")
+    assert answers["verify"][1] == 5
+    assert answers.keys() == JSON.keys()
+    for name, (value, _) in answers.items():
+        assert set(re.findall(r'"(\w+)"', JSON[name])) <= keys_of(value), name
 
 
 def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:
