@@ -1,4 +1,4 @@
-"""One task in training: its adapters, head, optimiser and schedule (docs/design.md, section 4)."""
+"""One task in training: its adapters, head, optimiser and schedule (docs/method.md)."""
 
 import logging
 import math

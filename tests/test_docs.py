@@ -1,5 +1,8 @@
 """What the docs say is what the code does."""
 
+import ast
+import dataclasses
+import inspect
 import json
 import re
 import tomllib
@@ -18,6 +21,7 @@ import router.serve.cli
 from pear_store import Store, write_checkpoint
 from pear_store.cli import main
 from pear_store.errors import PearStoreError
+from router import Predictions, Router
 from tests.helpers.makers import floats, small_task
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +157,26 @@ def test_the_json_of_a_command_has_the_keys_that_stay(tmp_path: Path) -> None:
     assert answers.keys() == JSON.keys()
     for name, (value, _) in answers.items():
         assert set(re.findall(r'"(\w+)"', JSON[name])) <= keys_of(value), name
+
+
+def test_the_router_page_has_the_routers_interface() -> None:
+    page = (DOCS / "router.md").read_text()
+    (signature,) = re.findall(r"`Router\((.*?)\)`", page)
+    (options,) = re.findall(r"`(merge=\S+)` and `(compile=\S+)` are two more options", page)
+    parameters = inspect.signature(Router).parameters
+    positional, _, keywords = signature.partition(", *, ")
+    assert positional == "backbone, store=None" and [*parameters][:2] == ["backbone", "store"]
+    for word in [*keywords.split(", "), *options]:
+        name, default = word.split("=")
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == ast.literal_eval(default), word
+    methods = {*re.findall(r"`router\.(\w+)\(", page)}
+    assert len(methods) > 10
+    assert not [name for name in methods if not callable(getattr(Router, name, None))]
+    parts = {*re.findall(r"`\.(\w+)(?:\(k\))?`", page)}
+    assert len(parts) > 8
+    fields = {field.name for field in dataclasses.fields(Predictions)}
+    assert not [name for name in parts if name not in fields and not hasattr(Predictions, name)]
 
 
 def test_the_reader_of_the_formats_page_reads_a_store(store: Store) -> None:

@@ -45,7 +45,6 @@ def served(command: str, path: str) -> str:
 
 
 STOP = "; code=$?; kill $!; wait $!; test $code = 0"
-NOT_YET = "not yet"
 INSTALLS = "installs packages"
 EXAMPLES = "tests/router/serve/test_examples.py runs it"
 CLUSTER = "needs a Ray cluster: tests/router/cluster runs such"
@@ -124,6 +123,10 @@ PAGES = {
         {"pip install": INSTALLS},
         ("pear-remote.json",),
     ),
+    "docs/router.md": Page(
+        {"vit_base_patch16_224.augreg_in21k": "pear_tiny", ', device="cuda")': ")"},
+        {},
+    ),
     "docs/serving.md": Page(
         {
             "pear-serve --store pear.store --backbone MODEL --preload all": served(
@@ -168,7 +171,6 @@ ELSEWHERE = {
     "docs/tutorial.md": "tests/test_site.py runs it",
     "docs/peft.md": "tests/test_site.py runs it",
     "docs/formats.md": "tests/test_docs.py runs its reader",
-    "docs/design.md": NOT_YET,
     "docs/scale.md": "needs systemd, nginx or Kubernetes; tests/test_manifests.py runs its sed",
 }
 """Pages whose commands another test runs, or none, with the reason"""

@@ -228,7 +228,7 @@ def test_ideas_of_router_do_not_import_its_faces() -> None:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_no_class_is_long(package: str) -> None:
-    """docs/design.md says why those are that are."""
+    """docs/architecture.md says why those are that are."""
     long = {
         f"{file.relative_to(ROOT)} {node.name}"
         for file in (ROOT / package).rglob("*.py")
@@ -239,6 +239,27 @@ def test_no_class_is_long(package: str) -> None:
 
 
 LONG = {"router/router.py Router", "pear_store/store.py Store"}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_the_architecture_page_names_every_module(package: str) -> None:
+    """A row that begins with a folder names modules of that folder. The first cell of any row names others."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.split(f"\n## {package}\n")[1].split("\n## ")[0]
+    named: set[tuple[str, str]] = set()
+    for first, second in re.findall(r"^\| (`.+?) \| (.*)", section, re.MULTILINE):
+        folder = "."
+        for words in re.findall(r"`([^`]+)`", first):
+            folder, words = words.split("/") if "/" in words else (folder, words)
+            named |= {(folder, name) for name in re.findall(r"\w+", words)}
+        if folder != ".":
+            named |= {
+                (folder, name) for words in re.findall(r"`([^`]+)`", second) for name in re.findall(r"\w+", words)
+            }
+    for file in (ROOT / package).rglob("*.py"):
+        if file.stem not in ("__init__", "__main__"):
+            place = str(file.parent.relative_to(ROOT / package)), file.stem
+            assert place in named, f"{file}: docs/architecture.md has no row that names it"
 
 
 @pytest.mark.parametrize("package", ["router", "pear_train"])

@@ -1,4 +1,4 @@
-"""A task, and the task checkpoint: the one file by which tasks are exchanged (docs/design.md, section 5)."""
+"""A task, and the task checkpoint: the one file by which tasks are exchanged (docs/checkpoint.md)."""
 
 import json
 import marshal
@@ -226,7 +226,7 @@ def read_checkpoint(path: str | Path, known: ReadBefore | None = None) -> Task:
 
     Raises:
         NotFoundError: no such file.
-        CheckpointError: anything in it that is not as docs/design.md, section 5 says.
+        CheckpointError: anything in it that is not as docs/checkpoint.md says.
     """
     return task_from_container(*read_container(path, known.headers if known else None), path, known)
 

@@ -1,4 +1,4 @@
-"""Turns stored tensors and codes into numbers (docs/design.md, section 5)."""
+"""Turns stored tensors and codes into numbers (docs/checkpoint.md)."""
 
 from __future__ import annotations
 

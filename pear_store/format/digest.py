@@ -1,4 +1,4 @@
-"""Tensors as bytes, and their digests (docs/design.md, section 6)."""
+"""Tensors as bytes, and their digests (docs/formats.md)."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Manifests: a stored task's JSON, which names tensors by digest (docs/design.md, section 6)."""
+"""Manifests: a stored task's JSON, which names tensors by digest (docs/formats.md)."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a task's record says of its adapters and its head, parsed and judged once (docs/design.md, section 5).
+"""What a task's record says of its adapters and its head, parsed and judged once (docs/checkpoint.md).
 
 Another kind of adapter is another part of `Adapter`, and what :meth:`Adapter.parse` accepts: everything else (names of
 tensors, keys by which tensors are shared, shapes, bytes) follows from an adapter's matrices.

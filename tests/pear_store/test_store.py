@@ -1,4 +1,4 @@
-"""The store's promises (docs/design.md, section 6)."""
+"""The store's promises (docs/promises.md)."""
 
 import contextlib
 import errno
