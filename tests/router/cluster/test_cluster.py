@@ -203,7 +203,8 @@ def test_every_image_through_all_tasks_of_a_remote_decoded_apart(work: Path, clu
     wanted = ["--tasks", "all", "--batch-size", 8, "--top", 2]
     run_here(listed, work / "here.parquet", "--store", work / "s", *wanted)
     far = ["--store", f"file://{work / 'remote'}", "--workers", 1, "--decode", "apart"]
-    end(start(cluster, listed, work / "there.parquet", *far, *wanted))
+    report = end(start(cluster, listed, work / "there.parquet", *far, *wanted))
+    assert all(report[name] > 0 for name in ("list_s", "read_s", "decode_s", "transfer_s", "device_s", "write_s"))
     found = pq.read_table(work / "there.parquet")
     assert found.num_rows == 240
     assert_same(found, pq.read_table(work / "here.parquet"))
