@@ -68,7 +68,7 @@ def run(work: Path, rows: int, workers: int) -> dict[str, Any]:
     assert (report["predictions"], report["errors"]) == (rows, 0), report
     ended = seen[-1][0]
     tenths = [max((mib for at, mib in seen if i <= 10 * at / ended <= i + 1), default=0.0) for i in range(10)]
-    kept = ("seconds", "images_per_s", "start_s", "read_s", "decode_s", "device_s", "write_s")
+    kept = ("seconds", "images_per_s", "start_s", "list_s", "read_s", "decode_s", "transfer_s", "device_s", "write_s")
     return {"rows": rows, "peak_mib": max(mib for _, mib in seen), "mib_by_tenth": tenths,
             **{key: report[key] for key in kept}}  # fmt: skip
 

@@ -35,10 +35,10 @@ CLIENTS = (1, 4, 16)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
 
 
-def make_files(work: Path) -> None:
+def make_files(work: Path, names: list[str] = NAMES) -> None:
     backbone = load_backbone("pear_tiny")
     with Store.create(work / "store") as store:
-        for task in make_tasks(backbone, "blocks", NAMES):
+        for task in make_tasks(backbone, "blocks", names):
             preprocess = {**task.record["preprocess"], "input_size": [3, 48, 48]}
             store.add(make_task({**task.record, "preprocess": preprocess}, task.tensors))
     rng = np.random.default_rng(0)
@@ -61,10 +61,10 @@ def plain(work: Path) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def on_ray(work: Path) -> Iterator[tuple[int, int]]:
-    """The port of an application of Ray Serve's, and the process that started Ray."""
-    settings = json.dumps({"backbone": "pear_tiny", "store": str(work / "store"), "no_auth": True})
-    command = [sys.executable, "-m", "tests.helpers.served", settings]
+def on_ray(work: Path, **settings: Any) -> Iterator[tuple[int, int]]:
+    """The port of an application of Ray Serve, and the process that started Ray."""
+    every = {"backbone": "pear_tiny", "store": str(work / "store"), "no_auth": True, **settings}
+    command = [sys.executable, "-m", "tests.helpers.served", json.dumps(every)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as process:
         assert process.stdin is not None
@@ -75,8 +75,13 @@ def on_ray(work: Path) -> Iterator[tuple[int, int]]:
             process.stdin.close()
 
 
-def load(work: Path, port: int, process: int, clients: int, seconds: float) -> dict[str, Any]:
-    stream = {"path": "/v1/tasks/TASK/predict", "tasks": NAMES, "connections": clients}
+def load(work: Path, port: int, process: int, clients: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """What clients that ask all the time get.
+
+    Args:
+        more: of the stream (benchmarks/serve/load.py), such as its tasks and their weights.
+    """
+    stream = {"path": "/v1/tasks/TASK/predict", "tasks": NAMES, "connections": clients, **more}
     plan = {"port": port, "images": str(work), "seconds": seconds, "warm_s": 2, "server_pid": process,
             "streams": {"all": stream}}  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.serve.load"]

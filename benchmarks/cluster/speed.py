@@ -89,7 +89,7 @@ def run(case: str, work: Path, rows: int) -> dict[str, Any]:
     assert report["predictions"] == rows, report
     workers, start_s = report.get("workers", 0), report.get("start_s", 0.0)
     running = (rows - workers * BATCH) / (report["seconds"] - start_s)
-    kept = ("seconds", "start_s", "read_s", "decode_s", "device_s", "write_s", "retries")
+    kept = ("seconds", "start_s", "list_s", "read_s", "decode_s", "transfer_s", "device_s", "write_s", "retries")
     figures = {"running": round(running, 2), "whole": round(rows / whole_s, 2), "whole_s": round(whole_s, 1)}
     figures["cpu_s"] = round(used_s, 1)
     return {**figures, **{key: report[key] for key in kept if key in report}}

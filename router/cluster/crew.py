@@ -35,8 +35,10 @@ class Order:
     """A batch to serve."""
 
     asks: list[Ask]
-    pixels: Any = None
-    """Ray's reference to its decoded images, if Ray tasks decode them."""
+    images: Any = None
+    """Ray's reference to its images, or to their pixels if Ray tasks decode them."""
+    spent: Any = None
+    """Ray's reference to the time that Ray tasks took to decode them."""
     deaths: int = 0
     """Number of workers that died with it."""
 
@@ -96,7 +98,7 @@ class Crew:
         for member in self.members:
             self._start(member)
         decode: Any = ray.remote(decoded)
-        self._decode = decode.options(num_cpus=1)
+        self._decode = decode.options(num_cpus=1, num_returns=2)
 
     @property
     def up(self) -> int:
@@ -152,12 +154,14 @@ class Crew:
             member.is_up = True
 
     def _send(self, order: Order, member: _Member) -> None:
-        asks = order.asks
-        if self.apart:
-            if order.pixels is None:
-                order.pixels = self._decode.remote(asks)
-            asks = [replace(ask, image=b"") for ask in asks]  # the worker does not need the images themselves
-        self._flying[member.actor.serve.remote(asks, order.pixels)] = order, member
+        if order.images is None:
+            images = [ask.image for ask in order.asks]
+            if self.apart:
+                order.spent, order.images = self._decode.remote(images, [ask.way for ask in order.asks])
+            else:
+                order.images = ray.put(images)
+        asks = [replace(ask, image=b"") for ask in order.asks]
+        self._flying[member.actor.serve.remote(asks, [order.images], order.spent)] = order, member
         member.orders.append(order)
 
     def _receive(self, reference: Any) -> tuple[Order, Answer] | None:
@@ -177,7 +181,7 @@ class Crew:
 
     def _retry(self, order: Order) -> None:
         """Queues an order again after its worker, or its decoding, was lost."""
-        order.pixels = None
+        order.images = order.spent = None
         order.deaths += 1
         if order.deaths >= DEATHS:
             image = order.asks[0].image

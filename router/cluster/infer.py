@@ -5,6 +5,7 @@ workers die, and only this process needs the output's disk.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Never
@@ -12,7 +13,7 @@ from typing import Any, Never
 from tqdm import tqdm
 
 from router.cluster.crew import Crew, Order
-from router.infer.plan import Part, ahead, gather
+from router.infer.plan import Part, Times, ahead, gather
 from router.infer.work import Job
 
 AHEAD = 16
@@ -39,7 +40,10 @@ class Spread:
     def __init__(self, crew: Crew, job: Job, bar: "tqdm[Never]") -> None:
         self._crew, self._job, self._bar = crew, job, bar
         self._open: dict[Order, _Open] = {}
-        self.read_s = self.write_s = self.decode_s = self.device_s = 0.0
+        self.times = Times()
+        """Of this process."""
+        self.workers_s: Counter[str] = Counter()
+        """Of all workers together."""
         self.first_at: float | None = None
         """Time of the first answer, by time.perf_counter."""
 
@@ -54,8 +58,7 @@ class Spread:
                 self._bar.update(len(results))
             crew = self._crew
             self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=False)
-            self.decode_s += answer.decode_s
-            self.device_s += answer.device_s
+            self.workers_s.update(answer.seconds)
             entry.left -= 1
             self._write_if_done(entry)
 
@@ -66,9 +69,7 @@ class Spread:
         items = ahead(gathered, AHEAD)
         entry = _Open()
         while True:
-            began = time.perf_counter()
-            item = next(items, None)
-            self.read_s += time.perf_counter() - began
+            item = self.times.timed("list_s", next, items, None)
             if item is None:
                 return
             if isinstance(item, Part):
@@ -84,10 +85,8 @@ class Spread:
     def _write_if_done(self, entry: _Open) -> None:
         if entry.part is None or entry.left:
             return
-        began = time.perf_counter()
-        self._job.write(entry.part)
+        self.times.timed("write_s", self._job.write, entry.part)
         self._bar.update(len(entry.part.results) - entry.served)  # rows that cannot be served
-        self.write_s += time.perf_counter() - began
 
 
 def work_off(crew: Crew, job: Job) -> dict[str, Any]:
@@ -102,12 +101,7 @@ def work_off(crew: Crew, job: Job) -> dict[str, Any]:
         spread.run()
     ended = time.perf_counter()
     worked_s = ended - (spread.first_at or ended)
-    return {
-        "workers": crew.count,
-        "retries": crew.retries,
-        "start_s": round(ended - began - worked_s, 3),
-        "read_s": round(spread.read_s, 3),
-        "decode_s": round(spread.decode_s, 3),
-        "device_s": round(spread.device_s, 3),
-        "write_s": round(spread.write_s, 3),
-    }
+    seconds = {"start_s": ended - began - worked_s, "list_s": spread.times.list_s}
+    seconds |= {name: spread.workers_s[name] for name in ("read_s", "decode_s", "transfer_s", "device_s")}
+    seconds["write_s"] = spread.times.write_s
+    return {"workers": crew.count, "retries": crew.retries} | {name: round(s, 3) for name, s in seconds.items()}

@@ -1,11 +1,12 @@
 """The code that runs on a cluster's machines: workers with one router each, and decoding of images on any core."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 
@@ -14,9 +15,11 @@ from pear_store.pools import ThreadPool
 from pear_store.remote.cache import CacheSettings
 from router import ImageError, Router, decode
 from router.cluster.session import ClusterError
-from router.infer.plan import AHEAD, Ask, Result, Work, load
+from router.infer.plan import AHEAD, Ask, Result, Times, Work, load
 from router.infer.work import serve
+from router.pictures import ImageLike
 from router.predictions import Threshold
+from router.preprocess import Preprocess, Spent
 from router.threads import computing_alone
 
 AT_ONCE = 1 + AHEAD
@@ -51,8 +54,8 @@ class Answer:
 
     results: list[list[Result]]
     """For each ask, the results of its tasks."""
-    decode_s: float
-    device_s: float
+    seconds: dict[str, float]
+    """Where the time went: `Times.seconds` of this batch."""
 
 
 class Worker:
@@ -84,43 +87,42 @@ class Worker:
     def ready(self) -> None:
         """Returns when the router is made."""
 
-    def serve(self, asks: list[Ask], pixels: Sequence[Pixels | str] | None = None) -> Answer:
+    def serve(self, asks: list[Ask], images: list[Any], spent: tuple[float, float] | None = None) -> Answer:
         """Runs a batch.
 
         Args:
-            pixels: each ask's result of `decoded`; None: the images are decoded here.
+            asks: without their images.
+            images: one reference of Ray's, to the images or to what `decoded` made of them. It comes in a list, so
+                that this call fetches it and not Ray before the call: then its time can be told.
+            spent: seconds that reading and decoding took; None: the images are to be decoded here.
         """
-        began = time.perf_counter()
+        times = Times(spent=Spent(*spent or ()))
         names = dict.fromkeys(task for ask in asks for task in ask.tasks if isinstance(task, str))
         self._store.prefetch(list(names))
-        images = _decode(asks) if pixels is None else _tensors(pixels)
+        found = times.timed("transfer_s", ray.get, images[0])
+        pixels = decode(found, [ask.way for ask in asks], times.spent) if spent is None else _tensors(found)
         with computing_alone():
-            works = list(load(asks, images, self._router.device))
-        loaded = time.perf_counter()
-        device_s = self._forwards.submit(self._run, works).result()
-        return Answer([ask.results for ask in asks], loaded - began, device_s)
+            works = times.timed("transfer_s", list, load(asks, pixels, self._router.device))
+        self._forwards.submit(times.timed, "device_s", self._run, works).result()
+        return Answer([ask.results for ask in asks], times.seconds())
 
-    def _run(self, works: list[Work]) -> float:
-        began = time.perf_counter()
+    def _run(self, works: list[Work]) -> None:
         for work in works:
             serve(self._router, work, self._top, self._threshold)
-        return time.perf_counter() - began
 
 
-def decoded(asks: list[Ask]) -> list[Pixels | str]:
-    """The pixels of each ask's image, uint8 [3, h, w], or the error's text if it cannot be read.
+def decoded(images: list[ImageLike], ways: list[Preprocess]) -> tuple[tuple[float, float], list[Pixels | str]]:
+    """Seconds that reading and decoding took, and each image's pixels, uint8 [3, h, w], or its error's text.
 
-    Asks with the same image and preprocessing get the same array.
+    Images that are equal and have the same preprocessing get the same array.
     """
     arrays: dict[int, Pixels] = {}
-    return [
+    spent = Spent()
+    pixels = [
         str(image) if isinstance(image, ImageError) else arrays.setdefault(id(image), image.numpy())
-        for image in _decode(asks)
+        for image in decode(images, ways, spent)
     ]
-
-
-def _decode(asks: list[Ask]) -> list[torch.Tensor | ImageError]:
-    return decode([ask.image for ask in asks], [ask.way for ask in asks])
+    return (spent.read_s, spent.decode_s), pixels
 
 
 def _tensors(pixels: Sequence[Pixels | str]) -> list[torch.Tensor | ImageError]:

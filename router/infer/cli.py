@@ -312,8 +312,10 @@ def show(report: dict[str, Any], as_json: bool) -> None:
             count = "1 worker" if report["workers"] == 1 else f"{report['workers']} workers"
             echo(
                 f"{count}, {report['retries']} batches tried again. Start to first answer {report['start_s']:.1f} s; "
-                f"waiting for the list {report['read_s']:.1f} s; writing {report['write_s']:.1f} s. All workers "
-                f"together: decoding {report['decode_s']:.1f} s, forwards {report['device_s']:.1f} s",
+                f"waiting for the list {report['list_s']:.1f} s; writing {report['write_s']:.1f} s. All workers "
+                f"together: reading files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, fetching "
+                f"images and copying them to the device {report['transfer_s']:.1f} s, forwards "
+                f"{report['device_s']:.1f} s",
                 err=True,
             )
         elif report["images"]:

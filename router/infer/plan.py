@@ -102,12 +102,14 @@ class Times:
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - began)
 
-    def report(self) -> dict[str, float]:
-        found = {
+    def seconds(self) -> dict[str, float]:
+        return {
             "list_s": self.list_s, "read_s": self.spent.read_s, "decode_s": self.spent.decode_s,
             "transfer_s": self.transfer_s, "device_s": self.device_s, "wait_s": self.wait_s, "write_s": self.write_s,
         }  # fmt: skip
-        return {name: round(seconds, 3) for name, seconds in found.items()}
+
+    def report(self) -> dict[str, float]:
+        return {name: round(seconds, 3) for name, seconds in self.seconds().items()}
 
 
 class Tasks:

@@ -203,10 +203,52 @@ def test_every_image_through_all_tasks_of_a_remote_decoded_apart(work: Path, clu
     wanted = ["--tasks", "all", "--batch-size", 8, "--top", 2]
     run_here(listed, work / "here.parquet", "--store", work / "s", *wanted)
     far = ["--store", f"file://{work / 'remote'}", "--workers", 1, "--decode", "apart"]
-    end(start(cluster, listed, work / "there.parquet", *far, *wanted))
+    report = end(start(cluster, listed, work / "there.parquet", *far, *wanted))
+    assert all(report[name] > 0 for name in ("list_s", "read_s", "decode_s", "transfer_s", "device_s", "write_s"))
     found = pq.read_table(work / "there.parquet")
     assert found.num_rows == 240
     assert_same(found, pq.read_table(work / "here.parquet"))
+
+
+COUNTS = """
+import sys
+from router.cluster import infer
+from router.infer.cli import main
+read = done = most = 0
+gather, serve = infer.gather, infer.Crew.serve
+
+def counted(numbered, *others):
+    def counting():
+        global read
+        for number, rows in numbered:
+            read += rows.table.num_rows
+            yield number, rows
+    return gather(counting(), *others)
+
+def answered(crew, orders):
+    global done, most
+    for order, answer in serve(crew, orders):
+        most = max(most, read - done)
+        done += len(order.asks)
+        yield order, answer
+
+infer.gather, infer.Crew.serve = counted, answered
+main(sys.argv[1:], standalone_mode=False)
+print(most)
+"""
+
+
+def test_the_list_is_read_on_only_as_answers_come(work: Path, cluster: Cluster) -> None:
+    """So a list of any length takes the same memory."""
+    listed = work / "list.csv"
+    listed.write_text("image,task\n" + "".join(f"{i % 6}.png,{'ab'[i % 2]}\n" for i in range(1000)))
+    args = [listed, work / "out", "--store", work / "s", "--batch-size", 4, "--ray", cluster.address,
+            "--workers", 1, "--cpus-per-worker", 1]  # fmt: skip
+    command = [sys.executable, "-c", COUNTS, *map(str, args)]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=180, check=True)
+    most = int(done.stdout.splitlines()[-1])
+    part, batches_ahead, at_the_worker = 64, 4 * 16, 4 * 4
+    assert 0 < most <= part + batches_ahead + at_the_worker + 4
 
 
 def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Cluster) -> None:
