@@ -102,7 +102,7 @@ class Worker:
         found = times.timed("transfer_s", ray.get, images[0])
         pixels = decode(found, [ask.way for ask in asks], times.spent) if spent is None else _tensors(found)
         with computing_alone():
-            works = times.timed("transfer_s", list, load(asks, pixels, self._router.device))
+            works: list[Work] = times.timed("transfer_s", list, load(asks, pixels, self._router.device))
         self._forwards.submit(times.timed, "device_s", self._run, works).result()
         return Answer([ask.results for ask in asks], times.seconds())
 
