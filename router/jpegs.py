@@ -38,11 +38,13 @@ class JpegDecoder:
     def __init__(self, device: str | torch.device) -> None:
         self.device = open_device(device)
         self._turn = threading.Lock()
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # of high priority, because torch has only 32 of normal priority: others would soon get this one, too
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
         file = BytesIO()
         Image.new("L", (16, 16)).save(file, "JPEG")
         try:
-            self._decoded([PlainJpeg("", file.getvalue(), (16, 16), None)])
+            with torch.cuda.stream(self._stream):
+                self._decoded([PlainJpeg("", file.getvalue(), (16, 16), None)])
         except (ImportError, RuntimeError, Warning) as error:
             reason = " ".join(str(error).split(".")[0].split())
             raise BackboneError(
@@ -82,6 +84,7 @@ class JpegDecoder:
             return [None] if len(jpegs) == 1 else [pixels for jpeg in jpegs for pixels in self._decoded_or_none([jpeg])]
 
     def _decoded(self, jpegs: list[PlainJpeg]) -> list[Tensor]:
+        """The files' pixels, uint8 [3, h, w]. Its own stream is the current one."""
         from torchvision.io import ImageReadMode, decode_jpeg
 
         if self._stream is not None:
