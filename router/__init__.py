@@ -16,6 +16,7 @@ from router.errors import (
     UnknownTaskError,
     WrongBackboneError,
 )
+from router.jpegs import JpegDecoder
 from router.ops import PositionWeights, add_branch
 from router.pictures import Limits, open_image
 from router.positions import choose_positions
@@ -32,6 +33,7 @@ __all__ = [
     "ClosedError",
     "ForkedError",
     "ImageError",
+    "JpegDecoder",
     "Limits",
     "PositionWeights",
     "Prediction",

@@ -7,6 +7,8 @@ to serve it:
     1   upright, all of a 16-bit range, transparency on white, colours in sRGB
     2   as 1, but faster: a JPEG much larger than needed is decoded at a half, a quarter or an eighth of its size, and
         torch makes pictures smaller (router/preprocess.py)
+
+A JpegDecoder may take plain JPEGs that are read by rule 2 (router/jpegs.py).
 """
 
 import os
@@ -25,6 +27,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, ImageCms, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from pear_store.errors import PearStoreError
 from pear_store.files import LFS_POINTER, is_lfs_pointer
@@ -52,6 +55,9 @@ MAX_PIXELS = 80_000_000
 1 GB. The limit is below Pillow's own of 89 million."""
 PIXELS_IN_FLIGHT = max(128_000_000, 16_000_000 * (os.cpu_count() or 1))
 """Most pixels of all pictures that are decoded at the same time, unless there is only one picture."""
+
+METADATA = 1_000_000
+"""A file that is larger than its pixels by more bytes than this is not a plain JPEG."""
 
 _FORMATS = (
     "JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "HEIF", "MPO", "DDS", "PSD", "QOI",
@@ -81,6 +87,28 @@ class Limits:
 
 LIMITS = Limits()
 """The default limits."""
+
+
+@dataclass(frozen=True)
+class PlainJpeg:
+    """A JPEG file that a decoder without colour profiles can read: whole, grey or YCbCr of 8 bits, in sRGB."""
+
+    name: str
+    data: bytes
+    size: tuple[int, int]
+    """Height and width, as they are stored."""
+    turn: Image.Transpose | None
+    """The transposition that makes the picture upright."""
+
+
+def shrink_factor(size: tuple[int, int], needed: int) -> int:
+    """The factor by which rule 2 shrinks a JPEG while it is decoded: 8, 4, 2, or 1 for none.
+
+    Args:
+        size: of the JPEG.
+        needed: pixels of the longer side to which it will be resized.
+    """
+    return next((factor for factor in (8, 4, 2) if min(size) >= SPARE * needed * factor), 1)
 
 
 class Picture:
@@ -117,7 +145,23 @@ class Picture:
         source = self._source
         if self._file is None or not isinstance(source, Image.Image) or source.format not in ("JPEG", "MPO"):
             return 1
-        return next((factor for factor in (8, 4, 2) if min(self.size) >= SPARE * needed * factor), 1)
+        return shrink_factor(self.size, needed)
+
+    def plain_jpeg(self) -> PlainJpeg | None:
+        """The file, if it is a JPEG of the usual kind. None for all others, and if that cannot be told."""
+        image, (height, width) = self._source, self.size
+        if self._file is None or not isinstance(image, JpegImageFile) or not _is_grey_or_ycbcr(image):
+            return None
+        try:
+            profile: bytes = image.info.get("icc_profile") or b""
+            if profile and _transform(profile, image.mode) is not None:
+                return None
+            self._file.seek(0)
+            data = self._file.read(3 * height * width + METADATA)
+        except Exception:  # Pillow will meet it again and say what it is
+            return None
+        whole = data.endswith(b"\xff\xd9")  # else it is cut off, or something follows: Pillow knows what to do
+        return PlainJpeg(self.name, data, self.size, _orientation(image)) if whole else None
 
     def _shrunk(self, factor: int) -> Image.Image:
         """The file opened anew, to be decoded at 1 / factor of its size. An earlier result may have another size."""
@@ -134,15 +178,18 @@ class Picture:
 
 
 @contextmanager
-def opened(image: ImageLike, limits: Limits = LIMITS, clock: "Clock | None" = None) -> Iterator[Picture]:
+def opened(
+    image: ImageLike, limits: Limits = LIMITS, clock: "Clock | None" = None, name: str | None = None
+) -> Iterator[Picture]:
     """Opens a picture and reads its header. While it is open, its pixels count towards PIXELS_IN_FLIGHT.
 
     Args:
         clock: measures the time that reading takes until the picture is closed.
+        name: what errors call it; None: its path, or what kind of object it is.
     Raises:
         ImageError: it is not a picture, cannot be read, or is larger than `limits` allow.
     """
-    name = _name(image)
+    name = _name(image) if name is None else name
     with ExitStack() as files:
         with errors_named(name):
             picture = Picture(name, *_source(image, name, limits, files, clock))
@@ -446,6 +493,14 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # EXIF that cannot be parsed is ignored
         return None
+
+
+def _is_grey_or_ycbcr(image: JpegImageFile) -> bool:
+    """Whether all decoders agree on the colours that a JPEG stores. It may also hold CMYK, YCCK or RGB."""
+    components = [layer[0] for layer in image.layer]
+    return image.mode == "L" or (
+        image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1 and components != [*b"RGB"]
+    )
 
 
 def _eight_bits(image: Image.Image, name: str, depth: int) -> tuple[Image.Image, Image.Image | None]:

@@ -16,6 +16,7 @@ from pear_store import NotFoundError, PearStoreError, ReadableStore, Task, Versi
 from pear_store.format.checkpoint import FORMAT, check_record
 from pear_store.format.manifest import manifest_hash, to_manifest
 from router.errors import ClosedError, TaskError, UnknownTaskError
+from router.jpegs import JpegDecoder
 from router.layout import Use, without_bytes
 from router.pictures import Limits
 from router.preprocess import Preprocess
@@ -59,6 +60,7 @@ class Registry:
     Args:
         store: where tasks are looked up; None: only added tasks are known.
         limits: limits for opening pictures.
+        jpegs: decodes plain JPEGs; None: Pillow does.
         dtype: compute precision.
         check: raises an error if a task cannot run on the backbone.
         in_use: whether a key's task is loaded, so that it should not be forgotten.
@@ -68,6 +70,7 @@ class Registry:
         self,
         store: ReadableStore | None,
         limits: Limits,
+        jpegs: JpegDecoder | None,
         dtype: torch.dtype,
         check: Callable[[str, Task], None],
         in_use: Callable[[Hashable], bool],
@@ -77,7 +80,8 @@ class Registry:
         self.changes = 0
         """How many times names changed their meaning."""
         self.lock = threading.Lock()
-        self._limits, self._dtype, self._check, self._in_use = limits, dtype, check, in_use
+        self._limits, self._jpegs = limits, jpegs
+        self._dtype, self._check, self._in_use = dtype, check, in_use
         self._added: dict[str, Known] = {}
         """Added tasks. They hide tasks of the store with the same name."""
         self._known: dict[str, Known] = {}
@@ -258,13 +262,13 @@ class Registry:
             raise UnknownTaskError(f"{error}; call refresh() to take over the store's changes") from None
 
     def _preprocess(self, task: Task) -> Preprocess:
-        return _preprocess(json.dumps(dict(task.preprocess), sort_keys=True), self._limits)
+        return _preprocess(json.dumps(dict(task.preprocess), sort_keys=True), self._limits, self._jpegs)
 
 
 @lru_cache(256)
-def _preprocess(record: str, limits: Limits) -> Preprocess:
+def _preprocess(record: str, limits: Limits, jpegs: JpegDecoder | None) -> Preprocess:
     """The preprocessing for a record as JSON. It is cached because most tasks have the same one."""
-    return Preprocess(json.loads(record), limits)
+    return Preprocess(json.loads(record), limits, jpegs)
 
 
 def _hash(task: Task) -> bytes:

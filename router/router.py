@@ -25,6 +25,7 @@ from router.device import default_device, open_device
 from router.engine import Engine
 from router.errors import BackboneError, ClosedError, ForkedError, ImageError, RouterError, UnknownTaskError
 from router.fit import check_fit
+from router.jpegs import JpegDecoder
 from router.matrices import Matrices
 from router.merge import Merge, Merger
 from router.pictures import MAX_PIXELS, Limits
@@ -66,6 +67,8 @@ class Router:
             nothing was measured.
         max_pixels: pictures with more pixels are refused before they are decoded.
         access: which paths and URLs of pictures may be opened. None: all files, and URLs of the usual protocols.
+        jpegs: JpegDecoder("cuda") decodes large JPEGs on a GPU (docs/pictures.md). Levels then differ a little. None:
+            Pillow decodes them. New: its tests have not run on a GPU yet, and nothing was measured.
     Raises:
         RouterError: the backbone cannot be loaded, the device cannot be used, or an argument has a bad value.
         PearStoreError: there is no such store.
@@ -86,6 +89,7 @@ class Router:
         graphs: bool = False,
         max_pixels: int = MAX_PIXELS,
         access: Access | None = None,
+        jpegs: JpegDecoder | None = None,
     ) -> None:
         if merge not in (True, False, "auto"):
             raise RouterError(f"merge {merge!r}: expected 'auto', True or False")
@@ -100,15 +104,18 @@ class Router:
             own = next(self.backbone.module.parameters()).device
             device = default_device() if isinstance(backbone, str) else own
         self.device = open_device(device)
+        self.jpegs = jpegs
         dtype = _precision(dtype, self.device)
         self._options = {
             "device": str(self.device), "dtype": dtype, "slot_bytes": slot_bytes, "merge": merge, "compile": compile,
-            "graphs": graphs, "max_pixels": max_pixels, "access": access,
+            "graphs": graphs, "max_pixels": max_pixels, "access": access, "jpegs": jpegs,
         }  # fmt: skip
         backend = "inductor" if compile is True else compile or None
         self._adapted = AdaptedBackbone(self.backbone, self.device, dtype, compile=backend)
         self._slots = Slots(Matrices(self.device, dtype, self._adapted.widths), slot_bytes)
-        self._registry = Registry(store, limits, dtype, partial(check_fit, self._adapted), self._slots.__contains__)
+        self._registry = Registry(
+            store, limits, jpegs, dtype, partial(check_fit, self._adapted), self._slots.__contains__
+        )
         self._merger = Merger(self._adapted, False if backend else merge, self._registry.read)
         self._engine = Engine(
             self._adapted, self._slots, self._merger, self._registry,

@@ -6,9 +6,13 @@ Pictures are photographs that scikit-image brings, enlarged to the size and save
 thread; times are medians over rounds in which every way has its turn. `pixels` is the largest and the mean difference
 of a level (of 255) from Pillow at full size; `logits` is the largest difference of a logit, and `features` the cosine
 distance of pear_tiny's features.
+
+Where there is a GPU (or with --jpegs cpu, to try it out), `batches` has batches of 64 files: images a second of all
+threads together, by Pillow and by the JpegDecoder, and how far its levels are from Pillow's by the same rule.
 """
 
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -27,12 +31,15 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from router import AdaptedBackbone, Preprocess, load_backbone
+from router import AdaptedBackbone, JpegDecoder, Preprocess, load_backbone
+from router.preprocess import Spent
+from router.preprocess import decode as decode_batch
 
 SOURCES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 SIZES = {"640": (640, 480), "4000": (4000, 3000)}
 SIDE = 224
 MARGIN = 2
+BATCH = 64
 RECORD = {
     "input_size": [3, SIDE, SIDE], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
     "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash", "reading": 1,
@@ -172,10 +179,35 @@ def differences(files: list[Path]) -> dict[str, dict[str, float]]:
     return found
 
 
+def batches(files: list[Path], jpegs: JpegDecoder, rounds: int) -> dict[str, Any]:
+    """Whole batches by Pillow in all threads, and by the decoder, in turns."""
+    record = {**RECORD, "reading": 2}
+    ways = {"Pillow": Preprocess(record), f"JpegDecoder, {jpegs.device}": Preprocess(record, jpegs=jpegs)}
+    data = [file.read_bytes() for file in files]
+    batch = [bytes(bytearray(data[i % len(data)])) for i in range(BATCH)]  # equal objects would be decoded once
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    found, spent = {}, Spent()
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            found[name] = decode_batch(batch, [way] * BATCH, spent)
+            if number:  # the first round warms up
+                times[name].append(time.perf_counter() - began)
+    pillow, other = (torch.stack([one for one in some if isinstance(one, torch.Tensor)]) for some in found.values())
+    moved = (pillow.int() - other.int()).abs().float()
+    return {
+        "images_per_s": {name: round(BATCH / statistics.median(some), 1) for name, some in times.items()},
+        "decoded_there": spent.by_jpegs / (BATCH * (rounds + 1)),
+        "pixels_max": float(moved.max()), "pixels_mean": round(float(moved.mean()), 4),
+    }  # fmt: skip
+
+
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--rounds", default=9, show_default=True)
-def main(out: Path, rounds: int) -> None:
+@click.option("--jpegs", help="Device of the JpegDecoder [default: cuda if there is one].")
+@click.option("--only-batches", is_flag=True, help="Leave out all ways of one thread.")
+def main(out: Path, rounds: int, jpegs: str | None, only_batches: bool) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "machine": {
@@ -183,8 +215,19 @@ def main(out: Path, rounds: int) -> None:
             "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__,
         }
     }  # fmt: skip
+    if jpegs or torch.cuda.is_available():
+        decoder = JpegDecoder(jpegs or "cuda")
+        results["machine"] |= {
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if decoder.device.type == "cuda" else None,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            results["batches"] = {
+                size: batches(files, decoder, rounds) for size, files in pictures(Path(folder)).items()
+            }
+        click.echo(json.dumps(results["batches"], indent=1))
     with tempfile.TemporaryDirectory() as folder:
-        for size, files in pictures(Path(folder)).items():
+        for size, files in pictures(Path(folder)).items() if not only_batches else ():
             times, moved = time_ways(files, rounds), differences(files)
             results[size] = {way: {**times[way], **moved[way]} for way in WAYS}
             for way, row in results[size].items():

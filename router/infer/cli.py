@@ -79,7 +79,7 @@ from pear_store.files import ending
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
 from pear_store.terminal import NamedPath, allow_option, echo, printable, version_option
-from router import Router, RouterError
+from router import JpegDecoder, Router, RouterError
 from router.infer.folder import ImageFolder
 from router.infer.lists import FORMATS, ImageList
 from router.infer.source import Source, find
@@ -180,9 +180,10 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
     show_default="4, or as many as the smallest machine has; 1 with a GPU", help="With --ray: cores of each worker.",
 )  # fmt: skip
 @click.option(
-    "--decode", type=click.Choice(["auto", "apart", "beside"]), default="auto", show_default=True,
-    help="With --ray: where images are decoded. apart: on any core of the cluster. beside: in the workers, during "
-    "forwards. auto: apart if workers have GPUs.",
+    "--decode", type=click.Choice(["auto", "gpu", "apart", "beside"]), default="auto", show_default=True,
+    help="Where images are decoded. auto: on the CPU. gpu: large JPEGs on the GPU, where levels differ a little "
+    "(docs/pictures.md); not with --ray. With --ray: apart: on any core of the cluster. beside: in the workers, "
+    "during forwards. auto: apart if workers have GPUs.",
 )  # fmt: skip
 @click.option("--restart", is_flag=True, help="Drop the finished parts of an unfinished run, and start again.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of a finished run.")
@@ -202,8 +203,12 @@ def main(
         raise click.UsageError("--threshold is for classes, --embeddings gives none: leave one of them out")
     if embeddings and address is not None:
         raise click.UsageError("--embeddings does not work with --ray yet: leave one of them out")
-    if address is None and (workers or cpus_per_worker or decode != "auto"):
-        raise click.UsageError("--workers, --cpus-per-worker and --decode are for a cluster: give --ray, too")
+    if address is None and (workers or cpus_per_worker or decode in ("apart", "beside")):
+        raise click.UsageError(
+            "--workers, --cpus-per-worker, --decode apart and --decode beside are for a cluster: give --ray, too"
+        )
+    if address is not None and decode == "gpu":
+        raise click.UsageError("--decode gpu does not work with --ray yet: leave one of them out")
     try:
         if not out.parent.is_dir():
             raise click.ClickException(f"{out}: folder {out.parent} does not exist; make it first")
@@ -225,17 +230,24 @@ def main(
                 stack.enter_context(cluster.session(address))
                 device = device or ("cuda" if cluster.has_gpus() else "cpu")
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            if decode == "gpu" and device.partition(":")[0] != "cuda":
+                raise click.UsageError(f"--decode gpu needs a GPU, the device is {device}: leave it out")
             options = {
                 "batch_size": batch_size, "top": None if embeddings else top, "dtype": dtype, "device": device,
                 "threshold": threshold, "tasks": tasks, "prefix": prefix, "max_pixels": max_pixels,
             }  # fmt: skip
+            if decode == "gpu":
+                options["decode"] = decode  # only then, because runs before had no such option
             store = None
             if not alone:
                 store = stack.enter_context(Store.open(where, cache=CacheSettings(limit_bytes=cache_bytes)))
             work_off: Callable[[Job], dict[str, Any]] | None = None
             if address is None:
                 precision = getattr(torch, dtype)
-                router = Router(backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes)
+                router = Router(
+                    backbone, store, weights=weights, device=device, dtype=precision, slot_bytes=slot_bytes,
+                    jpegs=JpegDecoder(device) if decode == "gpu" else None,
+                )  # fmt: skip
             else:
                 router = Router(backbone, store, weights=weights, device="cpu")  # it only plans
                 root = root and root.absolute()
@@ -319,11 +331,12 @@ def show(report: dict[str, Any], as_json: bool) -> None:
                 err=True,
             )
         elif report["images"]:
+            by_gpu = f" ({report['by_gpu']} images on the GPU)" if "by_gpu" in report else ""
             echo(
                 f"forwards {report['device_s']:.1f} s; waiting for images {report['wait_s']:.1f} s; writing "
                 f"{report['write_s']:.1f} s. In other threads, at the same time: the list {report['list_s']:.1f} s, "
-                f"reading files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, copying images to the "
-                f"device {report['transfer_s']:.1f} s",
+                f"reading files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s{by_gpu}, copying images "
+                f"to the device {report['transfer_s']:.1f} s",
                 err=True,
             )
     unknown = f" ({report['unknown']} unknown)" if report["unknown"] else ""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -131,7 +131,8 @@ class Tasks:
         results: pa.Schema = RESULTS,
         bare: bool = False,
     ) -> None:
-        self._router, self._store, self._versions, self._limits = router, store, versions, limits
+        self._router, self._store, self._versions = router, store, versions
+        self._preprocess = partial(Preprocess, limits=limits, jpegs=router.jpegs)
         self.results, self._bare = results, router.bare if bare else None
         self.find = lru_cache(65_536)(self._find)
 
@@ -144,7 +145,7 @@ class Tasks:
     def _find(self, name: str | None) -> tuple[str | Known, int | None, Preprocess] | str:
         """The task as ``name@version``, its version and preprocessing; or the reason why it cannot be run."""
         if not name and self._bare is not None:
-            return self._bare, None, Preprocess(self._bare.task.preprocess, self._limits)
+            return self._bare, None, self._preprocess(self._bare.task.preprocess)
         if not name:
             return "the row names no task"
         assert self._store is not None
@@ -154,7 +155,7 @@ class Tasks:
             version = self._versions[name]
             task = f"{name.partition('@')[0]}@{version}"
             self._router.check(task)
-            return task, version, Preprocess(self._store.record(task)["preprocess"], self._limits)
+            return task, version, self._preprocess(self._store.record(task)["preprocess"])
         except (RouterError, PearStoreError) as error:
             return str(error)
 

@@ -263,7 +263,7 @@ def work_off_here(job: Job) -> dict[str, Any]:
                 times.timed("write_s", job.write, item)
                 bar.update(len(item.results) - served)  # rows that cannot be served
                 served = 0
-    return times.report()
+    return {**times.report(), **({"by_gpu": times.spent.by_jpegs} if job.router.jpegs else {})}
 
 
 def choose_tasks(router: Router, store: ReadableStore | None, wanted: str | None) -> list[str]:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from pear_store import Store, Task
-from router import Backbone, Router
+from router import Backbone, JpegDecoder, Router
+from router.pictures import PlainJpeg
+from tests.helpers.jpegs import photograph
+from tests.helpers.lists import read, run
 from tests.helpers.predictions import whole
 
 Maker = Callable[..., Task]
@@ -212,3 +215,34 @@ def test_auto_is_bfloat16_where_the_gpu_has_it(backbone: Backbone) -> None:
     router = Router(backbone, device="cuda", dtype="auto")
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
     assert router._adapted.dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_decoding_writes_into_no_memory_that_queued_work_still_reads() -> None:
+    """NVJPEG's hardware does not wait for its stream, so the decoder has a stream and memory of its own."""
+    decoder, file = JpegDecoder("cuda"), photograph(640, 480)
+    jpegs = [PlainJpeg("", file, (480, 640), None)] * 4
+    for _ in range(20):
+        read = [torch.full((3 * 480 * 640 // 4,), float(i), device="cuda") for i in range(4)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)
+        sums = [one.sum() for one in read]
+        del read
+        assert None not in decoder.decode(jpegs, lambda _, pixels: {"mean": pixels.float().mean()})
+        assert [float(one) for one in sums] == [i * 3 * 480 * 640 // 4 for i in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_pear_infer_decodes_on_the_gpu(task_maker: Maker, tmp_path: Path) -> None:
+    plain = task_maker("a", seed=1)
+    with Store.create(tmp_path / "s") as store:
+        store.add(Task({**plain.record, "preprocess": {**plain.record["preprocess"], "reading": 2}}, plain.tensors))
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.jpg").write_bytes(photograph(200 + i, 150))
+    common = ("--store", tmp_path / "s", "--task", "a", "--device", "cuda")
+    done = run(tmp_path / "pictures", tmp_path / "gpu.csv", *common, "--decode", "gpu")
+    assert done.exit_code == 0 and "(3 images on the GPU)" in done.stderr, done.stderr
+    assert run(tmp_path / "pictures", tmp_path / "cpu.csv", *common).exit_code == 0
+    for one, other in zip(read(tmp_path / "gpu.csv"), read(tmp_path / "cpu.csv"), strict=True):
+        assert abs(float(one["probability"]) - float(other["probability"])) < 0.05

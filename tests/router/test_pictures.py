@@ -30,6 +30,7 @@ from router import Backbone, ImageError, Limits, Preprocess, Router, TaskError, 
 from router.infer import cli as infer_cli
 from router.pictures import MAX_PIXELS, READING, READINGS, _InFlight, extensions, opened
 from router.preprocess import Spent
+from tests.helpers.jpegs import photograph, wide_profile
 from tests.helpers.makers import record
 
 Pixel = tuple[int, ...]
@@ -338,14 +339,6 @@ def test_lab_and_ycbcr() -> None:
     assert one(saved(red.convert("LAB"), "TIFF")) == pytest.approx((200, 30, 40), abs=3)
 
 
-def wide_profile() -> bytes:
-    """An RGB profile with sRGB's curve and red and green swapped: no one could take it for sRGB."""
-    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
-    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
-    return bytes(data)
-
-
 def test_colour_profiles_are_applied() -> None:
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     for kind in ("PNG", "TIFF", "JPEG", "WEBP"):
@@ -558,6 +551,7 @@ def test_memory_of_large_pictures_is_bounded(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from router import Preprocess, decode
+from tests.helpers.jpegs import photograph, wide_profile
 from tests.helpers.makers import record
 from router.infer import cli as infer_cli
 import router.pictures
@@ -788,17 +782,6 @@ def test_what_is_trained_says_how_its_pictures_were_read(backbone: Backbone) -> 
 
 
 # ---- rule 2: large JPEGs are decoded at a part of their size ------------------------------------
-
-
-def photograph(width: int, height: int, **saving: Any) -> bytes:
-    """A JPEG with edges, gradients and some noise; its left half is darker, its top redder."""
-    y, x = np.mgrid[0:height, 0:width]
-    waves = 40 * np.sin(x / (width / 9)) * np.cos(y / (height / 7))
-    pixels = np.stack([150 + waves - 60 * y / height, 120 + waves, 110 - waves], 2) - 60 * (x < width // 2)[..., None]
-    pixels = pixels + np.random.default_rng(0).normal(0, 4, pixels.shape)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, **saving)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
