@@ -10,11 +10,11 @@ from pear_store import PearStoreError
 from router.batches import Batch, batches, check_size
 from router.engine import Engine
 from router.errors import ClosedError, ForkedError, ImageError, RouterError, SlotBudgetError
-from router.layout import Use
 from router.pictures import ImageLike
 from router.predictions import Answers, Predictions, Threshold, check_threshold
 from router.registry import Known
 from router.sharing import Ints
+from router.use import Use
 
 OnError = Literal["raise", "return"]
 Failure = RouterError | PearStoreError
@@ -52,7 +52,7 @@ class Call:
         if not names:
             raise ImageError("no images: expected at least one")
         self._engine, self._raises, self._without_heads = engine, on_error == "raise", without_heads
-        self._names = [name if isinstance(name, str) else name.task.name for name in names]
+        self._names = [name if isinstance(name, str) else name.name for name in names]
         # a task that was looked up before may already be stale
         self._since = None if any(isinstance(name, Known) for name in names) else engine.changes
         self._failures: dict[int, Failure] = {}
@@ -110,7 +110,7 @@ class Call:
         """The answers and errors of a run of rows."""
         number = range(len(self._names))[rows]
         numbers = self._name_of[rows].tolist()
-        classes = [() if known is None or self._without_heads else known.task.labels for known in self._known]
+        classes = [() if known is None or self._without_heads else known.labels for known in self._known]
         versions = [None if known is None or known.version is None else known.version.version for known in self._known]
         thresholds = [self._threshold_of(known) for known in self._known]
         failures = {row - number.start: e for row, e in self._failures.items() if row in number}
@@ -126,7 +126,7 @@ class Call:
     def _threshold_of(self, known: Known | None) -> float | None:
         if known is None or self._without_heads:
             return None
-        return known.task.threshold if self._threshold == "stored" else self._threshold
+        return known.threshold if self._threshold == "stored" else self._threshold
 
     def _take_turns(self, in_parts: bool) -> list[Ints]:
         """Sets of tasks, as indices, each of which fits into the slots."""

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.layout import Bases, Ints, LoadedTask, Stands, Use
+from router.layout import Bases, Ints, Stands
+from router.use import LoadedTask, Use
 
 WIDER = 2
 """Bases lie side by side for all rows if their total rank is at most this many times the rank that one task needs."""
@@ -138,7 +139,7 @@ class Cores:
             return {}
         plan, kinds = self._plan(tasks, padded)
         alike = {kind: loaded for kind, loaded in zip(kinds, tasks, strict=False) if loaded.use.stands}
-        values = {key: value for loaded in alike.values() for key, value in loaded.values.items()}
+        values = {entry.key: entry.values for loaded in alike.values() for entry in loaded.entries}
         cores = self._gather_cores(tasks, units, plan, kinds)
         found = {}
         for position, span in spans:
@@ -182,7 +183,7 @@ class Cores:
         scale = np.zeros((len(tasks) + 1, len(plan.blocks)), np.float32)
         for i, loaded in enumerate(tasks):
             columns = plan.columns[kinds[i]]
-            rows[i, columns], scale[i, columns] = loaded.cores, loaded.use.core_scale
+            rows[i, columns], scale[i, columns] = loaded.cores, loaded.use.layout.core_scale
         alike: dict[int, dict[int, list[tuple[Block, int]]]] = {}  # by width of the pool, then by identity of units
         for block, column in plan.blocks.items():
             width = block.ranks[0] * block.ranks[1]

@@ -13,12 +13,12 @@ from router.adapted import AdaptedBackbone
 from router.errors import ClosedError
 from router.graphs import PIXELS as GRAPH_PIXELS
 from router.graphs import Graphs
-from router.layout import LoadedTask, Use
 from router.matrices import Gathered
 from router.merge import Merger
 from router.registry import Registry
 from router.sharing import Ints, Walk, bucket, by_level, plan
 from router.slots import Slots
+from router.use import LoadedTask, Use
 
 Way = Literal["shared", "alone", "apart", "compiled", "recorded"]
 """How a batch runs. shared: rows share images. alone: one task, merged. apart, compiled, recorded: rows share nothing,
@@ -57,7 +57,7 @@ class Engine:
 
     def width(self, use: Use, without_heads: bool = False) -> int:
         """The number of logits, or of features, that a task gives."""
-        head = None if without_heads else use.task.head
+        head = None if without_heads else use.layout.task.head
         return self.adapted.feature_width if head is None else head.weight.shape[0]
 
     def check(self, uses: Sequence[Use]) -> None:
@@ -96,7 +96,7 @@ class Engine:
         self.slots.check(uses, pinned)
         stay = {use.key for use in uses}.union(pinned)
         for use in missing:
-            self.slots.load(use, self._registry.read(use), stay)
+            self.slots.load(use, self._registry.tensors(use), stay)
 
     def run(
         self, images: Tensor, image_of: Ints, uses: Sequence[Use], task_of: Ints, without_heads: bool = False
@@ -223,7 +223,7 @@ class Engine:
         if not shared:
             return [number]
         levels = self.adapted.levels
-        return by_level(use.adds, levels.of, len(levels.blocks) + 1)
+        return by_level(use.adds(), levels.of, len(levels.blocks) + 1)
 
     def _index(self, rows: Ints) -> Tensor:
         return torch.from_numpy(rows).to(self.adapted.device)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.cores import Cored, Cores, Spans
-from router.layout import CORE, DOWN, UP, Ints, LoadedTask, Ranks, Use, columns_of, rounded, union
+from router.layout import CORE, DOWN, UP, Ints, Ranks, columns_of, rounded, union
 from router.ops import PositionWeights
+from router.use import LoadedTask, Use
 
 
 class Pool:
@@ -33,8 +34,8 @@ class Pool:
             more = max(old // 2, count)
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more, self.rows.shape[1])])
             self._free = np.concatenate([self._free, np.arange(old, old + more)])
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken
+        taken, self._free = self._free[:count].copy(), self._free[count:]
+        return taken  # a copy: a view would keep all that was free in memory
 
     def run(self, taken: Ints) -> Tensor | None:
         """The memory of the rows if they are consecutive, else None. Rows that were freed together often are."""
@@ -95,9 +96,9 @@ class Matrices:
 
     def remember(self, use: Use) -> None:
         """Makes padded batches large enough for this task."""
-        self._ever = union(frozenset((self._ever, rounded(use.ranks))))
+        self._ever = union(frozenset((self._ever, rounded(use.layout.ranks))))
         self._cores.remember(use)
-        self._activations.add(use.task.activation)
+        self._activations.add(use.layout.activation)
 
     def form(self, tasks: Sequence[LoadedTask], padded: bool) -> tuple[Ranks, Spans, tuple[str, ...]]:
         """What a batch's shapes depend on: the rank of each position, the spans of cores, and the activations.
@@ -109,8 +110,8 @@ class Matrices:
         spans = self._cores.spans(tasks, padded)
         if padded:
             return self._ever, spans, tuple(sorted(self._activations))
-        named = {loaded.use.task.activation for loaded in tasks}
-        return union(frozenset(loaded.use.ranks for loaded in tasks)), spans, tuple(sorted(named))
+        named = {loaded.use.layout.activation for loaded in tasks}
+        return union(frozenset(loaded.use.layout.ranks for loaded in tasks)), spans, tuple(sorted(named))
 
     def gather(
         self,
@@ -157,9 +158,9 @@ class Matrices:
         rows = np.zeros((2, len(tasks) + 1, count), np.int64)  # the last entry is empty; -1 selects it
         scale = np.zeros((len(tasks) + 1, count), np.float32)
         for i, loaded in enumerate(tasks):
-            columns = columns_of(loaded.use.ranks, ranks)
+            columns = columns_of(loaded.use.layout.ranks, ranks)
             rows[:, i, columns] = loaded.rows
-            scale[i, columns] = loaded.use.scale
+            scale[i, columns] = loaded.use.layout.scale
         return rows, scale
 
     def _select_cores(self, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]]) -> Tensor:
@@ -221,7 +222,7 @@ class Matrices:
         """Activation -> a mask of the rows that have it, bool [row, 1, 1]. Empty if there is only one activation."""
         if len(names) == 1:
             return {}
-        found = np.array([*(loaded.use.task.activation for loaded in tasks), "identity"])[units]
+        found = np.array([*(loaded.use.layout.activation for loaded in tasks), "identity"])[units]
         return {name: torch.from_numpy(found == name).to(self.device).view(-1, 1, 1) for name in names}
 
 

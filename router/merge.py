@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
 from router.adapted import AdaptedBackbone
-from router.layout import Use
 from router.positions import is_linear
+from router.use import Use
 
 Merge = bool | Literal["auto"]
 """When a task that runs alone is merged: at once (True), never (False), or when it has run alone often ("auto")."""
@@ -58,7 +58,7 @@ class Merger:
             rows: images in the batch.
         """
         key = use.key
-        if self._merge is False or not self._can(use.task):
+        if self._merge is False or not self._can(use.layout.task):
             return {}
         with self._lock:
             self._ran(rows, but=key)

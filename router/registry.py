@@ -6,24 +6,25 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
-from pear_store import NotFoundError, PearStoreError, ReadableStore, Task, Version, make_task
+from pear_store import NotFoundError, PearStoreError, RawTensor, ReadableStore, Task, Version, make_task
 from pear_store.format.checkpoint import FORMAT, check_record
 from pear_store.format.manifest import manifest_hash, to_manifest
 from router.errors import ClosedError, TaskError, UnknownTaskError
 from router.jpegs import JpegDecoder
-from router.layout import Use, without_bytes
+from router.layout import Layouts
 from router.pictures import Limits
 from router.preprocess import Preprocess
 from router.tensors import all_finite
+from router.use import Use
 
 KNOWN_TASKS = 4096
-"""Most tasks that are kept after a look-up although they are not loaded. Each takes about 50 KB."""
+"""Most tasks that are kept after a look-up although they are not loaded. Each takes about 5 KB."""
 NAMES = 2**17
 """Most references whose version is kept until the next refresh. Each takes about 300 bytes."""
 READ_AHEAD = 16
@@ -34,12 +35,11 @@ Ident = tuple[str, int, int]
 """Task, version and time, which identify a version of a store."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Known:
     """The meaning of a name when it was looked up. It stays this version, even if the name later means another one."""
 
     use: Use
-    preprocess: Preprocess
     version: Version | None
     """The version in the store at the time of the look-up. None for an added task."""
 
@@ -49,8 +49,25 @@ class Known:
         return self.use.key
 
     @property
+    def name(self) -> str:
+        """The task's name, without a version or tag."""
+        return self.use.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.use.labels
+
+    @property
+    def threshold(self) -> float | None:
+        return self.use.threshold
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.use.preprocess
+
+    @property
     def task(self) -> Task:
-        """The task, without its tensors' bytes."""
+        """The task, without its tensors' bytes. It is made anew from what the router keeps of it."""
         return self.use.task
 
 
@@ -81,7 +98,8 @@ class Registry:
         """How many times names changed their meaning."""
         self.lock = threading.Lock()
         self._limits, self._jpegs = limits, jpegs
-        self._dtype, self._check, self._in_use = dtype, check, in_use
+        self._check, self._in_use = check, in_use
+        self._layouts = Layouts(dtype)
         self._added: dict[str, Known] = {}
         """Added tasks. They hide tasks of the store with the same name."""
         self._known: dict[str, Known] = {}
@@ -94,9 +112,9 @@ class Registry:
         """Every layout that still exists, by the hash of its manifest and by its version."""
         self.pinned: frozenset[str] = frozenset()
 
-    def added(self) -> list[Task]:
+    def added(self) -> list[Known]:
         """The added tasks."""
-        return [known.task for known in self._added.values()]
+        return list(self._added.values())
 
     def add(self, name: str, task: Task) -> Hashable:
         """Adds a task that is in no store.
@@ -112,7 +130,7 @@ class Registry:
                     name, f"tensor {key!r}: expected {raw.size_bytes} bytes for its shape, found {len(raw.data)}"
                 )
         self._check(name, task)
-        known = Known(Use(_hash(task), task, self._dtype, lambda: task), self._preprocess(task), None)
+        known = Known(self._use(task, to_manifest(task)), None)
         with self.lock:
             if self.closed:
                 raise ClosedError
@@ -130,7 +148,7 @@ class Registry:
                 "preprocess": dict(preprocess), "metrics": {}, "training": {},
             }, {}, "the backbone",
         )  # fmt: skip
-        return Known(Use(_hash(task), task, self._dtype, lambda: task), self._preprocess(task), None)
+        return Known(self._use(task, to_manifest(task)), None)
 
     def known(self, name: str) -> Known | None:
         """The meaning of a reference, if it is kept from an earlier look-up. Reads nothing."""
@@ -180,15 +198,18 @@ class Registry:
             began = time.perf_counter()
             task = self._read_version(version)
             _check_stored(name, task)
-            key = _hash(task)
-            use = self._uses.get(key)
+            manifest = to_manifest(task)
+            use = self._uses.get(manifest_hash(manifest))
             if use is None:
-                bare = without_bytes(task)
-                self._check(name, bare)
-                use = Use(key, bare, self._dtype, lambda: self._read_version(version))
+                self._check(name, task)
+                use = self._use(task, manifest, partial(self._read_version, version))
                 self._keep_read(use, task)
             log.debug("looked task %s up: version %d in %.4f s", name, version.version, time.perf_counter() - began)
-        return Known(use, self._preprocess(use.task), version)
+        return Known(use, version)
+
+    def _use(self, task: Task, manifest: bytes, read: Callable[[], Task] | None = None) -> Use:
+        preprocess = _preprocess(json.dumps(dict(task.preprocess), sort_keys=True), self._limits, self._jpegs)
+        return Use.of(task, manifest, self._layouts, preprocess, read)
 
     def _keep_read(self, use: Use, task: Task) -> None:
         with self.lock:
@@ -201,6 +222,10 @@ class Registry:
         with self.lock:
             held = self._read.pop(use.key, None)
         return held[1] if held is not None and held[0] is use else use.read()
+
+    def tensors(self, use: Use) -> Mapping[str, RawTensor]:
+        """A task's tensors with their bytes, under their layout's names."""
+        return use.tensors(self.read)
 
     def refresh(self) -> dict[str, int | None]:
         """Takes over changes of the store. References that did not change are kept.
@@ -261,19 +286,11 @@ class Registry:
         except NotFoundError as error:
             raise UnknownTaskError(f"{error}; call refresh() to take over the store's changes") from None
 
-    def _preprocess(self, task: Task) -> Preprocess:
-        return _preprocess(json.dumps(dict(task.preprocess), sort_keys=True), self._limits, self._jpegs)
-
 
 @lru_cache(256)
 def _preprocess(record: str, limits: Limits, jpegs: JpegDecoder | None) -> Preprocess:
     """The preprocessing for a record as JSON. It is cached because most tasks have the same one."""
     return Preprocess(json.loads(record), limits, jpegs)
-
-
-def _hash(task: Task) -> bytes:
-    """The hash of a task's manifest, as in a store. Equal tasks have equal hashes."""
-    return manifest_hash(to_manifest(task))
 
 
 def _ident(version: Version) -> Ident:

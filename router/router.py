@@ -139,7 +139,7 @@ class Router:
                 "timm name, and weights= for a file of weights, or make a router in each process"
             )
         store = self.store.path.absolute() if isinstance(self.store, Store) else self.store
-        added = [_own_memory(task) for task in self._registry.added()]
+        added = [_own_memory(known.use.read()) for known in self._registry.added()]
         return _make_again, (type(self), *self.backbone.source, self.backbone.digest, store, self._options, added)
 
     @property
@@ -183,7 +183,7 @@ class Router:
 
     def added(self) -> list[str]:
         """The names of the added tasks. They hide tasks of the store with the same name."""
-        return [task.name for task in self._registry.added()]
+        return [known.name for known in self._registry.added()]
 
     def check(self, tasks: str | Known | Iterable[str | Known]) -> None:
         """Checks that tasks exist, fit the backbone, and fit into the slots together. Needs no image.

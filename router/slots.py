@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pear_store import Task
+from pear_store import RawTensor
 from router.errors import SlotBudgetError
-from router.layout import HEAD, POOLED, Ints, Key, LoadedTask, Use
+from router.layout import HEAD, POOLED, Ints, Key, Layout, Part
 from router.matrices import Matrices, Pool
+from router.use import Entry, LoadedTask, Use
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,6 @@ class SlotStats:
     """The router's slot_bytes."""
 
 
-@dataclass(eq=False)
-class _Entry:
-    values: Tensor | Ints
-    """Its rows in a pool, or the head or base itself."""
-    size_bytes: int
-    uses: int = 0
-
-
 class Slots:
     """The loaded tasks. When `budget_bytes` is reached, the least recently used one is evicted. Thread-safe.
 
@@ -65,7 +58,7 @@ class Slots:
         self.lock = threading.RLock()
         self.matrices = matrices
         self._budget = budget_bytes
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[Key, Entry] = {}
         self._tasks: OrderedDict[Hashable, LoadedTask] = OrderedDict()
         self._sound = True
         self._hits = self._misses = self._loads = self._evictions = 0
@@ -89,8 +82,11 @@ class Slots:
         if self._budget is None:
             return
         with self.lock:
-            beside = [self._tasks[key].use for key in pinned if key in self._tasks]
-        sizes = {key: size for use in (*wanted, *beside) for key, size in use.sizes.items()}
+            loaded = [self._tasks[key] for key in (*pinned, *(use.key for use in wanted)) if key in self._tasks]
+        sizes = {entry.key: entry.size_bytes for one in loaded for entry in one.entries}
+        for use in wanted:
+            if use.key not in self._tasks:
+                sizes.update(use.sizes())
         if (needed := sum(sizes.values())) > self._budget:
             raise SlotBudgetError(needed, self._budget)
 
@@ -112,11 +108,11 @@ class Slots:
             return [self._tasks[use.key] for use in wanted]
 
     @torch.inference_mode()
-    def load(self, use: Use, task: Task, stay: Collection[Hashable] = ()) -> None:
+    def load(self, use: Use, tensors: Mapping[str, RawTensor], stay: Collection[Hashable] = ()) -> None:
         """Loads a task, unless it is already loaded.
 
         Args:
-            task: the task with its tensors' bytes.
+            tensors: its tensors with their bytes, under their layout's names.
             stay: keys of tasks that must not be evicted.
         Raises:
             SlotBudgetError: it does not fit without evicting one of those.
@@ -127,13 +123,14 @@ class Slots:
                 return
             began = time.perf_counter()
             self._sound = False
-            self._make_room(use, stay)
-            self._tasks[use.key] = self._put(use, task)
+            sizes = use.sizes()
+            self._make_room(sizes, stay)
+            self._tasks[use.key] = self._put(use, list(sizes), tensors)
             self._sound = True
             self._loads += 1
         if log.isEnabledFor(logging.DEBUG):
-            size, seconds = sum(use.sizes.values()), time.perf_counter() - began
-            log.debug("loaded task %s: %d bytes in %.4f s", use.task.name, size, seconds)
+            size, seconds = sum(sizes.values()), time.perf_counter() - began
+            log.debug("loaded task %s: %d bytes in %.4f s", use.name, size, seconds)
 
     def keys(self) -> list[Hashable]:
         """The keys of all loaded tasks."""
@@ -154,15 +151,13 @@ class Slots:
     def _evict(self, key: Hashable) -> None:
         loaded = self._tasks.pop(key, None)
         freed: dict[Pool, list[Ints]] = {}
-        for name in loaded.use.shapes if loaded is not None else ():
-            entry = self._entries[name]
+        for part, entry in loaded.parts if loaded is not None else ():
             entry.uses -= 1
             if entry.uses == 0:
                 if isinstance(entry.values, np.ndarray):
-                    assert loaded is not None
-                    freed.setdefault(self.matrices.pool(name[0], loaded.use.shapes[name][1]), []).append(entry.values)
+                    freed.setdefault(self.matrices.pool(part.side, part.shape[1]), []).append(entry.values)
                 self.used_bytes -= entry.size_bytes
-                del self._entries[name]
+                del self._entries[entry.key]
         for pool, rows in freed.items():
             pool.free(rows)
 
@@ -170,26 +165,26 @@ class Slots:
         """Computes entries, free rows and bytes anew from the loaded tasks, if a change was interrupted."""
         if self._sound:
             return
-        entries: dict[Key, _Entry] = {}
+        entries: dict[Key, Entry] = {}
         rows: dict[Pool, list[Ints]] = {pool: [] for pool in self.matrices.pools.values()}
         for loaded in self._tasks.values():
-            for key, values in loaded.values.items():
-                if key not in entries:
-                    entries[key] = _Entry(values, loaded.use.sizes[key])
-                    if isinstance(values, np.ndarray):
-                        rows[self.matrices.pools[key[0], loaded.use.shapes[key][1]]].append(values)
-                entries[key].uses += 1
+            for part, entry in loaded.parts:
+                if entry.key not in entries:
+                    entries[entry.key], entry.uses = entry, 0
+                    if isinstance(entry.values, np.ndarray):
+                        rows[self.matrices.pools[part.side, part.shape[1]]].append(entry.values)
+                entry.uses += 1
         for pool, taken in rows.items():
             pool.free_all_but(taken)
         self._entries = entries
         self.used_bytes = sum(entry.size_bytes for entry in entries.values())
         self._sound = True
 
-    def _make_room(self, use: Use, stay: Collection[Hashable]) -> None:
-        while self._budget is not None and self.used_bytes + self._missing_bytes(use) > self._budget:
+    def _make_room(self, sizes: Mapping[Key, int], stay: Collection[Hashable]) -> None:
+        while self._budget is not None and self.used_bytes + self._missing_bytes(sizes) > self._budget:
             oldest = next((key for key in self._tasks if key not in stay), None)
             if oldest is None:
-                raise SlotBudgetError(self.used_bytes + self._missing_bytes(use), self._budget)
+                raise SlotBudgetError(self.used_bytes + self._missing_bytes(sizes), self._budget)
             self._evict(oldest)
             self._evictions += 1
 
@@ -201,84 +196,93 @@ class Slots:
             self.matrices.pools.clear()
             self._mend()
 
-    def _missing_bytes(self, use: Use) -> int:
-        return sum(size for key, size in use.sizes.items() if key not in self._entries)
+    def _missing_bytes(self, sizes: Mapping[Key, int]) -> int:
+        return sum(size for key, size in sizes.items() if key not in self._entries)
 
-    def _put(self, use: Use, task: Task) -> LoadedTask:
+    def _put(self, use: Use, keys: Sequence[Key], tensors: Mapping[str, RawTensor]) -> LoadedTask:
         """Puts missing tensors into the pools. Float32 pools on the CPU are written directly; others get one copy."""
-        missing: dict[tuple[int, int], list[Key]] = {}
-        for key, (_, width) in use.shapes.items():
+        layout = use.layout
+        missing: dict[tuple[int, int], dict[Key, Part]] = {}
+        for key, part in zip(keys, layout.parts, strict=True):
             if key not in self._entries:
-                missing.setdefault((key[0], width), []).append(key)
-        to_copy: list[tuple[Key | Pool, Ints, list[Key], int]] = []
-        for (side, width), keys in missing.items():
+                missing.setdefault((part.side, part.shape[1]), {})[key] = part
+        to_copy: list[_Copy] = []
+        for (side, width), parts in missing.items():
             if side not in POOLED:
-                to_copy += [(key, np.arange(0), [key], use.elements[key]) for key in keys]
+                to_copy += [_Copy(key, np.arange(0), [part]) for key, part in parts.items()]
                 continue
             pool = self.matrices.pool(side, width)
-            rows = pool.take(sum(use.shapes[key][0] for key in keys))
+            rows = pool.take(sum(part.shape[0] for part in parts.values()))
             start = 0
-            for key in keys:
-                rank = use.shapes[key][0]
-                self._entries[key] = _Entry(rows[start : start + rank], use.sizes[key])
+            for key, part in parts.items():
+                rank = part.shape[0]
+                self._entries[key] = Entry(key, rows[start : start + rank], part.size_bytes)
                 start += rank
             run = pool.run(rows) if self.matrices.device.type == "cpu" and pool.rows.dtype == torch.float32 else None
             if run is None:
-                to_copy.append((pool, rows, keys, len(rows) * width))
+                to_copy.append(_Copy(pool, rows, list(parts.values())))
             else:
-                _write(use, task, keys, run.numpy().reshape(-1))
-        self._copy_all(use, task, to_copy)
-        for key in use.sizes:
-            entry = self._entries[key]
+                _write(layout, parts.values(), tensors, run.numpy().reshape(-1))
+        self._copy_all(layout, to_copy, tensors)
+        entries = tuple(map(self._entries.__getitem__, keys))
+        for entry in entries:
             self.used_bytes += entry.size_bytes if entry.uses == 0 else 0
             entry.uses += 1
         self.matrices.remember(use)
-        return self._loaded(use)
+        return _loaded(use, entries)
 
-    def _copy_all(self, use: Use, task: Task, parts: Sequence[tuple[Key | Pool, Ints, list[Key], int]]) -> None:
-        """Copies adapters and heads to the device in one piece.
-
-        Args:
-            parts: (key of the head or of a base, or the pool; its rows; the keys to write; their number of elements).
-        """
-        if not parts:
+    def _copy_all(self, layout: Layout, copies: Sequence["_Copy"], tensors: Mapping[str, RawTensor]) -> None:
+        """Copies adapters and heads to the device in one piece."""
+        if not copies:
             return
-        counts = [count for *_, count in parts]
+        counts = [sum(part.elements for part in copy.parts) for copy in copies]
         host = self.matrices.staging(sum(counts))
         values, start = host.numpy(), 0
-        for _, _, keys, count in parts:
-            _write(use, task, keys, values[start : start + count])
+        for copy, count in zip(copies, counts, strict=True):
+            _write(layout, copy.parts, tensors, values[start : start + count])
             start += count
-        for (target, rows, _, _), part in zip(parts, torch.split(self.matrices.copy(host), counts), strict=True):
-            if isinstance(target, Pool):
-                target.put(rows, part.view(len(rows), -1))
+        for copy, copied in zip(copies, torch.split(self.matrices.copy(host), counts), strict=True):
+            if isinstance(copy.target, Pool):
+                copy.target.put(copy.rows, copied.view(len(copy.rows), -1))
             else:
-                value = part.to(use.dtype_of(target[0]), copy=True)
-                value = value if target[0] == HEAD else value.view(use.shapes[target])
-                self._entries[target] = _Entry(value, use.sizes[target])
-
-    def _loaded(self, use: Use) -> LoadedTask:
-        sides = zip(*((down, up) for branches in use.branches.values() for down, up, _ in branches), strict=True)
-        rows = [np.concatenate([self._entries[key].values for key in side]) for side in sides]
-        head = None
-        for key in use.shapes:
-            if key[0] == HEAD:
-                classes, width = use.shapes[key]
-                both = self._entries[key].values
-                assert isinstance(both, Tensor)
-                head = (both[: classes * width].view(classes, width), both[classes * width :])
-        values = {key: self._entries[key].values for key in use.shapes}
-        cores = [self._entries[key].values for key, _ in use.cores]
-        return LoadedTask(
-            use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head,
-            np.concatenate([np.arange(0), *cores]), values,
-        )  # fmt: skip
+                (part,) = copy.parts
+                value = copied.to(layout.dtype_of(part.side), copy=True)
+                value = value if part.side == HEAD else value.view(part.shape)
+                self._entries[copy.target] = Entry(copy.target, value, part.size_bytes)
 
 
-def _write(use: Use, task: Task, keys: Sequence[Key], out: NDArray[np.float32]) -> None:
-    """Writes the values of several keys into `out`, one after another."""
+@dataclass(frozen=True, eq=False, slots=True)
+class _Copy:
+    """What is to be copied to one place."""
+
+    target: Key | Pool
+    """The key of a head or of a base, or a pool."""
+    rows: Ints
+    """The rows in the pool."""
+    parts: list[Part]
+
+
+def _loaded(use: Use, entries: tuple[Entry, ...]) -> LoadedTask:
+    layout = use.layout
+    sides = zip(*((down, up) for branches in layout.plain.values() for down, up, _ in branches), strict=True)
+    rows = [np.concatenate([entries[number].values for number in side]) for side in sides]
+    head = None
+    if layout.task.head is not None:
+        classes, width = layout.task.head.weight.shape
+        both = entries[-1].values
+        assert isinstance(both, Tensor)
+        head = (both[: classes * width].view(classes, width), both[classes * width :])
+    cores = [entries[number].values for number in layout.cores]
+    return LoadedTask(
+        use, np.stack(rows) if rows else np.zeros((2, 0), np.int64), head, np.concatenate([np.arange(0), *cores]),
+        entries,
+    )  # fmt: skip
+
+
+def _write(layout: Layout, parts: Iterable[Part], tensors: Mapping[str, RawTensor], out: NDArray[np.float32]) -> None:
+    """Writes the values of several parts into `out`, one after another."""
     start = 0
-    for key in keys:
-        end = start + use.elements[key]
-        use.write(key, task, out[start:end])
+    for part in parts:
+        end = start + part.elements
+        layout.write(part, tensors, out[start:end])
         start = end

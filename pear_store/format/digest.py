@@ -55,6 +55,12 @@ def to_digest(raw: bytes) -> Digest:
     return Digest("sha256:" + raw.hex())
 
 
+def to_digests(raw: bytes) -> list[Digest]:
+    """Hashes of 32 bytes, one after another, as digests."""
+    text = raw.hex()
+    return [Digest("sha256:" + text[start : start + 64]) for start in range(0, len(text), 64)]
+
+
 def from_digest(digest: Digest) -> bytes:
     """The 32-byte hash of a digest."""
     return bytes.fromhex(digest[7:])

@@ -1,14 +1,12 @@
-"""Reads and writes lists of images in CSV, JSON lines or Parquet. A list is never whole in memory.
+"""Reads lists of images in CSV, JSON lines or Parquet. A list is never whole in memory.
 
 A list is one file, or several files of one format that are read one after another. A line of CSV or JSON lines that
 cannot be read becomes a row without values, with a fault that names the line.
 """
 
-import base64
 import csv
 import hashlib
 import json
-import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -16,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedReader, BytesIO, TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -299,20 +297,20 @@ def _without_images(path: str, schema: pa.Schema, needed: Iterable[str]) -> pa.S
     return schema
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     """Whether a column holds encoded images, either plain or in Hugging Face's structs of bytes and path."""
     if not pa.types.is_struct(kind):
-        return _is_binary(kind)
+        return is_binary(kind)
     fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
     if not fields or not fields.keys() <= {"bytes", "path"}:
         return False
     data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
     text = pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
-    return text and (_is_binary(data) or pa.types.is_null(data))
+    return text and (is_binary(data) or pa.types.is_null(data))
 
 
 def _images_asked(
@@ -323,7 +321,7 @@ def _images_asked(
         texts, faults = _texts_asked(column, field)
         return list(texts), None, faults
     values = column.to_pylist()
-    if _is_binary(field.type):
+    if is_binary(field.type):
         return values, pa.chunked_array([pa.nulls(len(values), pa.string())]), [None] * len(values)
     structs = [value or {} for value in values]
     paths = pa.chunked_array([pa.array([struct.get("path") for struct in structs], pa.string())])
@@ -332,11 +330,11 @@ def _images_asked(
 
 def _texts_asked(column: pa.ChunkedArray, field: pa.Field) -> tuple[list[str | None], list[str | None]]:
     """A column as text, and the rows' faults."""
-    if not _is_json_text(field):
+    if not is_json_text(field):
         texts = column.cast(pa.string()).to_pylist()
         return texts, [None] * len(texts)
     texts, faults = [], []
-    for value in map(_from_json_text, column.to_pylist()):
+    for value in map(from_json_text, column.to_pylist()):
         good = value is None or isinstance(value, str | int)
         texts.append(None if value is None or not good else str(value))
         faults.append(None if good else f"{field.name} is {_shown(value)}: expected text")
@@ -347,11 +345,11 @@ def _shown(value: object) -> str:
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
 
 
-def _is_json_text(field: pa.Field) -> bool:
+def is_json_text(field: pa.Field) -> bool:
     return bool(field.metadata) and JSON_TEXT.items() <= field.metadata.items()
 
 
-def _from_json_text(text: str | None) -> Any:
+def from_json_text(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
@@ -716,7 +714,7 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
 
 
 def _json_column(field: pa.Field, values: list[Any]) -> pa.Array:
-    if _is_json_text(field):
+    if is_json_text(field):
         values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pa.array(values, field.type)
 
@@ -764,110 +762,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _FORMATS: dict[str, type[_Columns]] = {".csv": _Csv, ".tsv": _Csv, ".jsonl": _JsonLines, ".parquet": _Parquet}
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-def check_writable(path: Path, schema: pa.Schema) -> None:
-    """Raises a ListError if the file's format cannot hold a list of that schema."""
-    if ending(path) not in (".csv", ".jsonl"):
-        try:
-            pq.write_table(schema.empty_table(), BytesIO())
-        except pa.ArrowException as error:
-            raise ListError(path, f"cannot be written as .parquet: {error}: choose .jsonl or .csv") from None
-
-
-def write_list(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Writes a list. Raises a ListError for values that the format cannot hold.
-
-    Args:
-        suffix: the format: .csv, .jsonl or .parquet.
-    """
-    try:
-        _write(file, suffix, schema, tables)
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ListError(file, f"cannot be written as {suffix}: {reason:.500}: choose another format") from None
-
-
-def write_folder(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> list[Path]:
-    """Writes numbered Parquet files, in order, and returns their paths.
-
-    Raises:
-        ListError: the format cannot hold a value.
-    """
-    folder.mkdir()
-    files = []
-    for number, table in enumerate(recut(tables, ROW_GROUP_ROWS, TABLE_BYTES)):
-        files.append(folder / f"{number:08}.parquet")
-        write_list(files[-1], ".parquet", schema, [table])
-    if not files:
-        files.append(folder / f"{0:08}.parquet")
-        write_list(files[-1], ".parquet", schema, [])
-    return files
-
-
-def _write(file: Path, suffix: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    if suffix == ".parquet":
-        plain = pa.schema([field.remove_metadata() for field in schema])
-        with pq.ParquetWriter(file, plain) as writer:
-            for table in recut(tables, ROW_GROUP_ROWS, TABLE_BYTES):
-                columns = map(_unquoted, table.columns, schema)
-                writer.write_table(pa.Table.from_arrays(list(columns), schema=plain))
-        return
-    with file.open("w", newline="", encoding="utf-8") as out:
-        if suffix == ".csv":
-            rows = csv.writer(out, lineterminator="\n")
-            rows.writerow(schema.names)
-            for table in tables:
-                rows.writerows(zip(*map(_texts, table.columns, schema), strict=True))
-        else:
-            for table in tables:
-                for values in zip(*map(_values, table.columns, schema), strict=True):
-                    row = dict(zip(schema.names, values, strict=True))
-                    out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _unquoted(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    """The column to write. In a column of JSON texts, a JSON string becomes its plain text."""
-    if not _is_json_text(field):
-        return column
-    values = [(text, _from_json_text(text)) for text in column.to_pylist()]
-    return pa.chunked_array([pa.array([v if isinstance(v, str) else text for text, v in values], pa.string())])
-
-
-def _texts(column: pa.ChunkedArray, field: pa.Field) -> list[str | None]:
-    if pa.types.is_nested(field.type) or _is_binary(field.type):
-        return [v if v is None or isinstance(v, str) else _dumped(v) for v in _values(column, field)]
-    texts: list[str | None] = _unquoted(column, field).cast(pa.string()).to_pylist()
-    return texts
-
-
-def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _values(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
-    """The values in a form that JSON can hold: bytes as base64, non-finite numbers as null, times as text."""
-    kind, types = field.type, pa.types
-    if types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    if _is_json_text(field):
-        return [_plain(_from_json_text(text)) for text in column.to_pylist()]
-    if types.is_nested(kind) or types.is_floating(kind) or _is_binary(kind):
-        return [_plain(value) for value in column.to_pylist()]
-    if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind):
-        return list(column.to_pylist())
-    return list(column.cast(pa.string()).to_pylist())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store.files import ending
-from router.infer.lists import OutputError, write_folder, write_list
+from router.infer.lists import OutputError
+from router.infer.writing import write_folder, write_list
 
 RECORD = {"run", "plan", "sha256", "report"}
 """The keys of OUT.run.json."""

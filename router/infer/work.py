@@ -18,7 +18,7 @@ from pear_store import ReadableStore
 from pear_store.local.sources import Access
 from router import Batch, Limits, Predictions, Router
 from router.infer.folder import ImageFolder
-from router.infer.lists import Image, ImageList, ListError, OutputError, Rows, check_writable
+from router.infer.lists import Image, ImageList, ListError, OutputError, Rows
 from router.infer.parts import Parts, is_folder
 from router.infer.plan import (
     AHEAD,
@@ -37,6 +37,7 @@ from router.infer.plan import (
     batches,
     find_image,
 )
+from router.infer.writing import check_writable
 from router.pictures import ImageLike
 from router.predictions import Threshold
 

@@ -160,15 +160,15 @@ class Catalogue:
             RouterError, PearStoreError: the task cannot be run.
         """
         known: Known = self._router.lookup(reference)
-        found = self.summary(known.task.name, known.version)
+        task, found = known.task, self.summary(known.name, known.version)
         return {
             **found,
-            "classes": len(known.task.labels),
-            "labels": list(known.task.labels),
-            "threshold": known.task.threshold,
-            "preprocess": dict(known.task.preprocess),
-            "metrics": _finite(known.task.record.get("metrics")),
-            "backbone": {"model": known.task.backbone_model, "digest": known.task.backbone_digest},
+            "classes": len(task.labels),
+            "labels": list(task.labels),
+            "threshold": task.threshold,
+            "preprocess": dict(task.preprocess),
+            "metrics": _finite(task.record.get("metrics")),
+            "backbone": {"model": task.backbone_model, "digest": task.backbone_digest},
             "loaded": self._is_loaded(known),
         }
 

@@ -275,7 +275,7 @@ class Flow:
         answered: Counter[tuple[str, int | None]] = Counter()
         for part, found in zip(batch, ran.outcomes, strict=True):
             answered.update(
-                (one.task.name, None if one.version is None else one.version.version)
+                (one.name, None if one.version is None else one.version.version)
                 for number, one in zip(part.numbers, part.known, strict=True)
                 if isinstance(found[number], Prediction)
             )

@@ -27,7 +27,7 @@ Named = str | Known
 
 
 def name_of(task: Named) -> str:
-    return task if isinstance(task, str) else task.task.name
+    return task if isinstance(task, str) else task.name
 
 
 @dataclass(frozen=True)

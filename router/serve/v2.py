@@ -114,7 +114,7 @@ class _Endpoints:
             body = await read_body(request, service.limits, count)
             known = await self._known(request)
             call = await service.parser.read(read_call, body, request.headers.get(JSON_BYTES), service.limits)
-            check_outputs(call, is_headless=not known.task.labels)
+            check_outputs(call, is_headless=not known.labels)
             outcomes = await service.outcomes(request, [(image, [known]) for image in call.images])
         task = request.path_params["task"]
         predictions = [await self._checked(found, number, task) for number, (found,) in enumerate(outcomes)]
@@ -149,7 +149,7 @@ class _Endpoints:
 
     def _metadata(self, name: str, known: Known) -> dict[str, Any]:
         height, width = known.preprocess.size
-        count = len(known.task.labels)
+        count = len(known.labels)
         image = [
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixels", "datatype": "FP32", "shape": [-1, 3, height, width]},
@@ -168,7 +168,7 @@ class _Endpoints:
     def _versions(self, known: Known) -> list[str]:
         assert known.version is not None and self._service.router.store is not None
         try:
-            versions = self._service.router.store.versions(known.task.name)
+            versions = self._service.router.store.versions(known.name)
         except NotFoundError:  # it was removed, but is served until the next refresh
             versions = [known.version]
         return [str(version.version) for version in versions]

@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,16 @@ from torch import Tensor
 
 from pear_store import RawTensor, Store, Task, make_task
 from pear_store.format.codes import matrix_values, up_values
+from pear_store.format.manifest import to_manifest
 from router import Backbone, Router, add_branch, load_backbone
 from router import adapted as adapted_module
 from router.kernels import can_fuse
-from router.layout import BASE_DOWN, BASE_UP, CORE, HEAD, Use
+from router.layout import BASE_DOWN, BASE_UP, CORE, HEAD, Layouts
 from router.matrices import Gathered
 from router.ops import PositionWeights
+from router.preprocess import Preprocess
 from router.tensors import from_torch, quantise
+from router.use import Use
 from tests.helpers.makers import floats, record
 from tests.router.test_router import reference
 
@@ -190,7 +192,7 @@ def test_a_batch_on_the_same_bases_multiplies_by_them_once(backbone: Backbone, m
     assert [w.core.shape for w in seen if w.core is not None] == [(4, 6, 6)] * len(POSITIONS)
     assert all(w.beside is None for w in seen)
     held = {
-        value.data_ptr() for value in router._slots._tasks.popitem()[1].values.values() if isinstance(value, Tensor)
+        one.values.data_ptr() for one in router._slots._tasks.popitem()[1].entries if isinstance(one.values, Tensor)
     }
     assert {w.down.data_ptr() for w in seen} | {w.up.data_ptr() for w in seen} <= held, "no copy of a base is made"
 
@@ -206,9 +208,13 @@ def test_bases_lie_on_the_device_once(backbone: Backbone, tasks: dict[str, Task]
     own = sum((2 * d_in + 4 * d_out) * 2 for d_in, d_out in list(WIDTHS.values())[::2])
     head = 3 * 193 * 4
     assert sizes == [bases + (i + 1) * (cores + own + head) for i in range(8)]
-    values = router._slots._tasks.popitem()[1].values
-    of_tensors = sum(one.nbytes for key, one in values.items() if key[0] != HEAD and isinstance(one, Tensor))
+    entries = router._slots._tasks.popitem()[1].entries
+    of_tensors = sum(e.values.nbytes for e in entries if e.key[0] != HEAD and isinstance(e.values, Tensor))
     assert of_tensors == bases
+
+
+def use_of(task: Task) -> Use:
+    return Use.of(task, to_manifest(task), Layouts(torch.float32), Preprocess(task.preprocess))
 
 
 def test_what_a_task_brings_for_several_positions_runs_as_before(backbone: Backbone, task_maker: Maker) -> None:
@@ -221,9 +227,9 @@ def test_what_a_task_brings_for_several_positions_runs_as_before(backbone: Backb
                           "positions": {**task.record["positions"], "blocks.1.mlp": [["c", 1.0]]}},
                          {name: tensors[name] for name in tensors if name != "d.up"})  # fmt: skip
     for made in (borrowed, folded(task, tensors)):
-        use = Use(b"", made, torch.float32, partial(Task, made.record, made.tensors))
-        assert not use.on_bases and not use.stands
-        assert not {key[0] for key in use.sizes} & {BASE_DOWN, BASE_UP, CORE}
+        use = use_of(made)
+        assert not use.layout.on_bases and not use.stands
+        assert not {part.side for part in use.layout.parts} & {BASE_DOWN, BASE_UP, CORE}
         router = router_of(backbone, [made])
         images = images_of(2)
         agree(router.run(images, "pear").logits, [reference(backbone, made, image) for image in images])
@@ -244,7 +250,7 @@ def test_slots_evict_and_reload(backbone: Backbone, store: Store) -> None:
         store.add(task)
     images = images_of(2)
     expected = {task.name: [reference(backbone, task, image) for image in images] for task in made}
-    sizes = [sum(Use(b"", task, torch.float32, lambda: made[0]).sizes.values()) for task in made]
+    sizes = [sum(use_of(task).sizes().values()) for task in made]
     router = Router(backbone, store, merge=False, slot_bytes=max(sizes) + 4000)
     for turn in range(3):
         for task in made[turn:] + made[:turn]:
@@ -366,8 +372,8 @@ def test_a_batch_may_be_gathered_into_the_memory_of_another(backbone: Backbone, 
     for mix in (*mixes, [*tasks]):
         gathered(router, mix)
     before = {
-        key: value.clone() for loaded in router._slots._tasks.values()
-        for key, value in loaded.values.items() if isinstance(value, Tensor)
+        entry.key: entry.values.clone() for loaded in router._slots._tasks.values()
+        for entry in loaded.entries if isinstance(entry.values, Tensor)
     }  # fmt: skip
     held = gathered(router, mixes[0]).own()
     for mix in mixes:
@@ -378,8 +384,8 @@ def test_a_batch_may_be_gathered_into_the_memory_of_another(backbone: Backbone, 
             d_out = router._adapted.widths[position][1]
             torch.testing.assert_close(adds(held.weights[position], d_out), adds(weights, d_out))
     for loaded in router._slots._tasks.values():
-        for key, value in loaded.values.items():
-            assert not isinstance(value, Tensor) or torch.equal(value, before[key])
+        for entry in loaded.entries:
+            assert not isinstance(entry.values, Tensor) or torch.equal(entry.values, before[entry.key])
 
 
 def test_padded_batches_keep_their_form(backbone: Backbone, tasks: dict[str, Task]) -> None:

@@ -118,15 +118,15 @@ def check_books(router: Router) -> None:
     """Every row of a pool is free or of an entry that a task uses, never both."""
     slots = router._slots
     size = slots.stats.size_bytes
-    used = {key: loaded.use.sizes[key] for loaded in slots._tasks.values() for key in loaded.values}
+    used = {entry.key: part.size_bytes for loaded in slots._tasks.values() for part, entry in loaded.parts}
     assert size == sum(used.values())
     assert slots._entries.keys() == used.keys()
     for (side, width), pool in slots.matrices.pools.items():
         taken = [
-            values
+            entry.values
             for loaded in slots._tasks.values()
-            for key, values in loaded.values.items()
-            if key[0] == side and loaded.use.shapes[key][1] == width
+            for part, entry in loaded.parts
+            if (part.side, part.shape[1]) == (side, width)
         ]
         busy = np.unique(np.concatenate([np.arange(1), *taken]))
         assert sorted([*busy.tolist(), *pool._free.tolist()]) == list(range(len(pool.rows)))

@@ -342,7 +342,7 @@ def test_scales_apply_before_the_cast(backbone: Backbone, task_maker: Maker) -> 
     router = Router(backbone, dtype=torch.bfloat16)
     router.add(scaled)
     use = router._find("t").use
-    router._slots.load(use, use.read())
+    router._slots.load(use, router._registry.tensors(use))
     loaded = router._slots.find([use])
     assert loaded is not None
     up = router._slots.matrices.gather(loaded, {"blocks.0.attn": np.array([0])}).weights["blocks.0.attn"].up

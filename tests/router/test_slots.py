@@ -243,6 +243,13 @@ def test_a_batch_may_be_gathered_into_the_memory_of_another(backbone: Backbone, 
                 assert torch.equal(kept.activation[name], mask)
 
 
+def test_rows_that_were_taken_keep_no_others_in_memory() -> None:
+    pool = Pool(2, torch.device("cpu"), torch.float32)
+    rows = pool.take(3)
+    assert rows.base is None
+    assert rows.tolist() == [1, 2, 3]
+
+
 @given(st.lists(st.one_of(st.integers(1, 40), st.none()), max_size=30))
 def test_pools_keep_what_was_put(steps: list[int | None]) -> None:
     """Against a dict: put a block, or free the oldest but one; no row is given twice, row 0 stays zero."""

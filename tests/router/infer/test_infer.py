@@ -27,10 +27,10 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from tqdm import tqdm
 
-import router.infer.lists
 import router.infer.parts
 import router.infer.plan
 import router.infer.work
+import router.infer.writing
 from pear_store import Store, Task, make_task
 from router import Backbone, Batch, Predictions, Preprocess, Router, RouterError, decode
 from router.engine import Engine
@@ -1099,7 +1099,7 @@ def test_what_is_put_in_the_way_during_a_run_is_not_replaced(work: Path, monkeyp
         done = run(*given, *more)
         assert (done.exit_code, "holds notes.txt, which no run wrote" in done.stderr) == (1, True)
     (work / "out.csv.parts" / "notes.txt").unlink()
-    write_list = router.infer.lists.write_list
+    write_list = router.infer.writing.write_list
 
     def late(*args: Any) -> None:
         write_list(*args)

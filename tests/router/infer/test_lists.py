@@ -1,4 +1,4 @@
-"""router/infer/lists.py: lists as users have them, with every kind of damage, and what is written from them."""
+"""router/infer/lists.py and writing.py: lists as users have them, with every kind of damage, and what is written."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 
 from router import RouterError
 from router.infer import lists
-from router.infer.lists import ImageList, check_writable, write_list
+from router.infer.lists import ImageList
+from router.infer.writing import check_writable, write_list
 
 NEEDED = ["image", "task"]
 

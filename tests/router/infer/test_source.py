@@ -25,8 +25,9 @@ import router.infer.parts
 from pear_store import PearStoreError
 from pear_store.local.sources import Access, open_copy, path_in_url, url_below, url_folder
 from router import RouterError
-from router.infer.lists import ImageList, write_list
+from router.infer.lists import ImageList
 from router.infer.source import find, natural_key
+from router.infer.writing import write_list
 from tests.helpers.lists import read, run, write
 
 NEEDED = ["image", "task"]
