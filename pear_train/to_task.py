@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pear_store import RawTensor, Task, make_task
+from pear_store.format.checkpoint import FORMAT
+from pear_store.format.joined import JOINED_FORMAT
 from pear_store.format.record import entry_names, renamed, with_core
 from pear_train.adapters import AdapterSet, FrozenAdapter
 from pear_train.bases import bases_key
@@ -44,7 +46,7 @@ def write_adapters(config: TrainConfig, adapters: AdapterSet, tensors: dict[str,
     """Adds what adapters and cores hold to `tensors`; returns the record's `format`, `adapters` and `positions`."""
     stacks = any(frozen.place is not None for frozen in adapters.frozen.values())
     entries, positions = (_write_stacks if stacks else _write_each)(config, adapters, tensors)
-    return {"format": "pear-task/2" if stacks else "pear-task/1", "adapters": entries, "positions": positions}
+    return {"format": JOINED_FORMAT if stacks else FORMAT, "adapters": entries, "positions": positions}
 
 
 _Written: TypeAlias = tuple[dict[str, Any], dict[str, list[list[Any]]]]

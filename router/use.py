@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pear_store import RawTensor, Task
 from pear_store.format.digest import Digest, from_digest, to_digests
-from pear_store.format.manifest import manifest_hash
+from pear_store.format.manifest import dump_manifest, manifest_hash
+from pear_store.format.record import map_tensor_names
 from router.layout import Ints, Key, Layout, Layouts, Part, Stands
 from router.preprocess import Preprocess
 
@@ -31,8 +32,8 @@ class Use:
     """The bases that it uses at each position. Equal ones are one object."""
     _digests: bytes = field(repr=False)
     """The digests of its tensors, by number."""
-    _manifest: bytes = field(repr=False)
-    """Compressed."""
+    _record: bytes = field(repr=False)
+    """As JSON with digests in place of its tensors' names, compressed."""
     _source: Callable[[], Task] | tuple[Bytes, ...] = field(repr=False)
     """Reads the task with its tensors' bytes. Or these bytes, by number."""
 
@@ -57,16 +58,17 @@ class Use:
             source = tuple(by_digest[digest] for digest in digests)
         else:
             source = read
+        record = map_tensor_names(task.record, lambda name: task.tensors[name].digest)
         return cls(
             manifest_hash(manifest), task.name, task.labels, task.threshold, preprocess,
             layout, layout.stands(layout.keys(digests)),
-            b"".join(map(from_digest, digests)), zlib.compress(manifest, 1), source,
+            b"".join(map(from_digest, digests)), zlib.compress(dump_manifest(record), 1), source,
         )  # fmt: skip
 
     @property
     def task(self) -> Task:
         """The task, made anew. Its tensors have their bytes only if it was added to the router."""
-        record = json.loads(zlib.decompress(self._manifest))
+        record = json.loads(zlib.decompress(self._record))
         return Task(record, {str(tensor.digest): tensor for tensor in self._own_tensors().values()})
 
     def read(self) -> Task:

@@ -4,7 +4,8 @@
     python -m benchmarks.store.bases TASK.safetensors [...] --out benchmarks/results/store_bases.json
 
 Each is a checkpoint of a task on the same common bases, as `pear-train --bases` wrote it. A made task has another name,
-other metrics and history, codes of cores and heads drawn anew, and noise on floats; bases stay.
+other metrics and history, codes of cores and heads drawn anew, and noise on floats; bases stay. They are stored in both
+formats: pear-task/2, which stores each tensor, and pear-task/3, which stores a task's own tensors as one.
 """
 
 import json
@@ -22,8 +23,10 @@ import click
 import numpy as np
 
 from pear_store import RawTensor, Store, Task, make_task, read_checkpoint, write_checkpoint
+from pear_store.format.checkpoint import STACKED_FORMAT
 from pear_store.format.codes import to_numpy
-from pear_store.format.manifest import to_manifest
+from pear_store.format.joined import JOINED_FORMAT
+from pear_store.format.manifest import as_stored, to_manifest
 
 
 def base_names(task: Task) -> set[str]:
@@ -94,6 +97,8 @@ def measure(sources: list[Task], count: int, folder: Path, one_by_one: bool) -> 
     new = new_bytes / count
     packs = (stats.pack_bytes - sum(shared.values())) / count
     return {
+        "format": sources[0].record["format"],
+        "tensors_a_task": len(as_stored(sources[0])[1]),
         "tasks": count,
         "added": "one by one" if one_by_one else "together",
         "bases_bytes": sum(shared.values()),
@@ -121,12 +126,16 @@ def file_record(task: Task, folder: Path) -> int:
 def main(tasks: tuple[Path, ...], count: int, out: Path) -> None:
     sources = [read_checkpoint(path) for path in tasks]
     with tempfile.TemporaryDirectory() as made:
-        rows = [measure(sources, count, Path(made) / str(each), each) for each in (False, True)]
-        header = sum(file_record(perturbed(source, 0), Path(made)) for source in sources) / len(sources)
+        rows = []
+        for form in (STACKED_FORMAT, JOINED_FORMAT):
+            alike = [make_task({**source.record, "format": form}, source.tensors) for source in sources]
+            header = sum(file_record(perturbed(task, 0), Path(made)) for task in alike) / len(alike)
+            for each in (False, True):
+                row = measure(alike, count, Path(made) / f"{form[-1]}-{each}", each)
+                rows.append({**row, "record_bytes_in_a_checkpoint": round(header)})
     found = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-        "lmdb": version("lmdb"), "sources": [path.name for path in tasks], "tensors_a_task": len(sources[0].tensors),
-        "record_bytes_in_a_checkpoint": round(header), "stores": rows,
+        "lmdb": version("lmdb"), "sources": [path.name for path in tasks], "stores": rows,
     }  # fmt: skip
     out.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found, indent=1))

@@ -210,10 +210,11 @@ def show(reference: str, as_json: bool) -> None:
     with open_store() as store:
         version = store.resolve(reference)
         task = store.get(f"{version.task}@{version.version}", copy=False)
+        manifest = dict(store.record(f"{version.task}@{version.version}"))
         shared = None if store.is_remote else _shared(store, version)  # a remote's whole log would be read for it
     origin = Origin.of(task.record)
     if as_json:
-        row = {**version_json(version), "time_ns": version.time_ns, "manifest": dict(task.record)}
+        row = {**version_json(version), "time_ns": version.time_ns, "manifest": manifest}
         echo_json({**row, "origin": asdict(origin), "sharing": shared and asdict(shared)})
         return
     echo(f"{version.task}@{version.version}, added {_time(version.time_ns)}, {version.size_bytes:,} tensor bytes")

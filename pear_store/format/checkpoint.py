@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from pear_store.errors import CheckpointError, from_os_error
 from pear_store.format.container import KnownHeaders, check_json, container_chunks, parse_json, read_container
 from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
+from pear_store.format.joined import JOINED_FORMAT, join, split_shapes, split_tensors
 from pear_store.format.record import (
     FLOATS,
     HEAD_PARTS,
@@ -30,6 +31,7 @@ from pear_store.format.record import (
 
 FORMAT, STACKED_FORMAT = "pear-task/1", "pear-task/2"
 """Of a record without stacks of adapters, and of one that may have some"""
+FORMATS = (FORMAT, STACKED_FORMAT, JOINED_FORMAT)
 HUB_CHECKPOINT, HUB_LORA = "pear.safetensors", "peft"
 """What a folder for the Hugging Face Hub calls its task checkpoint, and the folder of the same task as a LoRA"""
 Activation = Literal["identity", "relu", "gelu"]
@@ -170,6 +172,10 @@ def checked_task(
     Args:
         finite: names of tensors that are known to hold no NaN and no infinity.
     """
+    try:
+        record, tensors = split_tensors(record, tensors)
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from None
     check_record(record, {name: (t.dtype, t.shape) for name, t in tensors.items()}, where)
     for name, tensor in tensors.items():
         if name not in finite and tensor.dtype in FLOATS and not _all_finite(tensor):
@@ -243,7 +249,7 @@ def task_from_container(
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     try:
         record = parse_json(metadata["pear"])
-        is_judged = isinstance(record, dict) and _is_good_structure(_structure_key(record, shapes))
+        is_judged = isinstance(record, dict) and _is_judged(record, shapes)
         check_json({k: v for k, v in record.items() if k not in _STRUCTURE} if is_judged else record)
     except ValueError as error:
         raise CheckpointError(path, f"metadata key 'pear' is not valid JSON: {error}") from None
@@ -274,12 +280,13 @@ def write_checkpoint(path: str | Path, task: Task) -> int:
         PearStoreError: it cannot be written; likewise.
     """
     path = Path(path)
-    record = {**task.record, "digests": {name: tensor.digest for name, tensor in task.tensors.items()}}
+    record, tensors = join(task.record, task.tensors)
+    record = {**record, "digests": {name: tensor.digest for name, tensor in tensors.items()}}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     temporary = path.parent / f".{fresh_name()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            for chunk in container_chunks(task.tensors, {"pear": text}):
+            for chunk in container_chunks(tensors, {"pear": text}):
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
@@ -314,14 +321,18 @@ def check_record(
     Raises:
         CheckpointError: see :func:`make_task`.
     """
+    try:
+        record, tensors = split_shapes(record, tensors)
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from None
     for problem in _problems(record, tensors):
         raise CheckpointError(where, problem)
 
 
 def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
     """What is wrong with a record, first things first; a caller stops at the first."""
-    if record.get("format") not in (FORMAT, STACKED_FORMAT):
-        expected = f"{FORMAT!r} or {STACKED_FORMAT!r}"
+    if record.get("format") not in FORMATS:
+        expected = " or ".join(map(repr, FORMATS))
         yield f"field 'format': expected {expected}, found {short(record.get('format'))}"
     for key in _REQUIRED:
         if key not in record:
@@ -380,14 +391,14 @@ def _structure_key(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, t
     return None
 
 
-def _is_good_structure(structure: bytes | None) -> bool:
-    if structure is None:
-        return False
-    try:
-        _good_structure(structure)
-    except ValueError:
-        return False
-    return True
+def _is_judged(record: Mapping[str, Any], tensors: Shapes) -> bool:
+    """Whether the structure of a file's record was found good. Nothing of the record needs to be good JSON yet."""
+    with suppress(ValueError, RecursionError):
+        structure = _structure_key(*split_shapes(record, tensors))
+        if structure is not None:
+            _good_structure(structure)
+            return True
+    return False
 
 
 @lru_cache(64)

@@ -5,15 +5,40 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pear_store.errors import CheckpointError
 from pear_store.format.checkpoint import Task
 from pear_store.format.container import strict_json
 from pear_store.format.digest import Digest, RawTensor, is_digest
+from pear_store.format.joined import join, split_tensors
 from pear_store.format.record import HEAD_PARTS, entry_names, map_tensor_names, tensor_names
 
 
 def to_manifest(task: Task) -> bytes:
     """The canonical manifest bytes; equal tasks give equal bytes, whatever their tensors are called."""
-    return dump_manifest(map_tensor_names(task.record, lambda name: task.tensors[name].digest))
+    return as_stored(task)[0]
+
+
+def as_stored(task: Task) -> tuple[bytes, dict[Digest, RawTensor]]:
+    """A task as a store has it: its manifest, and the tensors that this names."""
+    record, tensors = join(task.record, task.tensors)
+    manifest = dump_manifest(map_tensor_names(record, lambda name: tensors[name].digest))
+    return manifest, {tensor.digest: tensor for tensor in tensors.values()}
+
+
+def from_stored(manifest: bytes, tensors: Mapping[str, RawTensor], where: str) -> Task:
+    """The task of a manifest that was checked before, and of the tensors that it names, by digest.
+
+    Raises:
+        CheckpointError: it was not checked, and has slices that are none.
+    """
+    try:
+        record, found = split_tensors(json.loads(manifest), tensors)
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from None
+    if found is tensors:
+        return Task(record, dict(tensors))
+    record = map_tensor_names(record, lambda name: found[name].digest)
+    return Task(record, {tensor.digest: tensor for tensor in found.values()})
 
 
 def dump_manifest(record: Mapping[str, Any]) -> bytes:

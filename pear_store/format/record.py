@@ -275,12 +275,19 @@ def entry_names(entry: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Ite
 HEAD_PARTS = ("weight", "bias")
 
 
-def renamed(entry: Mapping[str, Any], rename: Callable[[str], str], parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
-    """An entry with every tensor name replaced; nothing else is touched, unknown keys included."""
-    made = {**entry, **{part: rename(entry[part]) for part in parts if part in entry}}
-    if forms := {part: {**form, "scale": rename(form["scale"])} for part, form in _forms(entry, parts)}:
+def with_names(entry: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """An entry that names these tensors, by use. Nothing else is touched, unknown keys included."""
+    made = {**entry, **{use: name for use, name in names.items() if "." not in use}}
+    scales = {use.partition(".")[0]: name for use, name in names.items() if "." in use}
+    if scales:
+        forms = {part: {**entry["quant"][part], "scale": name} for part, name in scales.items()}
         made["quant"] = {**entry["quant"], **forms}
     return made
+
+
+def renamed(entry: Mapping[str, Any], rename: Callable[[str], str], parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
+    """An entry with every tensor name replaced."""
+    return with_names(entry, {use: rename(name) for use, name in entry_names(entry, parts)})
 
 
 def with_core(entry: Mapping[str, Any], core: str, codes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -327,3 +334,9 @@ def tensor_names(record: Mapping[str, Any]) -> set[str]:
     if (head := record["head"]) is not None:
         names.update(name for _, name in entry_names(head, HEAD_PARTS))
     return names
+
+
+def names_around_cores(record: Mapping[str, Any]) -> set[str]:
+    """The names of what lies before and behind cores. Of tasks on common bases, these are the bases."""
+    cored = [entry for entry in record["adapters"].values() if "basis" in entry]
+    return {name for entry in cored for use, name in entry_names(entry) if use.partition(".")[0] != "up"}

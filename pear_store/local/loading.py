@@ -18,7 +18,7 @@ from pear_store.errors import CheckpointError, PearStoreError
 from pear_store.format.checkpoint import TASK_NAME, ReadBefore, Task, task_from_container
 from pear_store.format.container import parse_buffer
 from pear_store.format.digest import Digest, RawTensor
-from pear_store.format.manifest import manifest_hash, to_manifest
+from pear_store.format.manifest import as_stored, manifest_hash
 from pear_store.local import sources
 from pear_store.local.sources import Access, Source, is_url
 from pear_store.local.worker import Worker, WorkerDiedError, can_fork, cores
@@ -172,10 +172,9 @@ def _loaded(task: Task, name: str | None, where: str) -> Loaded:
         if not TASK_NAME.fullmatch(name):
             raise CheckpointError(where, f"task name {name!r}: expected up to 100 of letters, digits, '.', '_' and '-'")
         task = Task({**task.record, "task": name}, task.tensors)
-    manifest = to_manifest(task)
+    manifest, tensors = as_stored(task)
     if len(manifest) > MAX_MANIFEST_BYTES:
         raise CheckpointError(where, f"record: expected at most {MAX_MANIFEST_BYTES} bytes, found {len(manifest)}")
-    tensors = {tensor.digest: tensor for tensor in task.tensors.values()}
     size_bytes = sum(tensor.size_bytes for tensor in tensors.values())
     return Loaded(task.name, tensors, size_bytes, manifest, manifest_hash(manifest))
 
@@ -282,7 +281,8 @@ class _Workers:
                 tensors[name].digest: (dtype, shape, start + offset, length)
                 for name, (dtype, shape, offset, length) in header.places.items()
             }
-            answer[-1] = (one.name, places, one.size_bytes, one.manifest, one.hash)
+            if places.keys() == one.tensors.keys():  # else the store joins tensors otherwise than the file
+                answer[-1] = (one.name, places, one.size_bytes, one.manifest, one.hash)
         return answer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pear_store.errors import DamagedError, NotFoundError, PearStoreError
 from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
+from pear_store.format.manifest import from_stored
 from pear_store.format.record import tensor_names
 from pear_store.format.summary import Summary
 from pear_store.local.index import View
@@ -42,12 +43,12 @@ def _read_where_it_is(opened: OpenStore, reference: str, copy: bool) -> Task:
 
 def _read(opened: OpenStore, reference: str, copy: bool) -> Task:
     manifest, tensors = opened.look(lambda view: _found(opened, view, reference))
-    record = json.loads(manifest)  # its contents were checked when it was added, and its hash when it was read
     if copy:
         tensors = {
             digest: RawTensor.checked(t.dtype, t.shape, bytearray(t.data), t.digest) for digest, t in tensors.items()
         }
-    return Task(record, dict(tensors))
+    # its contents were checked when it was added, and its hash when it was read
+    return from_stored(manifest, tensors, f"version {reference}")
 
 
 def _found(opened: OpenStore, view: View, reference: str) -> tuple[bytes, dict[str, RawTensor]]:

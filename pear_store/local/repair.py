@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pear_store.errors import DamagedError, DamagedIndexError, NotFoundError
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
-from pear_store.format.manifest import manifest_hash, to_manifest
+from pear_store.format.manifest import as_stored, manifest_hash
 from pear_store.format.record import tensor_names
 from pear_store.local import sources
 from pear_store.local.catalog import enter_manifest, forget_manifests, leave, records_of
@@ -113,8 +113,8 @@ def _good_copies(
             continue
         for file in sources.expand([str(copy)], access):
             task = sources.read_task(file, access=access)
-            found.update((t.digest, t) for t in task.tensors.values() if t.digest in wanted)
-            manifest = to_manifest(task)
+            manifest, tensors = as_stored(task)
+            found.update((digest, tensor) for digest, tensor in tensors.items() if digest in wanted)
             if to_digest(manifest_hash(manifest)) in manifests:
                 found_manifests[to_digest(manifest_hash(manifest))] = manifest
     return found, found_manifests

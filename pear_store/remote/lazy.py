@@ -1,6 +1,5 @@
 """Reads a remote's store through a cache. A task is fetched when it is first read."""
 
-import json
 import os
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 from pear_store.errors import AbsentError, NotFoundError, PearStoreError, PlaceError
 from pear_store.format.checkpoint import Task
 from pear_store.format.digest import RawTensor
+from pear_store.format.manifest import from_stored
 from pear_store.format.summary import Summary
 from pear_store.local.references import Version
 from pear_store.local.stats import CacheStats
@@ -209,7 +209,7 @@ class RemoteStore(ReadableStore):
                     return
                 incoming = self._log.fetch(self._cache.tensors, logged)
                 tensors = {str(digest): tensor for digest, tensor in incoming.loaded.tensors.items()}
-                task = Task(json.loads(incoming.loaded.manifest), tensors)
+                task = from_stored(incoming.loaded.manifest, tensors, _named(logged))
                 with self._lock:
                     self._failed.pop(logged, None)
                 future.set_result(task)  # before it is kept: callers need not wait for the disk

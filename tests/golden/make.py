@@ -83,6 +83,14 @@ def make_tasks() -> dict[str, Task]:
     single: dict[str, Any] = {"down": t.floats("a.down", 1, D, 1), "up": t.floats("a.up", 1, 1, D), "stack": 1}
     places = {"blocks.0.attn": [["c", 1.0, 2], ["a", -0.5, 0]], "blocks.1.attn": [["c", 1.0, 0]]}
     made["stacks"] = task("stacks", t, {"c": stack, "a": single}, places, format="pear-task/2")
+    t = Tensors(22)
+    t.floats("b.down", 3, D, RANK, dtype="F16"), t.floats("b.up", 3, RANK, D, dtype="F16")
+    t.made["c.up"] = RawTensor("U8", (3, 1), bytes([40, 7, 201]))
+    scale = t.floats("c.up.scale", 3, RANK, dtype="F16")
+    codes = {"bits": 2, "up": {"shape": [RANK, RANK], "scale": scale}}
+    stack = {"down": "b.down", "up": "c.up", "basis": "b.up", "quant": codes, "stack": 3}
+    single = {"down": t.floats("a.down", 1, D, 1), "up": t.floats("a.up", 1, 1, D), "stack": 1}
+    made["joined"] = task("joined", t, {"c": stack, "a": single}, places, head_bits=4, format="pear-task/3")
     made["headless"] = task("headless", Tensors(30), {}, {}, head=False)
     return made
 

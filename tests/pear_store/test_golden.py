@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pear_store import Store, Task, read_checkpoint, rebuild, verify
+from pear_store import Store, Task, read_checkpoint, rebuild, verify, write_checkpoint
 from pear_store.exchange.peft import import_peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-STORES = ["1", "2", "3", "index3"]
+STORES = ["1", "2", "3", "4", "index3"]
 CHECKPOINTS = sorted(path.relative_to(GOLDEN) for path in GOLDEN.glob("*/checkpoints/*"))
 
 
@@ -47,6 +47,18 @@ def test_checkpoints(path: Path) -> None:
     task = read_checkpoint(GOLDEN / path)
     assert digests(task) == expected(path.parts[0])["checkpoints"][path.stem]
     assert task.record["kept"] == {"unknown": ["keys", 1, None]}
+
+
+@pytest.mark.parametrize("path", [path for path in CHECKPOINTS if path.parts[0] == "4"], ids=str)
+def test_checkpoints_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
+    """To the byte. So a task has one manifest, and a store finds that it has the task."""
+    write_checkpoint(tmp_path / "again", read_checkpoint(GOLDEN / path))
+    assert (tmp_path / "again").read_bytes() == (GOLDEN / path).read_bytes()
+    with Store(shutil.copytree(GOLDEN / "4" / "store", tmp_path / "4")) as store:
+        if not (added := store.add(GOLDEN / path)).changed:
+            assert added.new_bytes == 0
+        else:
+            assert path.stem in {"core", "q8", "half", "brain"}, "whose newest version is another task, or removed"
 
 
 @pytest.mark.parametrize("folder", STORES, indirect=True)

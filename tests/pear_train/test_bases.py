@@ -14,6 +14,7 @@ from click.testing import Result as Ran
 
 from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values
+from pear_store.format.container import read_container
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
 from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
@@ -29,6 +30,7 @@ from pear_train.recall import scores_of
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
 from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
+from router.exports.plain import PlainModel
 from router.tensors import from_torch, to_torch
 from tests.pear_train.test_many import folder as folder  # the same data
 from tests.pear_train.test_many import matrices
@@ -263,6 +265,34 @@ def test_two_tasks_share_their_bases_in_a_store(bases: Task, folder: Path, backb
         store.remove("common")
         store.gc()
         assert shared <= set(store.get("t2").tensors), "as long as a task names them"
+
+
+@pytest.mark.slow
+def test_a_task_on_bases_is_the_same_from_its_file_and_from_a_store(
+    bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    """Its file has one tensor beside the bases. All else has its cores, scales and head by themselves."""
+    names = ["t0", "t2"]
+    for name, form in zip(names, ({}, FORMS[3]), strict=True):
+        data = open_dataset(str(folder / f"{name}.npz"))
+        train(config(name, epochs=2, **{**form, "prune_epoch": 1}), backbone, data, tmp_path / name, bases=bases)
+        metadata, tensors = read_container(tmp_path / name)
+        assert json.loads(metadata["pear"])["format"] == "pear-task/3"
+        common = {tensor.digest for tensor in bases.tensors.values()}
+        assert [tensor.dtype for tensor in tensors.values() if tensor.digest not in common] == ["U8"]
+    files, images = Router(backbone), torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(4))
+    expected = {name: files.run(images, files.add(tmp_path / name)).logits for name in names}
+    with Store.create(tmp_path / "s") as store:
+        for name in names:
+            store.add(tmp_path / name)
+        router = Router(backbone, store)
+        together = router.run_all(images, names)
+        for name in names:
+            assert torch.equal(router.run(images, name).logits, expected[name])
+            torch.testing.assert_close(together[name].logits, expected[name], atol=2e-5, rtol=2e-5)
+            plain = PlainModel(backbone, store.get(name)).eval()
+            torch.testing.assert_close(plain(images), expected[name], atol=2e-4, rtol=2e-4)
+        assert not torch.equal(expected["t0"], expected["t2"])
 
 
 @pytest.mark.slow
