@@ -142,7 +142,9 @@ class Cache:
             try:
                 make_store(self.path)
                 if not os.access(self.path / "index", os.W_OK):
-                    raise AccessError(self.path, "permission denied")
+                    with write_lock(self.path):  # a rebuild renames the index, and another process may begin anew
+                        if not os.access(self.path / "index", os.W_OK):
+                            raise AccessError(self.path, "permission denied")
                 return OpenStore(self.path)
             except (DamagedError, FormatError, NotFoundError) as error:
                 self._begin_anew(error, self._look_at_folder())
