@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pear_store.counted import counted
 from pear_store.errors import AccessError, DamagedError, NotFoundError, PearStoreError, from_os_error
 from pear_store.format.digest import Digest, RawTensor, tensor_digest
 from pear_store.local.directory import open_folder
@@ -146,7 +147,7 @@ class OpenStore:
         def guarded(view: View) -> T:
             nonlocal cleaned
             if not cleaned and (left := _unlink_unfinished(self.path, view)):
-                info(__name__, "%s: deleted %d packs whose writer died", self.path, left)
+                info(__name__, "%s: deleted %s whose writer died", self.path, counted(left, "pack"))
             cleaned = True
             return change(view)
 

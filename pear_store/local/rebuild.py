@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pear_store.counted import counted
 from pear_store.errors import DamagedError, from_os_error
 from pear_store.format.container import Header
 from pear_store.format.pack import Commit, Records
@@ -89,7 +90,7 @@ def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
             store.rename("index.new", "index")
             store.sync()
         if contradicted:
-            info(__name__, "rebuild %s: %d packs record what others contradict; written anew", path, len(contradicted))
+            info(__name__, "rebuild %s: packs that others contradicted, written anew: %d", path, len(contradicted))
             rewrite_packs(path, contradicted)
     except OSError as error:
         raise from_os_error(error, path) from None
@@ -194,7 +195,7 @@ def _name_refused(path: Path, files: list[Path], refused: dict[bytes, str], prob
                     f"{refused[version.hash]}; the pack is kept in {path / 'damaged'}"
                 )
             if len(left_out) > _NAMED:
-                problems.append(f"pack {file.stem}: {len(left_out) - _NAMED} more versions were left out")
+                problems.append(f"pack {file.stem}: left out {counted(len(left_out) - _NAMED, 'more version')}")
             if left_out:
                 packs.add(bytes.fromhex(file.stem))
                 keep_copy(path, bytes.fromhex(file.stem))

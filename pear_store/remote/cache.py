@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from platformdirs import user_cache_path
 
+from pear_store.counted import counted
 from pear_store.errors import (
     AbsentError,
     AccessError,
@@ -272,7 +273,7 @@ class Cache:
 
     def _evict(self, chosen: list[Numbered], repack_all: bool) -> None:
         self.do(lambda opened: evict(opened, chosen, repack_all))
-        info(__name__, "cache %s: evicted %d versions", self.path, len(chosen))
+        info(__name__, "cache %s: evicted %s", self.path, counted(len(chosen), "version"))
         for numbered in chosen:
             self._use_of(numbered).unlink(missing_ok=True)
 
