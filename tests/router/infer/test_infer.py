@@ -388,7 +388,7 @@ def test_rows_without_image_or_task_cost_only_themselves(work: Path) -> None:
         f'{{"image": "{work}/0.png", "task": "a"}}\n{{"image": null, "task": "a"}}\n{{"image": "x"}}\n'
     )
     done = run(work / "list.jsonl", work / "out.jsonl", "--store", work / "s")
-    assert "1 predictions, 2 errors" in done.stdout
+    assert "1 prediction, 2 errors" in done.stdout
     errors = [row["error"] for row in read(work / "out.jsonl")]
     assert errors == [None, "the row names no image", "the row names no task"]
 
@@ -420,7 +420,7 @@ def test_a_latin_1_list_is_read_when_told_so(work: Path) -> None:
     given = [work / "list.csv", work / "out.jsonl", "--store", work / "s"]
     done = run(*given)
     assert (done.exit_code, "line 2 is not UTF-8" in done.stderr) == (1, True)
-    assert "1 predictions, 0 errors" in run(*given, "--encoding", "latin-1").stdout
+    assert "1 prediction, 0 errors" in run(*given, "--encoding", "latin-1").stdout
     for name in ("nonsense", "base64"):
         done = run(*given, "--encoding", name)
         assert (done.exit_code, f"{name!r}: expected a text encoding" in done.stderr) == (2, True)
@@ -440,7 +440,7 @@ def test_relative_paths_begin_in_the_list_s_folder(work: Path, tmp_path: Path, m
         assert (done.exit_code, "3 predictions, 0 errors" in done.stdout) == (0, True), done.output
     assert [row["image"] for row in read(Path("0.jsonl"))] == rows["image"].tolist()
     write(work / "lists" / "list.csv", pd.DataFrame({"image": ["0.png"], "task": ["a"]}))
-    assert "1 predictions" in run("../lists/list.csv", "2.jsonl", "--store", work / "s", "--root", work).stdout
+    assert "1 prediction" in run("../lists/list.csv", "2.jsonl", "--store", work / "s", "--root", work).stdout
 
 
 def test_root_confines_a_list_to_a_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +487,7 @@ def test_large_pictures_and_unlisted_protocols_are_opened_only_when_told_so(work
     ):
         listed = write(work / "list.csv", pd.DataFrame({"image": [column, str(work / "1.png")], "task": ["a", "a"]}))
         done = run(listed, work / "out.jsonl", "--store", work / "s", "--overwrite", *options)
-        assert "predictions, " in done.stdout
+        assert ", finished: " in done.stdout
         assert problem in read(work / "out.jsonl")[0]["error"]
     done = run(
         listed, work / "out.jsonl", "--store", work / "s", "--overwrite", "--allow", "filecache", "--allow", "file"
@@ -513,7 +513,7 @@ def test_a_run_that_serves_nothing_says_so(work: Path, monkeypatch: pytest.Monke
     done = run(*given)
     assert done.exit_code == 1
     assert "0 predictions, 2 errors, finished: out.csv" in done.stdout
-    assert "Error: no row could be served: 2 errors, the first: " in done.stderr
+    assert "Error: no row could be served: 2 errors, which out.csv has; the first: " in done.stderr
     assert "0.png: no such file" in done.stderr
     assert len(read(work / "out.csv")) == 2
     assert json.loads(run(*given, "--json").stdout)["predictions"] == 0
