@@ -65,14 +65,16 @@ class CheckpointError(PearStoreError):
     Args:
         where: the file, or what else messages call it.
         problem: which field or tensor, what was expected, and what was found.
+        remedy: what to do, if the problem does not say it.
     """
 
     exit_code = 4
 
-    def __init__(self, where: str | Path, problem: str) -> None:
-        super().__init__(f"{where}: {problem}")
+    def __init__(self, where: str | Path, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{where}: {problem}{remedy and f'; {remedy}'}")
         self.where = str(where)
         self.problem = problem
+        self.remedy = remedy
 
 
 class DamagedError(PearStoreError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.files import ending
 from pear_store.format.checkpoint import Task, natural_key
@@ -236,7 +237,7 @@ def _draw_bars(axes: "Axes", panels: Mapping[tuple[str, str], Sequence[_Row]]) -
             axes.barh(place, size, left=start, height=0.7, color=colour)
             start += size
         rows = len(list(panels.values())[place])
-        text = f"{_shown(model)}: {rows:,} task{'s' * (rows > 1)}, {_bytes(sizes[0])} stored, {_saved(sizes)}"
+        text = f"{_shown(model)}: {counted(rows, 'task')}, {_bytes(sizes[0])} stored, {_saved(sizes)}"
         axes.text(start + most * 0.01, place, text, va="center", fontsize=8, parse_math=False)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, most * 2.1)
@@ -245,7 +246,7 @@ def _draw_bars(axes: "Axes", panels: Mapping[tuple[str, str], Sequence[_Row]]) -
     count = sum(map(len, panels.values()))
     many = f" on {len(panels):,} backbones" if len(panels) > 1 else ""
     axes.set_title(
-        f"{count:,} task{'s' * (count > 1)}{many}: {_bytes(total[0])} stored in place of {_bytes(sum(total))}, "
+        f"{counted(count, 'task')}{many}: {_bytes(total[0])} stored in place of {_bytes(sum(total))}, "
         f"{_saved(total)}",
         fontsize=11, loc="left", fontweight="bold",
     )  # fmt: skip
@@ -281,8 +282,8 @@ def _draw_map(axes: "Axes", members: Sequence[_Row], colours: Mapping[str, str],
                 picture[y, x * stripes + stripe] = to_rgb(colours.get(adapter, other))
     extent = (-0.5, max(1, len(columns)) - 0.5, len(members) - 0.5, -0.5)
     axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
-    count = f"{len(members):,} task{'s' * (len(members) > 1)}"
-    title = f"{_shown(backbone)}: {count} x {len(columns):,} positions"
+    count = counted(len(members), "task")
+    title = f"{_shown(backbone)}: {count} x {counted(len(columns), 'position')}"
     axes.set_title(title, fontsize=9, loc="left", parse_math=False)
     if len(columns) <= _LABELS:  # lines between the cells
         axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
@@ -353,7 +354,7 @@ def _add_legend(
         (_SAVED, "bars: saved by sharing within the task"),
     ]
     if left_out > 0:
-        drawn.append(("none", f"{left_out:,} more backbones have no map here: name their tasks"))
+        drawn.append(("none", f"no map here of {counted(left_out, 'more backbone')}: name the tasks"))
     handles = [Patch(color=colour, label=label) for colour, label in drawn]
     legend = figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=7.5, frameon=False)
     for label in legend.get_texts():
@@ -365,7 +366,7 @@ def _described(key: _Key, rows: Sequence[_Row]) -> str:
     if len(key.adapters) > 1:
         return f"{len(key.adapters):,} adapters of {tasks}: save {_bytes(key.saved_bytes)}"
     where = next(position for position, _ in _where(key.adapters[0], rows))
-    return f"{_shown(where)}, {key.uses:,} times in {tasks}: saves {_bytes(key.saved_bytes)}"
+    return f"{_shown(where)}, {counted(key.uses, 'time')} in {tasks}: saves {_bytes(key.saved_bytes)}"
 
 
 def _where(adapter: str, rows: Iterable[_Row]) -> Iterator[tuple[str, str]]:

@@ -94,4 +94,5 @@ def _draw_curves(axes: "Axes", result: Result) -> None:
     losses.plot(epochs, [one["loss"] for one in result.history], color="tab:red", alpha=0.5, label="loss (right)")
     losses.set_ylim(bottom=0)
     lines = [*axes.get_lines(), *losses.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=8)
+    labels = [str(line.get_label()) for line in lines]
+    axes.legend(lines, labels, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)

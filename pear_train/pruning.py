@@ -87,7 +87,7 @@ class Pruning:
         changed: set[Tensor] = {p for s in sources.values() for p in adapters.matrices(adapters.own[s])}
         adapters.drop_unused()
         logger.debug(
-            "%s: pruned %d of %d adapters in %.2f s: %d positions borrow from this task, %d from the bank",
+            "%s: pruned %d of %d adapters in %.2f s: positions that borrow from this task: %d, from the bank: %d",
             config.task, len(positions), len(importance), time.perf_counter() - began, len(sources), len(banked),
         )  # fmt: skip
         return Pruned(positions, sources, banked, changed)

@@ -285,7 +285,8 @@ def errors_named(name: str) -> Iterator[None]:
         raise ImageError(str(error)) from None
     except Exception as error:  # a decoder of Pillow can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: cannot be read: {reason}") from None
+        cut_off = "; copy or download the file again" if "truncated" in reason.lower() else ""
+        raise ImageError(f"{name}: cannot be read: {reason}{cut_off}") from None
 
 
 # ---- from any image to a PIL image or an array ------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pear_store.counted import counted
 from router.backbone import Backbone
 from router.errors import BackboneError
 from router.ops import strides
@@ -113,7 +114,9 @@ def measure(
     for position, seen in calls.items():
         where = f"position {position!r} of {backbone.name}"
         if len(seen) != 1:
-            raise BackboneError(f"{where} runs {len(seen)} times in a forward, expected once: choose other positions")
+            raise BackboneError(
+                f"{where} runs {counted(len(seen), 'time')} in a forward, expected once: choose other positions"
+            )
         call = seen[0]
         if not (isinstance(call.x, Tensor) and isinstance(call.y, Tensor)) or call.x.ndim < 2:
             raise BackboneError(f"{where}: expected a module that takes one tensor and returns one")

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pear_store import PearStoreError, RawTensor, ReadableStore, Store, Task, make_task, read_checkpoint
+from pear_store.counted import counted
 from pear_store.local.sources import Access
 from pear_store.pools import ThreadPool
 from router.adapted import AdaptedBackbone
@@ -359,7 +360,7 @@ class Router:
             raise UnknownTaskError(f"task {task!r:.80}: expected a task's name, or a list of one for each image")
         names = [task] * len(given) if isinstance(task, str) else list(task)
         if len(names) != len(given):
-            raise ImageError(f"{len(given)} images but {len(names)} tasks: expected one task, or one for each image")
+            raise ImageError(f"{_both(given, names)}: expected one task, or one for each image")
         call = Call(self._engine, self._find, names, on_error, in_parts=on_error == "return", threshold=threshold)
         call.run_images(given, same_images(given))
         return call.predictions(slice(None))
@@ -384,7 +385,7 @@ class Router:
         else:
             names = [task] * len(given) if isinstance(task, str) else [*_names(task)]
         if len(names) != len(given):
-            raise ImageError(f"{len(given)} images but {len(names)} tasks: expected one task, or one for each image")
+            raise ImageError(f"{_both(given, names)}: expected one task, or one for each image")
         call = Call(self._engine, self._find, names, "raise", in_parts=False, without_heads=True)
         call.run_images(given, same_images(given))
         found = call.predictions(slice(None)).logits
@@ -453,7 +454,7 @@ class Router:
         """
         names = _tasks(tasks)
         if len(names) != len(batch.rows):
-            raise ImageError(f"a batch of {len(batch.rows)} rows but {len(names)} tasks: expected one for each row")
+            raise ImageError(f"a batch of {_both(batch.rows, names, 'row')}: expected one for each row")
         call = Call(self._engine, self._find, names, on_error, True, without_heads, threshold)
         call.run(Batch(batch.images, np.arange(len(names)), batch.image_of))
         return call.predictions(slice(None))
@@ -526,3 +527,8 @@ def _tasks(tasks: str | Known | Iterable[str | Known]) -> list[str | Known]:
     found = [tasks] if isinstance(tasks, str | Known) else list(tasks)
     _names(task for task in found if not isinstance(task, Known))
     return found
+
+
+def _both(images: Sized, tasks: Sized, noun: str = "image") -> str:
+    """How many images and tasks there are, where the numbers should be equal."""
+    return f"{counted(len(images), noun)} but {counted(len(tasks), 'task')}"

@@ -131,8 +131,6 @@ FILES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("
 GUARDED = {"triton", "pillow-heif", "aiohttp"}
 """Packages that are not declared: torch brings the first, and users add the others for HEIC images and web addresses.
 Where one is missing, Pear does without, or says so in a line."""
-BROUGHT = {"markupsafe": "jinja2"}
-"""Packages that another one needs in any version of it"""
 
 
 def extra_of(file: Path) -> str:
@@ -206,7 +204,6 @@ def test_what_a_module_imports_first_of_ours_needs_no_other_extra() -> None:
 def test_what_is_imported_later_is_declared_by_an_extra() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"]) - {"demo", "tests", "dev"}
     known = set().union(*map(declared, extras)) | GUARDED
-    known |= {package for package, by in BROUGHT.items() if by in known}
     undeclared = {
         f"{file.relative_to(ROOT)}: {package}"
         for file in FILES

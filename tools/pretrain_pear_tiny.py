@@ -27,7 +27,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -325,6 +325,12 @@ def smooth(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 2)
 
 
+def write_weights(student: nn.Module, out: Path) -> None:
+    """Writes the weights in half precision. Others may read them: save_file would write them for the owner alone."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(save({name: tensor.half().contiguous() for name, tensor in student.state_dict().items()}))
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--teacher", "teacher_file", type=click.Path(exists=True), help="DeiT-tiny weights, safetensors.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -400,8 +406,7 @@ def main(
         if step % 100 == 0:
             click.echo(f"step {step} loss {running:.4f} after {time.time() - began:.0f} s")
         if step % 1000 == 0 or step == steps:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.half().contiguous() for k, v in student.state_dict().items()}, out)
+            write_weights(student, out)
     assert all(v.isfinite().all() for v in load_file(out).values())
 
 

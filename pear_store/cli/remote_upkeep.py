@@ -11,6 +11,7 @@ import click
 from pear_store.cli.group import dry_run_option, store_directory, store_option, yes_option
 from pear_store.cli.remotes import complete_remote, interruptible, remote
 from pear_store.cli.upkeep import Duration, Subset
+from pear_store.counted import counted
 from pear_store.store import Store
 from pear_store.terminal import echo, echo_json, json_option
 
@@ -69,7 +70,7 @@ def gc_command(
         if not (dry_run or yes) and (keep is not None or older_than is not None):
             plan = store.remote_gc(name, keep, older_than, grace, True, progress)
             if plan.removed:
-                click.confirm(f"Remove {len(plan.removed)} versions from the remote?", abort=True, err=True)
+                click.confirm(f"Remove {counted(len(plan.removed), 'version')} from the remote?", abort=True, err=True)
         result = interruptible("remote gc", lambda: store.remote_gc(name, keep, older_than, grace, dry_run, progress))
     if as_json:
         echo_json(gc_json(result))
@@ -78,12 +79,13 @@ def gc_command(
     for task, number in result.removed:
         echo(f"{would}remove {task}@{number}" if dry_run else f"removed {task}@{number}")
     echo(
-        f"{would}{'drop' if dry_run else 'dropped'} {result.dropped_packs} packs, {result.dropped_bytes:,} bytes, and "
-        f"{result.orphans} uploads that no entry names; {result.moved_bytes:,} bytes moved to new packs"
+        f"{would}{'drop' if dry_run else 'dropped'} {counted(result.dropped_packs, 'pack')}, "
+        f"{result.dropped_bytes:,} bytes, and {counted(result.orphans, 'upload')} that no entry names; "
+        f"{result.moved_bytes:,} bytes moved to new packs"
     )
     echo(
-        f"{would}{'delete' if dry_run else 'deleted'} {result.deleted} files; {result.waiting} wait for their grace "
-        f"period; {result.dead_bytes:,} dead bytes in packs that stay"
+        f"{would}{'delete' if dry_run else 'deleted'} {counted(result.deleted, 'file')}; "
+        f"{result.waiting} wait for their grace period; {result.dead_bytes:,} dead bytes in packs that stay"
     )
     for pack in result.damaged:
         echo(f"Warning: pack {pack} is damaged and was left as it is; see 'pear-store remote verify'", err=True)
@@ -114,7 +116,8 @@ def verify_command(ctx: click.Context, name: str | None, subset: tuple[int, int]
         echo_json({**asdict(report), "faults": _faults(report.faults)})
     else:
         echo(
-            f"{report.entries:,} entries, {report.packs:,} packs, {report.tensors:,} tensors, "
+            f"{counted(report.entries, 'entry', 'entries')}, {counted(report.packs, 'pack')}, "
+            f"{counted(report.tensors, 'tensor')}, "
             f"{report.bytes:,} bytes hashed"
         )
         _print_faults(report.faults)
@@ -159,7 +162,7 @@ def repair_command(ctx: click.Context, name: str | None, copies: tuple[str, ...]
         for restored in result.restored:
             echo(f"put back {restored}")
         echo(
-            f"healed {result.healed} tensors, dropped {len(result.dropped)} damaged packs, "
+            f"healed {counted(result.healed, 'tensor')}, dropped {counted(len(result.dropped), 'damaged pack')}, "
             f"{result.sent_bytes:,} bytes sent"
         )
         _print_faults(result.missing)
@@ -199,9 +202,9 @@ def _lines(entry: "Logged") -> Iterator[str]:
     for task, tag, number in entry.tags:
         yield f"tagged {task}@{tag}: {'nothing' if number is None else f'version {number}'}"
     if entry.packs:
-        yield f"{entry.packs} new packs, {entry.pack_bytes:,} bytes"
+        yield f"{counted(entry.packs, 'new pack')}, {entry.pack_bytes:,} bytes"
     if entry.dropped_packs or entry.strays:
-        yield f"dropped {entry.dropped_packs} packs and {entry.strays} other objects"
+        yield f"dropped {counted(entry.dropped_packs, 'pack')} and {counted(entry.strays, 'other object')}"
 
 
 def _time(time_ns: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pear_store.cli.group import complete_task, main, store_directory, store_option
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.local.directory import store_path
 from pear_store.store import Store
@@ -246,7 +247,7 @@ def push(given: tuple[str, ...], as_json: bool) -> None:
         echo(f"removed {task}@{version} there")
     for task, tag, standing in result.tags:
         echo(f"tagged {task}@{tag} there: {'nothing' if standing is None else f'version {standing}'}")
-    echo(f"{len(result.versions)} versions, {result.sent_bytes:,} bytes sent")
+    echo(f"{counted(len(result.versions), 'version')}, {result.sent_bytes:,} bytes sent")
 
 
 def pushed_json(result: "Pushed") -> dict[str, Any]:
@@ -297,7 +298,7 @@ def _report_pulled(result: "Pulled", as_json: bool) -> None:
         echo(f"removed {task}@{version}")
     for task, tag in result.tags:
         echo(f"moved tag {task}@{tag}")
-    echo(f"{len(result.versions)} versions, {result.read_bytes:,} tensor bytes read")
+    echo(f"{counted(len(result.versions), 'version')}, {result.read_bytes:,} tensor bytes read")
 
 
 @main.command()

@@ -22,6 +22,7 @@ from pear_store.cli.group import (
     store_option,
     yes_option,
 )
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import natural_key, shown_label
 from pear_store.format.digest import ITEM_BYTES
@@ -273,7 +274,7 @@ def _shared_line(shared: Shared) -> str:
     named = ", ".join(f"{one.task} {one.shared_bytes:,}" for one in shared.neighbours[:5]) + (
         ", …" if count > 5 else ""
     )
-    return f"{shared.shared_bytes:,} bytes ({share:.0%}) with {count:,} other task{'s' * (count > 1)}: {named}"
+    return f"{shared.shared_bytes:,} bytes ({share:.0%}) with {counted(count, 'other task')}: {named}"
 
 
 @main.command()

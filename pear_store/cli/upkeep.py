@@ -17,6 +17,7 @@ from pear_store.cli.group import (
     store_option,
     yes_option,
 )
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.local.sources import Access
 from pear_store.store import Store
@@ -61,17 +62,18 @@ def gc(keep: int | None, older_than: float | None, repack_all: bool, as_json: bo
             plan = store.gc(True, repack_all, keep, older_than)
             if plan.removed_tensors or plan.removed_versions or repack_all:
                 click.confirm(
-                    f"Remove {plan.removed_versions} versions, {plan.removed_tensors} tensors, "
+                    f"Remove {counted(plan.removed_versions, 'version')}, {counted(plan.removed_tensors, 'tensor')}, "
                     f"{plan.removed_bytes:,} bytes?", abort=True, err=True,
                 )  # fmt: skip
         result = store.gc(dry_run, repack_all, keep, older_than)
     if as_json:
         echo_json(asdict(result))
         return
-    versions = f"{result.removed_versions} versions, " if result.removed_versions else ""
+    versions = f"{counted(result.removed_versions, 'version')}, " if result.removed_versions else ""
     echo(
-        f"{'would remove' if dry_run else 'removed'} {versions}{result.removed_tensors} tensors, "
-        f"{result.removed_bytes:,} bytes; kept {result.kept_tensors} tensors, {result.kept_bytes:,} bytes; "
+        f"{'would remove' if dry_run else 'removed'} {versions}{counted(result.removed_tensors, 'tensor')}, "
+        f"{result.removed_bytes:,} bytes; kept {counted(result.kept_tensors, 'tensor')}, "
+        f"{result.kept_bytes:,} bytes; "
         f"{result.dead_bytes:,} dead bytes in packs"
     )
     for path in result.foreign:
@@ -125,7 +127,7 @@ def verify(
     if as_json:
         echo_json(asdict(report))
     else:
-        echo(f"{report.tensors:,} tensors in {report.packs:,} packs, {report.bytes:,} bytes hashed")
+        echo(f"{counted(report.tensors, 'tensor')} in {counted(report.packs, 'pack')}, {report.bytes:,} bytes hashed")
         if report.index:
             echo(f"index: {report.index}")
         for pack in report.damaged_packs:
@@ -155,7 +157,10 @@ def rebuild(as_json: bool) -> None:
         return
     for problem in found.problems:
         echo(f"Warning: {problem}", err=True)
-    echo(f"{found.tasks} tasks, {found.versions} versions, {found.tensors} tensors from {found.packs} packs")
+    echo(
+        f"{counted(found.tasks, 'task')}, {counted(found.versions, 'version')}, {counted(found.tensors, 'tensor')} "
+        f"from {counted(found.packs, 'pack')}"
+    )
     if found.old_index:
         echo(f"the old index is in {found.old_index}; remove it when 'pear-store verify' finds all good")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.format.checkpoint import HUB_CHECKPOINT, Task
 
@@ -88,12 +89,16 @@ def make_card(task: Task, publication: Publication, file_bytes: int, picture: st
 def _text(
     task: Task, publication: Publication, file_bytes: int, picture: str | None, lora: str | None
 ) -> Iterable[str]:
-    kind = f"An image classifier of {len(task.labels):,} classes" if task.labels else "A source of image features"
+    kind = (
+        f"An image classifier of {counted(len(task.labels), 'class', 'classes')}"
+        if task.labels
+        else "A source of image features"
+    )
     yield f"# {shown(task.name)}"
     yield (
         f"{kind}: a small adapter set for one frozen timm backbone, made with Pear. `{HUB_CHECKPOINT}` has "
-        f"{file_bytes:,} bytes: adapters at {len(task.positions):,} positions, classifier, labels, preprocessing. "
-        "The backbone is not in it."
+        f"{file_bytes:,} bytes: adapters at {counted(len(task.positions), 'position')}, classifier, labels, "
+        "preprocessing. The backbone is not in it."
     )
     if publication.license is None:
         yield "No license is given here. Ask whoever published this before you use it."

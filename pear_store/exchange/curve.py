@@ -22,11 +22,13 @@ def curve_of(training: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def draw_curve(curve: Mapping[str, list[float]], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot: a caller's own figures and backend stay as they are
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure((6, 3), layout="constrained")
     axes = figure.subplots()
     for split, values in curve.items():
         axes.plot(range(1, len(values) + 1), values, marker=".", label=f"{split} top-1, %")
     axes.set_xlabel("epoch")
-    axes.legend(fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, ncols=len(curve), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=120)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import uuid4
 
+from pear_store.counted import counted
 from pear_store.errors import CheckpointError, NotFoundError, PearStoreError, SourceError, from_os_error
 from pear_store.files import read_text
 from pear_store.format.checkpoint import CONTROL, FORMAT, Branch, Task, make_task, natural_key
@@ -148,7 +149,8 @@ def import_peft(
         classes = next(iter(head.values()))["weight"].shape[0]
         raise CheckpointError(
             folder,
-            f"field 'labels': the classifier has {classes} rows and no names for them: give labels (--labels), or "
+            f"field 'labels': the classifier has {counted(classes, 'row')} and no names for them: give labels "
+            f"(--labels), or "
             f'write {{"labels": […]}} to {SIDECAR}',
         )
     if labels is None and not features_only:

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pear_store.counted import counted
 from pear_store.errors import CheckpointError, from_os_error
 from pear_store.format.container import KnownHeaders, check_json, container_chunks, parse_json, read_container
 from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
@@ -478,7 +479,8 @@ def _head_problems(head: Any, labels: Any, tensors: Mapping[str, tuple[str, tupl
         yield f"field 'head': {error}"
         return
     if len(labels) != classes:
-        yield f"field 'labels': {len(labels)} labels, the head has {classes} rows: expected one label a row"
+        found = f"{counted(len(labels), 'label')}, the head has {counted(classes, 'row')}"
+        yield f"field 'labels': {found}: expected one label a row"
 
 
 def _preprocess_problems(preprocess: Any) -> Iterator[str]:

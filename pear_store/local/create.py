@@ -7,6 +7,7 @@ from pear_store.errors import FormatError, from_os_error
 from pear_store.format.digest import fresh_name
 from pear_store.local.directory import open_folder, sync_directory
 from pear_store.local.index import open_index, release_index
+from pear_store.local.locks import write_lock
 from pear_store.local.opened import is_store
 
 _PARTS = ("packs", "tmp", "damaged", "lock")
@@ -35,10 +36,10 @@ def make_store(path: Path) -> None:
             for part in ("packs", "tmp", fresh.name):
                 with root.folder(part, create=True):
                     pass
-            os.close(root.open("lock", os.O_RDWR | os.O_CREAT))
             release_index(open_index(fresh, create=True))
             sync_directory(fresh)
-            root.rename(fresh.name, "index")  # whole or not at all; fails if another process has done it
+            with write_lock(path):  # else it could take the place of an index that a rebuild is renaming
+                root.rename(fresh.name, "index")  # whole or not at all; fails if another process has done it
         for folder in {path, path.parent, *(folder.parent for folder in new)}:
             sync_directory(folder)
     except NotADirectoryError:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from pear_store.counted import counted
 from pear_store.errors import PearStoreError
 from pear_store.local.catalog import forget_manifests, forget_removals, leave, list_marked, settled_removals
 from pear_store.local.index import State, View
@@ -114,7 +115,7 @@ def _collect(
         opened.unlink_doomed()  # only after the deletion of their rows is durable
         if gone:
             swept = sum(marked.packs[pack].row.file_bytes for pack in gone if pack in marked.packs)
-            info(__name__, "gc %s: deleted %d packs of %d bytes", opened.path, len(gone), swept)
+            info(__name__, "gc %s: deleted %s of %d bytes", opened.path, counted(len(gone), "pack"), swept)
         foreign += clear_tmp(opened.path)
     victims = choose_packs(marked.packs, repack_all)
     left = sum(use.dead_bytes for pack, use in marked.packs.items() if use.needed and pack not in victims)

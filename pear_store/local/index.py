@@ -286,7 +286,8 @@ def _reserve_lock(path: Path) -> None:
     """Reserves disk space for LMDB's lock file. LMDB writes to it through a map, which kills us if the disk is full."""
     if path.exists() or not path.parent.exists():
         return
-    with open(path, "wb") as file:
+    # never truncates one that others have made meanwhile: they may use it, and so may readers of a rebuild's new index
+    with suppress(FileExistsError), open(path, "xb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
         else:  # macOS
@@ -337,36 +338,49 @@ class Index:
             try:
                 before = None if create else self._found()
                 self.is_lockless = self._open(create)
-                self.identity = self._found()
             except (OSError, lmdb.Error) as error:
                 if _code(error) == errno.ENOENT:
                     raise IndexReplacedError from None
                 raise
-            if before not in (None, self.identity):  # a rebuild replaced it meanwhile: either of the two may be open
+            try:
+                self._enter(before, create)
+            except BaseException:  # left open, it could not be opened again in this process
                 self._env.close()
-                raise IndexReplacedError
-            self._env.reader_check()
-            meta: Any = self._env.open_db(b"meta", create=create)
-            if create:
-                with self._env.begin(write=True, db=meta) as txn:
-                    txn.put(b"format", INDEX_FORMAT)
-                    txn.put(b"id", sealed(b"id", fresh_name().encode()))
-                    txn.put(b"next_number", sealed(b"next_number", bytes(8)))
-            with self._env.begin(db=meta) as txn:
-                found_format = cast(bytes, txn.get(b"format", b"unknown"))
-            self._is_upgraded = found_format == INDEX_FORMAT
-            if not self._is_upgraded and found_format not in OLDER_FORMATS:
-                self._env.close()
-                older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
-                remedy = "'pear-store rebuild' makes it anew from the packs"
-                if not older:
-                    remedy = f"use the newer Pear that wrote it; if there is none, it is damaged, and {remedy}"
-                raise FormatError(
-                    f"{path.parent}: index format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
-                    f"{INDEX_FORMAT.decode()!r}; {remedy}"
-                )
-            self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
+                raise
         _processes.indexes.add(self)
+
+    def _enter(self, before: tuple[int, int] | None, create: bool) -> None:
+        """Checks the open environment, and opens its tables.
+
+        Args:
+            before: the file that was there before it was opened.
+        """
+        try:
+            self.identity = self._found()
+        except FileNotFoundError:
+            raise IndexReplacedError from None
+        if before not in (None, self.identity):  # a rebuild replaced it meanwhile: either of the two may be open
+            raise IndexReplacedError
+        self._env.reader_check()
+        meta: Any = self._env.open_db(b"meta", create=create)
+        if create:
+            with self._env.begin(write=True, db=meta) as txn:
+                txn.put(b"format", INDEX_FORMAT)
+                txn.put(b"id", sealed(b"id", fresh_name().encode()))
+                txn.put(b"next_number", sealed(b"next_number", bytes(8)))
+        with self._env.begin(db=meta) as txn:
+            found_format = cast(bytes, txn.get(b"format", b"unknown"))
+        self._is_upgraded = found_format == INDEX_FORMAT
+        if not self._is_upgraded and found_format not in OLDER_FORMATS:
+            older = found_format.isdigit() and int(found_format) < int(INDEX_FORMAT)
+            remedy = "'pear-store rebuild' makes it anew from the packs"
+            if not older:
+                remedy = f"use the newer Pear that wrote it; if there is none, it is damaged, and {remedy}"
+            raise FormatError(
+                f"{self.path.parent}: index format {found_format.decode('ascii', 'replace')!r}: this Pear reads "
+                f"{INDEX_FORMAT.decode()!r}; {remedy}"
+            )
+        self._tables = {name: self._env.open_db(name.encode(), create=create) for name in TABLES}
 
     def _open(self, create: bool) -> bool:
         """Opens the environment; read-only if this process may not write it. Returns whether it has no LMDB lock.
@@ -421,8 +435,18 @@ class Index:
     def close(self) -> None:
         """Closes the environment after its last view has ended."""
         self._closed = True
+        self._close_unused()
+
+    def reopen(self) -> bool:
+        """Goes on with an environment that waits for its last view to end. False: it is closed."""
+        with no_fork():
+            if self in _processes.indexes:
+                self._closed = False
+            return not self._closed
+
+    def _close_unused(self) -> None:
         with no_fork():  # if two threads close an environment, LMDB frees it twice
-            if not self._views and self in _processes.indexes:
+            if self._closed and not self._views and self in _processes.indexes:
                 self._env.close()
                 # last: a child that is forked before this would close the parent's environment
                 _processes.indexes.discard(self)
@@ -462,7 +486,7 @@ class Index:
     def _discard(self, view: View) -> None:
         self._views.discard(view)
         if self._closed:
-            self.close()
+            self._close_unused()
 
     def end(self, view: View) -> None:
         """Ends a view. Changes that were not committed are undone.
@@ -654,7 +678,8 @@ def open_index(path: Path, create: bool = False) -> Index:
             key = (0, 0, 0)
         index, uses = _processes.open.get(key, (None, 0))
         if index is None:
-            index = Index(path, create)
+            waiting = (one for one in list(_processes.indexes) if (one.pid, *one.identity) == key and one.reopen())
+            index = next(waiting, None) or Index(path, create)
         _processes.open[(index.pid, *index.identity)] = (index, uses + 1)
         return index
 

@@ -6,8 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,13 @@ def no_fork() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def locked(open_file: Callable[[], int], wait_s: float = math.inf) -> Iterator[bool]:
+def locked(open_file: Callable[[], int], wait_s: float = math.inf, is_shared: bool = False) -> Iterator[bool]:
     """Locks a file for the context. Gives True, or False if somebody else holds the lock for longer than `wait_s`.
 
     Args:
         open_file: opens the file and returns its handle. The end of the context closes it.
         wait_s: seconds to wait. 0: do not wait.
+        is_shared: others may share the lock at the same time. Else this process alone has it.
 
     Raises:
         OSError: the file cannot be opened or locked.
@@ -78,7 +80,7 @@ def locked(open_file: Callable[[], int], wait_s: float = math.inf) -> Iterator[b
         with no_fork():
             file.handle = open_file()
             _process.files.add(file)
-        yield _take(file.handle, wait_s)
+        yield _take(file.handle, wait_s, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
     finally:
         with no_fork():
             if file.handle >= 0:  # else this is a forked child, and the lock is the parent's
@@ -87,14 +89,14 @@ def locked(open_file: Callable[[], int], wait_s: float = math.inf) -> Iterator[b
             _process.files.discard(file)
 
 
-def _take(handle: int, wait_s: float) -> bool:
+def _take(handle: int, wait_s: float, kind: int) -> bool:
     if wait_s == math.inf:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, kind)
         return True
     until = time.monotonic() + wait_s
     while True:
         with suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
             return True
         if time.monotonic() >= until:
             return False
@@ -107,8 +109,18 @@ def write_lock(root: Path) -> AbstractContextManager[bool]:
     LMDB's own lock is not enough: it is in the environment, which a rebuild replaces.
     """
 
-    def open_file() -> int:
-        with open_folder(root) as folder:
-            return folder.open("lock", os.O_RDWR | os.O_CREAT)
+    return locked(partial(_open_lock, root, os.O_RDWR | os.O_CREAT))
 
-    return locked(open_file)
+
+@contextmanager
+def no_writer(root: Path) -> Iterator[None]:
+    """Waits for the writer of a store, and keeps out others meanwhile. This process need not be able to write."""
+    with ExitStack() as held:
+        with suppress(FileNotFoundError):  # then nobody has ever written
+            held.enter_context(locked(partial(_open_lock, root, os.O_RDONLY), is_shared=True))
+        yield
+
+
+def _open_lock(root: Path, flags: int) -> int:
+    with open_folder(root) as folder:
+        return folder.open("lock", flags)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pear_store.counted import counted
 from pear_store.errors import AccessError, DamagedError, NotFoundError, PearStoreError, from_os_error
 from pear_store.format.digest import Digest, RawTensor, tensor_digest
 from pear_store.local.directory import open_folder
@@ -25,7 +26,7 @@ from pear_store.local.index import (
     open_index,
     release_index,
 )
-from pear_store.local.locks import write_lock
+from pear_store.local.locks import no_writer, write_lock
 from pear_store.local.log import info
 from pear_store.local.maps import map_file
 from pear_store.local.packs import WrittenPack, find_unfinished, open_pack, pack_path, unlink_packs, unlink_written
@@ -146,7 +147,7 @@ class OpenStore:
         def guarded(view: View) -> T:
             nonlocal cleaned
             if not cleaned and (left := _unlink_unfinished(self.path, view)):
-                info(__name__, "%s: deleted %d packs whose writer died", self.path, left)
+                info(__name__, "%s: deleted %s whose writer died", self.path, counted(left, "pack"))
             cleaned = True
             return change(view)
 
@@ -332,7 +333,9 @@ def no_store(path: Path) -> NotFoundError:
 
 
 def is_store(path: Path) -> bool:
-    """Whether there is a store. Finishes a rebuild that was interrupted between its two renames.
+    """Whether there is a store. Waits for a rebuild, and finishes one that was cut off between its two renames.
+
+    The caller must not hold the write lock.
 
     Raises:
         AccessError: this process may not look.
@@ -340,20 +343,29 @@ def is_store(path: Path) -> bool:
     try:
         if _is_there(path / "index" / "data.mdb"):
             return True
-        if not _is_there(path / "index.new" / "data.mdb"):
+        if not _is_there(path / "packs"):
             return False
+        with no_writer(path):  # a rebuild may be between its renames, and end between two looks
+            is_there = _is_there(path / "index" / "data.mdb")
+            if is_there or not _is_there(path / "index.new" / "data.mdb"):
+                return is_there
         with write_lock(path):
-            if not _is_there(path / "index" / "data.mdb"):
-                with open_folder(path) as folder:
-                    folder.check("index.new", stat.S_IFDIR)
-                    folder.rename("index.new", "index")
-                    folder.sync()
-                    info(__name__, "%s: finished a rebuild that was cut off", path)
+            finish_rebuild(path)
         return True
     except OSError as error:
         if isinstance(found := from_os_error(error, path), AccessError):
             raise found from None
         return False  # such as a name that is too long, or a link to itself
+
+
+def finish_rebuild(path: Path) -> None:
+    """Finishes a rebuild that was cut off between its two renames, if there was one. The caller has the write lock."""
+    if not _is_there(path / "index" / "data.mdb") and _is_there(path / "index.new" / "data.mdb"):
+        with open_folder(path) as folder:
+            folder.check("index.new", stat.S_IFDIR)
+            folder.rename("index.new", "index")
+            folder.sync()
+            info(__name__, "%s: finished a rebuild that was cut off", path)
 
 
 def _is_there(path: Path) -> bool:

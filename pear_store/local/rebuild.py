@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pear_store.counted import counted
 from pear_store.errors import DamagedError, from_os_error
 from pear_store.format.container import Header
 from pear_store.format.pack import Commit, Records
@@ -14,9 +15,11 @@ from pear_store.local.directory import open_folder, require_packs, store_path
 from pear_store.local.index import View, open_index, release_index
 from pear_store.local.locks import write_lock
 from pear_store.local.log import Operation, info, is_on
+from pear_store.local.opened import finish_rebuild
 from pear_store.local.packs import bare_header, find_unfinished, pack_path, read_records, unlink_written
 from pear_store.local.repair import rewrite_packs
 from pear_store.local.sweep import keep_copy, set_aside
+from pear_store.local.worker import run_python
 
 
 @dataclass
@@ -65,6 +68,7 @@ def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
     result = Rebuilt()
     try:
         with write_lock(path), open_folder(path) as store:
+            finish_rebuild(path)
             unsure = _set_aside_unfinished(path, result)
             store.remove_index("index.new")
             store.remove_index("index.build")
@@ -86,7 +90,7 @@ def _rebuild(path: Path, progress: Callable[[int, int], None]) -> Rebuilt:
             store.rename("index.new", "index")
             store.sync()
         if contradicted:
-            info(__name__, "rebuild %s: %d packs record what others contradict; written anew", path, len(contradicted))
+            info(__name__, "rebuild %s: packs that others contradicted, written anew: %d", path, len(contradicted))
             rewrite_packs(path, contradicted)
     except OSError as error:
         raise from_os_error(error, path) from None
@@ -101,20 +105,17 @@ def _set_aside_unfinished(path: Path, result: Rebuilt) -> set[bytes]:
     unfinished = find_unfinished(path)
     if not unfinished:
         return set()
-    import subprocess  # here, because it is slow to import; a process of its own, which a damaged index may kill
-    import sys
-
-    run = (
-        "import sys; from pathlib import Path; from pear_store.local.opened import OpenStore\n"
+    code = (  # it never waits for the lock, as opening a store may
+        "import sys; from pathlib import Path; from pear_store.local.index import open_index\n"
         "path, *packs = sys.argv[1:]\n"
-        "with OpenStore(Path(path)).read() as view:\n"
+        "with open_index(Path(path)).read() as view:\n"
         "    print(*[pack for pack in packs if bytes.fromhex(pack) not in view.packs])"
     )
     names = [pack.hex() for pack in unfinished]
-    done = subprocess.run([sys.executable, "-c", run, str(path.resolve()), *names], capture_output=True, text=True)
-    if done.returncode:
+    exit_code, printed = run_python(code, str(path.resolve() / "index"), *names)
+    if exit_code:
         return set(unfinished)
-    never = [bytes.fromhex(name) for name in done.stdout.split()]
+    never = [bytes.fromhex(name) for name in printed.split()]
     set_aside(path, never)
     unlink_written(path, unfinished)
     result.problems += [f"pack {pack.hex()}: the index does not list it; moved to {path / 'damaged'}" for pack in never]
@@ -194,7 +195,7 @@ def _name_refused(path: Path, files: list[Path], refused: dict[bytes, str], prob
                     f"{refused[version.hash]}; the pack is kept in {path / 'damaged'}"
                 )
             if len(left_out) > _NAMED:
-                problems.append(f"pack {file.stem}: {len(left_out) - _NAMED} more versions were left out")
+                problems.append(f"pack {file.stem}: left out {counted(len(left_out) - _NAMED, 'more version')}")
             if left_out:
                 packs.add(bytes.fromhex(file.stem))
                 keep_copy(path, bytes.fromhex(file.stem))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pear_store.counted import counted
 from pear_store.errors import DamagedError, DamagedIndexError
 from pear_store.format.digest import Digest, is_digest
 from pear_store.format.pack import Records
@@ -159,5 +160,6 @@ def refuse_unknown(path: Path, unknown: list[bytes]) -> None:
     if unknown:
         names = ", ".join(pack.hex() for pack in unknown[:3]) + (", …" if len(unknown) > 3 else "")
         raise DamagedIndexError(
-            path / "index", f"{len(unknown)} packs record what it never had, so nothing was removed: {names}"
+            path / "index",
+            f"it never had what {counted(len(unknown), 'pack')} recorded, so nothing was removed: {names}",
         )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pear_store.counted import counted
 from pear_store.errors import DamagedError, from_os_error
 from pear_store.format.container import Header
 from pear_store.format.digest import Digest, RawTensor, is_digest
@@ -179,7 +180,7 @@ def repack(opened: OpenStore, victims: list[bytes], marked: Marked, as_of: State
     if moved:
         before = sum(marked.packs[pack].row.file_bytes for pack in moved)
         info(
-            __name__, "gc %s: wrote %d packs of %d bytes anew, as %d of %d bytes",
-            opened.path, len(moved), before, len(packs), operation.size_bytes,
+            __name__, "gc %s: wrote %s of %d bytes anew, as %d of %d bytes",
+            opened.path, counted(len(moved), "pack"), before, len(packs), operation.size_bytes,
         )  # fmt: skip
     return result

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pear_store.counted import counted
 from pear_store.errors import DamagedError, DamagedIndexError, NotFoundError
 from pear_store.format.digest import Digest, RawTensor, from_digest, to_digest
 from pear_store.format.manifest import as_stored, manifest_hash
@@ -64,7 +65,10 @@ def repair(path: str | Path, copies: Iterable[str | Path] = (), access: Access |
 def _repair(path: Path, copies: Iterable[str | Path], access: Access | None, operation: Operation) -> Repaired:
     report = verify(path)
     if report.index or report.unknown_packs:
-        problem = report.index or f"{len(report.unknown_packs)} packs record what it never had, so nothing was repaired"
+        problem = (
+            report.index
+            or f"it never had what {counted(len(report.unknown_packs), 'pack')} recorded, so nothing was repaired"
+        )
         raise DamagedIndexError(path / "index", problem)
     result = Repaired()
     if report.ok:

@@ -23,7 +23,7 @@ from pear_store.local.packs import PackReader, bare_header, open_pack, pack_path
 from pear_store.local.recorded import Recorded, count_rows
 from pear_store.local.rows import NO_PACK, ManifestRow, PackRow, TensorRow
 from pear_store.local.sweep import unknown_packs
-from pear_store.local.worker import Worker, WorkerDiedError, can_fork
+from pear_store.local.worker import Worker, WorkerDiedError, can_fork, run_python
 
 _LOOKS = 5
 _OURS = 4
@@ -134,17 +134,14 @@ def _in_child(path: Path, subset: tuple[int, int]) -> tuple[dict[str, Any] | Non
             return None, f"reading it {error}"
         finally:
             worker.close()
-    import subprocess  # here, because importing it takes longer than most commands
-    import sys
-
-    run = (
+    code = (
         "from pear_store.local.worker import end_with; from pear_store.local.verify import _checked; "
         f"end_with({os.getpid()}); print(_checked({os.fspath(path)!r}, {subset!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
-    if done.returncode:
-        return None, f"reading it ended with exit code {done.returncode}"
-    return json.loads(done.stdout), ""
+    exit_code, printed = run_python(code)
+    if exit_code:
+        return None, f"reading it ended with exit code {exit_code}"
+    return json.loads(printed), ""
 
 
 def _checked(path: str | Path, subset: tuple[int, int]) -> str:

@@ -50,6 +50,25 @@ def end_with(parent: int) -> None:
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the interpreter drops signal handlers before it ends
 
 
+def run_python(code: str, *arguments: str) -> tuple[int, str]:
+    """Runs Python code in a new process. Returns its exit code, and what it printed.
+
+    No pipe is waited for: a child that another thread forks meanwhile would hold it open, perhaps while that child
+    waits for a lock of this process.
+    """
+    import subprocess  # here, because it is slow to import
+    import sys
+    import tempfile
+
+    has_memory_files = hasattr(os, "memfd_create")  # else this is macOS
+    with open(os.memfd_create("printed"), "w+b") if has_memory_files else tempfile.TemporaryFile() as printed:
+        command = [sys.executable, "-c", code, *arguments]
+        # close_fds: else subprocess itself waits for a pipe. Python opens no files that such a process would inherit
+        done = subprocess.run(command, stdout=printed, stderr=subprocess.DEVNULL, close_fds=False)
+        printed.seek(0)
+        return done.returncode, printed.read().decode()
+
+
 class Worker:
     """A forked process that answers requests one after the other, with what `work` returns for each.
 

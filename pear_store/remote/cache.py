@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from platformdirs import user_cache_path
 
+from pear_store.counted import counted
 from pear_store.errors import (
     AbsentError,
     AccessError,
@@ -142,7 +143,9 @@ class Cache:
             try:
                 make_store(self.path)
                 if not os.access(self.path / "index", os.W_OK):
-                    raise AccessError(self.path, "permission denied")
+                    with write_lock(self.path):  # a rebuild renames the index, and another process may begin anew
+                        if not os.access(self.path / "index", os.W_OK):
+                            raise AccessError(self.path, "permission denied")
                 return OpenStore(self.path)
             except (DamagedError, FormatError, NotFoundError) as error:
                 self._begin_anew(error, self._look_at_folder())
@@ -270,7 +273,7 @@ class Cache:
 
     def _evict(self, chosen: list[Numbered], repack_all: bool) -> None:
         self.do(lambda opened: evict(opened, chosen, repack_all))
-        info(__name__, "cache %s: evicted %d versions", self.path, len(chosen))
+        info(__name__, "cache %s: evicted %s", self.path, counted(len(chosen), "version"))
         for numbered in chosen:
             self._use_of(numbered).unlink(missing_ok=True)
 

@@ -27,6 +27,13 @@ _CHUNK_BYTES = 1 << 20
 _STALL = timedelta(seconds=60)
 _LONGEST = timedelta(hours=1)
 _NO_PROXY = "http://127.0.0.1:0"
+_OF_CLIENT = frozenset((
+    "allow_http", "allow_invalid_certificates", "connect_timeout", "default_content_type", "http1_only",
+    "http2_keep_alive_interval", "http2_keep_alive_timeout", "http2_keep_alive_while_idle", "http2_only",
+    "pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url",
+    "randomize_addresses", "read_timeout", "timeout", "user_agent",
+))  # fmt: skip
+"""Options of obstore's HTTP client"""
 _OF_AWS = ("amazonaws.com", "amazonaws.com.cn", "169.254.169.254", "169.254.170.2", "169.254.170.23")
 
 
@@ -50,10 +57,12 @@ class ObjectPlace(Place):
         self._absent: Any = (exceptions.NotFoundError, FileNotFoundError)
         self._taken: Any = exceptions.AlreadyExistsError
         self._store: Any = None
+        if ours := sorted(_OF_CLIENT & {key.lower() for key in options}):  # on these obstore panics
+            raise PlaceError(f"option {ours[0]!r}", "Pear itself sets up the HTTP client; leave it out")
         problem = ""
         defaults = {"disable_bulk_delete": "true"} if url.startswith("s3") else {}  # not every server has it
         try:
-            settings: dict[str, Any] = {**defaults, **options, "client_options": _client(options)}
+            settings: dict[str, Any] = {"config": {**defaults, **options}, "client_options": _client(options)}
             self._store = stores.from_url(url, retry_config={"max_retries": 0}, **settings)
         except (exceptions.BaseError, ValueError, TypeError) as error:
             problem = plain(str(error))
@@ -190,7 +199,7 @@ def _client(options: Mapping[str, Any]) -> dict[str, Any]:
         "read_timeout": _STALL,
         "timeout": _LONGEST,
     }
-    if server and "proxy_url" not in options:
+    if server:
         found["proxy_url"] = _NO_PROXY
         found["proxy_excludes"] = ",".join([urlsplit(server).hostname or "", *_OF_AWS])
     return found

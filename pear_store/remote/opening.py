@@ -21,12 +21,16 @@ def open_place(url: str, options: Mapping[str, str] | None = None) -> Place:
     """The place at a URL or a directory's path.
 
     Raises:
-        PlaceError: there is no such kind of place, or it needs a package that is not installed.
+        PlaceError: there is no such kind of place, it has no such option, or it needs a package that is not installed.
     """
     scheme, separator, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme in ("file", "http", "https"):
+        for key in options or {}:
+            kind = "a website" if scheme.startswith("http") and separator else "a directory"
+            raise PlaceError(f"option {key!r}", f"{kind} has no options; leave it out")
     if not separator:
         return DirectoryPlace(store_path(url))
-    scheme = scheme.lower()
     if scheme == "file":
         return DirectoryPlace(store_path(rest))
     try:

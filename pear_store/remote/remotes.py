@@ -76,12 +76,12 @@ def init_remote(url: str, options: Mapping[str, str] | None = None, single_write
     """
     check_options(options or {})
     url = checked_url(url)
-    if "://" not in url:
-        try:
-            os.makedirs(url, exist_ok=True)
-        except OSError as error:
-            raise from_os_error(error, Path(url)) from None
     with closing(opened_place(Remote("", url, options or {}, single_writer=single_writer))) as place:
+        if "://" not in url:
+            try:
+                os.makedirs(url, exist_ok=True)
+            except OSError as error:
+                raise from_os_error(error, Path(url)) from None
         retried(lambda: probe(place))
         id = fresh_name()
         if place.create(SETTINGS_NAME, encode_settings(id)):

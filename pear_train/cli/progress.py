@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pear_store.counted import counted
 from pear_store.terminal import echo, printable
 from pear_train.report import Step
 
@@ -79,7 +80,7 @@ class Progress:
     def _tell_machine(self, step: Step) -> None:
         told = f"{step.precision} on {step.device}" if step.precision else ""
         if told and told != self._machine:
-            threads = f", {torch.get_num_threads()} threads" if step.device == "cpu" else ""
+            threads = f", {counted(torch.get_num_threads(), 'thread')}" if step.device == "cpu" else ""
             self.say(f"machine   trains in {told}{threads}")
             self._machine, self._began, self._before = told, time.monotonic(), step.epoch - 1
 

@@ -11,6 +11,7 @@ import click
 import torch
 
 from pear_store import PearStoreError, Store, Task, read_checkpoint
+from pear_store.counted import counted
 from pear_store.terminal import echo
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
@@ -171,7 +172,9 @@ def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, dat
     else:
         with Progress("base") as bar:
             made = train_base(configs, loaded, datasets, out, bar.show)
-    shown = f"{click.format_filename(out)}: base set of {len(made.val_top1)} tasks, {made.file_bytes:,} bytes"
+    shown = (
+        f"{click.format_filename(out)}: base set of {counted(len(made.val_top1), 'task')}, {made.file_bytes:,} bytes"
+    )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 
 
@@ -189,8 +192,8 @@ def _make_bases(
         with Progress("bases") as bar:
             made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say)
     shown = (
-        f"{click.format_filename(out)}: common bases of rank {made.rank} at {made.positions} positions from "
-        f"{len(made.energy)} tasks, {made.file_bytes:,} bytes"
+        f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
+        f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
     )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 

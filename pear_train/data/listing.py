@@ -124,6 +124,6 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 def describe_skipped(skipped: Mapping[str, list[str]]) -> tuple[str, ...]:
     """A line for each reason: the number of paths, and the first of them."""
     return tuple(
-        f"{len(paths)} {reason}: {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
+        f"{reason} ({len(paths):,}): {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
         for reason, paths in sorted(skipped.items())
     )

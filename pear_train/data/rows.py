@@ -83,8 +83,10 @@ class Rows:
         contents = {role: [content_of(row.image) for row in rows] for role, rows in taken.items()}
         cautions = in_two_splits(splits, contents)
         if self._unlike:
-            cautions += (f"{len(self._unlike)} pictures equal others with another label: {listed(self._unlike)}",)
-        notes = (f"{len(self._twice)} rows that repeat earlier rows: {listed(self._twice)}",) if self._twice else ()
+            cautions += (
+                f"pictures that equal others with another label ({len(self._unlike):,}): {listed(self._unlike)}",
+            )
+        notes = (f"rows that repeat earlier rows ({len(self._twice):,}): {listed(self._twice)}",) if self._twice else ()
         return Labelled(described, ordered, splits, notes=notes, cautions=cautions)
 
 
@@ -124,5 +126,5 @@ def in_two_splits(splits: Mapping[str, Split], contents: Mapping[str, Sequence[H
         there = set(contents[one])
         names = [name for name, content in zip(splits[other].names, contents[other], strict=True) if content in there]
         if names:
-            told.append(f"{len(names)} pictures of {other} are in {one}, too: {listed(names)}")
+            told.append(f"pictures of {other} that are in {one}, too ({len(names):,}): {listed(names)}")
     return tuple(told)

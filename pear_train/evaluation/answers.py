@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pear_store import Task
+from pear_store.counted import counted
 from pear_train.data import Split
 from pear_train.data.dataset import listed
 from pear_train.errors import ConfigError, DataError
@@ -109,7 +110,7 @@ def ask(
         tell(len(numbers))
     if not rows:
         first = next(iter(unreadable.values()))
-        raise DataError(f"none of {len(images)} images could be evaluated; the first: {first}")
+        raise DataError(f"none of {counted(len(images), 'image')} could be evaluated; the first: {first}")
     probabilities = {name: np.concatenate(parts) for name, parts in found.items()}
     return Answers(np.array(rows, np.int64), probabilities, dict(sorted(unreadable.items())))
 

@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from pear_store.counted import counted
 from pear_train.evaluation.figures import BINS, Figures
 from pear_train.html.drawing import Bar, Chart, Kind, Tick, percent, x_of, y_of
 
@@ -25,7 +26,9 @@ def reliability_chart(figures: Figures) -> Chart:
     for one in figures.reliability:
         number = min(BINS - 1, max(0, int(np.ceil(one.confidence * BINS - 1e-9)) - 1))
         left, right = x_of(number / BINS) + 1, x_of((number + 1) / BINS) - 1
-        title = f"{one.images} images: {100 * one.confidence:.1f} % confident, {100 * one.accuracy:.1f} % right"
+        title = (
+            f"{counted(one.images, 'image')}: {100 * one.confidence:.1f} % confident, {100 * one.accuracy:.1f} % right"
+        )
         width = round(right - left, 1)
         high, low = max(one.accuracy, one.confidence), min(one.accuracy, one.confidence)
         kind: Kind = "over" if one.confidence > one.accuracy else "under"
@@ -103,7 +106,7 @@ def heat_map(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> HeatM
     cells = [
         Cell(
             margin + j * side, margin + i * side, int(matrix[i, j]), bool(i == j), round(float(shares[i, j]), 3),
-            f"{matrix[i, j]} of {sums[i, 0]} images of {labels[i]} taken for {labels[j]}",
+            f"{matrix[i, j]} of {counted(int(sums[i, 0]), 'image')} of {labels[i]} taken for {labels[j]}",
         )
         for i, j in zip(*np.nonzero(matrix), strict=True)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from platformdirs import user_data_path
 from tqdm import tqdm
 
 from pear_store import PearStoreError, ReadableStore, Store
+from pear_store.counted import counted
 from pear_store.format.checkpoint import shown_label
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
@@ -199,7 +200,7 @@ def show(evaluation: Evaluation) -> None:
     """Prints the figures as tables."""
     tasks = evaluation.tasks
     errors = len(evaluation.answers.unreadable)
-    count = f"{len(evaluation.answers.rows)} images evaluated"
+    count = f"{counted(len(evaluation.answers.rows), 'image')} evaluated"
     echo(count + (f", {errors} could not be read" if errors else ""))
     echo()
     echo_table([_summary(task) for task in tasks])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pear_store.counted import counted
 from pear_train.evaluation.figures import Figures
 
 
@@ -50,7 +51,9 @@ class Gate:
                 found.append(Check(f"{shown}: {told}", met))
         if self.max_errors is not None:
             met = errors <= self.max_errors
-            found.append(Check(f"{errors} images could not be evaluated, expected at most {self.max_errors}", met))
+            found.append(
+                Check(f"{counted(errors, 'image')} could not be evaluated, expected at most {self.max_errors}", met)
+            )
         return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pear_store.counted import counted
 from pear_train.evaluation import charts
 from pear_train.evaluation.compare import Comparison
 from pear_train.evaluation.evaluated import Evaluated, Evaluation
@@ -75,7 +76,7 @@ def make_report(evaluation: Evaluation, most: int, limits: Limits) -> str:
 def changed(comparison: Comparison) -> str:
     """A comparison in a few sentences."""
     better, worse, points = len(comparison.better), len(comparison.worse), 100 * comparison.top1_change
-    told = f"{better} images are better, {worse} worse: top-1 {points:+.2f} points."
+    told = f"{counted(better, 'image')} better, {worse:,} worse: top-1 {points:+.2f} points."
     if not better + worse:
         return told
     p_value = "below 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.3f}"

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from pear_store import Task
+from pear_store.counted import counted
 from pear_train.data import WHOLE, Labelled, Split
 from pear_train.data.dataset import listed
 from pear_train.errors import DataError
@@ -35,7 +36,7 @@ class Sample:
         if not left_out:
             return self
         odd = [name for name in self.classes if name not in known]
-        note = f"{left_out} images of classes that are not the task's: {listed(odd)}"
+        note = f"{counted(left_out, 'image')} of classes that are not the task's: {listed(odd)}"
         return Sample(self.description, self.split, self.classes, self.images.subset(rows), (*self.notes, note))
 
 

@@ -75,6 +75,7 @@ from platformdirs import user_data_path
 from tqdm import tqdm
 
 from pear_store import PearStoreError, Store
+from pear_store.counted import counted
 from pear_store.files import ending
 from pear_store.local.sources import Access
 from pear_store.remote.cache import CacheSettings
@@ -274,12 +275,11 @@ def main(
     except (RouterError, PearStoreError, pa.ArrowException) as error:
         raise _failure(str(error), getattr(error, "exit_code", 1)) from None
     show(report, as_json)
+    told = f"{counted(report['errors'], 'error')}, which {out} has; the first: {report['first_error']}"
     if listed.rows and not report["predictions"]:
-        raise _failure(f"no row could be served: {report['errors']} errors, the first: {report['first_error']}")
+        raise _failure(f"no row could be served: {told}")
     if max_errors is not None and report["errors"] > max_errors:
-        raise _failure(
-            f"{report['errors']} errors, --max-errors allows {max_errors}; the first: {report['first_error']}"
-        )
+        raise _failure(f"--max-errors {max_errors} allows fewer: {told}")
 
 
 def _scan(found: Source, needed: list[str], encoding: str, allowed: tuple[str, ...]) -> ImageList | ImageFolder:
@@ -319,15 +319,15 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     else:
         resumed = f", {report['resumed_images']} were done before" if report["resumed_images"] else ""
         speed = f"{report['images_per_s']:.1f} images/s"
-        echo(f"{report['images']} images in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
+        echo(f"{counted(report['images'], 'image')} in {report['seconds']:.1f} s, {speed}{resumed}", err=True)
         if "workers" in report:
-            count = "1 worker" if report["workers"] == 1 else f"{report['workers']} workers"
             echo(
-                f"{count}, {report['retries']} batches tried again. Start to first answer {report['start_s']:.1f} s; "
-                f"waiting for the list {report['list_s']:.1f} s; writing {report['write_s']:.1f} s. All workers "
-                f"together: reading files {report['read_s']:.1f} s, decoding {report['decode_s']:.1f} s, fetching "
-                f"images and copying them to the device {report['transfer_s']:.1f} s, forwards "
-                f"{report['device_s']:.1f} s",
+                f"{counted(report['workers'], 'worker')}, "
+                f"{counted(report['retries'], 'batch', 'batches')} tried again. "
+                f"Start to first answer {report['start_s']:.1f} s; waiting for the list {report['list_s']:.1f} s; "
+                f"writing {report['write_s']:.1f} s. All workers together: reading files {report['read_s']:.1f} s, "
+                f"decoding {report['decode_s']:.1f} s, fetching images and copying them to the device "
+                f"{report['transfer_s']:.1f} s, forwards {report['device_s']:.1f} s",
                 err=True,
             )
         elif report["images"]:
@@ -340,7 +340,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
                 err=True,
             )
     unknown = f" ({report['unknown']} unknown)" if report["unknown"] else ""
-    echo(f"{report['predictions']} predictions{unknown}, {report['errors']} errors, finished: {report['out']}")
+    found = f"{counted(report['predictions'], 'prediction')}{unknown}, {counted(report['errors'], 'error')}"
+    echo(f"{found}, finished: {report['out']}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store import PearStoreError
+from pear_store.counted import counted
 from pear_store.errors import unreadable
 from pear_store.files import ending
 from pear_store.local.sources import Access, is_url, open_copy, path_in_url, url_folder
@@ -669,7 +670,7 @@ class _JsonLines(_Columns):
             if len(self._kinds) > COLUMNS:
                 raise ValueError(f"more than {COLUMNS} names: expected rows with the same names")
         if rows and faults == rows:
-            raise ValueError(f"none of {rows} lines can be read; {first}")
+            raise ValueError(f"none of {counted(rows, 'line')} can be read; {first}")
         if rows:
             _check_there(name, [column for column in self._kinds if column in names], self._needed)
         self.rows += rows

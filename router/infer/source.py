@@ -9,6 +9,7 @@ from glob import has_magic, iglob
 from pathlib import Path
 from typing import Literal
 
+from pear_store.counted import counted
 from pear_store.local.sources import Access, files_at, is_url, is_url_pattern, path_in_url
 from router.infer.lists import CSV, FORMATS, ListError, list_ending
 from router.pictures import extensions
@@ -94,18 +95,20 @@ def _in_folder(name: str, below: list[str], out: Path) -> Source:
         note = f"{name}: {are} not end like pictures"
         if lists:
             pattern = _pattern(name, lists, any(os.sep in file for file in lists))
-            note += f". {_count(len(lists), 'list')} among them: to read lists instead of pictures, use {pattern}"
+            note += f". {counted(len(lists), 'list')} among them: to read lists instead of pictures, use {pattern}"
         notes = (note,) if left_out else ()
         return Source(name, "pictures", tuple(sorted(pictures, key=os.fsencode)), name, notes)
     deep = [file for file in lists if os.sep in file and not file.startswith("_")]
     if deep and len(deep) == len(lists):
         remedy = f"use the pattern {_pattern(name, deep, True)}"
-        raise ListError(name, f"no list in it, {_count(len(deep), 'list')} in its sub-folders: {remedy}")
+        raise ListError(name, f"no list in it, {counted(len(deep), 'list')} in its sub-folders: {remedy}")
     others = [file for file in below if not _is_list(file)]
     found = _lists(name, [os.path.join(name, file) for file in (*lists, *others) if os.sep not in file], False)
     if not deep:
         return found
-    note = f"{name}: {_count(len(deep), 'list')} in sub-folders left out: to read all, use {_pattern(name, deep, True)}"
+    note = (
+        f"{name}: {counted(len(deep), 'list')} in sub-folders left out: to read all, use {_pattern(name, deep, True)}"
+    )
     return replace(found, notes=(note,))
 
 
@@ -118,11 +121,12 @@ def _lists(name: str, found: list[str], pattern: bool) -> Source:
     others = len(found) - len(lists)
     if not lists:
         kinds = "lists" if is_url(name) else "lists or pictures"
-        found_here = f"{_count(others, 'file')} of other kinds" if others else "nothing"
+        found_here = f"{counted(others, 'file')} of other kinds" if others else "nothing"
         raise ListError(name, f"expected {kinds}, found {found_here}")
     if pattern and others:
         raise ListError(
-            name, f"matches {_count(len(lists), 'list')} and {_count(others, 'file')} of other kinds: expected one kind"
+            name,
+            f"matches {counted(len(lists), 'list')} and {counted(others, 'file')} of other kinds: expected one kind",
         )
     formats = Counter(".csv" if list_ending(file) in CSV else list_ending(file) for file in lists)
     if len(formats) > 1:
@@ -140,10 +144,6 @@ def _is_of(out: Path, file: str) -> bool:
     """Whether a file is the output, or one of its parts."""
     own, path = os.path.realpath(out), os.path.realpath(file)
     return path == own or path.startswith((f"{own}{os.sep}", f"{own}.parts{os.sep}"))
-
-
-def _count(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count} {what}s"
 
 
 def _pattern(folder: str, lists: list[str], deep: bool) -> str:

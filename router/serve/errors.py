@@ -10,6 +10,7 @@ ServeError                 (a RouterError)
 FetchError                 (an ImageError) an image's path or URL cannot be opened
 """
 
+from pear_store.counted import counted
 from router.errors import ImageError, RouterError
 
 
@@ -21,7 +22,7 @@ class QueueFullError(ServeError):
     """The queue of images is full. `retry_after_s` says when to try again."""
 
     def __init__(self, waiting: int, queue: int, retry_after_s: int) -> None:
-        super().__init__(f"{waiting} images wait, the limit is {queue}: try again in {retry_after_s} s")
+        super().__init__(f"images that wait: {waiting}, the limit is {queue}: try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -44,7 +45,7 @@ class OutOfMemoryError(ServeError):
     """The memory is too small for an image and its tasks."""
 
     def __init__(self, tasks: int) -> None:
-        super().__init__(f"out of memory for one image and {tasks} tasks: send fewer tasks at once")
+        super().__init__(f"out of memory for one image and {counted(tasks, 'task')}: send fewer tasks at once")
 
 
 class DeviceFailedError(ServeError):

@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +21,6 @@ from tests.helpers.users import NOBODY, as_nobody
 from tests.pear_store.test_store import contents, packs
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A store in a folder that every user may enter; root's."""
-    if os.geteuid():
-        pytest.skip("needs to be root, to become somebody else")
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    with Store.create(folder / "s") as store:
-        list(store.add_many([small_task(f"t{i}", seed=i) for i in range(5)]))
-        store.tag("t1", "prod")
-    yield folder / "s"
-    shutil.rmtree(folder)
 
 
 def read_everything(path: Path) -> None:

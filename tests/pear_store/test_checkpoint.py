@@ -104,7 +104,7 @@ BAD_RECORDS = [
     ("head/weight", "nowhere", "field 'head': names tensor 'nowhere'"),
     ("head", {"weight": "head.bias", "bias": "head.weight"}, "expected [classes, d] and [classes]"),
     ("head", None, "field 'labels': 2 labels without a head: expected none"),
-    ("labels", ["one"], "field 'labels': 1 labels, the head has 2 rows: expected one label a row"),
+    ("labels", ["one"], "field 'labels': 1 label, the head has 2 rows: expected one label a row"),
     ("labels", ["a\nb", "c"], "field 'labels': expected a list of texts without control characters"),
     ("preprocess/std", [0.5, 0.5, 0], "'std': expected 3 numbers above 0"),
     ("preprocess/input_size", [1, 48, 48], "'input_size': expected [3, height, width]"),
@@ -540,11 +540,14 @@ def write(path: Path, content: bytes) -> Path:
 
 TENSOR = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 BAD_FILES = {
-    "empty": (b"", "0 bytes: too short"),
+    "empty": (b"", "0 bytes: too short for a safetensors file; copy or download the file again"),
     "pickle": (b"PK\x03\x04" + b"\0" * 100, "a pickle"),
     "old pickle": (b"\x80\x02}q\x00." + b"\0" * 100, "a pickle"),
     "oversized header": (struct.pack("<Q", 2**62) + b"{}", "header of 4611686018427387904 bytes: at most"),
-    "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "truncated: the header needs 1008 bytes"),
+    "header beyond the end": (
+        struct.pack("<Q", 1000) + b"{}",
+        "truncated: the header needs 1008 bytes, the file has 10; copy or download the file again",
+    ),
     "no JSON": (container("{nope"), "header is not valid JSON"),
     "endless number": (container('{"a": %s}' % ("9" * 5000)), "header is not valid JSON: a number has more than 4,300"),
     "bad UTF-8": (container(b'{"\xff": 1}'), "header is not valid JSON"),
@@ -558,7 +561,10 @@ BAD_FILES = {
     "dtype of a wrong type": (container('{"a":%s}' % TENSOR.replace('"F32"', "[1]"), b"\0" * 4), "dtype [1]"),
     "negative shape": (container('{"a":%s}' % TENSOR.replace("[1]", "[-1]"), b"\0" * 4), "shape [-1]"),
     "huge shape": (container('{"a":%s}' % TENSOR.replace("[1]", "[99999999999999999999]"), b""), "shape"),
-    "truncated data": (container('{"a":%s}' % TENSOR, b"\0\0"), "truncated: the tensors need"),
+    "truncated data": (
+        container('{"a":%s}' % TENSOR, b"\0\0"),
+        "bytes, the file has 64; copy or download the file again",
+    ),
     "trailing data": (container('{"a":%s}' % TENSOR, b"\0" * 9), "5 bytes after the last tensor"),
     "overflowing number": (container('{"__metadata__":{"pear":"{\\"a\\":1e400}"}}'), "inf is not a JSON number"),
     "lone surrogate": (container('{"__metadata__":{"pear":"{\\"a\\":\\"\\\\ud800\\"}"}}'), "surrogates not allowed"),

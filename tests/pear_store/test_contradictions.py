@@ -344,7 +344,9 @@ def test_an_old_index_beside_newer_packs_costs_nothing(store: Store, repacked: b
     files = packs(store)
     with Store(store.path) as old:
         for options in ({}, {"repack_all": True}, {"dry_run": True}, {"keep": 1}):
-            with pytest.raises(DamagedIndexError, match="it never had, so nothing was removed: [0-9a-f]{64}"):
+            with pytest.raises(
+                DamagedIndexError, match="it never had what (1 pack|8 packs) recorded, so nothing was removed"
+            ):
                 old.gc(**options)
     assert packs(store) == files
     assert rebuild(store.path).problems == []

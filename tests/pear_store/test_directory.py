@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,23 +14,9 @@ from pear_store.local.packs import WrittenPack
 from tests.helpers.makers import small_task
 from tests.pear_store.test_store import contents, packs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_hang")]
 
 OLD = time.time() - 7200
-
-
-@pytest.fixture(autouse=True)
-def no_hang() -> Iterator[None]:
-    """Ends a test that waits for a pipe."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_a_gc_and_what_a_crash_left_are_said_at_info(store: Store, caplog: pytes
     assert not caplog.records
     die_after_placing(store.path, "small_task(seed=2)")
     store.add(small_task("two", seed=2))
-    assert [record.getMessage() for record in caplog.records] == [f"{store.path}: deleted 1 packs whose writer died"]
+    assert [record.getMessage() for record in caplog.records] == [f"{store.path}: deleted 1 pack whose writer died"]
     caplog.clear()
     before = {file: file.stat().st_size for file in packs(store)}
     store.gc(repack_all=True)
@@ -158,7 +158,7 @@ def test_a_gc_and_what_a_crash_left_are_said_at_info(store: Store, caplog: pytes
     size = tag.stat().st_size
     store.untag("one@prod")
     store.gc()
-    assert [record.getMessage() for record in caplog.records] == [f"gc {store.path}: deleted 1 packs of {size} bytes"]
+    assert [record.getMessage() for record in caplog.records] == [f"gc {store.path}: deleted 1 pack of {size} bytes"]
 
 
 def test_a_get_that_nobody_logs_is_not_timed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_flat_folders_called_like_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="test/ has no class folders"):
         open_dataset(str(unlabelled))
     data = open_dataset(str(unlabelled), options=DataOptions(test_split="none"))
-    assert data.test is None and "1 folders that are not a split: test/" in data.notes
+    assert data.test is None and "folders that are not a split (1): test/" in data.notes
 
 
 def test_a_split_named_by_hand_must_be_there_and_sure(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_wrapping_folder_is_gone_into_and_said(tmp_path: Path, wrapped: tuple[
     data = open_dataset(str(tmp_path))
     assert data.classes == CLASSES and data.test is not None
     assert f"in its only folder {wrapped[0]}/" in data.description
-    assert data.notes == ("1 hidden or left by a system: __MACOSX/",)
+    assert data.notes == ("hidden or left by a system (1): __MACOSX/",)
     assert data.fingerprint == open_dataset(str(inner)).fingerprint
 
 
@@ -180,17 +180,17 @@ def test_what_systems_leave_behind_is_ignored_and_counted(tmp_path: Path) -> Non
     assert data.classes == CLASSES
     assert data.counts["train"] == [2, 3] and sum(map(len, data.splits.values())) == 9
     assert data.notes == (
-        "1 files ending in .csv: labels.csv",
-        "1 files ending in .h5: dog/set.h5",
-        "2 files ending in .heic: dog/a.HEIC, dog/b.heic",
-        "1 files ending in .mpg: dog/clip.mpg",
-        "1 files ending in .txt: cat/notes.txt",
-        "1 files without an ending: dog/README",
-        "1 folders without pictures whose names end like a picture's: cat/folder.jpg/",
-        "10 hidden or left by a system: .Trash/, .ipynb_checkpoints/, @eaDir/, …",
-        "2 links to nothing: cat/gone.png, cat/itself.png",
-        "1 pictures outside of class folders: stray.png",
-        "1 pipes, sockets and devices: cat/pipe.png",
+        "files ending in .csv (1): labels.csv",
+        "files ending in .h5 (1): dog/set.h5",
+        "files ending in .heic (2): dog/a.HEIC, dog/b.heic",
+        "files ending in .mpg (1): dog/clip.mpg",
+        "files ending in .txt (1): cat/notes.txt",
+        "files without an ending (1): dog/README",
+        "folders without pictures whose names end like a picture's (1): cat/folder.jpg/",
+        "hidden or left by a system (10): .Trash/, .ipynb_checkpoints/, @eaDir/, …",
+        "links to nothing (2): cat/gone.png, cat/itself.png",
+        "pictures outside of class folders (1): stray.png",
+        "pipes, sockets and devices (1): cat/pipe.png",
     )
 
 
@@ -204,7 +204,7 @@ def test_links_are_followed_and_never_in_circles(tmp_path: Path) -> None:
     data = open_dataset(str(root))
     assert data.classes == ("cat", "dog")
     assert [sum(column) for column in zip(*data.counts.values(), strict=True)] == [6, 4]
-    assert data.notes == ("2 folders that links lead to in a circle or too often: cat/up/, cat/here/",)
+    assert data.notes == ("folders that links lead to in a circle or too often (2): cat/up/, cat/here/",)
     linked = splits(tmp_path / "s", "train")
     (linked / "val").symlink_to("train")
     assert len(open_dataset(str(linked)).val) == 8
@@ -233,7 +233,7 @@ def test_an_empty_class_says_what_it_holds_instead(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 faults in the data:") as caught:
         open_dataset(str(root))
     assert "d/empty: class folder without images: add some" in str(caught.value)
-    assert "d/phone: class folder without images (2 files ending in .heic: phone/1.HEIC, " in str(caught.value)
+    assert "d/phone: class folder without images (files ending in .heic (2): phone/1.HEIC, " in str(caught.value)
 
 
 def test_faults_of_all_splits_come_at_once(tmp_path: Path) -> None:

@@ -102,26 +102,25 @@ def test_a_line_that_is_no_row_and_a_column_that_is_missing_are_named(pictures: 
 def test_pictures_of_test_that_are_in_train_too_are_said(pictures: Path) -> None:
     rows = [*ROWS, {"image": "p/0.png", "label": "cat", "split": "test"}]
     found = open_dataset(write(pictures / "l.csv", rows))
-    assert found.cautions == ("1 pictures of test are in train, too: 'p/0.png'",) and not found.notes
-    assert "Warning: l.csv: 1 pictures of test are in train, too" in found.summary("l.csv")
+    assert found.cautions == ("pictures of test that are in train, too (1): 'p/0.png'",) and not found.notes
+    assert "Warning: l.csv: pictures of test that are in train, too (1)" in found.summary("l.csv")
     other = {"image": "p/../p/4.png", "label": "cat", "split": "test"}
-    assert (
-        open_dataset(write(pictures / "l.csv", [*ROWS, other])).cautions[0].startswith("1 pictures of test are in val")
-    )
+    (caution,) = open_dataset(write(pictures / "l.csv", [*ROWS, other])).cautions
+    assert caution.startswith("pictures of test that are in val, too (1)")
 
 
 def test_a_picture_has_one_label_and_is_taken_once(pictures: Path) -> None:
     again = {"image": "./p/0.png", "label": "cat", "split": "training"}
     found = open_dataset(write(pictures / "l.csv", [*ROWS, again]))
     assert found.counts["train"] == [2, 2]
-    assert found.notes == ("1 rows that repeat earlier rows: './p/0.png'",) and not found.cautions
+    assert found.notes == ("rows that repeat earlier rows (1): './p/0.png'",) and not found.cautions
     with pytest.raises(DataError, match=r"row 13: 'p/0.png' is 'dog', but in row 1 it is 'cat': expected one label"):
         open_dataset(write(pictures / "l.csv", [*ROWS, {"image": "p/0.png", "label": "dog", "split": "test"}]))
     within = [{**row, "image": (pictures / row["image"]).read_bytes()} for row in ROWS]
     within.append({**within[0], "label": "dog", "split": "test"})
     found = open_dataset(write(pictures / "l.parquet", within))
     assert found.cautions == (
-        "1 pictures of test are in train, too: '13'", "1 pictures equal others with another label: '13'",
+        "pictures of test that are in train, too (1): '13'", "pictures that equal others with another label (1): '13'",
     )  # fmt: skip
 
 
@@ -201,8 +200,8 @@ def test_pictures_of_one_name_are_in_two_splits_only_if_they_are_equal(pictures:
     assert not found.cautions and not found.notes
     shared = open_dataset(str(write_splits(pictures / "shared", {**apart, "test": table_of(pictures, range(2, 6))})))
     assert shared.cautions == (
-        "2 pictures of test are in train, too: '2.png', '3.png'",
-        "2 pictures of test are in val, too: '0.png', '1.png'",
+        "pictures of test that are in train, too (2): '2.png', '3.png'",
+        "pictures of test that are in val, too (2): '0.png', '1.png'",
     )
     unnamed = {
         name: table.set_column(0, "image", pc.struct_field(table.column(0), "bytes")) for name, table in apart.items()
@@ -220,7 +219,7 @@ def test_pictures_of_one_name_are_in_two_splits_only_if_they_are_equal(pictures:
     }
     cautions = open_dataset(str(write_splits(pictures / "paths", paths))).cautions
     assert [caution.split(":")[0] for caution in cautions] == [
-        "1 pictures of test are in train, too", "3 pictures of test are in val, too",
+        "pictures of test that are in train, too (1)", "pictures of test that are in val, too (3)",
     ]  # fmt: skip
 
 
@@ -316,12 +315,12 @@ def test_a_stray_parquet_beside_class_folders_changes_nothing(pictures: Path) ->
             shutil.rmtree(pictures / "set" / "data")
     found = open_dataset(str(pictures / "set"))
     assert "an image folder" in found.description and found.classes == ("cat", "dog")
-    assert found.notes == ("2 files ending in .parquet: notes.parquet, train.parquet",)
+    assert found.notes == ("files ending in .parquet (2): notes.parquet, train.parquet",)
     hub = write_hub(pictures / "hub", {"train": table})
     shutil.copytree(pictures / "p", hub / "card")
     found = open_dataset(str(hub))
     assert "a folder of Parquet files" in found.description
-    assert found.notes == ("12 pictures beside the Parquet files: card/0.png, card/1.png, card/10.png, …",)
+    assert found.notes == ("pictures beside the Parquet files (12): card/0.png, card/1.png, card/10.png, …",)
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_run_tells_seconds_and_bytes_and_is_silent_in_its_steps(
         r"decoded 36 images in [\d.]+ s, kept 110592 bytes",
         r"t: ready to train in [\d.]+ s",
         r"t: scored 2 adapters by taylor in [\d.]+ s",
-        r"t: pruned 1 of 2 adapters in [\d.]+ s: 1 positions borrow from this task, 0 from the bank",
+        r"t: pruned 1 of 2 adapters in [\d.]+ s: positions that borrow from this task: 1, from the bank: 0",
         r"t: epoch 1 of 2 in [\d.]+ s",
         r"t: kept the state, \d+ bytes, in [\d.]+ s",
         r"t: evaluated the written task in [\d.]+ s",

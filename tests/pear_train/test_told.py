@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pear_store import read_checkpoint
+from pear_store.exchange.curve import draw_curve
 from pear_train import TrainConfig, open_dataset
 from pear_train.cli import main
 from pear_train.cli.progress import duration
@@ -437,23 +439,38 @@ def test_charts_have_whole_epochs_and_a_mark_at_pruning() -> None:
     assert [tick.text for tick in accuracy_chart(result(history=[result().history[0]], best_epoch=1)).x_ticks] == ["1"]
 
 
+def drawn(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], object]) -> list[Any]:
+    """The axes of the figure that `draw` saves."""
+    from matplotlib.figure import Figure
+
+    axes: list[Any] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **settings: Any) -> None:
+        save(self, *args, **settings)
+        axes.extend(self.axes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep)
+        draw()
+    return axes
+
+
+def test_no_legend_covers_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in (result(), result(importance={}, pruned=[], borrowed={}, prune_epoch=None)):
+        curves = drawn(monkeypatch, lambda made=made: plot_result(made, tmp_path / "t.png"))[-2]  # type: ignore[misc]
+        assert curves.get_legend().get_window_extent().y0 >= curves.get_window_extent().y1
+    (curve,) = drawn(monkeypatch, lambda: draw_curve({"train": [0.5, 0.9], "val": [0.4, 0.6]}, tmp_path / "c.png"))
+    assert curve.get_legend().get_window_extent().y0 >= curve.get_window_extent().y1
+    assert all(tick == int(tick) for tick in curve.get_xticks())
+
+
 def test_an_adapter_that_is_pruned_although_it_matters_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert result().passed_over == ["b.qkv"], "0.5, while a.mlp of 0.2 is kept"
     assert result(pruned=["b.mlp"]).passed_over == []
-    axes: list[Any] = []
-    from matplotlib.figure import Figure
-
-    save = Figure.savefig
-
-    def keep(self: Figure, *args: Any, **settings: Any) -> None:
-        axes.extend(self.axes)
-        save(self, *args, **settings)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    plot_result(result(), tmp_path / "t.png")
-    bars, curves, losses = axes
+    bars, curves, losses = drawn(monkeypatch, lambda: plot_result(result(), tmp_path / "t.png"))
     assert [text.get_text() for text in bars.get_yticklabels()][1] == "b.qkv ← a.qkv *"
     assert "at least one adapter of each shape is kept" in bars.get_xlabel()
     assert all(tick == int(tick) for tick in curves.get_xticks())

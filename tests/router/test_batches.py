@@ -130,7 +130,7 @@ def test_prepare_keeps_each_row_with_its_image(task_maker: Maker, router: Router
     found = router.run_batch(batch, ["a", "b", "a"])
     for row, (image, task) in enumerate([(PIXELS, "a"), (PIXELS, "b"), (PIXELS[::-1], "a")]):
         torch.testing.assert_close(found[row].logits, router.run(image, task)[0].logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ImageError, match="a batch of 3 rows but 1 tasks: expected one for each row"):
+    with pytest.raises(ImageError, match="a batch of 3 rows but 1 task: expected one for each row"):
         router.run_batch(batch, ["a"])
 
 
@@ -208,7 +208,7 @@ def test_tasks_too_large_fail_alone_and_others_take_turns(backbone: Backbone, ta
 def test_mistakes_of_the_whole_call_are_raised(router: Router) -> None:
     with pytest.raises(RouterError, match="on_error 'ignore': expected 'raise' or 'return'"):
         router.run(PIXELS, "a", on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match="2 images but 1 tasks"):
+    with pytest.raises(ImageError, match="2 images but 1 task:"):
         router.run([PIXELS] * 2, ["a"], on_error="return")
     with pytest.raises(ImageError, match="images: expected 48 x 48 pixels, found 40 x 40"):
         router.run(torch.zeros(1, 3, 40, 40), "a", on_error="return")

@@ -182,7 +182,7 @@ def test_images_are_grouped_by_preprocessing_and_come_back_in_order(
         (torch.zeros(2, 3, 40, 40), "a", "images: expected 48 x 48 pixels, found 40 x 40"),
         (torch.zeros(2, 1, 48, 48), "a", r"images float32 \[2, 1, 48, 48\]: expected normalised floats"),
         (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), "a", r"images uint8 .*expected normalised floats"),
-        (torch.zeros(2, 3, 48, 48), ["a"], "2 images but 1 tasks"),
+        (torch.zeros(2, 3, 48, 48), ["a"], "2 images but 1 task:"),
         (torch.zeros(0, 3, 48, 48), "a", "no images"),
         (["nowhere.png"], "a", "nowhere.png: no such file"),
         ("photo.png", "a", "photo.png: no such file"),

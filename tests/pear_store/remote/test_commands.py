@@ -103,6 +103,9 @@ def test_each_kind_of_error_has_one_line_and_its_code(shared: tuple[str, ...], t
         ((*other, "remote", "add", "x", "gopher://x"), 12, "expected a directory"),
         ((*other, "remote", "add", "x", "s3://b/x", "--option", "secret_access_key=1"), 12, "secrets are not kept"),
         ((*other, "remote", "add", "x", "s3://b/x", "--option", "region"), 2, "KEY=VALUE"),
+        ((*other, "remote", "init", "x", tmp_path / "new", "--option", "a=b"), 12, "a directory has no options"),
+        ((*other, "remote", "add", "x", tmp_path / "remote", "--option", "a=b"), 12, "a directory has no options"),
+        (("clone", tmp_path / "remote", tmp_path / "c", "--option", "a=b"), 12, "a directory has no options"),
         ((*other, "status", "none"), 3, "no remote 'none'"),
         (("clone", tmp_path / "empty", tmp_path / "c"), 3, "no remote there"),
         (("clone", tmp_path / "remote", tmp_path / "other2" / ".." / "empty" / ".." / "other"), 1, "no clone"),
@@ -113,6 +116,7 @@ def test_each_kind_of_error_has_one_line_and_its_code(shared: tuple[str, ...], t
         if code != 2:
             assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "new").exists()
     assert "1@1" not in run(*other, "remote", "ls").stdout
     pulled = run(*other, "pull")
     assert "dtd@1 of yours is dtd@2 now: another store has pushed number 1" in pulled.stdout

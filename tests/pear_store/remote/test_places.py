@@ -14,7 +14,7 @@ from pear_store.errors import AbsentError, AccessError, DamagedRemoteError, Pear
 from pear_store.remote import objects
 from pear_store.remote.directory import DirectoryPlace
 from pear_store.remote.memory import MemoryPlace
-from pear_store.remote.objects import ObjectPlace
+from pear_store.remote.objects import _OF_CLIENT, ObjectPlace
 from pear_store.remote.opening import check_options, open_place
 from pear_store.remote.place import Place, Range, joined, probe
 from pear_store.remote.sftp import SftpPlace
@@ -242,6 +242,27 @@ def test_urls_that_name_no_place_are_refused_without_their_password(url: str) ->
     with pytest.raises(PlaceError) as found:
         open_place(url)
     assert "word@" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "message"),
+    [
+        ("remote", "region", r"option 'region': a directory has no options; leave it out"),
+        ("file:///remote", "region", r"option 'region': a directory has no options; leave it out"),
+        ("https://host/x", "endpoint", r"option 'endpoint': a website has no options; leave it out"),
+        ("sftp://host/x", "region", r"option 'region': expected one of key_file, known_hosts"),
+        ("s3://b/x", "reggion", r"'reggion' is not valid for store 'S3'"),
+        ("gs://b/x", "region", r"'region' is not valid for store 'GCS'"),
+        ("az://b/x", "region", r"'region' is not valid for store 'MicrosoftAzure'"),
+        *(("s3://b/x", key, f"'{key}' is not valid") for key in ("config", "url", "client_options", "retry_config")),
+        *(("s3://b/x", key, f"option '{key.lower()}': Pear itself sets up the HTTP client; leave it out")
+          for key in ("Proxy_URL", *sorted(_OF_CLIENT))),
+    ],
+)  # fmt: skip
+def test_an_option_that_a_place_does_not_have_is_refused(url: str, key: str, message: str) -> None:
+    with pytest.raises(PlaceError, match=message) as found:
+        open_place(url, {"account_name": "a", key: "1"} if url.startswith("az") else {key: "1"})
+    assert "\n" not in str(found.value)
 
 
 def test_secrets_are_not_taken_as_options() -> None:

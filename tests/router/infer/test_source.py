@@ -394,14 +394,14 @@ def test_a_list_at_a_url_is_read_as_one_here(work: Path, memory: Any, web: str) 
     assert "3 predictions" in run("memory://absolute.csv", work / "3.jsonl", "--store", work / "s").stdout
     memory.pipe("/inside.csv", b"image,task\n0.png,a\nmemory://data/1.png,b\n")
     done = run("memory://inside.csv", work / "4.jsonl", "--store", work / "s", "--root", work)
-    assert "1 predictions, 1 errors" in done.stdout, "relative paths begin in --root, and no URL is opened"
+    assert "1 prediction, 1 error" in done.stdout, "relative paths begin in --root, and no URL is opened"
 
 
 def test_faulty_lines_name_their_list(work: Path) -> None:
     touch(work, "lists/a.csv")
     (work / "lists" / "a.csv").write_text("image,task\n../0.png,a\n")
     (work / "lists" / "b.csv").write_text("image,task\n../1.png\n")
-    assert "1 predictions, 1 errors" in run(work / "lists", work / "o.jsonl", "--store", work / "s").stdout
+    assert "1 prediction, 1 error" in run(work / "lists", work / "o.jsonl", "--store", work / "s").stdout
     expected = f"line 2 of {work}/lists/b.csv: expected 2 fields, as in the header, found 1"
     assert read(work / "o.jsonl")[1]["error"] == expected
 

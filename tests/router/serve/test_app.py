@@ -312,7 +312,7 @@ def test_a_full_queue_says_when_to_come_back(held: HeldRouter) -> None:
         waiting = asyncio.create_task(client.post("/v1/tasks/a/predict", content=PICTURES[0], headers=RAW))
         await until(lambda: batcher.waiting == 1)
         full = await client.post("/v1/tasks/b/predict", content=PICTURES[0], headers=RAW)
-        assert_problem(full, 429, "1 images wait, the limit is 1")
+        assert_problem(full, 429, "images that wait: 1, the limit is 1")
         assert int(full.headers["Retry-After"]) >= 1
         held.go.set()
         for response in await asyncio.gather(running, waiting):
