@@ -36,6 +36,8 @@ class PositionDiff:
 class Diff:
     """How two versions, a and b, differ. Bytes are tensor bytes; each distinct tensor counts once.
 
+    A store may hold small tensors as slices of one tensor. Those that are equal count as shared here, too.
+
     Args:
         positions: every position of either version, by name.
         fields: the records' fields that differ, without adapters, positions and head.

@@ -330,11 +330,19 @@ def check_record(
         raise CheckpointError(where, problem)
 
 
+def check_format(record: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a record of a format that this version does not know."""
+    if record.get("format") not in FORMATS:
+        expected = f"{', '.join(map(repr, FORMATS[:-1]))} or {FORMATS[-1]!r}"
+        raise ValueError(f"field 'format': expected {expected}, found {short(record.get('format'))}")
+
+
 def _problems(record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
     """What is wrong with a record, first things first; a caller stops at the first."""
-    if record.get("format") not in FORMATS:
-        expected = " or ".join(map(repr, FORMATS))
-        yield f"field 'format': expected {expected}, found {short(record.get('format'))}"
+    try:
+        check_format(record)
+    except ValueError as error:
+        yield str(error)
     for key in _REQUIRED:
         if key not in record:
             yield f"field {key!r} is missing"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pear_store.errors import CheckpointError
-from pear_store.format.checkpoint import Task
+from pear_store.format.checkpoint import Task, check_format
 from pear_store.format.container import strict_json
 from pear_store.format.digest import Digest, RawTensor, is_digest
 from pear_store.format.joined import join, split_tensors
@@ -29,10 +29,13 @@ def from_stored(manifest: bytes, tensors: Mapping[str, RawTensor], where: str) -
     """The task of a manifest that was checked before, and of the tensors that it names, by digest.
 
     Raises:
-        CheckpointError: it was not checked, and has slices that are none.
+        CheckpointError: a later Pear wrote it, in a format that this one does not know; or it was never checked, and
+            its slices are not as docs/design.md, section 5 says.
     """
+    told = json.loads(manifest)
     try:
-        record, found = split_tensors(json.loads(manifest), tensors)
+        check_format(told)
+        record, found = split_tensors(told, tensors)
     except ValueError as error:
         raise CheckpointError(where, str(error)) from None
     if found is tensors:
