@@ -409,12 +409,19 @@ def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
     def mean(name: str, what: str) -> float:
         return float(np.mean([rows[name, s, k][what] for s in sets for k in seeds]))
 
+    def against(name: str, other: str) -> str:
+        if name == other:
+            return ""
+        points, low, high = difference(rows, name, other, sets, seeds)
+        return f"{points:+.2f} ({low:+.2f} to {high:+.2f})"
+
     return [
         {
             f"{len(sets)} sets, {len(seeds)} seed(s)": name,
             **{f"{kind} bytes": f"{mean(name, f'{kind}_bytes'):,.0f}" for kind in ("adapter", "head")},
             "whole task": f"{mean(name, 'adapter_bytes') + mean(name, 'head_bytes'):,.0f}",
             "val top-1": f"{100 * mean(name, 'val_top1'):.2f}", "test top-1": f"{100 * mean(name, 'test_top1'):.2f}",
+            **{f"− {other}": against(name, other) for other in ("pear r=12, 0.92", "unpruned r=8")},
         }
         for name in sorted(whole, key=lambda name: mean(name, "adapter_bytes"))
     ]  # fmt: skip

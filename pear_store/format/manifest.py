@@ -30,7 +30,7 @@ def from_stored(manifest: bytes, tensors: Mapping[str, RawTensor], where: str) -
 
     Raises:
         CheckpointError: a later Pear wrote it, in a format that this one does not know; or it was never checked, and
-            its slices are not as docs/design.md, section 5 says.
+            its slices are not as docs/checkpoint.md says.
     """
     told = json.loads(manifest)
     try:
