@@ -58,6 +58,7 @@ PAGES = {
             "[PATTERN]": "'d*'",
             "rm TASK@1": "rm TASK@1 --yes",
             "TASK@2 FILE": "TASK@2 exported.safetensors",
+            "export-onnx TASK FILE": "export-onnx TASK task.onnx",
             "TASK FILE": "TASK timm.safetensors",
             "peft TASK DIR": "peft TASK peft",
             "hub TASK DIR": "hub TASK hub",
@@ -205,7 +206,7 @@ def program(text: str) -> str:
 
 def plain(line: str) -> str:
     """A line without what differs between runs and machines: numbers, precision, bars, rules and widths."""
-    line = re.sub(r"[█-]{2,}|█|bfloat16|float32", "", line)
+    line = re.sub(r"[█-]{2,}|█|bfloat16|float32|(?<=1 thread)$|(?<=\d thread)s$", "", line)
     return " ".join(re.sub(r"\d+([.,]\d+)*", "N", line).split())
 
 

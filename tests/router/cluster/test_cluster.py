@@ -127,7 +127,7 @@ def test_the_rows_of_many_lists_are_those_of_one_machine(work: Path, cluster: Cl
 
 
 def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
-    listed = write_list(work, 2000)
+    listed = write_list(work, 800)
     args = ["--store", work / "s", "--batch-size", 4]
     run_here(listed, work / "here", *args)
     process = start(cluster, listed, work / "there", *args)
@@ -136,11 +136,11 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: C
     assert end(process)["retries"] > 0
     found = pq.read_table(work / "there")
     assert_same(found, pq.read_table(work / "here"))
-    assert found["row"].to_pylist() == list(range(2001))
+    assert found["row"].to_pylist() == list(range(801))
 
 
 def test_a_machine_that_dies_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
-    listed = write_list(work, 2000)
+    listed = write_list(work, 800)
     args = ["--store", work / "s", "--batch-size", 4]
     run_here(listed, work / "here", *args)
     with machine(cluster.environment, work, f"--address={cluster.address}", "--num-cpus=1") as joined:
@@ -176,7 +176,7 @@ def test_a_batch_that_kills_its_workers_ends_the_run_with_its_name(work: Path, c
 def test_a_run_on_a_cluster_that_is_killed_goes_on_with_the_versions_it_began_with(
     work: Path, cluster: Cluster, task_maker: Callable[..., Task]
 ) -> None:
-    listed = write_list(work, 2000)
+    listed = write_list(work, 800)
     args = ["--store", work / "s", "--batch-size", 4]
     run_here(listed, work / "here", *args)
     process = start(cluster, listed, work / "there", *args)

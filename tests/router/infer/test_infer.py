@@ -640,7 +640,7 @@ class Idle:
     """A router that answers at once, and notes what it was asked."""
 
     def __init__(self, backbone: Backbone, meanwhile: Callable[[int], None] = lambda batch: None) -> None:
-        self.backbone, self.device = backbone, torch.device("cpu")
+        self.backbone, self.device, self.jpegs = backbone, torch.device("cpu"), None
         self.meanwhile = meanwhile
         self.asked: list[tuple[int, list[str]]] = []
 

@@ -280,7 +280,7 @@ def test_a_full_queue_refuses_at_once_and_all_or_none(held: HeldRouter) -> None:
         await until(lambda: batcher._flow.running)
         asked = [asyncio.create_task(batcher.predict(PICTURES[0], "a")) for _ in range(2)]
         await until(lambda: batcher.waiting == 2)
-        with pytest.raises(QueueFullError, match=r"^2 images wait, the limit is 3: try again in 1 s$"):
+        with pytest.raises(QueueFullError, match=r"^images that wait: 2, the limit is 3: try again in 1 s$"):
             batcher.submit([(PICTURES[0], ["a"])] * 2)
         assert batcher.waiting == 2
         asked.append(asyncio.create_task(batcher.predict(PICTURES[0], "b")))
