@@ -58,6 +58,8 @@ PIXELS_IN_FLIGHT = max(128_000_000, 16_000_000 * (os.cpu_count() or 1))
 
 METADATA = 1_000_000
 """A file that is larger than its pixels by more bytes than this is not a plain JPEG."""
+JPEG_BYTES = 16_000_000
+"""Nor is one of more bytes than this, because many of them may wait in memory."""
 
 _FORMATS = (
     "JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "HEIF", "MPO", "DDS", "PSD", "QOI",
@@ -150,14 +152,16 @@ class Picture:
     def plain_jpeg(self) -> PlainJpeg | None:
         """The file, if it is a JPEG of the usual kind. None for all others, and if that cannot be told."""
         image, (height, width) = self._source, self.size
-        if self._file is None or not isinstance(image, JpegImageFile) or not _is_grey_or_ycbcr(image):
+        if self._file is None or not isinstance(image, JpegImageFile) or image.format != "JPEG":
+            return None  # an MPO has several pictures
+        if not _is_grey_or_ycbcr(image):
             return None
         try:
             profile: bytes = image.info.get("icc_profile") or b""
             if profile and _transform(profile, image.mode) is not None:
                 return None
             self._file.seek(0)
-            data = self._file.read(3 * height * width + METADATA)
+            data = self._file.read(min(3 * height * width + METADATA, JPEG_BYTES))
         except Exception:  # Pillow will meet it again and say what it is
             return None
         whole = data.endswith(b"\xff\xd9")  # else it is cut off, or something follows: Pillow knows what to do

@@ -204,6 +204,8 @@ class Registry:
                 self._check(name, task)
                 use = self._use(task, manifest, partial(self._read_version, version))
                 self._keep_read(use, task)
+            else:  # it may have been read as another version, which may be removed by now
+                use = use.read_by(partial(self._read_version, version))
             log.debug("looked task %s up: version %d in %.4f s", name, version.version, time.perf_counter() - began)
         return Known(use, version)
 

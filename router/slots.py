@@ -83,10 +83,10 @@ class Slots:
             return
         with self.lock:
             loaded = [self._tasks[key] for key in (*pinned, *(use.key for use in wanted)) if key in self._tasks]
+            missing = [use for use in wanted if use.key not in self._tasks]
         sizes = {entry.key: entry.size_bytes for one in loaded for entry in one.entries}
-        for use in wanted:
-            if use.key not in self._tasks:
-                sizes.update(use.sizes())
+        for use in missing:
+            sizes.update(use.sizes())
         if (needed := sum(sizes.values())) > self._budget:
             raise SlotBudgetError(needed, self._budget)
 

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -74,6 +74,10 @@ class Use:
     def read(self) -> Task:
         """The task with its tensors' bytes. Drop it soon: it may hold maps of packs, and so descriptors."""
         return self.task if isinstance(self._source, tuple) else self._source()
+
+    def read_by(self, read: Callable[[], Task]) -> "Use":
+        """The same task, read otherwise: for instance as another version of a store."""
+        return replace(self, _source=read)
 
     def digests(self) -> list[Digest]:
         """The digests of its tensors, by number."""

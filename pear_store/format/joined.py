@@ -5,7 +5,7 @@ A tensor costs a store about 300 bytes of names, digests and rows, however small
 reads such a record takes it apart at once. So a task in memory has its tensors by themselves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -51,7 +51,10 @@ def join(record: _Record, tensors: _Tensors) -> tuple[_Record, _Tensors]:
     if not small:
         return record, tensors
     begins, data = _laid_out(small)
+    whole = RawTensor("U8", (len(data),), data)
     stay = {name: tensor for name, tensor in tensors.items() if name not in small}
+    if whole.digest in {tensor.digest for tensor in stay.values()}:
+        return record, tensors  # a store names tensors by digest, and could not tell the two apart
     own = "own"
     while own in stay:
         own += "_"
@@ -61,7 +64,7 @@ def join(record: _Record, tensors: _Tensors) -> tuple[_Record, _Tensors]:
         slices = {use: [small[name].dtype, list(small[name].shape), begins[name]] for use, name in uses.items()}
         return {**with_names(entry, dict.fromkeys(uses, own)), "slices": slices} if uses else entry
 
-    return _with_each(record, joined), {**stay, own: RawTensor("U8", (len(data),), data)}
+    return _with_each(record, joined), {**stay, own: whole}
 
 
 def _is_joined(record: _Record) -> bool:
@@ -72,8 +75,9 @@ def _small_ones(record: _Record, tensors: _Tensors) -> dict[str, RawTensor]:
     """The tensors to be joined, in the order in which a record with sorted names uses them."""
     names = [name for _, entry in sorted(record["adapters"].items()) for _, name in entry_names(entry)]
     names += [name for _, name in entry_names(record["head"] or {}, HEAD_PARTS)]
-    bases = names_around_cores(record)
-    return {name: tensors[name] for name in names if name not in bases and tensors[name].size_bytes <= _MOST_BYTES}
+    small = {name: tensors[name] for name in names if tensors[name].size_bytes <= _MOST_BYTES}
+    bases = {tensors[name].digest for name in names_around_cores(record)}  # by digest, as a store names them
+    return {name: tensor for name, tensor in small.items() if tensor.digest not in bases}
 
 
 def _laid_out(tensors: _Tensors) -> tuple[dict[str, int], bytes]:
@@ -102,6 +106,7 @@ def split(record: _Record, tensors: Shapes) -> tuple[_Record, dict[str, Slice]]:
     if record.get("format") != JOINED_FORMAT:
         return record, {}
     found: dict[str, Slice] = {}
+    taken = {*tensors, *_texts(record.get("adapters")), *_texts(record.get("head"))}
 
     def apart(where: str, entry: _Record, parts: tuple[str, ...]) -> _Record:
         if "slices" not in entry:
@@ -113,8 +118,9 @@ def split(record: _Record, tensors: Shapes) -> tuple[_Record, dict[str, Slice]]:
         for use, value in slices.items():
             one = _slice(f"slice {short(f'{where}.{use}')}", uses[use], value, tensors)
             names[use] = f"{where}.{use}"
-            while names[use] in tensors or names[use] in found:
+            while names[use] in taken:
                 names[use] += "_"
+            taken.add(names[use])
             found[names[use]] = one
         return {key: value for key, value in with_names(entry, names).items() if key != "slices"}
 
@@ -143,6 +149,15 @@ def _outside(found: Mapping[str, Slice], tensors: Mapping[str, Any]) -> dict[str
     """The tensors in which no other lies."""
     inside = {one.tensor for one in found.values()}
     return {name: value for name, value in tensors.items() if name not in inside}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in the entries of a record: what it may name as a tensor, even if the file lacks that."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _texts(one)
 
 
 def _uses(where: str, entry: _Record, parts: tuple[str, ...]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pear_store.format.checkpoint import Task, check_format
 from pear_store.format.container import strict_json
 from pear_store.format.digest import Digest, RawTensor, is_digest
 from pear_store.format.joined import join, split_tensors
-from pear_store.format.record import HEAD_PARTS, entry_names, map_tensor_names, tensor_names
+from pear_store.format.record import HEAD_PARTS, entry_names, map_tensor_names, short, tensor_names
 
 
 def to_manifest(task: Task) -> bytes:
@@ -40,7 +40,10 @@ def from_stored(manifest: bytes, tensors: Mapping[str, RawTensor], where: str) -
         raise CheckpointError(where, str(error)) from None
     if found is tensors:
         return Task(record, dict(tensors))
-    record = map_tensor_names(record, lambda name: found[name].digest)
+    try:
+        record = map_tensor_names(record, lambda name: found[name].digest)
+    except KeyError as error:
+        raise CheckpointError(where, f"names tensor {short(error.args[0])}, in which only slices lie") from None
     return Task(record, {tensor.digest: tensor for tensor in found.values()})
 
 

@@ -114,7 +114,7 @@ class Worker:
 def decoded(images: list[ImageLike], ways: list[Preprocess]) -> tuple[tuple[float, float], list[Pixels | str]]:
     """Seconds that reading and decoding took, and each image's pixels, uint8 [3, h, w], or its error's text.
 
-    Images that are equal and have the same preprocessing get the same array.
+    One path or object with the same preprocessing gives one array.
     """
     arrays: dict[int, Pixels] = {}
     spent = Spent()

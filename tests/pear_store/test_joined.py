@@ -14,7 +14,7 @@ from pear_store import write_checkpoint as write
 from pear_store.format.checkpoint import ReadBefore, check_record
 from pear_store.format.container import container_chunks, read_container
 from pear_store.format.digest import tensor_digest
-from pear_store.format.joined import split_shapes
+from pear_store.format.joined import join, split_shapes
 from pear_store.format.manifest import as_stored, dump_manifest, from_stored, to_manifest
 from pear_store.local import loading
 from pear_store.local.loading import load_groups
@@ -180,6 +180,53 @@ def test_names_in_a_file_never_clash(tmp_path: Path) -> None:
     assert sorted(in_file(tmp_path / "t")[1]) == ["c.up", "own", "own_"]
     back = read_checkpoint(tmp_path / "t")
     assert values(back) == values(task) and "c.up_" in back.tensors
+
+
+def on_plain_bases(down: RawTensor, **more: Any) -> Task:
+    """One core of 32 bytes on bases; more adapters and their tensors."""
+    core = {"down": "D", "up": "C", "basis": "B", **({} if down.dtype == "F32" else {"quant": CODES})}
+    tensors = {"D": down, "C": floats(np.arange(8).reshape(2, 4)), "B": floats(np.ones((4, 16))), **more}
+    if down.dtype == "U8":
+        tensors["S"] = floats([1.0, 2.0])
+    adapters = {"c": core, **({"a": {"down": "x", "up": "y"}} if more else {})}
+    positions = {"p": [[name, 1.0] for name in adapters]}
+    told = {"format": "pear-task/3", "adapters": adapters, "positions": positions, "head": None, "labels": []}
+    return make_task(record("plain", **told), tensors)
+
+
+CODES = {"bits": 8, "down": {"shape": [16, 2], "scale": "S"}}
+
+
+def test_a_tensor_that_is_equal_to_the_joined_one_is_not_lost(tmp_path: Path) -> None:
+    """A store names both by one digest, so there nothing is joined."""
+    core = floats(np.arange(8).reshape(2, 4))
+    task = on_plain_bases(RawTensor("U8", (32,), bytes(core.data)))
+    with Store.create(tmp_path / "s") as store:
+        store.add(task)
+        assert to_manifest(store.get("plain")) == to_manifest(task)
+    assert rebuild(tmp_path / "s").problems == []
+    with Store.open(tmp_path / "s") as store:
+        assert set(store.get("plain").tensors) == {tensor.digest for tensor in task.tensors.values()}
+
+
+def test_a_tensor_that_is_equal_to_one_of_the_bases_stays_with_it(tmp_path: Path) -> None:
+    down = floats(np.arange(32).reshape(16, 2))
+    task = on_plain_bases(down, x=floats(np.arange(32).reshape(16, 2)), y=floats(np.ones((2, 16))))
+    with Store.create(tmp_path / "s") as store:
+        store.add(task)
+        got = store.get("plain")
+        assert to_manifest(got) == to_manifest(task)
+        write(tmp_path / "out", got)
+        assert store.add(tmp_path / "out").changed is False
+
+
+def test_a_tensor_that_the_file_lacks_is_never_a_slice() -> None:
+    """Though a slice could be called so in memory."""
+    task = on_bases()
+    told, tensors = join(task.record, task.tensors)
+    told = {**told, "adapters": {**told["adapters"], "z": {"down": "a.down", "up": "c.up", "stack": 2}}}
+    with pytest.raises(CheckpointError, match=r"names tensor '(a\.down|c\.up)'"):
+        make_task(told, dict(tensors))
 
 
 @pytest.mark.parametrize("format", ["pear-task/1", "pear-task/2"])

@@ -136,3 +136,22 @@ def test_a_picture_that_is_too_large_has_an_error_of_its_own(where: Path, backbo
     ):
         router.run(IMAGES[0], "a")
     assert (error.value.width, error.value.height, error.value.max_pixels) == (50, 40, 1999)
+
+
+def test_a_version_is_loaded_again_after_an_equal_one_was_removed(
+    where: Path, backbone: Backbone, task_maker: Callable[..., Task]
+) -> None:
+    """It has the key of the removed one, which is still in use, but is read under its own number."""
+    with Router(backbone, where) as router:
+        router.preload(["b"]).result()
+        budget = router.stats().size_bytes
+    with Router(backbone, where, slot_bytes=budget) as router, Store(where) as store:
+        expected, old = router.run(IMAGES[0], "a"), router.lookup("a")
+        store.add(task_maker("a", seed=5))
+        store.add(task_maker("a", seed=1))
+        store.remove("a@1")
+        router.refresh()
+        assert (router.lookup("a").key, router.lookup("a").version) == (old.key, store.resolve("a@3"))
+        router.run(IMAGES[0], "b")
+        assert not router.is_loaded("a")
+        assert torch.equal(router.run(IMAGES[0], "a")[0].logits, expected[0].logits)
