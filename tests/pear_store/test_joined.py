@@ -190,7 +190,7 @@ def on_plain_bases(down: RawTensor, **more: Any) -> Task:
         tensors["S"] = floats([1.0, 2.0])
     adapters = {"c": core, **({"a": {"down": "x", "up": "y"}} if more else {})}
     positions = {"p": [[name, 1.0] for name in adapters]}
-    told = {"format": "pear-task/3", "adapters": adapters, "positions": positions, "head": None, "labels": []}
+    told: Json = {"format": "pear-task/3", "adapters": adapters, "positions": positions, "head": None, "labels": []}
     return make_task(record("plain", **told), tensors)
 
 
