@@ -401,7 +401,8 @@ def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
     sets = [s for fold in FOLDS if all((first, s, 0) in rows for s in fold) for s in fold]
     if not sets:
         return []
-    seeds = [seed for seed in seeds if all((first, s, seed) in rows for s in sets)]
+    forms = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, 0) in rows for s in sets)]
+    seeds = [seed for seed in seeds if all((n, s, seed) in rows for n in forms for s in sets)]  # no row is dropped
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
     rows |= {(f"pear r=12, 0.92: {r['name']}", r["dataset"], r["seed"]): r for r in every if r["stage"] == "codes"}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
