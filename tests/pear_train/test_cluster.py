@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("data")
     for i in range(3):
         write_stripes(made / f"t{i}.npz", 2 + i, 36 + 4 * i, i)
-    write_tasks(made / "tasks.toml", {"long": "epochs = 150", "wild": "lr = 1000\nweight_decay = 1000"}, 10)
+    write_tasks(made / "tasks.toml", {"long": "epochs = 50", "wild": "lr = 1000\nweight_decay = 1000"}, 10)
     return made
 
 
@@ -108,7 +108,7 @@ def test_two_workers_write_the_files_of_one_machine(
     assert len(here) == 11
     assert files(tmp_path / "out") == here
 
-    more = write_tasks(folder / "more.toml", {"long": "epochs = 150"}, 0)
+    more = write_tasks(folder / "more.toml", {"long": "epochs = 50"}, 0)
     more.write_text(more.read_text() + '\n[tasks.new0]\ndata = "t0.npz"\n[tasks.new1]\ndata = "t1.npz"')
     rows = json.loads(end(start(cluster, "--tasks", more, *args, "--together", 2, "--workers", 1))[0])
     assert [(row["task"], row["trained"]) for row in rows] == [("long", False), ("new0", True), ("new1", True)]
@@ -118,7 +118,7 @@ def test_two_workers_write_the_files_of_one_machine(
 def test_who_is_stopped_and_whose_worker_is_killed_goes_on_to_the_same_file(
     folder: Path, cluster: Cluster, here: dict[str, bytes], tmp_path: Path
 ) -> None:
-    only = write_tasks(folder / "only.toml", {"long": "epochs = 150"}, 0)
+    only = write_tasks(folder / "only.toml", {"long": "epochs = 50"}, 0)
     args = ["--tasks", only, "--out", tmp_path / "out", *FAST]
     partial = tmp_path / "out" / "long.safetensors.partial"
     process = start(cluster, *args)

@@ -126,31 +126,22 @@ def test_the_rows_of_many_lists_are_those_of_one_machine(work: Path, cluster: Cl
     assert found["error"].is_null().to_pylist().count(True) > 30
 
 
-def test_a_worker_that_is_killed_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
-    listed = write_list(work, 800)
-    args = ["--store", work / "s", "--batch-size", 4]
-    run_here(listed, work / "here", *args)
-    process = start(cluster, listed, work / "there", *args)
-    wait_for_parts(process, work / "there.parts", 2)
-    assert cluster.kill("Worker") > 0
-    assert end(process)["retries"] > 0
-    found = pq.read_table(work / "there")
-    assert_same(found, pq.read_table(work / "here"))
-    assert found["row"].to_pylist() == list(range(801))
-
-
-def test_a_machine_that_dies_costs_a_retry_and_no_row(work: Path, cluster: Cluster) -> None:
-    listed = write_list(work, 800)
+def test_a_worker_and_a_machine_that_die_cost_retries_and_no_row(work: Path, cluster: Cluster) -> None:
+    listed = write_list(work, 1000)
     args = ["--store", work / "s", "--batch-size", 4]
     run_here(listed, work / "here", *args)
     with machine(cluster.environment, work, f"--address={cluster.address}", "--num-cpus=1") as joined:
         wait_until(lambda: "Ray runtime started" in (work / "ray.log").read_text())
         process = start(cluster, listed, work / "there", *args)
+        wait_for_parts(process, work / "there.parts", 2)
+        assert cluster.kill("Worker") > 0
         wait_until(lambda: workers_of(joined.pid, "Worker.serve"))
         kill_all(joined.pid)
         report = end(process)
-    assert (report["workers"], report["retries"] > 0) == (3, True)
-    assert_same(pq.read_table(work / "there"), pq.read_table(work / "here"))
+    assert (report["workers"], report["retries"] > 1) == (3, True)
+    found = pq.read_table(work / "there")
+    assert_same(found, pq.read_table(work / "here"))
+    assert found["row"].to_pylist() == list(range(1001))
 
 
 @pytest.mark.skipif(
