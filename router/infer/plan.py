@@ -103,12 +103,14 @@ class Times:
             setattr(self, name, getattr(self, name) + time.perf_counter() - began)
 
     def seconds(self) -> dict[str, float]:
+        """All times by their names, not rounded."""
         return {
             "list_s": self.list_s, "read_s": self.spent.read_s, "decode_s": self.spent.decode_s,
             "transfer_s": self.transfer_s, "device_s": self.device_s, "wait_s": self.wait_s, "write_s": self.write_s,
         }  # fmt: skip
 
     def report(self) -> dict[str, float]:
+        """The same, rounded to milliseconds."""
         return {name: round(seconds, 3) for name, seconds in self.seconds().items()}
 
 

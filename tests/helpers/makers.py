@@ -21,6 +21,17 @@ def container(header: bytes | str, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def replace_at(tree: Any, path: str, value: Any) -> None:
+    """Replaces what is at a slash-separated path of dicts and lists, or removes it if value is Ellipsis."""
+    *parents, last = path.split("/")
+    for part in parents:
+        tree = tree[part]
+    if value is ...:
+        del tree[last]
+    else:
+        tree[int(last) if isinstance(tree, list) else last] = value
+
+
 def record(name: str = "dtd", **changes: Any) -> dict[str, Any]:
     """A valid record with one adapter used at two positions, and two classes."""
     return {

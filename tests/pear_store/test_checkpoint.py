@@ -31,7 +31,7 @@ from pear_store.format.container import lay_out, read_container
 from pear_store.format.digest import tensor_digest
 from pear_store.format.manifest import to_manifest
 from pear_store.format.record import with_core, without_core
-from tests.helpers.makers import container, floats, record, small_task, tensors
+from tests.helpers.makers import container, floats, record, replace_at, small_task, tensors
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -72,14 +72,7 @@ def test_tensor_digest_is_as_defined() -> None:
 def change(path: str, value: Any) -> dict[str, Any]:
     """The valid record with the field at a slash-separated path replaced, or removed if value is Ellipsis."""
     changed = copy.deepcopy(record())
-    *parents, last = path.split("/")
-    node: Any = changed
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
+    replace_at(changed, path, value)
     return changed
 
 

@@ -21,7 +21,7 @@ from pear_store.local.loading import load_groups
 from pear_store.remote.cache import CacheSettings
 from pear_store.remote.lazy import RemoteStore
 from pear_store.remote.remotes import Remote, add_remote, clone_store, init_remote
-from tests.helpers.makers import floats, record
+from tests.helpers.makers import floats, record, replace_at
 from tests.pear_store.test_cli import run
 from tests.pear_store.test_loading import outcome
 from tests.pear_store.test_loading import small_groups as small_groups
@@ -289,14 +289,7 @@ def test_bad_slices_are_refused(path: str, value: Any, message: str, known: Read
     if known is not None:
         read_checkpoint(tmp_path / "good", known)
     told, tensors = in_file(tmp_path / "good")
-    *parents, last = path.split("/")
-    node: Any = told
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[int(last) if isinstance(node, list) else last] = value
+    replace_at(told, path, value)
     for read in (
         lambda: read_checkpoint(put(tmp_path / "bad", told, tensors), known),
         lambda: make_task({k: v for k, v in told.items() if k != "digests"}, tensors),
