@@ -15,7 +15,14 @@ from typing import Any, Literal, get_args
 
 from pear_store.counted import counted
 from pear_store.errors import CheckpointError, from_os_error
-from pear_store.format.container import KnownHeaders, check_json, container_chunks, parse_json, read_container
+from pear_store.format.container import (
+    FETCH_AGAIN,
+    KnownHeaders,
+    check_json,
+    container_chunks,
+    parse_json,
+    read_container,
+)
 from pear_store.format.digest import ITEM_BYTES, Digest, Kept, RawTensor, fresh_name, is_digest
 from pear_store.format.joined import JOINED_FORMAT, join, split_shapes, split_tensors
 from pear_store.format.record import (
@@ -265,7 +272,8 @@ def task_from_container(
             if known is not None and known.tensors.prove(tensor, digests[name]):
                 proven.add(name)
             elif tensor.digest != digests[name]:
-                raise CheckpointError(path, f"tensor {name!r} is damaged: its bytes do not hash to its digest")
+                problem = f"tensor {name!r} is damaged: its bytes do not hash to its digest"
+                raise CheckpointError(path, problem, FETCH_AGAIN)
     task = checked_task(record, tensors, path, proven)
     if known is not None:
         for name in tensors.keys() - proven:

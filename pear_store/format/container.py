@@ -189,7 +189,7 @@ def parse_buffer(
     return header, tensors
 
 
-_CUT_OFF = "copy or download the file again"
+FETCH_AGAIN = "copy or download the file again"
 
 
 def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
@@ -198,14 +198,14 @@ def _header_length(start: bytes, where: str | Path, file_bytes: int) -> int:
     if not is_length and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(where, "a pickle (.pth, .pt): expected safetensors; pickles are never read, convert it")
     if len(start) < 8:
-        raise CheckpointError(where, f"{file_bytes} bytes: too short for a safetensors file", _CUT_OFF)
+        raise CheckpointError(where, f"{file_bytes} bytes: too short for a safetensors file", FETCH_AGAIN)
     if is_lfs_pointer(start):
         raise CheckpointError(where, LFS_POINTER)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(where, f"header of {length} bytes: at most {MAX_HEADER_BYTES} are read; not safetensors?")
     if 8 + length > file_bytes:
         problem = f"truncated: the header needs {8 + length} bytes, the file has {file_bytes}"
-        raise CheckpointError(where, problem, _CUT_OFF)
+        raise CheckpointError(where, problem, FETCH_AGAIN)
     return length
 
 
@@ -260,7 +260,7 @@ def _parse_header(text: bytes, where: str | Path, file_bytes: int) -> Header:
         end += place.length
     if end > file_bytes:
         problem = f"truncated: the tensors need {end} bytes, the file has {file_bytes}"
-        raise CheckpointError(where, problem, _CUT_OFF)
+        raise CheckpointError(where, problem, FETCH_AGAIN)
     if end < file_bytes:
         raise CheckpointError(where, f"{file_bytes - end} bytes after the last tensor: expected none")
     return Header(metadata, places, file_bytes)

@@ -618,7 +618,9 @@ def test_every_flipped_bit_in_tensors_is_found(tmp_path: Path) -> None:
     for bit in rng.choice((len(content) - start) * 8, 60, replace=False):
         damaged = bytearray(content)
         damaged[start + bit // 8] ^= 1 << (bit % 8)
-        with pytest.raises(CheckpointError, match="is damaged: its bytes do not hash to its digest"):
+        with pytest.raises(
+            CheckpointError, match="is damaged: its bytes do not hash to its digest; copy or download the file again"
+        ):
             read_checkpoint(write(tmp_path / "bad", bytes(damaged)))
 
 
