@@ -52,7 +52,7 @@ faults-remote: faults-begin
 faults-router: faults-begin
 	PEAR_INTERRUPTS=1000000 PEAR_INTERRUPTED_CALLS=2000 PEAR_MANY_TASKS=20000 $(BIN)/python -m pytest \
 		tests/router/test_interrupted.py tests/router/test_many_tasks.py
-	PEAR_CLUSTER_DEATHS=1 PEAR_CLUSTER_ROWS=20000 $(BIN)/python -m pytest tests/router/cluster
+	PEAR_CLUSTER_DEATHS=1 PEAR_CLUSTER_ROWS=20000 $(BIN)/python -m pytest tests/cluster
 
 faults-serve: faults-begin
 	PEAR_SERVE_ANSWERS=20000 PEAR_SERVE_BODIES=100000 PEAR_SERVE_CASES=200 $(BIN)/python -m pytest \

@@ -47,7 +47,7 @@ def served(command: str, path: str) -> str:
 STOP = "; code=$?; kill $!; wait $!; test $code = 0"
 INSTALLS = "installs packages"
 EXAMPLES = "tests/router/serve/test_examples.py runs it"
-CLUSTER = "needs a Ray cluster: tests/router/cluster runs such"
+CLUSTER = "needs a Ray cluster: tests/cluster runs such"
 PAGES = {
     "README.md": Page(
         {

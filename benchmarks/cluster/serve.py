@@ -64,12 +64,14 @@ def plain(work: Path) -> Iterator[tuple[int, int]]:
 def on_ray(work: Path, **settings: Any) -> Iterator[tuple[int, int]]:
     """The port of an application of Ray Serve, and the process that started Ray."""
     every = {"backbone": "pear_tiny", "store": str(work / "store"), "no_auth": True, **settings}
-    command = [sys.executable, "-m", "tests.helpers.served", json.dumps(every)]
+    command = [sys.executable, "-m", "tests.helpers.served", "local"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
+            process.stdin.write(json.dumps(every) + "\n")
+            process.stdin.flush()
             yield int(process.stdout.readline()), process.pid
         finally:
             process.stdin.close()

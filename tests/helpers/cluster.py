@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.drivers import PRELOADED, Driver, server
 
 ROOT = Path(__file__).parents[2]
 DEADLY = ROOT / "tests" / "helpers" / "deadly"
@@ -30,6 +33,11 @@ class Cluster:
     process: int
     environment: dict[str, str]
     """For who joins or uses it."""
+    _drivers: socket.socket
+
+    def start(self, module: str, *args: object) -> Driver:
+        """Runs a command of Pear on it, in a process of its own."""
+        return Driver(self._drivers, module, [str(arg) for arg in args])
 
     def workers(self, name: str) -> list[int]:
         """Its processes that do this work now, such as Worker; not those of machines that joined it."""
@@ -111,7 +119,7 @@ def cluster_environment(cache: Path) -> Iterator[dict[str, str]]:
         yield {
             **os.environ, "PEAR_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{DEADLY}",
             "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-            "RAY_TMPDIR": folder,
+            "RAY_TMPDIR": folder, "RAY_preload_python_modules": ",".join(PRELOADED),
         }  # fmt: skip
         assert list(Path(folder, "ray").glob("session_*")), f"Ray does not use {folder}"
     finally:
@@ -134,12 +142,13 @@ def two_cores(cache: Path) -> Iterator[Cluster]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with (
         cluster_environment(cache) as environment,
+        server(environment) as drivers,
         subprocess.Popen([sys.executable, "-c", _HEAD], text=True, env=environment, **pipes) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            yield Cluster(process.stdout.readline().strip(), process.pid, environment)
+            yield Cluster(process.stdout.readline().strip(), process.pid, environment, drivers)
         finally:
             process.stdin.close()
             process.wait(60)

@@ -1,7 +1,7 @@
-"""A Ray Serve application in a process of its own: `python -m tests.helpers.served SETTINGS`, as tests ask for it.
+"""Ray Serve in a process of its own: `python -m tests.helpers.served ADDRESS`. It starts a Ray for `local`.
 
-Starts Ray and the application, prints its port, and ends when its input does. Ray decides within seconds how many
-replicas there are: by itself it takes 30 s for more, and 10 minutes for fewer.
+A line of stdin has an application's settings, and a line of stdout then says its port. The next line ends it. Ray
+decides within seconds how many replicas there are: by itself it takes 30 s for more, and 10 minutes for fewer.
 """
 
 import json
@@ -19,22 +19,24 @@ from router.cluster.deployment import Replicas, application
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
     soon: dict[str, Any] = {
-        "upscale_delay_s": 1,
-        "downscale_delay_s": 3,
-        "look_back_period_s": 3,
-        "metrics_interval_s": 1,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 1,
+        "look_back_period_s": 2,
+        "metrics_interval_s": 0.5,
     }
     vars(deployment)["AutoscalingConfig"] = partial(AutoscalingConfig, **soon)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+    alone: dict[str, Any] = {"num_cpus": 3, "include_dashboard": False, "object_store_memory": 200 << 20}
+    ray.init(address=sys.argv[1], log_to_driver=False, **(alone if sys.argv[1] == "local" else {}))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application(Replicas(**settings)))
-        print(port, flush=True)
-        sys.stdin.read()
+        for line in sys.stdin:
+            serve.run(application(Replicas(**json.loads(line))))
+            print(port, flush=True)
+            sys.stdin.readline()
+            serve.delete("default")
     finally:
         serve.shutdown()
         ray.shutdown()

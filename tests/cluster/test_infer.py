@@ -1,4 +1,4 @@
-"""pear-infer on a Ray cluster: the rows of one machine, whoever dies meanwhile. Ray starts once for this module."""
+"""pear-infer on a Ray cluster: the rows of one machine, whoever dies meanwhile."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,12 @@ from click.testing import CliRunner
 from pear_store import Store, Task
 from pear_store.remote.remotes import Remote, add_remote, init_remote
 from router.infer.cli import main
-from tests.helpers.cluster import Cluster, cluster_environment, kill_all, machine, two_cores, wait_until, workers_of
+from tests.helpers.cluster import Cluster, cluster_environment, kill_all, machine, wait_until, workers_of
+from tests.helpers.drivers import Driver, server
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with two_cores(tmp_path_factory.mktemp("cache")) as started:
-        yield started
 
 
 @pytest.fixture
@@ -60,31 +53,28 @@ def run_here(*args: object) -> dict[str, Any]:
     return report
 
 
-def start(cluster: Cluster, *args: object) -> subprocess.Popen[str]:
+def start(cluster: Cluster, *args: object, command: str = "router.infer.cli") -> Driver:
     """pear-infer on the cluster, in a process of its own; two workers unless said otherwise."""
     given = [*args, "--ray", cluster.address, "--json"]
     if "--cpus-per-worker" not in args:
         given += ["--cpus-per-worker", 1]
-    return subprocess.Popen(
-        [sys.executable, "-m", "router.infer", *map(str, given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=cluster.environment,
-    )  # fmt: skip
+    return cluster.start(command, *given)
 
 
-def end(process: subprocess.Popen[str], wait_s: float = 180) -> dict[str, Any]:
+def end(process: Driver, wait_s: float = 180) -> dict[str, Any]:
     """What it reports."""
-    out, errors = process.communicate(timeout=wait_s)
+    out, errors = process.output(wait_s)
     assert process.returncode == 0, errors
     report: dict[str, Any] = json.loads(out)
     return report
 
 
-def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while len(list(folder.glob("*.parquet"))) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
+def wait_for_parts(process: Driver, folder: Path, count: int) -> None:
+    def are_there() -> bool:
+        assert process.poll() is None, process.output()
+        return len(list(folder.glob("*.parquet"))) >= count
+
+    wait_until(are_there)
 
 
 def assert_same(found: pa.Table, expected: pa.Table) -> None:
@@ -97,33 +87,30 @@ def assert_same(found: pa.Table, expected: pa.Table) -> None:
 
 
 def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
-    listed = write_list(work, 300)
+    """Of a folder of lists. It is read on only as answers come, so lists of any length take the same memory."""
+    header, *lines = write_list(work, 300).read_text().splitlines(keepends=True)
+    (work / "lists").mkdir()
+    for number, start_of in ((8, 0), (9, 25), (10, 50)):
+        rows = lines[start_of : start_of + 25] if number < 10 else lines[start_of:]
+        (work / "lists" / f"part-{number}.csv").write_text(header + "".join(f"../{row}" for row in rows))
     args = ["--store", work / "s", "--batch-size", 4]
-    here = run_here(listed, work / "here.parquet", *args)
-    there = end(start(cluster, listed, work / "there.parquet", *args))
-    assert_same(pq.read_table(work / "there.parquet"), pq.read_table(work / "here.parquet"))
+    here = run_here(work / "lists", work / "here", *args)
+    there_args = [f"{work}/lists/*.csv", work / "there", *args]
+    process = start(cluster, *there_args, command="tests.helpers.counting")
+    there = end(process)
+    part, batches_ahead, at_the_workers = 64, 4 * 16, 2 * 4 * 4
+    assert 0 < int(process.output()[1].splitlines()[-1]) <= part + batches_ahead + at_the_workers + 4
+    found = pq.read_table(work / "there")
+    assert_same(found, pq.read_table(work / "here"))
+    assert found["row"].to_pylist() == list(range(301))
+    assert found["id"].to_pylist()[:300] == list(range(300))
+    assert found["error"].is_null().to_pylist().count(True) > 200
     same = ("predictions", "errors", "first_error", "images")
     assert {key: there[key] for key in same} == {key: here[key] for key in same}
     assert there["errors"] > 30
     assert there["workers"] == 2
     assert there["device_s"] > 0
-    assert run_here(listed, work / "there.parquet", *args)["finished_before"]
-
-
-def test_the_rows_of_many_lists_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
-    header, *lines = write_list(work, 60).read_text().splitlines(keepends=True)
-    (work / "lists").mkdir()
-    for number, start_of in ((8, 0), (9, 25), (10, 50)):
-        rows = lines[start_of : start_of + 25]
-        (work / "lists" / f"part-{number}.csv").write_text(header + "".join(f"../{row}" for row in rows))
-    args = ["--store", work / "s", "--batch-size", 4]
-    run_here(work / "lists", work / "here", *args)
-    end(start(cluster, f"{work}/lists/*.csv", work / "there", *args))
-    found = pq.read_table(work / "there")
-    assert_same(found, pq.read_table(work / "here"))
-    assert found["row"].to_pylist() == list(range(61))
-    assert found["id"].to_pylist()[:60] == list(range(60))
-    assert found["error"].is_null().to_pylist().count(True) > 30
+    assert run_here(*there_args)["finished_before"]
 
 
 def test_a_worker_and_a_machine_that_die_cost_retries_and_no_row(work: Path, cluster: Cluster) -> None:
@@ -131,7 +118,7 @@ def test_a_worker_and_a_machine_that_die_cost_retries_and_no_row(work: Path, clu
     args = ["--store", work / "s", "--batch-size", 4]
     run_here(listed, work / "here", *args)
     with machine(cluster.environment, work, f"--address={cluster.address}", "--num-cpus=1") as joined:
-        wait_until(lambda: "Ray runtime started" in (work / "ray.log").read_text())
+        wait_for_start(work)
         process = start(cluster, listed, work / "there", *args)
         wait_for_parts(process, work / "there.parts", 2)
         assert cluster.kill("Worker") > 0
@@ -155,7 +142,7 @@ def test_a_batch_that_kills_its_workers_ends_the_run_with_its_name(work: Path, c
     lines[205] = "deadly.png,a,204"
     listed.write_text("\n".join(lines) + "\n")
     process = start(cluster, listed, work / "there", "--store", work / "s", "--batch-size", 1)
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.output(300)
     assert (process.returncode, out) == (1, "")
     said = errors.splitlines()[-1]
     assert said.startswith(
@@ -172,8 +159,8 @@ def test_a_run_on_a_cluster_that_is_killed_goes_on_with_the_versions_it_began_wi
     run_here(listed, work / "here", *args)
     process = start(cluster, listed, work / "there", *args)
     wait_for_parts(process, work / "there.parts", 3)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
     kept = len(list((work / "there.parts").glob("0*.parquet")))
     assert 3 <= kept < 30
     assert not (work / "there").exists()
@@ -201,47 +188,6 @@ def test_every_image_through_all_tasks_of_a_remote_decoded_apart(work: Path, clu
     assert_same(found, pq.read_table(work / "here.parquet"))
 
 
-COUNTS = """
-import sys
-from router.cluster import infer
-from router.infer.cli import main
-read = done = most = 0
-gather, serve = infer.gather, infer.Crew.serve
-
-def counted(numbered, *others):
-    def counting():
-        global read
-        for number, rows in numbered:
-            read += rows.table.num_rows
-            yield number, rows
-    return gather(counting(), *others)
-
-def answered(crew, orders):
-    global done, most
-    for order, answer in serve(crew, orders):
-        most = max(most, read - done)
-        done += len(order.asks)
-        yield order, answer
-
-infer.gather, infer.Crew.serve = counted, answered
-main(sys.argv[1:], standalone_mode=False)
-print(most)
-"""
-
-
-def test_the_list_is_read_on_only_as_answers_come(work: Path, cluster: Cluster) -> None:
-    """So a list of any length takes the same memory."""
-    listed = work / "list.csv"
-    listed.write_text("image,task\n" + "".join(f"{i % 6}.png,{'ab'[i % 2]}\n" for i in range(1000)))
-    args = [listed, work / "out", "--store", work / "s", "--batch-size", 4, "--ray", cluster.address,
-            "--workers", 1, "--cpus-per-worker", 1]  # fmt: skip
-    command = [sys.executable, "-c", COUNTS, *map(str, args)]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=180, check=True)
-    most = int(done.stdout.splitlines()[-1])
-    part, batches_ahead, at_the_worker = 64, 4 * 16, 4 * 4
-    assert 0 < most <= part + batches_ahead + at_the_worker + 4
-
-
 def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Cluster) -> None:
     listed = write_list(work, 10)
     mistakes: list[tuple[list[object], str]] = [
@@ -251,7 +197,7 @@ def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Clust
     ]
     started = [start(cluster, listed, work / "out", "--store", work / "s", *args) for args, _ in mistakes]
     for process, (_, message) in zip(started, mistakes, strict=True):
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.output(120)
         assert (process.returncode, out) == (1, "")
         assert errors.startswith(f"Error: {message}")
         assert len(errors.splitlines()) == 1
@@ -291,7 +237,7 @@ def test_whoever_is_killed_on_three_machines_the_rows_are_those_of_one(
             joined = machine(environment, folder, f"--address={address}", "--num-cpus=1")
             machines.append(stack.enter_context(joined))
             wait_for_start(folder)  # one after the other: of two that join at once, Ray 2.60 may lose one
-        cluster = Cluster(address, machines[0].pid, environment)
+        cluster = Cluster(address, machines[0].pid, environment, stack.enter_context(server(environment)))
         for count in (1, 2, 4):
             report = end(start(cluster, listed, tmp_path / f"by{count}", "--workers", count, *args), 1800)
             print(count, report)

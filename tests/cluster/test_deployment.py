@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from pear_store import Store, Task
 from router import Backbone, Router, RouterError
-from tests.helpers.cluster import cluster_environment, wait_until, workers_of
+from tests.helpers.cluster import Cluster, wait_until
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray.serve", reason="needs ray: pip install 'pear-adapters[ray]'")
@@ -27,36 +27,44 @@ TASKS = [f"t{i}" for i in range(20)]
 TOKENS: dict[str, Any] = {"use_token": "a-token-to-use-tasks", "manage_token": "a-token-to-manage"}
 
 
-@contextmanager
-def served(folder: Path, **settings: Any) -> Iterator[tuple[httpx.Client, int]]:
-    """A client of an application in a process of its own, which ends with this one; and that process."""
-    command = [sys.executable, "-m", "tests.helpers.served", json.dumps(settings)]
+Served = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Cluster) -> Iterator[Served]:
+    """Makes an application that lives as long as its client. One Ray Serve has them, one after the other."""
+    command = [sys.executable, "-m", "tests.helpers.served", cluster.address]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with (
-        cluster_environment(folder / "cache") as environment,
-        subprocess.Popen(command, text=True, env=environment, **pipes) as process,
-    ):
+    with subprocess.Popen(command, text=True, bufsize=1, env=cluster.environment, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
-            port = int(process.stdout.readline())
+        sent, said = process.stdin, process.stdout
+
+        @contextmanager
+        def serve(**settings: Any) -> Iterator[httpx.Client]:
+            sent.write(json.dumps(settings) + "\n")
+            port = int(said.readline())
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                yield client, process.pid
+                yield client
+            sent.write("end\n")
+
+        try:
+            yield serve
         finally:
-            process.stdin.close()
+            sent.close()
             process.wait(60)
 
 
 @pytest.mark.slow
 def test_two_replicas_answer_as_one_router_and_share_the_tasks(
-    tmp_path: Path, backbone: Backbone, task_maker: Callable[..., Task]
+    tmp_path: Path, backbone: Backbone, task_maker: Callable[..., Task], served: Served
 ) -> None:
     make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
     with Store(tmp_path / "s") as store:
         list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
     settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 2, "most": 2, "refresh_s": 0.5}
     image = (tmp_path / "0.png").read_bytes()
-    with Store(tmp_path / "s") as store, served(tmp_path, **settings, **TOKENS) as (client, _):
+    with Store(tmp_path / "s") as store, served(**settings, **TOKENS) as client:
 
         def predict(task: str) -> dict[str, Any]:
             answer = client.post(
@@ -99,7 +107,7 @@ def test_two_replicas_answer_as_one_router_and_share_the_tasks(
 
 @pytest.mark.slow
 def test_replicas_come_with_the_load_and_go_without_it_and_no_request_fails(
-    tmp_path: Path, task_maker: Callable[..., Task]
+    tmp_path: Path, task_maker: Callable[..., Task], served: Served, cluster: Cluster
 ) -> None:
     make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
     with Store(tmp_path / "s") as store:
@@ -107,7 +115,7 @@ def test_replicas_come_with_the_load_and_go_without_it_and_no_request_fails(
     settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 1, "most": 2, "waiting": 2}
     image = (tmp_path / "0.png").read_bytes()
     headers = {"Authorization": f"Bearer {TOKENS['use_token']}", "Content-Type": "image/png"}
-    with served(tmp_path, **settings, **TOKENS) as (client, process):
+    with served(**settings, **TOKENS) as client:
         loaded, ended = threading.Event(), threading.Event()
         loaded.set()
         statuses: list[int] = []
@@ -119,7 +127,7 @@ def test_replicas_come_with_the_load_and_go_without_it_and_no_request_fails(
                 statuses.append(client.post(f"/v1/tasks/{task}/predict", content=image, headers=headers).status_code)
 
         def replicas() -> int:
-            return len(workers_of(process, "ServeReplica"))
+            return len(cluster.workers("ServeReplica"))
 
         def images() -> float:
             """Of the replica that happens to answer."""

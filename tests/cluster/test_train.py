@@ -1,13 +1,10 @@
-"""pear-train on a Ray cluster: the files of one machine, whoever dies meanwhile. Ray starts once for this module."""
+"""pear-train on a Ray cluster: the files of one machine, whoever dies meanwhile."""
 
 import io
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,19 +16,14 @@ from pear_train.cli import main
 from pear_train.cli.progress import Table
 from pear_train.report import Step
 from pear_train.tasks import TaskEntry
-from tests.helpers.cluster import Cluster, two_cores
+from tests.helpers.cluster import Cluster, wait_until
+from tests.helpers.drivers import Driver
 from tests.helpers.stripes import write_stripes
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
 
-FAST = ("--epochs", 3, "--set", "prune_epoch=1", "--rank", 4, "--batch-size", 16, "--positions", "blocks",
-        "--ratio", 0.5)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with two_cores(tmp_path_factory.mktemp("cache")) as started:
-        yield started
+FAST = ("--epochs", 2, "--set", "prune_epoch=1", "--rank", 4, "--batch-size", 16, "--positions", "blocks",
+        "--ratio", 0.5, "--img-size", 32)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("data")
     for i in range(3):
         write_stripes(made / f"t{i}.npz", 2 + i, 36 + 4 * i, i)
-    write_tasks(made / "tasks.toml", {"long": "epochs = 50", "wild": "lr = 1000\nweight_decay = 1000"}, 10)
+    write_tasks(made / "tasks.toml", {"long": "epochs = 30", "wild": "lr = 1000\nweight_decay = 1000"}, 10)
     return made
 
 
@@ -52,18 +44,14 @@ def write_tasks(path: Path, special: dict[str, str], plain: int) -> Path:
     return path
 
 
-def start(cluster: Cluster, *args: object, there: bool = True) -> subprocess.Popen[str]:
+def start(cluster: Cluster, *args: object, there: bool = True) -> Driver:
     """pear-train in a process of its own, on the cluster or on this machine alone, in one thread either way."""
     given = [*args, *(["--ray", cluster.address, "--cpus-per-worker", 1] if there else [])]
-    code = "from pear_train.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=cluster.environment,
-    )  # fmt: skip
+    return cluster.start("pear_train.cli", *given)
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    out, errors = process.communicate(timeout=180)
+def end(process: Driver, code: int = 0) -> tuple[str, str]:
+    out, errors = process.output()
     assert process.returncode == code, errors
     return out, errors
 
@@ -72,12 +60,12 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
-def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
-    until = time.monotonic() + 180
-    while not what():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.1)
+def wait_for(process: Driver, what: Callable[[], object]) -> None:
+    def is_there() -> object:
+        assert process.poll() is None, process.output()
+        return what()
+
+    wait_until(is_there)
 
 
 def trainers(cluster: Cluster) -> list[int]:
@@ -108,7 +96,7 @@ def test_two_workers_write_the_files_of_one_machine(
     assert len(here) == 11
     assert files(tmp_path / "out") == here
 
-    more = write_tasks(folder / "more.toml", {"long": "epochs = 50"}, 0)
+    more = write_tasks(folder / "more.toml", {"long": "epochs = 30"}, 0)
     more.write_text(more.read_text() + '\n[tasks.new0]\ndata = "t0.npz"\n[tasks.new1]\ndata = "t1.npz"')
     rows = json.loads(end(start(cluster, "--tasks", more, *args, "--together", 2, "--workers", 1))[0])
     assert [(row["task"], row["trained"]) for row in rows] == [("long", False), ("new0", True), ("new1", True)]
@@ -118,7 +106,7 @@ def test_two_workers_write_the_files_of_one_machine(
 def test_who_is_stopped_and_whose_worker_is_killed_goes_on_to_the_same_file(
     folder: Path, cluster: Cluster, here: dict[str, bytes], tmp_path: Path
 ) -> None:
-    only = write_tasks(folder / "only.toml", {"long": "epochs = 50"}, 0)
+    only = write_tasks(folder / "only.toml", {"long": "epochs = 30"}, 0)
     args = ["--tasks", only, "--out", tmp_path / "out", *FAST]
     partial = tmp_path / "out" / "long.safetensors.partial"
     process = start(cluster, *args)
@@ -127,10 +115,7 @@ def test_who_is_stopped_and_whose_worker_is_killed_goes_on_to_the_same_file(
     _, errors = end(process, code=130)
     assert "Stopped: " in errors and "the same command" in errors
     assert "Traceback" not in errors
-    until = time.monotonic() + 60
-    while trainers(cluster):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: not trainers(cluster))
     stopped_at = partial.stat().st_mtime_ns
 
     process = start(cluster, *args)
