@@ -100,6 +100,8 @@ FORMS = (
     Form("V2", 48, after=CODES),
 )
 """In the order in which they are run: the cheapest first."""
+REPEATED = tuple(form for form in FORMS[:6] if form.kind != "random")
+"""What is run with three seeds."""
 
 
 class BasesStudy:

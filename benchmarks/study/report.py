@@ -6,6 +6,7 @@ python -m benchmarks.study.report        # writes docs/results/study.md and stud
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from benchmarks.study.bases import FOLDS, FORMS, OWN
+from benchmarks.study.bases import FOLDS, OWN, REPEATED
 from benchmarks.study.run import GROUPS, RESULTS, SETS, SWEEP_SETS, UPON, plan_of, plans_upon
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -150,7 +151,9 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
     across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
     codes, large = table_codes(every, final.rows), table_pixels(every)
-    on_bases, score = table_bases(every, best.rows), table_score(every)
+    seeds = seeds_of_bases(rows_of_bases(every))
+    on_bases, score = table_bases(every, best.rows, seeds), table_score(every)
+    on_bases_once = table_bases(every, best.rows, [0]) if len(seeds) > 1 else []
 
     def show(rows: list[dict[str, Any]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) if rows else "Not run yet."
@@ -258,7 +261,7 @@ Bases are made from the unpruned adapters of eight sets. Tasks are on the four s
 tuned for a row. Bases are not counted, because they are stored once for all tasks. Only complete rows are shown.
 
 {show(on_bases)}
-
+{also_once(on_bases_once, show)}
 The next table has own parts beside the cores. They are placed by the importance score, at random, and in the first blocks. It is test, on the sets and seeds that
 have all three. Intervals are over images, not over seeds.
 
@@ -278,6 +281,10 @@ rates, for peers as for Pear.
 
 {show(sweep(every, "shape", "what", "seed"))}
 """  # noqa: E501 (Markdown, as wide as the other documents)
+
+
+def also_once(rows: list[dict[str, Any]], show: Callable[[list[dict[str, Any]]], str]) -> str:
+    return f"\nSeed 0 alone, with the rows that have only this one:\n\n{show(rows)}\n" if rows else ""
 
 
 def recipes(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -394,15 +401,20 @@ def table_across(every: list[dict[str, Any]], alone: Rows, now: bool) -> list[di
 BESIDE = ("pear r=12, 0.92", "LoRA qkv r=2", "unpruned r=1", "unpruned r=2", "unpruned r=8", "linear")
 
 
-def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]]:
+def rows_of_bases(every: list[dict[str, Any]]) -> Rows:
+    return {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "bases"}
+
+
+def seeds_of_bases(rows: Rows) -> list[int]:
+    """The seeds with which every repeated form was run on all sets; the first one in any case."""
+    names = {plan.name for form in REPEATED for plan in form.plans("", 0)}
+    every = sorted({seed for _, _, seed in rows})
+    return [seed for seed in every if seed == 0 or all((name, s, seed) in rows for name in names for s in SETS)]
+
+
+def table_bases(every: list[dict[str, Any]], final: Rows, seeds: list[int]) -> list[dict[str, Any]]:
     """Tasks on common bases of other sets, beside rows of the final table on the same sets and seeds."""
-    rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "bases"}
-    first, seeds = FORMS[0].bases, sorted({seed for _, _, seed in rows})
-    sets = [s for fold in FOLDS if all((first, s, 0) in rows for s in fold) for s in fold]
-    if not sets:
-        return []
-    forms = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, 0) in rows for s in sets)]
-    seeds = [seed for seed in seeds if all((n, s, seed) in rows for n in forms for s in sets)]  # no row is dropped
+    rows, sets = rows_of_bases(every), [s for fold in FOLDS for s in fold]
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
     rows |= {(f"pear r=12, 0.92: {r['name']}", r["dataset"], r["seed"]): r for r in every if r["stage"] == "codes"}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
@@ -430,7 +442,7 @@ def table_bases(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
 
 def table_score(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Own parts on common bases placed by the score, beside its controls, where a set has all three."""
-    rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "bases"}
+    rows = rows_of_bases(every)
     forms = dict.fromkeys(n.removesuffix(" by importance") for n, _, _ in rows if n.endswith(" by importance"))
     table = []
     for form in forms:
