@@ -416,7 +416,7 @@ def table_bases(every: list[dict[str, Any]], final: Rows, seeds: list[int]) -> l
     """Tasks on common bases of other sets, beside rows of the final table on the same sets and seeds."""
     rows, sets = rows_of_bases(every), [s for fold in FOLDS for s in fold]
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
-    rows |= {(f"pear r=12, 0.92: {r['name']}", r["dataset"], r["seed"]): r for r in every if r["stage"] == "codes"}
+    rows |= {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "few"}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
 
     def mean(name: str, what: str) -> float:

@@ -3,8 +3,9 @@
 
 Each run is one row of benchmarks/results/study.jsonl; what is there is not repeated, so the script may be stopped
 and started at will. Sweeps look at val only, with the weights of the last epoch; test is looked at in the
-stages `final`, `tuned` and `table`, and where tasks stand upon others. Runs that differ only in what happens after
-pruning share the epochs before it, which are the same to the bit. benchmarks/study/report.py makes tables and plots.
+stages `final`, `tuned`, `table` and `few`, and where tasks stand upon others. Runs that differ only in what happens
+after pruning share the epochs before it, which are the same to the bit. benchmarks/study/report.py makes tables and
+plots.
 
     python -m benchmarks.study.run shape --shared ../shared
     python -m benchmarks.study.run final --shared ../shared --seeds 3
@@ -521,6 +522,19 @@ def codes() -> Iterator[Plan]:
             yield Plan("codes", f"adapters {adapter}, head {head}", "deit96", dataset, 0, options, None, True)
 
 
+def few() -> Iterator[Plan]:
+    """Few bytes with the final table's options: Pear in few bits, LoRA of rank 1; test."""
+    options, _ = chosen_rows()["pear r=12, 0.92"]
+    lora, _ = chosen_rows()["LoRA qkv r=2"]  # not chosen anew for rank 1
+    for seed in range(SEEDS):
+        for dataset in SETS:
+            told = {**options, "tensor_dtype": "Q4", "head_dtype": "Q4"}
+            yield Plan("few", "pear r=12, 0.92: adapters Q4, head Q4", "deit96", dataset, seed, told, None, True)
+    for seed in range(SEEDS):
+        for dataset in SETS:
+            yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
+
+
 def knobs() -> Iterator[Plan]:
     """One option at a time from the default, where no other stage turns it; DeiT-tiny, four sets; val only."""
     default: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
@@ -722,7 +736,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
     stage.__name__: stage
-    for stage in (shape, knobs, decay, recipe, sharing, init, codes, peers, pixels, final, tuned, table)
+    for stage in (shape, knobs, decay, recipe, sharing, init, codes, few, peers, pixels, final, tuned, table)
 }
 
 
