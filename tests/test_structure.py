@@ -250,7 +250,8 @@ def test_the_architecture_page_names_every_module(package: str) -> None:
     for first, second in re.findall(r"^\| (`.+?) \| (.*)", section, re.MULTILINE):
         folder = "."
         for words in re.findall(r"`([^`]+)`", first):
-            folder, words = words.split("/") if "/" in words else (folder, words)
+            if "/" in words:
+                folder, _, words = words.rpartition("/")
             named |= {(folder, name) for name in re.findall(r"\w+", words)}
         if folder != ".":
             named |= {

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from router.infer.lists import ROW_GROUP_ROWS, Rows
+from router.infer.formats.columns import ROW_GROUP_ROWS
+from router.infer.lists import Rows
 from router.infer.source import Source
 
 SCHEMA = pa.schema([("image", pa.string())])

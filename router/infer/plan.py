@@ -16,7 +16,8 @@ from pear_store import PearStoreError, ReadableStore
 from pear_store.local.sources import Access, is_url, url_below
 from router import Batch, ImageError, Limits, Preprocess, Router, RouterError, decode
 from router.batches import put_together
-from router.infer.lists import Image, Rows
+from router.infer.formats.columns import Image
+from router.infer.lists import Rows
 from router.pictures import LIMITS, ImageLike
 from router.preprocess import Spent
 from router.registry import Known

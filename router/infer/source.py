@@ -11,7 +11,8 @@ from typing import Literal
 
 from pear_store.counted import counted
 from pear_store.local.sources import Access, files_at, is_url, is_url_pattern, path_in_url
-from router.infer.lists import CSV, FORMATS, ListError, list_ending
+from router.infer.formats.columns import ListError
+from router.infer.lists import CSV, FORMATS, list_ending
 from router.pictures import extensions
 
 ENDINGS = (*FORMATS, ".tsv")

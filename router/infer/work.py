@@ -18,7 +18,8 @@ from pear_store import ReadableStore
 from pear_store.local.sources import Access
 from router import Batch, Limits, Predictions, Router
 from router.infer.folder import ImageFolder
-from router.infer.lists import Image, ImageList, ListError, OutputError, Rows
+from router.infer.formats.columns import Image, ListError
+from router.infer.lists import ImageList, OutputError, Rows
 from router.infer.parts import Parts, is_folder
 from router.infer.plan import (
     AHEAD,

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_store.files import ending
-from router.infer.lists import ROW_GROUP_ROWS, TABLE_BYTES, ListError, from_json_text, is_binary, is_json_text, recut
+from router.infer.formats.columns import ROW_GROUP_ROWS, TABLE_BYTES, ListError, from_json_text, is_binary, is_json_text
+from router.infer.lists import recut
 
 
 def check_writable(path: Path, schema: pa.Schema) -> None:

@@ -1,4 +1,4 @@
-"""router/infer/lists.py and writing.py: lists as users have them, with every kind of damage, and what is written."""
+"""Lists and their formats, and writing.py: lists as users have them, with every kind of damage, and what is written."""
 
 import json
 import os
@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from router import RouterError
-from router.infer import lists
-from router.infer.lists import ImageList
+from router.infer.formats import json_lines
+from router.infer.formats import parquet as parquet_lists
+from router.infer.formats import text as text_lines
+from router.infer.lists import FORMATS, ImageList
 from router.infer.writing import check_writable, write_list
 
 NEEDED = ["image", "task"]
@@ -121,7 +123,7 @@ def test_a_line_of_csv_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(text_lines, "LINE_CHARACTERS", 1 << 16)
     for suffix in (".csv", ".jsonl"):
         with (tmp_path / f"l{suffix}").open("wb") as file:
             file.truncate(1 << 28)
@@ -136,7 +138,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_malformed_line_of_json_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "LINE_CHARACTERS", 100_000)
+    monkeypatch.setattr(text_lines, "LINE_CHARACTERS", 100_000)
     good = b'{"image": "a.png", "task": "a", "n": 1}'
     bad = [
         b'{"image": ', b"[1, 2]", b"5", b'"text"', b"null", b'{"image": "a", "image": "b"}', b"\xff\xfe",
@@ -189,7 +191,7 @@ def test_values_of_unlike_types_come_through(tmp_path: Path) -> None:
 
 
 def test_types_may_differ_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(json_lines, "CHUNK_ROWS", 1)
     given = [
         {"image": "a", "task": "a", "n": 1, "m": 2**53 + 1, "s": {"x": 1}, "t": 1},
         {"image": "b", "task": "a", "n": 2.5, "m": 0.5, "s": {"y": "z"}, "t": "1"},
@@ -288,7 +290,7 @@ def test_images_in_parquet(tmp_path: Path, kind: pa.DataType) -> None:
 
 
 def test_a_list_of_large_images_is_read_in_small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_lists, "TABLE_BYTES", 1 << 20)
     images = [os.urandom(100_000) for _ in range(100)]
     pq.write_table(pa.table({"image": images, "task": ["a"] * 100}), tmp_path / "l.parquet", use_dictionary=False)
     listed = ImageList.scan(tmp_path / "l.parquet", NEEDED)
@@ -341,7 +343,7 @@ def test_an_output_that_parquet_cannot_hold_is_refused_before_the_work(tmp_path:
 # ---- files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", lists.FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_list_that_is_no_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"l{suffix}"
     makers: tuple[tuple[Callable[[], object], str], ...] = (

@@ -1,0 +1,1 @@
+"""The formats of lists: how the files of each are read."""
