@@ -35,6 +35,8 @@ def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> N
     name = f"bases {bases.name!r}"
     if not is_bases(bases):
         raise ConfigError(f"{name}: expected common bases, found a task: give a checkpoint that --make-bases wrote")
+    if not bases.positions:
+        raise ConfigError(f"{name}: have nothing at any position: give a checkpoint that --make-bases wrote")
     if bases.backbone_digest != adapted.backbone.digest:
         raise ConfigError(
             f"{name}: expected bases of {adapted.backbone.name} {adapted.backbone.digest[:19]}…, "
@@ -51,9 +53,11 @@ def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> N
 
 
 def check_rank(bases: Task, rank: int) -> None:
-    """Raises a ConfigError if the bases are of another rank than was asked for."""
+    """Raises a ConfigError if the bases are of another rank than was asked for. Other tasks are not judged here."""
+    if not is_bases(bases):
+        return
     ranks = {bases.adapters[branches[0].adapter].rank for branches in bases.positions.values()}
-    if ranks != {rank}:
+    if ranks and ranks != {rank}:
         shown = " and ".join(map(str, sorted(ranks)))
         raise ConfigError(
             f"bases {bases.name!r}: expected rank {shown}, found {rank}: leave rank out, or choose other bases"

@@ -83,7 +83,10 @@ def rebase(
     check_out(out)
     training = task.record["training"]
     options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
-    config = TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
+    try:
+        config = TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name!r}: field 'training': {error}") from None
     adapted = on_device(backbone, device)
     check_bases(bases, adapted, config)
     adapted.attach(list(task.positions))

@@ -464,6 +464,7 @@ def changed(bases: Task, **record: Any) -> Task:
         ("", {"own_bytes": 767}, "own bytes 767: expected at least 768, which the smallest adapter of rank 1 takes"),
         ("", {"own_bytes": 9, "own_rank": 2, "tensor_dtype": "Q4"}, "own bytes 9: expected at least 392, which the"),
         ("", {"own_rank": 193}, "own rank 193: expected at most 192, the smaller side at blocks.0.attn"),
+        ("none", {}, "bases 'common': have nothing at any position: give a checkpoint that --make-bases wrote"),
         ("one", {}, "bases 'common': expected an adapter of its own at 'blocks.0.mlp', found 'b0#0' of"),
         ("narrow", {}, r"bases 'common': expected widths \(192, 192\) at 'blocks.0.attn', found \(5, 5\)"),
     ],
@@ -476,6 +477,8 @@ def test_bases_that_do_not_fit(
         bases = changed(bases, backbone={"model": "x", "digest": "sha256:" + "0" * 64})
     elif change == "task":
         bases = sources[0]
+    elif change == "none":
+        bases = make_task({**bases.record, "positions": {}}, bases.tensors)
     elif change == "one":  # a task on them would have one core for all positions
         bases = changed(bases, positions={position: [["b0", 0.0, 0]] for position in bases.positions})
     elif change == "narrow":
@@ -553,6 +556,8 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert done.exit_code == 0, done.stderr
     assert f"; common bases {BASES_BYTES:,})" in done.stdout and "note" not in done.stderr
     assert "common bases alone" in done.stdout
+    task = run(*on, "--bases", "t0", "--from-store", store, "--rank", 12, "--force")
+    assert "bases 't0': expected common bases, found a task" in task.stderr
     default = run(*on, "--bases", out, "--rank", 12, "--force")
     assert default.exit_code == 1, "the default of --rank, if it was asked for"
     assert f"expected rank {R}, found 12: leave rank out" in default.stderr
@@ -689,6 +694,9 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     with pytest.raises(RouterError, match="device 'nonsense' cannot be used"):
         rebase(task, bases, backbone, data, tmp_path / "x", device="nonsense")
 
+    odd = make_task({**task.record, "training": {**task.record["training"], "lr": "x"}}, task.tensors)
+    with pytest.raises(ConfigError, match="task 't2': field 'training': lr 'x': expected float"):
+        rebase(odd, bases, backbone, data, tmp_path / "x")
     with pytest.raises(ConfigError, match="task 't0': it uses no common bases: give a task"):
         rebase(sources[0], bases, backbone, data, tmp_path / "x")
     with pytest.raises(ConfigError, match="task 't2': expected data of its 4 classes, found"):
