@@ -556,8 +556,8 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert done.exit_code == 0, done.stderr
     assert f"; common bases {BASES_BYTES:,})" in done.stdout and "note" not in done.stderr
     assert "common bases alone" in done.stdout
-    task = run(*on, "--bases", "t0", "--from-store", store, "--rank", 12, "--force")
-    assert "bases 't0': expected common bases, found a task" in task.stderr
+    plain = run(*on, "--bases", "t0", "--from-store", store, "--rank", 12, "--force")
+    assert "bases 't0': expected common bases, found a task" in plain.stderr
     default = run(*on, "--bases", out, "--rank", 12, "--force")
     assert default.exit_code == 1, "the default of --rank, if it was asked for"
     assert f"expected rank {R}, found 12: leave rank out" in default.stderr
