@@ -35,6 +35,8 @@ def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> N
     name = f"bases {bases.name!r}"
     if not is_bases(bases):
         raise ConfigError(f"{name}: expected common bases, found a task: give a checkpoint that --make-bases wrote")
+    if not bases.positions:
+        raise ConfigError(f"{name}: have nothing at any position: give a checkpoint that --make-bases wrote")
     if bases.backbone_digest != adapted.backbone.digest:
         raise ConfigError(
             f"{name}: expected bases of {adapted.backbone.name} {adapted.backbone.digest[:19]}…, "
@@ -46,20 +48,31 @@ def check_bases(bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> N
         raise ConfigError(f"{name}: its activation is {bases.activation!r}: train with it, not {config.activation!r}")
     if config.own_bytes is not None and config.knowledge not in ("fold", "none"):
         raise ConfigError(f"{name}: expected knowledge 'fold' or 'none' on common bases, found {config.knowledge!r}")
+    if config.rank != OPTIONS["rank"].default:
+        check_rank(bases, config.rank)
+
+
+def check_rank(bases: Task, rank: int) -> None:
+    """Raises a ConfigError if the bases are of another rank than was asked for. Other tasks are not judged here."""
+    if not is_bases(bases):
+        return
     ranks = {bases.adapters[branches[0].adapter].rank for branches in bases.positions.values()}
-    if config.rank != OPTIONS["rank"].default and ranks != {config.rank}:
+    if ranks and ranks != {rank}:
         shown = " and ".join(map(str, sorted(ranks)))
-        raise ConfigError(f"{name}: expected rank {shown}, found {config.rank}: leave rank out, or choose other bases")
+        raise ConfigError(
+            f"bases {bases.name!r}: expected rank {shown}, found {rank}: leave rank out, or choose other bases"
+        )
 
 
 def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> dict[str, FrozenAdapter]:
     """Each position's D and U, as they will be written again.
 
     Raises:
-        ConfigError: the bases lack a position, or their widths differ from the backbone's.
+        ConfigError: the bases lack a position, two positions use one adapter, or widths differ from the backbone's.
     """
     name = f"bases {bases.name!r}"
     found: dict[str, FrozenAdapter] = {}
+    owners: dict[str, str] = {}
     for position in positions:
         branches = bases.positions.get(position, [])
         if not branches:
@@ -71,6 +84,11 @@ def bases_at(bases: Task, adapted: AdaptedBackbone, positions: Sequence[str]) ->
             raise ConfigError(
                 f"{name}: expected one adapter without a core at {position!r}: give a checkpoint that --make-bases "
                 "wrote"
+            )
+        if (owner := owners.setdefault(adapter, position)) != position:  # a task on a stack keeps one core a place
+            raise ConfigError(
+                f"{name}: expected an adapter of its own at {position!r}, found {adapter!r} of {owner!r}: give a "
+                "checkpoint that --make-bases wrote"
             )
         if (widths := widths_of(bases, adapter)) != adapted.widths[position]:
             raise ConfigError(

@@ -185,6 +185,15 @@ class TrainConfig:
             silent |= {"scale_lr", "train_borrowed_scale"}
         return [name for name, option in OPTIONS.items() if name in silent and getattr(self, name) != option.default]
 
+    def unused_by_bases(self, trained: bool) -> list[str]:
+        """Names of options that differ from their defaults although common bases are made without them.
+
+        Args:
+            trained: whether the bases are also trained on data sets.
+        """
+        used = {*_OF_BASES, *(_OF_TRAINED_BASES if trained else ())}
+        return [name for name, option in OPTIONS.items() if name not in used and getattr(self, name) != option.default]
+
     @property
     def pruned_after(self) -> int:
         """Epochs before pruning, the default resolved."""
@@ -199,4 +208,9 @@ def default_prune_epoch(epochs: int) -> int:
 OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainConfig) if field.name != "task"}
 """Every option but `task`, by its name. Each has a default."""
 
+_OF_BASES = ("positions", "rank", "activation", "img_size", "device", "tensor_dtype")
+_OF_TRAINED_BASES = (
+    "epochs", "scale", "lr", "weight_decay", "warmup", "max_grad_norm", "drop_branch", "augment", "balance",
+    "label_smoothing", "batch_size", "seed", "dtype", "core_dtype", "core_lr", "bases_lr",
+)  # fmt: skip
 _BORROWING = ("borrow", "borrowed_scale", "train_borrowed_scale", "scale_lr", "knowledge_bits")

@@ -20,7 +20,7 @@ from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_train.bases import is_bases
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, preprocess_record
-from pear_train.dtypes import float_dtype
+from pear_train.dtypes import code_bits, float_dtype
 from pear_train.errors import ConfigError, DivergedError
 from pear_train.group import mixed_features, next_batch
 from pear_train.identity import BASES, Identity, fingerprint, identity
@@ -88,6 +88,10 @@ def make_bases(
     began = time.perf_counter()
     if config.activation != "identity":
         raise ConfigError(f"bases: expected activation 'identity', which cores need, found {config.activation!r}")
+    if code_bits(config.tensor_dtype) is not None:
+        raise ConfigError(
+            f"bases: expected tensor dtype F16, BF16 or F32, found {config.tensor_dtype}: bases are floats"
+        )
     check_configs(configs)
     check_out(out)
     adapted = on_device(backbone, config.device)

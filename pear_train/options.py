@@ -27,7 +27,8 @@ class _Range:
         return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
 
     def __str__(self) -> str:
-        low, high = (f"{end:,.0f}" if abs(end) < 1e9 else f"{end:g}" for end in (self.low, self.high))
+        ends: tuple[float, float] = self.low, self.high
+        low, high = (f"{end:g}" if end >= 1e9 and isinstance(end, float) else f"{int(end):,}" for end in ends)
         return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
 
 

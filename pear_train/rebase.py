@@ -50,7 +50,15 @@ class Rebased:
     file_bytes: int
 
 
-def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: Path, name: str = "") -> Rebased:
+def rebase(
+    task: Task,
+    bases: Task,
+    backbone: Backbone,
+    dataset: Dataset,
+    out: Path,
+    name: str = "",
+    device: str | None = None,
+) -> Rebased:
     """Writes a task with the nearest cores in other bases: C = D⁺ · down · core · up · U⁺ at each position.
 
     Its own adapters, its head and its options do not change. The old and the new task are both evaluated on the data,
@@ -61,6 +69,7 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
         dataset: data of the task's classes; val and test are evaluated.
         out: the checkpoint to write.
         name: name of the new task; empty: the same name.
+        device: device of torch. None: a GPU if there is one.
     Raises:
         ConfigError: the task has no common bases, or the new bases or the data do not fit it.
     """
@@ -74,8 +83,11 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
     check_out(out)
     training = task.record["training"]
     options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
-    config = TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
-    adapted = on_device(backbone, None)
+    try:
+        config = TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name!r}: field 'training': {error}") from None
+    adapted = on_device(backbone, device)
     check_bases(bases, adapted, config)
     adapted.attach(list(task.positions))
     adapters, held = _moved(task, bases, adapted, config)
@@ -87,19 +99,21 @@ def rebase(task: Task, bases: Task, backbone: Backbone, dataset: Dataset, out: P
         record["head"] = renamed(head, names.__getitem__, HEAD_PARTS)
     _, pixels = read_pictures(dataset, Preprocess(task.preprocess, dataset.limits))
     splits = {split: one for split, one in pixels.items() if split != "train"}
-    before = _measure(task, backbone, splits)
-    after = _measure(make_task(record, tensors, config.task), backbone, splits)
+    before = _measure(task, adapted, splits)
+    after = _measure(make_task(record, tensors, config.task), adapted, splits)
     loss = {split: (before[split].loss, after[split].loss) for split in splits}
     scores = {split: after[split].scores for split in splits}
     top1 = {split: (before[split].scores.top1, scores[split].top1) for split in splits}
-    record["metrics"] = {**task.record["metrics"], **metrics_of(scores)}
+    record["metrics"] = metrics_of(scores)  # nothing of before the move, also if these data have no test split
     threshold = task.record.get("threshold"), after["val"].threshold(config.threshold_accuracy)
     record.pop("threshold", None)
     if threshold[1] is not None:
         record["threshold"] = threshold[1]
-    told = {"from": training["bases"], "held": held, "loss": loss, "top1": top1}
+    told = {"from": training["bases"], "data": dataset.fingerprint, "held": held, "loss": loss, "top1": top1}
+    counts = {"images": dataset.counts, "unreadable": dataset.unreadable_counts}  # of what the figures are measured on
     given = given_digest(task, (), bases)  # so that no run on these bases takes this file for its own
-    record["training"] = {**training, **in_record(scores), "bases": bases.name, "given": given, "rebased": told}
+    where_it_is = {"bases": bases.name, "given": given, "rebased": told}
+    record["training"] = {**training, **counts, **in_record(scores), **where_it_is}
     written = make_task(json.loads(json.dumps(record)), tensors, config.task)
     file_bytes = write_checkpoint(out, written)
     adapter, _, head_bytes = stored_bytes(written)
@@ -143,9 +157,9 @@ class _Measured:
 
 
 @torch.no_grad()
-def _measure(task: Task, backbone: Backbone, splits: Mapping[str, Pixels]) -> dict[str, _Measured]:
+def _measure(task: Task, adapted: AdaptedBackbone, splits: Mapping[str, Pixels]) -> dict[str, _Measured]:
     """Of each split, through the router."""
-    router, found = Router(backbone), {}
+    router, found = Router(adapted.backbone, device=adapted.device), {}
     router.add(task)
     for split, pixels in splits.items():
         parts = [router.run(pixels.images(rows), task.name).logits for rows in in_batches(pixels)]

@@ -5,9 +5,9 @@ import torch
 from pear_store import Task
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.base import BaseAdapters, base_adapters
-from pear_train.bases import bases_at, check_bases, stand_on
+from pear_train.bases import bases_at, check_bases, is_bases, stand_on
 from pear_train.config import TrainConfig
-from pear_train.dtypes import code_bits
+from pear_train.dtypes import code_bits, written_bytes
 from pear_train.errors import ConfigError
 from router import AdaptedBackbone, BackboneError, choose_positions
 
@@ -50,6 +50,8 @@ def start_adapters(
     Raises:
         ConfigError: the base set or the common bases do not fit, nothing is left to train, or the rank is too high.
     """
+    if base is not None and is_bases(base):
+        raise ConfigError(f"base {base.name!r}: expected a base set, found common bases: give them as --bases")
     if bases is not None:
         if base is not None:
             raise ConfigError(f"bases {bases.name!r}: cannot be used with base {base.name!r}: choose one of them")
@@ -100,7 +102,29 @@ def _start_on_bases(
     positions = attached(adapted, chosen)
     found = bases_at(bases, adapted, positions)
     widths = {position: adapted.widths[position] for position in positions if config.own_rank}
+    _check_own(config, widths)
     common, bits = config.down == "common", (code_bits(config.tensor_dtype), code_bits(config.core_dtype))
     adapters = AdapterSet(widths, config.own_rank, config.activation, config.scale, generator, common, *bits)
     stand_on(adapters, found, config.scale, adapted.device)
     return adapters.to(adapted.device)
+
+
+def _check_own(config: TrainConfig, widths: dict[str, tuple[int, int]]) -> None:
+    """Checks the adapters that a task on common bases has of its own.
+
+    Raises:
+        ConfigError: their rank is too high, or not one of them fits into `own_bytes`.
+    """
+    rank, dtype = config.own_rank, config.tensor_dtype
+    for position, sides in widths.items():
+        if rank > min(sides):
+            raise ConfigError(f"own rank {rank}: expected at most {min(sides)}, the smaller side at {position}")
+    sizes = [
+        written_bytes((d_in, rank), dtype, 1) + written_bytes((rank, d_out), dtype, 0)
+        for d_in, d_out in widths.values()
+    ]
+    if config.own_bytes and config.own_bytes < min(sizes):
+        raise ConfigError(
+            f"own bytes {config.own_bytes:,}: expected at least {min(sizes):,}, which the smallest adapter of rank "
+            f"{rank} takes in {dtype}: give more bytes, or a smaller own rank"
+        )

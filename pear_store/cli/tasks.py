@@ -24,8 +24,9 @@ from pear_store.cli.group import (
 )
 from pear_store.counted import counted
 from pear_store.errors import PearStoreError
-from pear_store.format.checkpoint import natural_key, shown_label
+from pear_store.format.checkpoint import Task, natural_key, shown_label
 from pear_store.format.digest import ITEM_BYTES
+from pear_store.format.record import Adapter
 from pear_store.format.summary import NO_SUMMARY, Origin, Summary
 from pear_store.listing import Listing, Query, Row, SortKey, listed_json, version_json
 from pear_store.local import sources
@@ -235,12 +236,22 @@ def show(reference: str, as_json: bool) -> None:
     for position, branches in sorted(task.positions.items(), key=lambda item: natural_key(item[0])):
         for branch in branches:
             adapter = task.adapters[branch.adapter]
-            size = sum(matrix.tensor(task.tensors).size_bytes for matrix in adapter.matrices)
-            bits = adapter.down.bits or 8 * ITEM_BYTES[task.tensors[adapter.down.name].dtype]
             rows.append({"position": position, "adapter": branch.adapter, "scale": round(branch.scale, 4),
-                         "bits": bits, "bytes": f"{size:,}"})  # fmt: skip
+                         "bits": _bits(adapter, task), "bytes": f"{_size_bytes(adapter, task):,}"})  # fmt: skip
     if rows:
         echo_table(rows)
+
+
+def _bits(adapter: Adapter, task: Task) -> str:
+    """The bits of a number, of each matrix that has others than those before it: "16, 4" of a coded core in bases."""
+    every = (matrix.bits or 8 * ITEM_BYTES[task.tensors[matrix.name].dtype] for matrix in adapter.matrices)
+    return ", ".join(map(str, dict.fromkeys(every)))
+
+
+def _size_bytes(adapter: Adapter, task: Task) -> int:
+    """The bytes of its matrices, with their scales."""
+    parts = [part(task.tensors) for matrix in adapter.matrices for part in (matrix.tensor, matrix.scales)]
+    return sum(part.size_bytes for part in parts if part is not None)
 
 
 def _shared(store: ReadableStore, version: Version) -> Shared | None:

@@ -14,6 +14,9 @@ from pear_train.recall import recall_rows
 from pear_train.report import Failed, Result
 from pear_train.tasks import TaskEntry
 
+_OWN_BYTES = ("adapter_bytes", "knowledge_bytes", "head_bytes")
+"""What a task adds to a store. Common bases are there once for all."""
+
 
 def summary_line(result: Result | Failed) -> str:
     """One line for a task that ended."""
@@ -44,6 +47,7 @@ def answer_many(
             "task": row["task"],
             "val %": "" if row["val_top1"] is None else f"{100 * row['val_top1']:.1f}",
             "test %": "" if row["test_top1"] is None else f"{100 * row['test_top1']:.1f}",
+            "bytes": "" if "error" in row else f"{sum(row[part] for part in _OWN_BYTES):,}",
             "result": "failed, see above"
             if "error" in row
             else ("was trained already" if row["trained"] is False else f"{row['seconds']:.0f} s"),

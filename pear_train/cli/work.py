@@ -13,6 +13,7 @@ import torch
 from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.counted import counted
 from pear_store.terminal import echo
+from pear_train.bases import check_rank
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
 from pear_train.cli.places import check_places
@@ -71,6 +72,8 @@ def do_work(request: Request, told: Told) -> Work | None:
     base = None if request.base is None else read_checkpoint(request.base)
     bank = _stored(request.bank, request.bank_tasks)
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
+    if bases is not None and "rank" in told.shown and request.rebase is None:
+        check_rank(bases, told.options["rank"])  # also a rank that is the default, if it was asked for
     if request.rebase is not None and checkpoint_at(out) is not None and not (request.overwrite or request.force):
         raise ConfigError(
             f"{out}: there is already a task checkpoint. --overwrite replaces it; another --out keeps both"
@@ -86,7 +89,8 @@ def do_work(request: Request, told: Told) -> Work | None:
         return None
     if request.rebase is not None:
         assert bases is not None
-        _rebase(request, _read_task(request.rebase, request.from_store), bases, loaded, datasets[0])
+        task = _read_task(request.rebase, request.from_store)
+        _rebase(request, task, bases, loaded, datasets[0], told.options["device"])
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
@@ -181,8 +185,7 @@ def _make_base(request: Request, entries: list[TaskEntry], loaded: Backbone, dat
 def _make_bases(
     request: Request, told: Told, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]
 ) -> None:
-    options = {name: value for name, value in told.options.items() if name in OPTIONS}
-    config, out = TrainConfig(task=request.task or "bases", **options), request.out
+    config, out = _config_of_bases(request, told), request.out
     sources, configs = _stored(request.from_store, request.from_tasks), [entry.config for entry in entries]
     now = partial(bases_identity, config, loaded, sources, configs, datasets)
     if not request.force and is_finished(out, now, request.overwrite):
@@ -198,8 +201,13 @@ def _make_bases(
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 
 
-def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset: Dataset) -> None:
-    made = rebase(task, bases, loaded, dataset, request.out, str(request.task))
+def _config_of_bases(request: Request, told: Told) -> TrainConfig:
+    options = {name: value for name, value in told.options.items() if name in OPTIONS}
+    return TrainConfig(task=request.task or "bases", **options)
+
+
+def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset: Dataset, device: str | None) -> None:
+    made = rebase(task, bases, loaded, dataset, request.out, str(request.task), device)
     if request.as_json:
         click.echo(json.dumps(asdict(made)))
         return
@@ -228,19 +236,26 @@ def _read_task(name: str, store: Path | None) -> Task:
 def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None:
     """Prints which options have no effect: the method ignores them, or the file of tasks overrides them."""
     unused: dict[tuple[str, str], list[str]] = {}
+    configs = [entry.config for entry in entries] or [_config_of_bases(request, told)]
+    for config in configs:
+        if request.rebase is not None:
+            names = [name for name in told.shown if name in OPTIONS and name != "device"]
+            reason = "a task that moves keeps its own options"
+        elif request.make_bases:
+            names, reason = config.unused_by_bases(trained=bool(entries)), "common bases are made without it"
+        else:
+            config = replace(config, method="adapters") if request.make_base else config
+            names = config.unused(request.base is not None, request.bank is not None, request.bases is not None)
+            reason = f"this run of method {config.method!r} does not use it"
+        for name in names:
+            unused.setdefault((name, reason), []).append(config.task)
     for entry in entries:
-        config = replace(entry.config, method="adapters") if request.make_base else entry.config
-        on_bases = request.bases is not None or request.make_bases
-        unused_names = config.unused(request.base is not None, request.bank is not None, on_bases)
-        for name in unused_names if not request.make_bases else set(unused_names) - {"bases_lr"}:
-            unused.setdefault((name, config.method), []).append(config.task)
         for name in told.shown:
             value = getattr(entry.config if name in OPTIONS else entry.data_options, name)
             if value != told.options[name]:
-                unused.setdefault((name, "file"), []).append(config.task)
-    for (name, why), tasks in unused.items():
-        reason = "the file of tasks overrides it" if why == "file" else f"this run of method {why!r} does not use it"
-        of = "" if len(entries) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
+                unused.setdefault((name, "the file of tasks overrides it"), []).append(entry.config.task)
+    for (name, reason), tasks in unused.items():
+        of = "" if len(configs) == 1 else f" on {', '.join(tasks[:5])}{' …' if len(tasks) > 5 else ''}"
         shown = told.shown.get(name, name.replace("_", " "))
         echo(f"note      {shown} has no effect{of}: {reason}", err=True)
 
@@ -265,7 +280,7 @@ def _stored(path: Path | None, names: str | None) -> list[Task]:
         return []
     with Store(path) as store:
         if names is not None:
-            return [store.get(name) for name in names.split(",")]
+            return [store.get(name) for name in dict.fromkeys(names.split(","))]
         newest = sorted(store.tasks(), key=lambda version: version.time_ns)[-_BANK_TASKS:]
         return [store.get(version.task) for version in newest]
 

@@ -349,7 +349,10 @@ def test_every_command_on_a_store_of_such_tasks(tmp_path: Path) -> None:
     shown = json.loads(run("--store", tmp_path / "s", "show", "two", "--json").stdout)
     text = dump_manifest(shown["manifest"])
     assert text == to_manifest(on_bases("two", 1)), "the manifest as it is stored"
-    assert "blocks.1.attn" in run("--store", tmp_path / "s", "show", "two").stdout
+    told = run("--store", tmp_path / "s", "show", "two").stdout.splitlines()
+    rows = [line.split() for line in told if line.startswith("blocks.1.attn")]
+    core, own = ["blocks.1.attn", "c#2", "1.0", "32,", "4", "106"], ["blocks.1.attn", "a#0", "1.0", "32", "48"]
+    assert rows == [core, own], "the bits of bases and of the core, and bytes with those of scales"
     ran = run("--store", tmp_path / "s", "export", "two", tmp_path / "out.safetensors")
     assert ran.exit_code == 0, ran.output
     assert values(read_checkpoint(tmp_path / "out.safetensors")) == values(on_bases("two", 1))

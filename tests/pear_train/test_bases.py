@@ -29,7 +29,7 @@ from pear_train.rebase import rebase
 from pear_train.recall import scores_of
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
-from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, add_branch
+from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, RouterError, add_branch
 from router.exports.plain import PlainModel
 from router.tensors import from_torch, to_torch
 from tests.pear_train.test_many import folder as folder  # the same data
@@ -142,6 +142,8 @@ def test_tasks_that_do_not_fit_are_passed_over(
     data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
     with pytest.raises(ConfigError, match=r"bases: expected tasks of one input size, found \(48, 48\) and \(64, 64\)"):
         make_bases(config("b", rank=3), backbone, sources, tmp_path / "c", two, data)
+    with pytest.raises(ConfigError, match="bases: expected tensor dtype F16, BF16 or F32, found Q4: bases are floats"):
+        make_bases(config("b", tensor_dtype="Q4"), backbone, sources, tmp_path / "c")
     with pytest.raises(ConfigError, match="bases: expected activation 'identity', which cores need, found 'relu'"):
         make_bases(config("b", activation="relu", knowledge="none"), backbone, sources, tmp_path / "c")
 
@@ -321,10 +323,11 @@ def test_an_interrupted_run_on_bases_ends_in_the_same_file(
 def test_tasks_on_bases_train_together_as_alone(
     bases: Task, folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forms = {0: {}, 2: {**FORMS[2], "own_bytes": 6144}}  # room for two own adapters in F32
     jobs = [
-        Job(config(f"t{i}", tensor_dtype="F32", **FORMS[i]), partial(open_dataset, str(folder / f"t{i}.npz")),
+        Job(config(f"t{i}", tensor_dtype="F32", **form), partial(open_dataset, str(folder / f"t{i}.npz")),
             tmp_path / f"t{i}")
-        for i in (0, 2)
+        for i, form in forms.items()
     ]  # fmt: skip
     steps: list[dict[str, PositionWeights]] = []
 
@@ -458,6 +461,11 @@ def changed(bases: Task, **record: Any) -> Task:
         ("", {"method": "linear"}, "bases 'common': expected method 'pear', found 'linear'"),
         ("", {"activation": "relu", "knowledge": "none"}, "bases 'common': its activation is 'identity': train"),
         ("", {"own_bytes": 9, "knowledge": "exact"}, "bases 'common': expected knowledge 'fold' or 'none' on"),
+        ("", {"own_bytes": 767}, "own bytes 767: expected at least 768, which the smallest adapter of rank 1 takes"),
+        ("", {"own_bytes": 9, "own_rank": 2, "tensor_dtype": "Q4"}, "own bytes 9: expected at least 392, which the"),
+        ("", {"own_rank": 193}, "own rank 193: expected at most 192, the smaller side at blocks.0.attn"),
+        ("none", {}, "bases 'common': have nothing at any position: give a checkpoint that --make-bases wrote"),
+        ("one", {}, "bases 'common': expected an adapter of its own at 'blocks.0.mlp', found 'b0#0' of"),
         ("narrow", {}, r"bases 'common': expected widths \(192, 192\) at 'blocks.0.attn', found \(5, 5\)"),
     ],
 )  # fmt: skip
@@ -469,6 +477,10 @@ def test_bases_that_do_not_fit(
         bases = changed(bases, backbone={"model": "x", "digest": "sha256:" + "0" * 64})
     elif change == "task":
         bases = sources[0]
+    elif change == "none":
+        bases = make_task({**bases.record, "positions": {}}, bases.tensors)
+    elif change == "one":  # a task on them would have one core for all positions
+        bases = changed(bases, positions={position: [["b0", 0.0, 0]] for position in bases.positions})
     elif change == "narrow":
         from tests.helpers.makers import floats
 
@@ -487,6 +499,8 @@ def test_bases_beside_a_base_set_are_refused(
     data = open_dataset(str(folder / "t0.npz"))
     with pytest.raises(ConfigError, match="bases 'common': cannot be used with base 't0': choose one of them"):
         train(config(), backbone, data, tmp_path / "t", bases=bases, base=sources[0])
+    with pytest.raises(ConfigError, match="base 'common': expected a base set, found common bases: give them as"):
+        train(config(rank=R), backbone, data, tmp_path / "t", base=bases)
 
 
 def test_options_that_came_later_do_not_make_finished_runs_others() -> None:
@@ -502,6 +516,9 @@ def test_options_without_a_use_are_named() -> None:
     assert plain.unused(base=False, bank=False, bases=True) == []
     told = TrainConfig(task="t", ratio=0.5, importance="random", prune_epoch=3)
     assert told.unused(base=False, bank=False, bases=True) == ["prune_epoch", "ratio", "importance"]
+    making = TrainConfig(task="t", rank=8, epochs=5, lr=0.1, bases_lr=0.1, own_rank=2, head_dtype="Q4", ratio=0.5)
+    assert making.unused_by_bases(trained=True) == ["ratio", "head_dtype", "own_rank"]
+    assert making.unused_by_bases(trained=False) == ["epochs", "ratio", "lr", "head_dtype", "own_rank", "bases_lr"]
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -520,6 +537,12 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     making = ("common", "--make-bases", "--from-store", store, "--rank", R, "--positions", "blocks", "--out", out)
     done = run(*making)
     assert done.exit_code == 0, done.stderr
+    assert "note" not in done.stderr
+    twice = run(*making[:-1], tmp_path / "twice", "--from-tasks", "t0,t1,t0", "--own-rank", 2)
+    assert "from 2 tasks" in twice.stdout, "a task that is named twice counts once"
+    assert "note      --own-rank has no effect: common bases are made without it\n" in twice.stderr
+    assert matrices(tmp_path / "twice").keys() == matrices(out).keys()
+    assert all(torch.equal(one, matrices(out)[name]) for name, one in matrices(tmp_path / "twice").items())
     assert f"common bases of rank {R} at 12 positions from 2 tasks" in done.stdout
     done = run(*making, "--json")
     assert "made already, from the same tasks; --force makes them again" in done.stderr
@@ -533,6 +556,11 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert done.exit_code == 0, done.stderr
     assert f"; common bases {BASES_BYTES:,})" in done.stdout and "note" not in done.stderr
     assert "common bases alone" in done.stdout
+    plain = run(*on, "--bases", "t0", "--from-store", store, "--rank", 12, "--force")
+    assert "bases 't0': expected common bases, found a task" in plain.stderr
+    default = run(*on, "--bases", out, "--rank", 12, "--force")
+    assert default.exit_code == 1, "the default of --rank, if it was asked for"
+    assert f"expected rank {R}, found 12: leave rank out" in default.stderr
     again = run(*on, "--bases", out, "--own-rank", 1, "--own-bytes", 1600, "--json")
     assert "trained already, with the same options and data" in again.stderr
     assert json.loads(again.stdout)["bases_bytes"] == BASES_BYTES
@@ -656,9 +684,19 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     assert lossy.record["metrics"]["val_macro_f1"] == scores.macro_f1
     assert lossy.record["training"]["recall"]["val"] == scores.recall
     by_hand = {**stale.record, "training": {**task.record["training"], "threshold_accuracy": None}}
-    dropped = rebase(make_task(by_hand, task.tensors), bases, backbone, data, tmp_path / "dropped")
-    assert dropped.threshold == (0.123, None) and "threshold" not in read_checkpoint(tmp_path / "dropped").record
+    fewer = replace(data, test=None)
+    dropped = rebase(make_task(by_hand, task.tensors), bases, backbone, fewer, tmp_path / "dropped", device="cpu")
+    of_val = read_checkpoint(tmp_path / "dropped").record
+    assert dropped.threshold == (0.123, None) and "threshold" not in of_val
+    assert of_val["metrics"].keys() == {"val_top1", "val_macro_f1"}, "no figure is of before the move"
+    assert of_val["training"]["images"] == fewer.counts and "test" not in of_val["training"]["recall"]
+    assert of_val["training"]["rebased"]["data"] == fewer.fingerprint
+    with pytest.raises(RouterError, match="device 'nonsense' cannot be used"):
+        rebase(task, bases, backbone, data, tmp_path / "x", device="nonsense")
 
+    odd = make_task({**task.record, "training": {**task.record["training"], "lr": "x"}}, task.tensors)
+    with pytest.raises(ConfigError, match="task 't2': field 'training': lr 'x': expected float"):
+        rebase(odd, bases, backbone, data, tmp_path / "x")
     with pytest.raises(ConfigError, match="task 't0': it uses no common bases: give a task"):
         rebase(sources[0], bases, backbone, data, tmp_path / "x")
     with pytest.raises(ConfigError, match="task 't2': expected data of its 4 classes, found"):
@@ -680,7 +718,9 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     assert done.exit_code == 0, done.stderr
     assert "now on turned, which keep 100.0 % of the cores' sum" in done.stdout and "val: " in done.stdout
     assert run(*asked).exit_code == 1 and "there is already a task checkpoint" in run(*asked).stderr
-    overwritten = run(*asked, "--overwrite", "--json")
+    overwritten = run(*asked, "--overwrite", "--json", "--core-dtype", "Q2", "--device", "cpu")
+    assert overwritten.stderr.count("has no effect") == 1
+    assert "note      --core-dtype has no effect: a task that moves keeps its own options\n" in overwritten.stderr
     assert json.loads(overwritten.stdout)["held"] > 0.9999
 
 

@@ -275,18 +275,21 @@ def test_patience_stops_early_and_keeps_the_best(folder: Path, backbone: Backbon
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tensors", "head"), [("Q8", "Q8"), ("Q4", "Q4"), ("Q2", "Q2"), ("Q1", "BF16"), ("BF16", "F32")]
-)
+    ("tensors", "core", "head"),
+    [("Q8", "Q8", "Q8"), ("Q4", "auto", "Q4"), ("Q2", "Q2", "Q2"), ("Q1", "Q4", "BF16"), ("BF16", "auto", "F32"),
+     ("F32", "Q4", "F32")],
+)  # fmt: skip
 def test_codes_are_trained_and_routed(
-    tensors: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
+    tensors: str, core: str, head: str, folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
-    result = train(config(tensor_dtype=tensors, head_dtype=head, epochs=8), backbone,
+    result = train(config(tensor_dtype=tensors, core_dtype=core, head_dtype=head, epochs=8), backbone,
                    open_dataset(str(folder / "t0.npz")), tmp_path / "out")  # fmt: skip
     task = read_checkpoint(tmp_path / "out")
-    bits = {"Q8": 8, "Q4": 4, "Q2": 2, "Q1": 1, "BF16": 16}[tensors]
+    bits = {"Q8": 8, "Q4": 4, "Q2": 2, "Q1": 1, "BF16": 16, "F32": 32}[tensors]
+    core_bytes = {"auto": 16 * 2, "Q8": 16 + 4 * 2, "Q4": 8 + 4 * 2, "Q2": 4 + 4 * 2}[core]
     scales = 6 * 2 * 4 * 2 if bits < 16 else 0
     cores = sum("basis" in entry for entry in task.record["adapters"].values())
-    assert result.adapter_bytes == 6 * 2 * 192 * 4 * bits // 8 + scales + cores * 16 * 2
+    assert result.adapter_bytes == 6 * 2 * 192 * 4 * bits // 8 + scales + cores * core_bytes
     head_weight = {"Q8": 2 * 192 + 2 * 2, "Q4": 192 + 2 * 2, "Q2": 96 + 2 * 2, "BF16": 2 * 192 * 2, "F32": 2 * 192 * 4}[
         head
     ]
@@ -433,6 +436,9 @@ def test_tasks_file_trains_all_and_not_again(folder: Path, tmp_path: Path) -> No
     assert "2 of 3 are trained already" in again.stderr
     shown = run("--tasks", file, "--out", tmp_path / "out", *FAST)
     assert "was trained already" in shown.stdout
+    row = next(row for row in json.loads(again.stdout) if row["task"] == "t1")
+    size = row["adapter_bytes"] + row["knowledge_bytes"] + row["head_bytes"]
+    assert next(line.split() for line in shown.stdout.splitlines() if line.startswith("t1"))[3] == f"{size:,}"
 
 
 @pytest.mark.slow

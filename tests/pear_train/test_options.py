@@ -103,6 +103,7 @@ def test_every_option_can_be_set_by_its_name(name: str) -> None:
         (["scale=big"], "--set: scale = 'big': expected float"),
         (["scale=nan"], "--set: scale = nan: expected above 0"),
         (["scale=0"], "--set: scale = 0: expected above 0 and at most 1,000,000"),
+        (["seed=-1"], "--set: seed = -1: expected at least 0 and at most 9,223,372,036,854,775,807"),
         (["sharing=best"], "--set: sharing = 'best': expected one of nearest, top, similar, none"),
         (["knowledge-bits=2"], "--set: knowledge_bits = 2: expected one of 1, 4"),
         (["train_borrowed_scale=maybe"], "--set: train_borrowed_scale = 'maybe': expected bool"),
