@@ -13,10 +13,11 @@ from pear_store import Task
 from pear_train.bank import Bank
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset, Pixels, preprocess_record, read_pictures
-from pear_train.dtypes import Written, core_dtype, float_dtype
+from pear_train.dtypes import Written, code_bits, core_dtype, float_dtype
 from pear_train.errors import DivergedError
 from pear_train.evaluate import in_batches, predicted_classes
 from pear_train.feed import Feed
+from pear_train.head import Head
 from pear_train.identity import given_digest, run_identity
 from pear_train.machine import autocast_dtype, choose_precision, describe_machine
 from pear_train.memory import check_batch
@@ -70,9 +71,7 @@ class TaskRun:
         self.adapters = start_adapters(config, adapted, base, self.generator, bases)
         self.bases = None if bases is None else bases.name
         self.bank = Bank(bank, adapted, config.activation, cores=config.borrow == "core")
-        self.head = nn.Linear(adapted.feature_width, len(dataset.classes)).to(self.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = Head(adapted.feature_width, len(dataset.classes), code_bits(config.head_dtype), self.device)
         preprocess = Preprocess(self.preprocess, dataset.limits)
         check_batch(config.task, min(config.batch_size, len(dataset.train)), preprocess.size, self.device)
         self.dataset, self.pixels = read_pictures(dataset, preprocess)
