@@ -48,6 +48,7 @@ class Spread:
         """Time of the first answer, by time.perf_counter."""
 
     def run(self) -> None:
+        self._show()
         for order, answer in self._crew.serve(self._orders()):
             self.first_at = self.first_at or time.perf_counter()
             entry = self._open.pop(order)
@@ -56,11 +57,14 @@ class Spread:
                     result.update(found)
                 entry.served += len(results)
                 self._bar.update(len(results))
-            crew = self._crew
-            self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=False)
+            self._show()
             self.workers_s.update(answer.seconds)
             entry.left -= 1
             self._write_if_done(entry)
+
+    def _show(self) -> None:
+        crew = self._crew
+        self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=not crew.up)
 
     def _orders(self) -> Iterator[Order]:
         """The batches of all parts. Records the part of each."""
