@@ -51,13 +51,13 @@ class Spread:
         self._show()
         for order, answer in self._crew.serve(self._orders()):
             self.first_at = self.first_at or time.perf_counter()
+            self._show()
             entry = self._open.pop(order)
             for ask, results in zip(order.asks, answer.results, strict=True):
                 for result, found in zip(ask.results, results, strict=True):
                     result.update(found)
                 entry.served += len(results)
                 self._bar.update(len(results))
-            self._show()
             self.workers_s.update(answer.seconds)
             entry.left -= 1
             self._write_if_done(entry)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.cluster import ROOT, wait_until
+import pytest
+
+from tests.helpers.cluster import ROOT, descendants, wait_until
 from tests.helpers.drivers import Driver, server
 
 FOREVER = ["-n", "1", "-r", "1", "import time; time.sleep(3600)"]
@@ -35,6 +37,33 @@ def test_no_command_outlives_tests_that_are_killed() -> None:
         assert not has_ended(pid)
         tests.kill()
     wait_until(lambda: has_ended(pid))
+
+
+_WITH_RAY = """
+import signal, sys
+from pathlib import Path
+from tests.helpers.cluster import machine, two_cores, wait_until
+here = Path(sys.argv[1])
+with two_cores(here / "cache") as ray, machine(ray.environment, here, f"--address={ray.address}", "--num-cpus=1"):
+    wait_until(lambda: "Ray runtime started" in (here / "ray.log").read_text())
+    print(ray.environment["RAY_TMPDIR"], flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PEAR_CLUSTER_DEATHS" not in os.environ, reason="starts Ray anew: PEAR_CLUSTER_DEATHS=1")
+def test_no_ray_outlives_tests_that_are_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _WITH_RAY, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        folder = Path(tests.stdout.readline().strip())
+        assert folder.is_dir()
+        below = descendants(tests.pid)
+        assert len(below) > 10
+        tests.kill()
+    wait_until(lambda: all(map(has_ended, below)))
+    wait_until(lambda: not folder.exists())
 
 
 def test_no_command_outlives_the_tests_that_it_is_for() -> None:
