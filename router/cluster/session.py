@@ -72,12 +72,12 @@ def _check_answers(address: str) -> None:
 
 def _why(error: Exception) -> str:
     """Why Ray refuses to be used. What Ray itself says of some reasons names options of its own commands."""
-    told = one_line(error)
+    told = " ".join(str(error).split()) or type(error).__name__
     if told.startswith("Could not find any running Ray"):
         return "this machine is part of no cluster: start Ray, or give an address with a port, such as 10.0.0.1:6379"
     if told.startswith("Failed to connect"):
         return "no cluster of Ray answers there, or it has another token: check the address and $RAY_AUTH_TOKEN"
-    return told
+    return f"{told:.500}"
 
 
 def one_line(error: BaseException) -> str:

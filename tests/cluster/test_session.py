@@ -113,7 +113,8 @@ def test_who_is_no_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
             "Failed to connect to Ray cluster at 127.0.0.1:1",
             "no cluster of Ray answers there, or it has another token: check the address and $RAY_AUTH_TOKEN",
         ),
-        ("Version mismatch:\n  theirs is 1", "Version mismatch:"),
+        ("Version mismatch: The cluster has:\n    Ray: 2.59", "Version mismatch: The cluster has: Ray: 2.59"),
+        ("", "ConnectionError"),
     ],
 )
 def test_what_ray_says_is_said_in_one_line(told: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
