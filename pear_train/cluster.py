@@ -26,7 +26,7 @@ from pear_train.loop import train_many
 from pear_train.report import Failed, Result, Step
 from pear_train.tasks import TaskEntry
 from router import Backbone, load_backbone
-from router.cluster import ClusterError, has_gpus, reason_of, room, session
+from router.cluster import ClusterError, fitting, has_gpus, reason_of, room, session
 
 ATTEMPTS = 6
 """How many times in a row a task's worker may die before it ends another epoch."""
@@ -196,7 +196,7 @@ class Party:
         cpus_per_worker: int | None = None,
     ) -> None:
         self._audience, self._together, self._workers, self._on_gpus = audience, together, workers, setup.on_gpus
-        _, self._cpus = room(setup.on_gpus, cpus_per_worker)
+        _, self._cpus = room(setup.on_gpus, cpus_per_worker, workers)
         self._threads = None if setup.on_gpus else self._cpus
         self._setup = ray.put(setup)  # sent once, because base and bank may be large
         train: Any = ray.remote(trained)
@@ -226,7 +226,7 @@ class Party:
 
     def _most(self) -> int:
         """The most groups to submit to Ray. Asked anew each time, because machines may have joined."""
-        return self._workers or room(self._on_gpus, self._cpus)[0] + WAITING
+        return self._workers or fitting(self._on_gpus, self._cpus) + WAITING
 
     def _take(self, stream: Any) -> Iterator[Result | Failed]:
         """Handles one event of a worker, or its end."""

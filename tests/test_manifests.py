@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,12 @@ def test_ray_s_manifests_name_options_and_versions_that_there_are() -> None:
     assert command[0] == "pear-infer"
     check_options(command, known)
     cluster = job["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0" and not group["replicas"]
+    given = dict(pairwise(command))
+    assert int(given["--workers"]) == group["maxReplicas"], "Ray counts no machine that is not there yet"
+    assert given["--cpus-per-worker"] == container["resources"]["limits"]["cpu"]
     pinned = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert [cluster["rayVersion"]] == pinned
     assert cluster["authOptions"]["mode"] == "token"

@@ -2,13 +2,14 @@
 
 from router.cluster.crew import Crew, make_crew
 from router.cluster.infer import work_off
-from router.cluster.session import ClusterError, has_gpus, reason_of, room, session
+from router.cluster.session import ClusterError, fitting, has_gpus, reason_of, room, session
 from router.cluster.worker import Settings, shared_path
 
 __all__ = [
     "ClusterError",
     "Crew",
     "Settings",
+    "fitting",
     "has_gpus",
     "make_crew",
     "reason_of",

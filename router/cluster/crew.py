@@ -145,7 +145,7 @@ class Crew:
         member = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except ActorDiedError as error:
+        except (ActorDiedError, RayTaskError) as error:
             raise ClusterError(f"a worker cannot be made: {reason_of(error)}") from None
         except RayActorError:
             time.sleep(0.5)  # Ray will start it again
@@ -206,13 +206,13 @@ def make_crew(settings: Settings, workers: int | None, cpus_per_worker: int | No
         ClusterError: the cluster has no room for a worker, or no core is left to decode images.
     """
     on_gpus = settings.device.startswith("cuda")
-    count, cpus = room(on_gpus, cpus_per_worker)
+    count, cpus = room(on_gpus, cpus_per_worker, workers)
     if not on_gpus:
         settings = replace(settings, threads=cpus)
     apart = decode == "apart" or (decode == "auto" and on_gpus)
-    if apart and (workers or count) * cpus >= cores():
+    if apart and 0 < cores() <= count * cpus:
         raise ClusterError(
-            f"{workers or count} workers of {cpus} cores leave none to decode images on: give fewer --workers, a "
+            f"{count} workers of {cpus} cores leave none to decode images on: give fewer --workers, a "
             "smaller --cpus-per-worker, or --decode beside"
         )
-    return Crew(settings, workers or count, cpus, int(on_gpus), apart)
+    return Crew(settings, count, cpus, int(on_gpus), apart)

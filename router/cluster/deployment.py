@@ -10,6 +10,7 @@ request with a task in its path goes to that replica, so each replica loads only
 """
 
 import asyncio
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from pear_store import Store
 from pear_store.remote.cache import CacheSettings
 from router import Router
 from router.cluster.session import ClusterError
+from router.cluster.worker import shared_path
 from router.serve.app import create_app
 from router.serve.batcher import Batcher
 from router.serve.limits import RequestLimits
@@ -61,7 +63,7 @@ class Replicas:
     """What replicas serve, and how many there are.
 
     Args:
-        store: a URL, or a folder that all machines see.
+        store: a URL, or a folder that all machines see. A relative path starts in the folder of this process.
         fewest, most: limits of the number of replicas. Ray chooses it by the number of waiting requests.
         cpus, gpus: cores and GPUs of each replica.
         waiting: the average number of requests per replica above which Ray starts another replica.
@@ -107,10 +109,19 @@ class Replicas:
         for name, allowed in (("dtype", Dtype), ("affinity", Affinity)):
             if (value := getattr(self, name)) not in get_args(allowed):
                 raise ClusterError(f"replicas: {name} {value!r}: expected {' or '.join(map(repr, get_args(allowed)))}")
+        least = {"cpus": 1, "gpus": 0, "at_once": 1, "max_batch": 1, "drain_s": 0, "refresh_s": 0}
+        for name, smallest in {**least, "cache_bytes": 1, "slot_bytes": 1}.items():
+            if (value := getattr(self, name)) is not None and not smallest <= value < math.inf:
+                raise ClusterError(f"replicas: {name} {value}: expected at least {smallest}")
         if not 1 <= self.fewest <= self.most:
             raise ClusterError(f"replicas: fewest {self.fewest}, most {self.most}: expected 1 <= fewest <= most")
-        if self.waiting > self.at_once:
-            raise ClusterError(f"replicas: waiting {self.waiting}: expected at most at_once, {self.at_once}")
+        if not 0 < self.waiting <= self.at_once:
+            raise ClusterError(
+                f"replicas: waiting {self.waiting}: expected more than 0 and at most at_once, {self.at_once}"
+            )
+        for name in ("store", "weights"):  # replicas have working folders of their own
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, shared_path(path))
 
 
 @serve.ingress()

@@ -48,19 +48,23 @@ class Spread:
         """Time of the first answer, by time.perf_counter."""
 
     def run(self) -> None:
+        self._show()
         for order, answer in self._crew.serve(self._orders()):
             self.first_at = self.first_at or time.perf_counter()
+            self._show()
             entry = self._open.pop(order)
             for ask, results in zip(order.asks, answer.results, strict=True):
                 for result, found in zip(ask.results, results, strict=True):
                     result.update(found)
                 entry.served += len(results)
                 self._bar.update(len(results))
-            crew = self._crew
-            self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=False)
             self.workers_s.update(answer.seconds)
             entry.left -= 1
             self._write_if_done(entry)
+
+    def _show(self) -> None:
+        crew = self._crew
+        self._bar.set_postfix(workers=f"{crew.up} of {crew.count}", retries=crew.retries, refresh=not crew.up)
 
     def _orders(self) -> Iterator[Order]:
         """The batches of all parts. Records the part of each."""

@@ -1,6 +1,7 @@
 """The Ray cluster of a run: an existing one, or one on this machine alone that ends with the run."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ HERE = "local"
 """The address that means: start a cluster on this machine for this run."""
 CPUS_PER_WORKER = 4
 """Cores of a worker without a GPU, if its machine has as many."""
-
-
 CONNECT_S = 10.0
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+"""How HTTP/2 begins, which Ray speaks: a server answers with its settings (RFC 9113, section 3.4)."""
+_SETTINGS = 4
+"""Type of such a frame, its fourth byte."""
 
 
 class ClusterError(RouterError):
@@ -35,13 +38,14 @@ def session(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _check_answers(address)
+    if address not in (HERE, "auto"):
+        _check_answers(address)
     here: dict[str, Any] = {"include_dashboard": False} if address == HERE else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
         ray.shutdown()
-        raise ClusterError(f"Ray at {address}: cannot be used: {one_line(error)}") from None
+        raise ClusterError(f"Ray at {address}: cannot be used: {_why(error)}") from None
     try:
         yield
     except RayError as error:
@@ -51,15 +55,29 @@ def session(address: str) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Checks that something listens at an address. Ray itself would wait for many minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:  # a word, such as auto
-        return
+    """Checks that Ray may be at an address. Ray itself would wait for many minutes for one who does not answer."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"Ray at {address!r}: expected auto, or an address with a port, such as 10.0.0.1:6379")
     try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
-    except (OSError, ValueError, OverflowError) as error:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as peer:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                peer.sendall(_HELLO)
+                if peer.recv(4)[3:] != bytes([_SETTINGS]):
+                    raise OSError("something else answers there")
+    except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ClusterError(f"Ray at {address}: cannot be reached: {reason}: check the address, or start Ray") from None
+
+
+def _why(error: Exception) -> str:
+    """Why Ray refuses to be used. What Ray itself says of some reasons names options of its own commands."""
+    told = " ".join(str(error).split()) or type(error).__name__
+    if told.startswith("Could not find any running Ray"):
+        return "this machine is part of no cluster: start Ray, or give an address with a port, such as 10.0.0.1:6379"
+    if told.startswith("Failed to connect"):
+        return "no cluster of Ray answers there, or it has another token: check the address and $RAY_AUTH_TOKEN"
+    return f"{told:.500}"
 
 
 def one_line(error: BaseException) -> str:
@@ -85,24 +103,36 @@ def cores() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def room(on_gpus: bool, cpus_per_worker: int | None) -> tuple[int, int]:
-    """The number of workers that the cluster has room for, and the cores of each.
+def fitting(on_gpus: bool, cpus: int) -> int:
+    """The number of workers that the machines of the cluster have room for now."""
+    if on_gpus:
+        return sum(int(machine.get("GPU", 0)) for machine in _machines())
+    return sum(int(machine.get("CPU", 0)) // cpus for machine in _machines())
+
+
+def room(on_gpus: bool, cpus_per_worker: int | None, workers: int | None = None) -> tuple[int, int]:
+    """The number of workers, and the cores of each.
 
     Args:
         on_gpus: whether each worker needs a GPU.
         cpus_per_worker: cores of each; None: 1 with a GPU, else 4 or as many as the smallest machine has.
+        workers: the number that is wanted; None: as many as the cluster has room for. If it is given, the cluster may
+            be one whose machines come later.
     Raises:
         ClusterError: the cluster has no room for a worker.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    counts = [int(node.get("CPU", 0)) for node in nodes]
+    counts = [count for machine in _machines() if (count := int(machine.get("CPU", 0)))]
+    each = cpus_per_worker or (1 if on_gpus else min([CPUS_PER_WORKER, *counts]))
+    count = fitting(on_gpus, each)
+    if count or (workers and not counts):
+        return workers or count, each
+    if not counts:
+        raise ClusterError("no machine of the cluster has cores: give --workers N if machines come later")
     if on_gpus:
-        count = sum(int(node.get("GPU", 0)) for node in nodes)
-        if not count:
-            raise ClusterError("the cluster has no GPU: give --device cpu")
-        return count, cpus_per_worker or 1
-    each = cpus_per_worker or min([CPUS_PER_WORKER, *(count for count in counts if count)])
-    count = sum(found // each for found in counts)
-    if not count:
-        raise ClusterError(f"no machine of the cluster has {each} cores: give a smaller --cpus-per-worker")
-    return count, each
+        raise ClusterError("the cluster has no GPU: give --device cpu")
+    raise ClusterError(f"no machine of the cluster has {each} cores: give a smaller --cpus-per-worker")
+
+
+def _machines() -> list[dict[str, float]]:
+    """The resources of each machine of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,5 +1,6 @@
 """The code that runs on a cluster's machines: workers with one router each, and decoding of images on any core."""
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from pear_store import Store
+from pear_store import PearStoreError, Store
 from pear_store.pools import ThreadPool
 from pear_store.remote.cache import CacheSettings
 from router import ImageError, Router, decode
-from router.cluster.session import ClusterError
+from router.cluster.session import ClusterError, one_line
+from router.errors import RouterError
 from router.infer.plan import AHEAD, Ask, Result, Times, Work, load
 from router.infer.work import serve
 from router.pictures import ImageLike
@@ -59,13 +61,19 @@ class Answer:
 
 
 class Worker:
-    """Serves batches with one router, one after another. Images of the next batches are decoded during a forward.
-
-    Raises:
-        RouterError, PearStoreError: the router cannot be made.
-    """
+    """Serves batches with one router, one after another. Images of the next batches are decoded during a forward."""
 
     def __init__(self, settings: Settings) -> None:
+        self._failed: str | None = None
+        """Why the router cannot be made. Ray would print a whole trace if this raised it."""
+        try:
+            self._make(settings)
+        except (RouterError, PearStoreError) as error:
+            self._failed = str(error)
+        except Exception as error:
+            self._failed = f"{type(error).__name__}: {one_line(error)}"
+
+    def _make(self, settings: Settings) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         # ttl_s=0: the main process may know a version that is newer than this worker's last look at the remote
@@ -85,7 +93,13 @@ class Worker:
         """Only one thread, because each thread that computes gets its own team of threads."""
 
     def ready(self) -> None:
-        """Returns when the router is made."""
+        """Returns when the router is made.
+
+        Raises:
+            ClusterError: it cannot be made.
+        """
+        if self._failed is not None:
+            raise ClusterError(f"on {socket.gethostname()}: {self._failed}")
 
     def serve(self, asks: list[Ask], images: list[Any], spent: tuple[float, float] | None = None) -> Answer:
         """Runs a batch.
@@ -96,6 +110,7 @@ class Worker:
                 that this call fetches it and not Ray before the call: then its time can be told.
             spent: seconds that reading and decoding took; None: the images are to be decoded here.
         """
+        self.ready()
         times = Times(spent=Spent(*spent or ()))
         names = dict.fromkeys(task for ask in asks for task in ask.tasks if isinstance(task, str))
         self._store.prefetch(list(names))

@@ -105,6 +105,12 @@ def _threshold(_: click.Context, __: click.Parameter, text: str | None) -> Thres
         raise click.BadParameter(str(error)) from None
 
 
+def _tasks(_: click.Context, __: click.Parameter, names: str | None) -> str | None:
+    if names is not None and not all(name.strip() for name in names.split(",")):
+        raise click.BadParameter(f"{names!r}: expected all, or names of tasks with commas between them")
+    return names
+
+
 def _address(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
     if address is not None and ending(address) in FORMATS:
         raise click.BadParameter(
@@ -131,6 +137,7 @@ def _address(_: click.Context, __: click.Parameter, address: str | None) -> str 
     "--tasks",
     "tasks",
     metavar="TASKS",
+    callback=_tasks,
     help="Tasks that every image goes through: all, or comma-separated names.",
 )  # fmt: skip
 @click.option("--backbone", default="pear_tiny", show_default=True, help="A timm model's name.")

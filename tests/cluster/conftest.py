@@ -11,3 +11,11 @@ from tests.helpers.cluster import Cluster, two_cores
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with two_cores(tmp_path_factory.mktemp("cache")) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def no_command_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails takes no cores from the next ones."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").end_commands()

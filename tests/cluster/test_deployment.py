@@ -1,7 +1,9 @@
 """The Ray Serve application: answers of one router, a task in one replica, new versions taken up. Ray Serve is real."""
 
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ import pytest
 
 from pear_store import Store, Task
 from router import Backbone, Router, RouterError
-from tests.helpers.cluster import Cluster, wait_until
+from tests.helpers.cluster import Cluster, end, wait_until
+from tests.helpers.drivers import WAIT_S, end_with
 from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray.serve", reason="needs ray: pip install 'pear-adapters[ray]'")
@@ -35,7 +39,8 @@ def served(cluster: Cluster) -> Iterator[Served]:
     """Makes an application that lives as long as its client. One Ray Serve has them, one after the other."""
     command = [sys.executable, "-m", "tests.helpers.served", cluster.address]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, bufsize=1, env=cluster.environment, **pipes) as process:
+    told: dict[str, Any] = {"env": cluster.environment, "preexec_fn": partial(end_with, os.getpid())}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes, **told) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         sent, said = process.stdin, process.stdout
@@ -43,16 +48,19 @@ def served(cluster: Cluster) -> Iterator[Served]:
         @contextmanager
         def serve(**settings: Any) -> Iterator[httpx.Client]:
             sent.write(json.dumps(settings) + "\n")
+            assert select.select([said], [], [], WAIT_S)[0], "no replica came"
             port = int(said.readline())
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                yield client
-            sent.write("end\n")
+            try:
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                    yield client
+            finally:
+                sent.write("end\n")
 
         try:
             yield serve
         finally:
             sent.close()
-            process.wait(60)
+            end(process)
 
 
 @pytest.mark.slow
@@ -204,5 +212,33 @@ def test_numbers_of_replicas_that_cannot_be() -> None:
 
     with pytest.raises(ClusterError, match="fewest 3, most 2: expected 1 <= fewest <= most"):
         Replicas("pear_tiny", "s", **TOKENS, fewest=3, most=2)
-    with pytest.raises(ClusterError, match="waiting 65: expected at most at_once, 64"):
+    with pytest.raises(ClusterError, match="waiting 65: expected more than 0 and at most at_once, 64"):
         Replicas("pear_tiny", "s", **TOKENS, waiting=65)
+    with pytest.raises(ClusterError, match="waiting 0: expected more than 0"):
+        Replicas("pear_tiny", "s", **TOKENS, waiting=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("cpus", 0, 1), ("gpus", -1, 0), ("at_once", 0, 1), ("max_batch", 0, 1), ("drain_s", float("nan"), 0),
+        ("refresh_s", -1, 0), ("cache_bytes", 0, 1), ("slot_bytes", -1, 1),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_replica_could_take_is_refused_before_one_starts(name: str, value: float, least: int) -> None:
+    from router.cluster.deployment import Replicas
+
+    settings: dict[str, Any] = {**TOKENS, name: value}
+    with pytest.raises(RouterError, match=f"replicas: {name} {value}: expected at least {least}"):
+        Replicas("pear_tiny", "s", **settings)
+
+
+def test_paths_of_replicas_start_in_the_folder_of_who_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from router.cluster.deployment import Replicas
+
+    monkeypatch.chdir(tmp_path)
+    replicas = Replicas("pear_tiny", "s", "w.safetensors", **TOKENS)
+    assert (replicas.store, replicas.weights) == (f"{tmp_path}/s", f"{tmp_path}/w.safetensors")
+    assert Replicas("pear_tiny", "s3://bucket/pear", **TOKENS).store == "s3://bucket/pear"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -54,7 +55,7 @@ def run_here(*args: object) -> dict[str, Any]:
 
 
 def start(cluster: Cluster, *args: object, command: str = "router.infer.cli") -> Driver:
-    """pear-infer on the cluster, in a process of its own; two workers unless said otherwise."""
+    """pear-infer on the cluster, in a process of its own; a worker for each core unless said otherwise."""
     given = [*args, "--ray", cluster.address, "--json"]
     if "--cpus-per-worker" not in args:
         given += ["--cpus-per-worker", 1]
@@ -82,8 +83,14 @@ def assert_same(found: pa.Table, expected: pa.Table) -> None:
     numbers = ["probability", "topk"]
     assert found.schema == expected.schema
     assert found.drop_columns(numbers) == expected.drop_columns(numbers)
-    for one, other in zip(found["probability"].to_pylist(), expected["probability"].to_pylist(), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    for name in numbers:
+        for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
+            assert _likely(one) == pytest.approx(_likely(other), abs=1e-5)
+
+
+def _likely(value: Any) -> Any:
+    """The probability of each class of a `topk`. Of equal ones either may come first."""
+    return {top["label"]: top["probability"] for top in value} if isinstance(value, list) else value
 
 
 def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None:
@@ -96,7 +103,7 @@ def test_the_rows_are_those_of_one_machine(work: Path, cluster: Cluster) -> None
     args = ["--store", work / "s", "--batch-size", 4]
     here = run_here(work / "lists", work / "here", *args)
     there_args = [f"{work}/lists/*.csv", work / "there", *args]
-    process = start(cluster, *there_args, command="tests.helpers.counting")
+    process = start(cluster, *there_args, "--workers", 2, command="tests.helpers.counting")
     there = end(process)
     part, batches_ahead, at_the_workers = 64, 4 * 16, 2 * 4 * 4
     assert 0 < int(process.output()[1].splitlines()[-1]) <= part + batches_ahead + at_the_workers + 4
@@ -162,7 +169,7 @@ def test_a_run_on_a_cluster_that_is_killed_goes_on_with_the_versions_it_began_wi
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     kept = len(list((work / "there.parts").glob("0*.parquet")))
-    assert 3 <= kept < 30
+    assert kept >= 3
     assert not (work / "there").exists()
     with Store(work / "s") as store:
         store.add(task_maker("a", seed=77))
@@ -192,15 +199,26 @@ def test_what_a_cluster_cannot_do_is_said_in_one_line(work: Path, cluster: Clust
     listed = write_list(work, 10)
     mistakes: list[tuple[list[object], str]] = [
         (["--cpus-per-worker", 9], "no machine of the cluster has 9 cores: give a smaller --cpus-per-worker"),
-        (["--decode", "apart"], "2 workers of 1 cores leave none to decode images on"),
+        (["--decode", "apart"], "workers of 1 cores leave none to decode images on: give fewer --workers"),
         (["--device", "cuda"], "the cluster has no GPU: give --device cpu"),
     ]
     started = [start(cluster, listed, work / "out", "--store", work / "s", *args) for args, _ in mistakes]
+    alone = ["--store", work / "s", "--workers", 1]
+    unlike = start(cluster, listed, work / "unlike", *alone, command="tests.helpers.unlike")
     for process, (_, message) in zip(started, mistakes, strict=True):
         out, errors = process.output(120)
         assert (process.returncode, out) == (1, "")
-        assert errors.startswith(f"Error: {message}")
+        assert errors.startswith("Error: ")
+        assert message in errors
         assert len(errors.splitlines()) == 1
+    out, errors = unlike.output()
+    assert (unlike.returncode, out) == (1, "")
+    assert "workers=0 of 1" in errors
+    assert "Traceback" not in errors
+    said = errors.splitlines()[-1]
+    has = f"on {socket.gethostname()}: backbone pear_tiny: expected digest sha256:000000000000…, a worker has sha256:"
+    assert said.startswith(f"Error: a worker cannot be made: {has}")
+    assert said.endswith(": give all machines the same weights")
 
 
 def wait_for_start(machine_folder: Path) -> None:

@@ -10,21 +10,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.drivers import PRELOADED, Driver, server
+from tests.helpers.drivers import PRELOADED, WAIT_S, Driver, end_with, server
 
 ROOT = Path(__file__).parents[2]
 DEADLY = ROOT / "tests" / "helpers" / "deadly"
 _HEAD = """
-import sys, ray
+import os, shutil, sys, ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
+ray.shutdown(wait_for_processes=True)
+shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 """
-"""Ends when its input does, so when this process ends in whatever way."""
+"""Ends when its input does, so when this process ends in whatever way. Its folder is removed then."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,19 @@ class Cluster:
     environment: dict[str, str]
     """For who joins or uses it."""
     _drivers: socket.socket
+    _started: list[Driver] = field(default_factory=list)
 
     def start(self, module: str, *args: object) -> Driver:
         """Runs a command of Pear on it, in a process of its own."""
-        return Driver(self._drivers, module, [str(arg) for arg in args])
+        self._started.append(driver := Driver(self._drivers, module, [str(arg) for arg in args]))
+        return driver
+
+    def end_commands(self) -> None:
+        """Kills those commands that still run, such as those of a test that failed."""
+        while self._started:
+            if (driver := self._started.pop()).poll() is None:
+                driver.send_signal(signal.SIGKILL)
+                driver.wait(WAIT_S)
 
     def workers(self, name: str) -> list[int]:
         """Its processes that do this work now, such as Worker; not those of machines that joined it."""
@@ -81,9 +93,18 @@ def kill_all(process: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """Waits for the end of a process that was told to end. Kills it, and its descendants, if it does not."""
+    try:
+        process.wait(WAIT_S)
+    except subprocess.TimeoutExpired:
+        kill_all(process.pid)
+        raise
+
+
 def wait_until(what: Callable[[], Any]) -> Any:
     """What it gives at last."""
-    until = time.monotonic() + 180
+    until = time.monotonic() + WAIT_S
     while not (found := what()):
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -102,7 +123,13 @@ def machine(environment: Mapping[str, str], folder: Path, *args: str) -> Iterato
     memory = f"--object-store-memory={100 << 20}"
     with (folder / "ray.log").open("wb") as log:
         command = [str(ray), "start", *args, memory, "--block", "--disable-usage-stats"]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            preexec_fn=partial(end_with, os.getpid()),
+        )
     try:
         yield process
     finally:
@@ -121,7 +148,6 @@ def cluster_environment(cache: Path) -> Iterator[dict[str, str]]:
             "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
             "RAY_TMPDIR": folder, "RAY_preload_python_modules": ",".join(PRELOADED),
         }  # fmt: skip
-        assert list(Path(folder, "ray").glob("session_*")), f"Ray does not use {folder}"
     finally:
         wait_until(lambda: _is_removed(folder))
 
@@ -148,7 +174,10 @@ def two_cores(cache: Path) -> Iterator[Cluster]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            yield Cluster(process.stdout.readline().strip(), process.pid, environment, drivers)
+            address = process.stdout.readline().strip()
+            folder = environment["RAY_TMPDIR"]
+            assert list(Path(folder, "ray").glob("session_*")), f"Ray did not start, or does not use {folder}"
+            yield Cluster(address, process.pid, environment, drivers)
         finally:
             process.stdin.close()
-            process.wait(60)
+            end(process)

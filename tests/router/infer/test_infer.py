@@ -210,6 +210,8 @@ def test_a_bad_row_costs_only_itself(work: Path) -> None:
         (["nowhere.csv", "o.csv"], "nowhere.csv: no such file"),
         (["p", "o.csv"], "p: pictures without a list: give their task with --task NAME"),
         (["p", "o.csv", "--task", "a", "--root", "."], "--root is for lists"),
+        (["p", "o.csv", "--task", ""], "'': expected all, or names of tasks with commas between them"),
+        (["p", "o.csv", "--tasks", "a,,b"], "'a,,b': expected all, or names of tasks"),
         (["empty", "o.csv", "--task", "a"], "empty: expected lists or pictures, found "),
         (["*.gif", "o.csv", "--task", "a"], "*.gif: expected lists or pictures, found nothing"),
         (["list.txt", "o.csv"], "list.txt: expected a folder, or a file ending in .csv, .jsonl, .parquet, .tsv"),
