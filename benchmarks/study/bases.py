@@ -88,6 +88,7 @@ FORMS = (
     Form("V1", 32, after=CODES),
     Form("random", 16),
     *own("V1", 16, 2, 4096),
+    *own("V1", 32, 4, 10_500),
     Form("V2", 16, after=CODES),
     Form("V2", 32, after=CODES),
     trained_as("V2", 16, "Q4", "Q4"),

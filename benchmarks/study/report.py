@@ -263,7 +263,7 @@ tuned for a row. Bases are not counted, because they are stored once for all tas
 {show(on_bases)}
 {also_once(on_bases_once, show)}
 The next table has own parts beside the cores. They are placed by the importance score, at random, and in the first blocks. It is test, on the sets and seeds that
-have all three. Intervals are over images, not over seeds.
+have all three. Intervals are over images and seeds.
 
 {show(score)}
 
