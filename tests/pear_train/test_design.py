@@ -15,7 +15,7 @@ LAYERS = (
     {"adapters", "importance", "prune", "tasks", "machine", "recall", "feed"},
     {"knowledge", "bank", "identity", "evaluate", "report", "targets"},
     {"base", "bases", "optimiser", "pruning", "output", "plot", "curves"},
-    {"start", "html", "preview"},
+    {"start", "head", "html", "preview"},
     {"run"},
     {"group", "state", "to_task"},
     {"job", "make_base"},

@@ -220,6 +220,14 @@ def test_what_is_tried_again(proxy: Proxy) -> None:
 
 
 @both
+def test_the_only_good_replica_is_found_whatever_the_task(proxy: Proxy) -> None:
+    with replicas(3) as made, proxy([one.port for one in made]) as front, front.client() as client:
+        made[0].status = 503
+        made[1].close()
+        assert {*places(client).values()} == {made[2].port}
+
+
+@both
 def test_a_replica_comes_back_by_itself(proxy: Proxy) -> None:
     with replicas(2) as made, proxy([one.port for one in made]) as front, front.client() as client:
         first = next(one for one in made if one.port == place(client, "/v1/tasks/a/predict"))
