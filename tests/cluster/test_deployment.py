@@ -63,15 +63,20 @@ def served(cluster: Cluster) -> Iterator[Served]:
             end(process)
 
 
+def stored(folder: Path, task_maker: Callable[..., Task]) -> bytes:
+    """Stores the tasks in the folder's `s`; returns an image for them."""
+    make_list_folder(folder, task_maker, [(100, 90, 3)])
+    with Store(folder / "s") as store:
+        list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
+    return (folder / "0.png").read_bytes()
+
+
 @pytest.mark.slow
 def test_two_replicas_answer_as_one_router_and_share_the_tasks(
     tmp_path: Path, backbone: Backbone, task_maker: Callable[..., Task], served: Served
 ) -> None:
-    make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
-    with Store(tmp_path / "s") as store:
-        list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
+    image = stored(tmp_path, task_maker)
     settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 2, "most": 2, "refresh_s": 0.5}
-    image = (tmp_path / "0.png").read_bytes()
     with Store(tmp_path / "s") as store, served(**settings, **TOKENS) as client:
 
         def predict(task: str) -> dict[str, Any]:
@@ -117,11 +122,8 @@ def test_two_replicas_answer_as_one_router_and_share_the_tasks(
 def test_replicas_come_with_the_load_and_go_without_it_and_no_request_fails(
     tmp_path: Path, task_maker: Callable[..., Task], served: Served, cluster: Cluster
 ) -> None:
-    make_list_folder(tmp_path, task_maker, [(100, 90, 3)])
-    with Store(tmp_path / "s") as store:
-        list(store.add_many(task_maker(name, seed=i) for i, name in enumerate(TASKS)))
+    image = stored(tmp_path, task_maker)
     settings = {"backbone": "pear_tiny", "store": str(tmp_path / "s"), "fewest": 1, "most": 2, "waiting": 2}
-    image = (tmp_path / "0.png").read_bytes()
     headers = {"Authorization": f"Bearer {TOKENS['use_token']}", "Content-Type": "image/png"}
     with served(**settings, **TOKENS) as client:
         loaded, ended = threading.Event(), threading.Event()
