@@ -63,7 +63,7 @@ def _check_answers(address: str) -> None:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as peer:
             if os.environ.get("RAY_USE_TLS", "0") == "0":
                 peer.sendall(_HELLO)
-                if peer.recv(4)[3:] != bytes([_SETTINGS]):
+                if peer.recv(4, socket.MSG_WAITALL)[3:] != bytes([_SETTINGS]):
                     raise OSError("something else answers there")
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
