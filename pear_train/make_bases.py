@@ -1,11 +1,13 @@
-"""Makes common bases: fits them to the adapters of stored tasks, then trains them further on data sets."""
+"""Makes common bases: fits them to the adapters of tasks, then trains them further on data sets."""
 
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pear_store import RawTensor, Task, make_task, write_checkpoint
+from pear_store import RawTensor, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_train.bases import is_bases
@@ -23,12 +25,14 @@ from pear_train.data import Dataset, preprocess_record
 from pear_train.dtypes import code_bits, float_dtype
 from pear_train.errors import ConfigError, DivergedError
 from pear_train.group import mixed_features, next_batch
-from pear_train.identity import BASES, Identity, fingerprint, identity
+from pear_train.identity import BASES, Identity, fingerprint, identity, run_identity
+from pear_train.job import Job
 from pear_train.knowledge import common_bases, in_common_bases
+from pear_train.loop import train_many
 from pear_train.machine import on_device
 from pear_train.make_base import check_configs
 from pear_train.optimiser import move, rate_factor, set_rate
-from pear_train.output import check_out
+from pear_train.output import check_out, is_finished
 from pear_train.report import Step
 from pear_train.run import TaskRun
 from pear_train.start import attached
@@ -37,6 +41,8 @@ from router.tensors import from_torch
 
 logger = logging.getLogger(__name__)
 
+_SOURCE_RANK = 8
+"""Of tasks that are only trained to fit bases to them: as in the study."""
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Position -> `down` [d_in, r] and `up` [r, d_out] of a task or of bases, all branches there together."""
 
@@ -67,21 +73,24 @@ def make_bases(
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Bases:
-    """Makes common bases of rank `config.rank` from stored tasks. Given data sets, it then trains them further.
+    """Makes common bases of rank `config.rank` from stored tasks, from data sets, or from both.
 
-    At each position the bases are fitted to all tasks' adapters; each task counts the same. In training, a step takes
-    a batch of every data set. The mean loss moves cores, heads and, more slowly, the bases. Bases are written
-    orthonormal, as a task without a head whose branches have the scale 0.
+    At each position the bases are fitted to all tasks' adapters; each task counts the same. Without stored tasks an
+    unpruned task is trained for each data set first. These are kept in the folder ``OUT.sources`` until the bases are
+    there, so that an interrupted call goes on from them. In training, a step takes a batch of every data set. The mean
+    loss moves cores, heads and, more slowly, the bases. Bases are written orthonormal, as a task without a head whose
+    branches have the scale 0.
 
     Args:
         config: options of the bases; its `task` is their name.
-        sources: stored tasks. Those of another backbone, activation or other positions are skipped.
+        sources: stored tasks, which may be none. Those of another backbone, activation or other positions are skipped.
         out: the checkpoint to write.
-        configs, datasets: options and data of each task to train for; they may be empty.
+        configs, datasets: options and data of each task to train for. Without sources there must be some.
         progress: is called after every step, with the task "bases".
         say: receives lines for a person: which tasks were skipped.
     Raises:
-        ConfigError: no stored task fits, or together they have fewer directions than `config.rank`.
+        ConfigError: neither tasks nor data are given, no stored task fits, or a position has fewer directions than
+            `config.rank`.
         PearTrainError, RouterError, PearStoreError: as for :func:`train`.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """
@@ -92,11 +101,14 @@ def make_bases(
         raise ConfigError(
             f"bases: expected tensor dtype F16, BF16 or F32, found {config.tensor_dtype}: bases are floats"
         )
+    if not sources and not datasets:
+        raise ConfigError("bases: expected stored tasks or data, found neither: give a store with tasks, or data sets")
     check_configs(configs)
     check_out(out)
     adapted = on_device(backbone, config.device)
     positions = attached(adapted, config.positions)
-    fitting = fitting_tasks(sources, adapted, positions, say)
+    own = [] if sources else train_sources(config.rank, configs, backbone, datasets, sources_at(out), progress, say)
+    fitting = fitting_tasks(sources or own, adapted, positions, say)
     fitted = fit_bases(fitting, positions, config.rank)
     now = bases_identity(config, backbone, sources, configs, datasets)
     task = _task(config, backbone, fitted, fitting, now, {})
@@ -105,6 +117,8 @@ def make_bases(
         fitted, val_top1 = _train_on(task, configs, adapted, datasets, progress)
         task = _task(config, backbone, fitted, fitting, now, val_top1)
     file_bytes = write_checkpoint(out, task)
+    if own:
+        _remove_sources(configs, sources_at(out))
     seconds = round(time.perf_counter() - began, 2)
     logger.debug("bases: wrote %s, %d bytes, in %.2f s", out, file_bytes, seconds)
     return bases_of(task, file_bytes, seconds)
@@ -115,6 +129,55 @@ def bases_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Bases:
     training = task.record["training"]
     positions = len(task.positions)
     return Bases(training["energy"], training["val_top1"], training["rank"], positions, file_bytes, seconds)
+
+
+def sources_at(out: Path) -> Path:
+    """The folder of the tasks that bases are fitted to, where there were none."""
+    return out.with_name(out.name + ".sources")
+
+
+def train_sources(
+    rank: int,
+    configs: Sequence[TrainConfig],
+    backbone: Backbone,
+    datasets: Sequence[Dataset],
+    folder: Path,
+    progress: Callable[[Step], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[Task]:
+    """An unpruned task for each data set, from its file in `folder` if that is there. All start from one `down`.
+
+    Args:
+        rank: of the bases. Together the tasks have at least as many directions.
+    """
+    of_each = max(_SOURCE_RANK, -(-rank // len(configs)))
+    common: dict[str, Any] = {
+        "method": "adapters", "rank": of_each, "own_rank": 0, "own_bytes": None, "seed": configs[0].seed, "down": "own",
+        "tensor_dtype": "F16", "head_dtype": "F16", "select": "last", "patience": None, "threshold_accuracy": None,
+    }  # fmt: skip
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: the folder cannot be made: {error.strerror}: move away what is there") from None
+    jobs = []
+    for config, dataset in zip(configs, datasets, strict=True):
+        job = Job(replace(config, **common), partial(_as_it_is, dataset), folder / f"{config.task}.safetensors")
+        if not is_finished(job.out, partial(run_identity, job.config, backbone, dataset, None), overwrite=True):
+            jobs.append(job)
+    for _ in train_many(jobs, backbone, progress, on_error="raise", say=say):
+        pass
+    return [read_checkpoint(folder / f"{config.task}.safetensors") for config in configs]
+
+
+def _remove_sources(configs: Sequence[TrainConfig], folder: Path) -> None:
+    for config in configs:
+        (folder / f"{config.task}.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
+def _as_it_is(dataset: Dataset) -> Dataset:
+    return dataset
 
 
 def fitting_tasks(

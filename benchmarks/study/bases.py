@@ -79,8 +79,10 @@ def own(kind: str, rank: int, own_rank: int, own_bytes: int) -> Iterator[Form]:
         yield Form(kind, rank, f"cores Q4, own r={own_rank} Q4 in {own_bytes:,} bytes {where}", options)
 
 
-def trained_as(kind: str, rank: int, core: str, head: str) -> Form:
-    return Form(kind, rank, f"cores {core}, head {head}", (("core_dtype", core), ("head_dtype", head)))
+def trained_as(kind: str, rank: int, core: str, head: str, **options: Any) -> Form:
+    told = {"core_dtype": core, "head_dtype": head, **options}
+    shown = ", ".join((f"cores {core}, head {head}", *(f"{name} {value:g}" for name, value in options.items())))
+    return Form(kind, rank, shown, tuple(told.items()))
 
 
 FORMS = (
@@ -99,6 +101,11 @@ FORMS = (
     *own("V2", 16, 1, 2048),
     Form("V1", 48, after=CODES),
     Form("V2", 48, after=CODES),
+    Form("V1", 40, after=CODES),
+    next(own("V1", 8, 1, 2_900)),
+    next(own("V1", 12, 1, 1_790)),
+    trained_as("V1", 16, "Q4", "Q4"),
+    *(trained_as("V1", 16, "Q4", "Q4", core_lr=factor) for factor in (1.0, 4.0)),
 )
 """In the order in which they are run: the cheapest first."""
 REPEATED = tuple(form for form in FORMS[:6] if form.kind != "random")

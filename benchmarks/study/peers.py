@@ -13,7 +13,7 @@ def adapt(model: nn.Module, peer: str) -> tuple[nn.Module, int]:
 
     Args:
         peer: ``full``; or ``kind:rank``, of PEFT ``lora``, ``lora-qkv`` (with ``:alpha``), ``vera`` or ``vblora``; of
-            the forms here ``adapter+``, ``repadapter`` or ``fact``.
+            the forms here ``adapter+``, ``repadapter``, ``fact`` or ``lora-xs``.
     """
     if peer == "full":
         return model, sum(p.numel() for p in model.parameters())
@@ -121,6 +121,23 @@ def _fact(model: nn.Module, rank: int) -> None:
             add(f"{name}.{linear}", wide_in, wide_out)
 
 
+def _lora_xs(model: nn.Module, rank: int) -> None:
+    """LoRA-XS (Bałazy et al., arXiv 2405.17604): at every Linear of the blocks a matrix [rank, rank] between the first
+    singular vectors of its own weight, those of the output times their singular values."""
+    matrices = nn.ParameterDict()
+
+    def add(name: str, linear: nn.Linear) -> None:
+        u, values, vt = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        down, up = vt[:rank].t().contiguous(), (u[:, :rank] * values[:rank]).t().contiguous()
+        matrix = matrices[name.replace(".", "_")] = nn.Parameter(torch.randn(rank, rank) * 1e-5)
+        linear.register_forward_hook(lambda _, args, y: y + args[0] @ down @ matrix @ up)
+
+    for name, module in list(model.named_modules()):
+        if name.startswith("blocks.") and isinstance(module, nn.Linear):
+            add(name, module)
+    model.add_module("form_lora_xs", matrices)
+
+
 def _blocks(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name.rpartition(".")[0] == "blocks"]
 
@@ -135,4 +152,5 @@ FORMS: dict[str, Callable[[nn.Module, int], None]] = {
     "adapter+": _adapter_plus,
     "repadapter": _repadapter,
     "fact": _fact,
+    "lora-xs": _lora_xs,
 }

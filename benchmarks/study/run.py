@@ -532,6 +532,11 @@ def few() -> Iterator[Plan]:
             yield Plan("few", "pear r=12, 0.92: adapters Q4, head Q4", "deit96", dataset, seed, told, None, True)
     for seed in range(SEEDS):
         for dataset in SETS:
+            all_four = {**options, "tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"}
+            name = "pear r=12, 0.92: adapters, cores and head Q4"
+            yield Plan("few", name, "deit96", dataset, seed, all_four, None, True)
+    for seed in range(SEEDS):
+        for dataset in SETS:
             yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
 
 
@@ -631,11 +636,15 @@ def recipe() -> Iterator[Plan]:
 
 
 def peers() -> Iterator[Plan]:
-    """Forms of other papers at about the default's bytes, three learning rates each; DeiT-tiny, four sets; val only."""
-    forms = {"adapter+:3": "Adapter+, r=3", "repadapter:2": "RepAdapter, r=2", "fact:10": "FacT-TT, r=10"}
+    """Forms of other papers at about the default's bytes or fewer, some learning rates each; DeiT-tiny, four sets; val
+    only. `shape` has other rates of VeRA and VB-LoRA."""
+    usual = (5e-3, 1e-2, 2e-2)
+    forms = {"adapter+:3": ("Adapter+, r=3", usual), "repadapter:2": ("RepAdapter, r=2", usual),
+             "fact:10": ("FacT-TT, r=10", usual), "lora-xs:16": ("LoRA-XS, r=16", (2e-3, *usual)),
+             "vera:64": ("VeRA qkv r=64", (0.2, 0.4)), "vblora:4": ("VB-LoRA r=4", (1e-2,))}  # fmt: skip
     for dataset in SWEEP_SETS:
-        for peer, name in forms.items():
-            for lr in (5e-3, 1e-2, 2e-2):
+        for peer, (name, rates) in forms.items():
+            for lr in rates:
                 yield Plan("peers", f"{name}, lr {lr:g}", "deit96", dataset, 0, {**BASE, "lr": lr}, peer)
 
 

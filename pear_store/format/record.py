@@ -114,6 +114,13 @@ class Adapter:
         yield self.up
 
     @property
+    def parts(self) -> dict[Part, Matrix]:
+        """Its matrices as its record calls them."""
+        if self.core is None:
+            return {"down": self.down, "up": self.up}
+        return {"down": self.down, "basis": self.up, "up": self.core}
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(d_in, d_out)."""
         return self.down.shape[0], self.up.shape[1]
@@ -270,6 +277,21 @@ def entry_names(entry: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Ite
             yield part, entry[part]
     for part, form in _forms(entry, parts):
         yield f"{part}.scale", form["scale"]
+
+
+def with_matrices(entry: Mapping[str, Any], matrices: Mapping[Part, Matrix]) -> dict[str, Any]:
+    """An entry whose parts are these matrices, or stacks of them. Nothing else is touched, unknown keys included."""
+    made = {key: value for key, value in entry.items() if key != "quant"}
+    made |= {part: matrix.name for part, matrix in matrices.items()}
+    coded = {part: matrix for part, matrix in matrices.items() if matrix.bits is not None}
+    if coded:
+        bits = next(iter(coded.values())).bits
+        forms = {
+            part: {"shape": list(one.shape), "scale": one.scale, **({} if one.bits == bits else {"bits": one.bits})}
+            for part, one in coded.items()
+        }
+        made["quant"] = {"bits": bits, **forms}
+    return made
 
 
 HEAD_PARTS = ("weight", "bias")

@@ -102,13 +102,18 @@ _DRAWN = ("plot", "html", "preview", "curves")
     "Sharing between tasks", "--rebase",
     help="Task to move to --bases without training: a file, or a name in --from-store. Prints top-1 before and after.",
 )  # fmt: skip
+@option(
+    "Output", "--round",
+    help="Task to write in --tensor-dtype, --core-dtype or --head-dtype without training: a file, or a name in "
+    "--from-store. Prints top-1 before and after.",
+)  # fmt: skip
 @run_option("Sharing between tasks", "--own-rank", "Rank of a task's own adapters beside its cores.")
 @run_option(
     "Sharing between tasks", "--own-bytes", "Bytes for a task's own adapters. The most important that fit are kept."
 )
 @option(
     "Sharing between tasks", "--make-bases", is_flag=True,
-    help="Make common bases of --rank from the tasks of --from-store. With --tasks, also train them for these.",
+    help="Make common bases of --rank from the tasks of --from-store, from the data of --tasks, or from both.",
 )  # fmt: skip
 @option("Sharing between tasks", "--from-store", type=_PATH, help="Store of the tasks for --make-bases, or of --bases.")
 @option(
@@ -151,8 +156,9 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     checkpoint, with the same options and data, is already there. A checkpoint with other options or data is refused. An
     interrupted run resumes after its last whole epoch.
 
-    With --make-bases, make common bases from stored tasks, and call them TASK. With --bases, train TASK as cores in
-    these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a trained task to --bases.
+    With --make-bases, make common bases from stored tasks or from data, and call them TASK. With --bases, train TASK as
+    cores in these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a trained task to
+    --bases. With --round, write a trained task in other number formats.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
@@ -182,8 +188,10 @@ def _check_usage(request: Request) -> None:
         _check_bases_usage(request)
     if request.rebase is not None and request.bases is None:
         raise click.UsageError("--rebase needs --bases: it says which bases the task moves to")
-    if request.from_store is not None and not request.make_bases and request.bases is None:
-        raise click.UsageError("--from-store needs --make-bases or --bases: it says which store these read")
+    if request.round is not None:
+        _check_round_usage(request)
+    if request.from_store is not None and not request.make_bases and request.bases is None and request.round is None:
+        raise click.UsageError("--from-store needs --make-bases, --bases or --round: it says which store these read")
     if request.make_bases:
         return
     if (task is None) == (tasks_file is None) or (task is None) != (request.data is None):
@@ -212,9 +220,14 @@ def _check_usage(request: Request) -> None:
 
 def _check_bases_usage(request: Request) -> None:
     if request.make_bases:
-        if request.from_store is None:
-            raise click.UsageError("--make-bases needs --from-store: the store of the tasks that they are made from")
-        names = ("base", "bank", "bases", "rebase", "make_base", *_DRAWN, "tensorboard", "data", "together")
+        if request.from_store is None and request.tasks_file is None:
+            raise click.UsageError(
+                "--make-bases needs --from-store, the store of the tasks that they are made from, or --tasks, the data "
+                "that they are trained on"
+            )
+        if request.from_store is None and request.from_tasks is not None:
+            raise click.UsageError("--from-tasks needs --from-store: it names tasks of that store")
+        names = ("base", "bank", "bases", "rebase", "round", "make_base", *_DRAWN, "tensorboard", "data", "together")
         if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]:
             raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
     elif request.from_tasks is not None:
@@ -225,6 +238,13 @@ def _check_bases_usage(request: Request) -> None:
         raise click.UsageError(f"--rebase takes no --{unused[0].removesuffix('_file')}: it moves one task")
     elif unused := [f"--{name.replace('_', '-')}" for name in ("base", "bank", "make_base") if getattr(request, name)]:
         raise click.UsageError(f"--bases takes no {' or '.join(unused)}")
+
+
+def _check_round_usage(request: Request) -> None:
+    names = ("tasks_file", "base", "bank", "bases", "rebase", "make_base", *_DRAWN, "tensorboard")
+    if unused := [name for name in names if getattr(request, name)]:
+        shown = unused[0].removesuffix("_file").replace("_", "-")
+        raise click.UsageError(f"--round takes no --{shown}: it only writes one task anew")
 
 
 def _answer(request: Request, work: Work) -> None:

@@ -16,7 +16,7 @@ from pear_train.targets import Named, check_apart
 def check_places(request: Request, work: Work) -> None:
     """Raises a UsageError if two outputs are one file, or if an output is also an input."""
     said = ["data", "weights", "tasks_file", "base", "bank", "from_store"]
-    said += ["bases", "rebase"] if request.from_store is None else []  # else they are names
+    said += ["bases", "rebase", "round"] if request.from_store is None else []  # else they are names
     named = [(f"--{name.removesuffix('_file').replace('_', '-')}", getattr(request, name)) for name in said]
     inputs = [(option, Path(path)) for option, path in named if path is not None]
     if request.tasks_file is not None:

@@ -37,6 +37,7 @@ class Request:
     make_base: bool
     bases: str | None
     rebase: str | None
+    round: str | None
     make_bases: bool
     from_store: Path | None
     from_tasks: str | None

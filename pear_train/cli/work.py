@@ -14,6 +14,7 @@ from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.counted import counted
 from pear_store.terminal import echo
 from pear_train.bases import check_rank
+from pear_train.changed import Changed
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
 from pear_train.cli.places import check_places
@@ -34,15 +35,18 @@ from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
 from pear_train.rebase import rebase
 from pear_train.report import Failed, Result, Step, result_of
+from pear_train.rounding import round_task
 from pear_train.tasks import TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
 _BANK_TASKS = 64
 """Default size of a bank. One forward tries all its adapters at a position; more tasks need too much memory."""
 
+_FORMATS = ("tensor_dtype", "core_dtype", "head_dtype")
+
 
 def do_work(request: Request, told: Told) -> Work | None:
-    """Trains the tasks of a request. None for a base set, common bases or a moved task, which are printed already."""
+    """Trains the tasks of a request. None for a base set, common bases or a changed task, which are printed already."""
     out, many = request.out, request.many
     if os.path.isdir(out) != many and os.path.exists(out):
         raise ConfigError(
@@ -74,7 +78,11 @@ def do_work(request: Request, told: Told) -> Work | None:
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
     if bases is not None and "rank" in told.shown and request.rebase is None:
         check_rank(bases, told.options["rank"])  # also a rank that is the default, if it was asked for
-    if request.rebase is not None and checkpoint_at(out) is not None and not (request.overwrite or request.force):
+    if (
+        (request.rebase is not None or request.round is not None)
+        and checkpoint_at(out) is not None
+        and not (request.overwrite or request.force)
+    ):
         raise ConfigError(
             f"{out}: there is already a task checkpoint. --overwrite replaces it; another --out keeps both"
         )
@@ -91,6 +99,9 @@ def do_work(request: Request, told: Told) -> Work | None:
         assert bases is not None
         task = _read_task(request.rebase, request.from_store)
         _rebase(request, task, bases, loaded, datasets[0], told.options["device"])
+        return None
+    if request.round is not None:
+        _round(request, _read_task(request.round, request.from_store), loaded, datasets[0], told)
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
@@ -187,16 +198,18 @@ def _make_bases(
 ) -> None:
     config, out = _config_of_bases(request, told), request.out
     sources, configs = _stored(request.from_store, request.from_tasks), [entry.config for entry in entries]
+    if request.from_store is not None and not sources:  # without tasks, bases would start at random
+        raise ConfigError(f"--from-store {request.from_store}: has no task: add some, or leave it out and give --tasks")
     now = partial(bases_identity, config, loaded, sources, configs, datasets)
     if not request.force and is_finished(out, now, request.overwrite):
-        echo(f"{out}: made already, from the same tasks; --force makes them again", err=True)
+        echo(f"{out}: made already, with the same options, tasks and data; --force makes them again", err=True)
         made = bases_of(read_checkpoint(out), out.stat().st_size)
     else:
         with Progress("bases") as bar:
             made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say)
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
-        f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
+        f"{counted(len(made.energy) or len(made.val_top1), 'task')}, {made.file_bytes:,} bytes"
     )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 
@@ -208,6 +221,19 @@ def _config_of_bases(request: Request, told: Told) -> TrainConfig:
 
 def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset: Dataset, device: str | None) -> None:
     made = rebase(task, bases, loaded, dataset, request.out, str(request.task), device)
+    _say_changed(request, made, f"now on {made.bases}, which keep {100 * made.held:.1f} % of the cores' sum")
+
+
+def _round(request: Request, task: Task, loaded: Backbone, dataset: Dataset, told: Told) -> None:
+    asked = {name: told.options[name] for name in _FORMATS if name in told.shown}
+    made = round_task(
+        task, loaded, dataset, request.out, name=str(request.task), device=told.options["device"], **asked
+    )
+    formats = ", ".join(f"{name.removesuffix('_dtype')} {dtype}" for name, dtype in asked.items())
+    _say_changed(request, made, f"now {formats}")
+
+
+def _say_changed(request: Request, made: Changed, how: str) -> None:
     if request.as_json:
         click.echo(json.dumps(asdict(made)))
         return
@@ -218,10 +244,10 @@ def _rebase(request: Request, task: Task, bases: Task, loaded: Backbone, dataset
         old, new = ("none" if one is None else f"{one:.4f}" for one in made.threshold)
         now = "dropped, because it cannot be" if made.threshold[1] is None else f"{new},"
         echo(f"threshold {old}: now {now} calibrated anew on val")
+    common = f"; common bases {made.bases_bytes:,}" if made.bases_bytes else ""
     echo(
-        f"{click.format_filename(request.out)}: now on {made.bases}, which keep {100 * made.held:.1f} % of the cores' "
-        f"sum; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, head {made.head_bytes:,}; common bases "
-        f"{made.bases_bytes:,})"
+        f"{click.format_filename(request.out)}: {how}; {made.file_bytes:,} bytes (adapters {made.adapter_bytes:,}, "
+        f"head {made.head_bytes:,}{common})"
     )
 
 
@@ -238,9 +264,10 @@ def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None
     unused: dict[tuple[str, str], list[str]] = {}
     configs = [entry.config for entry in entries] or [_config_of_bases(request, told)]
     for config in configs:
-        if request.rebase is not None:
-            names = [name for name in told.shown if name in OPTIONS and name != "device"]
-            reason = "a task that moves keeps its own options"
+        if request.rebase is not None or request.round is not None:
+            used = {"device", *(_FORMATS if request.round is not None else ())}
+            names = [name for name in told.shown if name in OPTIONS and name not in used]
+            reason = f"a task that is {'moved' if request.rebase is not None else 'rounded'} keeps its own options"
         elif request.make_bases:
             names, reason = config.unused_by_bases(trained=bool(entries)), "common bases are made without it"
         else:

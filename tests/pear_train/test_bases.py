@@ -22,7 +22,7 @@ from pear_train.evaluate import calibrated
 from pear_train.group import stack_weights
 from pear_train.identity import differences
 from pear_train.knowledge import common_bases, in_common_bases
-from pear_train.make_bases import held_energy
+from pear_train.make_bases import held_energy, sources_at
 from pear_train.output import partial_path
 from pear_train.prune import choose_within
 from pear_train.rebase import rebase
@@ -543,7 +543,7 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert all(torch.equal(one, matrices(out)[name]) for name, one in matrices(tmp_path / "twice").items())
     assert f"common bases of rank {R} at 12 positions from 2 tasks" in done.stdout
     done = run(*making, "--json")
-    assert "made already, from the same tasks; --force makes them again" in done.stderr
+    assert "made already, with the same options, tasks and data; --force makes them again" in done.stderr
     assert json.loads(done.stdout)["energy"].keys() == {"t0", "t1"}
     one = run(*making, "--from-tasks", "t0")
     assert one.exit_code == 1 and "trained already, but differently: another --base, --bank or --bases" in one.stderr
@@ -568,12 +568,62 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert read_checkpoint(tmp_path / "v2").record["training"]["val_top1"].keys() == {"t2"}
 
 
+@pytest.mark.slow
+def test_bases_from_data_alone(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    """They are those of unpruned tasks of these data, trained further; a stopped command goes on from these tasks."""
+    tasks = "".join(f'[tasks.t{i}]\ndata = "{folder / f"t{i}.npz"}"\n' for i in range(2))
+    (tmp_path / "tasks.toml").write_text(f"epochs = 2\nbatch_size = 16\n{tasks}")
+    alone = ("common", "--make-bases", "--tasks", tmp_path / "tasks.toml", "--rank", R, "--positions", "blocks")
+    made = run(*alone, "--dtype", "float32", "--out", tmp_path / "b")
+    assert made.exit_code == 0, made.stderr
+    assert f"common bases of rank {R} at 12 positions from 2 tasks" in made.stdout and "note" not in made.stderr
+    assert not sources_at(tmp_path / "b").exists()
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
+    told = [config(f"t{i}", rank=R, epochs=2, select="best") for i in range(2)]
+    common = replace(told[0], task="common")
+    by_hand = [tmp_path / f"t{i}" for i in range(2)]
+    for one, dataset, out in zip(told, data, by_hand, strict=True):
+        train(replace(one, method="adapters", rank=8, select="last"), backbone, dataset, out)
+    make_bases(common, backbone, [read_checkpoint(out) for out in by_hand], tmp_path / "two", told, data)
+    first, same = read_checkpoint(tmp_path / "b"), read_checkpoint(tmp_path / "two")
+    for name, raw in same.tensors.items():
+        assert first.tensors[name] == raw
+    assert first.record["training"]["energy"] == same.record["training"]["energy"]
+
+    def stop(step: Step) -> None:
+        if step.task == "bases":
+            raise KeyboardInterrupt
+
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        make_bases(common, backbone, [], tmp_path / "again", told, data, stop)
+    (sources_at(tmp_path / "again") / "mine").write_text("not theirs")
+    make_bases(common, backbone, [], tmp_path / "again", told, data, lambda step: seen.append(step.task))
+    assert set(seen) == {"bases"}, "no task is trained twice"
+    assert [path.name for path in sources_at(tmp_path / "again").iterdir()] == ["mine"]
+    assert read_checkpoint(tmp_path / "again").tensors == first.tensors
+    with pytest.raises(ConfigError, match="bases: expected stored tasks or data, found neither"):
+        make_bases(config("b"), backbone, [], tmp_path / "c")
+    sources_at(tmp_path / "c").write_text("a file")
+    with pytest.raises(ConfigError, match=r"c\.sources: the folder cannot be made: File exists: move away"):
+        make_bases(common, backbone, [], tmp_path / "c", told, data)
+    Store.create(tmp_path / "s").close()
+    empty = run(*alone, "--from-store", tmp_path / "s", "--out", tmp_path / "c")
+    assert empty.exit_code == 1 and "s: has no task: add some, or leave it out and give --tasks" in empty.stderr
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("--make-bases",), 2, "--make-bases needs --from-store: the store of the tasks that they are made from"),
+        (
+            ("--make-bases",),
+            2,
+            "--make-bases needs --from-store, the store of the tasks that they are made from, or --tasks",
+        ),
+        (("--make-bases", "--tasks", "t", "--from-tasks", "a"), 2, "--from-tasks needs --from-store: it names tasks"),
         (("--make-bases", "--from-store", "s", "--bank", "s"), 2, "--make-bases takes no --bank"),
-        (("t", "--data", "d", "--from-store", "s"), 2, "--from-store needs --make-bases or --bases"),
+        (("t", "--data", "d", "--from-store", "s"), 2, "--from-store needs --make-bases, --bases or"),
         (("t", "--data", "d", "--bases", "b", "--from-tasks", "a"), 2, "--from-tasks needs --make-bases"),
         (("t", "--data", "d", "--bases", "b", "--base", "c", "--bank", "e"), 2, "--bases takes no --base or --bank"),
         (("--make-bases", "--from-store", "nowhere"), 3, "nowhere"),
@@ -718,7 +768,7 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
     assert run(*asked).exit_code == 1 and "there is already a task checkpoint" in run(*asked).stderr
     overwritten = run(*asked, "--overwrite", "--json", "--core-dtype", "Q2", "--device", "cpu")
     assert overwritten.stderr.count("has no effect") == 1
-    assert "note      --core-dtype has no effect: a task that moves keeps its own options\n" in overwritten.stderr
+    assert "note      --core-dtype has no effect: a task that is moved keeps its own options\n" in overwritten.stderr
     assert json.loads(overwritten.stdout)["held"] > 0.9999
 
 

@@ -18,9 +18,9 @@ LAYERS = (
     {"start", "head", "html", "preview"},
     {"run"},
     {"group", "state", "to_task"},
-    {"job", "make_base"},
-    {"loop", "make_bases", "rebase"},
-    {"cluster"},
+    {"job", "make_base", "changed"},
+    {"loop", "rebase", "rounding"},
+    {"cluster", "make_bases"},
     {"cli"},
     {"evaluation"},
 )
