@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pear_store import RawTensor, Task, make_task, write_checkpoint
-from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset, Pixels, read_pictures
 from pear_train.errors import ConfigError
 from pear_train.evaluate import calibrated, in_batches
-from pear_train.identity import given_digest, identity_of
+from pear_train.identity import given_digest
 from pear_train.recall import Scores, in_record, metrics_of, scores_of
 from pear_train.report import bases_bytes, stored_bytes
 from router import AdaptedBackbone, Preprocess, Router
@@ -38,21 +37,10 @@ class Changed:
     file_bytes: int
 
 
-def options_of(task: Task, name: str, **changes: Any) -> TrainConfig:
-    """The options that a task records, of a task `name`, or of its own name if that is empty.
-
-    Raises:
-        ConfigError: they are no options of a run.
-    """
-    options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
-    try:
-        return TrainConfig(**{**options, "task": name or task.name, **changes})
-    except ConfigError as error:
-        raise ConfigError(f"task {task.name!r}: field 'training': {error}") from None
-
-
 def check_classes(task: Task, dataset: Dataset) -> None:
-    """Raises a ConfigError unless the data are of the task's classes."""
+    """Raises a ConfigError unless the task has a head, and the data are of its classes."""
+    if task.record["head"] is None:
+        raise ConfigError(f"task {task.name!r}: it has no head, so it cannot be evaluated: give a task")
     if list(task.labels) != list(dataset.classes):
         raise ConfigError(
             f"task {task.name!r}: expected data of its {len(task.labels)} classes, found {len(dataset.classes)} "
@@ -64,7 +52,7 @@ def write_changed(
     task: Task,
     record: Mapping[str, Any],
     tensors: Mapping[str, RawTensor],
-    config: TrainConfig,
+    name: str,
     adapted: AdaptedBackbone,
     dataset: Dataset,
     out: Path,
@@ -77,19 +65,19 @@ def write_changed(
     Args:
         task: as it was.
         record, tensors: as it is now. The record's metrics, threshold and counts of images are replaced.
-        config: options of the changed task.
+        name: of the changed task.
         how: the field of `training` that says what was done: `told`, the data, and the figures of before and after.
         bases: common bases that the changed task has instead of its own.
     """
     _, pixels = read_pictures(dataset, Preprocess(task.preprocess, dataset.limits))
     splits = {split: one for split, one in pixels.items() if split != "train"}
     before = _measure(task, adapted, splits)
-    after = _measure(make_task(record, tensors, config.task), adapted, splits)
+    after = _measure(make_task(record, tensors, name), adapted, splits)
     loss = {split: (before[split].loss, after[split].loss) for split in splits}
     scores = {split: after[split].scores for split in splits}
     top1 = {split: (before[split].scores.top1, scores[split].top1) for split in splits}
-    threshold = task.record.get("threshold"), after["val"].threshold(config.threshold_accuracy)
-    written = {key: value for key, value in record.items() if key != "threshold"}
+    threshold = task.record.get("threshold"), after["val"].threshold(_wanted(task))
+    written = {**{key: value for key, value in record.items() if key != "threshold"}, "task": name}
     written["metrics"] = metrics_of(scores)  # nothing of before, also if these data have no test split
     if threshold[1] is not None:
         written["threshold"] = threshold[1]
@@ -97,10 +85,16 @@ def write_changed(
     given = given_digest(task, (), bases)  # so that no run takes this file for its own
     figures = {**told, "data": dataset.fingerprint, "loss": loss, "top1": top1}
     written["training"] = {**record["training"], **counts, **in_record(scores), "given": given, how: figures}
-    changed = make_task(json.loads(json.dumps(written)), tensors, config.task)
+    changed = make_task(json.loads(json.dumps(written)), tensors, name)
     file_bytes = write_checkpoint(out, changed)
     adapter, _, head = stored_bytes(changed)
-    return Changed(config.task, loss, top1, threshold, adapter, head, bases_bytes(changed), file_bytes)
+    return Changed(name, loss, top1, threshold, adapter, head, bases_bytes(changed), file_bytes)
+
+
+def _wanted(task: Task) -> float | None:
+    """The share of answers that must be right, as the task was trained with. None if it records none."""
+    share = task.record["training"].get("threshold_accuracy")
+    return float(share) if isinstance(share, int | float) and 0 < share <= 1 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ _SAID = {
     "data": "other pictures, classes or splits",
     "backbone": "another backbone",
     "preprocess": "pictures read or resized in another way",
-    "given": "another --base, --bank or --bases",
+    "given": "made from other tasks or bases, or changed after training",
 }
 
 

@@ -52,7 +52,7 @@ class Bases:
     """What :func:`make_bases` measured."""
 
     energy: dict[str, float]
-    """The share, 0 to 1, of each stored task's adapters that the bases hold, by squared norm."""
+    """The share, 0 to 1, of each task's adapters that the bases hold, by squared norm."""
     val_top1: dict[str, float]
     """Top-1 on val, 0 to 1, of each task that the bases were trained for. Its cores and its head are not kept."""
     rank: int
@@ -72,6 +72,7 @@ def make_bases(
     datasets: Sequence[Dataset] = (),
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
+    overwrite: bool = False,
 ) -> Bases:
     """Makes common bases of rank `config.rank` from stored tasks, from data sets, or from both.
 
@@ -85,12 +86,14 @@ def make_bases(
         config: options of the bases; its `task` is their name.
         sources: stored tasks, which may be none. Those of another backbone, activation or other positions are skipped.
         out: the checkpoint to write.
-        configs, datasets: options and data of each task to train for. Without sources there must be some.
+        configs, datasets: options and data of each task to train for. Without sources there must be some. Positions,
+            rank and activation are those of `config`.
         progress: is called after every step, with the task "bases".
         say: receives lines for a person: which tasks were skipped.
+        overwrite: replace other runs' checkpoints in ``OUT.sources``.
     Raises:
-        ConfigError: neither tasks nor data are given, no stored task fits, or a position has fewer directions than
-            `config.rank`.
+        ConfigError: neither tasks nor data are given, no stored task fits, a position has fewer directions than
+            `config.rank`, or tasks differ in what bases have once.
         PearTrainError, RouterError, PearStoreError: as for :func:`train`.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """
@@ -103,11 +106,14 @@ def make_bases(
         )
     if not sources and not datasets:
         raise ConfigError("bases: expected stored tasks or data, found neither: give a store with tasks, or data sets")
-    check_configs(configs)
+    _check_tasks(config, configs, backbone)
     check_out(out)
     adapted = on_device(backbone, config.device)
     positions = attached(adapted, config.positions)
-    own = [] if sources else train_sources(config.rank, configs, backbone, datasets, sources_at(out), progress, say)
+    own: list[Task] = []
+    if not sources:
+        _check_widths(config.rank, {position: adapted.widths[position] for position in positions})
+        own = train_sources(config.rank, configs, backbone, datasets, sources_at(out), progress, say, overwrite)
     fitting = fitting_tasks(sources or own, adapted, positions, say)
     fitted = fit_bases(fitting, positions, config.rank)
     now = bases_identity(config, backbone, sources, configs, datasets)
@@ -118,10 +124,36 @@ def make_bases(
         task = _task(config, backbone, fitted, fitting, now, val_top1)
     file_bytes = write_checkpoint(out, task)
     if own:
-        _remove_sources(configs, sources_at(out))
+        remove_sources(configs, out)
     seconds = round(time.perf_counter() - began, 2)
     logger.debug("bases: wrote %s, %d bytes, in %.2f s", out, file_bytes, seconds)
     return bases_of(task, file_bytes, seconds)
+
+
+def _check_tasks(config: TrainConfig, configs: Sequence[TrainConfig], backbone: Backbone) -> None:
+    """Raises a ConfigError unless the tasks to train for agree with the bases, and with each other."""
+    check_configs(configs)
+    for one in configs:
+        for name in ("positions", "rank", "activation"):
+            wanted, found = getattr(config, name), getattr(one, name)
+            if found != wanted:
+                raise ConfigError(
+                    f"bases: task {one.task!r}: expected {name} {wanted}, as the bases have, found {found}: give it "
+                    "for the bases, and not for tasks"
+                )
+    sizes = {tuple(preprocess_record(backbone, one.img_size)["input_size"][1:]) for one in configs}
+    if len(sizes) > 1:
+        shown = " and ".join(map(str, sorted(sizes)))
+        raise ConfigError(f"bases: expected tasks of one input size, found {shown}: give all the same img_size")
+
+
+def _check_widths(rank: int, widths: Mapping[str, tuple[int, int]]) -> None:
+    for position, sides in widths.items():
+        if min(sides) < rank:
+            raise ConfigError(
+                f"bases: expected a rank of at most {min(sides)}, the smaller side at {position!r}, found {rank}: give "
+                "a smaller rank"
+            )
 
 
 def bases_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Bases:
@@ -144,11 +176,13 @@ def train_sources(
     folder: Path,
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
+    overwrite: bool = False,
 ) -> list[Task]:
     """An unpruned task for each data set, from its file in `folder` if that is there. All start from one `down`.
 
     Args:
         rank: of the bases. Together the tasks have at least as many directions.
+        overwrite: replace other runs' checkpoints there; else they are refused.
     """
     of_each = max(_SOURCE_RANK, -(-rank // len(configs)))
     common: dict[str, Any] = {
@@ -162,18 +196,24 @@ def train_sources(
     jobs = []
     for config, dataset in zip(configs, datasets, strict=True):
         job = Job(replace(config, **common), partial(_as_it_is, dataset), folder / f"{config.task}.safetensors")
-        if not is_finished(job.out, partial(run_identity, job.config, backbone, dataset, None), overwrite=True):
+        if not is_finished(job.out, partial(run_identity, job.config, backbone, dataset, None), overwrite):
             jobs.append(job)
     for _ in train_many(jobs, backbone, progress, on_error="raise", say=say):
         pass
     return [read_checkpoint(folder / f"{config.task}.safetensors") for config in configs]
 
 
-def _remove_sources(configs: Sequence[TrainConfig], folder: Path) -> None:
-    for config in configs:
-        (folder / f"{config.task}.safetensors").unlink(missing_ok=True)
-    with suppress(OSError):  # something else is in it
-        folder.rmdir()
+def source_paths(configs: Sequence[TrainConfig], out: Path) -> list[Path]:
+    """The files of the tasks that bases are fitted to, where there were none."""
+    return [sources_at(out) / f"{config.task}.safetensors" for config in configs]
+
+
+def remove_sources(configs: Sequence[TrainConfig], out: Path) -> None:
+    """Removes them, and their folder if nothing else is in it."""
+    with suppress(OSError):
+        for path in source_paths(configs, out):
+            path.unlink(missing_ok=True)
+        sources_at(out).rmdir()
 
 
 def _as_it_is(dataset: Dataset) -> Dataset:
@@ -283,16 +323,12 @@ def _train_on(
     Returns:
         The bases, made orthonormal again, and each task's top-1 on val.
     """
-    alone = [
-        replace(config, own_rank=0, own_bytes=None) for config in configs
-    ]  # all that is learnt goes into the bases
+    plain: dict[str, Any] = {"method": "pear", "head_dtype": "F16", "own_rank": 0, "own_bytes": None}
+    alone = [replace(config, **plain) for config in configs]  # all that is learnt goes into the bases
     runs = [
         TaskRun(config, adapted, replace(dataset, test=None), bases=task)
         for config, dataset in zip(alone, datasets, strict=True)
     ]
-    if len(sizes := {tuple(run.preprocess["input_size"][1:]) for run in runs}) > 1:
-        shown = " and ".join(map(str, sorted(sizes)))
-        raise ConfigError(f"bases: expected tasks of one input size, found {shown}: give all the same img_size")
     common = _share_bases(runs)
     config, own = runs[0].config, [run.batches for run in runs]
     steps, step = config.epochs * max(own), 0
@@ -369,7 +405,8 @@ def bases_identity(
         for one, dataset in zip(configs, datasets, strict=True)
     ]
     data = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    given = hashlib.sha256("\n".join(manifest_hash(to_manifest(task)).hex() for task in sources).encode()).hexdigest()
+    lines = [manifest_hash(to_manifest(task)).hex() for task in sources]
+    given = hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
     preprocess = preprocess_record(backbone, config.img_size)
     return {**identity(config, backbone.digest, preprocess, data, given), "method": BASES}
 

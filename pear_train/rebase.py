@@ -12,11 +12,12 @@ from pear_store.format.record import HEAD_PARTS, entry_names, renamed
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import stored_adapter
 from pear_train.bases import bases_at, check_bases, is_bases, stand_on
-from pear_train.changed import Changed, check_classes, options_of, write_changed
+from pear_train.changed import Changed, check_classes, write_changed
 from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset
 from pear_train.dtypes import code_bits
 from pear_train.errors import ConfigError
+from pear_train.identity import identity_of
 from pear_train.knowledge import in_common_bases
 from pear_train.machine import on_device
 from pear_train.output import check_out
@@ -60,7 +61,7 @@ def rebase(
         raise ConfigError(f"task {task.name!r}: it uses no common bases: give a task that was trained with --bases")
     check_classes(task, dataset)
     check_out(out)
-    config = options_of(task, name, rank=OPTIONS["rank"].default)
+    config = _options(task, name)
     adapted = on_device(backbone, device)
     check_bases(bases, adapted, config)
     adapted.attach(list(task.positions))
@@ -73,8 +74,16 @@ def rebase(
         record["head"] = renamed(head, names.__getitem__, HEAD_PARTS)
     record["training"] = {**task.record["training"], "bases": bases.name}
     told = {"from": task.record["training"]["bases"], "held": held}
-    changed = write_changed(task, record, tensors, config, adapted, dataset, out, "rebased", told, bases)
+    changed = write_changed(task, record, tensors, config.task, adapted, dataset, out, "rebased", told, bases)
     return Rebased(**asdict(changed), bases=bases.name, held=held)
+
+
+def _options(task: Task, name: str) -> TrainConfig:
+    options = {key: value for key, value in identity_of(task).items() if key in OPTIONS}
+    try:
+        return TrainConfig(**{**options, "task": name or task.name, "rank": OPTIONS["rank"].default})
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name!r}: field 'training': {error}") from None
 
 
 def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfig) -> tuple[AdapterSet, float]:

@@ -13,11 +13,11 @@ from pear_store.format.codes import matrix_values
 from pear_store.format.manifest import with_plain_names
 from pear_store.format.record import Adapter, Head, Matrix, Part, with_matrices
 from pear_train.bases import is_bases
-from pear_train.changed import Changed, check_classes, options_of, write_changed
+from pear_train.changed import Changed, check_classes, write_changed
 from pear_train.choices import CoreDtype, HeadDtype, TensorDtype
+from pear_train.config import TrainConfig
 from pear_train.data import Dataset
 from pear_train.dtypes import Written, code_bits, float_dtype
-from pear_train.dtypes import core_dtype as resolved
 from pear_train.errors import ConfigError
 from pear_train.machine import on_device
 from pear_train.output import check_out
@@ -38,7 +38,8 @@ def round_task(
 ) -> Changed:
     """Writes a task in other number formats. It is evaluated on the data before and after, through the router.
 
-    What other tasks have, too, stays as it is: common bases, and adapters kept as knowledge.
+    Common bases stay as they are, and so does what is kept of pruned adapters. Adapters of a base set or a bank cannot
+    be rounded.
 
     Args:
         dataset: data of the task's classes; val and test are evaluated.
@@ -54,21 +55,45 @@ def round_task(
     told = {"tensor_dtype": tensor_dtype, "core_dtype": core_dtype, "head_dtype": head_dtype}
     asked = {option: dtype for option, dtype in told.items() if dtype is not None}
     training = task.record["training"]
-    given = training["rounded"]["given"] if "rounded" in training else training.get("given")
+    rounded = training.get("rounded")
+    given = rounded.get("given") if isinstance(rounded, dict) else training.get("given")
     _check(task, asked, given)
     check_classes(task, dataset)
     check_out(out)
+    name = TrainConfig(task=name or task.name).task
     adapted = on_device(backbone, device)
     adapted.attach(list(task.positions))
-    before = options_of(task, "")
-    settled: dict[str, Any] = dict(asked)
-    if before.core_dtype == "auto" and "core_dtype" in training:  # it would now mean another format than cores have
-        settled = {"core_dtype": resolved(before.core_dtype, before.tensor_dtype), **asked}
+    before = _formats(task)
+    settled: dict[str, str] = dict(asked)
+    if training.get("core_dtype") == "auto" and "core_dtype" in before:  # it would now mean another format
+        settled = {"core_dtype": before["core_dtype"], **asked}
     record, tensors = _rounded(with_plain_names(task), asked)
-    config = options_of(task, name, **settled)
-    record |= {"task": config.task, "training": {**training, **settled}}
-    done = {"from": {option: getattr(before, option) for option in asked}, "given": given}
-    return write_changed(task, record, tensors, config, adapted, dataset, out, "rounded", done)
+    record["training"] = {**training, **settled}
+    done = {"from": {option: before[option] for option in asked}, "given": given}
+    return write_changed(task, record, tensors, name, adapted, dataset, out, "rounded", done)
+
+
+def _formats(task: Task) -> dict[str, str]:
+    """The formats of what a task has of its own, by option. Several, if there are, are joined by +."""
+    found: dict[str, set[str]] = {}
+    for adapter in task.adapters.values():
+        for matrix in adapter.parts.values():
+            if adapter.core is not None and matrix == adapter.core:
+                found.setdefault("core_dtype", set()).add(_format(matrix, task))
+            elif not _is_shared(adapter, task):
+                found.setdefault("tensor_dtype", set()).add(_format(matrix, task))
+    if task.head is not None:
+        found["head_dtype"] = {_format(task.head.weight, task)}
+    return {option: "+".join(sorted(formats)) for option, formats in found.items()}
+
+
+def _format(matrix: Matrix, task: Task) -> str:
+    return task.tensors[matrix.name].dtype if matrix.bits is None else f"Q{matrix.bits}"
+
+
+def _is_shared(adapter: Adapter, task: Task) -> bool:
+    """Whether an adapter's matrices, but for its core, stay: common bases, and what is kept of pruned adapters."""
+    return adapter.role == "knowledge" or (adapter.core is not None and "bases" in task.record["training"])
 
 
 def _check(task: Task, asked: Mapping[str, Written], given: str | None) -> None:
@@ -76,10 +101,11 @@ def _check(task: Task, asked: Mapping[str, Written], given: str | None) -> None:
     name, on_bases = f"task {task.name!r}", "bases" in task.record["training"]
     if not asked:
         raise ConfigError(f"{name}: expected a number format to round to: give tensor, core or head dtype")
+    if asked.get("core_dtype") == "auto":
+        raise ConfigError(f"{name}: core dtype 'auto' is no format to round to: name one")
     if is_bases(task):
         raise ConfigError(f"{name}: it is common bases, which stay floats: give a task")
-    own = [one for one in task.adapters.values() if one.core is None or not on_bases]
-    if "tensor_dtype" in asked and not own:
+    if "tensor_dtype" in asked and all(_is_shared(one, task) for one in task.adapters.values()):
         raise ConfigError(f"{name}: it has no adapters of its own: leave tensor dtype out")
     if "tensor_dtype" in asked and given is not None and not on_bases:
         raise ConfigError(
@@ -88,20 +114,17 @@ def _check(task: Task, asked: Mapping[str, Written], given: str | None) -> None:
         )
     if "core_dtype" in asked and not any(one.core for one in task.adapters.values()):
         raise ConfigError(f"{name}: it has no cores: leave core dtype out")
-    if "head_dtype" in asked and task.record["head"] is None:
-        raise ConfigError(f"{name}: it has no head: leave head dtype out")
 
 
 def _rounded(task: Task, asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """The record and the tensors of a task whose adapters, cores and head are of the formats that are asked for."""
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in task.tensors.items()}
     of_adapters, of_cores, of_head = (asked.get(f"{what}_dtype") for what in ("tensor", "core", "head"))
-    on_bases = "bases" in task.record["training"]
     written = _Rewritten(task.tensors)
     entries: dict[str, Any] = {}
     for name, entry in task.record["adapters"].items():
         adapter = Adapter.parse(entry, shapes)
-        shared = adapter.role == "knowledge" or (on_bases and adapter.core is not None)
+        shared = _is_shared(adapter, task)
         parts: dict[Part, Matrix] = {}
         for part, matrix in adapter.parts.items():
             dtype = of_cores if matrix == adapter.core else None if shared else of_adapters

@@ -59,7 +59,7 @@ def main(shared: Path, out: Path, seed: int, dtype: str) -> None:
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over the sets: top-1 in percent and bytes of each way, and of before."""
+    """Over the sets: top-1 in percent of before and of each way, and the bytes of each way."""
     found: dict[str, Any] = {}
     for way in WAYS:
         of = [row for row in rows if row["way"] == way]

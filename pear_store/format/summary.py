@@ -73,7 +73,7 @@ class Origin:
     def of(cls, record: Mapping[str, Any]) -> "Origin":
         training = _mapping(record.get("training"))
         data = {key: value for key, value in training.items() if _is_of_data(key) and value not in (None, "", {})}
-        given = {key: training[key] for key in ("given", "bases", "rebased") if training.get(key)}
+        given = {key: training[key] for key in ("given", "bases", "rebased", "rounded") if training.get(key)}
         options = {
             key: value
             for key, value in training.items()

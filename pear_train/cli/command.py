@@ -115,7 +115,12 @@ _DRAWN = ("plot", "html", "preview", "curves")
     "Sharing between tasks", "--make-bases", is_flag=True,
     help="Make common bases of --rank from the tasks of --from-store, from the data of --tasks, or from both.",
 )  # fmt: skip
-@option("Sharing between tasks", "--from-store", type=_PATH, help="Store of the tasks for --make-bases, or of --bases.")
+@option(
+    "Sharing between tasks",
+    "--from-store",
+    type=_PATH,
+    help="Store of the tasks for --make-bases, or of --bases or --round.",
+)
 @option(
     "Sharing between tasks", "--from-tasks", help="Comma-separated tasks of --from-store [default: the 64 added last]."
 )
@@ -172,7 +177,11 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
             how = "nothing was written; the same command again"
         elif stop.left_behind:
             how = f"{stop.left_behind}; the same command resumes from there"
-            how += ", and trains finished tasks anew (--force)" if request.force and request.many else ""
+            how += (
+                ", and trains finished tasks anew (--force)"
+                if request.force and (request.many or request.make_bases)
+                else ""
+            )
         else:
             how = "no epoch had ended; the same command starts anew"
         say(f"Stopped: {how}:\n    {as_command('pear-train', *ctx.meta.get(ARGUMENTS, []))}")
@@ -227,8 +236,10 @@ def _check_bases_usage(request: Request) -> None:
             )
         if request.from_store is None and request.from_tasks is not None:
             raise click.UsageError("--from-tasks needs --from-store: it names tasks of that store")
-        names = ("base", "bank", "bases", "rebase", "round", "make_base", *_DRAWN, "tensorboard", "data", "together")
-        if unused := [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]:
+        names = ("base", "bank", "bank_tasks", "bases", "rebase", "round", "make_base", *_DRAWN, "tensorboard", "data",
+                 "together", "address", "workers", "cpus_per_worker")  # fmt: skip
+        flags = {"address": "ray"}
+        if unused := [f"--{flags.get(name, name).replace('_', '-')}" for name in names if getattr(request, name)]:
             raise click.UsageError(f"--make-bases takes no {' or '.join(unused)}")
     elif request.from_tasks is not None:
         raise click.UsageError("--from-tasks needs --make-bases: it names tasks of --from-store")

@@ -8,6 +8,7 @@ import click
 
 from pear_train.cli.request import Request, Work
 from pear_train.errors import ConfigError
+from pear_train.make_bases import source_paths
 from pear_train.output import files_beside
 from pear_train.plot import plot_path
 from pear_train.targets import Named, check_apart
@@ -41,6 +42,8 @@ def _outputs(request: Request, work: Work) -> Iterator[Named]:
     for task, out in (work.paths if request.many else {str(request.task): request.out}).items():
         yield "--out", out
         yield from (("--out (meanwhile)", path) for path in files_beside(out))
+        if request.make_bases and request.from_store is None:
+            yield from (("--out (meanwhile)", path) for path in source_paths([e.config for e in work.entries], out))
         if request.plot:
             yield "--plot", plot_path(out)
         if request.tensorboard is not None:

@@ -29,7 +29,7 @@ from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
-from pear_train.make_bases import bases_identity, bases_of, make_bases
+from pear_train.make_bases import Bases, bases_identity, bases_of, make_bases, remove_sources, sources_at
 from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
@@ -48,6 +48,8 @@ _FORMATS = ("tensor_dtype", "core_dtype", "head_dtype")
 def do_work(request: Request, told: Told) -> Work | None:
     """Trains the tasks of a request. None for a base set, common bases or a changed task, which are printed already."""
     out, many = request.out, request.many
+    if request.round is not None and not told.shown.keys() & set(_FORMATS):
+        raise click.UsageError("--round needs --tensor-dtype, --core-dtype or --head-dtype: it says what to round to")
     if os.path.isdir(out) != many and os.path.exists(out):
         raise ConfigError(
             f"--out {out}: " + ("is a file: --tasks needs a folder" if many else "is a folder: name a file in it")
@@ -73,6 +75,7 @@ def do_work(request: Request, told: Told) -> Work | None:
     if request.plot:
         for path in work.paths.values():
             check_plot(plot_path(path))
+    rounded = None if request.round is None else _read_task(request.round, request.from_store)
     base = None if request.base is None else read_checkpoint(request.base)
     bank = _stored(request.bank, request.bank_tasks)
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
@@ -100,8 +103,8 @@ def do_work(request: Request, told: Told) -> Work | None:
         task = _read_task(request.rebase, request.from_store)
         _rebase(request, task, bases, loaded, datasets[0], told.options["device"])
         return None
-    if request.round is not None:
-        _round(request, _read_task(request.round, request.from_store), loaded, datasets[0], told)
+    if rounded is not None:
+        _round(request, rounded, loaded, datasets[0], told)
         return None
     _plan(request, work, loaded, datasets, given_digest(base, bank, bases))
     given = Given(base, bank, bases)
@@ -201,17 +204,38 @@ def _make_bases(
     if request.from_store is not None and not sources:  # without tasks, bases would start at random
         raise ConfigError(f"--from-store {request.from_store}: has no task: add some, or leave it out and give --tasks")
     now = partial(bases_identity, config, loaded, sources, configs, datasets)
+    if request.force and not sources:
+        remove_sources(configs, out)
     if not request.force and is_finished(out, now, request.overwrite):
         echo(f"{out}: made already, with the same options, tasks and data; --force makes them again", err=True)
         made = bases_of(read_checkpoint(out), out.stat().st_size)
+        if not sources:
+            remove_sources(configs, out)  # left by a command that was killed
     else:
         with Progress("bases") as bar:
-            made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say)
+            made = _made(config, loaded, sources, out, configs, datasets, bar, request.overwrite)
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
-        f"{counted(len(made.energy) or len(made.val_top1), 'task')}, {made.file_bytes:,} bytes"
+        f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
     )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
+
+
+def _made(
+    config: TrainConfig,
+    loaded: Backbone,
+    sources: Sequence[Task],
+    out: Path,
+    configs: Sequence[TrainConfig],
+    datasets: Sequence[Dataset],
+    bar: Progress,
+    overwrite: bool,
+) -> Bases:
+    try:
+        return make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say, overwrite)
+    except KeyboardInterrupt:
+        kept = sources_at(out)
+        raise Stopped(f"what is trained is kept in {kept}" if not sources and kept.exists() else "") from None
 
 
 def _config_of_bases(request: Request, told: Told) -> TrainConfig:

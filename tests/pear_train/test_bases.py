@@ -546,7 +546,7 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     assert "made already, with the same options, tasks and data; --force makes them again" in done.stderr
     assert json.loads(done.stdout)["energy"].keys() == {"t0", "t1"}
     one = run(*making, "--from-tasks", "t0")
-    assert one.exit_code == 1 and "trained already, but differently: another --base, --bank or --bases" in one.stderr
+    assert one.exit_code == 1 and "trained already, but differently: made from other tasks or bases" in one.stderr
     with Store(store) as opened:
         opened.add(out)
     on = ("t2", "--data", folder / "t2.npz", "--epochs", 2, "--batch-size", 16, "--out", tmp_path / "t2")
@@ -601,9 +601,32 @@ def test_bases_from_data_alone(folder: Path, backbone: Backbone, tmp_path: Path)
     make_bases(common, backbone, [], tmp_path / "again", told, data, lambda step: seen.append(step.task))
     assert set(seen) == {"bases"}, "no task is trained twice"
     assert [path.name for path in sources_at(tmp_path / "again").iterdir()] == ["mine"]
+    assert first.record["training"]["given"] is None
     assert read_checkpoint(tmp_path / "again").tensors == first.tensors
     with pytest.raises(ConfigError, match="bases: expected stored tasks or data, found neither"):
         make_bases(config("b"), backbone, [], tmp_path / "c")
+    other = replace(told[0], lr=0.1)
+    train(replace(other, method="adapters", rank=8, select="last"), backbone, data[0], tmp_path / "other")
+    sources_at(tmp_path / "d").mkdir()
+    (tmp_path / "other").rename(kept := sources_at(tmp_path / "d") / "t0.safetensors")
+    with pytest.raises(ConfigError, match=r"t0.safetensors: trained already, but differently: lr 0.1 there, 0.01 now"):
+        make_bases(common, backbone, [], tmp_path / "d", told, data)
+    assert read_checkpoint(kept).record["training"]["lr"] == 0.1
+    for changes, message in (
+        ({"rank": R + 1}, f"bases: task 't0': expected rank {R}, as the bases have, found {R + 1}: give it for"),
+        ({"positions": "qkv"}, "bases: task 't0': expected positions blocks, as the bases have, found qkv"),
+    ):
+        every = [replace(one, **changes) for one in told]
+        with pytest.raises(ConfigError, match=message):
+            make_bases(common, backbone, [], tmp_path / "c", every, data)
+    wide = [replace(one, rank=193) for one in (common, *told)]
+    with pytest.raises(ConfigError, match="a rank of at most 192, the smaller side at 'blocks.0.attn', found 193"):
+        make_bases(wide[0], backbone, [], tmp_path / "c", wide[1:], data)
+    assert not sources_at(tmp_path / "c").exists(), "nothing was trained"
+    taken = tmp_path / "tasks2.toml"
+    taken.write_text((tmp_path / "tasks.toml").read_text().replace(str(folder / "t0.npz"), "c.sources/t0.safetensors"))
+    lost = run(*alone[:3], taken, *alone[4:], "--out", tmp_path / "c")
+    assert lost.exit_code == 2 and "c.sources/t0.safetensors" in " ".join(lost.stderr.split())
     sources_at(tmp_path / "c").write_text("a file")
     with pytest.raises(ConfigError, match=r"c\.sources: the folder cannot be made: File exists: move away"):
         make_bases(common, backbone, [], tmp_path / "c", told, data)
@@ -611,6 +634,22 @@ def test_bases_from_data_alone(folder: Path, backbone: Backbone, tmp_path: Path)
     empty = run(*alone, "--from-store", tmp_path / "s", "--out", tmp_path / "c")
     assert empty.exit_code == 1 and "s: has no task: add some, or leave it out and give --tasks" in empty.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_a_stopped_command_says_where_its_tasks_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "b"
+    (tmp_path / "tasks.toml").write_text(f'[tasks.t0]\ndata = "{folder / "t0.npz"}"\n')
+
+    def stopped(*_: Any) -> None:
+        sources_at(out).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pear_train.cli.work.make_bases", stopped)
+    done = run("common", "--make-bases", "--tasks", tmp_path / "tasks.toml", "--out", out)
+    assert done.exit_code == 130
+    assert f"Stopped: what is trained is kept in {sources_at(out)}; the same command resumes" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -623,6 +662,7 @@ def test_bases_from_data_alone(folder: Path, backbone: Backbone, tmp_path: Path)
         ),
         (("--make-bases", "--tasks", "t", "--from-tasks", "a"), 2, "--from-tasks needs --from-store: it names tasks"),
         (("--make-bases", "--from-store", "s", "--bank", "s"), 2, "--make-bases takes no --bank"),
+        (("--make-bases", "--tasks", "s", "--ray", "auto", "--workers", "2"), 2, "takes no --ray or --workers"),
         (("t", "--data", "d", "--from-store", "s"), 2, "--from-store needs --make-bases, --bases or"),
         (("t", "--data", "d", "--bases", "b", "--from-tasks", "a"), 2, "--from-tasks needs --make-bases"),
         (("t", "--data", "d", "--bases", "b", "--base", "c", "--bank", "e"), 2, "--bases takes no --base or --bank"),

@@ -119,7 +119,7 @@ def test_what_differs_is_named(pictures: Path, backbone: Backbone, tmp_path: Pat
     assert differences(there, now) == []
     assert is_finished(tmp_path / "t", lambda: now)
     assert differences(there, {**now, "given": "x", "backbone": "y", "task": "u"}) == [
-        "task t there, u now", "another backbone", "another --base, --bank or --bases",
+        "task t there, u now", "another backbone", "made from other tasks or bases, or changed after training",
     ]  # fmt: skip
     assert differences({**there, "preprocess": {}}, now) == ["pictures read or resized in another way"]
     older = {key: value for key, value in there.items() if key != "data"}

@@ -131,7 +131,7 @@ def test_figures_are_those_of_the_rounded_task(
     assert back.record["metrics"]["test_top1"] == made.top1["test"][1]
     assert made.threshold == (task.record["threshold"], back.record.get("threshold"))
     told = back.record["training"]["rounded"]
-    assert told["from"] == {"tensor_dtype": "F16", "core_dtype": "auto", "head_dtype": "F16"}
+    assert told["from"] == {"tensor_dtype": "F16", "core_dtype": "F16", "head_dtype": "F16"}
     assert told["data"] == data.fingerprint and told["loss"]["val"] == list(made.loss["val"])
     assert made.adapter_bytes < stored_bytes(task)[0] / 3, "of 16 bits, with a scale for each index"
 
@@ -153,6 +153,18 @@ def test_cores_keep_their_format_if_adapters_alone_are_rounded(
     )
     core = floats.adapters[one].core
     assert core is not None and floats.tensors[core.name].dtype == "BF16"
+
+
+def test_tasks_of_other_programs_are_rounded(
+    tasks: dict[str, Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    """What a record says of training is not needed, and may be wrong."""
+    for number, training in enumerate(({"method": "lora"}, {"rounded": "yes", "threshold_accuracy": "x"})):
+        plain = tasks["unpruned"]
+        task = make_task({**plain.record, "training": training}, plain.tensors)
+        made = rounded(task, backbone, folder, tmp_path / str(number), tensor_dtype="Q8", head_dtype="Q8")
+        assert made.record["training"]["rounded"]["from"] == {"tensor_dtype": "F32", "head_dtype": "F16"}
+        assert made.record["training"]["tensor_dtype"] == "Q8" and "threshold" not in made.record
 
 
 def test_mistakes(
@@ -178,7 +190,8 @@ def test_mistakes(
         (read_checkpoint(cores_alone), {"tensor_dtype": "Q4"}, "it has no adapters of its own"),
         (bases, {"tensor_dtype": "Q4"}, "task 'common': it is common bases, which stay floats: give a task"),
         (read_checkpoint(banked), {"tensor_dtype": "Q4"}, "it has adapters of a base set or a bank, and a store"),
-        (headless, {"head_dtype": "Q4"}, "task 't0': it has no head: leave head dtype out"),
+        (headless, {"head_dtype": "Q4"}, "task 't0': it has no head, so it cannot be evaluated: give a task"),
+        (tasks["pruned and shared"], {"core_dtype": "auto"}, "core dtype 'auto' is no format to round to: name one"),
     ]
     for task, formats, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -210,7 +223,7 @@ def test_command(tasks: dict[str, Task], folder: Path, backbone: Backbone, tmp_p
     over = run(*asked, "--head-dtype", "Q4", "--overwrite", "--json")
     assert json.loads(over.stdout)["head_bytes"] < stored_bytes(tasks["pruned and shared"])[2]
     nothing = run(*asked, "--overwrite")
-    assert nothing.exit_code == 1 and "expected a number format to round to" in nothing.stderr
+    assert nothing.exit_code == 2 and "--round needs --tensor-dtype, --core-dtype or" in nothing.stderr
     trained = run("small", "--data", folder / "t0.npz", "--out", tmp_path / "o")
     assert trained.exit_code == 1 and "trained already, but differently" in trained.stderr
     for args, message in (
