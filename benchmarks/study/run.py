@@ -523,7 +523,7 @@ def codes() -> Iterator[Plan]:
 
 
 def few() -> Iterator[Plan]:
-    """Few bytes with the final table's options: Pear in few bits, LoRA of rank 1; test."""
+    """Few bytes: with the final table's options Pear in few bits and LoRA of rank 1; and other peers; test."""
     options, _ = chosen_rows()["pear r=12, 0.92"]
     lora, _ = chosen_rows()["LoRA qkv r=2"]  # not chosen anew for rank 1
     for seed in range(SEEDS):
@@ -538,6 +538,15 @@ def few() -> Iterator[Plan]:
     for seed in range(SEEDS):
         for dataset in SETS:
             yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
+    others = {
+        "LoRA-XS, r=16": ("lora-xs:16", 2e-2),
+        "VB-LoRA r=4": ("vblora:4", 2e-2),
+        "VeRA qkv r=64": ("vera:64", 0.1),
+    }
+    for name, (peer, lr) in others.items():  # the best rate on val, in `peers` or `shape`
+        for seed in range(SEEDS):
+            for dataset in SETS:
+                yield Plan("few", name, "deit96", dataset, seed, {**BASE, "lr": lr}, peer, True)
 
 
 def knobs() -> Iterator[Plan]:
