@@ -530,11 +530,12 @@ def few() -> Iterator[Plan]:
         for dataset in SETS:
             told = {**options, "tensor_dtype": "Q4", "head_dtype": "Q4"}
             yield Plan("few", "pear r=12, 0.92: adapters Q4, head Q4", "deit96", dataset, seed, told, None, True)
-    for seed in range(SEEDS):
-        for dataset in SETS:
-            all_four = {**options, "tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"}
-            name = "pear r=12, 0.92: adapters, cores and head Q4"
-            yield Plan("few", name, "deit96", dataset, seed, all_four, None, True)
+    for rank in (12, 5):  # 9.3 and 3.5 KB
+        for seed in range(SEEDS):
+            for dataset in SETS:
+                all_four = {**options, "rank": rank, "tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"}
+                name = f"pear r={rank}, 0.92: adapters, cores and head Q4"
+                yield Plan("few", name, "deit96", dataset, seed, all_four, None, True)
     for seed in range(SEEDS):
         for dataset in SETS:
             yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
