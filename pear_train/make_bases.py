@@ -88,7 +88,7 @@ def make_bases(
         out: the checkpoint to write.
         configs, datasets: options and data of each task to train for. Without sources there must be some. Positions,
             rank and activation are those of `config`.
-        progress: is called after every step, with the task "bases".
+        progress: is called after every step, with the task "bases", or with a task that is trained first.
         say: receives lines for a person: which tasks were skipped.
         overwrite: replace other runs' checkpoints in ``OUT.sources``.
     Raises:

@@ -163,7 +163,7 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
 
     With --make-bases, make common bases from stored tasks or from data, and call them TASK. With --bases, train TASK as
     cores in these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a trained task to
-    --bases. With --round, write a trained task in other number formats.
+    other bases. With --round, write a trained task in other number formats.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
