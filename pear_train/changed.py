@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pear_store import RawTensor, Task, make_task, write_checkpoint
+from pear_store import Task, make_task, write_checkpoint
 from pear_train.data import Dataset, Pixels, read_pictures
 from pear_train.errors import ConfigError
 from pear_train.evaluate import calibrated, in_batches
@@ -50,9 +50,7 @@ def check_classes(task: Task, dataset: Dataset) -> None:
 
 def write_changed(
     task: Task,
-    record: Mapping[str, Any],
-    tensors: Mapping[str, RawTensor],
-    name: str,
+    changed: Task,
     adapted: AdaptedBackbone,
     dataset: Dataset,
     out: Path,
@@ -64,31 +62,29 @@ def write_changed(
 
     Args:
         task: as it was.
-        record, tensors: as it is now. The record's metrics, threshold and counts of images are replaced.
-        name: of the changed task.
+        changed: as it is now. Metrics, threshold and counts of images are replaced.
         how: the field of `training` that says what was done: `told`, the data, and the figures of before and after.
         bases: common bases that the changed task has instead of its own.
     """
     _, pixels = read_pictures(dataset, Preprocess(task.preprocess, dataset.limits))
     splits = {split: one for split, one in pixels.items() if split != "train"}
-    before = _measure(task, adapted, splits)
-    after = _measure(make_task(record, tensors, name), adapted, splits)
+    before, after = _measure(task, adapted, splits), _measure(changed, adapted, splits)
     loss = {split: (before[split].loss, after[split].loss) for split in splits}
     scores = {split: after[split].scores for split in splits}
     top1 = {split: (before[split].scores.top1, scores[split].top1) for split in splits}
     threshold = task.record.get("threshold"), after["val"].threshold(_wanted(task))
-    written = {**{key: value for key, value in record.items() if key != "threshold"}, "task": name}
+    written = {key: value for key, value in changed.record.items() if key != "threshold"}
     written["metrics"] = metrics_of(scores)  # nothing of before, also if these data have no test split
     if threshold[1] is not None:
         written["threshold"] = threshold[1]
     counts = {"images": dataset.counts, "unreadable": dataset.unreadable_counts}  # of what the figures are measured on
     given = given_digest(task, (), bases)  # so that no run takes this file for its own
     figures = {**told, "data": dataset.fingerprint, "loss": loss, "top1": top1}
-    written["training"] = {**record["training"], **counts, **in_record(scores), "given": given, how: figures}
-    changed = make_task(json.loads(json.dumps(written)), tensors, name)
-    file_bytes = write_checkpoint(out, changed)
-    adapter, _, head = stored_bytes(changed)
-    return Changed(name, loss, top1, threshold, adapter, head, bases_bytes(changed), file_bytes)
+    written["training"] = {**changed.record["training"], **counts, **in_record(scores), "given": given, how: figures}
+    made = make_task(json.loads(json.dumps(written)), changed.tensors, changed.name)
+    file_bytes = write_checkpoint(out, made)
+    adapter, _, head = stored_bytes(made)
+    return Changed(made.name, loss, top1, threshold, adapter, head, bases_bytes(made), file_bytes)
 
 
 def _wanted(task: Task) -> float | None:

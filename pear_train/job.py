@@ -33,6 +33,11 @@ class Job:
     out: Path
     """The task checkpoint to write."""
 
+    @classmethod
+    def of(cls, config: TrainConfig, dataset: Dataset, out: Path) -> "Job":
+        """A job whose data is open already."""
+        return cls(config, lambda: dataset, out)
+
 
 @dataclass
 class ActiveJob:

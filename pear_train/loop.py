@@ -56,7 +56,7 @@ def train(
         PearStoreError: the checkpoint cannot be written or read back.
     Source: after Prune and Share (Pear), arXiv:2409.19733; docs/method.md says where it differs.
     """
-    job = Job(config, lambda: dataset, out)
+    job = Job.of(config, dataset, out)
     for done in train_many([job], backbone, progress, base=base, bank=bank, bases=bases, on_error="raise", say=say):
         assert isinstance(done, Result)
         return done

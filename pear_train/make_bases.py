@@ -113,7 +113,7 @@ def make_bases(
     own: list[Task] = []
     if not sources:
         _check_widths(config.rank, {position: adapted.widths[position] for position in positions})
-        own = train_sources(config.rank, configs, backbone, datasets, sources_at(out), progress, say, overwrite)
+        own = train_sources(config.rank, configs, backbone, datasets, out, progress, say, overwrite)
     fitting = fitting_tasks(sources or own, adapted, positions, say)
     fitted = fit_bases(fitting, positions, config.rank)
     now = bases_identity(config, backbone, sources, configs, datasets)
@@ -173,15 +173,16 @@ def train_sources(
     configs: Sequence[TrainConfig],
     backbone: Backbone,
     datasets: Sequence[Dataset],
-    folder: Path,
+    out: Path,
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> list[Task]:
-    """An unpruned task for each data set, from its file in `folder` if that is there. All start from one `down`.
+    """An unpruned task for each data set, from its file in ``OUT.sources`` if that is there. All start from one `down`.
 
     Args:
         rank: of the bases. Together the tasks have at least as many directions.
+        out: the checkpoint of the bases.
         overwrite: replace other runs' checkpoints there; else they are refused.
     """
     of_each = max(_SOURCE_RANK, -(-rank // len(configs)))
@@ -190,17 +191,19 @@ def train_sources(
         "tensor_dtype": "F16", "head_dtype": "F16", "select": "last", "patience": None, "threshold_accuracy": None,
     }  # fmt: skip
     try:
-        folder.mkdir(exist_ok=True)
+        sources_at(out).mkdir(exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: the folder cannot be made: {error.strerror}: move away what is there") from None
-    jobs = []
-    for config, dataset in zip(configs, datasets, strict=True):
-        job = Job(replace(config, **common), partial(_as_it_is, dataset), folder / f"{config.task}.safetensors")
-        if not is_finished(job.out, partial(run_identity, job.config, backbone, dataset, None), overwrite):
+        raise ConfigError(
+            f"{sources_at(out)}: the folder cannot be made: {error.strerror}: move away what is there"
+        ) from None
+    paths, jobs = source_paths(configs, out), []
+    for config, dataset, path in zip(configs, datasets, paths, strict=True):
+        job = Job.of(replace(config, **common), dataset, path)
+        if not is_finished(path, partial(run_identity, job.config, backbone, dataset, None), overwrite):
             jobs.append(job)
     for _ in train_many(jobs, backbone, progress, on_error="raise", say=say):
         pass
-    return [read_checkpoint(folder / f"{config.task}.safetensors") for config in configs]
+    return [read_checkpoint(path) for path in paths]
 
 
 def source_paths(configs: Sequence[TrainConfig], out: Path) -> list[Path]:
@@ -214,10 +217,6 @@ def remove_sources(configs: Sequence[TrainConfig], out: Path) -> None:
         for path in source_paths(configs, out):
             path.unlink(missing_ok=True)
         sources_at(out).rmdir()
-
-
-def _as_it_is(dataset: Dataset) -> Dataset:
-    return dataset
 
 
 def fitting_tasks(

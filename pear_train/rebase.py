@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pear_store import RawTensor, Task
+from pear_store import RawTensor, Task, make_task
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.record import HEAD_PARTS, entry_names, renamed
 from pear_train.adapters import AdapterSet, TrainedBranch
@@ -74,7 +74,8 @@ def rebase(
         record["head"] = renamed(head, names.__getitem__, HEAD_PARTS)
     record["training"] = {**task.record["training"], "bases": bases.name}
     told = {"from": task.record["training"]["bases"], "held": held}
-    changed = write_changed(task, record, tensors, config.task, adapted, dataset, out, "rebased", told, bases)
+    after = make_task(record, tensors, config.task)
+    changed = write_changed(task, after, adapted, dataset, out, "rebased", told, bases)
     return Rebased(**asdict(changed), bases=bases.name, held=held)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_store import RawTensor, Task
+from pear_store import RawTensor, Task, make_task
 from pear_store.format.codes import matrix_values
 from pear_store.format.manifest import with_plain_names
 from pear_store.format.record import Adapter, Head, Matrix, Part, with_matrices
@@ -68,9 +68,9 @@ def round_task(
     if training.get("core_dtype") == "auto" and "core_dtype" in before:  # it would now mean another format
         settled = {"core_dtype": before["core_dtype"], **asked}
     record, tensors = _rounded(with_plain_names(task), asked)
-    record["training"] = {**training, **settled}
+    record |= {"task": name, "training": {**training, **settled}}
     done = {"from": {option: before[option] for option in asked}, "given": given}
-    return write_changed(task, record, tensors, name, adapted, dataset, out, "rounded", done)
+    return write_changed(task, make_task(record, tensors, name), adapted, dataset, out, "rounded", done)
 
 
 def _formats(task: Task) -> dict[str, str]:

@@ -29,7 +29,7 @@ from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
-from pear_train.make_bases import Bases, bases_identity, bases_of, make_bases, remove_sources, sources_at
+from pear_train.make_bases import bases_identity, bases_of, make_bases, remove_sources, sources_at
 from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
@@ -132,7 +132,7 @@ def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dat
             else:
                 check_out(path)
                 again = partial(_open, entry, request.data_root)  # many data sets may not fit into memory together
-                work.jobs.append(Job(config, again if request.many else partial(_as_it_is, dataset), path))
+                work.jobs.append(Job(config, again, path) if request.many else Job.of(config, dataset, path))
         except (PearTrainError, RouterError, PearStoreError) as error:
             if not request.many:
                 raise
@@ -143,10 +143,6 @@ def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dat
         echo(f"tasks     {count} are trained already, with the same options and data", err=True)
     elif work.kept:
         echo(f"{request.out}: trained already, with the same options and data; --force trains again", err=True)
-
-
-def _as_it_is(dataset: Dataset) -> Dataset:
-    return dataset
 
 
 def _train(request: Request, work: Work, loaded: Backbone, given: Given, default_together: int) -> None:
@@ -201,7 +197,7 @@ def _make_bases(
 ) -> None:
     config, out = _config_of_bases(request, told), request.out
     sources, configs = _stored(request.from_store, request.from_tasks), [entry.config for entry in entries]
-    if request.from_store is not None and not sources:  # without tasks, bases would start at random
+    if request.from_store is not None and not sources:  # without stored tasks, others would be trained
         raise ConfigError(f"--from-store {request.from_store}: has no task: add some, or leave it out and give --tasks")
     now = partial(bases_identity, config, loaded, sources, configs, datasets)
     if request.force and not sources:
@@ -213,29 +209,17 @@ def _make_bases(
             remove_sources(configs, out)  # left by a command that was killed
     else:
         with Progress("bases") as bar:
-            made = _made(config, loaded, sources, out, configs, datasets, bar, request.overwrite)
+            try:
+                made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say, request.overwrite)
+            except KeyboardInterrupt:
+                kept = sources_at(out)
+                there = not sources and kept.exists()
+                raise Stopped(f"what is trained is kept in {kept}" if there else "") from None
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
         f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
     )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
-
-
-def _made(
-    config: TrainConfig,
-    loaded: Backbone,
-    sources: Sequence[Task],
-    out: Path,
-    configs: Sequence[TrainConfig],
-    datasets: Sequence[Dataset],
-    bar: Progress,
-    overwrite: bool,
-) -> Bases:
-    try:
-        return make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say, overwrite)
-    except KeyboardInterrupt:
-        kept = sources_at(out)
-        raise Stopped(f"what is trained is kept in {kept}" if not sources and kept.exists() else "") from None
 
 
 def _config_of_bases(request: Request, told: Told) -> TrainConfig:
