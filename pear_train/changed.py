@@ -17,7 +17,7 @@ from pear_train.evaluate import calibrated, in_batches
 from pear_train.identity import given_digest
 from pear_train.recall import Scores, in_record, metrics_of, scores_of
 from pear_train.report import bases_bytes, stored_bytes
-from router import AdaptedBackbone, Preprocess, Router
+from router import AdaptedBackbone, Backbone, Preprocess, Router
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,13 @@ class Changed:
     file_bytes: int
 
 
-def check_classes(task: Task, dataset: Dataset) -> None:
-    """Raises a ConfigError unless the task has a head, and the data are of its classes."""
+def check_task(task: Task, backbone: Backbone, dataset: Dataset) -> None:
+    """Raises a ConfigError unless the task is of this backbone and has a head, and the data are of its classes."""
+    if task.backbone_digest != backbone.digest:
+        raise ConfigError(
+            f"task {task.name!r}: expected its backbone {task.backbone_model} {task.backbone_digest[:19]}…, found "
+            f"{backbone.name} {backbone.digest[:19]}…: give the backbone and the weights that it was trained on"
+        )
     if task.record["head"] is None:
         raise ConfigError(f"task {task.name!r}: it has no head, so it cannot be evaluated: give a task")
     if list(task.labels) != list(dataset.classes):

@@ -12,7 +12,7 @@ from pear_store.format.record import HEAD_PARTS, entry_names, renamed
 from pear_train.adapters import AdapterSet, TrainedBranch
 from pear_train.bank import stored_adapter
 from pear_train.bases import bases_at, check_bases, is_bases, stand_on
-from pear_train.changed import Changed, check_classes, write_changed
+from pear_train.changed import Changed, check_task, write_changed
 from pear_train.config import OPTIONS, TrainConfig
 from pear_train.data import Dataset
 from pear_train.dtypes import code_bits
@@ -59,7 +59,7 @@ def rebase(
     """
     if is_bases(task) or "bases" not in task.record["training"]:
         raise ConfigError(f"task {task.name!r}: it uses no common bases: give a task that was trained with --bases")
-    check_classes(task, dataset)
+    check_task(task, backbone, dataset)
     check_out(out)
     config = _options(task, name)
     adapted = on_device(backbone, device)

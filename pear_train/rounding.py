@@ -13,7 +13,7 @@ from pear_store.format.codes import matrix_values
 from pear_store.format.manifest import with_plain_names
 from pear_store.format.record import Adapter, Head, Matrix, Part, with_matrices
 from pear_train.bases import is_bases
-from pear_train.changed import Changed, check_classes, write_changed
+from pear_train.changed import Changed, check_task, write_changed
 from pear_train.choices import CoreDtype, HeadDtype, TensorDtype
 from pear_train.config import TrainConfig
 from pear_train.data import Dataset
@@ -58,7 +58,7 @@ def round_task(
     rounded = training.get("rounded")
     given = rounded.get("given") if isinstance(rounded, dict) else training.get("given")
     _check(task, asked, given)
-    check_classes(task, dataset)
+    check_task(task, backbone, dataset)
     check_out(out)
     name = TrainConfig(task=name or task.name).task
     adapted = on_device(backbone, device)

@@ -198,6 +198,9 @@ def test_mistakes(
     for task, formats, message in cases:
         with pytest.raises(ConfigError, match=message):
             round_task(task, backbone, data, out, **formats)
+    far = make_task({**plain.record, "backbone": {"model": "x", "digest": "sha256:" + "0" * 64}}, plain.tensors)
+    with pytest.raises(ConfigError, match="task 't0': expected its backbone x sha256:0+…, found pear_tiny "):
+        round_task(far, backbone, data, out, head_dtype="Q4")
     with pytest.raises(ConfigError, match="task 't0': expected data of its"):
         round_task(plain, backbone, open_dataset(str(folder / "t2.npz")), out, head_dtype="Q4")
     assert not out.exists()
