@@ -68,8 +68,8 @@ class Layout:
 
     Args:
         form: see `Layouts`.
-        dtype: compute precision, in which `down` and bases are kept. `up`, cores and heads are float32, because scales
-            are applied before the cast.
+        dtype: compute precision, in which `down`, bases and cores are kept. `up` is float32, because scales are
+            applied before the cast. Heads are float32.
     """
 
     def __init__(self, form: str, dtype: torch.dtype) -> None:
@@ -139,7 +139,7 @@ class Layout:
         return adapter.up.shape if side == BASE_UP else (adapter.rank, adapter.shape[side == UP])
 
     def dtype_of(self, side: int) -> torch.dtype:
-        return self._dtype if side in (DOWN, BASE_DOWN, BASE_UP) else torch.float32
+        return torch.float32 if side in (UP, HEAD) else self._dtype
 
     @cached_property
     def _branches(self) -> dict[str, tuple[tuple[tuple[int, ...], float], ...]]:

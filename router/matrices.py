@@ -61,7 +61,8 @@ class Matrices:
     """The pools of a router. Not thread-safe.
 
     Args:
-        dtype: compute precision, in which `down` is kept. `up` is float32, because scales are applied before the cast.
+        dtype: compute precision, in which `down` and cores are kept. `up` is float32, because scales are applied before
+            the cast. A core with a scale that is no power of two is rounded once more.
         widths: position -> (d_in, d_out).
     """
 
@@ -78,7 +79,7 @@ class Matrices:
     def pool(self, side: int, width: int) -> Pool:
         pool = self.pools.get((side, width))
         if pool is None:
-            dtype = torch.float32 if side else self._dtype
+            dtype = torch.float32 if side == UP else self._dtype
             pool = self.pools[side, width] = Pool(width, self.device, dtype)
         return pool
 
@@ -164,7 +165,7 @@ class Matrices:
         return rows, scale
 
     def _select_cores(self, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]]) -> Tensor:
-        return self._scaled(CORE, width, rows, scales).to(self._dtype)
+        return self._scaled(CORE, width, rows, scales)
 
     def _scaled(
         self, side: int, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]] | None = None

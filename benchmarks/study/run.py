@@ -530,12 +530,21 @@ def few() -> Iterator[Plan]:
         for dataset in SETS:
             told = {**options, "tensor_dtype": "Q4", "head_dtype": "Q4"}
             yield Plan("few", "pear r=12, 0.92: adapters Q4, head Q4", "deit96", dataset, seed, told, None, True)
-    for rank in (12, 5):  # 9.3 and 3.5 KB
+    eight, _ = chosen_rows()["pear r=8, 0.75"]
+    unpruned, _ = chosen_rows()["unpruned r=8"]
+    four = {"tensor_dtype": "Q4", "head_dtype": "Q4"}
+    all_four = {**four, "core_dtype": "Q4"}
+    forms = {
+        "pear r=12, 0.92: adapters, cores and head Q4": {**options, **all_four},
+        "pear r=5, 0.92: adapters, cores and head Q4": {**options, **all_four, "rank": 5},
+        "pear r=8, 0.75: adapters, cores and head Q4": {**eight, **all_four},
+        "pear r=8, 0.67: adapters, cores and head Q4": {**eight, **all_four, "ratio": 0.67},
+        "unpruned r=3: adapters and head Q4": {**unpruned, **four, "rank": 3},
+    }  # 9.3, 3.5, 16, 21 and 23 KB
+    for name, told in forms.items():
         for seed in range(SEEDS):
             for dataset in SETS:
-                all_four = {**options, "rank": rank, "tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"}
-                name = f"pear r={rank}, 0.92: adapters, cores and head Q4"
-                yield Plan("few", name, "deit96", dataset, seed, all_four, None, True)
+                yield Plan("few", name, "deit96", dataset, seed, told, None, True)
     for seed in range(SEEDS):
         for dataset in SETS:
             yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
