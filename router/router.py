@@ -59,7 +59,8 @@ class Router:
             else float32. None: float32.
         slot_bytes: the most bytes that loaded tasks may take on the device, with their heads. None: no limit.
         merge: merges a task into copies of the backbone's matrices. "auto": if it runs alone often; True: as soon as it
-            runs alone; False: never. Its positions must be Linears without activation. Only one task is merged at a
+            runs alone; False: never. Its positions must be Linears or 1x1 convolutions without
+            activation. Only one task is merged at a
             time. slot_bytes does not count the copies.
         compile: run mixed batches through torch.compile; a string names its backend. Batches are padded to powers of
             two. Nothing is merged, and batches that share images run eagerly.

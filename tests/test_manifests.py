@@ -162,10 +162,13 @@ def test_ray_s_manifests_name_options_and_versions_that_there_are() -> None:
     pinned = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert [cluster["rayVersion"]] == pinned
     assert cluster["authOptions"]["mode"] == "token"
-    texts = [(DEPLOY / "ray" / name).read_text() for name in ("cluster.yaml", "Dockerfile")]
-    for text in texts:
-        assert f"pear-adapters[ray,remote]=={__version__}" in text
-        assert f"ray[default]=={pinned[0]}" in text
+    machines, image = ((DEPLOY / "ray" / name).read_text() for name in ("cluster.yaml", "Dockerfile"))
+    of_ray = f"'ray[default]=={pinned[0]}'"
+    assert f"--find-links ~/pear-wheels 'pear-adapters[ray,remote]=={__version__}' {of_ray}" in machines
+    assert f"'.[ray,remote]' {of_ray}" in image
+    sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    copied = [words.split() for words in re.findall(r"^COPY --chown=ray (.*) \S+$", image, re.MULTILINE)]
+    assert copied and {word for words in copied for word in words} <= sent
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     images = {one["image"] for group in groups for one in group["template"]["spec"]["containers"]}
     assert images == {f"pear-ray:{__version__}"}

@@ -43,6 +43,18 @@ def test_imports_run_one_way(package: str) -> None:
             assert "click" not in imports(file), f"{file}: only a cli imports click, and what it prints through"
 
 
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_pickle_is_read(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        found = {ast.unparse(call.func) for call in calls} & {"torch.load", "cloudpickle.load", "cloudpickle.loads"}
+        if file == ROOT / "router/cluster/deployment.py":
+            found.remove("cloudpickle.loads")  # of what Ray Serve's proxy, in the same process, has pickled
+        assert not found, f"{file}: pickles run code"
+        for word in (word for call in calls for word in call.keywords if word.arg == "allow_pickle"):
+            assert ast.unparse(word.value) == "False", f"{file}: pickles run code"
+
+
 def test_only_one_module_has_pools_that_fail_where_threads_are_few() -> None:
     for file in [file for package in ALLOWED for file in (ROOT / package).rglob("*.py")]:
         if file.name != "pools.py":

@@ -84,6 +84,8 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(pictures: 
     assert (record["dtype"], record["precision"]) == ("float32", "float32")
     replaced = run(*command, "--lr", 0.02, "--overwrite")
     assert replaced.exit_code == 0 and read_checkpoint(out).record["training"]["lr"] == 0.02
+    replaced = run(*command, "--lr", 0.03, "--force")
+    assert replaced.exit_code == 0 and read_checkpoint(out).record["training"]["lr"] == 0.03
 
 
 @pytest.mark.slow

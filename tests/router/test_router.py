@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -629,10 +630,15 @@ def test_long_lists_run_in_parts(
     names = [list("abcd")[i % 4] for i in range(21)]
     decoded: list[int] = []
     rows: list[int] = []
+    made: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
 
     def counted(given: Any, ways: Any) -> Any:
         decoded.append(len(given))
-        return preprocess_module.decode(given, ways)
+        held.append(sum(pixels() is not None for pixels in made))
+        found = preprocess_module.decode(given, ways)
+        made.extend(weakref.ref(pixels) for pixels in found if isinstance(pixels, torch.Tensor))
+        return found
 
     monkeypatch.setattr("router.batches.decode", counted)
     router._adapted._module((48, 48)).get_submodule("norm").register_forward_pre_hook(
@@ -640,6 +646,7 @@ def test_long_lists_run_in_parts(
     )
     found = router.run(pictures, names)
     assert decoded == rows == [8, 8, 5]
+    assert len(made) == 21 and max(held) <= 8, "pixels of parts that have run are not kept"
     for i in (0, 7, 8, 20):
         torch.testing.assert_close(found.logits[i], router.run(pictures[i : i + 1], names[i]).logits[0])
     del rows[:]
