@@ -67,10 +67,27 @@ def round_task(
     settled: dict[str, str] = dict(asked)
     if training.get("core_dtype") == "auto" and "core_dtype" in before:  # it would now mean another format
         settled = {"core_dtype": before["core_dtype"], **asked}
-    record, tensors = _rounded(with_plain_names(task), asked)
-    record |= {"task": name, "training": {**training, **settled}}
+    made = in_formats(task, tensor_dtype, core_dtype, head_dtype)
+    record = {**made.record, "task": name, "training": {**training, **settled}}
     done = {"from": {option: before[option] for option in asked}, "given": given}
-    return write_changed(task, make_task(record, tensors, name), adapted, dataset, out, "rounded", done)
+    return write_changed(task, make_task(record, made.tensors, name), adapted, dataset, out, "rounded", done)
+
+
+def in_formats(
+    task: Task,
+    tensor_dtype: TensorDtype | None = None,
+    core_dtype: CoreDtype | None = None,
+    head_dtype: HeadDtype | None = None,
+) -> Task:
+    """The task with its own adapters, cores and head in other number formats. What its record says of training stays.
+
+    Args:
+        tensor_dtype, core_dtype, head_dtype: as for :func:`round_task`.
+    """
+    record, tensors = _rounded(
+        with_plain_names(task), {"tensor_dtype": tensor_dtype, "core_dtype": core_dtype, "head_dtype": head_dtype}
+    )
+    return make_task(record, tensors, task.name)
 
 
 def _formats(task: Task) -> dict[str, str]:

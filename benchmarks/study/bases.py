@@ -18,19 +18,15 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
 
-from benchmarks.study.run import BASE, RESULTS, SETS, SWEEP_SETS, Plan, Study, StudyRun, bits, chosen_rows, top1
+from benchmarks.study.run import BASE, RESULTS, SETS, SWEEP_SETS, Plan, Study, StudyRun, bits, chosen_rows, routed, top1
 from pear_store import Task, make_task, read_checkpoint, write_checkpoint
 from pear_train import TrainConfig, open_dataset
-from pear_train.data import Pixels
 from pear_train.dtypes import code_bits
-from pear_train.evaluate import in_batches
 from pear_train.machine import on_device
 from pear_train.make_bases import make_bases
 from pear_train.report import bases_bytes, stored_bytes
 from pear_train.to_task import to_task
-from router import Router
 from router.tensors import from_torch
 
 FOLDS = (
@@ -195,10 +191,8 @@ class BasesStudy:
     def row(self, run: StudyRun) -> dict[str, Any]:
         """What the written task gives, through the router."""
         task = to_task(run, {})
-        router = Router(self.backbone, device=run.device)
-        router.add(task)
         adapter, knowledge, head = stored_bytes(task)
-        found = {split: self.logits(router, task.name, run.pixels[split]) for split in ("val", "test")}
+        found = {split: routed(self.backbone, task, run.pixels[split]) for split in ("val", "test")}
         targets = {split: run.pixels[split].targets for split in found}
         return {
             "val_top1": top1(found["val"], targets["val"]),
@@ -209,11 +203,6 @@ class BasesStudy:
             "pruned": run.pruned, "importance": run.importance,
             "test_top1": top1(found["test"], targets["test"]), "right": bits(found["test"], targets["test"]),
         }  # fmt: skip
-
-    @torch.no_grad()
-    def logits(self, router: Router, task: str, pixels: Pixels) -> Tensor:
-        parts = [router.run(pixels.images(rows), task).logits for rows in in_batches(pixels)]
-        return torch.cat([torch.stack(list(part)) for part in parts])
 
 
 def at_random(bases: Task, seed: int) -> Task:

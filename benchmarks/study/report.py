@@ -151,6 +151,7 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
     across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
     codes, large = table_codes(every, final.rows), table_pixels(every)
+    afterwards = table_rounded(every, best.rows)
     seeds = seeds_of_bases(rows_of_bases(every))
     on_bases, score = table_bases(every, best.rows, seeds), table_score(every)
     on_bases_once = table_bases(every, best.rows, [0]) if len(seeds) > 1 else []
@@ -273,6 +274,10 @@ This is the same at seed 0. Adapters are trained as codes of 8, 4 or 1 bits, and
 
 {show(codes)}
 
+The next table is of finished tasks of the final table that were rounded afterwards, as `pear-train --round` does it. Intervals are over images and seeds.
+
+{show(afterwards)}
+
 ## What was tried on val
 
 The table has val top-1 in % after the last epoch, with 200 images a set. A difference of two points between two rows may come from the seed. A row's name has
@@ -363,6 +368,27 @@ def table_codes(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
     return table
 
 
+def table_rounded(every: list[dict[str, Any]], best: Rows) -> list[dict[str, Any]]:
+    """What it costs to round a finished task, at the seeds that all sets have."""
+    rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "rounded"}
+    table = []
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        form = name.partition(":")[0]
+        seeds = [k for k in sorted({k for _, _, k in rows}) if all((name, s, k) in rows for s in SETS)]
+        if not seeds or (form, SETS[0], 0) not in best:
+            continue
+        both = rows | {key: row for key, row in best.items() if key[0] == form}
+        points, low, high = difference(both, name, form, list(SETS), seeds)
+        table.append({
+            "task": name, "seeds": len(seeds),
+            "test top-1": f"{100 * np.mean([rows[name, s, k]['test_top1'] for s in SETS for k in seeds]):.2f}",
+            "against float16": f"{points:+.2f}", "95 %": f"{low:+.2f} to {high:+.2f}",
+            **{f"{kind} bytes": f"{np.mean([rows[name, s, k][f'{kind}_bytes'] for s in SETS for k in seeds]):,.0f}"
+               for kind in ("adapter", "head")},
+        })  # fmt: skip
+    return table
+
+
 def complete_names(rows: Rows, sets: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(n for n, _, _ in rows) if all((name, s, 0) in rows for s in sets)]
 
@@ -416,7 +442,7 @@ def table_bases(every: list[dict[str, Any]], final: Rows, seeds: list[int]) -> l
     """Tasks on common bases of other sets, beside rows of the final table on the same sets and seeds."""
     rows, sets = rows_of_bases(every), [s for fold in FOLDS for s in fold]
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
-    rows |= {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "few"}
+    rows |= {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] in ("few", "rounded")}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
 
     def mean(name: str, what: str) -> float:

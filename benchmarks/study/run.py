@@ -43,6 +43,7 @@ from pear_train.group import next_batch, step_together
 from pear_train.machine import on_device
 from pear_train.make_base import train_base
 from pear_train.report import stored_bytes
+from pear_train.rounding import in_formats
 from pear_train.run import TaskRun
 from pear_train.to_task import to_task
 from router import AdaptedBackbone, Backbone, Preprocess, Router, load_backbone
@@ -85,9 +86,15 @@ class Plan:
         return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer])
 
     @property
+    def training(self) -> str:
+        """What a run's end depends on."""
+        told = {name: value for name, value in self.options.items() if name != "rounded"}
+        return json.dumps([self.backbone, self.dataset, self.seed, told, self.peer])
+
+    @property
     def before_pruning(self) -> str:
         """What the epochs before pruning depend on."""
-        told = {name: value for name, value in self.options.items() if name not in (*PRUNING, "method")}
+        told = {name: value for name, value in self.options.items() if name not in (*PRUNING, "method", "rounded")}
         return json.dumps(
             [self.backbone, self.dataset, self.seed, told, self.peer, self.options.get("method") == "linear"]
         )
@@ -145,6 +152,7 @@ class Study:
         self.done = {plan_of(row).key for row in rows}
         self._backbones: dict[str, Backbone] = {}
         self._kept: tuple[str, StudyRun] | None = None
+        self._ended: tuple[str, StudyRun] | None = None
         self._adapted: dict[str, AdaptedBackbone] = {}
         self._data: tuple[str, Dataset] | None = None
 
@@ -169,7 +177,7 @@ class Study:
             "lr": 5e-3, "weight_decay": 1e-4, "warmup": 0.1,  # where rows name none
             "img_size": int(pixels) if pixels else None,
         }  # fmt: skip
-        told = {name: value for name, value in plan.options.items() if name != "init"}
+        told = {name: value for name, value in plan.options.items() if name not in ("init", "rounded")}
         return TrainConfig(**{**common, **told})
 
     def do(self, plans: list[Plan]) -> None:
@@ -201,8 +209,11 @@ class Study:
         config, backbone = self.config(plan), self.backbone(plan.backbone)
         run = self.trained(plan, config, base, bank)
         task = to_task(run, {})
+        formats = plan.options.get("rounded")
+        if formats:
+            task = in_formats(task, **formats)
         adapter, knowledge, head = stored_bytes(task)
-        logits = self.logits(run, run.val_pixels)
+        logits = routed(backbone, task, run.val_pixels) if formats else self.logits(run, run.val_pixels)
         row = {
             "val_top1": top1(logits, run.val_pixels.targets),
             "val_loss": float(F.cross_entropy(logits, run.val_pixels.targets)),
@@ -212,16 +223,15 @@ class Study:
             "scales": [round(float(s), 4) for s in run.adapters.scales().values()],
         }  # fmt: skip
         if plan.test:
-            router = Router(backbone, device=run.device)
-            router.add(task)
             pixels = run.pixels["test"]
-            parts = [router.run(pixels.images(rows), plan.dataset).logits for rows in in_batches(pixels)]
-            found = torch.cat([torch.stack(list(part)) for part in parts])
+            found = routed(backbone, task, pixels)
             row |= {"test_top1": top1(found, pixels.targets), "right": bits(found, pixels.targets)}
         return row
 
     def trained(self, plan: Plan, config: TrainConfig, base: Task | None = None, bank: Sequence[Task] = ()) -> StudyRun:
-        """A run at its end, from the epochs before pruning if another had the same."""
+        """A run at its end, from the epochs before pruning if another had the same. The last run is kept."""
+        if self._ended is not None and self._ended[0] == plan.training and base is None and not bank:
+            return self._ended[1]
         if plan.backbone not in self._adapted:
             self._adapted[plan.backbone] = on_device(self.backbone(plan.backbone), config.device)
         adapted = self._adapted[plan.backbone]
@@ -244,6 +254,7 @@ class Study:
         if plan.options.get("init") == "q and v alone":  # hooks are not copied
             leave_k(run.adapters)
         self._steps(run, config.epochs * run.batches)
+        self._ended = (plan.training, run)
         return run
 
     def _steps(self, run: StudyRun, until: int) -> None:
@@ -320,6 +331,14 @@ class Study:
             found = logits(pixels)
             row |= {"test_top1": top1(found, pixels.targets), "right": bits(found, pixels.targets)}
         return row
+
+
+def routed(backbone: Backbone, task: Task, pixels: Pixels) -> Tensor:
+    """Logits of a written task, through the router: [image, class]."""
+    router = Router(backbone)
+    router.add(task)
+    parts = [router.run(pixels.images(rows), task.name).logits for rows in in_batches(pixels)]
+    return torch.cat([torch.stack(list(part)) for part in parts])
 
 
 def top1(logits: Tensor, targets: Tensor) -> float:
@@ -559,6 +578,33 @@ def few() -> Iterator[Plan]:
                 yield Plan("few", name, "deit96", dataset, seed, {**BASE, "lr": lr}, peer, True)
 
 
+ROUNDED: dict[str, dict[str, Any]] = {
+    "all rounded to 4 bits": {"tensor_dtype": "Q4", "core_dtype": "Q4", "head_dtype": "Q4"},
+    "all rounded to 8 bits": {"tensor_dtype": "Q8", "core_dtype": "Q8", "head_dtype": "Q8"},
+    "all rounded to 2 bits": {"tensor_dtype": "Q2", "core_dtype": "Q2", "head_dtype": "Q2"},
+    "adapters rounded to 4 bits": {"tensor_dtype": "Q4"},
+    "cores rounded to 4 bits": {"core_dtype": "Q4"},
+    "head rounded to 4 bits": {"head_dtype": "Q4"},
+}
+
+
+def rounded() -> Iterator[Plan]:
+    """Finished Pear tasks rounded to fewer bits, as `pear-train --round` does it: 12 sets; test."""
+    eight, _ = chosen_rows()["pear r=8, 0.75"]
+    forms = {
+        "pear r=8, 0.75": eight,
+        "pear r=8, 0.67": {**eight, "ratio": 0.67},
+        "pear r=12, 0.92": chosen_rows()["pear r=12, 0.92"][0],
+    }
+    for seed in range(SEEDS):
+        for form, options in forms.items():
+            ways = ROUNDED if seed == 0 and form == "pear r=12, 0.92" else ("all rounded to 4 bits",)
+            for dataset in SETS:
+                for way in ways:
+                    told = {**options, "rounded": ROUNDED[way]}
+                    yield Plan("rounded", f"{form}: {way}", "deit96", dataset, seed, told, None, True)
+
+
 def knobs() -> Iterator[Plan]:
     """One option at a time from the default, where no other stage turns it; DeiT-tiny, four sets; val only."""
     default: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
@@ -764,7 +810,7 @@ def compute_saved(router: Router, tasks: list[str]) -> float:
 
 STAGES: dict[str, Callable[[], Iterator[Plan]]] = {
     stage.__name__: stage
-    for stage in (shape, knobs, decay, recipe, sharing, init, codes, few, peers, pixels, final, tuned, table)
+    for stage in (shape, knobs, decay, recipe, sharing, init, codes, few, rounded, peers, pixels, final, tuned, table)
 }
 
 
