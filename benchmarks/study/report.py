@@ -151,7 +151,7 @@ def text(every: list[dict[str, Any]], best: Standings, final: Standings) -> str:
     one = next(iter(best.rows.values()))
     across = table_across(every, best.rows, True) + table_across(every, final.rows, False)
     codes, large = table_codes(every, final.rows), table_pixels(every)
-    afterwards = table_rounded(every, best.rows)
+    afterwards = table_rounded(every)
     seeds = seeds_of_bases(rows_of_bases(every))
     on_bases, score = table_bases(every, best.rows, seeds), table_score(every)
     on_bases_once = table_bases(every, best.rows, [0]) if len(seeds) > 1 else []
@@ -274,7 +274,7 @@ This is the same at seed 0. Adapters are trained as codes of 8, 4 or 1 bits, and
 
 {show(codes)}
 
-The next table is of finished tasks of the final table that were rounded afterwards, as `pear-train --round` does it. Intervals are over images and seeds.
+The next table is of tasks that were rounded after training, as `pear-train --round` does it, beside the same runs without it. Options are the final table's.
 
 {show(afterwards)}
 
@@ -368,22 +368,17 @@ def table_codes(every: list[dict[str, Any]], final: Rows) -> list[dict[str, Any]
     return table
 
 
-def table_rounded(every: list[dict[str, Any]], best: Rows) -> list[dict[str, Any]]:
-    """What it costs to round a finished task, at the seeds that all sets have."""
+def table_rounded(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What it costs to round a finished task, beside the same run as it was trained."""
     rows: Rows = {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "rounded"}
     table = []
-    for name in dict.fromkeys(name for name, _, _ in rows):
-        form = name.partition(":")[0]
-        seeds = [k for k in sorted({k for _, _, k in rows}) if all((name, s, k) in rows for s in SETS)]
-        if not seeds or (form, SETS[0], 0) not in best:
-            continue
-        both = rows | {key: row for key, row in best.items() if key[0] == form}
-        points, low, high = difference(both, name, form, list(SETS), seeds)
+    for name in complete_names(rows, list(SETS)):
+        trained = f"{name.partition(':')[0]}: as trained"
+        points, low, high = difference(rows, name, trained, list(SETS), [0])
         table.append({
-            "task": name, "seeds": len(seeds),
-            "test top-1": f"{100 * np.mean([rows[name, s, k]['test_top1'] for s in SETS for k in seeds]):.2f}",
-            "against float16": f"{points:+.2f}", "95 %": f"{low:+.2f} to {high:+.2f}",
-            **{f"{kind} bytes": f"{np.mean([rows[name, s, k][f'{kind}_bytes'] for s in SETS for k in seeds]):,.0f}"
+            "task": name, "test top-1": f"{100 * np.mean([rows[name, s, 0]['test_top1'] for s in SETS]):.2f}",
+            **({} if name == trained else {"against it": f"{points:+.2f}", "95 %": f"{low:+.2f} to {high:+.2f}"}),
+            **{f"{kind} bytes": f"{np.mean([rows[name, s, 0][f'{kind}_bytes'] for s in SETS]):,.0f}"
                for kind in ("adapter", "head")},
         })  # fmt: skip
     return table
@@ -442,7 +437,7 @@ def table_bases(every: list[dict[str, Any]], final: Rows, seeds: list[int]) -> l
     """Tasks on common bases of other sets, beside rows of the final table on the same sets and seeds."""
     rows, sets = rows_of_bases(every), [s for fold in FOLDS for s in fold]
     rows |= {key: row for key, row in final.items() if key[0] in BESIDE}
-    rows |= {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] in ("few", "rounded")}
+    rows |= {(r["name"], r["dataset"], r["seed"]): r for r in every if r["stage"] == "few"}
     whole = [n for n in dict.fromkeys(n for n, _, _ in rows) if all((n, s, k) in rows for s in sets for k in seeds)]
 
     def mean(name: str, what: str) -> float:
