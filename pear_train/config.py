@@ -139,8 +139,13 @@ class TrainConfig:
         parse_augment(self.augment)
         if self.own_bytes is not None and self.own_rank == 0:
             object.__setattr__(self, "own_rank", 1)
-        if self.method != "pear":
-            return
+
+    def check_pruning(self) -> None:
+        """Checks what only a run that prunes needs. A task on common bases prunes only if it has `own_bytes`.
+
+        Raises:
+            ConfigError: no epoch is before or after pruning, or what is pruned cannot be kept as `knowledge` says.
+        """
         if self.epochs < 2:
             raise ConfigError("epochs 1: method 'pear' needs at least 2, before and after pruning")
         if not 0 < self.pruned_after < self.epochs:
@@ -166,6 +171,8 @@ class TrainConfig:
         if bases:
             silent |= {"ratio", "sharing", "knowledge_bits", *_BORROWING}
             silent |= set() if self.own_bytes is not None else {"prune_epoch", "importance", "knowledge"}
+            of_cores = self.core_dtype == "auto" and not self.tensor_dtype.startswith("Q")  # cores have its floats
+            silent |= set() if self.own_rank else {"down"} | (set() if of_cores else {"tensor_dtype"})
         else:
             silent |= {"own_rank", "own_bytes", "core_lr"}
         if self.method != "pear":
@@ -191,7 +198,7 @@ class TrainConfig:
         Args:
             trained: whether the bases are also trained on data sets.
         """
-        used = {*_OF_BASES, *(_OF_TRAINED_BASES if trained else ())}
+        used = {*_OF_BASES, *(OF_TRAINED_BASES if trained else ())}
         return [name for name, option in OPTIONS.items() if name not in used and getattr(self, name) != option.default]
 
     @property
@@ -209,7 +216,7 @@ OPTIONS: dict[str, Field[Any]] = {field.name: field for field in fields(TrainCon
 """Every option but `task`, by its name. Each has a default."""
 
 _OF_BASES = ("positions", "rank", "activation", "img_size", "device", "tensor_dtype")
-_OF_TRAINED_BASES = (
+OF_TRAINED_BASES = (
     "epochs", "scale", "lr", "weight_decay", "warmup", "max_grad_norm", "drop_branch", "augment", "balance",
     "label_smoothing", "batch_size", "seed", "dtype", "core_dtype", "core_lr", "bases_lr",
 )  # fmt: skip

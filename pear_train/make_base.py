@@ -123,7 +123,7 @@ def _step(runs: Sequence[TaskRun], batches: Sequence[int]) -> float:
     losses = [run.loss(part, r) for run, part, r in zip(runs, parts, rows, strict=True)]
     loss = torch.stack(losses).mean()
     if not bool(torch.isfinite(loss)):
-        raise DivergedError("base", f"the loss became {float(loss)} in epoch {first.epoch}", first.config.lr)
+        raise DivergedError("base", f"the loss became {float(loss.detach())} in epoch {first.epoch}", first.config.lr)
     loss.backward()
     first.move()
     return float(loss.detach())
@@ -141,15 +141,19 @@ def base_identity(configs: Sequence[TrainConfig], backbone: Backbone, datasets: 
     return {**identity(common, backbone.digest, preprocess, data, None), "method": "base"}
 
 
-def check_configs(configs: Sequence[TrainConfig]) -> None:
-    """Raises a ConfigError unless the tasks of a base set agree in all options that it takes from the first task."""
+def check_configs(configs: Sequence[TrainConfig], made: str = "base set") -> None:
+    """Raises a ConfigError unless tasks agree in all options that what is made of them takes from the first task.
+
+    Args:
+        made: what is made of them, for messages.
+    """
     apart = {"task", "batch_size", "seed", "augment", "img_size"}  # each task may have its own
     for config in configs[1:]:
         for name in OPTIONS.keys() - apart:
             one, other = getattr(configs[0], name), getattr(config, name)
             if one != other:
                 raise ConfigError(
-                    f"base set: {name.replace('_', ' ')}: expected one value for all tasks, found {one} for "
+                    f"{made}: {name.replace('_', ' ')}: expected one value for all tasks, found {one} for "
                     f"{configs[0].task!r} and {other} for {config.task!r}"
                 )
 

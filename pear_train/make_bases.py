@@ -20,7 +20,7 @@ from pear_store import RawTensor, Task, make_task, read_checkpoint, write_checkp
 from pear_store.format.codes import matrix_values, up_values
 from pear_store.format.manifest import manifest_hash, to_manifest
 from pear_train.bases import is_bases
-from pear_train.config import TrainConfig
+from pear_train.config import OF_TRAINED_BASES, OPTIONS, TrainConfig
 from pear_train.data import Dataset, preprocess_record
 from pear_train.dtypes import code_bits, float_dtype
 from pear_train.errors import ConfigError, DivergedError
@@ -32,7 +32,7 @@ from pear_train.loop import train_many
 from pear_train.machine import on_device
 from pear_train.make_base import check_configs
 from pear_train.optimiser import move, rate_factor, set_rate
-from pear_train.output import check_out, is_finished
+from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.report import Step
 from pear_train.run import TaskRun
 from pear_train.start import attached
@@ -73,6 +73,7 @@ def make_bases(
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> Bases:
     """Makes common bases of rank `config.rank` from stored tasks, from data sets, or from both.
 
@@ -87,13 +88,14 @@ def make_bases(
         sources: stored tasks, which may be none. Those of another backbone, activation or other positions are skipped.
         out: the checkpoint to write.
         configs, datasets: options and data of each task to train for. Without sources there must be some. Positions,
-            rank and activation are those of `config`.
+            rank and activation are those of `config`. The bases are trained with the first task's options.
         progress: is called after every step, with the task "bases", or with a task that is trained first.
         say: receives lines for a person: which tasks were skipped.
         overwrite: replace other runs' checkpoints in ``OUT.sources``.
+        force: train again what is in ``OUT.sources``, and replace any task checkpoint there.
     Raises:
         ConfigError: neither tasks nor data are given, no stored task fits, a position has fewer directions than
-            `config.rank`, or tasks differ in what bases have once.
+            `config.rank`, or tasks have one name or differ in what bases have once.
         PearTrainError, RouterError, PearStoreError: as for :func:`train`.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """
@@ -106,14 +108,15 @@ def make_bases(
         )
     if not sources and not datasets:
         raise ConfigError("bases: expected stored tasks or data, found neither: give a store with tasks, or data sets")
-    _check_tasks(config, configs, backbone)
+    _check_tasks(config, configs, datasets, backbone)
     check_out(out)
+    config = _as_trained(config, configs)
     adapted = on_device(backbone, config.device)
     positions = attached(adapted, config.positions)
+    _check_widths(config.rank, {position: adapted.widths[position] for position in positions})
     own: list[Task] = []
     if not sources:
-        _check_widths(config.rank, {position: adapted.widths[position] for position in positions})
-        own = train_sources(config.rank, configs, backbone, datasets, out, progress, say, overwrite)
+        own = train_sources(config.rank, configs, backbone, datasets, out, progress, say, overwrite, force)
     fitting = fitting_tasks(sources or own, adapted, positions, say)
     fitted = fit_bases(fitting, positions, config.rank)
     now = bases_identity(config, backbone, sources, configs, datasets)
@@ -124,15 +127,37 @@ def make_bases(
         task = _task(config, backbone, fitted, fitting, now, val_top1)
     file_bytes = write_checkpoint(out, task)
     if own:
-        remove_sources(configs, out)
+        remove_sources(config.rank, configs, backbone, datasets, out)
     seconds = round(time.perf_counter() - began, 2)
     logger.debug("bases: wrote %s, %d bytes, in %.2f s", out, file_bytes, seconds)
     return bases_of(task, file_bytes, seconds)
 
 
-def _check_tasks(config: TrainConfig, configs: Sequence[TrainConfig], backbone: Backbone) -> None:
+def _as_trained(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The options of bases as they are used: those of training are the tasks', and what has no effect is default."""
+    given: dict[str, Any] = {}
+    if configs:
+        given = {name: getattr(configs[0], name) for name in (*OF_TRAINED_BASES, "device", "img_size")}
+    made = replace(config, **given)
+    unused: dict[str, Any] = {name: OPTIONS[name].default for name in made.unused_by_bases(trained=bool(configs))}
+    return replace(made, **unused)
+
+
+def _check_tasks(
+    config: TrainConfig, configs: Sequence[TrainConfig], datasets: Sequence[Dataset], backbone: Backbone
+) -> None:
     """Raises a ConfigError unless the tasks to train for agree with the bases, and with each other."""
-    check_configs(configs)
+    if len(configs) != len(datasets):
+        raise ConfigError(
+            f"bases: expected one config for each of {len(datasets)} data sets, found {len(configs)}: give as many"
+        )
+    names = [one.task.casefold() for one in configs]
+    for one in configs:
+        if names.count(one.task.casefold()) > 1:
+            raise ConfigError(
+                f"bases: task {one.task!r}: another task has the same name, but for case: give each its own"
+            )
+    check_configs(configs, "bases")
     for one in configs:
         for name in ("positions", "rank", "activation"):
             wanted, found = getattr(config, name), getattr(one, name)
@@ -177,6 +202,7 @@ def train_sources(
     progress: Callable[[Step], None] | None = None,
     say: Callable[[str], None] | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> list[Task]:
     """An unpruned task for each data set, from its file in ``OUT.sources`` if that is there. All start from one `down`.
 
@@ -184,26 +210,24 @@ def train_sources(
         rank: of the bases. Together the tasks have at least as many directions.
         out: the checkpoint of the bases.
         overwrite: replace other runs' checkpoints there; else they are refused.
+        force: train all, and replace any task checkpoint there.
     """
-    of_each = max(_SOURCE_RANK, -(-rank // len(configs)))
-    common: dict[str, Any] = {
-        "method": "adapters", "rank": of_each, "own_rank": 0, "own_bytes": None, "seed": configs[0].seed, "down": "own",
-        "tensor_dtype": "F16", "head_dtype": "F16", "select": "last", "patience": None, "threshold_accuracy": None,
-    }  # fmt: skip
+    jobs = _source_jobs(rank, configs, datasets, out)
     try:
         sources_at(out).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{sources_at(out)}: the folder cannot be made: {error.strerror}: move away what is there"
         ) from None
-    paths, jobs = source_paths(configs, out), []
-    for config, dataset, path in zip(configs, datasets, paths, strict=True):
-        job = Job.of(replace(config, **common), dataset, path)
-        if not is_finished(path, partial(run_identity, job.config, backbone, dataset, None), overwrite):
-            jobs.append(job)
-    for _ in train_many(jobs, backbone, progress, on_error="raise", say=say):
-        pass
-    return [read_checkpoint(path) for path in paths]
+    try:
+        for job in jobs:
+            checkpoint_at(job.out)  # all mistakes show before the first is trained
+        todo = [job for job in jobs if force or not _is_trained(job, backbone, overwrite)]
+        for _ in train_many(todo, backbone, progress, on_error="raise", say=say):
+            pass
+    finally:
+        _remove_folder(out)  # if nothing is in it
+    return [read_checkpoint(job.out) for job in jobs]
 
 
 def source_paths(configs: Sequence[TrainConfig], out: Path) -> list[Path]:
@@ -211,11 +235,36 @@ def source_paths(configs: Sequence[TrainConfig], out: Path) -> list[Path]:
     return [sources_at(out) / f"{config.task}.safetensors" for config in configs]
 
 
-def remove_sources(configs: Sequence[TrainConfig], out: Path) -> None:
-    """Removes them, and their folder if nothing else is in it."""
-    with suppress(OSError):
-        for path in source_paths(configs, out):
-            path.unlink(missing_ok=True)
+def _source_jobs(rank: int, configs: Sequence[TrainConfig], datasets: Sequence[Dataset], out: Path) -> list[Job]:
+    """The tasks that bases are fitted to, where there were none."""
+    common: dict[str, Any] = {
+        "method": "adapters", "rank": max(_SOURCE_RANK, -(-rank // len(configs))), "own_rank": 0, "own_bytes": None,
+        "seed": configs[0].seed, "down": "own", "tensor_dtype": "F16", "head_dtype": "F16", "select": "last",
+        "patience": None, "threshold_accuracy": None,
+    }  # fmt: skip
+    return [
+        Job.of(replace(config, **common), dataset, path)
+        for config, dataset, path in zip(configs, datasets, source_paths(configs, out), strict=True)
+    ]
+
+
+def _is_trained(job: Job, backbone: Backbone, overwrite: bool = False) -> bool:
+    return is_finished(job.out, partial(run_identity, job.config, backbone, job.dataset(), None), overwrite)
+
+
+def remove_sources(
+    rank: int, configs: Sequence[TrainConfig], backbone: Backbone, datasets: Sequence[Dataset], out: Path
+) -> None:
+    """Removes the tasks that were trained for bases, and their folder if nothing else is in it."""
+    for job in _source_jobs(rank, configs, datasets, out):
+        with suppress(OSError, ConfigError):  # another run's file, or no checkpoint: it stays
+            if _is_trained(job, backbone):
+                job.out.unlink()
+    _remove_folder(out)
+
+
+def _remove_folder(out: Path) -> None:
+    with suppress(OSError):  # something is in it
         sources_at(out).rmdir()
 
 
@@ -276,7 +325,7 @@ def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -
     """Orthonormal D [d_in, rank] and U [rank, d_out] of each position. Each task's adapters are first scaled to norm 1.
 
     Raises:
-        ConfigError: the tasks have fewer directions than `rank` at a position.
+        ConfigError: the tasks have fewer directions than `rank` at a position. Those that are equal count once.
     """
     norms = {name: _energy(pairs) ** 0.5 or 1.0 for name, pairs in tasks.items()}
     bases: Pairs = {}
@@ -284,15 +333,26 @@ def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -
         scaled = [
             (pairs[position][0], pairs[position][1] / norms[name]) for name, pairs in tasks.items() if position in pairs
         ]
-        (first_down, first_up), every = scaled[0], sum(down.shape[1] for down, _ in scaled)
-        directions = min(every, first_down.shape[0], first_up.shape[1])
-        if directions < rank:
+        if (directions := _directions(scaled)) < rank:
             raise ConfigError(
                 f"bases: expected at least {rank} directions, the rank, at {position!r}, found {directions} in "
                 f"{len(scaled)} task(s): give more tasks, or a smaller rank"
             )
         bases[position] = common_bases(scaled, rank)
     return bases
+
+
+def _directions(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """The dimension of the spaces that all down · up read and write, the smaller of both.
+
+    A direction with less than a hundred thousandth of the strongest one's norm does not count: no task has learnt it.
+    """
+    found = []
+    for side in (pairs, [(up.t(), down.t()) for down, up in pairs]):
+        weighted = torch.cat([first @ torch.linalg.qr(second.t()).R.t() for first, second in side], 1)
+        strengths = torch.linalg.svdvals(weighted)
+        found.append(int((strengths > 1e-5 * strengths[0]).sum()))
+    return min(found)
 
 
 def _energy(pairs: Pairs) -> float:
@@ -304,7 +364,7 @@ def held_energy(pairs: Pairs, bases: Pairs) -> float:
     """The share, 0 to 1, of a task's adapters that common bases hold, by squared norm."""
     cores = {p: in_common_bases(*pair, *bases[p]) for p, pair in pairs.items()}
     held = sum(float((bases[p][0] @ core @ bases[p][1]).square().sum()) for p, core in cores.items())
-    return held / (_energy(pairs) or 1.0)
+    return min(held / (_energy(pairs) or 1.0), 1.0)  # rounding
 
 
 # ---- training on -----------------------------------------------------------------------------------------------------
@@ -352,7 +412,7 @@ def _train_on(
             losses = [run.loss(part, one.rows) for (run, one), part in zip(group, parts, strict=True)]
             loss = torch.stack(losses).mean()
             if not bool(torch.isfinite(loss)):
-                raise DivergedError("bases", f"the loss became {float(loss)} in epoch {epoch}", config.lr)
+                raise DivergedError("bases", f"the loss became {float(loss.detach())} in epoch {epoch}", config.lr)
             loss.backward()
             move(optimiser, config.max_grad_norm)
             step += 1
@@ -399,6 +459,7 @@ def bases_identity(
     datasets: Sequence[Dataset] = (),
 ) -> Identity:
     """What common bases depend on: options, stored tasks, and the data that they are trained on."""
+    config = _as_trained(config, configs)
     told = [
         [{k: v for k, v in asdict(one).items() if k != "device"}, dataset.fingerprint]
         for one, dataset in zip(configs, datasets, strict=True)

@@ -61,6 +61,7 @@ def rebase(
         raise ConfigError(f"task {task.name!r}: it uses no common bases: give a task that was trained with --bases")
     check_task(task, backbone, dataset)
     check_out(out)
+    name = TrainConfig(task=name or task.name).task
     config = _options(task, name)
     adapted = on_device(backbone, device)
     check_bases(bases, adapted, config)
@@ -105,4 +106,4 @@ def _moved(task: Task, bases: Task, adapted: AdaptedBackbone, config: TrainConfi
         for one in own:
             adapters.frozen[one.adapter] = stored_adapter(task, one.adapter, "bank")
             adapters.branches[position].append(TrainedBranch(one.adapter, one.scale))
-    return adapters, kept / (whole or 1.0)
+    return adapters, min(kept / whole, 1.0) if whole else 1.0

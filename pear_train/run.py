@@ -58,6 +58,8 @@ class TaskRun:
         bank: Sequence[Task] = (),
         bases: Task | None = None,
     ) -> None:
+        if config.method == "pear" and (bases is None or config.own_bytes is not None):
+            config.check_pruning()
         self.config, self.adapted, self.device = config, adapted, adapted.device
         self.preprocess = preprocess_record(adapted.backbone, config.img_size)
         self.precision = choose_precision(config.dtype, self.device)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pear_train.adapters import FrozenAdapter, TrainedBranch
-from pear_train.errors import PearTrainError, ResourceError
+from pear_train.errors import ConfigError, PearTrainError, ResourceError
 from pear_train.identity import differences
 from pear_train.optimiser import train_what_is_there
 from pear_train.output import STATE_FORMAT, partial_path, temporary_path
@@ -112,7 +112,11 @@ def _frozen(run: TaskRun) -> dict[str, FrozenAdapter]:
 
 
 def resume_state(run: TaskRun, out: Path) -> bool:
-    """Brings a fresh run to the state of an interrupted run of the same identity. Returns whether there was one."""
+    """Brings a fresh run to the state of an interrupted run of the same identity. Returns whether there was one.
+
+    Raises:
+        ConfigError: the state is of such a run, but lacks something or holds something else.
+    """
     began, path = time.perf_counter(), partial_path(out)
     try:
         with safe_open(path, "pt") as file:
@@ -122,6 +126,22 @@ def resume_state(run: TaskRun, out: Path) -> bool:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError, ValueError):
         return False
+    try:
+        _resume(run, record, tensors)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: expected the whole state of an interrupted run, found one that is changed or incomplete "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}): move it away to begin anew"
+        ) from None
+    logger.debug("%s: read the state in %.2f s", run.config.task, time.perf_counter() - began)
+    return True
+
+
+def _resume(run: TaskRun, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if not 1 < record["epoch"] <= run.config.epochs:
+        raise ValueError(f"epoch {record['epoch']} of {run.config.epochs}")
+    if record["branches"].keys() != run.adapters.branches.keys():
+        raise ValueError("other positions")
     _restore_adapters(run, record, tensors)
     run.importance, run.sources, run.banked = record["importance"], record["sources"], record["banked"]
     run.pruned, run.history = record["pruned"], record["history"]
@@ -134,8 +154,6 @@ def resume_state(run: TaskRun, out: Path) -> bool:
     _restore_weights(run, tensors)
     run.generator.set_state(tensors["generator"])
     run.dropping.set_state(tensors["dropping"])
-    logger.debug("%s: read the state in %.2f s", run.config.task, time.perf_counter() - began)
-    return True
 
 
 def _restore_adapters(run: TaskRun, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:

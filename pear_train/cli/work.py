@@ -13,7 +13,7 @@ import torch
 from pear_store import PearStoreError, Store, Task, read_checkpoint
 from pear_store.counted import counted
 from pear_store.terminal import echo
-from pear_train.bases import check_rank
+from pear_train.bases import check_rank, is_bases
 from pear_train.changed import Changed
 from pear_train.cli.cluster import train_on_cluster
 from pear_train.cli.options import Told
@@ -36,7 +36,7 @@ from pear_train.preview import write_preview
 from pear_train.rebase import rebase
 from pear_train.report import Failed, Result, Step, result_of
 from pear_train.rounding import round_task
-from pear_train.tasks import TaskEntry, read_tasks
+from pear_train.tasks import DATA_OPTIONS, TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 
 _BANK_TASKS = 64
@@ -60,6 +60,7 @@ def do_work(request: Request, told: Told) -> Work | None:
         entries = []
     else:
         entries = [TaskEntry.of(str(request.task), str(request.data), told.options)]
+    _check_pruning(request, entries)
     work = Work(entries, {e.config.task: out / f"{e.config.task}.safetensors" if many else out for e in entries})
     check_places(request, work)
     _note_unused(request, entries, told)
@@ -76,8 +77,9 @@ def do_work(request: Request, told: Told) -> Work | None:
         for path in work.paths.values():
             check_plot(plot_path(path))
     rounded = None if request.round is None else _read_task(request.round, request.from_store)
+    moved = None if request.rebase is None else _read_task(request.rebase, request.from_store)
     base = None if request.base is None else read_checkpoint(request.base)
-    bank = _stored(request.bank, request.bank_tasks)
+    bank = _bank(request)
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
     if bases is not None and "rank" in told.shown and request.rebase is None:
         check_rank(bases, told.options["rank"])  # also a rank that is the default, if it was asked for
@@ -98,10 +100,9 @@ def do_work(request: Request, told: Told) -> Work | None:
     if request.make_bases:
         _make_bases(request, told, entries, loaded, datasets)
         return None
-    if request.rebase is not None:
+    if moved is not None:
         assert bases is not None
-        task = _read_task(request.rebase, request.from_store)
-        _rebase(request, task, bases, loaded, datasets[0], told.options["device"])
+        _rebase(request, moved, bases, loaded, datasets[0], told.options["device"])
         return None
     if rounded is not None:
         _round(request, rounded, loaded, datasets[0], told)
@@ -117,6 +118,19 @@ def do_work(request: Request, told: Told) -> Work | None:
     except KeyboardInterrupt:
         raise Stopped(work.left_behind()) from None
     return work
+
+
+def _check_pruning(request: Request, entries: list[TaskEntry]) -> None:
+    """Checks options of tasks that prune, before anything is read."""
+    if request.make_base or request.make_bases or request.rebase is not None or request.round is not None:
+        return
+    for config in (entry.config for entry in entries):
+        if config.method == "pear" and (request.bases is None or config.own_bytes is not None):
+            try:
+                config.check_pruning()
+            except ConfigError as error:
+                where = "" if request.tasks_file is None else f"{request.tasks_file}: task {config.task!r}: "
+                raise ConfigError(f"{where}{error}") from None
 
 
 def _plan(request: Request, work: Work, loaded: Backbone, datasets: Sequence[Dataset], given: str | None) -> None:
@@ -200,21 +214,21 @@ def _make_bases(
     if request.from_store is not None and not sources:  # without stored tasks, others would be trained
         raise ConfigError(f"--from-store {request.from_store}: has no task: add some, or leave it out and give --tasks")
     now = partial(bases_identity, config, loaded, sources, configs, datasets)
-    if request.force and not sources:
-        remove_sources(configs, out)
     if not request.force and is_finished(out, now, request.overwrite):
         echo(f"{out}: made already, with the same options, tasks and data; --force makes them again", err=True)
         made = bases_of(read_checkpoint(out), out.stat().st_size)
         if not sources:
-            remove_sources(configs, out)  # left by a command that was killed
+            remove_sources(config.rank, configs, loaded, datasets, out)  # left by a command that was killed
     else:
         with Progress("bases") as bar:
             try:
-                made = make_bases(config, loaded, sources, out, configs, datasets, bar.show, bar.say, request.overwrite)
+                made = make_bases(
+                    config, loaded, sources, out, configs, datasets, bar.show, bar.say,
+                    overwrite=request.overwrite, force=request.force,
+                )  # fmt: skip
             except KeyboardInterrupt:
                 kept = sources_at(out)
-                there = not sources and kept.exists()
-                raise Stopped(f"what is trained is kept in {kept}" if there else "") from None
+                raise Stopped(f"what is trained is kept in {kept}" if kept.exists() else "") from None
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
         f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
@@ -278,13 +292,16 @@ def _note_unused(request: Request, entries: list[TaskEntry], told: Told) -> None
             reason = f"a task that is {'moved' if request.rebase is not None else 'rounded'} keeps its own options"
         elif request.make_bases:
             names, reason = config.unused_by_bases(trained=bool(entries)), "common bases are made without it"
+            if not entries:  # no data are read
+                names += [name for name in told.shown if name in DATA_OPTIONS]
+                names += [] if request.data_root is None else ["--data-root"]
         else:
             config = replace(config, method="adapters") if request.make_base else config
             names = config.unused(request.base is not None, request.bank is not None, request.bases is not None)
             reason = f"this run of method {config.method!r} does not use it"
         for name in names:
             unused.setdefault((name, reason), []).append(config.task)
-    for entry in entries:
+    for entry in entries if request.tasks_file is not None else ():
         for name in told.shown:
             value = getattr(entry.config if name in OPTIONS else entry.data_options, name)
             if value != told.options[name]:
@@ -307,6 +324,14 @@ def _open(entry: TaskEntry, root: Path | None) -> Dataset:
     dataset = open_dataset(entry.data, root, entry.data_options)
     say_above(dataset.summary(entry.data))
     return dataset
+
+
+def _bank(request: Request) -> list[Task]:
+    """The stored tasks to borrow from. Common bases are none: nothing of a task is in them."""
+    stored = _stored(request.bank, request.bank_tasks)
+    for bases in (task for task in stored if is_bases(task)):
+        echo(f"note      {bases.name} is skipped: common bases, and a bank has tasks", err=True)
+    return [task for task in stored if not is_bases(task)]
 
 
 def _stored(path: Path | None, names: str | None) -> list[Task]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from click.testing import Result as Ran
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values
@@ -18,6 +20,7 @@ from pear_store.format.container import read_container
 from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
 from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
+from pear_train.errors import DivergedError
 from pear_train.evaluate import calibrated
 from pear_train.group import stack_weights
 from pear_train.identity import differences
@@ -642,7 +645,7 @@ def test_a_stopped_command_says_where_its_tasks_are(
     out = tmp_path / "b"
     (tmp_path / "tasks.toml").write_text(f'[tasks.t0]\ndata = "{folder / "t0.npz"}"\n')
 
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         sources_at(out).mkdir()
         raise KeyboardInterrupt
 
@@ -824,3 +827,172 @@ def test_a_task_moves_to_other_bases_with_its_measured_loss(
 def test_moves_that_make_no_sense(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = run(*args, "--out", tmp_path / "o")
     assert done.exit_code == 2 and message in done.stderr
+
+
+# ---- what users get wrong -------------------------------------------------------------------------------------------
+
+
+def tasks_file(folder: Path, where: Path, options: str = "", count: int = 2) -> Path:
+    """A file of tasks that train for an epoch, at `where`."""
+    tasks = "".join(f'[tasks.t{i}]\ndata = "{folder / f"t{i}.npz"}"\n' for i in range(count))
+    where.write_text(f"epochs = 1\nbatch_size = 16\n{options}\n{tasks}")
+    return where
+
+
+@pytest.mark.slow
+def test_only_what_such_a_run_made_is_removed_or_replaced(folder: Path, tmp_path: Path) -> None:
+    """One epoch is enough, for nothing is pruned."""
+    out = tmp_path / "b"
+    tasks = tasks_file(folder, tmp_path / "tasks.toml", 'method = "adapters"\nprune_epoch = 9\ndown = "common"')
+    making = ("common", "--make-bases", "--tasks", tasks, "--rank", R, "--positions", "blocks", "--out", out)
+    made = run(*making)
+    assert made.exit_code == 0, made.stderr
+    mine, other = sources_at(out) / "t0.safetensors", sources_at(out) / "t1.safetensors"
+    sources_at(out).mkdir()
+    mine.write_text("precious")
+    trained = run("t1", "--data", folder / "t1.npz", "--out", other, "--epochs", 2, "--batch-size", 16)
+    assert trained.exit_code == 0, trained.stderr
+    held = other.read_bytes()
+    assert "made already" in run(*making).stderr
+    assert (mine.read_text(), other.read_bytes()) == ("precious", held)
+    for extra in ((), ("--overwrite",), ("--force",)):
+        refused = run(*making[:-1], tmp_path / "b", *extra, "--lr", 0.5)
+        assert refused.exit_code == 1 and mine.read_text() == "precious" and other.read_bytes() == held
+    mine.unlink()
+    forced = run(*making, "--force")
+    assert forced.exit_code == 0, forced.stderr
+    assert not sources_at(out).exists(), "another run's checkpoint is replaced, and removed as this run's own"
+
+
+def test_directions_that_are_equal_count_once(
+    sources: list[Task], bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    twin = make_task({**sources[0].record, "task": "twin"}, dict(sources[0].tensors))
+    nothing = make_task(
+        {**sources[1].record, "task": "nothing"},
+        {name: raw if "down" in name else from_torch(0 * to_torch(raw)) for name, raw in sources[1].tensors.items()},
+    )
+    for given in ([sources[0], sources[0]], [sources[0], twin], [sources[0], nothing]):
+        with pytest.raises(ConfigError, match=r"at least 5 directions, the rank, at 'blocks.0.attn', found 4 in"):
+            make_bases(config("b", rank=5), backbone, given, tmp_path / "b")
+    with pytest.raises(ConfigError, match="found 0 in 1 task"):
+        make_bases(config("b", rank=1), backbone, [nothing], tmp_path / "b")
+    on_them = []
+    for i in range(2):
+        told = config(f"on{i}", epochs=1)
+        train(told, backbone, open_dataset(str(folder / f"t{i}.npz")), tmp_path / told.task, bases=bases)
+        on_them.append(read_checkpoint(tmp_path / told.task))
+    with pytest.raises(ConfigError, match=f"at least {R + 1} directions.*found {R} in 2 task"):
+        make_bases(config("b", rank=R + 1), backbone, on_them, tmp_path / "b")
+    with pytest.raises(ConfigError, match="a rank of at most 192, the smaller side"):
+        make_bases(config("b", rank=193), backbone, sources, tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_bases_record_the_options_that_they_were_made_with(
+    sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
+    told = [config(f"t{i}", rank=4, epochs=1, lr=3e-3, img_size=64, seed=5) for i in range(2)]
+    make_bases(config("b", rank=4, seed=1), backbone, sources, tmp_path / "b", told, data)
+    made = read_checkpoint(tmp_path / "b")
+    found = {name: made.record["training"][name] for name in ("epochs", "lr", "img_size", "seed", "batch_size")}
+    assert found == {"epochs": 1, "lr": 3e-3, "img_size": 64, "seed": 5, "batch_size": 16}
+    assert made.preprocess["input_size"] == [3, 64, 64]
+    make_bases(config("b", rank=4, seed=1), backbone, sources, tmp_path / "first")
+    make_bases(config("b", rank=4, seed=2, lr=1.0), backbone, sources, tmp_path / "second")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes(), "nothing is trained"
+    nowhere = [replace(one, device="cuda:99") for one in told]
+    with pytest.raises((ConfigError, RouterError), match="cuda:99"):
+        make_bases(config("b", rank=4), backbone, sources, tmp_path / "c", nowhere, data)
+
+
+def test_configs_that_do_not_go_together(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
+    one, other = config("t0", rank=4), config("t1", rank=4, epochs=3)
+    for configs, message in (
+        ([one, replace(one, task="T0")], "bases: task 't0': another task has the same name, but for case"),
+        ([one], "bases: expected one config for each of 2 data sets, found 1: give as many"),
+        ([], "bases: expected one config for each of 2 data sets, found 0: give as many"),
+        ([one, other], "bases: epochs: expected one value for all tasks, found 4 for 't0' and 3 for 't1'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_bases(config("b", rank=4), backbone, [], tmp_path / "b", configs, data)
+    assert not sources_at(tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_leaves_no_empty_folder_and_no_warning(
+    sources: list[Task], folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = [open_dataset(str(folder / f"t{i}.npz")) for i in range(2)]
+    wild = {"rank": 4, "lr": 1000, "weight_decay": 1000, "bases_lr": 1000, "max_grad_norm": 1e12}
+    told = [config(f"t{i}", **wild) for i in range(2)]
+    for given in ([], sources):
+        with pytest.raises(DivergedError, match="training diverged"):
+            make_bases(config("b", rank=4), backbone, given, tmp_path / "b", told, data)
+        assert not sources_at(tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_a_bank_offers_no_bases_and_notes_name_what_has_no_effect(
+    sources: list[Task], bases: Task, folder: Path, tmp_path: Path
+) -> None:
+    with Store.create(tmp_path / "s") as store:
+        store.add(sources[0])
+        store.add(bases)
+    data = ("--data", folder / "t2.npz", "--batch-size", 16, "--positions", "blocks")
+    borrowing = run("t2", *data, "--bank", tmp_path / "s", "--epochs", 2, "--rank", 4, "--out", tmp_path / "t2")
+    assert borrowing.exit_code == 0, borrowing.stderr
+    assert "note      common is skipped: common bases, and a bank has tasks\n" in borrowing.stderr
+    write_checkpoint(tmp_path / "bases", bases)
+    on = run("t2", *data, "--bases", tmp_path / "bases", "--epochs", 1, "--out", tmp_path / "on",
+             "--tensor-dtype", "Q4", "--set", "down=common")  # fmt: skip
+    assert on.exit_code == 0, on.stderr
+    assert "--tensor-dtype has no effect" in on.stderr and "--set down has no effect" in on.stderr
+    v1 = run("b", "--make-bases", "--from-store", tmp_path / "s", "--rank", 2, "--positions", "blocks",
+             "--out", tmp_path / "b", "--max-pixels", 3, "--train-split", "x", "--data-root", "/nowhere")  # fmt: skip
+    for option in ("--max-pixels", "--train-split", "--data-root"):
+        assert f"note      {option} has no effect: common bases are made without it\n" in v1.stderr
+    own = run("t2", *data, "--bases", tmp_path / "bases", "--epochs", 2, "--out", tmp_path / "own", "--own-bytes", 3000,
+              "--own-rank", 0)  # fmt: skip
+    assert own.exit_code == 0 and "note" not in own.stderr, own.stderr
+    early = run("t2", *data, "--rebase", tmp_path / "gone", "--bases", tmp_path / "bases", "--out", tmp_path / "r")
+    assert early.exit_code == 3 and "gone" in early.stderr and "backbone" not in early.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 99}, "ValueError: epoch 99 of 4"),
+        ({"history": None, "frozen": None}, "AttributeError"),
+        ({"branches": {}}, "ValueError: other positions"),
+        ("generator", "KeyError: 'generator'"),
+        ("now head.weight", "KeyError: 'now head.weight'"),
+    ],
+)
+def test_a_state_that_is_changed_is_one_line(
+    change: dict[str, Any] | str, message: str, bases: Task, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    def stop(step: Step) -> None:
+        if step.epoch == 2:
+            raise KeyboardInterrupt
+
+    dataset = open_dataset(str(folder / "t0.npz"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), backbone, dataset, tmp_path / "t", stop, bases=bases)
+    state = partial_path(tmp_path / "t")
+    with safe_open(state, "pt") as file:
+        record = json.loads((file.metadata() or {})["run"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    if isinstance(change, str):
+        del tensors[change]
+    else:
+        record |= change
+    save_file(tensors, state, {"run": json.dumps(record)})
+    with pytest.raises(
+        ConfigError, match=rf"t\.partial: expected the whole state .*{message}.*move it away to begin anew"
+    ):
+        train(config(), backbone, dataset, tmp_path / "t", bases=bases)
+    assert state.exists()

@@ -239,7 +239,7 @@ def test_a_rank_above_a_matrix_s_side_is_refused_before_training(backbone: Backb
 )
 def test_options_that_clash(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(**changes)
+        config(**changes).check_pruning()
 
 
 def test_a_loss_that_explodes_is_said(stripes: str, backbone: Backbone, tmp_path: Path) -> None:
