@@ -5,46 +5,35 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pear_store import RawTensor, Task, make_task, read_checkpoint, write_checkpoint
-from pear_store.format.codes import matrix_values, up_values
+from pear_store import RawTensor, Task, make_task, write_checkpoint
 from pear_store.format.manifest import manifest_hash, to_manifest
-from pear_train.bases import is_bases
 from pear_train.config import OF_TRAINED_BASES, OPTIONS, TrainConfig
 from pear_train.data import Dataset, preprocess_record
 from pear_train.dtypes import code_bits, float_dtype
 from pear_train.errors import ConfigError, DivergedError
+from pear_train.fitting import Pairs, fit_bases, fitting_tasks, held_energy
 from pear_train.group import mixed_features, next_batch
-from pear_train.identity import BASES, Identity, fingerprint, identity, run_identity
-from pear_train.job import Job
-from pear_train.knowledge import common_bases, in_common_bases
-from pear_train.loop import train_many
+from pear_train.identity import BASES, Identity, fingerprint, identity
 from pear_train.machine import on_device
 from pear_train.make_base import check_configs
 from pear_train.optimiser import move, rate_factor, set_rate
-from pear_train.output import check_out, checkpoint_at, is_finished
+from pear_train.output import check_out
 from pear_train.report import Step
 from pear_train.run import TaskRun
+from pear_train.source_tasks import remove_sources, train_sources
 from pear_train.start import attached
 from router import AdaptedBackbone, Backbone
 from router.tensors import from_torch
 
 logger = logging.getLogger(__name__)
-
-_SOURCE_RANK = 8
-"""Of tasks that are only trained to fit bases to them: as in the study."""
-Pairs = dict[str, tuple[Tensor, Tensor]]
-"""Position -> `down` [d_in, r] and `up` [r, d_out] of a task or of bases, all branches there together."""
 
 
 @dataclass(frozen=True)
@@ -186,185 +175,6 @@ def bases_of(task: Task, file_bytes: int, seconds: float = 0.0) -> Bases:
     training = task.record["training"]
     positions = len(task.positions)
     return Bases(training["energy"], training["val_top1"], training["rank"], positions, file_bytes, seconds)
-
-
-def sources_at(out: Path) -> Path:
-    """The folder of the tasks that bases are fitted to, where there were none."""
-    return out.with_name(out.name + ".sources")
-
-
-def train_sources(
-    rank: int,
-    configs: Sequence[TrainConfig],
-    backbone: Backbone,
-    datasets: Sequence[Dataset],
-    out: Path,
-    progress: Callable[[Step], None] | None = None,
-    say: Callable[[str], None] | None = None,
-    overwrite: bool = False,
-    force: bool = False,
-) -> list[Task]:
-    """An unpruned task for each data set, from its file in ``OUT.sources`` if that is there. All start from one `down`.
-
-    Args:
-        rank: of the bases. Together the tasks have at least as many directions.
-        out: the checkpoint of the bases.
-        overwrite: replace other runs' checkpoints there; else they are refused.
-        force: train all, and replace any task checkpoint there.
-    """
-    jobs = _source_jobs(rank, configs, datasets, out)
-    try:
-        sources_at(out).mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{sources_at(out)}: the folder cannot be made: {error.strerror}: move away what is there"
-        ) from None
-    try:
-        for job in jobs:
-            checkpoint_at(job.out)  # all mistakes show before the first is trained
-        todo = [job for job in jobs if force or not _is_trained(job, backbone, overwrite)]
-        for _ in train_many(todo, backbone, progress, on_error="raise", say=say):
-            pass
-    finally:
-        _remove_folder(out)  # if nothing is in it
-    return [read_checkpoint(job.out) for job in jobs]
-
-
-def source_paths(configs: Sequence[TrainConfig], out: Path) -> list[Path]:
-    """The files of the tasks that bases are fitted to, where there were none."""
-    return [sources_at(out) / f"{config.task}.safetensors" for config in configs]
-
-
-def _source_jobs(rank: int, configs: Sequence[TrainConfig], datasets: Sequence[Dataset], out: Path) -> list[Job]:
-    """The tasks that bases are fitted to, where there were none."""
-    common: dict[str, Any] = {
-        "method": "adapters", "rank": max(_SOURCE_RANK, -(-rank // len(configs))), "own_rank": 0, "own_bytes": None,
-        "seed": configs[0].seed, "down": "own", "tensor_dtype": "F16", "head_dtype": "F16", "select": "last",
-        "patience": None, "threshold_accuracy": None,
-    }  # fmt: skip
-    return [
-        Job.of(replace(config, **common), dataset, path)
-        for config, dataset, path in zip(configs, datasets, source_paths(configs, out), strict=True)
-    ]
-
-
-def _is_trained(job: Job, backbone: Backbone, overwrite: bool = False) -> bool:
-    return is_finished(job.out, partial(run_identity, job.config, backbone, job.dataset(), None), overwrite)
-
-
-def remove_sources(
-    rank: int, configs: Sequence[TrainConfig], backbone: Backbone, datasets: Sequence[Dataset], out: Path
-) -> None:
-    """Removes the tasks that were trained for bases, and their folder if nothing else is in it."""
-    for job in _source_jobs(rank, configs, datasets, out):
-        with suppress(OSError, ConfigError):  # another run's file, or no checkpoint: it stays
-            if _is_trained(job, backbone):
-                job.out.unlink()
-    _remove_folder(out)
-
-
-def _remove_folder(out: Path) -> None:
-    with suppress(OSError):  # something is in it
-        sources_at(out).rmdir()
-
-
-def fitting_tasks(
-    sources: Sequence[Task],
-    adapted: AdaptedBackbone,
-    positions: Sequence[str],
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Pairs]:
-    """The adapters of each task that fits, at those of `positions` that it has.
-
-    Raises:
-        ConfigError: no task fits, or a position is in none of them.
-    """
-    found: dict[str, Pairs] = {}
-    for task in sources:
-        if task.backbone_digest != adapted.backbone.digest:
-            problem = "another backbone"
-        elif task.activation != "identity":
-            problem = f"its activation is {task.activation!r}"
-        elif is_bases(task):
-            problem = "common bases"
-        elif not (pairs := _pairs(task, adapted, positions)):
-            problem = "no adapter at these positions"
-        else:
-            found[task.name if task.name not in found else f"{task.name} {len(found)}"] = pairs
-            continue
-        if say is not None:
-            say(f"note      {task.name} is skipped: {problem}")
-    if not found:
-        raise ConfigError(
-            f"bases: none of {len(sources)} stored tasks fits {adapted.backbone.name} and the positions: give tasks "
-            "that were trained on this backbone at these positions"
-        )
-    if lacking := [position for position in positions if not any(position in pairs for pairs in found.values())]:
-        raise ConfigError(f"bases: no stored task has an adapter at {lacking[0]!r}: choose other positions")
-    return found
-
-
-def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pairs:
-    """Each position's branches concatenated along the rank, with scales and cores multiplied into `up`."""
-    found: Pairs = {}
-    for position in positions:
-        branches = task.positions.get(position, [])
-        if not branches or any(task.adapters[b.adapter].shape != adapted.widths[position] for b in branches):
-            continue
-        adapters = [task.adapters[branch.adapter] for branch in branches]
-        downs = [matrix_values(adapter.down, task.tensors).astype("f4") for adapter in adapters]
-        ups = [
-            up_values(adapter, task.tensors).astype("f4") * np.float32(branch.scale)
-            for adapter, branch in zip(adapters, branches, strict=True)
-        ]
-        found[position] = torch.from_numpy(np.concatenate(downs, 1)), torch.from_numpy(np.concatenate(ups))
-    return found
-
-
-def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -> Pairs:
-    """Orthonormal D [d_in, rank] and U [rank, d_out] of each position. Each task's adapters are first scaled to norm 1.
-
-    Raises:
-        ConfigError: the tasks have fewer directions than `rank` at a position. Those that are equal count once.
-    """
-    norms = {name: _energy(pairs) ** 0.5 or 1.0 for name, pairs in tasks.items()}
-    bases: Pairs = {}
-    for position in positions:
-        scaled = [
-            (pairs[position][0], pairs[position][1] / norms[name]) for name, pairs in tasks.items() if position in pairs
-        ]
-        if (directions := _directions(scaled)) < rank:
-            raise ConfigError(
-                f"bases: expected at least {rank} directions, the rank, at {position!r}, found {directions} in "
-                f"{len(scaled)} task(s): give more tasks, or a smaller rank"
-            )
-        bases[position] = common_bases(scaled, rank)
-    return bases
-
-
-def _directions(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """The dimension of the spaces that all down · up read and write, the smaller of both.
-
-    A direction with less than a hundred thousandth of the strongest one's norm does not count: no task has learnt it.
-    """
-    found = []
-    for side in (pairs, [(up.t(), down.t()) for down, up in pairs]):
-        weighted = torch.cat([first @ torch.linalg.qr(second.t()).R.t() for first, second in side], 1)
-        strengths = torch.linalg.svdvals(weighted)
-        found.append(int((strengths > 1e-5 * strengths[0]).sum()))
-    return min(found)
-
-
-def _energy(pairs: Pairs) -> float:
-    """The squared norm of all down · up. The products are never formed."""
-    return sum(float(((down.t() @ down) * (up @ up.t())).sum().clamp_min(0)) for down, up in pairs.values())
-
-
-def held_energy(pairs: Pairs, bases: Pairs) -> float:
-    """The share, 0 to 1, of a task's adapters that common bases hold, by squared norm."""
-    cores = {p: in_common_bases(*pair, *bases[p]) for p, pair in pairs.items()}
-    held = sum(float((bases[p][0] @ core @ bases[p][1]).square().sum()) for p, core in cores.items())
-    return min(held / (_energy(pairs) or 1.0), 1.0)  # rounding
 
 
 # ---- training on -----------------------------------------------------------------------------------------------------

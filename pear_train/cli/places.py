@@ -8,9 +8,9 @@ import click
 
 from pear_train.cli.request import Request, Work
 from pear_train.errors import ConfigError
-from pear_train.make_bases import source_paths
 from pear_train.output import files_beside
 from pear_train.plot import plot_path
+from pear_train.source_tasks import source_paths
 from pear_train.targets import Named, check_apart
 
 

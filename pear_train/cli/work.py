@@ -29,13 +29,14 @@ from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
-from pear_train.make_bases import bases_identity, bases_of, make_bases, remove_sources, sources_at
+from pear_train.make_bases import bases_identity, bases_of, make_bases
 from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
 from pear_train.rebase import rebase
 from pear_train.report import Failed, Result, Step, result_of
 from pear_train.rounding import round_task
+from pear_train.source_tasks import remove_sources, sources_at
 from pear_train.tasks import DATA_OPTIONS, TaskEntry, read_tasks
 from router import Backbone, RouterError, load_backbone
 

@@ -22,16 +22,17 @@ from pear_train.bank import Bank, stored_adapter
 from pear_train.cli import main
 from pear_train.errors import DivergedError
 from pear_train.evaluate import calibrated
+from pear_train.fitting import held_energy
 from pear_train.group import stack_weights
 from pear_train.identity import differences
 from pear_train.knowledge import common_bases, in_common_bases
-from pear_train.make_bases import held_energy, sources_at
 from pear_train.output import partial_path
 from pear_train.prune import choose_within
 from pear_train.rebase import rebase
 from pear_train.recall import scores_of
 from pear_train.report import Step, bases_bytes, stored_bytes
 from pear_train.run import TaskRun
+from pear_train.source_tasks import sources_at
 from router import AdaptedBackbone, Backbone, PositionWeights, Preprocess, Router, RouterError, add_branch
 from router.exports.plain import PlainModel
 from router.tensors import from_torch, to_torch
