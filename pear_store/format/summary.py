@@ -74,11 +74,8 @@ class Origin:
         training = _mapping(record.get("training"))
         data = {key: value for key, value in training.items() if _is_of_data(key) and value not in (None, "", {})}
         given = {key: training[key] for key in ("given", "bases", "rebased", "rounded") if training.get(key)}
-        options = {
-            key: value
-            for key, value in training.items()
-            if key not in COURSE and key not in data and key not in given and _is_plain(value)
-        }
+        unsaid = {*COURSE, *data, *given, *(("rank",) if "bases" in given else ())}  # bases have their own
+        options = {key: value for key, value in training.items() if key not in unsaid and _is_plain(value)}
         return cls(data, given, options)
 
 

@@ -338,3 +338,9 @@ def test_a_completion_reads_only_names_that_begin_so(tmp_path: Path, monkeypatch
         monkeypatch.setattr(NameRow, "decode", noted)
         assert store.beginning("a") == ["aa", "ab"]
         assert read == [b"aa", b"ab"]
+
+
+def test_a_task_on_bases_has_their_rank_not_the_option_s() -> None:
+    assert Origin.of({"training": {"rank": 12, "lr": 0.01}}).options == {"rank": 12, "lr": 0.01}
+    on_bases = Origin.of({"training": {"rank": 12, "lr": 0.01, "bases": "plants"}})
+    assert (on_bases.given, on_bases.options) == ({"bases": "plants"}, {"lr": 0.01})
