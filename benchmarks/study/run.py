@@ -83,7 +83,7 @@ class Plan:
     def key(self) -> str:
         """What makes this run this run: not the precision of its forwards."""
         told = {name: value for name, value in self.options.items() if name != "dtype"}
-        return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer])
+        return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer], sort_keys=True)
 
     @property
     def training(self) -> str:
@@ -558,8 +558,9 @@ def few() -> Iterator[Plan]:
         "pear r=5, 0.92: adapters, cores and head Q4": {**options, **all_four, "rank": 5},
         "pear r=8, 0.75: adapters, cores and head Q4": {**eight, **all_four},
         "pear r=8, 0.67: adapters, cores and head Q4": {**eight, **all_four, "ratio": 0.67},
+        "pear r=8, 0.67: adapters Q4": {**eight, "tensor_dtype": "Q4", "ratio": 0.67},
         "unpruned r=3: adapters and head Q4": {**unpruned, **four, "rank": 3},
-    }  # 9.3, 3.5, 16, 21 and 23 KB
+    }  # 9, 3, 15, 20, 22 and 22 KB
     for name, told in forms.items():
         for seed in range(SEEDS):
             for dataset in SETS:
