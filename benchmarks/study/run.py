@@ -83,7 +83,8 @@ class Plan:
     def key(self) -> str:
         """What makes this run this run: not the precision of its forwards."""
         told = {name: value for name, value in self.options.items() if name != "dtype"}
-        return json.dumps([self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer], sort_keys=True)
+        which = [self.stage, self.name, self.backbone, self.dataset, self.seed, told, self.peer]
+        return json.dumps(which, sort_keys=True)
 
     @property
     def training(self) -> str:
