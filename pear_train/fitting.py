@@ -70,24 +70,38 @@ def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pa
     return found
 
 
-def fit_bases(tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int) -> Pairs:
+def fit_bases(
+    tasks: Mapping[str, Pairs], positions: Sequence[str], rank: int, say: Callable[[str], None] | None = None
+) -> Pairs:
     """Orthonormal D [d_in, rank] and U [rank, d_out] of each position. Each task's adapters are first scaled to norm 1.
 
+    Args:
+        say: receives a line for a person if tasks have directions in common, so that bases are partly arbitrary.
     Raises:
-        ConfigError: the tasks have fewer directions than `rank` at a position. Those that are equal count once.
+        ConfigError: at a position the tasks' ranks together are below `rank`, or the tasks add nothing.
     """
     norms = {name: _energy(pairs) ** 0.5 or 1.0 for name, pairs in tasks.items()}
     bases: Pairs = {}
+    fewer: dict[str, int] = {}
     for position in positions:
         scaled = [
             (pairs[position][0], pairs[position][1] / norms[name]) for name, pairs in tasks.items() if position in pairs
         ]
-        if (directions := _directions(scaled)) < rank:
+        columns, directions = sum(down.shape[1] for down, _ in scaled), _directions(scaled)
+        if columns < rank or directions == 0:
             raise ConfigError(
-                f"bases: expected at least {rank} directions, the rank, at {position!r}, found {directions} in "
-                f"{len(scaled)} task(s): give more tasks, or a smaller rank"
+                f"bases: expected at least {rank} directions, the rank, at {position!r}, found "
+                f"{min(columns, directions)} in {len(scaled)} task(s): give more tasks, or a smaller rank"
             )
+        if directions < rank:
+            fewer[position] = directions
         bases[position] = common_bases(scaled, rank)
+    if fewer and say is not None:
+        least = min(fewer, key=fewer.__getitem__)
+        say(
+            f"note      at {len(fewer)} of {len(bases)} positions the tasks have fewer directions than the rank, "
+            f"{rank}: {fewer[least]} at {least!r}. There the others are arbitrary"
+        )
     return bases
 
 

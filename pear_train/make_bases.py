@@ -107,7 +107,7 @@ def make_bases(
     if not sources:
         own = train_sources(config.rank, configs, backbone, datasets, out, progress, say, overwrite, force)
     fitting = fitting_tasks(sources or own, adapted, positions, say)
-    fitted = fit_bases(fitting, positions, config.rank)
+    fitted = fit_bases(fitting, positions, config.rank, say)
     now = bases_identity(config, backbone, sources, configs, datasets)
     task = _task(config, backbone, fitted, fitting, now, {})
     val_top1: dict[str, float] = {}
