@@ -140,8 +140,12 @@ class TrainConfig:
         if self.own_bytes is not None and self.own_rank == 0:
             object.__setattr__(self, "own_rank", 1)
 
+    def prunes(self, on_bases: bool) -> bool:
+        """Whether such a run prunes. A task on common bases does so only if it has `own_bytes`."""
+        return self.method == "pear" and (not on_bases or self.own_bytes is not None)
+
     def check_pruning(self) -> None:
-        """Checks what only a run that prunes needs. A task on common bases prunes only if it has `own_bytes`.
+        """Checks what only a run that prunes needs.
 
         Raises:
             ConfigError: no epoch is before or after pruning, or what is pruned cannot be kept as `knowledge` says.

@@ -79,12 +79,12 @@ def make_bases(
         configs, datasets: options and data of each task to train for. Without sources there must be some. Positions,
             rank and activation are those of `config`. The bases are trained with the first task's options.
         progress: is called after every step, with the task "bases", or with a task that is trained first.
-        say: receives lines for a person: which tasks were skipped.
+        say: receives lines for a person: which tasks were skipped, and where bases are wider than what tasks learnt.
         overwrite: replace other runs' checkpoints in ``OUT.sources``.
         force: train again what is in ``OUT.sources``, and replace any task checkpoint there.
     Raises:
-        ConfigError: neither tasks nor data are given, no stored task fits, a position has fewer directions than
-            `config.rank`, or tasks have one name or differ in what bases have once.
+        ConfigError: neither tasks nor data are given, no stored task fits, the tasks' ranks at a position add up to
+            less than `config.rank`, or tasks have one name or differ in what bases have once.
         PearTrainError, RouterError, PearStoreError: as for :func:`train`.
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """

@@ -58,7 +58,7 @@ class TaskRun:
         bank: Sequence[Task] = (),
         bases: Task | None = None,
     ) -> None:
-        if config.method == "pear" and (bases is None or config.own_bytes is not None):
+        if config.prunes(on_bases=bases is not None):
             config.check_pruning()
         self.config, self.adapted, self.device = config, adapted, adapted.device
         self.preprocess = preprocess_record(adapted.backbone, config.img_size)
@@ -216,7 +216,7 @@ class TaskRun:
     @property
     def prunes(self) -> bool:
         """Whether adapters are pruned. On common bases, that is so only if `own_bytes` limits them."""
-        return self.config.method == "pear" and (self.bases is None or self.config.own_bytes is not None)
+        return self.config.prunes(on_bases=self.bases is not None)
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -7,6 +7,7 @@ its pool. router/cores.py handles its bases.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Matrices:
         self.pools: dict[tuple[int, int], Pool] = {}
         """(side, width) -> its pool."""
         self._host = torch.empty(0)
-        self._cores = Cores(device, dtype, widths, self._select_cores)
+        self._cores = Cores(device, dtype, widths, partial(self._scaled, CORE))
         self._ever: Ranks = ()
         self._activations: set[str] = set()
 
@@ -163,9 +164,6 @@ class Matrices:
             rows[:, i, columns] = loaded.rows
             scale[i, columns] = loaded.use.layout.scale
         return rows, scale
-
-    def _select_cores(self, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]]) -> Tensor:
-        return self._scaled(CORE, width, rows, scales)
 
     def _scaled(
         self, side: int, width: int, rows: Sequence[Ints], scales: Sequence[NDArray[np.float32]] | None = None

@@ -199,6 +199,8 @@ class Study:
     def write(self, plan: Plan, row: dict[str, Any]) -> None:
         versions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
         record = {**asdict(plan), **row, "machine": versions}
+        if "importance" in record:
+            record["importance"] = {name: float(f"{score:.4g}") for name, score in record["importance"].items()}
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "a") as file:
             file.write(json.dumps(record) + "\n")

@@ -126,7 +126,7 @@ def _check_pruning(request: Request, entries: list[TaskEntry]) -> None:
     if request.make_base or request.make_bases or request.rebase is not None or request.round is not None:
         return
     for config in (entry.config for entry in entries):
-        if config.method == "pear" and (request.bases is None or config.own_bytes is not None):
+        if config.prunes(on_bases=request.bases is not None):
             try:
                 config.check_pruning()
             except ConfigError as error:
@@ -229,7 +229,7 @@ def _make_bases(
                 )  # fmt: skip
             except KeyboardInterrupt:
                 kept = sources_at(out)
-                raise Stopped(f"what is trained is kept in {kept}" if kept.exists() else "") from None
+                raise Stopped(f"what is trained is kept in {kept}" if not sources and kept.exists() else "") from None
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
         f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
