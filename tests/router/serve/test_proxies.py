@@ -301,9 +301,10 @@ class Clients:
 
     def __init__(self, front: Nginx, names: list[str], count: int = 4) -> None:
         self.front, self.names = front, names
-        self.done = 0
         self.failed: list[str] = []
         self.lock = threading.Lock()
+        self._missing: set[str] = set()  # of the newest round; a request that was sent before counts for an older one
+        self._whole = threading.Event()
         self._end = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
 
@@ -311,25 +312,25 @@ class Clients:
         with self.front.client() as client:
             while not self._end.is_set():
                 name = self.names[number % len(self.names)]
+                missing = self._missing
                 try:
                     answer = client.post(f"/v1/tasks/{name}/predict", content=PICTURES[0], headers=RAW)
                     problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
                 except httpx.HTTPError as error:
                     problem = repr(error)
                 with self.lock:
-                    self.done += 1
                     self.failed += [problem] if problem else []
+                    missing.discard(name)
+                    if not self._missing:
+                        self._whole.set()
                 number += 1
 
-    def more(self, count: int) -> None:
-        """Waits for so many more answers."""
-        wanted = self.done + count
-        pause = threading.Event()
-        for _ in range(6000):
-            if self.done >= wanted:
-                return
-            pause.wait(0.01)
-        raise AssertionError(f"{self.done} answers: expected {wanted}")
+    def round(self) -> None:
+        """Waits until each task has been asked for once more, and answered."""
+        with self.lock:
+            self._whole.clear()
+            self._missing = set(self.names)
+        assert self._whole.wait(60), f"no answer for {sorted(self._missing)}"
 
     def __enter__(self) -> "Clients":
         for thread in self._threads:
@@ -362,20 +363,20 @@ def test_a_fleet_loses_no_request_when_a_replica_is_killed_or_drained(
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         fleet = {process.port: process for process in pool.map(lambda _: stack.enter_context(served(*args)), range(2))}
         with nginx(list(fleet)) as front, Clients(front, names) as clients:
-            clients.more(40)
+            clients.round()
             held = {port: loaded(process, names) for port, process in fleet.items()}
             assert sorted(name for found in held.values() for name in found) == sorted(names), "each is loaded once"
             killed, drained = held
             assert held[killed] and held[drained]
             fleet[killed].process.kill()
-            clients.more(32)
+            clients.round()
             stack.enter_context(served(*args, "--port", str(killed)))
             before = len(front.access())
             while f'replicas="127.0.0.1:{killed}"' not in front.access()[before:]:  # not before fail_timeout
-                clients.more(16)
+                clients.round()
             fleet[drained].process.send_signal(signal.SIGTERM)
             assert fleet[drained].ended() == 0
-            clients.more(32)
+            clients.round()
             clients.end()
             assert clients.failed == []
             assert re.search(r'replicas="[^"]+,', front.access()), "no request had to be tried again"
