@@ -650,7 +650,7 @@ def knobs() -> Iterator[Plan]:
 
 
 def decay() -> Iterator[Plan]:
-    """Learning rate and weight decay together, for ours and for LoRA; DeiT-tiny, four sets; val only."""
+    """Learning rate and weight decay together, for ours and for peers; DeiT-tiny, four sets; val only."""
     pear: dict[str, Any] = {**BASE, **OURS, "rank": 12, "ratio": 0.92}
     unpruned: dict[str, Any] = {**BASE, **OURS, "method": "adapters"}
     rows: tuple[tuple[str, dict[str, Any], str | None, tuple[tuple[float, float], ...]], ...] = (
@@ -660,6 +660,9 @@ def decay() -> Iterator[Plan]:
         ("unpruned r=8", {**unpruned, "rank": 8}, None, ((5e-3, 3), (1e-2, 1))),
         ("unpruned r=1", {**unpruned, "rank": 1}, None, ((2e-2, 1),)),
         ("unpruned r=2", {**unpruned, "rank": 2}, None, ((1e-2, 1), (2e-2, 1))),
+        ("VeRA qkv r=64", BASE, "vera:64", ((0.1, 0.1), (0.1, 1))),
+        ("VB-LoRA r=4", BASE, "vblora:4", ((2e-2, 0.1), (2e-2, 1))),
+        ("LoRA-XS, r=16", BASE, "lora-xs:16", ((2e-2, 0.1), (2e-2, 1))),
     )
     for dataset in SWEEP_SETS:
         for name, options, peer, pairs in rows:

@@ -1,6 +1,5 @@
 """Workers on a Ray cluster, and the batches handed out to them. The batches of a dead worker go to others."""
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
-    ActorDiedError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
@@ -24,7 +22,8 @@ from router.infer.plan import Ask
 IN_FLIGHT = AT_ONCE + 1
 """Most batches of a worker. The last one waits, so that the worker never waits. This bounds the run's memory."""
 DEATHS = 6
-"""A batch is given up after this many deaths of its workers, because it may itself kill them."""
+"""A batch is given up after this many deaths of its workers, because it may itself kill them. So is a run, if no worker
+is up and this many in a row died as they started."""
 ALONE_AFTER = 3
 """After this many deaths a batch gets a worker to itself, so that it is not blamed for another batch."""
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
@@ -50,7 +49,7 @@ class Order:
 
 @dataclass(eq=False)
 class _Member:
-    """A worker and its orders."""
+    """A worker and its orders. If the worker dies, another member takes its place."""
 
     actor: Any
     is_up: bool = False
@@ -64,7 +63,7 @@ class _Member:
 
 @dataclass
 class Crew:
-    """Equal workers. Ray starts a worker again if it or its machine dies.
+    """Equal workers. If one dies, or its machine, another is made as soon as the cluster has room.
 
     Args:
         count: number of workers. Those without room start as soon as the cluster has room.
@@ -80,6 +79,8 @@ class Crew:
     retries: int = 0
     """Number of orders that were handed out again."""
     members: list[_Member] = field(default_factory=list)
+    _died_at_start: int = 0
+    """Number of workers that died as they started, since one was last ready."""
     _flying: dict[Any, tuple[Order, _Member]] = field(default_factory=dict)
     _starting: dict[Any, _Member] = field(default_factory=dict)
     _again: deque[Order] = field(default_factory=deque)
@@ -92,13 +93,24 @@ class Crew:
             ray.kill(member.actor)
 
     def _assemble(self) -> None:
-        kind: Any = ray.remote(Worker)
-        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_concurrency": AT_ONCE}
-        self.members = [_Member(kind.options(**options).remote(self.settings)) for _ in range(self.count)]
-        for member in self.members:
-            self._start(member)
+        # no restarts by Ray, which does not tell how many it made
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0, "max_concurrency": AT_ONCE}
+        self._worker: Any = ray.remote(Worker).options(**options)
+        self.members = [self._start() for _ in range(self.count)]
         decode: Any = ray.remote(decoded)
         self._decode = decode.options(num_cpus=1, num_returns=2)
+
+    def _start(self) -> _Member:
+        member = _Member(self._worker.remote(self.settings))
+        self._starting[member.actor.ready.remote()] = member  # Ray holds this call until the worker is ready
+        return member
+
+    def _replace(self, member: _Member) -> None:
+        """Makes another worker in the place of one that is lost, if that was not done yet."""
+        if member in self.members:
+            member.is_up = False
+            ray.kill(member.actor)  # it may only be out of reach, and hold its cores
+            self.members[self.members.index(member)] = self._start()
 
     @property
     def up(self) -> int:
@@ -136,21 +148,22 @@ class Crew:
         free = [member for member in self.members if member.takes(order)]
         return min(free, key=lambda member: len(member.orders), default=None)
 
-    def _start(self, member: _Member) -> None:
-        member.is_up = False
-        # Ray holds this call until the worker is ready
-        self._starting[member.actor.ready.options(max_task_retries=-1).remote()] = member
-
     def _join(self, reference: Any) -> None:
         member = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except (ActorDiedError, RayTaskError) as error:
+        except RayTaskError as error:
             raise ClusterError(f"a worker cannot be made: {reason_of(error)}") from None
         except RayActorError:
-            time.sleep(0.5)  # Ray will start it again
-            self._start(member)
+            self._died_at_start += 1
+            if self._died_at_start >= DEATHS and not self.up:
+                raise ClusterError(
+                    f"{DEATHS} workers died as they started, and none is left: see Ray's logs for the reason (often "
+                    "too little memory), and run the same command again (finished parts are kept)"
+                ) from None
+            self._replace(member)
         else:
+            self._died_at_start = 0
             member.is_up = True
 
     def _send(self, order: Order, member: _Member) -> None:
@@ -170,8 +183,8 @@ class Crew:
         try:
             return order, ray.get(reference)
         except _LOST as error:
-            if isinstance(error, RayActorError) and member.is_up:
-                self._start(member)
+            if isinstance(error, RayActorError):
+                self._replace(member)
             self._retry(order)
         except RayTaskError as error:
             if not isinstance(error.cause, _LOST):

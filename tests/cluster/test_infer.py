@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ from tests.helpers.lists import make_list_folder
 
 pytest.importorskip("ray", reason="needs ray: pip install 'pear-adapters[ray]'")
 pytestmark = pytest.mark.slow
+kills_six = pytest.mark.skipif(
+    "PEAR_CLUSTER_DEATHS" not in os.environ, reason="kills 6 workers: PEAR_CLUSTER_DEATHS=1, in make faults"
+)
 
 
 @pytest.fixture
@@ -138,9 +142,20 @@ def test_a_worker_and_a_machine_that_die_cost_retries_and_no_row(work: Path, clu
     assert found["row"].to_pylist() == list(range(1001))
 
 
-@pytest.mark.skipif(
-    "PEAR_CLUSTER_DEATHS" not in os.environ, reason="kills 6 workers: PEAR_CLUSTER_DEATHS=1, in make faults"
-)
+@kills_six
+def test_workers_that_always_die_as_they_start_end_the_run(work: Path, cluster: Cluster) -> None:
+    process = start(cluster, write_list(work, 10), work / "there", "--store", work / "s", "--workers", 1)
+    kills = 0
+    while process.poll() is None and kills < 20:
+        kills += cluster.kill("Worker")
+        time.sleep(0.02)
+    out, errors = process.output(20)
+    assert (process.returncode, out) == (1, "")
+    assert errors.splitlines()[-1].startswith("Error: 6 workers died as they started, and none is left: see Ray's logs")
+    assert "Traceback" not in errors
+
+
+@kills_six
 def test_a_batch_that_kills_its_workers_ends_the_run_with_its_name(work: Path, cluster: Cluster) -> None:
     """The list's other batches are not blamed, and the parts before it are kept."""
     shutil.copy(work / "0.png", work / "deadly.png")
