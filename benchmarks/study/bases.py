@@ -45,7 +45,7 @@ class Form:
     """A task's form: which bases, of which rank, and options of the run."""
 
     kind: str
-    """random, V1 or V2."""
+    """random, V1, V2, or V1-halves: V1 of three times as many sources, each set and each half of its classes."""
     rank: int
     name: str = ""
     options: tuple[tuple[str, Any], ...] = ()
@@ -104,6 +104,8 @@ FORMS = (
     next(own("V1", 12, 1, 1_790)),
     trained_as("V1", 16, "Q4", "Q4"),
     *(trained_as("V1", 16, "Q4", "Q4", core_lr=factor) for factor in (1.0, 4.0)),
+    Form("V1-halves", 16, after=CODES),
+    Form("V1-halves", 32, after=CODES),
 )
 """In the order in which they are run: the cheapest first."""
 REPEATED = (*(form for form in FORMS[:6] if form.kind != "random"), SMALLEST)
@@ -130,7 +132,7 @@ class BasesStudy:
                 raise click.exceptions.Exit(0)
 
     def source(self, dataset: str, seed: int) -> Task:
-        """A set's unpruned adapters of rank 8; all of a seed start from one random `down`."""
+        """Unpruned adapters of rank 8 of a set, or of half its classes; all of a seed start from one random `down`."""
         path = self.kept / "sources" / f"{dataset}-{seed}.safetensors"
         if not path.exists():
             began = time.perf_counter()
@@ -147,6 +149,8 @@ class BasesStudy:
         if not path.exists():
             members = [s for s in SETS if s not in FOLDS[fold]]
             sources = [self.source(s, seed) for s in members]
+            if kind == "V1-halves":
+                sources += [self.source(half, seed) for s in members for half in self.study.halves(s)]
             began = time.perf_counter()
             path.parent.mkdir(parents=True, exist_ok=True)
             told = {**RECIPE, "epochs": 5, "dtype": self.dtype, "select": "last", "seed": seed, "rank": rank}

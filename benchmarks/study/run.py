@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from benchmarks.study.peers import adapt
 from pear_store import Store, Task, read_checkpoint
-from pear_train import Dataset, TrainConfig, open_dataset
+from pear_train import Dataset, Split, TrainConfig, open_dataset
 from pear_train.adapters import AdapterSet
 from pear_train.data import Pixels, preprocess_record
 from pear_train.evaluate import in_batches
@@ -146,6 +146,17 @@ def leave_k(adapters: AdapterSet) -> None:
             up.register_hook(lambda gradient: torch.cat([(q := gradient.chunk(3, 1))[0], 0 * q[1], q[2]], 1))
 
 
+def half_of(data: Dataset, first: int) -> Dataset:
+    """Every other class, from number 0 or 1."""
+
+    def chosen(split: Split) -> Split:
+        found = split.subset(torch.nonzero(split.targets % 2 == first)[:, 0])
+        return replace(found, targets=found.targets // 2)
+
+    classes = data.classes[first::2]
+    return Dataset(f"{data.description}, every other class", classes, chosen(data.train), chosen(data.val), None)
+
+
 class Study:
     def __init__(self, shared: Path, results: Path) -> None:
         self.shared, self.results = shared, results
@@ -166,8 +177,14 @@ class Study:
 
     def data(self, name: str) -> Dataset:
         if self._data is None or self._data[0] != name:
-            self._data = (name, open_dataset(str(self.shared / "data" / f"{name}.npz")))
+            dataset, _, half = name.partition(".")
+            opened = open_dataset(str(self.shared / "data" / f"{dataset}.npz"))
+            self._data = (name, half_of(opened, int(half)) if half else opened)
         return self._data[1]
+
+    def halves(self, name: str) -> list[str]:
+        """Names of the halves of a set's classes. A half of one class is left out."""
+        return [f"{name}.{first}" for first in (0, 1) if len(self.data(name).classes[first::2]) > 1]
 
     def config(self, plan: Plan) -> TrainConfig:
         pixels = plan.backbone.lstrip("abcdefghijklmnopqrstuvwxyz")
@@ -662,7 +679,7 @@ def decay() -> Iterator[Plan]:
         ("unpruned r=2", {**unpruned, "rank": 2}, None, ((1e-2, 1), (2e-2, 1))),
         ("VeRA qkv r=64", BASE, "vera:64", ((0.1, 0.1), (0.1, 1))),
         ("VB-LoRA r=4", BASE, "vblora:4", ((2e-2, 0.1), (2e-2, 1))),
-        ("LoRA-XS, r=16", BASE, "lora-xs:16", ((2e-2, 0.1), (2e-2, 1))),
+        ("LoRA-XS, r=16", BASE, "lora-xs:16", ((2e-2, 0.1), (2e-2, 1), (4e-2, 1))),
     )
     for dataset in SWEEP_SETS:
         for name, options, peer, pairs in rows:
