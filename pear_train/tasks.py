@@ -4,7 +4,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class TaskEntry:
     """Path or name of its data, as :func:`open_dataset` takes it."""
     data_options: DataOptions = field(default_factory=DataOptions)
     """How the data is read."""
+    given: frozenset[str] = frozenset()
+    """Names of the options that the file gives it."""
 
     @classmethod
     def of(cls, task: str, data: str, options: Mapping[str, Any]) -> "TaskEntry":
@@ -92,7 +94,8 @@ def read_tasks(path: Path, given: Mapping[str, Any]) -> list[TaskEntry]:
             beside = path.parent / table["data"]
             named = re.match(r"(torch|hfi?ds|tfds|wds)/", table["data"], re.IGNORECASE)  # as open_dataset takes names
             data = table["data"] if named and not os.path.exists(beside) else str(beside)
-            entries.append(TaskEntry.of(name, data, {**given, **common, **options}))
+            entry = TaskEntry.of(name, data, {**given, **common, **options})
+            entries.append(replace(entry, given=frozenset(common | options)))
         except ConfigError as error:
             raise ConfigError(f"{path}: {where}: {error}") from None
     return entries

@@ -589,14 +589,14 @@ def few() -> Iterator[Plan]:
         for dataset in SETS:
             yield Plan("few", "LoRA qkv r=1", "deit96", dataset, seed, lora, "lora-qkv:1", True)
     others = {
-        "LoRA-XS, r=16": ("lora-xs:16", 2e-2),
-        "VB-LoRA r=4": ("vblora:4", 2e-2),
-        "VeRA qkv r=64": ("vera:64", 0.1),
+        "LoRA-XS, r=16": ("lora-xs:16", {"lr": 2e-2, "weight_decay": 1.0}),
+        "VB-LoRA r=4": ("vblora:4", {"lr": 2e-2}),
+        "VeRA qkv r=64": ("vera:64", {"lr": 0.1}),
     }
-    for name, (peer, lr) in others.items():  # the best rate on val, in `peers` or `shape`
+    for name, (peer, told) in others.items():  # the best on val, in `peers`, `shape` or `decay`
         for seed in range(SEEDS):
             for dataset in SETS:
-                yield Plan("few", name, "deit96", dataset, seed, {**BASE, "lr": lr}, peer, True)
+                yield Plan("few", name, "deit96", dataset, seed, {**BASE, **told}, peer, True)
 
 
 ROUNDED: dict[str, dict[str, Any]] = {

@@ -82,8 +82,10 @@ def do_work(request: Request, told: Told) -> Work | None:
     base = None if request.base is None else read_checkpoint(request.base)
     bank = _bank(request)
     bases = None if request.bases is None else _read_task(request.bases, request.from_store)
-    if bases is not None and "rank" in told.shown and request.rebase is None:
-        check_rank(bases, told.options["rank"])  # also a rank that is the default, if it was asked for
+    if bases is not None and request.rebase is None:
+        for entry in entries:
+            if "rank" in told.shown or "rank" in entry.given:  # also a rank that is the default, if it was asked for
+                check_rank(bases, entry.config.rank)
     if (
         (request.rebase is not None or request.round is not None)
         and checkpoint_at(out) is not None

@@ -563,6 +563,9 @@ def test_command_from_stored_tasks_to_a_task_on_their_bases(sources: list[Task],
     default = run(*on, "--bases", out, "--rank", 12, "--force")
     assert default.exit_code == 1, "the default of --rank, if it was asked for"
     assert f"expected rank {R}, found 12: leave rank out" in default.stderr
+    (tmp_path / "ranks.toml").write_text(f'rank = 12\n[tasks.t2]\ndata = "{folder / "t2.npz"}"\n')
+    listed = run("--tasks", tmp_path / "ranks.toml", "--bases", out, "--out", tmp_path / "many")
+    assert listed.exit_code == 1 and f"expected rank {R}, found 12: leave rank out" in listed.stderr
     again = run(*on, "--bases", out, "--own-rank", 1, "--own-bytes", 1600, "--json")
     assert "trained already, with the same options and data" in again.stderr
     assert json.loads(again.stdout)["bases_bytes"] == BASES_BYTES
