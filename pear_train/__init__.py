@@ -7,7 +7,7 @@ from pear_train.errors import ConfigError, DataError, DivergedError, PearTrainEr
 from pear_train.job import Job
 from pear_train.loop import train, train_many
 from pear_train.make_base import Base, train_base
-from pear_train.make_bases import Bases, make_bases
+from pear_train.make_bases import Bases, make_backbone_bases, make_bases
 from pear_train.plot import plot_result
 from pear_train.report import Failed, Result, Step
 from pear_train.tasks import TaskEntry, read_tasks
@@ -28,6 +28,7 @@ __all__ = [
     "Step",
     "TaskEntry",
     "TrainConfig",
+    "make_backbone_bases",
     "make_bases",
     "open_dataset",
     "plot_result",

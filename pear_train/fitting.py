@@ -1,10 +1,10 @@
-"""Fits common bases to the adapters of tasks."""
+"""Common bases fitted to the adapters of tasks, or taken from the backbone's own weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pear_store import Task
 from pear_store.format.codes import matrix_values, up_values
@@ -12,6 +12,7 @@ from pear_train.bases import is_bases
 from pear_train.errors import ConfigError
 from pear_train.knowledge import common_bases, in_common_bases
 from router import AdaptedBackbone
+from router.positions import is_linear
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Position -> `down` [d_in, r] and `up` [r, d_out] of a task or of bases, all branches there together."""
@@ -67,6 +68,29 @@ def _pairs(task: Task, adapted: AdaptedBackbone, positions: Sequence[str]) -> Pa
             for adapter, branch in zip(adapters, branches, strict=True)
         ]
         found[position] = torch.from_numpy(np.concatenate(downs, 1)), torch.from_numpy(np.concatenate(ups))
+    return found
+
+
+def singular_bases(module: nn.Module, positions: Sequence[str], rank: int) -> Pairs:
+    """D [d_in, rank] and U [rank, d_out] of each position, from the singular vectors of its own weight [d_out, d_in].
+
+        W = Q · S · Vᵀ        D = V, U = S · Qᵀ, the first `rank` of each
+
+    Raises:
+        ConfigError: a position is neither a Linear nor a 1x1 convolution.
+    """
+    found: Pairs = {}
+    for position in positions:
+        part = module.get_submodule(position)
+        if not is_linear(part):
+            raise ConfigError(
+                f"bases: expected a Linear or a 1x1 convolution at {position!r}, found {type(part).__name__}: give "
+                "positions such as linear, or make bases from tasks"
+            )
+        weight = part.get_parameter("weight").detach().flatten(1)
+        left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        scaled = left[:, :rank] * values[:rank]
+        found[position] = right[:rank].t().cpu().contiguous(), scaled.t().cpu().contiguous()
     return found
 
 

@@ -1,4 +1,5 @@
-"""Makes common bases: fits them to the adapters of tasks, then trains them further on data sets."""
+"""Makes common bases: fits them to the adapters of tasks, then trains them further on data sets; or takes them from the
+backbone's own weights."""
 
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pear_train.config import OF_TRAINED_BASES, OPTIONS, TrainConfig
 from pear_train.data import Dataset, preprocess_record
 from pear_train.dtypes import code_bits, float_dtype
 from pear_train.errors import ConfigError, DivergedError
-from pear_train.fitting import Pairs, fit_bases, fitting_tasks, held_energy
+from pear_train.fitting import Pairs, fit_bases, fitting_tasks, held_energy, singular_bases
 from pear_train.group import mixed_features, next_batch
 from pear_train.identity import BASES, Identity, fingerprint, identity
 from pear_train.machine import on_device
@@ -41,7 +42,7 @@ class Bases:
     """What :func:`make_bases` measured."""
 
     energy: dict[str, float]
-    """The share, 0 to 1, of each task's adapters that the bases hold, by squared norm."""
+    """The share, 0 to 1, of each task's adapters that the bases hold, by squared norm. Empty if there were no tasks."""
     val_top1: dict[str, float]
     """Top-1 on val, 0 to 1, of each task that the bases were trained for. Its cores and its head are not kept."""
     rank: int
@@ -89,12 +90,7 @@ def make_bases(
     Source: higher-order orthogonal iteration, De Lathauwer et al. 2000.
     """
     began = time.perf_counter()
-    if config.activation != "identity":
-        raise ConfigError(f"bases: expected activation 'identity', which cores need, found {config.activation!r}")
-    if code_bits(config.tensor_dtype) is not None:
-        raise ConfigError(
-            f"bases: expected tensor dtype F16, BF16 or F32, found {config.tensor_dtype}: bases are floats"
-        )
+    _check_options(config)
     if not sources and not datasets:
         raise ConfigError("bases: expected stored tasks or data, found neither: give a store with tasks, or data sets")
     _check_tasks(config, configs, datasets, backbone)
@@ -120,6 +116,49 @@ def make_bases(
     seconds = round(time.perf_counter() - began, 2)
     logger.debug("bases: wrote %s, %d bytes, in %.2f s", out, file_bytes, seconds)
     return bases_of(task, file_bytes, seconds)
+
+
+def make_backbone_bases(config: TrainConfig, backbone: Backbone, out: Path) -> Bases:
+    """Makes common bases of rank `config.rank` from the backbone's own weights. This needs no task and no data.
+
+    D are the first right singular vectors of a position's weight, U its left ones times their singular values. So a
+    core's entry counts as much as the backbone's own direction. With positions `auto`, every Linear of the blocks gets
+    bases.
+
+    Args:
+        config: options of the bases; its `task` is their name.
+        out: the checkpoint to write.
+    Raises:
+        ConfigError: a position is neither a Linear nor a 1x1 convolution, or is narrower than the rank.
+        BackboneError: a position does not exist.
+    Source: LoRA-XS, Bałazy et al., arXiv:2405.17604, section 3.
+    """
+    began = time.perf_counter()
+    _check_options(config)
+    check_out(out)
+    config = of_backbone(config)
+    adapted = on_device(backbone, config.device)
+    positions = attached(adapted, config.positions)
+    _check_widths(config.rank, {position: adapted.widths[position] for position in positions})
+    fitted = singular_bases(backbone.module, positions, config.rank)
+    task = _task(config, backbone, fitted, {}, bases_identity(config, backbone, ()), {})
+    file_bytes = write_checkpoint(out, task)
+    return bases_of(task, file_bytes, round(time.perf_counter() - began, 2))
+
+
+def of_backbone(config: TrainConfig) -> TrainConfig:
+    """The options of :func:`make_backbone_bases` as they are used."""
+    config = _as_trained(config, ())
+    return replace(config, positions="linear") if config.positions == "auto" else config
+
+
+def _check_options(config: TrainConfig) -> None:
+    if config.activation != "identity":
+        raise ConfigError(f"bases: expected activation 'identity', which cores need, found {config.activation!r}")
+    if code_bits(config.tensor_dtype) is not None:
+        raise ConfigError(
+            f"bases: expected tensor dtype F16, BF16 or F32, found {config.tensor_dtype}: bases are floats"
+        )
 
 
 def _as_trained(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:

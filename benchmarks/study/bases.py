@@ -24,7 +24,7 @@ from pear_store import Task, make_task, read_checkpoint, write_checkpoint
 from pear_train import TrainConfig, open_dataset
 from pear_train.dtypes import code_bits
 from pear_train.machine import on_device
-from pear_train.make_bases import make_bases
+from pear_train.make_bases import make_backbone_bases, make_bases
 from pear_train.report import bases_bytes, stored_bytes
 from pear_train.to_task import to_task
 from router.tensors import from_torch
@@ -45,7 +45,8 @@ class Form:
     """A task's form: which bases, of which rank, and options of the run."""
 
     kind: str
-    """random, V1, V2, or V1-halves: V1 of three times as many sources, each set and each half of its classes."""
+    """random, V1, V2, V1-halves: V1 of three times as many sources, each set and each half of its classes; or backbone:
+    the first singular vectors of each Linear, from no task."""
     rank: int
     name: str = ""
     options: tuple[tuple[str, Any], ...] = ()
@@ -106,9 +107,10 @@ FORMS = (
     *(trained_as("V1", 16, "Q4", "Q4", core_lr=factor) for factor in (1.0, 4.0)),
     Form("V1-halves", 16, after=CODES),
     Form("V1-halves", 32, after=CODES),
+    *(Form("backbone", rank, after=CODES) for rank in (11, 16, 28)),
 )
 """In the order in which they are run: the cheapest first."""
-REPEATED = (*(form for form in FORMS[:6] if form.kind != "random"), SMALLEST)
+REPEATED = (*(form for form in FORMS[:6] if form.kind != "random"), SMALLEST, *FORMS[-3:])
 """What is run with three seeds."""
 
 
@@ -146,6 +148,9 @@ class BasesStudy:
 
     def bases(self, kind: str, rank: int, fold: int, seed: int) -> Task:
         path = self.kept / "bases" / f"{kind}-{rank}-fold{fold}-{seed}.safetensors"
+        if kind == "backbone" and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_backbone_bases(TrainConfig(task="bases", rank=rank, img_size=96), self.backbone, path)
         if not path.exists():
             members = [s for s in SETS if s not in FOLDS[fold]]
             sources = [self.source(s, seed) for s in members]

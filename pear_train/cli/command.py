@@ -113,7 +113,12 @@ _DRAWN = ("plot", "html", "preview", "curves")
 )
 @option(
     "Sharing between tasks", "--make-bases", is_flag=True,
-    help="Make common bases of --rank from the tasks of --from-store, from the data of --tasks, or from both.",
+    help="Make common bases of --rank from the tasks of --from-store, from the data of --tasks, from both, or "
+    "--from-backbone.",
+)  # fmt: skip
+@option(
+    "Sharing between tasks", "--from-backbone", is_flag=True,
+    help="Make common bases from the backbone's own weights. This needs no task and no data.",
 )  # fmt: skip
 @option(
     "Sharing between tasks",
@@ -161,9 +166,9 @@ def main(ctx: click.Context, /, settings: Sequence[str], **told: Any) -> None:
     checkpoint, with the same options and data, is already there. A checkpoint with other options or data is refused. An
     interrupted run resumes after its last whole epoch.
 
-    With --make-bases, make common bases from stored tasks or from data, and call them TASK. With --bases, train TASK as
-    cores in these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a trained task to
-    other bases. With --round, write a trained task in other number formats.
+    With --make-bases, make common bases from the backbone, stored tasks or data, and call them TASK. With --bases,
+    train TASK as cores in these bases; --own-rank and --own-bytes allow it adapters of its own. With --rebase, move a
+    trained task to other bases. With --round, write a trained task in other number formats.
     """
     request = Request(**{asked.name: told[asked.name] for asked in fields(Request)})
     _check_usage(request)
@@ -199,6 +204,8 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--rebase needs --bases: it says which bases the task moves to")
     if request.round is not None:
         _check_round_usage(request)
+    if request.from_backbone and not request.make_bases:
+        raise click.UsageError("--from-backbone needs --make-bases: it says what bases are made from")
     if request.from_store is not None and not request.make_bases and request.bases is None and request.round is None:
         raise click.UsageError("--from-store needs --make-bases, --bases or --round: it says which store these read")
     if request.make_bases:
@@ -229,10 +236,13 @@ def _check_usage(request: Request) -> None:
 
 def _check_bases_usage(request: Request) -> None:
     if request.make_bases:
-        if request.from_store is None and request.tasks_file is None:
+        of = {"--from-store": request.from_store, "--from-tasks": request.from_tasks, "--tasks": request.tasks_file}
+        if request.from_backbone and (others := [name for name, value in of.items() if value is not None]):
+            raise click.UsageError(f"--from-backbone takes no {' or '.join(others)}: no task and no data are read")
+        if not request.from_backbone and request.from_store is None and request.tasks_file is None:
             raise click.UsageError(
-                "--make-bases needs --from-store, the store of the tasks that they are made from, or --tasks, the data "
-                "that they are trained on"
+                "--make-bases needs --from-store, the store of the tasks that they are made from, --tasks, the data "
+                "that they are trained on, or --from-backbone"
             )
         if request.from_store is None and request.from_tasks is not None:
             raise click.UsageError("--from-tasks needs --from-store: it names tasks of that store")

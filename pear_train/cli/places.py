@@ -42,7 +42,7 @@ def _outputs(request: Request, work: Work) -> Iterator[Named]:
     for task, out in (work.paths if request.many else {str(request.task): request.out}).items():
         yield "--out", out
         yield from (("--out (meanwhile)", path) for path in files_beside(out))
-        if request.make_bases and request.from_store is None:
+        if request.make_bases and request.from_store is None and not request.from_backbone:
             yield from (("--out (meanwhile)", path) for path in source_paths([e.config for e in work.entries], out))
         if request.plot:
             yield "--plot", plot_path(out)

@@ -39,6 +39,7 @@ class Request:
     rebase: str | None
     round: str | None
     make_bases: bool
+    from_backbone: bool
     from_store: Path | None
     from_tasks: str | None
     overwrite: bool

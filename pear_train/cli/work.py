@@ -29,7 +29,7 @@ from pear_train.identity import given_digest, run_identity
 from pear_train.job import Job
 from pear_train.loop import train_many
 from pear_train.make_base import Base, base_identity, check_configs, train_base
-from pear_train.make_bases import bases_identity, bases_of, make_bases
+from pear_train.make_bases import bases_identity, bases_of, make_backbone_bases, make_bases, of_backbone
 from pear_train.output import check_out, checkpoint_at, is_finished
 from pear_train.plot import check_picture, check_plot, plot_path
 from pear_train.preview import write_preview
@@ -213,6 +213,8 @@ def _make_bases(
     request: Request, told: Told, entries: list[TaskEntry], loaded: Backbone, datasets: list[Dataset]
 ) -> None:
     config, out = _config_of_bases(request, told), request.out
+    if request.from_backbone:
+        config = of_backbone(config)
     sources, configs = _stored(request.from_store, request.from_tasks), [entry.config for entry in entries]
     if request.from_store is not None and not sources:  # without stored tasks, others would be trained
         raise ConfigError(f"--from-store {request.from_store}: has no task: add some, or leave it out and give --tasks")
@@ -220,8 +222,10 @@ def _make_bases(
     if not request.force and is_finished(out, now, request.overwrite):
         echo(f"{out}: made already, with the same options, tasks and data; --force makes them again", err=True)
         made = bases_of(read_checkpoint(out), out.stat().st_size)
-        if not sources:
+        if datasets and not sources:
             remove_sources(config.rank, configs, loaded, datasets, out)  # left by a command that was killed
+    elif request.from_backbone:
+        made = make_backbone_bases(config, loaded, out)
     else:
         with Progress("bases") as bar:
             try:
@@ -232,9 +236,10 @@ def _make_bases(
             except KeyboardInterrupt:
                 kept = sources_at(out)
                 raise Stopped(f"what is trained is kept in {kept}" if not sources and kept.exists() else "") from None
+    origin = "the backbone" if request.from_backbone else counted(len(made.energy), "task")
     shown = (
         f"{click.format_filename(out)}: common bases of rank {made.rank} at {counted(made.positions, 'position')} from "
-        f"{counted(len(made.energy), 'task')}, {made.file_bytes:,} bytes"
+        f"{origin}, {made.file_bytes:,} bytes"
     )
     click.echo(json.dumps(asdict(made)) if request.as_json else shown)
 

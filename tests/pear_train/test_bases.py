@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from click.testing import Result as Ran
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from pear_store import Store, Task, make_task, read_checkpoint, write_checkpoint
 from pear_store.format.codes import matrix_values
 from pear_store.format.container import read_container
-from pear_train import ConfigError, Job, TrainConfig, make_bases, open_dataset, train, train_many
+from pear_train import ConfigError, Job, TrainConfig, make_backbone_bases, make_bases, open_dataset, train, train_many
 from pear_train.bank import Bank, stored_adapter
+from pear_train.bases import bases_at
 from pear_train.cli import main
 from pear_train.errors import DivergedError
 from pear_train.evaluate import calibrated
@@ -643,6 +645,44 @@ def test_bases_from_data_alone(folder: Path, backbone: Backbone, tmp_path: Path)
     assert not (tmp_path / "c").exists()
 
 
+def test_bases_from_the_backbone_alone(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b.safetensors"
+    making = ("common", "--make-bases", "--from-backbone", "--rank", R, "--out", out)
+    done = run(*making)
+    assert f"common bases of rank {R} at 24 positions from the backbone" in done.stdout
+    assert "made already" in run(*making).stderr
+    bases, weights = read_checkpoint(out), backbone.module.state_dict()
+    adapted = AdaptedBackbone(backbone, torch.device("cpu"), torch.float32)
+    adapted.attach(list(bases.positions))
+    for position, one in bases_at(bases, adapted, list(bases.positions)).items():
+        left, values, right = torch.linalg.svd(weights[f"{position}.weight"])
+        nearest = (left[:, :R] * values[:R]) @ right[:R]
+        assert torch.allclose((one.down @ one.up).t(), nearest, atol=2e-3 * float(values[0]))
+        assert torch.allclose(one.down.t() @ one.down, torch.eye(R), atol=1e-2)
+    data = open_dataset(str(folder / "t0.npz"))
+    told = config(positions="auto", core_dtype="Q4", epochs=2)
+    made = train(told, backbone, data, tmp_path / "t0", bases=bases)
+    task = read_checkpoint(tmp_path / "t0")
+    assert set(task.positions) == set(bases.positions)
+    assert (made.adapter_bytes, made.bases_bytes) == (24 * (R * R // 2 + 2 * R), bases_bytes(task))
+    with Store.create(tmp_path / "s") as store:
+        store.add(out)
+        assert store.add(tmp_path / "t0").new_bytes < made.adapter_bytes + made.head_bytes + 100, "bases are there"
+        found = Router(backbone, store).run([data.val.image(i) for i in range(len(data.val))], task="t0").logits
+    right = torch.stack(list(found)).argmax(1) == data.val.targets
+    assert float(right.float().mean()) == pytest.approx(made.val_top1)
+
+
+def test_bases_from_1x1_convolutions(tmp_path: Path) -> None:
+    backbone = Backbone(timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=0), "mobilenet")
+    made = make_backbone_bases(config("b", positions="*.conv_pwl", rank=4), backbone, tmp_path / "b")
+    assert made.positions == 10
+    with pytest.raises(
+        ConfigError, match="expected a Linear or a 1x1 convolution at 'blocks.0.0.conv_dw', found Conv2d"
+    ):
+        make_backbone_bases(config("b", positions="*.conv_dw", rank=4), backbone, tmp_path / "c")
+
+
 def test_a_stopped_command_says_where_its_tasks_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -665,8 +705,13 @@ def test_a_stopped_command_says_where_its_tasks_are(
         (
             ("--make-bases",),
             2,
-            "--make-bases needs --from-store, the store of the tasks that they are made from, or --tasks",
+            "--make-bases needs --from-store, the store of the tasks that they are made from, --tasks, the data that",
         ),
+        (("--make-bases", "--from-backbone", "--tasks", "t"), 2, "--from-backbone takes no --tasks"),
+        (("--make-bases", "--from-backbone", "--from-store", "s", "--from-tasks", "t"), 2, "no --from-store or --from"),
+        (("t", "--data", "d", "--from-backbone"), 2, "--from-backbone needs --make-bases"),
+        (("--make-bases", "--from-backbone", "--positions", "blocks"), 1, "a Linear or a 1x1 convolution at 'blocks.0"),
+        (("--make-bases", "--from-backbone", "--rank", "193"), 1, "a rank of at most 192, the smaller side at"),
         (("--make-bases", "--tasks", "t", "--from-tasks", "a"), 2, "--from-tasks needs --from-store: it names tasks"),
         (("--make-bases", "--from-store", "s", "--bank", "s"), 2, "--make-bases takes no --bank"),
         (("--make-bases", "--tasks", "s", "--ray", "auto", "--workers", "2"), 2, "takes no --ray or --workers"),
