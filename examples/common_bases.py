@@ -1,4 +1,4 @@
-"""Make common bases of three tasks, and train a fourth on them. It brings a few KB of its own.
+"""Make common bases of the backbone's own weights, and train two tasks on them. Each brings a few KB of its own.
 
     python examples/common_bases.py
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pear_store import Store, read_checkpoint
-from pear_train import Dataset, Split, TrainConfig, make_bases, train
+from pear_train import Dataset, Split, TrainConfig, make_backbone_bases, train
 from router import Router, load_backbone
 
 
@@ -39,19 +39,19 @@ def dataset(angles: tuple[float, ...], seed: int) -> Dataset:
     return Dataset(f"waves of {angles}", tuple(f"{angle:g} degrees" for angle in angles), *parts)
 
 
-sources = {"a": dataset((0, 45), 0), "b": dataset((20, 70), 1), "c": dataset((90, 135), 2)}
-new = dataset((10, 60, 110), 3)
+tasks = {"steep": dataset((10, 60, 110), 0), "flat": dataset((30, 80, 150), 1)}
 backbone = load_backbone("pear_tiny")
 
 with tempfile.TemporaryDirectory() as folder, Store.create(Path(folder, "pear.store")) as store:
-    bases_file, file = Path(folder, "bases.safetensors"), Path(folder, "new.safetensors")
-    configs = [TrainConfig(task=name, epochs=3, rank=8) for name in sources]
-    make_bases(TrainConfig(task="bases", epochs=3, rank=8), backbone, [], bases_file, configs, list(sources.values()))
-    config = TrainConfig(task="new", epochs=6, core_dtype="Q4", head_dtype="Q4")  # 4 bits a number
-    result = train(config, backbone, new, file, bases=read_checkpoint(bases_file))
-    assert result.test_top1 is not None
-    print(f"new: {100 * result.test_top1:.0f} % right on test")
-    print(f"its own: {result.adapter_bytes + result.head_bytes:,} bytes; bases, once for all: {result.bases_bytes:,}")
-    for name in ("new", "new-for-others"):  # the second one brings nothing
-        print(f"{name}: {store.add(file, name).new_bytes:,} new bytes in the store")
-    print(Router(backbone, store).run(waves(60, np.random.default_rng(9)), task="new")[0].label)
+    bases_file = Path(folder, "bases.safetensors")
+    make_backbone_bases(TrainConfig(task="bases", rank=8), backbone, bases_file)
+    for name, data in tasks.items():
+        file = Path(folder, f"{name}.safetensors")
+        config = TrainConfig(task=name, epochs=6, core_dtype="Q4", head_dtype="Q4")  # 4 bits a number
+        result = train(config, backbone, data, file, bases=read_checkpoint(bases_file))
+        assert result.test_top1 is not None
+        print(f"{name}: {100 * result.test_top1:.0f} % right on test")
+        own = result.adapter_bytes + result.head_bytes
+        print(f"its own: {own:,} bytes; bases, once for all: {result.bases_bytes:,}")
+        print(f"{store.add(file).new_bytes:,} new bytes in the store")
+    print(Router(backbone, store).run(waves(60, np.random.default_rng(9)), task="steep")[0].label)

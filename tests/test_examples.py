@@ -17,9 +17,9 @@ PRINTED = {
         r"a square on a light ground: grounds says light",
     ],
     "common_bases": [
-        r"new: (\d+) % right on test",
-        r"its own: 876 bytes; bases, once for all: 110,592",
-        r"new-for-others: 0 new bytes in the store",
+        r"flat: (\d+) % right on test\n"
+        r"its own: 1,452 bytes; bases, once for all: 221,184\n"
+        r"1,452 new bytes in the store",
         r"60 degrees",
     ],
 }

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from benchmarks.study.bases import FOLDS, OWN, REPEATED
+from benchmarks.study.bases import FOLDS, OWN, RECIPE, REPEATED
 from benchmarks.study.run import GROUPS, RESULTS, SETS, SWEEP_SETS, UPON, plan_of, plans_upon
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -258,6 +258,7 @@ Differences have 95 % intervals over images and orders, not over seeds. New byte
 ## Common bases
 
 Bases are made from the unpruned adapters of eight sets. Tasks are on the four sets that had no part in them. "Random" means random orthonormal bases.
+"Backbone" means the first singular vectors of each Linear's own weight, from no task: LoRA-XS, by pear-train, with {RECIPE["warmup"]:g} of warm-up.
 "Afterwards" means that cores and head of the row above were rounded to codes after training. Options are those of a first try on four sets, and nothing was
 tuned for a row. Bases are not counted, because they are stored once for all tasks. Only complete rows are shown.
 
