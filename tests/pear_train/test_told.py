@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -353,8 +354,9 @@ def test_the_preview_shows_pictures_of_every_class(told: tuple[Path, Result], da
     rows = some_of_each(open_dataset(str(data)).train.targets, 8, torch.Generator().manual_seed(0))
     assert sorted(open_dataset(str(data)).train.targets[rows].tolist()) == [0] * 4 + [1] * 4
     sheet = Image.open(told[0] / "p.png")
-    assert sheet.size == (8 * 168 + 8, 3 * 202 + 8) and sheet.text["Software"] == "pear-train"  # type: ignore[attr-defined]
-    shades = {int(sheet.convert("L").getpixel((8 + 168 * i + 80, 8 + 80))) // 130 for i in range(8)}  # type: ignore[arg-type]
+    assert sheet.size == (8 * 168 + 8, 3 * 202 + 8) and sheet.info["Software"] == "pear-train"
+    levels = np.asarray(sheet.convert("L"))
+    shades = {int(levels[8 + 80, 8 + 168 * i + 80]) // 130 for i in range(8)}
     assert shades == {0, 1}, "dark ones and light ones"
 
 
@@ -458,7 +460,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], object]) -> list[A
 
 def test_no_legend_covers_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for made in (result(), result(importance={}, pruned=[], borrowed={}, prune_epoch=None)):
-        curves = drawn(monkeypatch, lambda made=made: plot_result(made, tmp_path / "t.png"))[-2]  # type: ignore[misc]
+        curves = drawn(monkeypatch, partial(plot_result, made, tmp_path / "t.png"))[-2]
         assert curves.get_legend().get_window_extent().y0 >= curves.get_window_extent().y1
     (curve,) = drawn(monkeypatch, lambda: draw_curve({"train": [0.5, 0.9], "val": [0.4, 0.6]}, tmp_path / "c.png"))
     assert curve.get_legend().get_window_extent().y0 >= curve.get_window_extent().y1

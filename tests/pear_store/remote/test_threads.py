@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_who_asks_after_a_failure_is_not_told_of_it() -> None:
     for n in range(200):
         with pytest.raises(PlaceError):
             flights.join("a", fail).result(60)
-        assert flights.join("a", lambda future, n=n: future.set_result(n)).result(60) == n  # type: ignore[misc]
+        assert flights.join("a", partial(Future[int].set_result, result=n)).result(60) == n
         flights.finish(60)
 
 
