@@ -27,7 +27,7 @@ from pear_train.machine import on_device
 from pear_train.make_bases import make_backbone_bases, make_bases
 from pear_train.report import bases_bytes, stored_bytes
 from pear_train.to_task import to_task
-from router.tensors import from_torch
+from router.tensors import from_torch, to_torch
 
 FOLDS = (
     SWEEP_SETS,
@@ -46,7 +46,7 @@ class Form:
 
     kind: str
     """random, V1, V2, V1-halves: V1 of three times as many sources, each set and each half of its classes; or backbone:
-    the first singular vectors of each Linear, from no task."""
+    the first singular vectors of each Linear, from no task; unscaled: the same without their singular values."""
     rank: int
     name: str = ""
     options: tuple[tuple[str, Any], ...] = ()
@@ -110,6 +110,7 @@ FORMS = (
     Form("V1-halves", 32, after=CODES),
     BACKBONE,
     *(Form("backbone", rank, after=CODES) for rank in (11, 28)),
+    Form("unscaled", 16, after=CODES),
 )
 """In the order in which they are run: the cheapest first."""
 REPEATED = (*(form for form in FORMS[:6] if form.kind != "random"), SMALLEST, BACKBONE)
@@ -150,9 +151,11 @@ class BasesStudy:
 
     def bases(self, kind: str, rank: int, fold: int, seed: int) -> Task:
         path = self.kept / "bases" / f"{kind}-{rank}-fold{fold}-{seed}.safetensors"
-        if kind == "backbone" and not path.exists():
+        if kind in ("backbone", "unscaled") and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             make_backbone_bases(TrainConfig(task="bases", rank=rank, img_size=96), self.backbone, path)
+            if kind == "unscaled":
+                write_checkpoint(path, unscaled(read_checkpoint(path)))
         if not path.exists():
             members = [s for s in SETS if s not in FOLDS[fold]]
             sources = [self.source(s, seed) for s in members]
@@ -225,6 +228,15 @@ def at_random(bases: Task, seed: int) -> Task:
             drawn = torch.randn(bases.tensors[entry[side]].shape, generator=random)
             tall = torch.linalg.qr(drawn if side == "down" else drawn.mT).Q
             tensors[entry[side]] = from_torch((tall if side == "down" else tall.mT).contiguous().half())
+    return make_task(bases.record, tensors)
+
+
+def unscaled(bases: Task) -> Task:
+    """The same with rows of `up` of norm 1: a control."""
+    tensors = dict(bases.tensors)
+    for entry in bases.record["adapters"].values():
+        up = to_torch(bases.tensors[entry["up"]]).float()
+        tensors[entry["up"]] = from_torch(torch.nn.functional.normalize(up, dim=-1).half())
     return make_task(bases.record, tensors)
 
 
